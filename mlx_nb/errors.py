@@ -1,0 +1,64 @@
+"""The exceptions of mlx_nb. Each says in one message what is wrong, where, and what to do next.
+
+    MlxNbError
+    ├── ConfigError         a setting is unknown, out of bounds, or would have no effect
+    ├── DataError           rows cannot be found or read; names file, line, row and column
+    │   └── MaskRefused     no trustworthy loss mask exists for a conversation
+    ├── ModelError          a model, tokenizer or adapter cannot be found, read or converted
+    ├── TrainingError       a run cannot go on
+    │   └── NonFiniteLoss   loss or gradient became NaN or infinite; names the rows; nothing was changed
+    └── CommandError        a notebook command or command line was not understood
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+
+class MlxNbError(Exception):
+    """Base of all errors raised on purpose. In IPython it shows as one line, without a traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"{type(self).__name__}: {self}"]
+
+
+class ConfigError(MlxNbError):
+    """A setting is unknown, of the wrong kind, out of bounds, or would have no effect."""
+
+
+class DataError(MlxNbError):
+    """Rows cannot be found, read or understood."""
+
+
+class MaskRefused(DataError):
+    """No trustworthy loss mask exists for this conversation with this chat template."""
+
+
+class ModelError(MlxNbError):
+    """A model, tokenizer or adapter cannot be found, read or converted."""
+
+
+class TrainingError(MlxNbError):
+    """A run cannot go on. Parameters and optimizer are as they were before the failing step."""
+
+
+class NonFiniteLoss(TrainingError):
+    """Loss or gradient became NaN or infinite.
+
+    `rows` are the numbers of the training rows in the batch. The update was not applied.
+    """
+
+    def __init__(self, message: str, rows: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.rows = tuple(rows)
+
+
+class CommandError(MlxNbError):
+    """A notebook command or command line was not understood."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the nearest known word, or an empty string when none is near."""
+    near = get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {near[0]!r}?" if near else ""

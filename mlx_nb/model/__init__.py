@@ -1,0 +1,1 @@
+"""Device, loading, adapters and log-probabilities."""

@@ -1,0 +1,1 @@
+"""The IPython extension: session, driver and magics."""

@@ -1,0 +1,1 @@
+"""Training objectives. One file is one objective."""

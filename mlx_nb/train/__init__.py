@@ -1,0 +1,1 @@
+"""Randomness, optimizer, the transactional step, and the trainer."""

@@ -1,0 +1,1 @@
+"""What a person sees. Reads events and examples; never imports train."""
