@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
+
+from mlx_nb.data.template_spans import (
+    Located,
+    Message,
+    Render,
+    RenderFailed,
+    TemplateFacts,
+    Turn,
+    Unproved,
+    locate_messages,
+    study_template,
+)
+from mlx_nb.errors import MaskRefused, did_you_mean
+
+LOSS_ON = ("assistant", "final", "all")
+_FLAGS = ("train", "weight")
 
 
 @dataclass(frozen=True)
@@ -39,3 +59,384 @@ class TokenizedConversation:
     offsets: np.ndarray
     spans: tuple[Span, ...]
     problems: tuple[str, ...] = ()
+
+
+def tokenize_conversation(
+    messages: Sequence[Message],
+    tokenizer: Any,
+    *,
+    tools: Sequence[Any] | None = None,
+    loss_on: str = "assistant",
+) -> TokenizedConversation:
+    """Render a conversation once with the tokenizer's chat template, and find the tokens to train.
+
+    messages   dicts with `role` and `content`; `train: false` or `weight: 0.3` set one message's weight and are
+               not shown to the template
+    tokenizer  a fast transformers tokenizer, or mlx-lm's wrapper around one
+    tools      what the template is given as `tools`
+    loss_on    "assistant": every assistant turn, its end-of-turn included; "final": the last message, which must
+               be the assistant's; "all": every token but the first
+
+    Raises MaskRefused, saying why and what next, when the template does not render the conversation or when the
+    mask cannot be proved.
+    """
+    if loss_on not in LOSS_ON:
+        raise MaskRefused(
+            f"loss_on={loss_on!r} is not one of {', '.join(LOSS_ON)}.{did_you_mean(loss_on, LOSS_ON)}"
+        )
+    if not messages:
+        raise MaskRefused("the conversation has no messages. Drop the row.")
+    if loss_on == "final" and messages[-1].get("role") != "assistant":
+        raise MaskRefused(
+            f"nothing to train: loss_on='final' trains the last message, and it is from {messages[-1].get('role')!r}. "
+            "Use loss_on='assistant', or drop the messages after the last answer."
+        )
+    weights = [_weight(message, i, loss_on, len(messages)) for i, message in enumerate(messages)]
+    plain = [{k: v for k, v in m.items() if v is not None and k not in _FLAGS} for m in messages]
+    template = _ChatTemplate(tokenizer, tools)
+    try:
+        text = template.render(plain, False)
+    except RenderFailed as error:
+        raise MaskRefused(
+            f"the chat template does not render this conversation: {error}. Change the messages, or set "
+            "`chat_template:` to a template that takes them."
+        ) from error
+    tokens, offsets = template.tokenize(text)
+    problems = _token_problems(tokens, template.tokenizer)
+    try:
+        located = locate_messages(
+            plain, text, template.render, template.facts(), template.eos_ranges(tokens, offsets)
+        )
+        _agree_with_text_prefixes(located, plain, text, template)
+    except Unproved as error:
+        if loss_on == "all" and set(weights) == {1.0}:
+            problems.append(f"the messages cannot be told apart in the text: {error}.")
+            return TokenizedConversation(
+                tokens, _all_but_first(tokens, template), text, offsets, (), tuple(problems)
+            )
+        raise MaskRefused(
+            f"no trustworthy loss mask with this chat template: {error}. Set `chat_template:` to another template, "
+            "use loss_on='all', or give the row as prompt and completion."
+        ) from error
+    spans = _spans(located, plain, weights)
+    problems += _span_problems(located, plain, weights)
+    if loss_on == "all":
+        loss_mask = _all_but_first(tokens, template)
+        for span in spans:
+            loss_mask[_touched(offsets, span)] *= span.weight
+    else:
+        loss_mask = np.zeros(len(tokens), np.float32)
+        for span in spans:
+            if span.weight > 0:
+                touched = _touched(offsets, span)
+                loss_mask[touched] = np.maximum(loss_mask[touched], span.weight)
+                problems += _straddle_problems(offsets, touched, span, text)
+    loss_mask[0] = 0
+    return TokenizedConversation(tokens, loss_mask, text, offsets, spans, tuple(problems))
+
+
+def tokenize_prompt_completion(
+    prompt: str, completion: str, tokenizer: Any, *, end_of_turn: bool = True
+) -> TokenizedConversation:
+    """Tokenise prompt and completion as one text; train the tokens that touch the completion.
+
+    A token across the boundary is trained, with a note in `problems`. With `end_of_turn` the end-of-sequence token
+    is appended and trained. The beginning-of-sequence token comes first where the tokenizer adds one, never twice.
+    Raises MaskRefused for a tokenizer without character offsets, and when there is nothing to train.
+    """
+    boundary = len(prompt)
+    spans = (
+        Span(0, boundary, "prompt", 0, 0.0),
+        Span(boundary, boundary + len(completion), "completion", 1, 1.0),
+    )
+    return _tokenize_strings(prompt + completion, spans, tokenizer, end_of_turn)
+
+
+def tokenize_text(text: str, tokenizer: Any) -> TokenizedConversation:
+    """Tokenise a text and train all of it but position 0; an end-of-sequence token is appended and trained.
+
+    Raises MaskRefused for a tokenizer without character offsets, and for an empty text.
+    """
+    return _tokenize_strings(text, (Span(0, len(text), "text", 0, 1.0),), tokenizer, True)
+
+
+def _tokenize_strings(text: str, spans: tuple[Span, ...], tokenizer: Any, end: bool) -> TokenizedConversation:
+    if not text:
+        raise MaskRefused("the row is empty: there is nothing to train. Drop the row.")
+    unwrapped = _fast_tokenizer(tokenizer)
+    tokens, offsets = _encode(unwrapped, text)
+    problems: list[str] = []
+    loss_mask = np.zeros(len(tokens), np.float32)
+    for span in spans:
+        if span.weight > 0:
+            touched = _touched(offsets, span)
+            loss_mask[touched] = span.weight
+            problems += _straddle_problems(offsets, touched, span, text)
+            if not text[span.start : span.end].strip():
+                problems.append(f"the {span.role} is blank: only the end of the sequence is trained.")
+    bos = unwrapped.bos_token_id
+    if bos is not None and _adds_bos(unwrapped) and (len(tokens) == 0 or tokens[0] != bos):
+        tokens, offsets, loss_mask = (
+            np.insert(tokens, 0, bos),
+            np.insert(offsets, 0, 0, axis=0),
+            np.insert(loss_mask, 0, 0),
+        )
+    problems += _token_problems(tokens, unwrapped)
+    eos = unwrapped.eos_token_id
+    if end and eos is None:
+        problems.append("the tokenizer has no end-of-sequence token: the model does not learn where to stop.")
+    elif end and (len(tokens) == 0 or tokens[-1] != eos):
+        tokens, loss_mask = np.append(tokens, eos), np.append(loss_mask, 1)
+        offsets = np.append(offsets, [[len(text), len(text)]], axis=0)
+    if len(tokens):
+        loss_mask[0] = 0
+    if not loss_mask.any():
+        raise MaskRefused(
+            "no token is trained: the completion is empty and no end of sequence is added. Drop the row."
+        )
+    return TokenizedConversation(
+        tokens.astype(np.int32),
+        loss_mask.astype(np.float32),
+        text,
+        offsets.astype(np.int32),
+        spans,
+        tuple(problems),
+    )
+
+
+# --- tokenizer and template -----------------------------------------------------------------------------------------
+
+
+class _ChatTemplate:
+    """The chat template of a tokenizer, always called with the same arguments."""
+
+    def __init__(self, tokenizer: Any, tools: Sequence[Any] | None) -> None:
+        self.tokenizer = _fast_tokenizer(tokenizer)
+        self.tools = list(tools) if tools else None
+        try:
+            self.source: str = self.tokenizer.get_chat_template(tools=self.tools)
+        except ValueError as error:
+            raise MaskRefused(
+                "the tokenizer has no chat template for this row. Set `chat_template:` to one, "
+                "or give the row as prompt and completion."
+            ) from error
+        # transformers answers `eos_token_ids` with its one eos token; mlx-lm's wrapper knows the model's whole set.
+        known = () if tokenizer is self.tokenizer else getattr(tokenizer, "eos_token_ids", ())
+        self.eos_ids = {i for i in (*known, self.tokenizer.eos_token_id) if i is not None}
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        return self._render(messages, add_generation_prompt, self.tools)
+
+    def _render(
+        self, messages: Sequence[Message], add_generation_prompt: bool, tools: Sequence[Any] | None
+    ) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages),
+                tools=tools,
+                chat_template=self.source,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+            )
+        except Exception as error:  # a template is a program of its own and raises what it likes
+            raise RenderFailed(f"{type(error).__name__}: {error}".rstrip(".")) from error
+
+    def tokenize(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        tokens, offsets = _encode(self.tokenizer, text)
+        if len(tokens) == 0:
+            raise MaskRefused("the chat template renders this conversation to nothing. Drop the row.")
+        return tokens, offsets
+
+    def facts(self) -> TemplateFacts:
+        special = tuple(sorted((k, str(v)) for k, v in self.tokenizer.special_tokens_map.items()))
+        return _facts(self.source, special, _Hashless(lambda m, prompt: self._render(m, prompt, None)))
+
+    def eos_ranges(self, tokens: np.ndarray, offsets: np.ndarray) -> list[tuple[int, int]]:
+        """The characters of each end-of-sequence token, in order."""
+        return [(int(a), int(b)) for a, b in offsets[np.isin(tokens, list(self.eos_ids))]]
+
+
+@dataclass(frozen=True)
+class _Hashless:
+    """Carries a function past a cache without being part of its key."""
+
+    call: Render
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Hashless)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@lru_cache(maxsize=64)
+def _facts(source: str, special_tokens: tuple[tuple[str, str], ...], render: _Hashless) -> TemplateFacts:
+    return study_template(source, render.call)
+
+
+def _fast_tokenizer(tokenizer: Any) -> Any:
+    unwrapped = getattr(tokenizer, "_tokenizer", tokenizer)
+    # A fast tokenizer of transformers has a `_tokenizer` of its own, which knows no chat template.
+    unwrapped = unwrapped if hasattr(unwrapped, "apply_chat_template") else tokenizer
+    if not getattr(unwrapped, "is_fast", False):
+        raise MaskRefused(
+            f"{type(unwrapped).__name__} does not say which characters a token covers. "
+            "Load the model with a fast tokenizer (tokenizer.json)."
+        )
+    return unwrapped
+
+
+def _encode(tokenizer: Any, text: str) -> tuple[np.ndarray, np.ndarray]:
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    offsets = np.asarray(encoding["offset_mapping"], np.int32).reshape(-1, 2)
+    return np.asarray(encoding["input_ids"], np.int32), offsets
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    ids = tokenizer("a", verbose=False)["input_ids"]
+    return bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
+# --- weights, spans, mask --------------------------------------------------------------------------------------------
+
+
+def _weight(message: Message, i: int, loss_on: str, count: int) -> float:
+    weight = message.get("weight")
+    weight = 1.0 if weight is None else weight
+    if isinstance(weight, str) or not math.isfinite(weight) or weight < 0:
+        raise MaskRefused(f"message {i} has weight={weight!r}. A weight is a number from 0.")
+    chosen = loss_on == "all" or (
+        message.get("role") == "assistant" and (loss_on == "assistant" or i == count - 1)
+    )
+    return float(weight) if chosen and message.get("train") is not False else 0.0
+
+
+def _spans(located: Located, messages: Sequence[Message], weights: Sequence[float]) -> tuple[Span, ...]:
+    ranges = [(turn.start, turn.end, turn.message) for turn in located.turns]
+    ranges += [(start, end, message) for message, start, end in located.regions]
+    return tuple(
+        Span(a, b, str(messages[i].get("role")), i, weights[i]) for a, b, i in sorted(ranges) if a < b
+    )
+
+
+def _touched(offsets: np.ndarray, span: Span) -> np.ndarray:
+    """Which tokens cover a character of the span, (T,) bool. A token without characters lies where it starts."""
+    starts, ends = offsets[:, 0], offsets[:, 1]
+    return (starts < span.end) & ((ends > span.start) | ((starts == ends) & (starts >= span.start)))
+
+
+def _all_but_first(tokens: np.ndarray, template: _ChatTemplate) -> np.ndarray:
+    loss_mask = np.ones(len(tokens), np.float32)
+    loss_mask[0] = 0
+    if len(tokens) > 1 and tokens[0] == tokens[1] == template.tokenizer.bos_token_id:
+        loss_mask[1] = 0
+    return loss_mask
+
+
+def _agree_with_text_prefixes(
+    located: Located, messages: Sequence[Message], text: str, template: _ChatTemplate
+) -> None:
+    """Raise Unproved where the plain prefix method applies and says something else.
+
+    It applies to a turn when the render of the messages before it, with a generation prompt, is a beginning of the
+    text, and to its end when the render of the messages up to it is one too.
+    """
+    header = template.facts().header
+    for turn in located.turns:
+        if turn.message == 0 or not header or not turn.context_as_in_inference:
+            continue
+        before = _prefix(messages[: turn.message], True, template)
+        if before is None or not text.startswith(before):
+            raise Unproved(f"message {turn.message} (assistant) follows another prompt than its tagged copy")
+        if before.endswith(header) and len(before) != turn.start:
+            raise Unproved(f"two ways to find the start of message {turn.message} (assistant) disagree")
+        until = (
+            text
+            if turn.message == len(messages) - 1
+            else _prefix(messages[: turn.message + 1], False, template)
+        )
+        if (
+            until is not None
+            and text.startswith(until)
+            and until.startswith(before)
+            and len(until) < turn.end
+        ):
+            if not turn.ends_turn:
+                raise Unproved(f"two ways to find the end of message {turn.message} (assistant) disagree")
+
+
+def _prefix(messages: Sequence[Message], add_generation_prompt: bool, template: _ChatTemplate) -> str | None:
+    try:
+        return template.render(messages, add_generation_prompt)
+    except RenderFailed:
+        return None
+
+
+# --- what a person should know ---------------------------------------------------------------------------------------
+
+
+def _token_problems(tokens: np.ndarray, tokenizer: Any) -> list[str]:
+    bos = tokenizer.bos_token_id
+    if bos is not None and len(tokens) > 1 and tokens[0] == tokens[1] == bos:
+        return [f"the text starts with {tokenizer.bos_token!r} twice."]
+    return []
+
+
+def _span_problems(located: Located, messages: Sequence[Message], weights: Sequence[float]) -> list[str]:
+    problems = [_lost_sentence(messages, *lost) for lost in _first_of_each_field(located.lost)]
+    for i in located.absent:
+        problems.append(
+            f"message {i} (assistant) is left out by the chat template: nothing of it is trained."
+        )
+    if not any(message.get("role") == "assistant" for message in messages):
+        problems.append("no message is from the assistant.")
+    for turn in located.turns:
+        if weights[turn.message] > 0:
+            problems += _turn_problems(turn, messages[turn.message])
+    return problems
+
+
+def _turn_problems(turn: Turn, message: Message) -> list[str]:
+    name, problems = f"message {turn.message} (assistant)", []
+    if not turn.ends_turn:
+        problems.append(
+            f"{name} has no end-of-turn in this chat template: the model does not learn to stop there."
+        )
+    if turn.message > 0 and not turn.context_as_in_inference:
+        problems.append(
+            f"{name} has another text before it here than at inference, where the template writes a different prompt: "
+            "one row for each assistant turn, with loss_on='final', comes closer."
+        )
+    content = message.get("content", "")
+    if not content or (isinstance(content, str) and not content.strip()):
+        if not any(
+            message.get(field) for field in ("tool_calls", "reasoning_content", "reasoning", "thinking")
+        ):
+            problems.append(f"{name} is blank: only its end is trained.")
+    return problems
+
+
+def _first_of_each_field(lost: Sequence[tuple[int, str, int, int]]) -> list[tuple[int, str, int, int]]:
+    totals: dict[tuple[int, str], tuple[int, int]] = {}
+    for message, field, missing, given in lost:
+        a, b = totals.get((message, field), (0, 0))
+        totals[message, field] = (a + missing, b + given)
+    return [(message, field, *counts) for (message, field), counts in totals.items()]
+
+
+def _lost_sentence(
+    messages: Sequence[Mapping[str, Any]], message: int, field: str, missing: int, given: int
+) -> str:
+    what = "is left out" if missing >= given else f"is partly left out ({missing} of {given} characters)"
+    return f"message {message} ({messages[message].get('role')}): its {field} {what} by the chat template."
+
+
+def _straddle_problems(offsets: np.ndarray, touched: np.ndarray, span: Span, text: str) -> list[str]:
+    problems = []
+    for k in np.flatnonzero(touched & ((offsets[:, 0] < span.start) | (offsets[:, 1] > span.end))):
+        a, b = offsets[k]
+        if text[a : span.start].strip() or text[span.end : b].strip() or span.role == "completion":
+            problems.append(
+                f"one token, {text[a:b]!r}, reaches across the edge of message {span.message} ({span.role}): it is trained."
+            )
+    return problems

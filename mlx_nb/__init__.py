@@ -1,0 +1,49 @@
+"""mlx_nb: fine-tune a language model with your hands in a notebook.
+
+`%load_ext mlx_nb` gives `%%finetune` and `%finetune`; `Run` is the same from Python. Everything is imported when it
+is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from IPython.core.interactiveshell import InteractiveShell
+
+    from mlx_nb.config import RunConfig
+    from mlx_nb.run import Run
+
+__version__ = "0.1.0"
+__all__ = ["Run", "RunConfig", "__version__", "load_ipython_extension", "unload_ipython_extension"]
+
+_PUBLIC = {"Run": "mlx_nb.run", "RunConfig": "mlx_nb.config"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'mlx_nb' has no attribute {name!r}")
+    if name == "Run":
+        from mlx_nb.model.backend import prepare_backend
+
+        prepare_backend()
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def load_ipython_extension(shell: InteractiveShell) -> None:
+    """Called by `%load_ext mlx_nb`: registers the magics and Tab completion."""
+    from mlx_nb.notebook import extension
+
+    extension.load(shell)
+
+
+def unload_ipython_extension(shell: InteractiveShell) -> None:
+    """Called by `%unload_ext mlx_nb`: removes all that loading added."""
+    from mlx_nb.notebook import extension
+
+    extension.unload(shell)

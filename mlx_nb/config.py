@@ -1,0 +1,506 @@
+"""RunConfig: every setting declared once, with its default, bounds and help.
+
+The declaration feeds the YAML of a `%%finetune` cell, validation, `%%finetune?` and the reference page in docs.
+Keys are those of mlx-lm's and mlx-lm-lora's YAML where they have one; `iters` counts optimizer updates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from mlx_nb.errors import ConfigError, did_you_mean
+from mlx_nb.yaml_loader import Document, load_mapping
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    group: str,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    live: bool = False,
+) -> Any:
+    """Declare one setting. `live` settings may change while a run is under way."""
+    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    metadata = {"help": help, "group": group, "live": live}
+    metadata["bounds"] = {word: value for word, value in bounds.items() if value is not None}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class LoraParameters:
+    """Shape of the adapter. `scale` multiplies the adapter's output and is never divided by the rank."""
+
+    rank: int = setting(8, "Inner dimension R of the adapter matrices.", group="adapter", at_least=1)
+    scale: float = setting(
+        20.0, "Factor on the adapter's output; PEFT's lora_alpha / r.", group="adapter", above=0
+    )
+    dropout: float = setting(
+        0.0, "Probability of dropping an adapter input while training.", group="adapter", at_least=0, below=1
+    )
+    keys: tuple[str, ...] | None = setting(
+        None,
+        "Modules to adapt: full paths inside a layer (self_attn.q_proj) or short names (q_proj). "
+        "null = every linear layer.",
+        group="adapter",
+    )
+
+
+@dataclass(frozen=True)
+class LrSchedule:
+    """Shape of the learning rate over updates, before warm-up is put in front of it."""
+
+    name: Literal["constant", "cosine_decay", "linear_schedule", "exponential_decay", "step_decay"] = setting(
+        "cosine_decay", "A schedule of mlx.optimizers, or constant.", group="optimizer"
+    )
+    arguments: tuple[float, ...] | None = setting(
+        None,
+        "The schedule's own arguments in mlx's order, the first being the initial learning rate. "
+        "null = from learning_rate down to 0 over the updates after warm-up.",
+        group="optimizer",
+    )
+    warmup: int | None = setting(
+        None, "Updates of linear warm-up. null = 5% of iters, at most 100.", group="optimizer", at_least=0
+    )
+    warmup_init: float = setting(0.0, "Learning rate at update 0 of the warm-up.", group="optimizer", at_least=0)
+
+
+_SCHEDULE_WORDS = {"cosine": "cosine_decay", "linear": "linear_schedule", "exponential": "exponential_decay"}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run. Frozen; `replace` gives a changed, checked copy.
+
+    Raises ConfigError when a setting is unknown, of the wrong kind, out of bounds, or would have no effect.
+    """
+
+    model: str = setting(
+        "smollm2-135m",
+        "An alias (smollm2-135m), hub id, local folder, or .gguf file. A quantised model gives QLoRA by itself.",
+        group="model",
+    )
+    load_in_bits: Literal[2, 3, 4, 6, 8] | None = setting(
+        None, "Quantise the base to this many bits on load. null = as it is.", group="model"
+    )
+    chat_template: str | None = setting(
+        None, "Jinja text, or a file with it, to use in place of the model's own chat template.", group="model"
+    )
+    data: Any = setting(
+        "data",
+        "A folder with train/valid/test files, a jsonl, json, parquet or csv file, a hub id, the name of a variable "
+        "in the notebook (list of dicts, DataFrame, datasets.Dataset), or a list of {path, weight} to mix.",
+        group="rows",
+    )
+    subset: str | None = setting(None, "Subset (configuration name) of a hub dataset.", group="rows")
+    train_split: str | None = setting(None, "Name of the training split. null = train.", group="rows")
+    valid_split: str | None = setting(
+        None, "Name of the validation split. null = valid, validation, val, dev or test file.", group="rows"
+    )
+    test_split: str | None = setting(None, "Name of the test split. null = test.", group="rows")
+    val_set_size: float = setting(
+        0.1,
+        "Without a validation split, hold out this share of the training rows (at most 200), or this many if "
+        "1 or more. 0 = none.",
+        group="rows",
+        at_least=0,
+    )
+    chat_feature: str | None = setting(None, "Column with the messages. null = messages.", group="rows")
+    prompt_feature: str | None = setting(None, "Column with the prompt. null = prompt.", group="rows")
+    completion_feature: str | None = setting(None, "Column with the completion. null = completion.", group="rows")
+    text_feature: str | None = setting(None, "Column with plain text. null = text.", group="rows")
+    system_feature: str | None = setting(None, "Column with a system prompt. null = system.", group="rows")
+    loss_on: Literal["assistant", "final", "all"] = setting(
+        "assistant",
+        "Which tokens are trained: every assistant turn, only the last message, or everything.",
+        group="rows",
+    )
+    max_seq_length: int = setting(2048, "Longest row in tokens; see truncate.", group="rows", at_least=2)
+    truncate: Literal["right", "left", "drop", "error"] = setting(
+        "right",
+        "What to do with a row longer than max_seq_length: cut its end, cut its start, leave it out, or stop.",
+        group="rows",
+    )
+    fine_tune_type: Literal["lora", "dora", "full"] = setting(
+        "lora", "Train low-rank adapters, weight-decomposed ones, or the weights themselves.", group="adapter"
+    )
+    num_layers: int = setting(-1, "Train the last N layers. -1 = all.", group="adapter", at_least=-1)
+    lora_parameters: LoraParameters = setting(LoraParameters(), "Shape of the adapter.", group="adapter")
+    target_modules: tuple[str, ...] | None = setting(
+        None, "Another word for lora_parameters.keys.", group="adapter"
+    )
+    resume_adapter_file: str | None = setting(
+        None, "Start from the weights of this adapters.safetensors (or its folder).", group="adapter"
+    )
+    optimizer: Literal["adam", "adamw", "sgd", "adafactor", "muon", "lion"] = setting(
+        "adamw", "An optimizer of mlx.optimizers.", group="optimizer"
+    )
+    optimizer_config: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Further arguments of the optimizer, such as betas or eps.",
+            "group": "optimizer",
+            "live": False,
+            "bounds": {},
+        },
+    )
+    learning_rate: float = setting(1e-4, "Peak learning rate.", group="optimizer", above=0, live=True)
+    lr_schedule: LrSchedule = setting(
+        LrSchedule(),
+        "cosine, linear, constant, or {name, arguments, warmup, warmup_init} as in mlx-lm.",
+        group="optimizer",
+    )
+    warmup: int | None = setting(None, "Another word for lr_schedule.warmup.", group="optimizer", at_least=0)
+    weight_decay: float = setting(
+        0.01, "Decoupled weight decay (adamw, lion, muon) or L2 penalty (sgd, adafactor).", group="optimizer", at_least=0
+    )
+    grad_clip: float | None = setting(
+        1.0, "Largest L2 norm of the whole gradient. null = no clipping.", group="optimizer", above=0, live=True
+    )
+    iters: int | None = setting(
+        None, "Optimizer updates in the run. null = as many as epochs take.", group="training", at_least=1
+    )
+    epochs: float | None = setting(
+        None, "Passes over the training rows. null = 1 when iters is not given.", group="training", above=0
+    )
+    batch_size: int = setting(4, "Rows in one forward pass.", group="training", at_least=1)
+    grad_accumulation_steps: int = setting(
+        1, "Forward passes in one update; weighted by token, so the same as one large batch.", group="training", at_least=1
+    )
+    seed: int = setting(0, "Decides row order, adapter start and dropout.", group="training", at_least=0)
+    steps_per_eval: int | None = setting(
+        None,
+        "Validate every N updates, besides at the start and the end. null = five times a run, -1 = never.",
+        group="validation",
+        at_least=-1,
+        live=True,
+    )
+    val_batches: int = setting(
+        25,
+        "Batches in one validation, always the same rows. -1 = all.",
+        group="validation",
+        at_least=-1,
+    )
+    early_stopping_patience: int | None = setting(
+        None,
+        "Stop after N validations in a row without a new best. null = never stop early.",
+        group="validation",
+        at_least=1,
+    )
+    test: bool = setting(False, "Measure loss and perplexity on the test split at the end.", group="validation")
+    test_batches: int = setting(-1, "Batches of the test split to measure. -1 = all.", group="validation", at_least=-1)
+    save_every: int = setting(100, "Save the adapter every N updates. -1 = only at the end.", group="saving", at_least=-1, live=True)
+    adapter_path: str | None = setting(
+        None, "Folder for the adapter. null = adapters/<name of the run>.", group="saving"
+    )
+
+    def __post_init__(self) -> None:
+        for declared in fields(self):
+            value = _coerce(getattr(self, declared.name), declared, _hints(RunConfig)[declared.name])
+            object.__setattr__(self, declared.name, value)
+        _merge_synonyms(self)
+        for check in _EFFECT_CHECKS:
+            check(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], document: Document | None = None) -> RunConfig:
+        """From flat settings. Unknown keys raise ConfigError naming the nearest known one and its line."""
+        place = document.place if document else lambda *_: ""
+        for key in values:
+            if key not in SETTINGS:
+                raise ConfigError(_located(place(key), f"unknown setting `{key}`.{_nearest(key)}"))
+        try:
+            return cls(**values)
+        except _SettingError as error:
+            raise ConfigError(_located(place(*error.path), str(error))) from None
+
+    @classmethod
+    def from_yaml(cls, source: str | Path, **overrides: Any) -> RunConfig:
+        """From YAML text or the path of a YAML file; `overrides` win over the file."""
+        name = "the YAML"
+        if isinstance(source, Path) or _looks_like_path(source):
+            path = Path(source).expanduser()
+            if not path.is_file():
+                raise ConfigError(f"no such file: {path}. Give the path of a YAML file, or YAML text.")
+            source, name = path.read_text(encoding="utf-8"), str(path)
+        document = load_mapping(str(source), name)
+        return cls.from_dict({**document.values, **overrides}, document)
+
+    def replace(self, **changes: Any) -> RunConfig:
+        """A changed, checked copy."""
+        return RunConfig.from_dict({**self.to_dict(), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for YAML or JSON; `from_dict` reads them back."""
+        values = {name: getattr(self, name) for name in SETTINGS}
+        for name, value in values.items():
+            if dataclasses.is_dataclass(value) and not isinstance(value, type):
+                values[name] = {key: _plain(item) for key, item in dataclasses.asdict(value).items()}
+            else:
+                values[name] = _plain(value)
+        return values
+
+    def changed(self) -> dict[str, Any]:
+        """The settings that differ from their defaults, as plain values."""
+        standard = RunConfig().to_dict()
+        return {name: value for name, value in self.to_dict().items() if value != standard[name]}
+
+
+class _SettingError(ConfigError):
+    def __init__(self, path: tuple[str, ...], message: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _located(place: str, message: str) -> str:
+    return f"{place}: {message}" if place else message
+
+
+def _looks_like_path(source: str) -> bool:
+    return "\n" not in source and ":" not in source[2:] and source.strip().endswith((".yaml", ".yml"))
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _nearest(key: str) -> str:
+    synonyms = {
+        "lr": "`learning_rate`",
+        "gradient_accumulation_steps": "`grad_accumulation_steps`",
+        "train_type": "`fine_tune_type`",
+        "max_steps": "`iters`",
+        "steps": "`iters`",
+        "num_epochs": "`epochs`",
+        "dataset": "`data`",
+        "hf_dataset": "`data`",
+        "mask_prompt": "`loss_on: assistant` (the default) or `loss_on: all`",
+        "lora_alpha": "`lora_parameters: {scale: ...}` (alpha / rank)",
+        "patience": "`early_stopping_patience`",
+        "max_seq_len": "`max_seq_length`",
+        "warmup_steps": "`warmup`",
+        "load_in_4bits": "`load_in_bits: 4`",
+        "load_in_8bits": "`load_in_bits: 8`",
+    }
+    if key in synonyms:
+        return f" Here it is {synonyms[key]}."
+    if key in {declared.name for declared in fields(LoraParameters)}:
+        return f" It belongs inside: `lora_parameters: {{{key}: ...}}`."
+    return did_you_mean(key, SETTINGS) or " `%%finetune?` lists all settings."
+
+
+def _coerce(value: Any, declared: dataclasses.Field, hint: Any, parent: tuple[str, ...] = ()) -> Any:
+    """`value` as the declared type, inside its bounds. Raises _SettingError with the path of the setting."""
+    path = (*parent, declared.name)
+    label = ".".join(path)
+    if hint is Any:
+        return value
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if value is None:
+        if type(None) in options:
+            return None
+        raise _SettingError(path, f"`{label}` has no value. {_expected(label, options)}")
+    kind = next(option for option in options if option is not type(None))
+    if dataclasses.is_dataclass(kind):
+        return _coerce_group(value, typing.cast(type, kind), path)
+    if kind is dict or typing.get_origin(kind) is dict:
+        if not isinstance(value, Mapping):
+            raise _SettingError(path, f"`{label}` must be a mapping such as {{eps: 1e-8}}, not {value!r}.")
+        return dict(value)
+    result = _CONVERSIONS[typing.get_origin(kind) or kind](value, kind)
+    if result is _WRONG:
+        raise _SettingError(path, f"`{label}` cannot be {value!r}. {_expected(label, options)}")
+    for word, limit in declared.metadata["bounds"].items():
+        if not _BOUNDS[word](result, limit):
+            raise _SettingError(path, f"`{label}` must be {word} {limit:g}, not {result:g}.")
+    return result
+
+
+def _coerce_group(value: Any, kind: type, path: tuple[str, ...]) -> Any:
+    if isinstance(value, kind):
+        value = {declared.name: getattr(value, declared.name) for declared in fields(kind)}  # type: ignore[arg-type]
+    elif isinstance(value, str) and kind is LrSchedule:
+        value = {"name": value}
+    if not isinstance(value, Mapping):
+        names = ", ".join(declared.name for declared in fields(kind))  # type: ignore[arg-type]
+        raise _SettingError(path, f"`{path[0]}` must be a mapping with some of: {names}; not {value!r}.")
+    known = {declared.name: declared for declared in fields(kind)}  # type: ignore[arg-type]
+    for key in value:
+        if key not in known:
+            names = ", ".join(known)
+            raise _SettingError(
+                (*path, str(key)), f"unknown setting `{path[0]}.{key}`.{did_you_mean(str(key), known)} Known: {names}."
+            )
+    if kind is LrSchedule and value.get("name") in _SCHEDULE_WORDS:
+        value = {**value, "name": _SCHEDULE_WORDS[value["name"]]}
+    hints = _hints(kind)
+    return kind(**{key: _coerce(item, known[key], hints[key], path) for key, item in value.items()})
+
+
+_WRONG = object()
+
+
+def _to_int(value: Any, _kind: Any) -> Any:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else _WRONG
+
+
+def _to_float(value: Any, _kind: Any) -> Any:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else _WRONG
+
+
+def _to_choice(value: Any, kind: Any) -> Any:
+    return value if value in typing.get_args(kind) and not isinstance(value, bool) else _WRONG
+
+
+def _to_tuple(value: Any, kind: Any) -> Any:
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple)) or not items:
+        return _WRONG
+    item_kind = typing.get_args(kind)[0]
+    converted = [_CONVERSIONS[item_kind](item, item_kind) for item in items]
+    return _WRONG if any(item is _WRONG for item in converted) else tuple(converted)
+
+
+_CONVERSIONS: dict[Any, Callable[[Any, Any], Any]] = {
+    int: _to_int,
+    float: _to_float,
+    bool: lambda value, _kind: value if isinstance(value, bool) else _WRONG,
+    str: lambda value, _kind: value if isinstance(value, str) else str(value) if isinstance(value, Path) else _WRONG,
+    Literal: _to_choice,
+    tuple: _to_tuple,
+}
+_BOUNDS: dict[str, Callable[[float, float], bool]] = {
+    "at least": lambda value, limit: value >= limit,
+    "above": lambda value, limit: value > limit,
+    "at most": lambda value, limit: value <= limit,
+    "below": lambda value, limit: value < limit,
+}
+
+
+def _expected(label: str, options: tuple[Any, ...]) -> str:
+    kind = next(option for option in options if option is not type(None))
+    if typing.get_origin(kind) is Literal:
+        choices = [f"{choice}" for choice in typing.get_args(kind)]
+        if label == "lr_schedule.name":
+            choices += list(_SCHEDULE_WORDS)
+        text = "Choose one of: " + ", ".join(choices) + "."
+    elif typing.get_origin(kind) is tuple:
+        text = "It takes a list."
+    else:
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        text = f"It takes {words.get(kind, 'a value')}."
+    return text + (" null is allowed." if type(None) in options else "")
+
+
+def _merge_synonyms(config: RunConfig) -> None:
+    """`target_modules` and `warmup` are second words: fold them into the setting they stand for."""
+    if config.target_modules is not None:
+        keys = config.lora_parameters.keys
+        if keys is not None and keys != config.target_modules:
+            raise _SettingError(("target_modules",), "`target_modules` and `lora_parameters.keys` differ. Give one of them.")
+        merged = dataclasses.replace(config.lora_parameters, keys=config.target_modules)
+        object.__setattr__(config, "lora_parameters", merged)
+        object.__setattr__(config, "target_modules", None)
+    if config.warmup is not None:
+        if config.lr_schedule.warmup not in (None, config.warmup):
+            raise _SettingError(("warmup",), "`warmup` and `lr_schedule.warmup` differ. Give one of them.")
+        object.__setattr__(config, "lr_schedule", dataclasses.replace(config.lr_schedule, warmup=config.warmup))
+        object.__setattr__(config, "warmup", None)
+
+
+def _check_length(config: RunConfig) -> None:
+    if config.iters is not None and config.epochs is not None:
+        raise _SettingError(("epochs",), "`iters` and `epochs` both set the length of the run. Give one of them.")
+    warmup = config.lr_schedule.warmup
+    if config.iters is not None and warmup is not None and warmup > config.iters:
+        raise _SettingError(("warmup",), f"`warmup` ({warmup}) is longer than the run (`iters: {config.iters}`).")
+
+
+def _check_adapter(config: RunConfig) -> None:
+    if config.fine_tune_type == "full" and config.lora_parameters != LoraParameters():
+        raise _SettingError(
+            ("lora_parameters",),
+            "`lora_parameters` has no effect with `fine_tune_type: full`. Remove it, or use lora or dora.",
+        )
+    if config.num_layers == 0:
+        raise _SettingError(("num_layers",), "`num_layers: 0` trains nothing. Use -1 for all layers.")
+
+
+def _check_optimizer(config: RunConfig) -> None:
+    decay_default = next(declared.default for declared in fields(RunConfig) if declared.name == "weight_decay")
+    if config.optimizer == "adam" and config.weight_decay not in (decay_default, 0.0):
+        raise _SettingError(("weight_decay",), "`weight_decay` has no effect with `optimizer: adam`. Use adamw.")
+    schedule = config.lr_schedule
+    if schedule.arguments is None:
+        if schedule.name in ("exponential_decay", "step_decay"):
+            raise _SettingError(
+                ("lr_schedule",),
+                f"`lr_schedule: {schedule.name}` needs its arguments, for instance "
+                f"{{name: {schedule.name}, arguments: {_EXAMPLE_ARGUMENTS[schedule.name]}}}.",
+            )
+        return
+    expected = _ARGUMENT_COUNTS[schedule.name]
+    if not expected[0] <= len(schedule.arguments) <= expected[1]:
+        raise _SettingError(
+            ("lr_schedule", "arguments"),
+            f"`lr_schedule.arguments` of {schedule.name} has {len(schedule.arguments)} values; mlx takes "
+            f"{_EXAMPLE_ARGUMENTS[schedule.name]}.",
+        )
+    if schedule.arguments[0] <= 0:
+        raise _SettingError(("lr_schedule", "arguments"), "the first of `lr_schedule.arguments` must be above 0.")
+    peak_default = next(declared.default for declared in fields(RunConfig) if declared.name == "learning_rate")
+    if config.learning_rate not in (peak_default, schedule.arguments[0]):
+        raise _SettingError(
+            ("learning_rate",),
+            f"`learning_rate: {config.learning_rate:g}` has no effect: `lr_schedule.arguments` starts at "
+            f"{schedule.arguments[0]:g}. Remove one of them.",
+        )
+    object.__setattr__(config, "learning_rate", float(schedule.arguments[0]))
+
+
+def _check_validation(config: RunConfig) -> None:
+    if config.early_stopping_patience is not None and config.steps_per_eval == -1:
+        raise _SettingError(
+            ("early_stopping_patience",),
+            "`early_stopping_patience` has no effect with `steps_per_eval: -1`, which never validates.",
+        )
+    if config.test_batches != -1 and not config.test:
+        raise _SettingError(("test_batches",), "`test_batches` has no effect without `test: true`.")
+    for name in ("steps_per_eval", "val_batches", "test_batches", "save_every"):
+        if getattr(config, name) == 0:
+            raise _SettingError((name,), f"`{name}` cannot be 0. Use -1 to switch it off, or a positive number.")
+
+
+_ARGUMENT_COUNTS = {
+    "constant": (1, 1),
+    "cosine_decay": (2, 3),
+    "linear_schedule": (3, 3),
+    "exponential_decay": (2, 2),
+    "step_decay": (3, 3),
+}
+_EXAMPLE_ARGUMENTS = {
+    "constant": "[1e-4]",
+    "cosine_decay": "[1e-4, 500, 0]",
+    "linear_schedule": "[1e-4, 0, 500]",
+    "exponential_decay": "[1e-4, 0.99]",
+    "step_decay": "[1e-4, 0.5, 100]",
+}
+_EFFECT_CHECKS = (_check_length, _check_adapter, _check_optimizer, _check_validation)
+
+SETTINGS: dict[str, dataclasses.Field] = {declared.name: declared for declared in fields(RunConfig)}
+LIVE_SETTINGS: tuple[str, ...] = tuple(name for name, declared in SETTINGS.items() if declared.metadata["live"])

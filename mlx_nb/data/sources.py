@@ -1,0 +1,327 @@
+"""Where rows come from: files, folders, the hub, variables of the notebook. One RowSource for all of them.
+
+Rows are counted from 0 (as in `run.rows("train")[12]`), lines of a file from 1 (as an editor shows them).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from mlx_nb.data.files import READERS, open_file, without_nested_none
+from mlx_nb.data.mixtures import SourceSpec, SplitWords, hold_out, mixed, mixture_specs, renamed
+from mlx_nb.data.row_source import RowSource, joined
+from mlx_nb.errors import DataError, did_you_mean
+
+__all__ = ["RowSource", "Splits", "open_splits"]
+
+_TRAIN_NAMES = ("train",)
+_VALID_NAMES = ("valid", "validation", "val", "dev")
+_TEST_NAMES = ("test",)
+_ROWS_LOOKED_AT = 3
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_KNOWN_KINDS = (
+    "Data is a folder, a .jsonl, .json, .parquet or .csv file, a hub id owner/name, a list of dicts, "
+    "a pandas DataFrame, a datasets.Dataset, or a dict of splits."
+)
+
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The rows to train, validate and test on. `notes` say what was decided on the way, for the person."""
+
+    train: RowSource
+    valid: RowSource | None
+    test: RowSource | None
+    notes: tuple[str, ...] = ()
+
+
+def open_splits(
+    data: object,
+    *,
+    namespace: Mapping[str, object] | None = None,
+    val_set_size: float = 0.1,
+    seed: int = 0,
+    train_split: str | None = None,
+    valid_split: str | None = None,
+    test_split: str | None = None,
+    subset: str | None = None,
+) -> Splits:
+    """The train, valid and test rows of whatever a person calls data.
+
+    data: a folder with train, valid (or validation, val, dev) and test files; one .jsonl, .json, .parquet or
+    .csv file; a variable of `namespace` by name; a hub id `owner/name`; a list of dicts, DataFrame or
+    datasets.Dataset; a DatasetDict or dict of splits. An existing path wins over a variable, a variable over
+    a hub id.
+
+    Hold-out: without a validation split, `val_set_size` of the training rows are drawn by `seed` and taken
+    out of train. Below 1 it is a share (at least 1 row, at most 200, never all), from 1 on a number of rows.
+
+    Mixture: a list of paths, names or `{path, weight, subset, train_split, valid_split, test_split,
+    chat_feature, prompt_feature, completion_feature, text_feature, system_feature}`.
+    - Without any weight an epoch holds every row of every source exactly once.
+    - With weights (1 where missing) the numbers of rows drawn from the sources are to each other as their
+      weights, whatever the sizes. The epoch is the shortest in which every row occurs at least once: the rows
+      of one source occur once, those of the others repeat, no row more than once more than its neighbours.
+    - Sources are interleaved evenly, each in an order drawn by `seed`; every epoch is the same mixture.
+    - Holding out comes first, so no row is both trained and validated on. valid and test join the splits of
+      all sources that have one, unweighted.
+
+    Raises DataError, with the nearest known name, for everything that cannot be found or read. The first rows
+    of each table are read here; a later broken row raises when it is read.
+    """
+    words = SplitWords(train_split, valid_split, test_split, subset)
+    found, label, notes = _look_up(data, namespace)
+    specs = mixture_specs(found)
+    if specs is None:
+        parts = [_open(found, label, words, namespace)]
+    else:
+        words.refuse(tuple(vars(words)), "data is a list of sources. Give it inside a source")
+        parts = [_open_spec(spec, namespace) for spec in specs]
+    valid = joined([part.valid for part in parts if part.valid])
+    test = joined([part.test for part in parts if part.test])
+    trains = [part.train for part in parts]
+    notes += tuple(note for part in parts for note in part.notes)
+    if valid is None:
+        trains, valid, note = hold_out(trains, val_set_size, seed)
+        notes += (note,)
+    if specs is None:
+        return Splits(trains[0], valid, test, notes)
+    train, note = mixed(trains, [spec.weight for spec in specs], seed)
+    return Splits(train, valid, test, (*notes, note))
+
+
+def _look_up(data: object, namespace: Mapping[str, object] | None) -> tuple[object, str, tuple[str, ...]]:
+    """What a name stands for: a Path, a hub id (str) or an object; with a label and notes."""
+    if not isinstance(data, (str, os.PathLike)):
+        return data, "data", ()
+    text = os.fspath(data)
+    path = Path(text).expanduser()
+    variables = {name: value for name, value in (namespace or {}).items() if not name.startswith("_")}
+    if isinstance(data, str) and text in variables and not _could_be_rows(variables[text]):
+        if not path.exists():
+            kind = type(variables[text]).__name__
+            raise DataError(f"variable `{text}` is of type {kind}, which holds no rows. {_KNOWN_KINDS}")
+        variables.pop(text)
+    if text and path.exists():
+        if text not in variables:
+            return path, text, ()
+        kind = "folder" if path.is_dir() else "file"
+        return path, text, (f"`{text}` is a {kind} and a variable: the {kind} is used. Rename one of them.",)
+    if isinstance(data, str) and text in variables:
+        value = variables[text]
+        return (Path(value).expanduser() if isinstance(value, os.PathLike) else value), text, ()
+    near_a_path = bool(did_you_mean(path.name, _names_in(path.parent))) or path.suffix in READERS
+    if isinstance(data, str) and _HUB_ID.fullmatch(text) and not near_a_path:
+        return text, text, ()
+    raise DataError(_not_found(text, path, variables))
+
+
+def _could_be_rows(value: object) -> bool:
+    if isinstance(value, (list, tuple, Mapping, os.PathLike, RowSource)):
+        return True
+    return type(value).__module__.split(".")[0] in ("pandas", "datasets")
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    except OSError:
+        return []
+
+
+def _not_found(text: str, path: Path, variables: Mapping[str, object]) -> str:
+    if not text.strip():
+        return f"`data` is empty. {_KNOWN_KINDS}"
+    near = did_you_mean(path.name, _names_in(path.parent))
+    if near and path.parent != Path("."):
+        near += f" (in {path.parent})"
+    if text.isidentifier():
+        near = did_you_mean(text, [name for name in variables if _could_be_rows(variables[name])]) or near
+        return f"no file, folder or variable {text!r}.{near} A hub id has the form owner/name."
+    if not path.parent.is_dir():
+        near = f" There is no folder {path.parent}."
+    return f"no such file or folder: {text}.{near} Working folder: {Path.cwd()}."
+
+
+def _open(found: object, label: str, words: SplitWords, namespace: Mapping[str, object] | None) -> Splits:
+    if isinstance(found, str):
+        return _open_hub(found, words)
+    words.refuse(("subset",), "only hub datasets have subsets")
+    if isinstance(found, Path) and found.is_dir():
+        return _open_folder(found, words)
+    if isinstance(found, Mapping):
+        return _open_mapping(found, label, words, namespace)
+    words.refuse(("train_split", "valid_split", "test_split"), f"{label} has no splits")
+    return Splits(_open_table(found, label), None, None)
+
+
+def _open_folder(folder: Path, words: SplitWords) -> Splits:
+    files: dict[str, list[Path]] = {}
+    for name in _names_in(folder):
+        if Path(name).suffix in READERS:
+            files.setdefault(Path(name).stem, []).append(folder / name)
+    if not files:
+        inside = ", ".join(_names_in(folder)[:8]) or "nothing"
+        raise DataError(f"folder {folder} has no .jsonl, .json, .parquet or .csv file; it holds: {inside}.")
+
+    def opened(paths: list[Path]) -> RowSource:
+        if len(paths) > 1:
+            names = " and ".join(path.name for path in paths)
+            raise DataError(
+                f"folder {folder} has {names}: which one? Remove one, or give the path of a file."
+            )
+        return _open_table(paths[0], paths[0].name)
+
+    return _pick_splits(files, words, f"folder {folder}", opened)
+
+
+def _open_mapping(
+    found: Mapping[Any, Any], label: str, words: SplitWords, namespace: Mapping[str, object] | None
+) -> Splits:
+    named = {str(name): (str(name), value) for name, value in found.items()}
+
+    def opened(item: tuple[str, object]) -> RowSource:
+        name, value = item
+        if isinstance(value, (str, os.PathLike)):
+            value, _, _ = _look_up(value, namespace)
+        return _open_table(value, f"{label}[{name!r}]")
+
+    return _pick_splits(named, words, f"the dict {label}", opened)
+
+
+def _open_hub(hub_id: str, words: SplitWords) -> Splits:
+    import datasets
+
+    def load(split: str | None) -> Any:
+        try:
+            return datasets.load_dataset(hub_id, name=words.subset, split=split)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise DataError(
+                f"no folder {hub_id!r} here, and the hub dataset of that name could not be loaded: "
+                f"{reason.rstrip('.')}. Check the name and the network, or give a local path."
+            ) from None
+
+    # `train[:80%]` is the hub's own notation for a part of a split: only the hub library can read it.
+    parts = {
+        word: load(word)
+        for word in (words.train_split, words.valid_split, words.test_split)
+        if word and "[" in word
+    }
+    whole = {} if words.train_split in parts and words.valid_split in parts else dict(load(None))
+    named = {name: (name, value) for name, value in (whole | parts).items()}
+    return _pick_splits(
+        named, words, f"hub dataset {hub_id}", lambda item: _open_table(item[1], f"{hub_id}[{item[0]}]")
+    )
+
+
+def _pick_splits(
+    available: Mapping[str, _Item], words: SplitWords, where: str, opened: Callable[[_Item], RowSource]
+) -> Splits:
+    def pick(asked: str | None, usual: Sequence[str], setting: str) -> RowSource | None:
+        if asked is not None:
+            name = asked if asked in available else Path(asked).stem
+            if name not in available:
+                raise DataError(
+                    f"{where} has no split {asked!r} (`{setting}`).{did_you_mean(asked, available)} {found}"
+                )
+            return opened(available[name])
+        name = next((name for name in usual if name in available), "")
+        return opened(available[name]) if name else None
+
+    found = f"It has: {', '.join(list(available)[:8]) or 'nothing'}."
+    train = pick(words.train_split, _TRAIN_NAMES, "train_split")
+    if train is None:
+        raise DataError(
+            f"{where} has no train split. {found} Name one of them with train_split, or give its path."
+        )
+    valid = pick(words.valid_split, _VALID_NAMES, "valid_split")
+    return Splits(train, valid, pick(words.test_split, _TEST_NAMES, "test_split"))
+
+
+def _open_spec(spec: SourceSpec, namespace: Mapping[str, object] | None) -> Splits:
+    found, label, notes = _look_up(spec.path, namespace)
+    splits = _open(found, label, spec.words, namespace)
+    if not spec.columns:
+        return replace(splits, notes=notes)
+    train, valid, test = (
+        source and renamed(source, spec.columns) for source in (splits.train, splits.valid, splits.test)
+    )
+    assert train is not None
+    return Splits(train, valid, test, notes)
+
+
+def _open_table(value: object, label: str) -> RowSource:
+    """One table of rows, its first rows looked at."""
+    source = _table(value, label)
+    if not len(source):
+        raise DataError(f"{source.name} has no rows. Add rows, or remove it.")
+    for row in range(min(len(source), _ROWS_LOOKED_AT)):
+        source[row]
+    return source
+
+
+def _table(value: object, label: str) -> RowSource:
+    if isinstance(value, RowSource):
+        return value
+    if isinstance(value, Path):
+        return open_file(value)
+    if isinstance(value, (list, tuple)):
+        return _in_memory(list(value), label)
+    library, kind = type(value).__module__.split(".")[0], type(value).__name__
+    if library == "pandas" and kind == "DataFrame":
+        frame: Any = value
+        return _in_memory([_plain(record) for record in frame.to_dict("records")], label)
+    if library == "datasets" and kind == "Dataset":
+        dataset: Any = value
+        return _lazy_table(label, len(dataset), lambda row: without_nested_none(dataset[row]))
+    if library == "datasets" and kind == "IterableDataset":
+        raise DataError(
+            f"{label} is a streaming dataset, which has no rows by number. Use list({label}.take(1000))."
+        )
+    raise DataError(f"{label} is of type {kind}, which holds no rows. {_KNOWN_KINDS}")
+
+
+def _in_memory(records: Sequence[Any], label: str) -> RowSource:
+    return _lazy_table(label, len(records), records.__getitem__, lambda row: f"{label}[{row}]")
+
+
+def _lazy_table(
+    label: str,
+    length: int,
+    read: Callable[[int], Mapping[str, Any]],
+    locate: Callable[[int], str] | None = None,
+) -> RowSource:
+    def digest() -> str:
+        content = hashlib.sha256()
+        for row in range(length):
+            record = json.dumps(read(row), sort_keys=True, default=str)
+            content.update(record.encode() + b"\n")
+        return content.hexdigest()
+
+    return RowSource(label, length, read, locate or (lambda row: f"{label} row {row}"), digest)
+
+
+def _plain(value: Any) -> Any:
+    """numpy and pandas values as JSON would hold them; a missing value is None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return [_plain(item) for item in value.tolist()]
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    missing = (isinstance(value, float) and value != value) or type(value).__name__ in ("NAType", "NaTType")
+    return None if missing else value

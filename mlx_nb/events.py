@@ -1,0 +1,179 @@
+"""What happened in a run: frozen records that turn into JSON lines and back.
+
+Events are the only thing training tells the views; requests are the only thing the views tell training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class Event:
+    """Base of all events. `step` counts the optimizer updates done when it happened."""
+
+    step: int
+
+    def to_json(self) -> str:
+        """One JSON line; `event_from_json` reads it back."""
+        return json.dumps({"event": type(self).__name__, **dataclasses.asdict(self)})
+
+
+@dataclass(frozen=True)
+class RunStarted(Event):
+    """Training begins or goes on. `trainable_parameters` and `total_parameters` count numbers, not arrays."""
+
+    name: str
+    iters: int
+    trainable_parameters: int
+    total_parameters: int
+    train_rows: int
+    valid_rows: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StepCompleted(Event):
+    """One optimizer update.
+
+    loss             mean negative log-likelihood in nats over the target tokens of the whole update
+    learning_rate    the rate this update used
+    gradient_norm    L2 norm before clipping
+    target_tokens    tokens that counted in the loss;  tokens: all tokens without padding
+    seconds          wall time of the update;  peak_memory in bytes
+    rows             numbers of the training rows in the update
+    """
+
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    target_tokens: float
+    tokens: int
+    seconds: float
+    peak_memory: int
+    epoch: float
+    rows: tuple[int, ...]
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EvaluationCompleted(Event):
+    """Loss (nats per target token) and perplexity, exp(loss), over a fixed set of rows of one split."""
+
+    split: str
+    loss: float
+    perplexity: float
+    target_tokens: float
+    rows: int
+    seconds: float
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class CheckpointSaved(Event):
+    """An adapter was written. `kind` is `last`, `best` or `step`."""
+
+    path: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class SettingChanged(Event):
+    """A live setting changed at a step boundary."""
+
+    name: str
+    old: Any
+    new: Any
+
+
+@dataclass(frozen=True)
+class RunPaused(Event):
+    """Training stopped at a step boundary and can go on."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class RunFinished(Event):
+    """The run is over. `reason` is `iters reached`, `early stopping` or `stopped`."""
+
+    reason: str
+    seconds: float
+    tokens: int
+    target_tokens: float
+    best_loss: float | None
+    best_step: int | None
+    path: str | None
+
+
+@dataclass(frozen=True)
+class RunFailed(Event):
+    """A step could not be done. Parameters and optimizer are those of `step`."""
+
+    error: str
+    rows: tuple[int, ...] = ()
+
+
+EVENT_TYPES: dict[str, type[Event]] = {
+    kind.__name__: kind
+    for kind in (
+        RunStarted,
+        StepCompleted,
+        EvaluationCompleted,
+        CheckpointSaved,
+        SettingChanged,
+        RunPaused,
+        RunFinished,
+        RunFailed,
+    )
+}
+
+
+def event_from_json(line: str) -> Event:
+    """The event that `Event.to_json` wrote."""
+    values = json.loads(line)
+    kind = EVENT_TYPES[values.pop("event")]
+    for declared in dataclasses.fields(kind):
+        if isinstance(values.get(declared.name), list):
+            values[declared.name] = tuple(values[declared.name])
+    return kind(**values)
+
+
+@dataclass(frozen=True)
+class Request:
+    """Base of what a person may ask of a run; read at step boundaries only."""
+
+    applies: ClassVar[str] = "at the next step boundary"
+
+
+@dataclass(frozen=True)
+class Pause(Request):
+    """Stop at the next step boundary; the run can go on."""
+
+    reason: str = "asked to pause"
+
+
+@dataclass(frozen=True)
+class Stop(Request):
+    """End the run at the next step boundary; the adapter is saved."""
+
+
+@dataclass(frozen=True)
+class Save(Request):
+    """Write the adapter now."""
+
+
+@dataclass(frozen=True)
+class Evaluate(Request):
+    """Validate now."""
+
+
+@dataclass(frozen=True)
+class ChangeSetting(Request):
+    """Change a live setting."""
+
+    name: str
+    value: Any

@@ -1,0 +1,110 @@
+"""Log-probabilities of target tokens. The next-token shift of the whole package is here, once.
+
+Only positions that predict a trained token are projected to the vocabulary: for half-masked rows that is half of
+the largest matrix product of a small model, and none of its memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_nb.data.batches import TokenBatch
+
+
+class TargetInputs(NamedTuple):
+    """A batch as the model takes it.
+
+    tokens_BT    (B, T) int32, inputs
+    position_S   (S,) int32, index into the flattened (B * T) outputs of the position that predicts each target
+    target_S     (S,) int32, the token to predict
+    weight_S     (S,) float32, its weight in the loss; 0 on padding of S
+    """
+
+    tokens_BT: mx.array
+    position_S: mx.array
+    target_S: mx.array
+    weight_S: mx.array
+
+
+def target_inputs(batch: TokenBatch, targets_to_multiple: int = 1) -> TargetInputs:
+    """THE next-token shift: the output at position t predicts the token at t + 1, weighted by that token's mask.
+
+    Columns after the last position that predicts a target are cut: in a causal model they change nothing.
+    """
+    row_S, column_S = np.nonzero(batch.loss_mask_BT[:, 1:])
+    width = int(column_S.max()) + 1 if len(column_S) else 1
+    tokens_BT = batch.tokens_BT[:, :width]
+    weight_S = batch.loss_mask_BT[row_S, column_S + 1]
+    target_S = batch.tokens_BT[row_S, column_S + 1]
+    position_S = row_S * width + column_S
+    padding = -len(position_S) % targets_to_multiple
+    return TargetInputs(
+        mx.array(np.ascontiguousarray(tokens_BT)),
+        mx.array(np.pad(position_S, (0, padding)).astype(np.int32)),
+        mx.array(np.pad(target_S, (0, padding)).astype(np.int32)),
+        mx.array(np.pad(weight_S, (0, padding)).astype(np.float32)),
+    )
+
+
+class TargetScorer:
+    """Log-probabilities of targets under one model, live: it reads the model's parameters at each call.
+
+    Hidden states and vocabulary projection are taken apart when that is PROVED to give the model's own logits, on a
+    probe; a model that does more to its logits (soft caps, scales) is run whole.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._split = _proven_split(model)
+
+    @property
+    def projects_targets_only(self) -> bool:
+        return self._split is not None
+
+    def logprobs(self, inputs: TargetInputs) -> mx.array:
+        """(S,) float32: log p(target | the tokens before it)."""
+        logits_SV = self.logits(inputs).astype(mx.float32)
+        target_logits_S = mx.take_along_axis(logits_SV, inputs.target_S[:, None], axis=-1)[:, 0]
+        return target_logits_S - mx.logsumexp(logits_SV, axis=-1)
+
+    def logits(self, inputs: TargetInputs) -> mx.array:
+        """(S, V) logits at the predicting positions, in the model's type."""
+        if self._split is None:
+            logits_BTV = self.model(inputs.tokens_BT)
+            return logits_BTV.reshape(-1, logits_BTV.shape[-1])[inputs.position_S]
+        backbone, head = self._split
+        hidden_BTD = backbone(inputs.tokens_BT)
+        hidden_SD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[inputs.position_S]
+        return head(hidden_SD[None])[0]
+
+
+_Split = tuple[Callable[[mx.array], mx.array], Callable[[mx.array], mx.array]]
+
+
+def _proven_split(model: nn.Module) -> _Split | None:
+    """(tokens -> hidden, hidden -> logits) when their composition equals the model on a probe, else None."""
+    backbone = model.get("model")
+    if not isinstance(backbone, nn.Module) or not hasattr(backbone, "__call__"):
+        return None
+    if isinstance(model.get("lm_head"), nn.Module):
+
+        def head(hidden: mx.array) -> mx.array:
+            return model["lm_head"](hidden)
+    elif hasattr(backbone.get("embed_tokens"), "as_linear"):
+
+        def head(hidden: mx.array) -> mx.array:
+            return backbone["embed_tokens"].as_linear(hidden)
+    else:
+        return None
+    probe = mx.array([[1, 5, 2, 7, 3]])
+    try:
+        whole, taken_apart = model(probe), head(backbone(probe))
+        same = whole.shape == taken_apart.shape and mx.allclose(whole, taken_apart, rtol=1e-3, atol=1e-3).item()
+    except (TypeError, ValueError, AttributeError):
+        return None
+    return (backbone, head) if same else None

@@ -1,0 +1,27 @@
+"""All randomness of a run is a function of (seed, purpose, step); the user's own stream is given back."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import mlx.core as mx
+
+
+def seed_for(seed: int, purpose: str, step: int = 0) -> int:
+    """A 63-bit seed from the run's seed, what it is for, and the step."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@contextmanager
+def random_stream(seed: int) -> Iterator[None]:
+    """`mx.random` starts from `seed` while inside; afterwards the user's stream goes on where it was."""
+    # The two words are read now: an interrupted trace leaves placeholders in mx.random.state.
+    high, low = mx.random.state[0].tolist()
+    mx.random.seed(seed)
+    try:
+        yield
+    finally:
+        mx.random.seed((high << 32) | low)

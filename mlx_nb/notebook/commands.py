@@ -1,0 +1,255 @@
+"""The subcommands of `%finetune`: each parses its words and delegates to a Run."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from mlx_nb.config import LIVE_SETTINGS
+from mlx_nb.errors import CommandError, did_you_mean
+from mlx_nb.notebook.session import Session
+from mlx_nb.run import SPLITS, Run
+from mlx_nb.yaml_loader import load_mapping
+
+CELL_OPTIONS = {
+    "--name": "name of the run (default: run); also its folder in adapters/",
+    "-o": "bind the Run to this variable",
+    "--paused": "build the run, load nothing, train nothing",
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: what it takes, what it does, and the function `(session, arguments) -> object to display`."""
+
+    usage: str
+    help: str
+    act: Callable[[Session, argparse.Namespace], Any]
+    parser: argparse.ArgumentParser
+
+    @property
+    def options(self) -> list[str]:
+        return [
+            word for action in self.parser._actions for word in action.option_strings if word.startswith("--") and word != "--name"
+        ]
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises CommandError where it would end the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(f"%finetune {self.prog}: {message}. Usage: %finetune {self.prog} {_usage(self)}".rstrip())
+
+
+def _usage(parser: argparse.ArgumentParser) -> str:
+    words = parser.format_usage().split()
+    return " ".join(words[words.index(parser.prog) + 1 :])
+
+
+def run_line(session: Session, line: str) -> Any:
+    """Carry out the line of a `%finetune` magic. Returns what is to be displayed, or None."""
+    try:
+        words = shlex.split(line)
+    except ValueError as error:
+        raise CommandError(f"%finetune {line}: {error}. Close the quotation marks.") from None
+    if not words:
+        return _help_text()
+    name, *rest = words
+    if name not in COMMANDS:
+        raise CommandError(f"%finetune has no command {name!r}.{did_you_mean(name, COMMANDS)} `%finetune help` lists them.")
+    command = COMMANDS[name]
+    return command.act(session, command.parser.parse_args(rest))
+
+
+def _help_text(name: str | None = None) -> _Text:
+    if name is not None:
+        if name not in COMMANDS:
+            raise CommandError(f"%finetune has no command {name!r}.{did_you_mean(name, COMMANDS)}")
+        return _Text(COMMANDS[name].parser.format_help().replace("usage: ", "usage: %finetune "))
+    width = max(len(f"{name} {command.usage}") for name, command in COMMANDS.items())
+    lines = [f"  {f'{name} {command.usage}'.ljust(width)}  {command.help}" for name, command in COMMANDS.items()]
+    return _Text(
+        "\n".join(
+            [
+                "%%finetune [--name NAME] [-o VARIABLE] [--paused] above YAML builds and trains a run.",
+                "`%%finetune?` lists its settings. On a run:",
+                *lines,
+                "All take --name NAME for another run than the current one.",
+            ]
+        )
+    )
+
+
+class _Text(str):
+    """Text that displays as it is, without quotes."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _step(session: Session, arguments: argparse.Namespace) -> None:
+    from mlx_nb.notebook.driver import train
+
+    if arguments.n < 1:
+        raise CommandError(f"%finetune step: cannot do {arguments.n} updates. Give a whole number of 1 or more.")
+    run = session.get(arguments.name)
+    _refuse_finished(run)
+    train(run, arguments.n)
+
+
+def _run(session: Session, arguments: argparse.Namespace) -> None:
+    from mlx_nb.notebook.driver import train
+
+    run = session.get(arguments.name)
+    _refuse_finished(run)
+    train(run)
+
+
+def _refuse_finished(run: Run) -> None:
+    if run.finished:
+        raise CommandError(f"{run.name} is finished after update {run.step_count}. A %%finetune cell starts a new run.")
+
+
+def _eval(session: Session, arguments: argparse.Namespace) -> _Text:
+    from mlx_nb.view.text_report import describe
+
+    return _Text(describe(session.get(arguments.name).evaluate(arguments.split)))
+
+
+def _generate(session: Session, arguments: argparse.Namespace) -> _Text:
+    run = session.get(arguments.name)
+    answer = run.generate(
+        arguments.prompt,
+        base=arguments.base,
+        max_tokens=arguments.max_tokens,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+    )
+    return _Text(answer)
+
+
+def _set(session: Session, arguments: argparse.Namespace) -> _Text:
+    run = session.get(arguments.name)
+    text = []
+    for change in arguments.changes:
+        key, equals, value = change.partition("=")
+        if not equals or not value:
+            raise CommandError(f"%finetune set: {change!r} is not key=value. For example: %finetune set learning_rate=5e-5")
+        text.append(f"{key}: {value}")
+    run.set(**load_mapping("\n".join(text), "the settings").values)
+    return _Text(f"{run.name}: from the next update on, " + ", ".join(text))
+
+
+def _save(session: Session, arguments: argparse.Namespace) -> _Text:
+    return _Text(f"saved to {session.get(arguments.name).save(arguments.path)}")
+
+
+def _runs(session: Session, _arguments: argparse.Namespace) -> _Text:
+    if not session.runs:
+        return _Text("no runs yet. A %%finetune cell makes one.")
+    lines = [f"{'→' if session.is_current(run) else ' '} {run!r}" for run in session.runs.values()]
+    return _Text("\n".join(lines))
+
+
+def _rows(session: Session, arguments: argparse.Namespace) -> _Text:
+    run = session.get(arguments.name)
+    rows = run.rows(arguments.split)
+    lines = [f"{len(rows)} rows in {arguments.split}. `%finetune row 0` shows one, token by token."]
+    if run.left_out.get(arguments.split):
+        lines += ["Left out:", *(f"  {row.reason}" for row in run.left_out[arguments.split])]
+    return _Text("\n".join(lines))
+
+
+def _row(session: Session, arguments: argparse.Namespace) -> Any:
+    from mlx_nb.view.row_display import RowDisplay
+
+    run = session.get(arguments.name)
+    rows = run.rows(arguments.split)
+    try:
+        view = rows[arguments.number]
+    except IndexError as error:
+        raise CommandError(f"%finetune row: {error}") from None
+    return RowDisplay(view, run.tokenizer, arguments.split, per_token=arguments.tokens, page=arguments.page)
+
+
+def _command(
+    name: str, help: str, act: Callable[[Session, argparse.Namespace], Any], *arguments: tuple[tuple, dict]
+) -> Command:
+    parser = _Parser(prog=name, description=help, add_help=False)
+    for flags, options in arguments:
+        parser.add_argument(*flags, **options)
+    usage = _usage(parser)
+    if name not in ("runs", "help", "use"):
+        parser.add_argument("--name", "-n", default=None, help="another run than the current one")
+    return Command(usage, help, act, parser)
+
+
+def _argument(*flags: str, **options: Any) -> tuple[tuple, dict]:
+    return flags, options
+
+
+_SPLIT = _argument("split", nargs="?", default="train", choices=SPLITS)
+COMMANDS: dict[str, Command] = {
+    "step": _command(
+        "step", "do exactly n updates (default 1)", _step, _argument("n", nargs="?", type=int, default=1)
+    ),
+    "run": _command("run", "train to the end", _run),
+    "status": _command(
+        "status", "where the run is", lambda session, arguments: _Text(session.get(arguments.name).status())
+    ),
+    "eval": _command(
+        "eval",
+        "loss and perplexity of a split, now",
+        _eval,
+        _argument("split", nargs="?", default="valid", choices=SPLITS),
+    ),
+    "generate": _command(
+        "generate",
+        "ask the model as it is now; --base asks it without the adapter",
+        _generate,
+        _argument("prompt"),
+        _argument("--base", action="store_true", help="switch the adapter off"),
+        _argument("--max-tokens", type=int, default=256),
+        _argument("--temperature", type=float, default=0.0),
+        _argument("--seed", type=int, default=0),
+    ),
+    "set": _command(
+        "set",
+        f"change a setting during the run: {', '.join(LIVE_SETTINGS)}",
+        _set,
+        _argument("changes", nargs="+", metavar="key=value"),
+    ),
+    "row": _command(
+        "row",
+        "one row as the model will see it, with its loss mask",
+        _row,
+        _argument("number", type=int),
+        _argument("--split", default="train", choices=SPLITS),
+        _argument("--tokens", action="store_true", help="one cell per token"),
+        _argument("--page", type=int, default=0, help="page of a long row"),
+    ),
+    "rows": _command("rows", "how many rows a split has, and which are left out", _rows, _SPLIT),
+    "plot": _command("plot", "the curves so far", lambda session, arguments: session.get(arguments.name).plot()),
+    "save": _command(
+        "save",
+        "write the adapter in mlx-lm's format",
+        _save,
+        _argument("path", nargs="?", help="folder (default: the run's own)"),
+    ),
+    "runs": _command("runs", "the runs of this notebook", _runs),
+    "use": _command(
+        "use",
+        "make another run the current one",
+        lambda session, arguments: _Text(repr(session.select(arguments.run))),
+        _argument("run"),
+    ),
+    "help": _command(
+        "help",
+        "this list, or one command",
+        lambda _session, arguments: _help_text(arguments.command),
+        _argument("command", nargs="?"),
+    ),
+}

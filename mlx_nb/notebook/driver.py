@@ -1,0 +1,162 @@
+"""Trains in the foreground of a cell: shows progress, and turns an interrupt into a stop between two updates."""
+
+from __future__ import annotations
+
+import html
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from mlx_nb.errors import NonFiniteLoss
+from mlx_nb.events import CheckpointSaved, Event, Pause, RunFailed, RunFinished, RunPaused, RunStarted, StepCompleted
+from mlx_nb.view import text_report
+from mlx_nb.view.plots import figure_png, live_svg
+
+if TYPE_CHECKING:
+    from mlx_nb.run import Run
+
+_SECONDS_BETWEEN_UPDATES = 0.4
+
+
+def train(run: Run, updates: int | None = None) -> None:
+    """Move `run` by `updates` updates, or to its end, showing what happens in the current cell.
+
+    The first interrupt pauses at the next step boundary; a second one breaks off inside the update, which is then
+    as if it had never begun. Raises NonFiniteLoss when the run cannot go on.
+    """
+    display = _LiveDisplay(run)
+    display.say("loading model and rows …")
+    trainer = run.trainer
+    ended: Event | None = None
+    with interrupt_pauses(run):
+        for event in run.events(updates):
+            display.show(event)
+            ended = event
+    display.finish(ended)
+    if isinstance(ended, RunFailed):
+        raise NonFiniteLoss(ended.error, ended.rows)
+    if isinstance(ended, RunPaused):
+        print(f"{run.name} is paused after update {trainer.state.step}. `%finetune run` goes on; nothing is lost.")
+
+
+@contextmanager
+def interrupt_pauses(run: Run) -> Iterator[None]:
+    """While inside, the first SIGINT asks `run` to pause; the second raises KeyboardInterrupt. Restored afterwards."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked = False
+
+    def handle(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        run.request(Pause("interrupted"))
+        print("Pausing after this update. Interrupt again to break it off.", flush=True)
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _LiveDisplay:
+    """One output that is updated in place and, at the end, replaced by a figure and a table that last."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._iters = 0
+        self._shown_at = 0.0
+        self._in_notebook = _has_rich_display()
+        self._handle: Any = None
+        self._broken = False
+
+    def say(self, text: str) -> None:
+        """A line in place of the progress."""
+        self._put(html.escape(text), text)
+
+    def show(self, event: Event) -> None:
+        """Take note of `event`; draw at most a few times a second."""
+        if isinstance(event, RunStarted):
+            for note in event.notes:
+                print(note)
+        if not self._in_notebook:
+            if not isinstance(event, StepCompleted) or event.step % max(1, self._run.trainer.iters // 20) == 0:
+                print(text_report.describe(event), flush=True)
+            return
+        self._iters = self._run.trainer.iters
+        now = time.monotonic()
+        if now - self._shown_at >= _SECONDS_BETWEEN_UPDATES or not isinstance(event, (StepCompleted, CheckpointSaved)):
+            self._draw()
+            self._shown_at = time.monotonic()
+
+    def _draw(self) -> None:
+        history = self._run.history
+        line = text_report.progress_line(history, self._iters)
+        done = history.last_step.step / self._iters if history.last_step else 0.0
+        bar = (
+            '<div style="height:4px;max-width:560px;background:rgba(128,128,128,0.25);border-radius:2px;margin:4px 0">'
+            f'<div style="height:4px;width:{100 * done:.1f}%;background:#0072B2;border-radius:2px"></div></div>'
+        )
+        head = f"<b>{html.escape(self._run.name)}</b>&ensp;{html.escape(line)}"
+        legend = (
+            '<div style="font-size:11px;opacity:0.75"><span style="color:#0072B2">━</span> training loss, smoothed&ensp;'
+            '<span style="color:#D55E00">╍●</span> validation</div>'
+        )
+        curve = live_svg(history, self._iters)
+        self._put(
+            f'<div style="font-variant-numeric:tabular-nums">{head}{bar}{curve}{legend if curve else ""}</div>', line
+        )
+
+    def finish(self, ended: Event | None) -> None:
+        """Replace the moving output by one that a saved, exported or untrusted notebook still shows."""
+        history, run = self._run.history, self._run
+        state = {RunFinished: "finished", RunPaused: "paused", RunFailed: "stopped"}.get(type(ended), "paused")  # type: ignore[arg-type]
+        title = f"{run.name}: {state} after update {run.step_count}"
+        if not self._in_notebook:
+            print(text_report.summary_text(history, title))
+            return
+        self._put(text_report.summary_html(history, title), text_report.summary_text(history, title))
+        if len(history) > 1:
+            self._publish_figure()
+
+    def _publish_figure(self) -> None:
+        from IPython.display import display
+
+        try:
+            png = figure_png(self._run.plot())
+            display(
+                {"image/png": png, "text/plain": text_report.progress_line(self._run.history, self._iters)}, raw=True
+            )
+        except Exception as error:
+            print(f"the figure could not be drawn ({error}); the run is not affected.", file=sys.stderr)
+
+    def _put(self, rich: str, plain: str) -> None:
+        """Show, or update in place. A display that fails is given up; training goes on."""
+        if not self._in_notebook or self._broken:
+            return
+        from IPython.display import display
+
+        bundle = {"text/html": rich, "text/plain": plain}
+        try:
+            if self._handle is None:
+                self._handle = display(bundle, raw=True, display_id=True)
+            else:
+                self._handle.update(bundle, raw=True)
+        except Exception as error:
+            self._broken = True
+            print(f"the live display failed ({error}); training goes on.", file=sys.stderr)
+
+
+def _has_rich_display() -> bool:
+    from IPython.core.getipython import get_ipython
+
+    shell = get_ipython()
+    return shell is not None and hasattr(shell, "kernel")

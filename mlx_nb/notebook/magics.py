@@ -1,0 +1,69 @@
+"""`%%finetune` and `%finetune`: parse, then delegate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.core.magic import Magics, cell_magic, line_magic, magics_class, no_var_expand
+from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
+
+from mlx_nb.config_help import settings_text
+from mlx_nb.errors import CommandError
+from mlx_nb.notebook.commands import CELL_OPTIONS, run_line
+from mlx_nb.notebook.session import Session
+from mlx_nb.notebook.templating import fill
+
+
+@magics_class
+class FinetuneMagics(Magics):
+    """The magics of one shell, with the session that holds its runs."""
+
+    def __init__(self, shell: InteractiveShell) -> None:
+        super().__init__(shell)
+        self.session = Session()
+
+    @no_var_expand
+    @line_magic("finetune")
+    def finetune_line(self, line: str) -> Any:
+        """Do something with a run: `%finetune step`, `%finetune generate "..."`; `%finetune help` lists all."""
+        return run_line(self.session, line)
+
+    @no_var_expand
+    @cell_magic("finetune")
+    @magic_arguments()
+    @argument("--name", default="run", help=CELL_OPTIONS["--name"])
+    @argument("-o", "--output", default=None, metavar="VARIABLE", help=CELL_OPTIONS["-o"])
+    @argument("--paused", action="store_true", help=CELL_OPTIONS["--paused"])
+    def finetune_cell(self, line: str, cell: str) -> None:
+        """Fine-tune a model: the cell's body is YAML, one setting a line."""
+        from mlx_nb.notebook.driver import train
+        from mlx_nb.run import Run
+
+        arguments = _parse(self.finetune_cell, line)
+        if not arguments.name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+            raise CommandError(f"--name {arguments.name!r}: use letters, digits, - and _ only; it names a folder.")
+        if arguments.output is not None and not arguments.output.isidentifier():
+            raise CommandError(f"-o {arguments.output!r} is not a variable name.")
+        namespace = self.shell.user_ns
+        run = Run.from_yaml(fill(cell, namespace) + "\n", name=arguments.name, namespace=namespace)
+        self.session.add(run)
+        if arguments.output is not None:
+            self.shell.push({arguments.output: run})
+        if arguments.paused:
+            print(f"{run.name} is built. `%finetune step` does one update, `%finetune run` all of them.")
+            return
+        train(run)
+
+
+def _parse(magic: Any, line: str) -> Any:
+    """The parsed options. Raises CommandError in one line where IPython would show a usage page."""
+    from IPython.core.error import UsageError
+
+    try:
+        return parse_argstring(magic, line)
+    except UsageError as error:
+        raise CommandError(f"%%finetune {line}: {error}. Options: {', '.join(CELL_OPTIONS)}.") from None
+
+
+FinetuneMagics.finetune_cell.__doc__ = f"{FinetuneMagics.finetune_cell.__doc__}\n\nSettings (the YAML body):\n\n{settings_text()}\n"

@@ -1,0 +1,1 @@
+"""What the model writes when it is asked."""

@@ -1,0 +1,66 @@
+"""Text from the live model, with its adapter or without."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import mlx.nn as nn
+
+from mlx_nb.model.adapters import without_adapters
+from mlx_nb.model.randomness import random_stream, seed_for
+
+Messages = Sequence[Mapping[str, Any]]
+Prompt = str | Messages
+
+# Rows decoded side by side: enough to keep matrix products busy, few enough for a small machine's memory.
+_ROWS_AT_ONCE = 32
+
+
+def generate_texts(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    base: bool,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+) -> list[str]:
+    """One answer per prompt, through mlx-lm's generators: one prompt alone, several side by side.
+
+    A prompt is a user message or a list of messages; a tokenizer without a chat template continues its text instead.
+    `base` switches the adapter off. The model's adapter and the user's random stream are as before afterwards.
+    """
+    from mlx_lm import generate
+    from mlx_lm.generate import batch_generate
+    from mlx_lm.sample_utils import make_sampler
+
+    model.eval()
+    tokens = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
+    sampler = make_sampler(temp=temperature)
+    with without_adapters(model) if base else nullcontext(), random_stream(seed_for(seed, "generate")):
+        if len(tokens) == 1:
+            return [generate(model, tokenizer, prompt=tokens[0], max_tokens=max_tokens, sampler=sampler)]
+        return batch_generate(
+            model,
+            tokenizer,
+            tokens,
+            max_tokens=max_tokens,
+            sampler=sampler,
+            completion_batch_size=_ROWS_AT_ONCE,
+            prefill_batch_size=_ROWS_AT_ONCE,
+        ).texts
+
+
+def prompt_tokens(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """The tokens of the prompt with the template's generation prompt at the end."""
+    if isinstance(prompt, str):
+        if getattr(tokenizer, "chat_template", None) is None:
+            return list(tokenizer.encode(prompt))
+        prompt = [{"role": "user", "content": prompt}]
+    rendered = tokenizer.apply_chat_template(
+        [dict(message) for message in prompt], add_generation_prompt=True, tokenize=False
+    )
+    return list(tokenizer.encode(rendered, add_special_tokens=False))

@@ -1,0 +1,357 @@
+"""Run: one fine-tune under a person's hands. Nothing heavy happens until it is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_nb.config import LIVE_SETTINGS, SETTINGS, RunConfig
+from mlx_nb.data.examples import Examples, ExampleSettings, LeftOut, RowView, TokenizedExample, split_examples
+from mlx_nb.data.sources import Splits, open_splits
+from mlx_nb.errors import CommandError, ConfigError, DataError, NonFiniteLoss, did_you_mean
+from mlx_nb.events import (
+    ChangeSetting,
+    EvaluationCompleted,
+    Event,
+    Request,
+    RunFailed,
+    RunFinished,
+    RunPaused,
+    StepCompleted,
+)
+from mlx_nb.view.history import History
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from mlx_nb.model.loading import LoadedModel
+    from mlx_nb.rollouts.generation import Prompt
+    from mlx_nb.train.trainer import Trainer
+
+SPLITS = ("train", "valid", "test")
+
+
+class Run:
+    """A fine-tuning run: configured, then moved one step at a time.
+
+    `name` decides the default adapter folder. `namespace` is where `data: name` looks for a variable.
+    Raises ConfigError, DataError or ModelError, each in one line, at the first use of what is wrong.
+    """
+
+    def __init__(
+        self, config: RunConfig | None = None, *, name: str = "run", namespace: Mapping[str, Any] | None = None
+    ) -> None:
+        self.config = config or RunConfig()
+        self.name = name
+        self.history = History()
+        self._namespace = namespace
+        self._loaded: LoadedModel | None = None
+        self._splits: Splits | None = None
+        self._trainer: Trainer | None = None
+        self._left_out: dict[str, list[LeftOut]] = {}
+        self._listeners: list[Callable[[Event], None]] = []
+
+    @classmethod
+    def from_yaml(
+        cls, source: str | Path, *, name: str = "run", namespace: Mapping[str, Any] | None = None, **overrides: Any
+    ) -> Run:
+        """From YAML text or a YAML file; `overrides` are settings that win over it."""
+        return cls(RunConfig.from_yaml(source, **overrides), name=name, namespace=namespace)
+
+    # What the run stands on
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The model, tokenizer and where they came from; loaded at first use."""
+        if self._loaded is None:
+            from mlx_nb.model.loading import load_model
+
+            self._loaded = load_model(
+                self.config.model, load_in_bits=self.config.load_in_bits, chat_template=self.config.chat_template
+            )
+        return self._loaded
+
+    @property
+    def model(self) -> Any:
+        """The live mlx model, adapter included once training was prepared."""
+        return self.loaded.model
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.loaded.tokenizer
+
+    @property
+    def splits(self) -> Splits:
+        """The rows; opened at first use."""
+        if self._splits is None:
+            config = self.config
+            self._splits = open_splits(
+                config.data,
+                namespace=self._namespace,
+                val_set_size=config.val_set_size,
+                seed=config.seed,
+                train_split=config.train_split,
+                valid_split=config.valid_split,
+                test_split=config.test_split,
+                subset=config.subset,
+            )
+        return self._splits
+
+    @property
+    def folder(self) -> Path:
+        """Where adapters are saved."""
+        return Path(self.config.adapter_path or f"adapters/{self.name}").expanduser()
+
+    @property
+    def trainer(self) -> Trainer:
+        """The trainer: rows tokenised, adapter attached. Made at first use."""
+        if self._trainer is None:
+            self._trainer = self._prepare()
+        return self._trainer
+
+    def _prepare(self) -> Trainer:
+        splits, loaded = self.splits, self.loaded
+        from mlx_nb.model.backend import is_cpu
+        from mlx_nb.train.trainer import Trainer, TrainerExamples
+
+        kept = {split: self._tokenize(split) for split in SPLITS if split != "test" or self.config.test}
+        notes = [*loaded.notes, *splits.notes]
+        for split, left_out in self._left_out.items():
+            if left_out:
+                first = "; ".join(row.reason for row in left_out[:3])
+                notes.append(f"{len(left_out)} rows of {split} are left out. {first}")
+            if split == "train":
+                cut = sum(1 for example in kept[split] if example.dropped_tokens)
+                if cut:
+                    notes.append(f"{cut} training rows were cut to max_seq_length={self.config.max_seq_length}.")
+        set_aside = _set_aside(self.folder)
+        if set_aside:
+            notes.append(f"The adapter that was in {self.folder} is now in {set_aside}.")
+        return Trainer(
+            self.config,
+            loaded.model,
+            TrainerExamples(**kept),
+            name=self.name,
+            folder=self.folder,
+            notes=notes,
+            compiled=not is_cpu(),
+        )
+
+    def _tokenize(self, split: str) -> list[TokenizedExample]:
+        if getattr(self.splits, split) is None:
+            return []
+        kept, left_out = split_examples(list(self.rows(split).examples.tokenize_all()))
+        self._left_out[split] = left_out
+        return kept
+
+    # Looking
+
+    def rows(self, split: str = "train") -> Rows:
+        """The rows of a split; `run.rows("train")[12]` is row 12 as the model will see it."""
+        if split not in SPLITS:
+            raise CommandError(f"no split {split!r}.{did_you_mean(split, SPLITS)} There are train, valid and test.")
+        source = getattr(self.splits, split)
+        if source is None:
+            raise DataError(f"these data have no {split} split.")
+        return Rows(Examples(source, self.tokenizer, ExampleSettings.of(self.config)), split)
+
+    @property
+    def left_out(self) -> dict[str, list[LeftOut]]:
+        """The rows that are not trained, by split, each with the reason. Filled when training is prepared."""
+        return self._left_out
+
+    @property
+    def step_count(self) -> int:
+        """Optimizer updates done."""
+        return self._trainer.state.step if self._trainer else 0
+
+    @property
+    def finished(self) -> bool:
+        return self._trainer is not None and self._trainer.finished is not None
+
+    def plot(self) -> Figure:
+        """The run so far as a matplotlib Figure."""
+        from mlx_nb.view.plots import plot_history
+
+        return plot_history(self.history, f"{self.name}: {self.config.model}")
+
+    def status(self) -> str:
+        """The run in a few lines of text."""
+        from mlx_nb.view.text_report import summary_text
+
+        if self._trainer is None:
+            return f"{self.name}: built, no update done yet. `%finetune step` or `%finetune run` starts it."
+        state = "finished" if self.finished else "paused"
+        return summary_text(self.history, f"{self.name}: {state}")
+
+    # Moving
+
+    def events(self, updates: int | None = None) -> Iterator[Event]:
+        """Train for `updates` optimizer updates (None = to the end), yielding what happens."""
+        for event in self.trainer.events(updates):
+            self._record(event)
+            yield event
+
+    def step(self, n: int = 1) -> StepCompleted:
+        """Exactly `n` optimizer updates (fewer at the end of the run), then control is back. Returns the last one.
+
+        Raises NonFiniteLoss when an update would make NaN, CommandError when the run is already over.
+        """
+        if n < 1:
+            raise CommandError(f"cannot do {n} updates. Give a whole number of 1 or more.")
+        if self.finished:
+            raise CommandError(f"{self.name} is finished: all {self.trainer.iters} updates are done.")
+        last = None
+        for event in self.events(n):
+            _raise_failure(event)
+            last = event if isinstance(event, StepCompleted) else last
+        if last is None:
+            raise CommandError(f"{self.name} was asked to pause before its next update.")
+        return last
+
+    def run(self, until: int | None = None) -> RunFinished | RunPaused:
+        """To the end, or to update `until`. Returns how it ended. Raises NonFiniteLoss as `step` does."""
+        if self._trainer is not None and self._trainer.finished is not None:
+            return self._trainer.finished
+        updates = None if until is None else max(0, until - self.step_count)
+        ended: RunFinished | RunPaused | None = None
+        for event in self.events(updates):
+            _raise_failure(event)
+            if isinstance(event, (RunFinished, RunPaused)):
+                ended = event
+        return ended or RunPaused(self.step_count, f"reached update {until}")
+
+    def request(self, request: Request) -> None:
+        """Ask for something at the next step boundary."""
+        self.trainer.request(request)
+
+    def set(self, **changes: Any) -> None:
+        """Change live settings, such as learning_rate, from the next update on. Raises ConfigError for others."""
+        for name, value in changes.items():
+            if name not in SETTINGS:
+                raise ConfigError(f"unknown setting `{name}`.{did_you_mean(name, LIVE_SETTINGS)}")
+            if name not in LIVE_SETTINGS and self._trainer is not None:
+                raise ConfigError(
+                    f"`{name}` cannot change during a run. These can: {', '.join(LIVE_SETTINGS)}. "
+                    "Or start a new run with %%finetune."
+                )
+        checked = self.config.replace(**changes)
+        if self._trainer is not None:
+            for name in changes:
+                self._trainer.request(ChangeSetting(name, getattr(checked, name)))
+        self.config = checked
+
+    def evaluate(self, split: str = "valid") -> EvaluationCompleted:
+        """Loss and perplexity on a fixed set of rows of `split`, now."""
+        if split == "test" and not self.config.test and self._trainer is not None and not self._trainer.examples.test:
+            self._trainer.examples = _with_test(self._trainer.examples, self._tokenize("test"))
+        result = self.trainer.evaluate(split)
+        self._record(result)
+        return result
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        base: bool = False,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Any:
+        """The model's answer, now. `prompt` is a user message or a list of messages; a list of prompts gives a list.
+
+        `base` answers with the adapter switched off. Temperature 0 is greedy. The run and the user's random stream
+        are left as they were.
+        """
+        from mlx_nb.rollouts.generation import generate_texts
+
+        if base and self.config.fine_tune_type == "full" and self.step_count:
+            raise CommandError("full fine-tuning changes the base itself, so there is no base left to ask.")
+        several = not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], Mapping))
+        prompts = list(prompt) if several else [prompt]
+        answers = generate_texts(
+            self.model,
+            self.tokenizer,
+            prompts,  # type: ignore[arg-type]
+            base=base,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+        )
+        return answers if several else answers[0]
+
+    def save(self, path: str | Path | None = None) -> Path:
+        """Write the adapter in mlx-lm's format to `path` (default: the run's folder). Returns the folder."""
+        from mlx_nb.model.adapters import save_adapter
+
+        folder = Path(path).expanduser() if path else self.folder
+        save_adapter(self.trainer.model, self.config, self.trainer.keys, folder)
+        return folder
+
+    def adapter_bytes(self) -> dict[str, bytes]:
+        """The trainable parameters as they would be saved: raw little-endian bytes by name."""
+        import numpy as np
+
+        from mlx_nb.model.adapters import adapter_weights
+
+        return {name: np.array(array).tobytes() for name, array in adapter_weights(self.trainer.model).items()}
+
+    def listen(self, listener: Callable[[Event], None]) -> None:
+        """Call `listener` with every event. One that raises is dropped; training does not notice."""
+        self._listeners.append(listener)
+
+    def _record(self, event: Event) -> None:
+        self.history.append(event)
+        for listener in list(self._listeners):
+            try:
+                listener(event)
+            except Exception:
+                self._listeners.remove(listener)
+
+    def __repr__(self) -> str:
+        done = f"{self.step_count} of {self._trainer.iters} updates" if self._trainer else "not started"
+        return f"Run({self.name!r}, model={self.config.model!r}, {self.config.fine_tune_type}, {done})"
+
+
+class Rows(Sequence[RowView]):
+    """The rows of one split as the model will see them; each is tokenised when asked for."""
+
+    def __init__(self, examples: Examples, split: str) -> None:
+        self.examples = examples
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, row: Any) -> Any:
+        if not isinstance(row, int):
+            raise CommandError(f"row numbers are whole numbers, not {row!r}.")
+        index = row + len(self) if row < 0 else row
+        if not 0 <= index < len(self):
+            raise IndexError(f"no row {row}: {self.split} has rows 0 to {len(self) - 1}.")
+        return self.examples.view(index)
+
+    def __repr__(self) -> str:
+        return f"Rows({self.split}, {len(self)} rows)"
+
+
+def _raise_failure(event: Event) -> None:
+    if isinstance(event, RunFailed):
+        raise NonFiniteLoss(event.error, event.rows)
+
+
+def _with_test(examples: Any, test: Sequence[TokenizedExample]) -> Any:
+    return dataclasses.replace(examples, test=test)
+
+
+def _set_aside(folder: Path) -> Path | None:
+    """Move a folder that already holds an adapter out of the way: nothing trained is ever overwritten."""
+    if not (folder / "adapters.safetensors").exists():
+        return None
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.previous-{number}")).exists():
+        number += 1
+    folder.rename(target)
+    return target

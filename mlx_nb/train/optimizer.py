@@ -1,0 +1,85 @@
+"""Optimizer, learning rate at an update, and clipping."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optimizers
+from mlx.utils import tree_flatten, tree_map
+
+from mlx_nb.config import RunConfig
+from mlx_nb.errors import ConfigError
+
+_OPTIMIZERS: dict[str, Any] = {
+    "adam": optimizers.Adam,
+    "adamw": optimizers.AdamW,
+    "sgd": optimizers.SGD,
+    "adafactor": optimizers.Adafactor,
+    "muon": optimizers.Muon,
+    "lion": optimizers.Lion,
+}
+
+
+def build_optimizer(config: RunConfig) -> optimizers.Optimizer:
+    """The optimizer of mlx with the settings' arguments. Raises ConfigError for an argument it does not take."""
+    arguments: dict[str, Any] = {"learning_rate": config.learning_rate, **config.optimizer_config}
+    if config.optimizer != "adam":
+        arguments.setdefault("weight_decay", config.weight_decay)
+    if config.optimizer == "adafactor":
+        # With the rate of the schedule, not adafactor's own relative one.
+        arguments = {"relative_step": False, "scale_parameter": False, **arguments}
+    if config.optimizer == "adam" or config.optimizer == "adamw":
+        # Without bias correction mlx's Adam takes its first steps about three times too long.
+        arguments.setdefault("bias_correction", True)
+    try:
+        return _OPTIMIZERS[config.optimizer](**arguments)
+    except TypeError as error:
+        raise ConfigError(f"`optimizer_config` for {config.optimizer}: {error}") from None
+
+
+def warmup_updates(config: RunConfig, iters: int) -> int:
+    """Updates of linear warm-up: as set, else 5% of the run and at most 100."""
+    warmup = config.lr_schedule.warmup
+    return min(math.ceil(0.05 * iters), 100) if warmup is None else min(warmup, iters)
+
+
+def learning_rate_at(config: RunConfig, iters: int, step: int) -> float:
+    """Learning rate of update `step`, counted from 0. A pure function.
+
+    Warm-up rises linearly from `warmup_init` and reaches the peak at its last update, so no update is spent at
+    rate 0. After it, mlx's schedule runs from its own step 0. `learning_rate` scales schedules with `arguments` so
+    that a change during a run acts on every schedule alike.
+    """
+    schedule = config.lr_schedule
+    warmup = warmup_updates(config, iters)
+    if step < warmup:
+        return schedule.warmup_init + (config.learning_rate - schedule.warmup_init) * (step + 1) / warmup
+    after = step - warmup
+    if schedule.name == "constant":
+        return config.learning_rate
+    arguments = schedule.arguments or _arguments_to_zero(schedule.name, config.learning_rate, max(1, iters - warmup))
+    shape = getattr(optimizers.schedulers, schedule.name)(*_with_whole_steps(schedule.name, arguments))
+    return float(shape(mx.array(after))) * config.learning_rate / arguments[0]
+
+
+def _arguments_to_zero(name: str, peak: float, updates: int) -> tuple[float, ...]:
+    return {"cosine_decay": (peak, updates, 0.0), "linear_schedule": (peak, 0.0, updates)}[name]
+
+
+def _with_whole_steps(name: str, arguments: tuple[float, ...]) -> tuple[float, ...]:
+    position = {"cosine_decay": 1, "linear_schedule": 2, "step_decay": 2}.get(name)
+    return tuple(int(value) if index == position else value for index, value in enumerate(arguments))
+
+
+def gradient_norm(gradients: Any) -> mx.array:
+    """() float32: L2 norm over all arrays together."""
+    squares = [mx.square(array.astype(mx.float32)).sum() for _, array in tree_flatten(gradients)]
+    return mx.sqrt(sum(squares, mx.array(0.0)))
+
+
+def clip(gradients: Any, norm: mx.array, limit: float) -> Any:
+    """Gradients scaled so that their norm is at most `limit`."""
+    scale = mx.minimum(limit / (norm + 1e-6), 1.0)
+    return tree_map(lambda array: array * scale.astype(array.dtype), gradients)

@@ -1,0 +1,91 @@
+"""Events to columns: what a plot, a table or a DataFrame needs. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from mlx_nb.events import EvaluationCompleted, Event, RunFinished, RunStarted, StepCompleted
+
+STEP_COLUMNS = (
+    "step",
+    "loss",
+    "learning_rate",
+    "gradient_norm",
+    "target_tokens",
+    "tokens",
+    "seconds",
+    "peak_memory",
+    "epoch",
+)
+EVALUATION_COLUMNS = ("step", "split", "loss", "perplexity", "target_tokens", "rows", "seconds", "best")
+
+
+class History:
+    """All events of a run, with the two tables that people look at.
+
+    `history["loss"]` is a column of the steps; `history.steps()` and `history.evaluations()` are lists of dicts,
+    which `pandas.DataFrame` takes as they are.
+    """
+
+    def __init__(self, events: Iterable[Event] = ()) -> None:
+        self.events: list[Event] = list(events)
+
+    def append(self, event: Event) -> None:
+        self.events.append(event)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self._of(StepCompleted))
+
+    def __getitem__(self, column: str) -> list[float]:
+        """One column of the steps, in order. Raises KeyError naming the columns."""
+        if column not in STEP_COLUMNS:
+            raise KeyError(f"no column {column!r}; there are {', '.join(STEP_COLUMNS)}")
+        return [getattr(event, column) for event in self._of(StepCompleted)]
+
+    def steps(self) -> list[dict]:
+        """One dict per update."""
+        return [
+            {**{name: getattr(event, name) for name in STEP_COLUMNS}, **event.metrics} for event in self._of(StepCompleted)
+        ]
+
+    def evaluations(self, split: str | None = None) -> list[dict]:
+        """One dict per evaluation, of one split or of all."""
+        return [
+            {name: getattr(event, name) for name in EVALUATION_COLUMNS}
+            for event in self._of(EvaluationCompleted)
+            if split in (None, event.split)
+        ]
+
+    @property
+    def started(self) -> RunStarted | None:
+        return next(self._of(RunStarted), None)
+
+    @property
+    def last_step(self) -> StepCompleted | None:
+        return next(self._of(StepCompleted, reverse=True), None)
+
+    @property
+    def finished(self) -> RunFinished | None:
+        return next(self._of(RunFinished, reverse=True), None)
+
+    def _of(self, kind: type, *, reverse: bool = False) -> Iterator:
+        return (event for event in (reversed(self.events) if reverse else self.events) if isinstance(event, kind))
+
+    def __repr__(self) -> str:
+        return f"History({len(self)} updates, {len(self.evaluations())} evaluations)"
+
+
+def smoothed(values: list[float], factor: float = 0.9) -> list[float]:
+    """Exponential moving average without the start's pull towards zero (Adam's bias correction)."""
+    average, result = 0.0, []
+    for count, value in enumerate(values, start=1):
+        average = factor * average + (1 - factor) * value
+        result.append(average / (1 - factor**count))
+    return result
+
+
+def decimated(count: int, limit: int) -> list[int]:
+    """At most `limit` indices of a series of `count`, evenly spread, the last always among them."""
+    if count <= limit:
+        return list(range(count))
+    return [round(index * (count - 1) / (limit - 1)) for index in range(limit)]

@@ -1,0 +1,236 @@
+"""The tokens of a row on screen: which are trained, who says them, what they cost the model.
+
+`render_html` for notebooks, `render_text` for terminals, `render_batch_html` for the arrays of a batch. Every
+character of a row is data: it is escaped, and one that hides or reorders others is named instead of printed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from mlx_nb.data.chat_template import TokenizedConversation
+from mlx_nb.errors import DataError
+from mlx_nb.view import theme
+from mlx_nb.view.batch_table import render_batch_html
+from mlx_nb.view.theme import BLUE, GREY, ORANGE, ROLE_COLOURS, one_line, span, tint, visible_html
+from mlx_nb.view.token_cells import (
+    TEMPLATE,
+    Cell,
+    grouped,
+    mean_losses,
+    merged_runs,
+    partial_weights,
+    role_counts,
+    row_cells,
+    summary,
+)
+from mlx_nb.view.token_text import render_text
+
+__all__ = ["render_batch_html", "render_html", "render_text"]
+
+_QUIET = "font-size:.85em;opacity:.8"
+_SPECIAL = f"border:1px solid {tint(GREY, 0.8)};border-radius:3px;padding:0 2px"
+_UNSEEN = f"opacity:{theme.DIM};text-decoration:line-through"
+
+
+def _trained_style(weight: float) -> str:
+    line = "2px solid" if weight == 1 else "2px dashed"
+    colour = BLUE if weight > 0 else ORANGE
+    strength = 0.08 + 0.20 * min(abs(weight), 1.0)
+    return f"background:{tint(colour, strength)};border-bottom:{line} {tint(colour, 1)}"
+
+
+def _style(cell: Cell, boundaries: bool) -> str:
+    if cell.kind == "unseen":
+        return _UNSEEN
+    styles = [_SPECIAL] if cell.kind == "special" else []
+    if boundaries and cell.kind == "text":
+        styles.append(f"border-right:1px solid {tint(GREY, 0.45)}")
+    if not cell.loss_known:
+        styles.append(_trained_style(cell.weight) if cell.weight else f"opacity:{theme.DIM}")
+        return ";".join(styles)
+    if math.isnan(cell.base_loss):
+        styles.append(f"background:{theme.loss_tint(cell.loss)}")
+    elif not math.isnan(cell.loss):
+        styles.append(f"background:{theme.change_tint(cell.base_loss - cell.loss)}")
+    if cell.weight:
+        styles.append(f"border-bottom:2px solid {tint(GREY, 1)}")
+    return ";".join(styles)
+
+
+def _title(cell: Cell, tokens: np.ndarray) -> str:
+    if cell.kind == "unseen":
+        return "no token covers these characters: the model never sees them"
+    count = cell.stop - cell.first
+    where = f"token {cell.first}" if count == 1 else f"tokens {cell.first}–{cell.stop - 1} ({grouped(count)})"
+    parts = [where]
+    if count <= 12:
+        ids = ", ".join(str(token) for token in tokens[cell.first : cell.stop].tolist())
+        parts.append(f"id {ids}" if count == 1 else f"ids {ids}")
+    parts.append(cell.role)
+    weights = sorted(set(cell.weights))
+    if weights == [0.0]:
+        parts.append("not trained, weight 0")
+    else:
+        parts.append("trained, weight " + ", ".join(f"{weight:g}" for weight in weights))
+    if not math.isnan(cell.loss):
+        parts.append(f"loss {cell.loss:.3f} nats, probability {math.exp(-cell.loss):.3g}")
+    if not math.isnan(cell.base_loss):
+        parts.append(f"base model {cell.base_loss:.3f} nats, probability {math.exp(-cell.base_loss):.3g}")
+    return " · ".join(parts)
+
+
+def _run_html(cell: Cell, tokens: np.ndarray, boundaries: bool) -> str:
+    content = visible_html(cell.text, edges=not boundaries and not cell.loss_known)
+    if cell.kind == "text" and cell.weight not in (0.0, 1.0) and not boundaries and not cell.loss_known:
+        content = f'<sup style="opacity:.8;font-size:.7em">×{cell.weight:g}</sup>{content}'
+    return span(
+        content, style=_style(cell, boundaries), title=one_line(_title(cell, tokens)), isolate=cell.text
+    )
+
+
+def _block_html(cells: list[Cell], tokens: np.ndarray, per_token: bool) -> str:
+    """The cells of one message, behind a bar in the colour of its role."""
+    role = next((cell.role for cell in cells if cell.role != TEMPLATE), "")
+    body = "".join(_run_html(run, tokens, per_token) for run in merged_runs(cells, per_token))
+    total = sum(len(cell.weights) for cell in cells)
+    trained = sum(weight != 0 for cell in cells for weight in cell.weights)
+    label = f"<b>{escape(one_line(role), quote=True)}</b>" if role else ""
+    count = f"{grouped(trained)} of {grouped(total)} trained" if trained else f"{grouped(total)} tokens"
+    return (
+        f'<div style="border-left:3px solid {tint(ROLE_COLOURS.get(role, GREY), 0.85)};'
+        f'padding:0 0 0 10px;margin:0 0 12px 0">'
+        f'<div style="{_QUIET};line-height:1.4">{label} {count}</div>'
+        f'<div style="{theme.MONOSPACE};font-size:.95em;line-height:1.65;{theme.WRAP}">{body}</div></div>'
+    )
+
+
+def _blocks_html(cells: Iterable[Cell], tokens: np.ndarray, per_token: bool) -> str:
+    groups = groupby(cells, key=lambda cell: cell.message)
+    return "".join(_block_html(list(group), tokens, per_token) for _, group in groups)
+
+
+def _strip_html(loss_mask: np.ndarray) -> str:
+    """The whole row as one thin bar: where in it the trained tokens are."""
+    if not len(loss_mask):
+        return ""
+    columns = np.array_split(loss_mask != 0, min(len(loss_mask), 120))
+    shares = [(round(float(column.mean()), 1), len(column)) for column in columns]
+    bars = []
+    for share, group in groupby(shares, key=lambda item: item[0]):
+        width = 100 * sum(length for _, length in group) / len(loss_mask)
+        colour = tint(BLUE, 0.25 + 0.75 * share) if share else tint(GREY, 0.25)
+        bars.append(f'<span style="width:{width:.2f}%;background:{colour}"></span>')
+    title = "the whole row from first to last token; blue where it is trained"
+    return f'<div title="{title}" style="display:flex;height:5px;margin:6px 0 8px 0">{"".join(bars)}</div>'
+
+
+def _scale_html(words: str, tints: Sequence[tuple[str, str]]) -> str:
+    swatches = "".join(
+        f'<span style="background:{colour};padding:0 6px">{escape(label, quote=True)}</span>'
+        for label, colour in tints
+    )
+    return f"{words} {swatches}"
+
+
+def _legend_html(
+    conversation: TokenizedConversation, cells: list[Cell], token_loss: Any, token_loss_base: Any
+) -> str:
+    entries = []
+    means = mean_losses(conversation, (token_loss, token_loss_base))
+    if token_loss is None:
+        entries.append(span("trained", style=_trained_style(1.0)))
+        entries += [
+            span(f"weight {weight:g}: {grouped(count)} tokens", style=_trained_style(weight))
+            for weight, count in partial_weights(conversation.loss_mask).items()
+        ]
+        entries.append(span("not trained", style=f"opacity:{theme.DIM}"))
+    else:
+        entries.append(span("trained", style=f"border-bottom:2px solid {tint(GREY, 1)}"))
+        if token_loss_base is None:
+            scale = [(f"{nats}" if nats < 6 else "6+", theme.loss_tint(nats)) for nats in range(7)]
+            entries.append(_scale_html("loss in nats", scale))
+        else:
+            scale = [(f"{-nats:+d}" if nats else "0", theme.change_tint(nats)) for nats in range(3, -4, -1)]
+            entries.append(_scale_html("loss against the base model: better", scale) + " worse")
+    if any(cell.kind == "special" for cell in cells):
+        entries.append(span("special token", style=_SPECIAL))
+    if any(cell.kind == "unseen" for cell in cells):
+        entries.append(span("never seen", style=_UNSEEN))
+    entries.append("⏎ newline&ensp;⇥ tab&ensp;· space&ensp;‹U+…› hidden character")
+    roles = [
+        f"{escape(one_line(role), quote=True)} {grouped(trained)} of {grouped(total)}"
+        for role, (total, trained) in role_counts(cells).items()
+    ]
+    entries = [f'<span style="white-space:nowrap">{entry}</span>' for entry in entries]
+    lines = ["&emsp; ".join(entries), "trained: " + " · ".join(roles)]
+    if len(means) == 1:
+        lines.append(f"mean loss of the trained tokens {means[0]:.3f} nats")
+    if len(means) == 2:
+        lines.append(
+            f"mean loss of the trained tokens {means[0]:.3f} nats, base model {means[1]:.3f}: "
+            f"{'better' if means[1] >= means[0] else 'worse'} by {abs(means[1] - means[0]):.3f}"
+        )
+    lines += [f"⚠ {escape(one_line(problem), quote=True)}" for problem in conversation.problems]
+    return "".join(f'<div style="{_QUIET};line-height:1.7">{line}</div>' for line in lines)
+
+
+def render_html(
+    conversation: TokenizedConversation,
+    tokenizer: Any,
+    *,
+    title: str = "",
+    token_loss: np.ndarray | None = None,
+    token_loss_base: np.ndarray | None = None,
+    per_token: bool = False,
+    page: int = 0,
+    page_tokens: int = 2000,
+    dropped_tokens: int = 0,
+) -> str:
+    """The row as HTML: trained tokens tinted and underlined, the rest dimmed, one block per message.
+
+    `token_loss` and `token_loss_base` are (T,) in nats at the position of the predicted token, NaN where
+    unknown: with the first the tint is the loss, with both it is what training changed. Runs that look
+    alike are one element unless `per_token` is set or their loss is known; then only page `page` of
+    `page_tokens` tokens is in the result. Otherwise all pages are, folded except this one. `dropped_tokens`
+    were cut off before the row got here. Raises DataError for a page that does not exist and for losses of
+    the wrong length.
+    """
+    if token_loss is None and token_loss_base is not None:
+        raise DataError(
+            "token_loss_base is given without token_loss: pass both to compare, or token_loss alone."
+        )
+    cells = row_cells(conversation, tokenizer, token_loss, token_loss_base, show_ends=not dropped_tokens)
+    tokens, total = conversation.tokens, len(conversation.tokens)
+    pages = [list(group) for _, group in groupby(cells, key=lambda cell: cell.first // page_tokens)] or [[]]
+    if not 0 <= page < len(pages):
+        raise DataError(
+            f"page {page} does not exist: the row has {grouped(total)} tokens, which is {len(pages)} "
+            f"page{'s' if len(pages) > 1 else ''} of {grouped(page_tokens)}, counted from 0."
+        )
+    names = [f"tokens {grouped(part[0].first)}–{grouped(part[-1].stop - 1)}" for part in pages if part]
+    if len(pages) == 1:
+        body = _blocks_html(pages[0], tokens, per_token)
+    elif per_token or token_loss is not None:
+        head = f"{names[page]} of {grouped(total)}, page {page} of 0 to {len(pages) - 1}"
+        body = f'<div style="{_QUIET};margin:0 0 8px 0">{head}</div>'
+        body += _blocks_html(pages[page], tokens, per_token)
+    else:
+        body = "".join(
+            f'<details{" open" if index == page else ""}><summary style="{_QUIET};margin:0 0 8px 0">'
+            f"{names[index]}</summary>{_blocks_html(part, tokens, per_token)}</details>"
+            for index, part in enumerate(pages)
+        )
+    heading = f"<b>{escape(one_line(title), quote=True)}</b>&emsp;" if title else ""
+    return (
+        f'<div class="mlx-nb-tokens" dir="ltr" style="max-width:60em;text-align:left">'
+        f"<div>{heading}{summary(conversation, dropped_tokens)}</div>{_strip_html(conversation.loss_mask)}"
+        f"{_legend_html(conversation, cells, token_loss, token_loss_base)}"
+        f'<div style="margin:10px 0 0 0">{body}</div></div>'
+    )

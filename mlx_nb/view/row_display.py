@@ -1,0 +1,44 @@
+"""A row that displays itself: tokens with the loss mask over them, in a notebook and in a terminal."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+from mlx_nb.data.examples import RowView
+from mlx_nb.view import mask_overlay
+
+
+class RowDisplay:
+    """What `%finetune row 12` shows."""
+
+    def __init__(self, view: RowView, tokenizer: Any, split: str, *, per_token: bool = False, page: int = 0) -> None:
+        self.view = view
+        self._tokenizer = tokenizer
+        self._title = f"{split} row {view.row} ({view.location})"
+        self._per_token = per_token
+        self._page = page
+
+    def _repr_html_(self) -> str:
+        if self.view.conversation is None:
+            return (
+                f'<div style="font-weight:600">{html.escape(self._title)}</div>'
+                f'<div style="color:#D55E00">left out: {html.escape(self.view.error or "")}</div>'
+            )
+        dropped = self.view.example.dropped_tokens if self.view.example else 0
+        shown = mask_overlay.render_html(
+            self.view.conversation,
+            self._tokenizer,
+            title=self._title,
+            per_token=self._per_token,
+            page=self._page,
+            dropped_tokens=dropped,
+        )
+        if self.view.error:
+            shown += f'<div style="color:#D55E00">left out: {html.escape(self.view.error)}</div>'
+        return shown
+
+    def __repr__(self) -> str:
+        if self.view.conversation is None:
+            return f"{self._title}\nleft out: {self.view.error}"
+        return mask_overlay.render_text(self.view.conversation, self._tokenizer, title=self._title, color=False)

@@ -1,0 +1,148 @@
+"""Colours, inline styles and visible characters shared by the HTML and terminal views.
+
+Notebooks that are not trusted lose style sheets, variables, `ch` lengths and newer property values, so every
+style here is an inline one that survives; text keeps the inherited colour, on half-transparent tints only, so
+that one output reads on light and on dark.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from functools import lru_cache
+from html import escape
+
+Colour = tuple[int, int, int]
+
+BLUE: Colour = (0, 114, 178)
+ORANGE: Colour = (213, 94, 0)
+GREEN: Colour = (0, 158, 115)
+GREY: Colour = (128, 128, 128)
+ROLE_COLOURS = {"system": GREY, "user": ORANGE, "assistant": BLUE, "tool": GREEN}
+
+# The strongest tint on which inherited text keeps a contrast of 4.5:1 in the usual light and dark themes.
+STRONGEST_TINT = 0.55
+DIM = 0.68
+
+MONOSPACE = "font-family:ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace"
+WRAP = "white-space:pre-wrap;overflow-wrap:break-word;overflow-wrap:anywhere"
+
+_MARKS = "\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f"
+_ATOMS = {
+    edges: re.compile(
+        rf"[\n\t]|{boundary}|(?<=\n) +| +(?=\n)| {{2,}}|^ +$|[{_MARKS}]{{4,}}|[^\x20-\x7e]",
+    )
+    for edges, boundary in ((True, r"^ +| +$"), (False, r"^ +$"))
+}
+_RIGHT_TO_LEFT = re.compile(
+    "[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc\U00010800-\U00010fff\U0001e800-\U0001efff]"
+)
+# Letters and marks that print nothing, though their Unicode category does not say so.
+_UNASSIGNED_BLANK = re.compile("[\u2065\ufdd0-\ufdef\ufff0-\uffff\U000e0000-\U000e0fff]")
+_BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0")
+
+
+def tint(colour: Colour, alpha: float) -> str:
+    """The colour at this opacity, as an inline style can say it."""
+    return f"rgba({colour[0]},{colour[1]},{colour[2]},{alpha:.2g})"
+
+
+def loss_tint(loss: float) -> str:
+    """Background for a loss in nats: none at 0, strongest at 6 and above."""
+    return tint(ORANGE, STRONGEST_TINT * min(max(loss, 0.0) / 6, 1.0))
+
+
+def change_tint(improvement: float) -> str:
+    """Background for a fall of the loss in nats: blue where better, orange where worse, strongest at 3."""
+    return tint(BLUE if improvement > 0 else ORANGE, STRONGEST_TINT * min(abs(improvement) / 3, 1.0))
+
+
+@lru_cache(maxsize=4096)
+def _prints_nothing(character: str) -> bool:
+    category = unicodedata.category(character)
+    return (
+        category in {"Cc", "Cf", "Cs", "Co", "Zs", "Zl", "Zp"}
+        or (category == "Cn" and bool(_UNASSIGNED_BLANK.match(character)))
+        or character in _BLANK
+        or "VARIATION SELECTOR" in unicodedata.name(character, "")
+    )
+
+
+def _joins_emoji(text: str, at: int) -> bool:
+    """Whether the joiner or emoji selector at this place only shapes the picture before it."""
+    before = text[at - 1 : at] if at else ""
+    if not before or (
+        unicodedata.category(before) not in {"So", "Sk"} and before not in "\ufe0f#*0123456789"
+    ):
+        return False
+    after = text[at + 1 : at + 2]
+    return text[at] == "\ufe0f" or (
+        text[at] == "\u200d" and bool(after) and unicodedata.category(after) == "So"
+    )
+
+
+def visible_parts(text: str, *, edges: bool = True) -> Iterator[tuple[str, str]]:
+    """The text in pieces `(characters, kind)`, with nothing in it that hides, reorders or controls.
+
+    kind is "text"; "glyph" for ⏎ (its line break follows as text), ⇥ and ·, which stand for a newline, a
+    tab and a space at the start or end of a line or in a run of spaces; or "escape" for ‹U+202E› and the
+    like, which name a character that prints nothing. With `edges` the first and last spaces of the text are
+    shown as well.
+    """
+    done = 0
+    for match in _ATOMS[edges].finditer(text):
+        found, at = match[0], match.start()
+        pieces: tuple[tuple[str, str], ...]
+        if found[0] == " ":
+            pieces = (("·" * len(found), "glyph"),)
+        elif found == "\n":
+            pieces = (("⏎", "glyph"), ("\n", "text"))
+        elif found == "\t":
+            pieces = (("⇥", "glyph"), ("\t", "text"))
+        elif len(found) > 1:
+            pieces = ((f"‹{len(found)} combining marks›", "escape"),)
+        elif _prints_nothing(found):
+            if found in "\u200d\ufe0f" and _joins_emoji(text, at):
+                continue
+            pieces = ((f"‹U+{ord(found):04X}›", "escape"),)
+        elif at == 0 and unicodedata.combining(found):
+            pieces = (("◌", "glyph"), (found, "text"))
+        else:
+            continue
+        if at > done:
+            yield text[done:at], "text"
+        yield from pieces
+        done = match.end()
+    if done < len(text):
+        yield text[done:], "text"
+
+
+_PART_STYLES = {
+    "glyph": "opacity:.6",
+    "escape": "border:1px dotted;border-radius:3px;padding:0 1px;font-size:.85em",
+}
+
+
+def visible_html(text: str, *, edges: bool = True) -> str:
+    """The text as escaped HTML in which every character can be seen; see `visible_parts`."""
+    return "".join(
+        escape(piece, quote=True) if kind == "text" else f'<span style="{_PART_STYLES[kind]}">{piece}</span>'
+        for piece, kind in visible_parts(text, edges=edges)
+    )
+
+
+def one_line(text: str, *, edges: bool = False) -> str:
+    """The text as one visible line: for titles, labels and table cells. Not escaped for HTML."""
+    return "".join(part for part, _ in visible_parts(text, edges=edges)).replace("\n", "").replace("\t", "")
+
+
+def span(content: str, *, style: str = "", title: str = "", isolate: str = "") -> str:
+    """One inline element around `content`, which is HTML already; `title` is escaped here.
+
+    When `isolate`, the raw text inside, holds right-to-left letters, it cannot reorder its neighbours.
+    """
+    tag = "bdi" if isolate and _RIGHT_TO_LEFT.search(isolate) else "span"
+    title_attribute = f' title="{escape(title, quote=True)}"' if title else ""
+    style_attribute = f' style="{style}"' if style else ""
+    return f"<{tag}{title_attribute}{style_attribute}>{content}</{tag}>"

@@ -1,0 +1,31 @@
+"""Fixtures for all tests, and the switch for the slow ones."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from mlx_nb.model.backend import prepare_backend
+
+prepare_backend()
+
+SLOW_MARKERS = ("real_model", "kernel", "browser")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the slow tests out unless MLX_NB_SLOW=1 or a marker expression asks for them."""
+    if os.environ.get("MLX_NB_SLOW") == "1" or config.getoption("-m"):
+        return
+    slow = [item for item in items if any(item.get_closest_marker(name) for name in SLOW_MARKERS)]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture
+def smollm2():
+    """A function that loads a fresh SmolLM2-135M-Instruct; fetched once, kept in the user's cache."""
+    from mlx_nb.model.loading import load_model
+
+    return lambda: load_model("smollm2-135m")

@@ -1,0 +1,72 @@
+"""Every row once an epoch, the order a function of (seed, epoch), padding little and inert."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_nb.data.batches import BatchPlan, evaluation_batches, pad
+from tiny import random_examples
+
+
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=200),
+    batch_size=st.integers(1, 9),
+    seed=st.integers(0, 5),
+    epoch=st.integers(0, 3),
+)
+def test_every_row_comes_once_an_epoch(lengths, batch_size, seed, epoch):
+    plan = BatchPlan(lengths, batch_size, seed)
+    first = epoch * plan.batches_per_epoch
+    seen = np.concatenate([plan.batch(first + index) for index in range(plan.batches_per_epoch)])
+    assert sorted(seen) == list(range(len(lengths)))
+
+
+def test_batch_k_does_not_depend_on_the_batches_drawn_before():
+    lengths = list(range(1, 100))
+    straight, jumping = BatchPlan(lengths, 4, seed=3), BatchPlan(lengths, 4, seed=3)
+    expected = [straight.batch(index) for index in range(120)]
+    for index in (119, 0, 60, 25, 26):
+        assert np.array_equal(jumping.batch(index), expected[index])
+
+
+def test_another_seed_and_another_epoch_give_another_order():
+    lengths = [10] * 64
+    plan = BatchPlan(lengths, 4, seed=0)
+    epoch_0 = np.concatenate([plan.batch(index) for index in range(16)])
+    epoch_1 = np.concatenate([plan.batch(index + 16) for index in range(16)])
+    seed_1 = np.concatenate([BatchPlan(lengths, 4, seed=1).batch(index) for index in range(16)])
+    assert not np.array_equal(epoch_0, epoch_1)
+    assert not np.array_equal(epoch_0, seed_1)
+
+
+def test_length_bucketing_saves_most_of_the_padding():
+    lengths = np.random.default_rng(0).integers(10, 500, 2000)
+    bucketed = BatchPlan(lengths, 8, seed=0)
+    padded = sum(8 * lengths[bucketed.batch(index)].max() for index in range(bucketed.batches_per_epoch))
+    shuffled = np.random.default_rng(1).permutation(lengths).reshape(-1, 8).max(axis=1).sum() * 8
+    assert padded / lengths.sum() < 1.08
+    assert shuffled / lengths.sum() > 1.5
+
+
+def test_the_evaluation_set_is_fixed():
+    lengths = list(range(5, 105))
+    chosen = [sorted(np.concatenate(evaluation_batches(lengths, 4, 5, seed=0))) for _ in range(2)]
+    assert chosen[0] == chosen[1]
+    assert len(chosen[0]) == 20
+    assert sorted(np.concatenate(evaluation_batches(lengths, 4, -1, seed=0))) == list(range(100))
+
+
+@pytest.mark.parametrize("multiple", [1, 8, 32])
+def test_padding_is_zero_in_tokens_and_mask(multiple):
+    examples = random_examples(5)
+    batch = pad(examples, multiple)
+    assert batch.tokens_BT.shape[1] % multiple == 0
+    for index, example in enumerate(examples):
+        length = len(example.tokens)
+        assert np.array_equal(batch.tokens_BT[index, :length], example.tokens)
+        assert np.array_equal(batch.loss_mask_BT[index, :length], example.loss_mask)
+        assert not batch.tokens_BT[index, length:].any()
+        assert not batch.loss_mask_BT[index, length:].any()

@@ -1,0 +1,111 @@
+"""Settings: read as people mean them, refused in one clear line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mlx_nb.config import SETTINGS, RunConfig
+from mlx_nb.config_help import settings_markdown, settings_text
+from mlx_nb.errors import ConfigError
+
+BAD_YAML = {
+    "unknown key": ("modle: x", "line 1", "Did you mean 'model'?"),
+    "a word from elsewhere": ("model: x\nlr: 1e-4", "line 2", "`learning_rate`"),
+    "nested key at the top": ("rank: 4", "line 1", "lora_parameters: {rank: ...}"),
+    "unknown nested key": ("lora_parameters: {rnk: 3}", "line 1", "Did you mean 'rank'?"),
+    "word for a number": ("learning_rate: fast", "line 1, column 16", "It takes a number"),
+    "number out of bounds": ("batch_size: 0", "line 1", "at least 1"),
+    "negative rate": ("learning_rate: -1e-4", "line 1", "above 0"),
+    "dropout of one": ("lora_parameters: {dropout: 1.0}", "line 1", "below 1"),
+    "fraction for a count": ("iters: 2.5", "line 1", "a whole number"),
+    "unknown choice": ("fine_tune_type: qlora", "line 1", "lora, dora, full"),
+    "on is not true": ("test: on", "line 1", "true or false"),
+    "repeated key": ("iters: 3\nmodel: a\niters: 4", "line 3", "first on line 1"),
+    "no mapping": ("just some words", "", "key: value"),
+    "unclosed bracket": ("lora_parameters: {rank: 4", "line 1", "expected ',' or '}'"),
+    "tab": ("model: a\n\titers: 3", "line 2", "tabs"),
+    "equals sign": ("iters = 3\nmodel: a", "line 2", "cannot be read"),
+    "empty value": ("batch_size:", "line 1", "has no value"),
+    "iters and epochs": ("iters: 3\nepochs: 1", "line 2", "Give one of them"),
+    "rank with full": ("fine_tune_type: full\nlora_parameters: {rank: 4}", "line 2", "has no effect"),
+    "decay with adam": ("optimizer: adam\nweight_decay: 0.2", "line 2", "has no effect"),
+    "patience without validation": ("early_stopping_patience: 2\nsteps_per_eval: -1", "line 1", "has no effect"),
+    "test batches without test": ("test_batches: 3", "line 1", "has no effect"),
+    "schedule without arguments": ("lr_schedule: step_decay", "line 1", "needs its arguments"),
+    "too few schedule arguments": ("lr_schedule: {name: linear, arguments: [1e-4]}", "line 1", "[1e-4, 0, 500]"),
+    "rate against its schedule": (
+        "learning_rate: 3e-4\nlr_schedule: {name: cosine, arguments: [1e-5, 10]}",
+        "line 1",
+        "has no effect",
+    ),
+    "warm-up longer than the run": ("iters: 10\nwarmup: 20", "line 2", "longer than the run"),
+    "zero layers": ("num_layers: 0", "line 1", "trains nothing"),
+    "zero saves": ("save_every: 0", "line 1", "-1"),
+    "two words for one thing": ("target_modules: [q_proj]\nlora_parameters: {keys: [v_proj]}", "line 1", "differ"),
+    "group as a number": ("lora_parameters: 8", "line 1", "must be a mapping"),
+    "bits that do not exist": ("load_in_bits: 5", "line 1", "2, 3, 4, 6, 8"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_YAML)
+def test_bad_yaml_gives_one_clear_line(case):
+    text, place, hint = BAD_YAML[case]
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_yaml(text)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert place in message
+    assert hint in message
+
+
+def test_a_missing_yaml_file_is_named():
+    with pytest.raises(ConfigError, match=r"no such file: nowhere/run\.yaml"):
+        RunConfig.from_yaml(Path("nowhere/run.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-5", 1e-5), ("1E-5", 1e-5), ("2.5e-4", 2.5e-4), (".5", 0.5), ("1", 1.0), ("1_0", 10.0)],
+)
+def test_numbers_are_numbers(text, value):
+    assert RunConfig.from_yaml(f"learning_rate: {text}").learning_rate == value
+
+
+def test_words_stay_words():
+    assert RunConfig.from_yaml("model: on").model == "on"
+    assert RunConfig.from_yaml("seed: 012").seed == 12
+
+
+def test_settings_survive_a_round_trip():
+    config = RunConfig.from_yaml(
+        "model: m\nlr_schedule: linear\nwarmup: 3\ntarget_modules: [q_proj]\nlora_parameters: {rank: 4}\ngrad_clip: null"
+    )
+    assert RunConfig.from_dict(config.to_dict()) == config
+    assert config.lora_parameters.keys == ("q_proj",)
+    assert config.lr_schedule.warmup == 3
+    assert config.grad_clip is None
+    assert config.changed()["model"] == "m"
+
+
+def test_defaults_are_accepted_when_spelled_out():
+    assert RunConfig.from_dict(RunConfig().to_dict()) == RunConfig()
+
+
+def test_overrides_win_over_the_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("iters: 5\nmodel: a\n")
+    assert RunConfig.from_yaml(path, iters=7).iters == 7
+
+
+def test_the_reference_page_is_generated_from_the_declarations():
+    page = Path(__file__).parent.parent / "docs" / "settings.md"
+    assert page.read_text(encoding="utf-8").rstrip() == settings_markdown().rstrip(), (
+        "run `mlx-nb settings --markdown > docs/settings.md`"
+    )
+
+
+def test_help_names_every_setting():
+    text = settings_text()
+    assert all(f"  {name}: " in text for name in SETTINGS)

@@ -1,0 +1,27 @@
+"""Events turn into JSON lines and back."""
+
+from __future__ import annotations
+
+import pytest
+
+from mlx_nb import events
+
+EXAMPLES = [
+    events.RunStarted(0, "run", 10, 100, 1000, 20, 4, ("a note",)),
+    events.StepCompleted(3, 1.25, 1e-4, 0.5, 12.0, 40, 0.1, 1000, 0.3, (4, 7), {"margin": 0.1}),
+    events.EvaluationCompleted(3, "valid", 1.0, 2.718, 40.0, 4, 0.2, True),
+    events.CheckpointSaved(3, "adapters/run", "best"),
+    events.SettingChanged(3, "learning_rate", 1e-4, 5e-5),
+    events.RunPaused(3, "interrupted"),
+    events.RunFinished(10, "iters reached", 1.0, 400, 120.0, 1.0, 3, "adapters/run"),
+    events.RunFailed(3, "loss is nan", (4, 7)),
+]
+
+
+@pytest.mark.parametrize("event", EXAMPLES, ids=lambda event: type(event).__name__)
+def test_an_event_survives_json(event):
+    assert events.event_from_json(event.to_json()) == event
+
+
+def test_every_event_type_is_tried_here():
+    assert {type(event) for event in EXAMPLES} == set(events.EVENT_TYPES.values())

@@ -1,0 +1,112 @@
+"""The house has one reading order: a module imports only from modules before it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mlx_nb
+
+PACKAGE = Path(mlx_nb.__file__).parent
+ORDER = [
+    "errors",
+    "yaml_loader",
+    "config",
+    "config_help",
+    "events",
+    "data.sources",
+    "data.rows",
+    "data.template_spans",
+    "data.chat_template",
+    "data.examples",
+    "data.batches",
+    "data.checks",
+    "model.backend",
+    "model.randomness",
+    "model.gguf_tokenizer",
+    "model.gguf",
+    "model.loading",
+    "model.adapters",
+    "model.logprobs",
+    "rollouts.generation",
+    "objectives.base",
+    "objectives.sft",
+    "train.optimizer",
+    "train.step",
+    "train.trainer",
+    "view.theme",
+    "view.history",
+    "view.plots",
+    "view.token_text",
+    "view.token_cells",
+    "view.mask_overlay",
+    "view.batch_table",
+    "view.text_report",
+    "view.row_display",
+    "run",
+    "notebook.session",
+    "notebook.driver",
+    "notebook.templating",
+    "notebook.commands",
+    "notebook.completion",
+    "notebook.magics",
+    "notebook.extension",
+    "quickstart",
+    "cli",
+]
+HEAVY = ("mlx_lm", "transformers", "datasets", "matplotlib", "pandas", "torch")
+
+
+def module_files() -> dict[str, Path]:
+    files = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    return {name: path for name, path in files.items() if not name.endswith("__init__") and name != "__main__"}
+
+
+def imported_modules(path: Path, *, top_level_only: bool = False) -> set[str]:
+    """Names of the mlx_nb modules that a file imports, without the package's name."""
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if not top_level_only else iter(tree.body)
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "mlx_nb":
+            inner = node.module.removeprefix("mlx_nb").lstrip(".")
+            names = [f"{inner}.{alias.name}".strip(".") for alias in node.names]
+            found |= {name if name in ORDER else inner for name in names}
+    return found - {""}
+
+
+def test_every_module_has_its_place_in_the_order():
+    assert set(module_files()) == set(ORDER) & set(module_files())
+    assert sorted(set(module_files()) - set(ORDER)) == []
+
+
+@pytest.mark.parametrize("name", sorted(module_files()))
+def test_a_module_imports_only_from_modules_before_it(name):
+    later = {other for other in imported_modules(module_files()[name]) if ORDER.index(other) >= ORDER.index(name)}
+    assert later == set()
+
+
+@pytest.mark.parametrize("name", sorted(name for name in module_files() if name.startswith("data.")))
+def test_data_does_not_know_mlx(name):
+    tree = ast.parse(module_files()[name].read_text())
+    roots = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    roots |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    assert not roots & {"mlx", "mlx_lm"}
+
+
+@pytest.mark.parametrize("name", sorted(name for name in module_files() if name.startswith("view.")))
+def test_views_do_not_know_the_trainer(name):
+    assert not {other for other in imported_modules(module_files()[name]) if other.startswith("train")}
+
+
+def test_loading_the_extension_imports_nothing_heavy():
+    code = (
+        "from IPython.core.interactiveshell import InteractiveShell as S; import sys; before = set(sys.modules);"
+        "shell = S.instance(); shell.run_line_magic('load_ext', 'mlx_nb');"
+        f"loaded = [name for name in {HEAVY!r} if name in set(sys.modules) - before]; assert not loaded, loaded"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
