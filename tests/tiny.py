@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
 from mlx_nb.data.examples import TokenizedExample
@@ -43,3 +47,58 @@ def random_examples(count: int, seed: int = 0, shortest: int = 5, longest: int =
         loss_mask[0] = 0.0
         examples.append(TokenizedExample(tokens, loss_mask, row))
     return examples
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+
+
+def tiny_rows(count: int = 24) -> list[dict]:
+    """Chat rows with a pattern that a tiny model can pick up."""
+    words = ("red", "green", "blue", "black", "white", "amber")
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"say {words[row % 6]} {row}"},
+                {"role": "assistant", "content": words[row % 6] * 2},
+            ]
+        }
+        for row in range(count)
+    ]
+
+
+def save_tiny_model(folder: Path) -> Path:
+    """A tiny llama with a byte-level tokenizer and chat template, as a folder that `mlx_lm.load` opens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        [json.dumps(row) for row in tiny_rows()],
+        trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=list(SPECIAL), show_progress=False),
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL[0], pad_token=SPECIAL[0])
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+    mx.random.seed(0)
+    arguments = {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": len(fast),
+        "tie_word_embeddings": True,
+    }
+    model = llama.Model(llama.ModelArgs(**arguments))
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), metadata={"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps({**arguments, "architectures": ["LlamaForCausalLM"], "eos_token_id": 0}))
+    return folder

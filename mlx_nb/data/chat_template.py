@@ -10,17 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from mlx_nb.data.template_spans import (
-    Located,
-    Message,
-    Render,
-    RenderFailed,
-    TemplateFacts,
-    Turn,
-    Unproved,
-    locate_messages,
-    study_template,
-)
+from mlx_nb.data.template_facts import Message, Render, RenderFailed, TemplateFacts, study_template
+from mlx_nb.data.template_spans import Located, Turn, locate_messages
+from mlx_nb.data.template_tags import REASONING_FIELDS, Unproved
 from mlx_nb.errors import MaskRefused, did_you_mean
 
 LOSS_ON = ("assistant", "final", "all")
@@ -410,7 +402,7 @@ def _turn_problems(turn: Turn, message: Message) -> list[str]:
     content = message.get("content", "")
     if not content or (isinstance(content, str) and not content.strip()):
         if not any(
-            message.get(field) for field in ("tool_calls", "reasoning_content", "reasoning", "thinking")
+            message.get(field) for field in ("tool_calls", *REASONING_FIELDS)
         ):
             problems.append(f"{name} is blank: only its end is trained.")
     return problems

@@ -173,12 +173,11 @@ def render_batch_html(
     share = f"{padding / max(used + padding, 1):.0%}"
     legend = (
         "each card: position, token, → the token predicted from there&emsp; "
-        f"{span('counts', style=_TRAINED)}&emsp; {span('does not count', style=_DIM)}"
+        f"{span('counts', style=_TRAINED)}&emsp; {span('does not count', style=_DIM + ';white-space:nowrap')}"
     )
     if segments is not None:
-        legend += (
-            f"&emsp;a blue bar starts a segment&emsp; {span('counts across a boundary', style=_CROSSING)}"
-        )
+        crossing = span("counts across a boundary", style=f"{_CROSSING};white-space:nowrap")
+        legend += f"&emsp;a blue bar starts a segment&emsp; {crossing}"
     heading = f"<b>batch</b>&emsp;{len(tokens_BT):,} × {tokens_BT.shape[1]:,} positions · {share} padding"
     return (
         f'<div class="mlx-nb-batch" dir="ltr" style="max-width:60em;text-align:left"><div>{heading}</div>'

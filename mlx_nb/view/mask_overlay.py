@@ -208,7 +208,8 @@ def render_html(
         )
     cells = row_cells(conversation, tokenizer, token_loss, token_loss_base, show_ends=not dropped_tokens)
     tokens, total = conversation.tokens, len(conversation.tokens)
-    pages = [list(group) for _, group in groupby(cells, key=lambda cell: cell.first // page_tokens)] or [[]]
+    by_page = groupby(cells, key=lambda cell: min(cell.first, total - 1) // page_tokens)
+    pages = [list(group) for _, group in by_page] or [[]]
     if not 0 <= page < len(pages):
         raise DataError(
             f"page {page} does not exist: the row has {grouped(total)} tokens, which is {len(pages)} "

@@ -97,7 +97,7 @@ def _coloured(runs: Iterable[Cell]) -> list[Piece]:
     pieces: list[Piece] = []
     for run in runs:
         style = _style(run)
-        if run.weight not in (0.0, 1.0):
+        if run.kind == "text" and run.weight not in (0.0, 1.0):
             pieces.append((f"×{run.weight:g}", _DIM))
         for text, kind in visible_parts(run.text, edges=not run.loss_known):
             shown = text.replace("\t", _TAB)

@@ -1,0 +1,192 @@
+"""Device, BLAS and speed of this machine. `prepare_backend` must run before `mlx.core` is imported.
+
+On Linux CPUs mlx's wheel brings the reference BLAS: a few GFLOP/s. An OpenBLAS that is loaded first, with its symbols
+visible to all, answers mlx's calls instead, at tens of times the speed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
+from types import ModuleType
+
+from mlx_nb.model.cache import cache_folder
+
+_GPU_PACKAGES = ("mlx-cuda-12", "mlx-cuda-13", "mlx-cuda")
+_DEBIAN_BLAS = "openblas-pthread/libblas.so.3"
+
+
+@dataclass(frozen=True)
+class Blas:
+    """The BLAS that was loaded (`path`, None when none was) and what a person should know about it."""
+
+    path: str | None
+    note: str
+
+
+_prepared: Blas | None = None
+
+
+def prepare_backend() -> Blas:
+    """Load a fast BLAS before mlx on Linux CPUs; elsewhere, and the second time, do nothing. Imports no mlx."""
+    global _prepared
+    if _prepared is None:
+        _prepared = _load_blas()
+    return _prepared
+
+
+def _load_blas() -> Blas:
+    if sys.platform != "linux":
+        return Blas(None, "this system's own")
+    if any(_installed(package) for package in _GPU_PACKAGES):
+        return Blas(None, "not needed: mlx computes on the GPU")
+    if "mlx.core" in sys.modules:
+        return Blas(None, "mlx was imported before mlx_nb, so a faster BLAS could not be loaded. Load mlx_nb first.")
+    failures = []
+    for candidate in _candidates():
+        try:
+            _load(candidate)
+        except OSError as error:
+            failures.append(f"{candidate.name}: {error}")
+            continue
+        return Blas(str(candidate), "OpenBLAS")
+    reason = f" ({'; '.join(failures)})" if failures else ""
+    return Blas(None, f'no OpenBLAS found{reason}. Run: pip install "mlx-nb[cpu]", or install libopenblas0-pthread')
+
+
+def _installed(package: str) -> bool:
+    try:
+        distribution(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _candidates() -> list[Path]:
+    """OpenBLAS libraries on this machine: the wheel's first, because its version is known; then Debian's."""
+    found: list[Path] = []
+    if _installed("cmeel-openblas"):
+        files = distribution("cmeel-openblas").files or []
+        found += [Path(str(file.locate())) for file in files if file.name == "libopenblas.so.0"]
+    found += sorted(Path("/usr/lib").glob(f"*/{_DEBIAN_BLAS}"))
+    return found
+
+
+def _load(library: Path) -> None:
+    try:
+        ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        if "libgfortran.so.5" not in str(error):
+            raise
+        _provide_gfortran()
+        ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+
+
+def _provide_gfortran() -> None:
+    """Make `libgfortran.so.5` known to the loader from the copy that mlx's CPU wheel carries.
+
+    That copy bears a mangled name, and OpenBLAS asks for the plain one: a private copy with the plain name in its
+    header is loaded, from the cache.
+    """
+    files = distribution("mlx-cpu").files or [] if _installed("mlx-cpu") else []
+    by_name = {file.name: Path(str(file.locate())) for file in files if "mlx_cpu.libs" in str(file)}
+    fortran = next((path for name, path in by_name.items() if name.startswith("libgfortran-")), None)
+    if fortran is None:
+        raise OSError("libgfortran.so.5 is missing. Install Debian's libgfortran5")
+    renamed = cache_folder() / "lib" / fortran.name / "libgfortran.so.5"
+    if not renamed.exists():
+        content = fortran.read_bytes()
+        mangled, plain = fortran.name.encode(), b"libgfortran.so.5"
+        renamed.parent.mkdir(parents=True, exist_ok=True)
+        partial = renamed.with_name(f".{os.getpid()}")
+        partial.write_bytes(content.replace(mangled, plain.ljust(len(mangled), b"\0")))
+        os.replace(partial, renamed)
+    for name, path in by_name.items():
+        if name.startswith("libquadmath-"):
+            ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(str(renamed))
+
+
+def is_cpu() -> bool:
+    """Whether mlx computes on the CPU here."""
+    mx = _mlx()
+    return mx.default_device().type == mx.DeviceType.cpu
+
+
+def device_name() -> str:
+    """The device in words, with its number of cores on a CPU."""
+    mx = _mlx()
+    if is_cpu():
+        return f"CPU, {os.cpu_count()} cores"
+    return str(mx.device_info().get("device_name", mx.default_device()))
+
+
+def _mlx() -> ModuleType:
+    prepare_backend()
+    import mlx.core
+
+    return mlx.core
+
+
+def doctor_report() -> list[tuple[str, str]]:
+    """(label, value) lines about this machine, measured now; takes about two seconds."""
+    blas = prepare_backend()
+    mx = _mlx()
+    lines = [
+        ("device", device_name()),
+        ("mlx", f"{version('mlx')}, mlx-lm {version('mlx-lm')}"),
+        ("BLAS", f"{blas.note}: {blas.path}" if blas.path else blas.note),
+    ]
+    speeds = {
+        "float32": measured_gflops(mx.float32),
+        "bfloat16": measured_gflops(mx.bfloat16),
+        "4-bit": measured_gflops(None),
+    }
+    lines += [(f"{name} matrix product", f"{speed:.0f} GFLOP/s") for name, speed in speeds.items()]
+    lines.append(("memory", f"{mx.get_active_memory() / 1e9:.2f} GB in use by mlx"))
+    lines.append(("advice", _advice(speeds)))
+    return lines
+
+
+def format_doctor_report() -> str:
+    """The report of `mlx-nb doctor`."""
+    lines = doctor_report()
+    width = max(len(label) for label, _ in lines)
+    return "\n".join(f"{label.ljust(width)}  {value}" for label, value in lines)
+
+
+def measured_gflops(dtype: object, size: int = 1024, seconds: float = 0.3) -> float:
+    """Speed of (256, size) @ (size, size) in GFLOP/s; `dtype` None multiplies by a 4-bit quantised matrix."""
+    mx = _mlx()
+    left = mx.ones((256, size), dtype=dtype or mx.float32)
+    right = mx.random.normal((size, size), key=mx.random.key(0))
+    if dtype is None:
+        packed = mx.quantize(right, group_size=32, bits=4)
+
+        def product() -> None:
+            mx.eval(mx.quantized_matmul(left, *packed, group_size=32, bits=4))
+    else:
+        right = right.astype(dtype)
+
+        def product() -> None:
+            mx.eval(left @ right)
+
+    product()
+    count, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        product()
+        count += 1
+    return 2 * 256 * size * size * count / (time.perf_counter() - started) / 1e9
+
+
+def _advice(speeds: dict[str, float]) -> str:
+    if not is_cpu():
+        return "the GPU is used; nothing to do"
+    if speeds["float32"] < 40:
+        return 'float32 is slow: run pip install "mlx-nb[cpu]", and load mlx_nb before mlx'
+    return "models are computed in float32, the fast path of this CPU; saved adapters are the same either way"

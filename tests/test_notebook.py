@@ -1,0 +1,178 @@
+"""The magics in an IPython shell without a kernel."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+
+from mlx_nb.errors import CommandError
+from mlx_nb.notebook.templating import fill
+from tiny import tiny_rows
+
+
+@pytest.fixture
+def shell(tmp_path, monkeypatch):
+    """A shell with the extension loaded, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    shell = InteractiveShell.instance()
+    shell.run_line_magic("load_ext", "mlx_nb")
+    yield shell
+    shell.run_line_magic("unload_ext", "mlx_nb")
+    InteractiveShell.clear_instance()
+
+
+@pytest.fixture
+def trained(shell, tiny_folder):
+    """The shell after a paused cell has made the run `tiny`."""
+    shell.user_ns["my_rows"] = tiny_rows()
+    run_cell(shell, f"%%finetune --name tiny -o run --paused\nmodel: {tiny_folder}\ndata: my_rows\niters: 4\nlearning_rate: 1e-2")
+    return shell
+
+
+def run_cell(shell, source):
+    result = shell.run_cell(source)
+    result.raise_error()
+    return result.result
+
+
+def error_of(shell, source):
+    result = shell.run_cell(source)
+    error = result.error_in_exec
+    assert error is not None, source
+    return error
+
+
+def test_a_cell_trains_and_binds_its_run(shell, tiny_folder, capsys):
+    shell.user_ns["my_rows"] = tiny_rows()
+    run_cell(shell, f"%%finetune --name pirate -o run\nmodel: {tiny_folder}\ndata: my_rows\niters: 3")
+    assert shell.user_ns["run"].finished
+    assert Path("adapters/pirate/adapters.safetensors").exists()
+    assert "finished after update 3" in capsys.readouterr().out
+
+
+def test_paused_builds_and_steps_do_exactly_n(trained):
+    run = trained.user_ns["run"]
+    assert run.step_count == 0
+    run_cell(trained, "%finetune step")
+    assert run.step_count == 1
+    run_cell(trained, "%finetune step 2")
+    assert run.step_count == 3
+    run_cell(trained, "%finetune run")
+    assert run.finished
+
+
+def test_every_subcommand_answers(trained, tmp_path):
+    run_cell(trained, "%finetune step")
+    assert "1 of 4" in str(run_cell(trained, "%finetune status"))
+    assert "valid loss" in str(run_cell(trained, "%finetune eval"))
+    assert isinstance(str(run_cell(trained, '%finetune generate "say red" --max-tokens 3')), str)
+    assert isinstance(str(run_cell(trained, '%finetune generate "say red" --base --max-tokens 3')), str)
+    assert "5e-5" in str(run_cell(trained, "%finetune set learning_rate=5e-5"))
+    assert run_cell(trained, "%finetune plot").axes
+    assert "saved" in str(run_cell(trained, f"%finetune save {tmp_path / 'mine'}"))
+    assert (tmp_path / "mine" / "adapters.safetensors").exists()
+    assert "tiny" in str(run_cell(trained, "%finetune runs"))
+    assert "rows in train" in str(run_cell(trained, "%finetune rows"))
+    assert "say" in repr(run_cell(trained, "%finetune row 0"))
+    assert "<span" in run_cell(trained, "%finetune row 0")._repr_html_()
+    assert "generate" in str(run_cell(trained, "%finetune help"))
+    assert "--base" in str(run_cell(trained, "%finetune help generate"))
+    run_cell(trained, "%finetune use tiny")
+    assert trained.user_ns["run"].step().learning_rate < 1e-4
+
+
+def test_running_a_cell_twice_is_harmless(trained, tiny_folder):
+    cell = f"%%finetune --name again -o run\nmodel: {tiny_folder}\ndata: my_rows\niters: 2"
+    run_cell(trained, cell)
+    first = trained.user_ns["run"].adapter_bytes()
+    run_cell(trained, cell)
+    assert trained.user_ns["run"].adapter_bytes() == first
+    assert len(os.listdir("adapters")) == 2
+
+
+BAD_COMMANDS = {
+    "%finetune stpe": "Did you mean 'step'",
+    "%finetune step two": "two",
+    "%finetune step 0": "1 or more",
+    "%finetune generate": "prompt",
+    '%finetune generate "open': "quotation",
+    "%finetune set learning_rate": "key=value",
+    "%finetune set batch_size=2": "cannot change during a run",
+    "%finetune set lerning_rate=1": "learning_rate",
+    "%finetune row 999": "no row 999",
+    "%finetune eval tests": "tests",
+    "%finetune status --name tyni": "Did you mean 'tiny'",
+    "%finetune use nothing": "nothing",
+    "%finetune help stpe": "Did you mean 'step'",
+    "%%finetune --nam x\nmodel: a": "--nam",
+    "%%finetune --name a/b\nmodel: a": "letters",
+    "%%finetune -o 1x\nmodel: a": "variable name",
+    "%%finetune\nmodel: {undefined_name}": "undefined_name",
+    "%%finetune\nmodle: x": "Did you mean 'model'",
+}
+
+
+@pytest.mark.parametrize("command", BAD_COMMANDS)
+def test_a_bad_command_is_one_line_that_fails_the_cell(trained, command):
+    trained.user_ns["run"].step()
+    error = error_of(trained, command)
+    assert BAD_COMMANDS[command] in str(error)
+    shown = error._render_traceback_()
+    assert len(shown) == 1
+    assert "\n" not in shown[0]
+
+
+def test_a_command_without_a_run_says_what_to_do(shell):
+    assert "%%finetune" in str(error_of(shell, "%finetune step"))
+
+
+def test_help_of_the_cell_magic_lists_the_settings(shell, capsys):
+    shell.run_line_magic("pinfo", "%%finetune")
+    shown = capsys.readouterr().out
+    assert "lora_parameters.rank" in shown
+    assert "--paused" in shown
+
+
+def test_tab_completes_commands_options_and_settings(trained):
+    def completions(line):
+        return set(trained.complete(line.split(" ")[-1], line, len(line))[1])
+
+    assert "generate" in completions("%finetune gen")
+    assert "--base" in completions("%finetune generate --b")
+    assert "learning_rate=" in completions("%finetune set lea")
+    assert "tiny" in completions("%finetune status --name ti")
+    assert "--paused" in completions("%%finetune --pa")
+
+
+def test_unloading_removes_every_trace(shell):
+    shell.run_line_magic("unload_ext", "mlx_nb")
+    assert "finetune" not in shell.magics_manager.magics["line"]
+    assert "finetune" not in shell.magics_manager.magics["cell"]
+    assert not [configurable for configurable in shell.configurables if "Finetune" in type(configurable).__name__]
+    assert "%finetune" not in shell.strdispatchers["complete_command"].strs
+    shell.run_line_magic("load_ext", "mlx_nb")
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("iters: {n}", "iters: 3"),
+        ("learning_rate: {rate}", "learning_rate: 1e-05"),
+        ("adapter_path: out/{word}/x", "adapter_path: out/pirate/x"),
+        ("test: {flag}", "test: true"),
+        ("target_modules: {names}", 'target_modules: ["q_proj"]'),
+        ("lora_parameters: {rank: 4}", "lora_parameters: {rank: 4}"),
+        ("model: {{word}}", "model: {word}"),
+    ],
+)
+def test_names_in_braces_become_values(body, expected):
+    namespace = {"n": 3, "rate": 1e-5, "word": "pirate", "flag": True, "names": ["q_proj"]}
+    assert fill(body, namespace) == expected
+
+
+def test_a_value_without_text_form_is_refused():
+    with pytest.raises(CommandError, match="data: rows"):
+        fill("data: {rows}", {"rows": object()})
