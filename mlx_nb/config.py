@@ -41,9 +41,7 @@ class LoraParameters:
     """Shape of the adapter. `scale` multiplies the adapter's output and is never divided by the rank."""
 
     rank: int = setting(8, "Inner dimension R of the adapter matrices.", group="adapter", at_least=1)
-    scale: float = setting(
-        20.0, "Factor on the adapter's output; PEFT's lora_alpha / r.", group="adapter", above=0
-    )
+    scale: float = setting(20.0, "Factor on the adapter's output; PEFT's lora_alpha / r.", group="adapter", above=0)
     dropout: float = setting(
         0.0, "Probability of dropping an adapter input while training.", group="adapter", at_least=0, below=1
     )
@@ -93,7 +91,9 @@ class RunConfig:
         None, "Quantise the base to this many bits on load. null = as it is.", group="model"
     )
     chat_template: str | None = setting(
-        None, "Jinja text, or a file with it, to use in place of the model's own chat template.", group="model"
+        None,
+        "Jinja text, or a file with it, to use in place of the model's own chat template.",
+        group="model",
     )
     data: Any = setting(
         "data",
@@ -135,9 +135,7 @@ class RunConfig:
     )
     num_layers: int = setting(-1, "Train the last N layers. -1 = all.", group="adapter", at_least=-1)
     lora_parameters: LoraParameters = setting(LoraParameters(), "Shape of the adapter.", group="adapter")
-    target_modules: tuple[str, ...] | None = setting(
-        None, "Another word for lora_parameters.keys.", group="adapter"
-    )
+    target_modules: tuple[str, ...] | None = setting(None, "Another word for lora_parameters.keys.", group="adapter")
     resume_adapter_file: str | None = setting(
         None, "Start from the weights of this adapters.safetensors (or its folder).", group="adapter"
     )
@@ -161,10 +159,17 @@ class RunConfig:
     )
     warmup: int | None = setting(None, "Another word for lr_schedule.warmup.", group="optimizer", at_least=0)
     weight_decay: float = setting(
-        0.01, "Decoupled weight decay (adamw, lion, muon) or L2 penalty (sgd, adafactor).", group="optimizer", at_least=0
+        0.01,
+        "Decoupled weight decay (adamw, lion, muon) or L2 penalty (sgd, adafactor).",
+        group="optimizer",
+        at_least=0,
     )
     grad_clip: float | None = setting(
-        1.0, "Largest L2 norm of the whole gradient. null = no clipping.", group="optimizer", above=0, live=True
+        1.0,
+        "Largest L2 norm of the whole gradient. null = no clipping.",
+        group="optimizer",
+        above=0,
+        live=True,
     )
     iters: int | None = setting(
         None, "Optimizer updates in the run. null = as many as epochs take.", group="training", at_least=1
@@ -174,7 +179,10 @@ class RunConfig:
     )
     batch_size: int = setting(4, "Rows in one forward pass.", group="training", at_least=1)
     grad_accumulation_steps: int = setting(
-        1, "Forward passes in one update; weighted by token, so the same as one large batch.", group="training", at_least=1
+        1,
+        "Forward passes in one update; weighted by token, so the same as one large batch.",
+        group="training",
+        at_least=1,
     )
     seed: int = setting(0, "Decides row order, adapter start and dropout.", group="training", at_least=0)
     steps_per_eval: int | None = setting(
@@ -198,7 +206,9 @@ class RunConfig:
     )
     test: bool = setting(False, "Measure loss and perplexity on the test split at the end.", group="validation")
     test_batches: int = setting(-1, "Batches of the test split to measure. -1 = all.", group="validation", at_least=-1)
-    save_every: int = setting(100, "Save the adapter every N updates. -1 = only at the end.", group="saving", at_least=-1, live=True)
+    save_every: int = setting(
+        100, "Save the adapter every N updates. -1 = only at the end.", group="saving", at_least=-1, live=True
+    )
     adapter_path: str | None = setting(
         None, "Folder for the adapter. null = adapters/<name of the run>.", group="saving"
     )
@@ -238,6 +248,14 @@ class RunConfig:
     def replace(self, **changes: Any) -> RunConfig:
         """A changed, checked copy."""
         return RunConfig.from_dict({**self.to_dict(), **changes})
+
+    def with_live(self, name: str, value: Any) -> RunConfig:
+        """A copy with one setting changed; a new `learning_rate` also becomes the start of the schedule's arguments."""
+        changes = {name: value}
+        if name == "learning_rate" and self.lr_schedule.arguments:
+            schedule = dataclasses.asdict(self.lr_schedule)
+            changes["lr_schedule"] = {**schedule, "arguments": [value, *self.lr_schedule.arguments[1:]]}
+        return self.replace(**changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for YAML or JSON; `from_dict` reads them back."""
@@ -331,18 +349,19 @@ def _coerce(value: Any, declared: dataclasses.Field, hint: Any, parent: tuple[st
 
 def _coerce_group(value: Any, kind: type, path: tuple[str, ...]) -> Any:
     if isinstance(value, kind):
-        value = {declared.name: getattr(value, declared.name) for declared in fields(kind)}  # type: ignore[arg-type]
+        value = {declared.name: getattr(value, declared.name) for declared in fields(kind)}
     elif isinstance(value, str) and kind is LrSchedule:
         value = {"name": value}
     if not isinstance(value, Mapping):
-        names = ", ".join(declared.name for declared in fields(kind))  # type: ignore[arg-type]
+        names = ", ".join(declared.name for declared in fields(kind))
         raise _SettingError(path, f"`{path[0]}` must be a mapping with some of: {names}; not {value!r}.")
-    known = {declared.name: declared for declared in fields(kind)}  # type: ignore[arg-type]
+    known = {declared.name: declared for declared in fields(kind)}
     for key in value:
         if key not in known:
             names = ", ".join(known)
             raise _SettingError(
-                (*path, str(key)), f"unknown setting `{path[0]}.{key}`.{did_you_mean(str(key), known)} Known: {names}."
+                (*path, str(key)),
+                f"unknown setting `{path[0]}.{key}`.{did_you_mean(str(key), known)} Known: {names}.",
             )
     if kind is LrSchedule and value.get("name") in _SCHEDULE_WORDS:
         value = {**value, "name": _SCHEDULE_WORDS[value["name"]]}
@@ -412,7 +431,9 @@ def _merge_synonyms(config: RunConfig) -> None:
     if config.target_modules is not None:
         keys = config.lora_parameters.keys
         if keys is not None and keys != config.target_modules:
-            raise _SettingError(("target_modules",), "`target_modules` and `lora_parameters.keys` differ. Give one of them.")
+            raise _SettingError(
+                ("target_modules",), "`target_modules` and `lora_parameters.keys` differ. Give one of them."
+            )
         merged = dataclasses.replace(config.lora_parameters, keys=config.target_modules)
         object.__setattr__(config, "lora_parameters", merged)
         object.__setattr__(config, "target_modules", None)

@@ -56,7 +56,9 @@ def settings_text(width: int = 100) -> str:
         for line in (line for line in described if line.group == group):
             head = f"  {line.name}: {line.default}" + ("   (may change during a run)" if line.live else "")
             parts.append(head)
-            parts.append(textwrap.fill(f"{line.help} [{line.kind}]", width, initial_indent=" " * 6, subsequent_indent=" " * 6))
+            parts.append(
+                textwrap.fill(f"{line.help} [{line.kind}]", width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            )
     return "\n".join(parts)
 
 

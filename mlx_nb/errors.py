@@ -1,13 +1,13 @@
 """The exceptions of mlx_nb. Each says in one message what is wrong, where, and what to do next.
 
-    MlxNbError
-    ├── ConfigError         a setting is unknown, out of bounds, or would have no effect
-    ├── DataError           rows cannot be found or read; names file, line, row and column
-    │   └── MaskRefused     no trustworthy loss mask exists for a conversation
-    ├── ModelError          a model, tokenizer or adapter cannot be found, read or converted
-    ├── TrainingError       a run cannot go on
-    │   └── NonFiniteLoss   loss or gradient became NaN or infinite; names the rows; nothing was changed
-    └── CommandError        a notebook command or command line was not understood
+MlxNbError
+├── ConfigError         a setting is unknown, out of bounds, or would have no effect
+├── DataError           rows cannot be found or read; names file, line, row and column
+│   └── MaskRefused     no trustworthy loss mask exists for a conversation
+├── ModelError          a model, tokenizer or adapter cannot be found, read or converted
+├── TrainingError       a run cannot go on
+│   └── NonFiniteLoss   loss or gradient became NaN or infinite; names the rows; nothing was changed
+└── CommandError        a notebook command or command line was not understood
 """
 
 from __future__ import annotations

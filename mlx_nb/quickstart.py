@@ -32,9 +32,9 @@ def run_quickstart(folder: str) -> int:
     summary["run_seconds"] = round(time.perf_counter() - run_started, 1)
     summary["total_seconds"] = round(time.perf_counter() - started, 1)
     summary["notebook"] = str(notebook_path)
-    before, after = summary["before"], summary["after"]
+    before, after, rows = summary["before"], summary["after"], summary["test_rows"]
     print(f"\nvalidation loss  {before['validation_loss']:.3f} → {after['validation_loss']:.3f}")
-    print(f"exact match      {before['exact_match']:.0%} → {after['exact_match']:.0%}  of {summary['test_rows']} held-out rows")
+    print(f"exact match      {before['exact_match']:.0%} → {after['exact_match']:.0%}  of {rows} held-out rows")
     print(f"\nThe executed notebook: jupyter lab {notebook_path}\n")
     print(json.dumps(summary))
     return 0

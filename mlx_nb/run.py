@@ -41,7 +41,11 @@ class Run:
     """
 
     def __init__(
-        self, config: RunConfig | None = None, *, name: str = "run", namespace: Mapping[str, Any] | None = None
+        self,
+        config: RunConfig | None = None,
+        *,
+        name: str = "run",
+        namespace: Mapping[str, Any] | None = None,
     ) -> None:
         self.config = config or RunConfig()
         self.name = name
@@ -55,7 +59,12 @@ class Run:
 
     @classmethod
     def from_yaml(
-        cls, source: str | Path, *, name: str = "run", namespace: Mapping[str, Any] | None = None, **overrides: Any
+        cls,
+        source: str | Path,
+        *,
+        name: str = "run",
+        namespace: Mapping[str, Any] | None = None,
+        **overrides: Any,
     ) -> Run:
         """From YAML text or a YAML file; `overrides` are settings that win over it."""
         return cls(RunConfig.from_yaml(source, **overrides), name=name, namespace=namespace)
@@ -69,7 +78,9 @@ class Run:
             from mlx_nb.model.loading import load_model
 
             self._loaded = load_model(
-                self.config.model, load_in_bits=self.config.load_in_bits, chat_template=self.config.chat_template
+                self.config.model,
+                load_in_bits=self.config.load_in_bits,
+                chat_template=self.config.chat_template,
             )
         return self._loaded
 
@@ -229,7 +240,7 @@ class Run:
 
     def set(self, **changes: Any) -> None:
         """Change live settings, such as learning_rate, from the next update on. Raises ConfigError for others."""
-        for name, value in changes.items():
+        for name in changes:
             if name not in SETTINGS:
                 raise ConfigError(f"unknown setting `{name}`.{did_you_mean(name, LIVE_SETTINGS)}")
             if name not in LIVE_SETTINGS and self._trainer is not None:
@@ -237,7 +248,9 @@ class Run:
                     f"`{name}` cannot change during a run. These can: {', '.join(LIVE_SETTINGS)}. "
                     "Or start a new run with %%finetune."
                 )
-        checked = self.config.replace(**changes)
+        checked = self.config
+        for name, value in changes.items():
+            checked = checked.with_live(name, value)
         if self._trainer is not None:
             for name in changes:
                 self._trainer.request(ChangeSetting(name, getattr(checked, name)))

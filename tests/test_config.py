@@ -31,10 +31,18 @@ BAD_YAML = {
     "iters and epochs": ("iters: 3\nepochs: 1", "line 2", "Give one of them"),
     "rank with full": ("fine_tune_type: full\nlora_parameters: {rank: 4}", "line 2", "has no effect"),
     "decay with adam": ("optimizer: adam\nweight_decay: 0.2", "line 2", "has no effect"),
-    "patience without validation": ("early_stopping_patience: 2\nsteps_per_eval: -1", "line 1", "has no effect"),
+    "patience without validation": (
+        "early_stopping_patience: 2\nsteps_per_eval: -1",
+        "line 1",
+        "has no effect",
+    ),
     "test batches without test": ("test_batches: 3", "line 1", "has no effect"),
     "schedule without arguments": ("lr_schedule: step_decay", "line 1", "needs its arguments"),
-    "too few schedule arguments": ("lr_schedule: {name: linear, arguments: [1e-4]}", "line 1", "[1e-4, 0, 500]"),
+    "too few schedule arguments": (
+        "lr_schedule: {name: linear, arguments: [1e-4]}",
+        "line 1",
+        "[1e-4, 0, 500]",
+    ),
     "rate against its schedule": (
         "learning_rate: 3e-4\nlr_schedule: {name: cosine, arguments: [1e-5, 10]}",
         "line 1",
@@ -43,7 +51,11 @@ BAD_YAML = {
     "warm-up longer than the run": ("iters: 10\nwarmup: 20", "line 2", "longer than the run"),
     "zero layers": ("num_layers: 0", "line 1", "trains nothing"),
     "zero saves": ("save_every: 0", "line 1", "-1"),
-    "two words for one thing": ("target_modules: [q_proj]\nlora_parameters: {keys: [v_proj]}", "line 1", "differ"),
+    "two words for one thing": (
+        "target_modules: [q_proj]\nlora_parameters: {keys: [v_proj]}",
+        "line 1",
+        "differ",
+    ),
     "group as a number": ("lora_parameters: 8", "line 1", "must be a mapping"),
     "bits that do not exist": ("load_in_bits: 5", "line 1", "2, 3, 4, 6, 8"),
 }
@@ -80,7 +92,8 @@ def test_words_stay_words():
 
 def test_settings_survive_a_round_trip():
     config = RunConfig.from_yaml(
-        "model: m\nlr_schedule: linear\nwarmup: 3\ntarget_modules: [q_proj]\nlora_parameters: {rank: 4}\ngrad_clip: null"
+        "model: m\nlr_schedule: linear\nwarmup: 3\n"
+        "target_modules: [q_proj]\nlora_parameters: {rank: 4}\ngrad_clip: null\n"
     )
     assert RunConfig.from_dict(config.to_dict()) == config
     assert config.lora_parameters.keys == ("q_proj",)

@@ -20,11 +20,14 @@ ORDER = [
     "events",
     "data.sources",
     "data.rows",
+    "data.template_facts",
+    "data.template_tags",
     "data.template_spans",
     "data.chat_template",
     "data.examples",
     "data.batches",
     "data.checks",
+    "model.cache",
     "model.backend",
     "model.randomness",
     "model.gguf_tokenizer",
@@ -41,10 +44,10 @@ ORDER = [
     "view.theme",
     "view.history",
     "view.plots",
-    "view.token_text",
     "view.token_cells",
-    "view.mask_overlay",
+    "view.token_text",
     "view.batch_table",
+    "view.mask_overlay",
     "view.text_report",
     "view.row_display",
     "run",
@@ -93,7 +96,9 @@ def test_a_module_imports_only_from_modules_before_it(name):
 @pytest.mark.parametrize("name", sorted(name for name in module_files() if name.startswith("data.")))
 def test_data_does_not_know_mlx(name):
     tree = ast.parse(module_files()[name].read_text())
-    roots = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    roots = {
+        alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
+    }
     roots |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
     assert not roots & {"mlx", "mlx_lm"}
 

@@ -87,9 +87,7 @@ def long_conversation(length: int) -> TokenizedConversation:
     assert len(row.tokens) >= length
     text = row.text[: row.offsets[length - 1][1]]
     spans = tuple(span for span in row.spans if span.start < len(text))
-    return TokenizedConversation(
-        row.tokens[:length], row.loss_mask[:length], text, row.offsets[:length], spans
-    )
+    return TokenizedConversation(row.tokens[:length], row.loss_mask[:length], text, row.offsets[:length], spans)
 
 
 class Page(HTMLParser):
@@ -163,9 +161,7 @@ def test_any_text_leaves_only_our_own_tags_and_attributes(content):
             assert tag in TAGS
             assert set(attributes) <= ATTRIBUTES
         joined = re.sub("(?<=[👩❤☠])[\u200d\ufe0f]", "", html)
-        assert [
-            character for character in joined if hides(character) and character not in "\u200d\ufe0f"
-        ] == []
+        assert [character for character in joined if hides(character) and character not in "\u200d\ufe0f"] == []
 
 
 def test_a_nasty_row_is_shown_as_written_and_named_where_it_hides():
@@ -195,9 +191,7 @@ def test_a_nasty_row_is_shown_as_written_and_named_where_it_hides():
 
 def test_right_to_left_text_is_isolated_from_its_neighbours():
     page = Page(render_html(conversation([("user", "שלום"), ("assistant", "x")]), TOKENIZER, per_token=True))
-    hebrew = [
-        tag for tag, _, text in page.elements if set("".join(text)) & set("שלום") and tag in {"span", "bdi"}
-    ]
+    hebrew = [tag for tag, _, text in page.elements if set("".join(text)) & set("שלום") and tag in {"span", "bdi"}]
     assert hebrew
     assert set(hebrew) == {"bdi"}
 
@@ -266,9 +260,7 @@ def test_a_split_character_is_one_cell_that_names_all_its_ids():
     row = conversation([("user", "hi"), ("assistant", "🦜")])
     ids = [int(token) for token in TOKENIZER.bpe.encode("🦜").ids]
     assert len(ids) > 1
-    parrots = [
-        title for title, _, text in Page(render_html(row, TOKENIZER, per_token=True)).tokens() if text == "🦜"
-    ]
+    parrots = [title for title, _, text in Page(render_html(row, TOKENIZER, per_token=True)).tokens() if text == "🦜"]
     assert len(parrots) == 1
     assert f"ids {', '.join(map(str, ids))}" in parrots[0]
 
@@ -335,9 +327,7 @@ def test_known_losses_are_told_with_their_probability():
 
 
 def test_the_tint_grows_with_the_loss_and_stops_at_six_nats():
-    alphas = [
-        float(theme.loss_tint(loss).split(",")[-1][:-1]) for loss in (0.0, 1.0, 3.0, 6.0, 60.0, math.inf)
-    ]
+    alphas = [float(theme.loss_tint(loss).split(",")[-1][:-1]) for loss in (0.0, 1.0, 3.0, 6.0, 60.0, math.inf)]
     assert alphas[:4] == sorted(alphas[:4])
     assert alphas[3] == alphas[4] == alphas[5] == theme.STRONGEST_TINT
 
@@ -376,9 +366,7 @@ def test_a_long_row_is_paged_and_pages_together_hold_every_token():
     assert re.findall(r"<details( open)?><summary", folded) == ["", " open", ""]
     pages = [render_html(row, TOKENIZER, per_token=True, page=page) for page in range(3)]
     assert [position for html in pages for position in covered(Page(html))] == list(range(4500))
-    with pytest.raises(
-        DataError, match="page 3 does not exist: the row has 4,500 tokens, which is 3 pages of 2,000"
-    ):
+    with pytest.raises(DataError, match="page 3 does not exist: the row has 4,500 tokens, which is 3 pages of 2,000"):
         render_html(row, TOKENIZER, per_token=True, page=3)
 
 
@@ -444,11 +432,7 @@ def test_lines_fit_the_width():
 def test_the_highest_losses_are_listed_first():
     row = conversation()
     losses = np.where(row.loss_mask > 0, np.arange(len(row.tokens)) / 10, np.nan)
-    listed = (
-        render_text(row, TOKENIZER, color=False, token_loss=losses)
-        .split("highest losses")[1]
-        .splitlines()[1:]
-    )
+    listed = render_text(row, TOKENIZER, color=False, token_loss=losses).split("highest losses")[1].splitlines()[1:]
     worst = np.flatnonzero(row.loss_mask)[::-1][:8]
     assert [int(line.split()[1]) for line in listed] == worst.tolist()
 
@@ -468,9 +452,7 @@ def test_a_batch_card_shows_the_next_token_with_the_weight_of_the_next_token():
     html = render_batch_html(tokens_BT, loss_mask_BT, TOKENIZER, [7])
     seen = 0
     for title in Page(html).titles():
-        match = re.match(
-            r"position (\d+) · id (\d+) .*→ predicts token (\d+) · id (\d+) · weight (\S+)", title
-        )
+        match = re.match(r"position (\d+) · id (\d+) .*→ predicts token (\d+) · id (\d+) · weight (\S+)", title)
         if match:
             position, token, following, target = map(int, match.groups()[:4])
             assert following == position + 1

@@ -34,7 +34,9 @@ def attach(model, fine_tune_type, keys=None):
     with random_stream(1):
         keys = adapters.attach_adapter(model, config)
         weights = adapters.adapter_weights(model)
-        drawn = [(name, 0.02 * mx.random.normal(array.shape)) for name, array in weights.items() if name.endswith("lora_b")]
+        drawn = [
+            (name, 0.02 * mx.random.normal(array.shape)) for name, array in weights.items() if name.endswith("lora_b")
+        ]
     model.load_weights(drawn, strict=False)
     mx.eval(model.parameters())
     return config, keys
@@ -42,7 +44,9 @@ def attach(model, fine_tune_type, keys=None):
 
 def rows_of_tokens(vocabulary, count=8):
     random = np.random.default_rng(0)
-    return [(random.integers(1, vocabulary, length).tolist(), int(length) // 3) for length in random.integers(6, 40, count)]
+    return [
+        (random.integers(1, vocabulary, length).tolist(), int(length) // 3) for length in random.integers(6, 40, count)
+    ]
 
 
 def our_batch(batch, lengths):
@@ -84,7 +88,13 @@ def test_loss_and_gradients_equal_mlx_lm_on_the_real_model(fine_tune_type, smoll
     assert_parity(smollm2().model, fine_tune_type, rows_of_tokens(40000, count=2), batch_size=2)
 
 
-LOADED = [("lora", None), ("dora", None), ("full", None), ("lora", ["q_proj", "mlp.down_proj"]), ("dora", ["v_proj"])]
+LOADED = [
+    ("lora", None),
+    ("dora", None),
+    ("full", None),
+    ("lora", ["q_proj", "mlp.down_proj"]),
+    ("dora", ["v_proj"]),
+]
 
 
 @pytest.mark.parametrize(("fine_tune_type", "keys"), LOADED)

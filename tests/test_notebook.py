@@ -28,7 +28,10 @@ def shell(tmp_path, monkeypatch):
 def trained(shell, tiny_folder):
     """The shell after a paused cell has made the run `tiny`."""
     shell.user_ns["my_rows"] = tiny_rows()
-    run_cell(shell, f"%%finetune --name tiny -o run --paused\nmodel: {tiny_folder}\ndata: my_rows\niters: 4\nlearning_rate: 1e-2")
+    run_cell(
+        shell,
+        f"%%finetune --name tiny -o run --paused\nmodel: {tiny_folder}\ndata: my_rows\niters: 4\nlearning_rate: 1e-2",
+    )
     return shell
 
 

@@ -68,9 +68,7 @@ GOOD: dict[str, tuple[dict, Row]] = {
     ),
     "prompt and completion as messages": (
         {"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT]},
-        ChatRow(
-            [{**USER, "train": False}, {**ASSISTANT, "train": False}, {**USER, "train": False}, ASSISTANT]
-        ),
+        ChatRow([{**USER, "train": False}, {**ASSISTANT, "train": False}, {**USER, "train": False}, ASSISTANT]),
     ),
     "text": ({"text": "Arr.", "source": "sea"}, TextRow("Arr.")),
     "messages before prompt and completion": (

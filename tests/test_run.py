@@ -69,7 +69,10 @@ def test_an_adapter_of_an_earlier_run_is_moved_not_overwritten(tiny_folder, tmp_
 
 
 def test_generate_leaves_the_run_and_the_users_randomness_alone(tiny_folder, tmp_path):
-    plain, talked = make_run(tiny_folder, tmp_path), make_run(tiny_folder, tmp_path, adapter_path=str(tmp_path / "b"))
+    plain, talked = (
+        make_run(tiny_folder, tmp_path),
+        make_run(tiny_folder, tmp_path, adapter_path=str(tmp_path / "b")),
+    )
     for run in (plain, talked):
         for _ in range(3):
             run.step()
@@ -130,7 +133,10 @@ def test_rows_that_cannot_be_trained_are_left_out_by_number(tiny_folder, tmp_pat
 
 
 def test_truncation_drops_a_row_with_nothing_left_and_says_so(tiny_folder, tmp_path):
-    rows = [*tiny_rows(), {"messages": [{"role": "user", "content": "x " * 100}, {"role": "assistant", "content": "y"}]}]
+    rows = [
+        *tiny_rows(),
+        {"messages": [{"role": "user", "content": "x " * 100}, {"role": "assistant", "content": "y"}]},
+    ]
     run = make_run(tiny_folder, tmp_path, rows=rows, val_set_size=0, max_seq_length=60)
     run.step()
     assert [left.row for left in run.left_out["train"]] == [24]
@@ -196,5 +202,10 @@ def test_the_adapter_config_says_how_it_was_made(tiny_folder, tmp_path):
     run = make_run(tiny_folder, tmp_path, lora_parameters={"rank": 3, "keys": ["q_proj"]})
     run.run()
     written = json.loads((run.folder / "adapter_config.json").read_text())
-    assert written["lora_parameters"] == {"rank": 3, "scale": 20.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
+    assert written["lora_parameters"] == {
+        "rank": 3,
+        "scale": 20.0,
+        "dropout": 0.0,
+        "keys": ["self_attn.q_proj"],
+    }
     assert written["mlx_nb"]["settings"]["iters"] == 4

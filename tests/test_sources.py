@@ -127,9 +127,7 @@ def test_dicts_of_splits_are_splits(here):
         splits = open_splits(data)
         assert list(splits.train) == rows(9)
         assert texts(splits.valid) == ["valid 0", "valid 1"]
-    assert texts(
-        open_splits({"big": rows(9), "small": rows(3)}, train_split="small", val_set_size=0).train
-    ) == [
+    assert texts(open_splits({"big": rows(9), "small": rows(3)}, train_split="small", val_set_size=0).train) == [
         "row 0",
         "row 1",
         "row 2",
@@ -138,9 +136,7 @@ def test_dicts_of_splits_are_splits(here):
 
 def test_a_missing_cell_is_none():
     pandas = pytest.importorskip("pandas")
-    frame = pandas.DataFrame(
-        {"text": ["a", None], "score": [1.5, float("nan")], "messages": [np.array(["x"]), None]}
-    )
+    frame = pandas.DataFrame({"text": ["a", None], "score": [1.5, float("nan")], "messages": [np.array(["x"]), None]})
     assert list(open_splits(frame, val_set_size=0).train) == [
         {"text": "a", "score": 1.5, "messages": ["x"]},
         {"text": None, "score": None, "messages": None},
@@ -213,9 +209,7 @@ def test_blank_lines_bom_and_crlf_do_not_move_line_numbers(here):
     scan=st.integers(1, 40),
 )
 def test_rows_do_not_depend_on_how_the_file_is_scanned(tmp_path_factory, lines, scan):
-    content = [
-        line if not line.strip(" \t") else json.dumps({"text": line}, ensure_ascii=False) for line in lines
-    ]
+    content = [line if not line.strip(" \t") else json.dumps({"text": line}, ensure_ascii=False) for line in lines]
     expected = [(number, line) for number, line in enumerate(lines, start=1) if line.strip(" \t")]
     path = tmp_path_factory.mktemp("scan") / "a.jsonl"
     path.write_text("\n".join([*content, '{"text": "last"}']), encoding="utf-8", newline="")
@@ -262,9 +256,7 @@ def test_a_file_that_changes_while_it_is_open_is_refused(here):
 
 
 def test_cells_of_a_csv_file_keep_commas_and_line_breaks_and_its_lines_their_numbers(here):
-    (here / "a.csv").write_text(
-        '\ufeffprompt,completion\n"a\nb","c, d"\n\n\u2028,\nlast,"' + "x" * 200_000 + '"\n'
-    )
+    (here / "a.csv").write_text('\ufeffprompt,completion\n"a\nb","c, d"\n\n\u2028,\nlast,"' + "x" * 200_000 + '"\n')
     limit = csv.field_size_limit()
     source = open_splits("a.csv", val_set_size=0).train
     assert list(source) == [
@@ -467,9 +459,7 @@ def test_without_weights_a_mixture_holds_every_row_once(here):
     write_jsonl(here / "a.jsonl", rows(30, "a"))
     write_jsonl(here / "b.jsonl", rows(5, "b"))
     splits = open_splits(["a.jsonl", "b.jsonl"], val_set_size=0)
-    assert sorted(texts(splits.train)) == sorted(
-        f"{tag} {i}" for tag, n in (("a", 30), ("b", 5)) for i in range(n)
-    )
+    assert sorted(texts(splits.train)) == sorted(f"{tag} {i}" for tag, n in (("a", 30), ("b", 5)) for i in range(n))
     assert splits.notes[-1] == "Mixed 35 training rows an epoch: 30 from a.jsonl, 5 from b.jsonl."
 
 
@@ -555,12 +545,8 @@ def test_a_fingerprint_is_the_same_in_every_process_and_for_every_object(here):
 
 @given(st.data())
 def test_a_fingerprint_changes_with_any_row_order_or_value(data):
-    records = data.draw(
-        st.lists(st.dictionaries(st.text(max_size=3), st.text(max_size=3) | st.none()), min_size=1)
-    )
-    other = data.draw(
-        st.lists(st.dictionaries(st.text(max_size=3), st.text(max_size=3) | st.none()), min_size=1)
-    )
+    records = data.draw(st.lists(st.dictionaries(st.text(max_size=3), st.text(max_size=3) | st.none()), min_size=1))
+    other = data.draw(st.lists(st.dictionaries(st.text(max_size=3), st.text(max_size=3) | st.none()), min_size=1))
     first, second = (open_splits(value, val_set_size=0).train.fingerprint() for value in (records, other))
     assert (first == second) == (records == other)
     assert len(first) == 64
@@ -572,10 +558,7 @@ def test_a_fingerprint_changes_with_bytes_seed_and_split(here):
     splits, other_seed = open_splits("train.jsonl"), open_splits("train.jsonl", seed=1)
     assert splits.valid
     assert other_seed.valid
-    found = {
-        source.fingerprint()
-        for source in (whole, splits.train, splits.valid, other_seed.train, other_seed.valid)
-    }
+    found = {source.fingerprint() for source in (whole, splits.train, splits.valid, other_seed.train, other_seed.valid)}
     assert len(found) == 5
     write_jsonl(here / "train.jsonl", [*rows(29), {"text": "Row 29"}])
     assert open_splits("train.jsonl", val_set_size=0).train.fingerprint() not in found
@@ -590,7 +573,5 @@ def test_opening_local_rows_imports_nothing_heavy(here):
     )
     package = Path(sources.__file__).parent.parent.parent
     environment = {**os.environ, "PYTHONPATH": str(package)}
-    result = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment
-    )
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
     assert result.stdout.strip() == "[]"

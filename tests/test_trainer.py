@@ -41,7 +41,9 @@ ADAPTER = {"rank": 4, "scale": 2.0}
 
 
 def make_trainer(tmp_path, *, train=None, valid=None, test=None, model=None, name="run", compiled=False, **settings):
-    config = RunConfig.from_dict({"lora_parameters": ADAPTER, "learning_rate": 1e-2, "iters": 6, "batch_size": 3, **settings})
+    config = RunConfig.from_dict(
+        {"lora_parameters": ADAPTER, "learning_rate": 1e-2, "iters": 6, "batch_size": 3, **settings}
+    )
     examples = TrainerExamples(train or random_examples(12), valid or (), test or ())
     return Trainer(config, model or tiny_model(), examples, name=name, folder=tmp_path / name, compiled=compiled)
 
@@ -66,7 +68,9 @@ def stepper_for(model, **settings):
         adapters.attach_adapter(model, config)
     for name, array in adapters.adapter_weights(model).items():
         if name.endswith("lora_b"):
-            model.load_weights([(name, 0.1 * mx.random.normal(array.shape, key=mx.random.key(len(name))))], strict=False)
+            model.load_weights(
+                [(name, 0.1 * mx.random.normal(array.shape, key=mx.random.key(len(name))))], strict=False
+            )
     return Stepper(model, build_optimizer(config), sft_loss, TargetScorer(model), compiled=False)
 
 
@@ -133,7 +137,9 @@ def test_padding_width_and_content_change_neither_loss_nor_gradient():
     for index, length in enumerate(wide.lengths):
         tokens[index, length:] = 7
     filled = TokenBatch(tokens, wide.loss_mask_BT, wide.rows, wide.lengths)
-    results = [stepper.gradients([target_inputs(batch, multiple)], 0) for batch, multiple in ((narrow, 1), (filled, 32))]
+    results = [
+        stepper.gradients([target_inputs(batch, multiple)], 0) for batch, multiple in ((narrow, 1), (filled, 32))
+    ]
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-6)
     assert results[0][2] == results[1][2]
     for (name, one), (_, other) in zip(tree_flatten(results[0][0]), tree_flatten(results[1][0])):
@@ -205,7 +211,14 @@ def test_step_by_step_equals_a_straight_run(tmp_path):
 def test_events_come_in_order_and_exactly_n_updates_are_done(tmp_path):
     trainer = make_trainer(tmp_path, valid=random_examples(4, seed=9), steps_per_eval=2, save_every=3)
     kinds = [type(event) for event in trainer.events(2)]
-    assert kinds == [RunStarted, EvaluationCompleted, StepCompleted, StepCompleted, EvaluationCompleted, CheckpointSaved]
+    assert kinds == [
+        RunStarted,
+        EvaluationCompleted,
+        StepCompleted,
+        StepCompleted,
+        EvaluationCompleted,
+        CheckpointSaved,
+    ]
     assert trainer.state.step == 2
     rest = [type(event) for event in trainer.events()]
     assert rest.count(StepCompleted) == 4
@@ -214,7 +227,10 @@ def test_events_come_in_order_and_exactly_n_updates_are_done(tmp_path):
 
 
 def test_training_lowers_the_loss(tmp_path):
-    examples = [TokenizedExample(np.arange(1, 12, dtype=np.int32), np.r_[0, np.ones(10)].astype(np.float32), row) for row in range(4)]
+    examples = [
+        TokenizedExample(np.arange(1, 12, dtype=np.int32), np.r_[0, np.ones(10)].astype(np.float32), row)
+        for row in range(4)
+    ]
     events = list(make_trainer(tmp_path, train=examples, iters=60, learning_rate=3e-2).events())
     assert losses(events)[-1] < 0.2 * losses(events)[0]
 
@@ -268,7 +284,9 @@ def test_a_failure_inside_the_update_changes_nothing(tmp_path):
 
 def test_nan_stops_the_run_naming_the_rows_and_keeps_what_was_learned(tmp_path):
     examples = random_examples(12)
-    poisoned = dataclasses.replace(examples[7], loss_mask=np.where(examples[7].loss_mask > 0, np.nan, 0).astype(np.float32))
+    poisoned = dataclasses.replace(
+        examples[7], loss_mask=np.where(examples[7].loss_mask > 0, np.nan, 0).astype(np.float32)
+    )
     trainer = make_trainer(tmp_path, train=[*examples[:7], poisoned, *examples[8:]], iters=8)
     before, failed = None, None
     for _ in range(8):
@@ -326,7 +344,12 @@ def test_validation_is_weighted_by_token_and_changes_nothing(tmp_path):
 def test_early_stopping_keeps_the_best_adapter(tmp_path):
     # Training rows that contradict the validation rows: validation gets worse from the first update on.
     trainer = make_trainer(
-        tmp_path, valid=random_examples(6, seed=50), iters=200, steps_per_eval=5, early_stopping_patience=3, learning_rate=5e-2
+        tmp_path,
+        valid=random_examples(6, seed=50),
+        iters=200,
+        steps_per_eval=5,
+        early_stopping_patience=3,
+        learning_rate=5e-2,
     )
     events = list(trainer.events())
     finished = events[-1]
@@ -353,14 +376,19 @@ def test_the_test_split_is_measured_at_the_end(tmp_path):
     [
         ({"name": "constant", "warmup": 4}, [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]),
         ({"name": "linear", "warmup": 0}, [1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
-        ({"name": "cosine", "warmup": 2}, [0.5, 1.0] + [0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4)]),
+        (
+            {"name": "cosine", "warmup": 2},
+            [0.5, 1.0] + [0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4)],
+        ),
         ({"name": "step_decay", "arguments": [1e-3, 0.5, 2], "warmup": 0}, [1, 1, 0.5, 0.5, 0.25, 0.25]),
         ({"name": "exponential_decay", "arguments": [1e-3, 0.9], "warmup": 0}, [0.9**k for k in range(6)]),
     ],
 )
 def test_learning_rate_follows_the_schedule(schedule, expected):
     config = RunConfig.from_dict({"learning_rate": 1e-3, "lr_schedule": schedule})
-    assert [learning_rate_at(config, 6, step) for step in range(6)] == pytest.approx([1e-3 * factor for factor in expected])
+    assert [learning_rate_at(config, 6, step) for step in range(6)] == pytest.approx(
+        [1e-3 * factor for factor in expected]
+    )
 
 
 # Adapters

@@ -81,7 +81,9 @@ def save_tiny_model(folder: Path) -> Path:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
         [json.dumps(row) for row in tiny_rows()],
-        trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=list(SPECIAL), show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=300, initial_alphabet=alphabet, special_tokens=list(SPECIAL), show_progress=False
+        ),
     )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL[0], pad_token=SPECIAL[0])
     fast.chat_template = CHAT_TEMPLATE
@@ -99,6 +101,10 @@ def save_tiny_model(folder: Path) -> Path:
         "tie_word_embeddings": True,
     }
     model = llama.Model(llama.ModelArgs(**arguments))
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), metadata={"format": "mlx"})
-    (folder / "config.json").write_text(json.dumps({**arguments, "architectures": ["LlamaForCausalLM"], "eos_token_id": 0}))
+    mx.save_safetensors(
+        str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), metadata={"format": "mlx"}
+    )
+    (folder / "config.json").write_text(
+        json.dumps({**arguments, "architectures": ["LlamaForCausalLM"], "eos_token_id": 0})
+    )
     return folder

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from mlx_nb.data.template_facts import Message, Render, RenderFailed, TemplateFacts, study_template
+from mlx_nb.data.template_facts import Message, RenderFailed, TemplateFacts, study_template
 from mlx_nb.data.template_spans import Located, Turn, locate_messages
 from mlx_nb.data.template_tags import REASONING_FIELDS, Unproved
 from mlx_nb.errors import MaskRefused, did_you_mean
 
 LOSS_ON = ("assistant", "final", "all")
 _FLAGS = ("train", "weight")
+# For templates that render only with tools.
+_SOME_TOOL = {
+    "type": "function",
+    "function": {"name": "f", "description": "f", "parameters": {"type": "object", "properties": {}}},
+}
 
 
 @dataclass(frozen=True)
@@ -73,9 +78,7 @@ def tokenize_conversation(
     mask cannot be proved.
     """
     if loss_on not in LOSS_ON:
-        raise MaskRefused(
-            f"loss_on={loss_on!r} is not one of {', '.join(LOSS_ON)}.{did_you_mean(loss_on, LOSS_ON)}"
-        )
+        raise MaskRefused(f"loss_on={loss_on!r} is not one of {', '.join(LOSS_ON)}.{did_you_mean(loss_on, LOSS_ON)}")
     if not messages:
         raise MaskRefused("the conversation has no messages. Drop the row.")
     if loss_on == "final" and messages[-1].get("role") != "assistant":
@@ -96,16 +99,12 @@ def tokenize_conversation(
     tokens, offsets = template.tokenize(text)
     problems = _token_problems(tokens, template.tokenizer)
     try:
-        located = locate_messages(
-            plain, text, template.render, template.facts(), template.eos_ranges(tokens, offsets)
-        )
+        located = locate_messages(plain, text, template.render, template.facts(), template.eos_ranges(tokens, offsets))
         _agree_with_text_prefixes(located, plain, text, template)
     except Unproved as error:
         if loss_on == "all" and set(weights) == {1.0}:
             problems.append(f"the messages cannot be told apart in the text: {error}.")
-            return TokenizedConversation(
-                tokens, _all_but_first(tokens, template), text, offsets, (), tuple(problems)
-            )
+            return TokenizedConversation(tokens, _all_but_first(tokens, template), text, offsets, (), tuple(problems))
         raise MaskRefused(
             f"no trustworthy loss mask with this chat template: {error}. Set `chat_template:` to another template, "
             "use loss_on='all', or give the row as prompt and completion."
@@ -183,9 +182,7 @@ def _tokenize_strings(text: str, spans: tuple[Span, ...], tokenizer: Any, end: b
     if len(tokens):
         loss_mask[0] = 0
     if not loss_mask.any():
-        raise MaskRefused(
-            "no token is trained: the completion is empty and no end of sequence is added. Drop the row."
-        )
+        raise MaskRefused("no token is trained: the completion is empty and no end of sequence is added. Drop the row.")
     return TokenizedConversation(
         tokens.astype(np.int32),
         loss_mask.astype(np.float32),
@@ -219,9 +216,7 @@ class _ChatTemplate:
     def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         return self._render(messages, add_generation_prompt, self.tools)
 
-    def _render(
-        self, messages: Sequence[Message], add_generation_prompt: bool, tools: Sequence[Any] | None
-    ) -> str:
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool, tools: Sequence[Any] | None) -> str:
         try:
             return self.tokenizer.apply_chat_template(
                 list(messages),
@@ -241,7 +236,7 @@ class _ChatTemplate:
 
     def facts(self) -> TemplateFacts:
         special = tuple(sorted((k, str(v)) for k, v in self.tokenizer.special_tokens_map.items()))
-        return _facts(self.source, special, _Hashless(lambda m, prompt: self._render(m, prompt, None)))
+        return _facts(self.source, special, self.tools is not None, _Hashless(self._render))
 
     def eos_ranges(self, tokens: np.ndarray, offsets: np.ndarray) -> list[tuple[int, int]]:
         """The characters of each end-of-sequence token, in order."""
@@ -252,7 +247,7 @@ class _ChatTemplate:
 class _Hashless:
     """Carries a function past a cache without being part of its key."""
 
-    call: Render
+    call: Callable[[Sequence[Message], bool, Sequence[Any] | None], str]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Hashless)
@@ -262,8 +257,13 @@ class _Hashless:
 
 
 @lru_cache(maxsize=64)
-def _facts(source: str, special_tokens: tuple[tuple[str, str], ...], render: _Hashless) -> TemplateFacts:
-    return study_template(source, render.call)
+def _facts(
+    source: str, special_tokens: tuple[tuple[str, str], ...], with_tools: bool, render: _Hashless
+) -> TemplateFacts:
+    facts = study_template(source, lambda messages, prompt: render.call(messages, prompt, None))
+    if facts.header is None and with_tools:
+        return study_template(source, lambda messages, prompt: render.call(messages, prompt, [_SOME_TOOL]))
+    return facts
 
 
 def _fast_tokenizer(tokenizer: Any) -> Any:
@@ -297,18 +297,14 @@ def _weight(message: Message, i: int, loss_on: str, count: int) -> float:
     weight = 1.0 if weight is None else weight
     if isinstance(weight, str) or not math.isfinite(weight) or weight < 0:
         raise MaskRefused(f"message {i} has weight={weight!r}. A weight is a number from 0.")
-    chosen = loss_on == "all" or (
-        message.get("role") == "assistant" and (loss_on == "assistant" or i == count - 1)
-    )
+    chosen = loss_on == "all" or (message.get("role") == "assistant" and (loss_on == "assistant" or i == count - 1))
     return float(weight) if chosen and message.get("train") is not False else 0.0
 
 
 def _spans(located: Located, messages: Sequence[Message], weights: Sequence[float]) -> tuple[Span, ...]:
     ranges = [(turn.start, turn.end, turn.message) for turn in located.turns]
     ranges += [(start, end, message) for message, start, end in located.regions]
-    return tuple(
-        Span(a, b, str(messages[i].get("role")), i, weights[i]) for a, b, i in sorted(ranges) if a < b
-    )
+    return tuple(Span(a, b, str(messages[i].get("role")), i, weights[i]) for a, b, i in sorted(ranges) if a < b)
 
 
 def _touched(offsets: np.ndarray, span: Span) -> np.ndarray:
@@ -342,17 +338,8 @@ def _agree_with_text_prefixes(
             raise Unproved(f"message {turn.message} (assistant) follows another prompt than its tagged copy")
         if before.endswith(header) and len(before) != turn.start:
             raise Unproved(f"two ways to find the start of message {turn.message} (assistant) disagree")
-        until = (
-            text
-            if turn.message == len(messages) - 1
-            else _prefix(messages[: turn.message + 1], False, template)
-        )
-        if (
-            until is not None
-            and text.startswith(until)
-            and until.startswith(before)
-            and len(until) < turn.end
-        ):
+        until = text if turn.message == len(messages) - 1 else _prefix(messages[: turn.message + 1], False, template)
+        if until is not None and text.startswith(until) and until.startswith(before) and len(until) < turn.end:
             if not turn.ends_turn:
                 raise Unproved(f"two ways to find the end of message {turn.message} (assistant) disagree")
 
@@ -377,9 +364,7 @@ def _token_problems(tokens: np.ndarray, tokenizer: Any) -> list[str]:
 def _span_problems(located: Located, messages: Sequence[Message], weights: Sequence[float]) -> list[str]:
     problems = [_lost_sentence(messages, *lost) for lost in _first_of_each_field(located.lost)]
     for i in located.absent:
-        problems.append(
-            f"message {i} (assistant) is left out by the chat template: nothing of it is trained."
-        )
+        problems.append(f"message {i} (assistant) is left out by the chat template: nothing of it is trained.")
     if not any(message.get("role") == "assistant" for message in messages):
         problems.append("no message is from the assistant.")
     for turn in located.turns:
@@ -391,19 +376,15 @@ def _span_problems(located: Located, messages: Sequence[Message], weights: Seque
 def _turn_problems(turn: Turn, message: Message) -> list[str]:
     name, problems = f"message {turn.message} (assistant)", []
     if not turn.ends_turn:
-        problems.append(
-            f"{name} has no end-of-turn in this chat template: the model does not learn to stop there."
-        )
+        problems.append(f"{name} has no end-of-turn in this chat template: the model does not learn to stop there.")
     if turn.message > 0 and not turn.context_as_in_inference:
         problems.append(
-            f"{name} has another text before it here than at inference, where the template writes a different prompt: "
-            "one row for each assistant turn, with loss_on='final', comes closer."
+            f"{name}: its context differs from inference, where the template writes another prompt before it. "
+            "One row for each assistant turn, with loss_on='final', comes closer."
         )
     content = message.get("content", "")
     if not content or (isinstance(content, str) and not content.strip()):
-        if not any(
-            message.get(field) for field in ("tool_calls", *REASONING_FIELDS)
-        ):
+        if not any(message.get(field) for field in ("tool_calls", *REASONING_FIELDS)):
             problems.append(f"{name} is blank: only its end is trained.")
     return problems
 
@@ -416,9 +397,7 @@ def _first_of_each_field(lost: Sequence[tuple[int, str, int, int]]) -> list[tupl
     return [(message, field, *counts) for (message, field), counts in totals.items()]
 
 
-def _lost_sentence(
-    messages: Sequence[Mapping[str, Any]], message: int, field: str, missing: int, given: int
-) -> str:
+def _lost_sentence(messages: Sequence[Mapping[str, Any]], message: int, field: str, missing: int, given: int) -> str:
     what = "is left out" if missing >= given else f"is partly left out ({missing} of {given} characters)"
     return f"message {message} ({messages[message].get('role')}): its {field} {what} by the chat template."
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -68,7 +69,8 @@ class ExampleSettings:
 class RowView:
     """A row to look at: what it says, what the model will see, what is trained.
 
-    `error` says why the row cannot be trained; then `conversation` is None.
+    `conversation` holds the tokens that truncation left. `error` says why the row cannot be trained; then `example`
+    is None, and `conversation` too unless the row could be tokenised.
     """
 
     row: int
@@ -100,7 +102,7 @@ class Examples:
             example = cut_to_length(conversation, row, self.settings)
         except DataError as error:
             return RowView(row, location, content, conversation, None, _row_error(row, error))
-        return RowView(row, location, content, conversation, example)
+        return RowView(row, location, content, _as_cut(conversation, example, self.settings.truncate), example)
 
     def tokenize_all(self) -> Iterator[TokenizedExample | LeftOut]:
         """Every row in order, as an example or as left out with the reason.
@@ -138,9 +140,7 @@ def tokenize_row(content: Row, tokenizer: object, loss_on: str) -> TokenizedConv
 def _all_trained(conversation: TokenizedConversation) -> TokenizedConversation:
     loss_mask = np.ones_like(conversation.loss_mask)
     loss_mask[0] = 0
-    return TokenizedConversation(
-        conversation.tokens, loss_mask, conversation.text, conversation.offsets, conversation.spans, conversation.problems
-    )
+    return dataclasses.replace(conversation, loss_mask=loss_mask)
 
 
 def cut_to_length(conversation: TokenizedConversation, row: int, settings: ExampleSettings) -> TokenizedExample:
@@ -166,8 +166,17 @@ def cut_to_length(conversation: TokenizedConversation, row: int, settings: Examp
                 f"row {row}: no token is trained: the reply was cut at max_seq_length={limit}. "
                 "Raise max_seq_length or drop the row."
             )
-        raise MaskRefused(f"row {row}: no token is trained with loss_on={settings.loss_on!r}. Drop the row or change loss_on.")
+        raise MaskRefused(
+            f"row {row}: no token is trained with loss_on={settings.loss_on!r}. Drop the row or change loss_on."
+        )
     return TokenizedExample(tokens, loss_mask, row, dropped)
+
+
+def _as_cut(conversation: TokenizedConversation, example: TokenizedExample, truncate: str) -> TokenizedConversation:
+    """The conversation with the tokens that are left of it; text and spans stay whole."""
+    start = example.dropped_tokens if truncate == "left" else 0
+    offsets = conversation.offsets[start : start + len(example.tokens)]
+    return dataclasses.replace(conversation, tokens=example.tokens, loss_mask=example.loss_mask, offsets=offsets)
 
 
 def _row_error(row: int, error: DataError) -> str:

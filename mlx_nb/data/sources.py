@@ -71,9 +71,7 @@ class RowSource:
         position = self._position(row)
         record = self._read(position)
         if not isinstance(record, Mapping):
-            raise DataError(
-                f"{self._locate(position)}: a row must be a dict of columns, not {type(record).__name__}."
-            )
+            raise DataError(f"{self._locate(position)}: a row must be a dict of columns, not {type(record).__name__}.")
         return dict(record)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -198,9 +196,7 @@ class _JsonLines:
             perhaps_blank.append(data[starts] <= 0x20)
             offset += len(data)
         bounds = np.append(np.concatenate(found), size)
-        blank = [
-            line for line in np.flatnonzero(np.concatenate(perhaps_blank)) if not self._line(bounds, line)
-        ]
+        blank = [line for line in np.flatnonzero(np.concatenate(perhaps_blank)) if not self._line(bounds, line)]
         if not blank:
             return bounds, None
         return np.delete(bounds, blank), np.delete(np.arange(1, len(bounds)), blank)
@@ -225,16 +221,10 @@ class _JsonLines:
         except json.JSONDecodeError as error:
             raise DataError(f"{self.location(row)}: {_json_problem(row, line, error)}") from None
         except (RecursionError, ValueError) as error:
-            raise DataError(
-                f"{self.location(row)}: not readable ({error}). Fix or delete the line."
-            ) from None
+            raise DataError(f"{self.location(row)}: not readable ({error}). Fix or delete the line.") from None
         if not isinstance(record, dict):
             kind = "an array" if isinstance(record, list) else f"{record!r:.40}"
-            fix = (
-                "Rename the file to .json"
-                if isinstance(record, list) and row == 0
-                else "Fix or delete the line"
-            )
+            fix = "Rename the file to .json" if isinstance(record, list) and row == 0 else "Fix or delete the line"
             raise DataError(f"{self.location(row)}: a row must be a JSON object {{...}}, not {kind}. {fix}.")
         return record
 
@@ -246,9 +236,7 @@ class _JsonLines:
 
     def _check_unchanged(self) -> None:
         if self._current_state() != self.state:
-            raise DataError(
-                f"{self.path} was changed while it was open. Open the data again to read it anew."
-            )
+            raise DataError(f"{self.path} was changed while it was open. Open the data again to read it anew.")
 
 
 def _json_problem(row: int, line: bytes, error: json.JSONDecodeError) -> str:
@@ -268,9 +256,7 @@ def _open_json(path: Path) -> RowSource:
     try:
         value = json.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path.name}: not valid UTF-8 at byte {error.start}. Save the file as UTF-8."
-        ) from None
+        raise DataError(f"{path.name}: not valid UTF-8 at byte {error.start}. Save the file as UTF-8.") from None
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
             return _open_jsonl(path)
@@ -296,9 +282,7 @@ def _open_csv(path: Path) -> RowSource:
         records, lines = _csv_records(path.name, text)
     finally:
         csv.field_size_limit(limit)
-    return _from_file(
-        path, len(records), records.__getitem__, lambda row: f"{path.name} line {lines[row]}", content
-    )
+    return _from_file(path, len(records), records.__getitem__, lambda row: f"{path.name} line {lines[row]}", content)
 
 
 def _csv_records(name: str, text: str) -> tuple[list[dict[str, Any]], list[int]]:
@@ -308,9 +292,7 @@ def _csv_records(name: str, text: str) -> tuple[list[dict[str, Any]], list[int]]
     try:
         header = next(reader, [])
         if len(set(header)) < len(header) or "" in header:
-            raise DataError(
-                f"{name} line 1: the header has an empty or repeated column name: {', '.join(header)}."
-            )
+            raise DataError(f"{name} line 1: the header has an empty or repeated column name: {', '.join(header)}.")
         line = reader.line_num + 1
         for cells in reader:
             if cells and len(cells) != len(header):
@@ -427,9 +409,7 @@ def _spec(item: object, number: int) -> SourceSpec:
     if isinstance(item, (str, os.PathLike)):
         return SourceSpec(item, None, SplitWords(), {})
     if not isinstance(item, Mapping) or "path" not in item:
-        raise DataError(
-            f"source {number} of data needs a path, such as {{path: other.jsonl, weight: 2}}: {item!r}."
-        )
+        raise DataError(f"source {number} of data needs a path, such as {{path: other.jsonl, weight: 2}}: {item!r}.")
     for key in item:
         if key not in _SPEC_KEYS:
             raise DataError(
@@ -479,25 +459,19 @@ def hold_out(
 
 def _held_out_count(val_set_size: float, total: int) -> int:
     if isinstance(val_set_size, bool) or not isinstance(val_set_size, (int, float)) or not val_set_size >= 0:
-        raise DataError(
-            f"val_set_size must be a share such as 0.1 or a number of rows, not {val_set_size!r}."
-        )
+        raise DataError(f"val_set_size must be a share such as 0.1 or a number of rows, not {val_set_size!r}.")
     if val_set_size < 1:
         return min(_HELD_OUT_AT_MOST, max(1, round(val_set_size * total))) if val_set_size else 0
     if val_set_size != int(val_set_size):
         raise DataError(f"val_set_size must be a whole number of rows from 1 on, not {val_set_size:g}.")
     if val_set_size >= total:
-        raise DataError(
-            f"val_set_size: {int(val_set_size)} would hold out all {total} training rows. Lower it."
-        )
+        raise DataError(f"val_set_size: {int(val_set_size)} would hold out all {total} training rows. Lower it.")
     return int(val_set_size)
 
 
 def renamed(source: RowSource, columns: Mapping[str, str]) -> RowSource:
     """The rows with their columns under the standard names, and without the columns of other shapes."""
-    keep = {"system", "tools"} | (
-        {"prompt", "completion"} if {"prompt", "completion"} & set(columns) else set()
-    )
+    keep = {"system", "tools"} | ({"prompt", "completion"} if {"prompt", "completion"} & set(columns) else set())
 
     def read(row: int) -> dict[str, Any]:
         record = source[row]
@@ -505,16 +479,13 @@ def renamed(source: RowSource, columns: Mapping[str, str]) -> RowSource:
             if column not in record:
                 names = ", ".join(map(repr, record))
                 raise DataError(
-                    f"{source.location(row)}: no column {column!r}. The row has: {names}."
-                    f"{did_you_mean(column, record)}"
+                    f"{source.location(row)}: no column {column!r}. The row has: {names}.{did_you_mean(column, record)}"
                 )
         kept = record if set(columns) == {"system"} else {key: record[key] for key in record if key in keep}
         return {**kept, **{standard: record[column] for standard, column in columns.items()}}
 
     def digest() -> str:
-        return hashlib.sha256(
-            (source.fingerprint() + json.dumps(columns, sort_keys=True)).encode()
-        ).hexdigest()
+        return hashlib.sha256((source.fingerprint() + json.dumps(columns, sort_keys=True)).encode()).hexdigest()
 
     read(0)
     return RowSource(source.name, len(source), read, source.location, digest)
@@ -696,9 +667,7 @@ def _open_folder(folder: Path, words: SplitWords) -> Splits:
     def opened(paths: list[Path]) -> RowSource:
         if len(paths) > 1:
             names = " and ".join(path.name for path in paths)
-            raise DataError(
-                f"folder {folder} has {names}: which one? Remove one, or give the path of a file."
-            )
+            raise DataError(f"folder {folder} has {names}: which one? Remove one, or give the path of a file.")
         return _open_table(paths[0], paths[0].name)
 
     return _pick_splits(files, words, f"folder {folder}", opened)
@@ -733,9 +702,7 @@ def _open_hub(hub_id: str, words: SplitWords) -> Splits:
 
     # `train[:80%]` is the hub's own notation for a part of a split: only the hub library can read it.
     parts = {
-        word: load(word)
-        for word in (words.train_split, words.valid_split, words.test_split)
-        if word and "[" in word
+        word: load(word) for word in (words.train_split, words.valid_split, words.test_split) if word and "[" in word
     }
     whole = {} if words.train_split in parts and words.valid_split in parts else dict(load(None))
     named = {name: (name, value) for name, value in (whole | parts).items()}
@@ -761,9 +728,7 @@ def _pick_splits(
     found = f"It has: {', '.join(list(available)[:8]) or 'nothing'}."
     train = pick(words.train_split, _TRAIN_NAMES, "train_split")
     if train is None:
-        raise DataError(
-            f"{where} has no train split. {found} Name one of them with train_split, or give its path."
-        )
+        raise DataError(f"{where} has no train split. {found} Name one of them with train_split, or give its path.")
     valid = pick(words.valid_split, _VALID_NAMES, "valid_split")
     return Splits(train, valid, pick(words.test_split, _TEST_NAMES, "test_split"))
 
@@ -804,9 +769,7 @@ def _table(value: object, label: str) -> RowSource:
         dataset: Any = value
         return _lazy_table(label, len(dataset), lambda row: without_nested_none(dataset[row]))
     if library == "datasets" and kind == "IterableDataset":
-        raise DataError(
-            f"{label} is a streaming dataset, which has no rows by number. Use list({label}.take(1000))."
-        )
+        raise DataError(f"{label} is a streaming dataset, which has no rows by number. Use list({label}.take(1000)).")
     raise DataError(f"{label} is of type {kind}, which holds no rows. {_KNOWN_KINDS}")
 
 

@@ -89,7 +89,7 @@ def _measure(messages: Sequence[Message], scene: _Scene) -> Located:
     own: dict[int, list[int]] = {}
     for k, run in enumerate(scene.tagged.runs):
         own.setdefault(run.message, []).append(k)
-    turns = []
+    turns: list[Turn] = []
     for i, runs in own.items():
         if messages[i].get("role") == "assistant":
             if len(runs) != runs[-1] - runs[0] + 1:
@@ -207,11 +207,12 @@ def _end(scene: _Scene, i: int, last_run: int) -> tuple[int, bool]:
     following = tagged.runs[last_run + 1].start if last_run + 1 < len(tagged.runs) else len(tagged.text)
     frame = tagged.text[run.end : following]
     closed = scene.prefix(i + 1, False)
-    tag, tail = tagged.tags.tail(closed) if closed is not None else ("", "")
-    is_own = bool(tag) and tagged.tags.leaf(tag).message == i
-    shared = shared_length(tail, frame) if is_own else 0
-    rest = tagged.tags.leaf(run.tag).rest
-    content = len(rest) if frame[:shared].startswith(rest) else 0
+    shared = content = 0
+    if closed is not None:
+        tail = _own_tail(scene, i, run.tag, closed)
+        shared = shared_length(tail, frame)
+        rest = tagged.tags.leaf(run.tag).rest
+        content = len(rest) if frame[:shared].startswith(rest) else 0
     if not frame[content:shared].strip() and i + 1 < len(tagged.tags.messages):
         shared = max(shared, _closing_before_prompt(scene, i, frame))
     origin, limit = tagged.in_real(run.end + content), tagged.in_real(run.end + shared)
@@ -219,15 +220,29 @@ def _end(scene: _Scene, i: int, last_run: int) -> tuple[int, bool]:
         if origin <= start and end <= limit:
             return end, True
     closing = frame[content:shared].rstrip()
-    if closed is not None and is_own and tagged.text.startswith(closed) and len(closed) < run.end + len(closing):
-        raise Unproved(f"message {i} (assistant) seems to go on into what follows it")
-    if closing:
-        return tagged.in_real(run.end + content + len(closing)), True
+    end_of_closing = tagged.in_real(run.end + content + len(closing))
     for start, end in scene.eos_ranges:
-        # No end-of-turn of its own: the marker of the next role is what generation stops at.
-        if origin <= start and end <= tagged.in_real(following) and not scene.text[origin:start].strip():
-            return end, True
-    return origin, False
+        # Closed in another way when it is the last message, or by the marker of the next role.
+        if end_of_closing <= start and end <= tagged.in_real(following):
+            if not scene.text[end_of_closing:start].strip():
+                return end, True
+            break
+    if closed is not None and tagged.text.startswith(closed) and len(closed) < run.end + content + len(closing):
+        raise Unproved(f"message {i} (assistant) seems to go on into what follows it")
+    return end_of_closing, any(len(lexeme) > 2 and lexeme[0] in "<[" for lexeme in lexemes(closing))
+
+
+def _own_tail(scene: _Scene, i: int, last_tag: str, closed: str) -> str:
+    """What follows message `i` when it is the last. Raises Unproved when its texts are then others."""
+    tags, text = scene.tagged.tags, scene.tagged.text
+    tag, tail = tags.tail(closed)
+    if tag != last_tag:
+        raise Unproved(f"message {i} (assistant) ends with another text when it is the last message")
+    for k, leaf in enumerate(tags.leaves):
+        own = chr(tags.first + k)
+        if leaf.message == i and text.count(own) > closed.count(own):
+            raise Unproved(f"the {leaf.field} of message {i} (assistant) is repeated in what follows it")
+    return tail
 
 
 def _closing_before_prompt(scene: _Scene, i: int, frame: str) -> int:

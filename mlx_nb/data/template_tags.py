@@ -134,6 +134,9 @@ def tag_and_prove(
     absent = [i for i in silent if _is_left_out(messages, i, text, render)]
     removed: list[tuple[int, int]] = []
     if len(silent) > len(absent):
+        for i, field, *_ in lost:
+            if i in silent and i not in absent and field in _TEXT_FIELDS:
+                raise Unproved(f"the template leaves out the {field} of message {i} (assistant)")
         tags, tagged_text, removed = _probe(tags, [i for i in silent if i not in absent], text, render)
         runs = tags.runs(tagged_text)
     return TaggedRender(tags, tagged_text, _joined(runs), removed, lost, absent)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,13 +39,19 @@ def attach_adapter(model: nn.Module, config: RunConfig) -> tuple[str, ...]:
     model.freeze()
     if config.fine_tune_type == "full":
         if any(isinstance(module, nn.QuantizedLinear) for module in model.modules()):
-            raise ModelError("`fine_tune_type: full` needs float weights, and this base is quantised. Use lora or dora.")
+            raise ModelError(
+                "`fine_tune_type: full` needs float weights, and this base is quantised. Use lora or dora."
+            )
         for layer in chosen:
             layer.unfreeze()
         return ()
     parameters = config.lora_parameters
     keys = resolve_keys(model, parameters.keys)
-    settings: dict[str, Any] = {"rank": parameters.rank, "scale": parameters.scale, "dropout": parameters.dropout}
+    settings: dict[str, Any] = {
+        "rank": parameters.rank,
+        "scale": parameters.scale,
+        "dropout": parameters.dropout,
+    }
     if keys:
         settings["keys"] = set(keys)
     linear_to_lora_layers(model, config.num_layers, settings, use_dora=config.fine_tune_type == "dora")
@@ -78,9 +85,14 @@ def _adaptable(module: nn.Module) -> bool:
     return isinstance(module, linear) or hasattr(module, "to_lora") or type(module).__name__.endswith("SwitchLinear")
 
 
+def named_arrays(tree: Any) -> list[tuple[str, mx.array]]:
+    """(path, array) of every array in a tree of parameters or gradients, in a fixed order."""
+    return typing.cast(list[tuple[str, mx.array]], tree_flatten(tree))
+
+
 def trainable_count(model: nn.Module) -> int:
     """Numbers (not arrays) that training changes."""
-    return sum(array.size for _, array in tree_flatten(model.trainable_parameters()))
+    return sum(array.size for _, array in named_arrays(model.trainable_parameters()))
 
 
 def total_count(model: nn.Module) -> int:
@@ -124,10 +136,12 @@ def detach_adapter(model: nn.Module) -> None:
 
 def adapter_weights(model: nn.Module) -> dict[str, mx.array]:
     """The trainable parameters by their name in `adapters.safetensors`, which is their module path."""
-    return dict(tree_flatten(model.trainable_parameters()))
+    return dict(named_arrays(model.trainable_parameters()))
 
 
-def save_adapter(model: nn.Module, config: RunConfig, keys: tuple[str, ...], folder: Path, file_name: str = ADAPTER_FILE) -> Path:
+def save_adapter(
+    model: nn.Module, config: RunConfig, keys: tuple[str, ...], folder: Path, file_name: str = ADAPTER_FILE
+) -> Path:
     """Write the adapter in mlx-lm's format, each file whole or not at all. Returns the weights' path.
 
     `mlx_lm.load(model, adapter_path=folder)` reads it.
@@ -146,9 +160,7 @@ def save_adapter(model: nn.Module, config: RunConfig, keys: tuple[str, ...], fol
     }
     _write_whole(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(description, indent=2, default=str)))
     weights = adapter_weights(model)
-    _write_whole(
-        folder / file_name, lambda path: mx.save_safetensors(str(path), weights, metadata={"format": "mlx"})
-    )
+    _write_whole(folder / file_name, lambda path: mx.save_safetensors(str(path), weights, metadata={"format": "mlx"}))
     return folder / file_name
 
 
@@ -174,7 +186,7 @@ def load_adapter_weights(model: nn.Module, source: str) -> None:
     if not path.is_file():
         raise ModelError(f"resume_adapter_file: no such file: {path}. Give an adapters.safetensors or its folder.")
     try:
-        weights = mx.load(str(path))
+        weights = typing.cast(dict[str, mx.array], mx.load(str(path)))
     except Exception as error:
         raise ModelError(f"resume_adapter_file: {path} is not a readable safetensors file ({error}).") from None
     expected = adapter_weights(model)

@@ -89,7 +89,7 @@ _Split = tuple[Callable[[mx.array], mx.array], Callable[[mx.array], mx.array]]
 def _proven_split(model: nn.Module) -> _Split | None:
     """(tokens -> hidden, hidden -> logits) when their composition equals the model on a probe, else None."""
     backbone = model.get("model")
-    if not isinstance(backbone, nn.Module) or not hasattr(backbone, "__call__"):
+    if not isinstance(backbone, nn.Module):
         return None
     if isinstance(model.get("lm_head"), nn.Module):
 

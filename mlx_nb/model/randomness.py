@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import mlx.core as mx
 
@@ -19,7 +20,8 @@ def seed_for(seed: int, purpose: str, step: int = 0) -> int:
 def random_stream(seed: int) -> Iterator[None]:
     """`mx.random` starts from `seed` while inside; afterwards the user's stream goes on where it was."""
     # The two words are read now: an interrupted trace leaves placeholders in mx.random.state.
-    high, low = mx.random.state[0].tolist()
+    key: Any = mx.random.state[0]  # type: ignore[index]
+    high, low = key.tolist()
     mx.random.seed(seed)
     try:
         yield

@@ -33,7 +33,10 @@ class Command:
     @property
     def options(self) -> list[str]:
         return [
-            word for action in self.parser._actions for word in action.option_strings if word.startswith("--") and word != "--name"
+            word
+            for action in self.parser._actions
+            for word in action.option_strings
+            if word.startswith("--") and word != "--name"
         ]
 
 
@@ -59,7 +62,9 @@ def run_line(session: Session, line: str) -> Any:
         return _help_text()
     name, *rest = words
     if name not in COMMANDS:
-        raise CommandError(f"%finetune has no command {name!r}.{did_you_mean(name, COMMANDS)} `%finetune help` lists them.")
+        raise CommandError(
+            f"%finetune has no command {name!r}.{did_you_mean(name, COMMANDS)} `%finetune help` lists them."
+        )
     command = COMMANDS[name]
     return command.act(session, command.parser.parse_args(rest))
 
@@ -137,7 +142,9 @@ def _set(session: Session, arguments: argparse.Namespace) -> _Text:
     for change in arguments.changes:
         key, equals, value = change.partition("=")
         if not equals or not value:
-            raise CommandError(f"%finetune set: {change!r} is not key=value. For example: %finetune set learning_rate=5e-5")
+            raise CommandError(
+                f"%finetune set: {change!r} is not key=value. For example: %finetune set learning_rate=5e-5"
+            )
         text.append(f"{key}: {value}")
     run.set(**load_mapping("\n".join(text), "the settings").values)
     return _Text(f"{run.name}: from the next update on, " + ", ".join(text))
@@ -193,9 +200,7 @@ def _argument(*flags: str, **options: Any) -> tuple[tuple, dict]:
 
 _SPLIT = _argument("split", nargs="?", default="train", choices=SPLITS)
 COMMANDS: dict[str, Command] = {
-    "step": _command(
-        "step", "do exactly n updates (default 1)", _step, _argument("n", nargs="?", type=int, default=1)
-    ),
+    "step": _command("step", "do exactly n updates (default 1)", _step, _argument("n", nargs="?", type=int, default=1)),
     "run": _command("run", "train to the end", _run),
     "status": _command(
         "status", "where the run is", lambda session, arguments: _Text(session.get(arguments.name).status())

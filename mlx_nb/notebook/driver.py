@@ -13,7 +13,16 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from mlx_nb.errors import NonFiniteLoss
-from mlx_nb.events import CheckpointSaved, Event, Pause, RunFailed, RunFinished, RunPaused, RunStarted, StepCompleted
+from mlx_nb.events import (
+    CheckpointSaved,
+    Event,
+    Pause,
+    RunFailed,
+    RunFinished,
+    RunPaused,
+    RunStarted,
+    StepCompleted,
+)
 from mlx_nb.view import text_report
 from mlx_nb.view.plots import figure_png, live_svg
 
@@ -46,7 +55,7 @@ def train(run: Run, updates: int | None = None) -> None:
 
 @contextmanager
 def interrupt_pauses(run: Run) -> Iterator[None]:
-    """While inside, the first SIGINT asks `run` to pause; the second raises KeyboardInterrupt. Restored afterwards."""
+    """While inside, the first SIGINT asks `run` to pause, the second raises KeyboardInterrupt. Undone afterwards."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -107,18 +116,21 @@ class _LiveDisplay:
         )
         head = f"<b>{html.escape(self._run.name)}</b>&ensp;{html.escape(line)}"
         legend = (
-            '<div style="font-size:11px;opacity:0.75"><span style="color:#0072B2">━</span> training loss, smoothed&ensp;'
-            '<span style="color:#D55E00">╍●</span> validation</div>'
+            '<div style="font-size:11px;opacity:0.75"><span style="color:#0072B2">━</span> training loss, smoothed'
+            '&ensp;<span style="color:#D55E00">╍●</span> validation</div>'
         )
         curve = live_svg(history, self._iters)
         self._put(
-            f'<div style="font-variant-numeric:tabular-nums">{head}{bar}{curve}{legend if curve else ""}</div>', line
+            f'<div style="font-variant-numeric:tabular-nums">{head}{bar}{curve}{legend if curve else ""}</div>',
+            line,
         )
 
     def finish(self, ended: Event | None) -> None:
         """Replace the moving output by one that a saved, exported or untrusted notebook still shows."""
         history, run = self._run.history, self._run
-        state = {RunFinished: "finished", RunPaused: "paused", RunFailed: "stopped"}.get(type(ended), "paused")  # type: ignore[arg-type]
+        state = (
+            "finished" if isinstance(ended, RunFinished) else "stopped" if isinstance(ended, RunFailed) else "paused"
+        )
         title = f"{run.name}: {state} after update {run.step_count}"
         if not self._in_notebook:
             print(text_report.summary_text(history, title))
@@ -133,7 +145,8 @@ class _LiveDisplay:
         try:
             png = figure_png(self._run.plot())
             display(
-                {"image/png": png, "text/plain": text_report.progress_line(self._run.history, self._iters)}, raw=True
+                {"image/png": png, "text/plain": text_report.progress_line(self._run.history, self._iters)},
+                raw=True,
             )
         except Exception as error:
             print(f"the figure could not be drawn ({error}); the run is not affected.", file=sys.stderr)

@@ -24,7 +24,7 @@ class FinetuneMagics(Magics):
         self.session = Session()
 
     @no_var_expand
-    @line_magic("finetune")
+    @line_magic("finetune")  # type: ignore[arg-type]
     def finetune_line(self, line: str) -> Any:
         """Do something with a run: `%finetune step`, `%finetune generate "..."`; `%finetune help` lists all."""
         return run_line(self.session, line)
@@ -45,11 +45,12 @@ class FinetuneMagics(Magics):
             raise CommandError(f"--name {arguments.name!r}: use letters, digits, - and _ only; it names a folder.")
         if arguments.output is not None and not arguments.output.isidentifier():
             raise CommandError(f"-o {arguments.output!r} is not a variable name.")
-        namespace = self.shell.user_ns
+        shell: Any = self.shell
+        namespace = shell.user_ns
         run = Run.from_yaml(fill(cell, namespace) + "\n", name=arguments.name, namespace=namespace)
         self.session.add(run)
         if arguments.output is not None:
-            self.shell.push({arguments.output: run})
+            shell.push({arguments.output: run})
         if arguments.paused:
             print(f"{run.name} is built. `%finetune step` does one update, `%finetune run` all of them.")
             return
@@ -66,4 +67,5 @@ def _parse(magic: Any, line: str) -> Any:
         raise CommandError(f"%%finetune {line}: {error}. Options: {', '.join(CELL_OPTIONS)}.") from None
 
 
-FinetuneMagics.finetune_cell.__doc__ = f"{FinetuneMagics.finetune_cell.__doc__}\n\nSettings (the YAML body):\n\n{settings_text()}\n"
+_cell: Any = FinetuneMagics.finetune_cell
+_cell.__doc__ = f"{_cell.__doc__}\n\nSettings (the YAML body):\n\n{settings_text()}\n"

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import typing
 from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optimizers
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from mlx_nb.config import RunConfig
 from mlx_nb.errors import ConfigError
+from mlx_nb.model.adapters import named_arrays
 
 _OPTIMIZERS: dict[str, Any] = {
     "adam": optimizers.Adam,
@@ -73,9 +75,14 @@ def _with_whole_steps(name: str, arguments: tuple[float, ...]) -> tuple[float, .
     return tuple(int(value) if index == position else value for index, value in enumerate(arguments))
 
 
+def scalar(array: mx.array) -> float:
+    """The value of a () array of real numbers."""
+    return typing.cast(float, array.item())
+
+
 def gradient_norm(gradients: Any) -> mx.array:
     """() float32: L2 norm over all arrays together."""
-    squares = [mx.square(array.astype(mx.float32)).sum() for _, array in tree_flatten(gradients)]
+    squares = [mx.square(array.astype(mx.float32)).sum() for _, array in named_arrays(gradients)]
     return mx.sqrt(sum(squares, mx.array(0.0)))
 
 

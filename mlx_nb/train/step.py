@@ -14,9 +14,9 @@ from mlx.utils import tree_map
 
 from mlx_nb.errors import NonFiniteLoss
 from mlx_nb.model.logprobs import TargetInputs, TargetScorer
-from mlx_nb.objectives.base import Objective
-from mlx_nb.train.optimizer import clip, gradient_norm
 from mlx_nb.model.randomness import random_stream
+from mlx_nb.objectives.base import Objective
+from mlx_nb.train.optimizer import clip, gradient_norm, scalar
 
 
 class Update(NamedTuple):
@@ -96,7 +96,7 @@ class Stepper:
         try:
             gradients, loss, units, metrics = self.gradients(micro_batches, seed)
             norm_array = gradient_norm(gradients)
-            norm = norm_array.item()
+            norm = scalar(norm_array)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
                 raise NonFiniteLoss(
@@ -119,7 +119,7 @@ class Stepper:
         """(sum of the loss, units) of one batch without dropout and without gradients."""
         sums = self.objective(self.scorer, inputs)
         mx.eval(sums.total, sums.units)
-        return sums.total.item(), sums.units.item()
+        return scalar(sums.total), scalar(sums.units)
 
 
 def _shallow(tree: Any) -> Any:

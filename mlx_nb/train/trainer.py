@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,9 @@ from mlx_nb.events import (
 )
 from mlx_nb.model import adapters
 from mlx_nb.model.logprobs import TargetScorer, target_inputs
+from mlx_nb.model.randomness import random_stream, seed_for
 from mlx_nb.objectives.sft import sft_loss
 from mlx_nb.train.optimizer import build_optimizer, learning_rate_at
-from mlx_nb.model.randomness import random_stream, seed_for
 from mlx_nb.train.step import Stepper
 
 BEST_FOLDER = "best"
@@ -175,7 +175,7 @@ class Trainer:
         elif self.config.save_every > 0 and step % self.config.save_every == 0:
             self._due.append(lambda: self._save("step"))
 
-    def _read_requests(self) -> Iterator[Event]:
+    def _read_requests(self) -> Generator[Event, None, bool]:
         """Carry out what was asked. The generator's value is True when training must not go on now."""
         while self._pending:
             match self._pending.popleft():
@@ -195,13 +195,7 @@ class Trainer:
 
     def _change(self, name: str, value: Any) -> SettingChanged:
         old = getattr(self.config, name)
-        changes = {name: value}
-        if name == "learning_rate" and self.config.lr_schedule.arguments:
-            first, *rest = self.config.lr_schedule.arguments
-            del first
-            schedule = self.config.to_dict()["lr_schedule"]
-            changes["lr_schedule"] = {**schedule, "arguments": [value, *rest]}
-        self.config = self.config.replace(**changes)
+        self.config = self.config.with_live(name, value)
         return SettingChanged(self.state.step, name, old, getattr(self.config, name))
 
     def _update(self) -> StepCompleted:
@@ -250,7 +244,9 @@ class Trainer:
             raise DataError(f"there are no rows in the {split} split to evaluate.")
         started = time.perf_counter()
         limit = config.test_batches if split == "test" else config.val_batches
-        chosen = evaluation_batches([len(example.tokens) for example in examples], config.batch_size, limit, config.seed)
+        chosen = evaluation_batches(
+            [len(example.tokens) for example in examples], config.batch_size, limit, config.seed
+        )
         total = units = 0.0
         for positions in chosen:
             batch = pad([examples[position] for position in positions], self._width_multiple)
@@ -270,7 +266,14 @@ class Trainer:
         else:
             state.evaluations_without_best += 1
         yield EvaluationCompleted(
-            result.step, result.split, result.loss, result.perplexity, result.target_tokens, result.rows, result.seconds, best
+            result.step,
+            result.split,
+            result.loss,
+            result.perplexity,
+            result.target_tokens,
+            result.rows,
+            result.seconds,
+            best,
         )
         if best and state.step > 0:
             path = adapters.save_adapter(self.model, self.config, self.keys, self.folder / BEST_FOLDER)
@@ -282,7 +285,11 @@ class Trainer:
     def _save(self, kind: str) -> Iterator[Event]:
         if kind == "step":
             adapters.save_adapter(
-                self.model, self.config, self.keys, self.folder, f"{self.state.step:07d}_{adapters.ADAPTER_FILE}"
+                self.model,
+                self.config,
+                self.keys,
+                self.folder,
+                f"{self.state.step:07d}_{adapters.ADAPTER_FILE}",
             )
         path = adapters.save_adapter(self.model, self.config, self.keys, self.folder)
         yield CheckpointSaved(self.state.step, str(path), kind)

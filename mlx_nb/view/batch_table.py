@@ -104,23 +104,17 @@ def _card_html(
     new_segment = 0 < position < length and segments[position] != segments[position - 1]
     return span(
         f'<span style="font-size:.75em;opacity:.75">{position}</span> '
-        + span(
-            _token_html(texts[position]), style=_DIM if position >= length else "", isolate=texts[position]
-        )
+        + span(_token_html(texts[position]), style=_DIM if position >= length else "", isolate=texts[position])
         + f"<br>→ {span(target, style=style, isolate='' if last else texts[position + 1])}{label}",
         style=f"{_CARD};border-left:4px solid {tint(BLUE, 0.85)}" if new_segment else _CARD,
         title=title,
     )
 
 
-def _row_html(
-    tokens: list[int], loss_mask: list[float], segments: list[int], length: int, tokenizer: Any
-) -> str:
+def _row_html(tokens: list[int], loss_mask: list[float], segments: list[int], length: int, tokenizer: Any) -> str:
     """The positions of one line of the batch. A target is weighted at its own token, one further on."""
     weights = [*loss_mask[1:], 0.0]
-    kinds = [
-        (position >= length, weights[position] != 0, segments[position]) for position in range(len(tokens))
-    ]
+    kinds = [(position >= length, weights[position] != 0, segments[position]) for position in range(len(tokens))]
     texts = _token_texts(tokens[:length], tokenizer) + [f"padding {token}" for token in tokens[length:]]
     cards = "".join(
         f'<span style="{_CARD};{_QUIET}">⋯ {len(position):,} more like this</span>'

@@ -45,7 +45,8 @@ class History:
     def steps(self) -> list[dict]:
         """One dict per update."""
         return [
-            {**{name: getattr(event, name) for name in STEP_COLUMNS}, **event.metrics} for event in self._of(StepCompleted)
+            {**{name: getattr(event, name) for name in STEP_COLUMNS}, **event.metrics}
+            for event in self._of(StepCompleted)
         ]
 
     def evaluations(self, split: str | None = None) -> list[dict]:

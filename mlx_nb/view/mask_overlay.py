@@ -90,9 +90,7 @@ def _run_html(cell: Cell, tokens: np.ndarray, boundaries: bool) -> str:
     content = visible_html(cell.text, edges=not boundaries and not cell.loss_known)
     if cell.kind == "text" and cell.weight not in (0.0, 1.0) and not boundaries and not cell.loss_known:
         content = f'<sup style="opacity:.8;font-size:.7em">×{cell.weight:g}</sup>{content}'
-    return span(
-        content, style=_style(cell, boundaries), title=one_line(_title(cell, tokens)), isolate=cell.text
-    )
+    return span(content, style=_style(cell, boundaries), title=one_line(_title(cell, tokens)), isolate=cell.text)
 
 
 def _block_html(cells: list[Cell], tokens: np.ndarray, per_token: bool) -> str:
@@ -133,15 +131,12 @@ def _strip_html(loss_mask: np.ndarray) -> str:
 
 def _scale_html(words: str, tints: Sequence[tuple[str, str]]) -> str:
     swatches = "".join(
-        f'<span style="background:{colour};padding:0 6px">{escape(label, quote=True)}</span>'
-        for label, colour in tints
+        f'<span style="background:{colour};padding:0 6px">{escape(label, quote=True)}</span>' for label, colour in tints
     )
     return f"{words} {swatches}"
 
 
-def _legend_html(
-    conversation: TokenizedConversation, cells: list[Cell], token_loss: Any, token_loss_base: Any
-) -> str:
+def _legend_html(conversation: TokenizedConversation, cells: list[Cell], token_loss: Any, token_loss_base: Any) -> str:
     entries = []
     means = mean_losses(conversation, (token_loss, token_loss_base))
     if token_loss is None:
@@ -203,9 +198,7 @@ def render_html(
     the wrong length.
     """
     if token_loss is None and token_loss_base is not None:
-        raise DataError(
-            "token_loss_base is given without token_loss: pass both to compare, or token_loss alone."
-        )
+        raise DataError("token_loss_base is given without token_loss: pass both to compare, or token_loss alone.")
     cells = row_cells(conversation, tokenizer, token_loss, token_loss_base, show_ends=not dropped_tokens)
     tokens, total = conversation.tokens, len(conversation.tokens)
     by_page = groupby(cells, key=lambda cell: min(cell.first, total - 1) // page_tokens)

@@ -112,7 +112,7 @@ def live_svg(history: History, iters: int, width: int = 560, height: int = 150) 
         y = bottom - (bottom - top) * (min(value, high) - low) / (high - low)
         return round(x, 1), round(y, 1)
 
-    def line(series: list[tuple[int, float]]) -> str:
+    def line(series: list[tuple[float, float]]) -> str:
         return " ".join(f"{x},{y}" for x, y in (place(*point) for point in series))
 
     label = 'fill="currentColor" font-size="10" font-family="sans-serif" opacity="0.75"'

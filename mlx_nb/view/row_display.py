@@ -7,6 +7,7 @@ from typing import Any
 
 from mlx_nb.data.examples import RowView
 from mlx_nb.view import mask_overlay
+from mlx_nb.view.theme import one_line
 
 
 class RowDisplay:
@@ -40,5 +41,8 @@ class RowDisplay:
 
     def __repr__(self) -> str:
         if self.view.conversation is None:
-            return f"{self._title}\nleft out: {self.view.error}"
-        return mask_overlay.render_text(self.view.conversation, self._tokenizer, title=self._title, color=False)
+            return f"{one_line(self._title)}\nleft out: {one_line(self.view.error or '')}"
+        dropped = self.view.example.dropped_tokens if self.view.example else 0
+        return mask_overlay.render_text(
+            self.view.conversation, self._tokenizer, title=self._title, color=False, dropped_tokens=dropped
+        )

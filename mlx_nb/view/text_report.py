@@ -23,10 +23,11 @@ def describe(event: Event) -> str:
     """One line of plain text about an event."""
     match event:
         case RunStarted():
-            share = 100 * event.trainable_parameters / max(1, event.total_parameters)
+            trained, total = event.trainable_parameters, event.total_parameters
+            share = 100 * trained / max(1, total)
             return (
                 f"{event.name}: {event.iters} updates, {event.train_rows} training and {event.valid_rows} validation "
-                f"rows, {count(event.trainable_parameters)} of {count(event.total_parameters)} parameters trained ({share:.2f}%)"
+                f"rows, {count(trained)} of {count(total)} parameters trained ({share:.2f}%)"
             )
         case StepCompleted():
             return (

@@ -35,9 +35,7 @@ _ATOMS = {
     )
     for edges, boundary in ((True, r"^ +| +$"), (False, r"^ +$"))
 }
-_RIGHT_TO_LEFT = re.compile(
-    "[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc\U00010800-\U00010fff\U0001e800-\U0001efff]"
-)
+_RIGHT_TO_LEFT = re.compile("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc\U00010800-\U00010fff\U0001e800-\U0001efff]")
 # Letters and marks that print nothing, though their Unicode category does not say so.
 _UNASSIGNED_BLANK = re.compile("[\u2065\ufdd0-\ufdef\ufff0-\uffff\U000e0000-\U000e0fff]")
 _BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0")
@@ -72,14 +70,10 @@ def _prints_nothing(character: str) -> bool:
 def _joins_emoji(text: str, at: int) -> bool:
     """Whether the joiner or emoji selector at this place only shapes the picture before it."""
     before = text[at - 1 : at] if at else ""
-    if not before or (
-        unicodedata.category(before) not in {"So", "Sk"} and before not in "\ufe0f#*0123456789"
-    ):
+    if not before or (unicodedata.category(before) not in {"So", "Sk"} and before not in "\ufe0f#*0123456789"):
         return False
     after = text[at + 1 : at + 2]
-    return text[at] == "\ufe0f" or (
-        text[at] == "\u200d" and bool(after) and unicodedata.category(after) == "So"
-    )
+    return text[at] == "\ufe0f" or (text[at] == "\u200d" and bool(after) and unicodedata.category(after) == "So")
 
 
 def visible_parts(text: str, *, edges: bool = True) -> Iterator[tuple[str, str]]:

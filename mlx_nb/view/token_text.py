@@ -124,17 +124,14 @@ def _marked(runs: Iterable[Cell]) -> list[Piece]:
     return pieces
 
 
-def _highest_losses(
-    conversation: TokenizedConversation, token_loss: np.ndarray, cells: list[Cell]
-) -> list[str]:
+def _highest_losses(conversation: TokenizedConversation, token_loss: np.ndarray, cells: list[Cell]) -> list[str]:
     losses = np.where(conversation.loss_mask != 0, token_loss, np.nan)
     known = np.flatnonzero(~np.isnan(losses))
     worst = known[np.argsort(-losses[known], kind="stable")][:_HIGHEST_LOSSES]
     texts = {token: cell.text for cell in cells for token in range(cell.first, cell.stop)}
     lines = ["highest losses     loss  probability  token"]
     lines += [
-        f"  token {at:>7} {losses[at]:>8.3f} {math.exp(-losses[at]):>12.3g}  "
-        + one_line(texts[at], edges=True)
+        f"  token {at:>7} {losses[at]:>8.3f} {math.exp(-losses[at]):>12.3g}  " + one_line(texts[at], edges=True)
         for at in worst.tolist()
     ]
     return lines if len(lines) > 1 else []
@@ -165,24 +162,18 @@ def render_text(
 
     heading = f"{paint(one_line(title), _BOLD)}  " if title else ""
     lines = [heading + summary(conversation, dropped_tokens)]
-    lines.append(
-        f"{paint('trained', _TRAINED)} {paint('not trained', _DIM)}" if color else "⟦trained⟧ not trained"
-    )
+    lines.append(f"{paint('trained', _TRAINED)} {paint('not trained', _DIM)}" if color else "⟦trained⟧ not trained")
     lines[-1] += "  ⏎ newline  ⇥ tab  · space  ‹U+…› hidden character"
     lines += [
-        f"weight {weight:g}: {grouped(n)} tokens"
-        for weight, n in partial_weights(conversation.loss_mask).items()
+        f"weight {weight:g}: {grouped(n)} tokens" for weight, n in partial_weights(conversation.loss_mask).items()
     ]
     counts = role_counts(cells).items()
     lines.append(
-        "trained: "
-        + " · ".join(f"{one_line(role)} {grouped(n)} of {grouped(total)}" for role, (total, n) in counts)
+        "trained: " + " · ".join(f"{one_line(role)} {grouped(n)} of {grouped(total)}" for role, (total, n) in counts)
     )
     if color and token_loss is not None:
         labels = zip(("0–1", "1–2", "2–4", "4+"), _LOSS_COLOURS)
-        lines.append(
-            "loss in nats " + " ".join(paint(f" {label} ", style or "0") for label, (_, style) in labels)
-        )
+        lines.append("loss in nats " + " ".join(paint(f" {label} ", style or "0") for label, (_, style) in labels))
     means = mean_losses(conversation, (token_loss,))
     lines += [f"mean loss of the trained tokens {mean:.3f} nats" for mean in means]
     lines += [f"⚠ {one_line(problem)}" for problem in conversation.problems]
