@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_nb.config import LIVE_SETTINGS, SETTINGS, RunConfig
 from mlx_nb.data.examples import Examples, ExampleSettings, LeftOut, RowView, TokenizedExample, split_examples
 from mlx_nb.data.sources import Splits, open_splits
-from mlx_nb.errors import CommandError, ConfigError, DataError, NonFiniteLoss, did_you_mean
+from mlx_nb.errors import CommandError, ConfigError, DataError, ModelError, NonFiniteLoss, did_you_mean
 from mlx_nb.events import (
     ChangeSetting,
     EvaluationCompleted,
@@ -124,6 +124,11 @@ class Run:
 
     def _prepare(self) -> Trainer:
         splits, loaded = self.splits, self.loaded
+        if self.config.fine_tune_type == "full" and loaded.quantized_bits:
+            raise ModelError(
+                f"`fine_tune_type: full` needs float weights, and {self.config.model} is quantised to "
+                f"{loaded.quantized_bits} bits. Use lora or dora, or a float version of the model."
+            )
         from mlx_nb.model.backend import is_cpu
         from mlx_nb.train.trainer import Trainer, TrainerExamples
 

@@ -30,6 +30,7 @@ ORDER = [
     "model.cache",
     "model.backend",
     "model.randomness",
+    "model.trees",
     "model.gguf_tokenizer",
     "model.gguf",
     "model.loading",

@@ -114,7 +114,9 @@ def test_an_executed_notebook_keeps_a_static_figure_and_summary(tiny_folder, tmp
             nbformat.v4.new_code_cell("%finetune row 0"),
         ]
     )
-    NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(
+        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
     outputs = notebook.cells[1].outputs
     kinds = {kind for output in outputs for kind in output.get("data", {})}
     assert {"image/png", "text/html", "text/plain"} <= kinds

@@ -110,7 +110,7 @@ BAD_COMMANDS = {
     "%finetune status --name tyni": "Did you mean 'tiny'",
     "%finetune use nothing": "nothing",
     "%finetune help stpe": "Did you mean 'step'",
-    "%%finetune --nam x\nmodel: a": "--nam",
+    "%%finetune --nmae x\nmodel: a": "--nmae",
     "%%finetune --name a/b\nmodel: a": "letters",
     "%%finetune -o 1x\nmodel: a": "variable name",
     "%%finetune\nmodel: {undefined_name}": "undefined_name",

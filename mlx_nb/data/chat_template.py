@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from mlx_nb.data.template_spans import Located, Turn, locate_messages
 from mlx_nb.data.template_tags import REASONING_FIELDS, Unproved
 from mlx_nb.errors import MaskRefused, did_you_mean
 
+_FACTS: dict[tuple[str, tuple[tuple[str, str], ...], bool], TemplateFacts] = {}
 LOSS_ON = ("assistant", "final", "all")
 _FLAGS = ("train", "weight")
 # For templates that render only with tools.
@@ -235,35 +235,20 @@ class _ChatTemplate:
         return tokens, offsets
 
     def facts(self) -> TemplateFacts:
-        special = tuple(sorted((k, str(v)) for k, v in self.tokenizer.special_tokens_map.items()))
-        return _facts(self.source, special, self.tools is not None, _Hashless(self._render))
+        """What the template does whatever the conversation, studied once for each template and set of special tokens."""
+        special = tuple(sorted((name, str(token)) for name, token in self.tokenizer.special_tokens_map.items()))
+        key = (self.source, special, self.tools is not None)
+        if key not in _FACTS:
+            facts = study_template(self.source, lambda messages, prompt: self._render(messages, prompt, None))
+            if facts.header is None and self.tools:
+                with_tool = [_SOME_TOOL]
+                facts = study_template(self.source, lambda messages, prompt: self._render(messages, prompt, with_tool))
+            _FACTS[key] = facts
+        return _FACTS[key]
 
     def eos_ranges(self, tokens: np.ndarray, offsets: np.ndarray) -> list[tuple[int, int]]:
         """The characters of each end-of-sequence token, in order."""
         return [(int(a), int(b)) for a, b in offsets[np.isin(tokens, list(self.eos_ids))]]
-
-
-@dataclass(frozen=True)
-class _Hashless:
-    """Carries a function past a cache without being part of its key."""
-
-    call: Callable[[Sequence[Message], bool, Sequence[Any] | None], str]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Hashless)
-
-    def __hash__(self) -> int:
-        return 0
-
-
-@lru_cache(maxsize=64)
-def _facts(
-    source: str, special_tokens: tuple[tuple[str, str], ...], with_tools: bool, render: _Hashless
-) -> TemplateFacts:
-    facts = study_template(source, lambda messages, prompt: render.call(messages, prompt, None))
-    if facts.header is None and with_tools:
-        return study_template(source, lambda messages, prompt: render.call(messages, prompt, [_SOME_TOOL]))
-    return facts
 
 
 def _fast_tokenizer(tokenizer: Any) -> Any:
@@ -339,9 +324,10 @@ def _agree_with_text_prefixes(
         if before.endswith(header) and len(before) != turn.start:
             raise Unproved(f"two ways to find the start of message {turn.message} (assistant) disagree")
         until = text if turn.message == len(messages) - 1 else _prefix(messages[: turn.message + 1], False, template)
-        if until is not None and text.startswith(until) and until.startswith(before) and len(until) < turn.end:
-            if not turn.ends_turn:
-                raise Unproved(f"two ways to find the end of message {turn.message} (assistant) disagree")
+        if turn.ends_turn or until is None or not (text.startswith(until) and until.startswith(before)):
+            continue
+        if len(until) < turn.end or text[turn.end : len(until)].strip():
+            raise Unproved(f"two ways to find the end of message {turn.message} (assistant) disagree")
 
 
 def _prefix(messages: Sequence[Message], add_generation_prompt: bool, template: _ChatTemplate) -> str | None:
@@ -403,11 +389,16 @@ def _lost_sentence(messages: Sequence[Mapping[str, Any]], message: int, field: s
 
 
 def _straddle_problems(offsets: np.ndarray, touched: np.ndarray, span: Span, text: str) -> list[str]:
+    """A sentence for each trained token that also covers characters outside the span.
+
+    White space that a token takes along behind the end of a turn changes nothing and is not worth a sentence.
+    """
     problems = []
     for k in np.flatnonzero(touched & ((offsets[:, 0] < span.start) | (offsets[:, 1] > span.end))):
-        a, b = offsets[k]
-        if text[a : span.start].strip() or text[span.end : b].strip() or span.role == "completion":
+        a, b = (int(offset) for offset in offsets[k])
+        if a < span.start or text[span.end : b].strip():
             problems.append(
-                f"one token, {text[a:b]!r}, reaches across the edge of message {span.message} ({span.role}): it is trained."
+                f"one token, {text[a:b]!r}, reaches across the edge of message {span.message} ({span.role}): "
+                "it is trained."
             )
     return problems

@@ -1,4 +1,4 @@
-"""What a chat template does whatever the conversation: what it looks for in texts, how it opens the assistant's turn."""
+"""What a chat template does whatever the conversation: what it looks for in texts, how it opens a turn."""
 
 from __future__ import annotations
 

@@ -134,10 +134,14 @@ def tag_and_prove(
     absent = [i for i in silent if _is_left_out(messages, i, text, render)]
     removed: list[tuple[int, int]] = []
     if len(silent) > len(absent):
-        for i, field, *_ in lost:
-            if i in silent and i not in absent and field in _TEXT_FIELDS:
-                raise Unproved(f"the template leaves out the {field} of message {i} (assistant)")
-        tags, tagged_text, removed = _probe(tags, [i for i in silent if i not in absent], text, render)
+        followed = [i for i in silent if i not in absent]
+        try:
+            tags, tagged_text, removed = _probe(tags, followed, text, render)
+        except Unproved as error:
+            left_out = next((i for i, field, *_ in lost if i in followed and field in _TEXT_FIELDS), None)
+            if left_out is None:
+                raise
+            raise Unproved(f"the template leaves out the text of message {left_out} (assistant)") from error
         runs = tags.runs(tagged_text)
     return TaggedRender(tags, tagged_text, _joined(runs), removed, lost, absent)
 
@@ -278,16 +282,12 @@ def _probe(
         for before, after in product(range(4), range(4)):
             removed = [(run.start - before, run.end + after) for run in probes]
             cut = "".join(tagged_text[a:b] for a, b in removed)
-            if len(cut.split()) > len(probes) or (before + after and not _is_blank_but(cut, probes)):
+            if len("".join(cut.split())) != len(probes):
                 continue
             without = _without(tagged_text, removed)
             if _fits(text, without, tags.runs(without)):
                 return probed, tagged_text, removed
     raise Unproved(f"message {silent[0]} (assistant) has no text of its own that could be followed into the render")
-
-
-def _is_blank_but(cut: str, probes: Sequence[Run]) -> bool:
-    return len("".join(cut.split())) == len(probes)
 
 
 def _without(text: str, removed: Sequence[tuple[int, int]]) -> str:

@@ -15,10 +15,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from mlx_nb.config import RunConfig
 from mlx_nb.errors import ConfigError, ModelError, did_you_mean
+from mlx_nb.model.trees import named_arrays
 
 ADAPTER_FILE = "adapters.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -83,11 +84,6 @@ def resolve_keys(model: nn.Module, keys: tuple[str, ...] | None) -> tuple[str, .
 def _adaptable(module: nn.Module) -> bool:
     linear = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
     return isinstance(module, linear) or hasattr(module, "to_lora") or type(module).__name__.endswith("SwitchLinear")
-
-
-def named_arrays(tree: Any) -> list[tuple[str, mx.array]]:
-    """(path, array) of every array in a tree of parameters or gradients, in a fixed order."""
-    return typing.cast(list[tuple[str, mx.array]], tree_flatten(tree))
 
 
 def trainable_count(model: nn.Module) -> int:

@@ -12,7 +12,7 @@ from mlx.utils import tree_map
 
 from mlx_nb.config import RunConfig
 from mlx_nb.errors import ConfigError
-from mlx_nb.model.adapters import named_arrays
+from mlx_nb.model.trees import named_arrays
 
 _OPTIMIZERS: dict[str, Any] = {
     "adam": optimizers.Adam,

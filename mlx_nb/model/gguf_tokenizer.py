@@ -1,0 +1,143 @@
+"""The tokenizer of a GGUF file, rebuilt from its metadata as a fast Hugging Face tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from mlx_nb.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_CONTROL, _USER_DEFINED = 3, 4
+_LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2_WORDS = _LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
+# How each kind of byte-level BPE divides text before merging: (regular expression or None, single digits first).
+_PRE_TOKENIZERS: dict[str, tuple[str | None, bool]] = {
+    "default": (None, False),
+    "gpt-2": (None, False),
+    "smollm": (None, True),
+    "llama-bpe": (_LLAMA3_WORDS, False),
+    "llama3": (_LLAMA3_WORDS, False),
+    "qwen2": (_QWEN2_WORDS, False),
+}
+
+
+def build_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
+    """The tokenizer with its special tokens and chat template. Raises ModelError for a kind that is not supported."""
+    from transformers import PreTrainedTokenizerFast
+
+    kind = metadata.get("tokenizer.ggml.model")
+    if "tokenizer.ggml.tokens" not in metadata:
+        raise ModelError("the GGUF file has no tokenizer. Use a file with the vocabulary in it.")
+    if kind == "gpt2":
+        tokenizer = _byte_level_bpe(metadata)
+    elif kind == "llama":
+        tokenizer = _sentencepiece_bpe(metadata)
+    else:
+        raise ModelError(f"the GGUF file's tokenizer is of kind {kind!r}; supported are gpt2 (byte-level) and llama.")
+    tokens = metadata["tokenizer.ggml.tokens"]
+    _add_special_tokens(tokenizer, metadata)
+    _add_bos(tokenizer, metadata, default=kind == "llama")
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    special = {}
+    for name, key in names.items():
+        token = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if token is not None and 0 <= token < len(tokens):
+            special[name] = tokens[token]
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
+    if "tokenizer.chat_template" in metadata:
+        fast.chat_template = metadata["tokenizer.chat_template"]
+    return fast
+
+
+def end_of_turn_ids(metadata: Mapping[str, Any]) -> list[int]:
+    """The tokens at which generation stops: end of sequence, and end of turn where the file names one."""
+    ids = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+    return sorted({int(token) for token in ids if token is not None})
+
+
+def _byte_level_bpe(metadata: Mapping[str, Any]) -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    pre = metadata.get("tokenizer.ggml.pre", "default")
+    if pre not in _PRE_TOKENIZERS:
+        known = ", ".join(_PRE_TOKENIZERS)
+        raise ModelError(f"the GGUF file's tokenizer divides text as {pre!r}; supported are {known}.")
+    words, single_digits = _PRE_TOKENIZERS[pre]
+    vocabulary = {token: index for index, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
+    llama3 = pre in ("llama-bpe", "llama3")
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=llama3))
+    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if single_digits else []
+    if words is not None:
+        steps.append(pre_tokenizers.Split(Regex(words), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words is None))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece_bpe(metadata: Mapping[str, Any]) -> Any:
+    """BPE with byte fallback: pairs merge in the order of the merged token's score."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    tokens, scores = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id")
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocabulary,
+            merges=_merges_by_score(vocabulary, scores),
+            unk_token=None if unknown is None else tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    spaces: list[Any] = [normalizers.Prepend("▁")] if prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*spaces, normalizers.Replace(" ", "▁")])
+    decoding: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*decoding, decoders.Strip(" ", 1, 0)] if prefix else decoding)
+    return tokenizer
+
+
+def _merges_by_score(vocabulary: Mapping[str, int], scores: Any) -> list[tuple[str, str]]:
+    merges: list[tuple[float, int, int, str, str]] = []
+    for token, index in vocabulary.items():
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in vocabulary and right in vocabulary:
+                merges.append((-float(scores[index]), vocabulary[left], vocabulary[right], left, right))
+    merges.sort(key=lambda merge: merge[:3])
+    return [(left, right) for *_, left, right in merges]
+
+
+def _add_special_tokens(tokenizer: Any, metadata: Mapping[str, Any]) -> None:
+    from tokenizers import AddedToken
+
+    tokens = metadata["tokenizer.ggml.tokens"]
+    types = metadata.get("tokenizer.ggml.token_type", [])
+    control = [token for token, kind in zip(tokens, types) if kind == _CONTROL]
+    defined = [token for token, kind in zip(tokens, types) if kind == _USER_DEFINED]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in defined])
+
+
+def _add_bos(tokenizer: Any, metadata: Mapping[str, Any], *, default: bool) -> None:
+    from tokenizers import processors
+
+    bos = metadata.get("tokenizer.ggml.bos_token_id")
+    add = metadata.get("tokenizer.ggml.add_bos_token", default or metadata.get("tokenizer.ggml.pre") == "llama-bpe")
+    if not add or bos is None:
+        return
+    token = metadata["tokenizer.ggml.tokens"][bos]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[token, "$A"], pair=[token, "$A", token, "$B"], special_tokens=[(token, int(bos))]
+    )
