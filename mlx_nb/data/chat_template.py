@@ -116,13 +116,8 @@ def tokenize_conversation(
         for span in spans:
             loss_mask[_touched(offsets, span)] *= span.weight
     else:
-        loss_mask = np.zeros(len(tokens), np.float32)
-        for span in spans:
-            if span.weight > 0:
-                touched = _touched(offsets, span)
-                loss_mask[touched] = np.maximum(loss_mask[touched], span.weight)
-                problems += _straddle_problems(offsets, touched, span, text)
-    loss_mask[0] = 0
+        loss_mask = _trained_spans_only(offsets, spans)
+        problems += [p for span in spans if span.weight > 0 for p in _straddle_problems(offsets, span, text)]
     return TokenizedConversation(tokens, loss_mask, text, offsets, spans, tuple(problems))
 
 
@@ -156,41 +151,25 @@ def _tokenize_strings(text: str, spans: tuple[Span, ...], tokenizer: Any, end: b
         raise MaskRefused("the row is empty: there is nothing to train. Drop the row.")
     unwrapped = _fast_tokenizer(tokenizer)
     tokens, offsets = _encode(unwrapped, text)
-    problems: list[str] = []
-    loss_mask = np.zeros(len(tokens), np.float32)
+    bos, eos = unwrapped.bos_token_id, unwrapped.eos_token_id
+    if bos is not None and _adds_bos(unwrapped) and (len(tokens) == 0 or tokens[0] != bos):
+        tokens, offsets = np.insert(tokens, 0, bos), np.insert(offsets, 0, 0, axis=0)
+    problems = _token_problems(tokens, unwrapped)
+    loss_mask = _trained_spans_only(offsets, spans)
     for span in spans:
         if span.weight > 0:
-            touched = _touched(offsets, span)
-            loss_mask[touched] = span.weight
-            problems += _straddle_problems(offsets, touched, span, text)
+            problems += _straddle_problems(offsets, span, text)
             if not text[span.start : span.end].strip():
                 problems.append(f"the {span.role} is blank: only the end of the sequence is trained.")
-    bos = unwrapped.bos_token_id
-    if bos is not None and _adds_bos(unwrapped) and (len(tokens) == 0 or tokens[0] != bos):
-        tokens, offsets, loss_mask = (
-            np.insert(tokens, 0, bos),
-            np.insert(offsets, 0, 0, axis=0),
-            np.insert(loss_mask, 0, 0),
-        )
-    problems += _token_problems(tokens, unwrapped)
-    eos = unwrapped.eos_token_id
     if end and eos is None:
         problems.append("the tokenizer has no end-of-sequence token: the model does not learn where to stop.")
     elif end and (len(tokens) == 0 or tokens[-1] != eos):
-        tokens, loss_mask = np.append(tokens, eos), np.append(loss_mask, 1)
-        offsets = np.append(offsets, [[len(text), len(text)]], axis=0)
-    if len(tokens):
-        loss_mask[0] = 0
-    if not loss_mask.any():
+        tokens, loss_mask = np.append(tokens, np.int32(eos)), np.append(loss_mask, np.float32(1))
+        offsets = np.append(offsets, np.full((1, 2), len(text), np.int32), axis=0)
+    if not loss_mask[1:].any():
         raise MaskRefused("no token is trained: the completion is empty and no end of sequence is added. Drop the row.")
-    return TokenizedConversation(
-        tokens.astype(np.int32),
-        loss_mask.astype(np.float32),
-        text,
-        offsets.astype(np.int32),
-        spans,
-        tuple(problems),
-    )
+    loss_mask[0] = 0
+    return TokenizedConversation(tokens, loss_mask, text, offsets, spans, tuple(problems))
 
 
 # --- tokenizer and template -----------------------------------------------------------------------------------------
@@ -235,7 +214,7 @@ class _ChatTemplate:
         return tokens, offsets
 
     def facts(self) -> TemplateFacts:
-        """What the template does whatever the conversation, studied once for each template and set of special tokens."""
+        """What the template does whatever the conversation, studied once for each template."""
         special = tuple(sorted((name, str(token)) for name, token in self.tokenizer.special_tokens_map.items()))
         key = (self.source, special, self.tools is not None)
         if key not in _FACTS:
@@ -296,6 +275,16 @@ def _touched(offsets: np.ndarray, span: Span) -> np.ndarray:
     """Which tokens cover a character of the span, (T,) bool. A token without characters lies where it starts."""
     starts, ends = offsets[:, 0], offsets[:, 1]
     return (starts < span.end) & ((ends > span.start) | ((starts == ends) & (starts >= span.start)))
+
+
+def _trained_spans_only(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
+    """(T,) float32: the weight of the span that a token touches, the larger one of two; 0 at position 0."""
+    loss_mask = np.zeros(len(offsets), np.float32)
+    for span in spans:
+        touched = _touched(offsets, span)
+        loss_mask[touched] = np.maximum(loss_mask[touched], span.weight)
+    loss_mask[:1] = 0
+    return loss_mask
 
 
 def _all_but_first(tokens: np.ndarray, template: _ChatTemplate) -> np.ndarray:
@@ -388,13 +377,13 @@ def _lost_sentence(messages: Sequence[Mapping[str, Any]], message: int, field: s
     return f"message {message} ({messages[message].get('role')}): its {field} {what} by the chat template."
 
 
-def _straddle_problems(offsets: np.ndarray, touched: np.ndarray, span: Span, text: str) -> list[str]:
+def _straddle_problems(offsets: np.ndarray, span: Span, text: str) -> list[str]:
     """A sentence for each trained token that also covers characters outside the span.
 
     White space that a token takes along behind the end of a turn changes nothing and is not worth a sentence.
     """
     problems = []
-    for k in np.flatnonzero(touched & ((offsets[:, 0] < span.start) | (offsets[:, 1] > span.end))):
+    for k in np.flatnonzero(_touched(offsets, span) & ((offsets[:, 0] < span.start) | (offsets[:, 1] > span.end))):
         a, b = (int(offset) for offset in offsets[k])
         if a < span.start or text[span.end : b].strip():
             problems.append(
