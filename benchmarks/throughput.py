@@ -17,6 +17,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -105,7 +106,7 @@ def measure_stock(chosen: argparse.Namespace) -> dict:
         iters=chosen.steps,
         steps_per_report=10_000,
         steps_per_save=10_000,
-        adapter_file="/dev/null",
+        adapter_file=str(Path(tempfile.mkdtemp()) / "adapters.safetensors"),
     )
     mx.reset_peak_memory()
     train(model, optimizers.AdamW(learning_rate=1e-4), dataset, None, arguments, iterate_batches=timed_batches)

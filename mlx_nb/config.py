@@ -7,33 +7,15 @@ Keys are those of mlx-lm's and mlx-lm-lora's YAML where they have one; `iters` c
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from mlx_nb.errors import ConfigError, did_you_mean
+from mlx_nb.settings import SettingError, coerce, setting
 from mlx_nb.yaml_loader import Document, load_mapping
-
-
-def setting(
-    default: Any,
-    help: str,
-    *,
-    group: str,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-    live: bool = False,
-) -> Any:
-    """Declare one setting. `live` settings may change while a run is under way."""
-    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
-    metadata = {"help": help, "group": group, "live": live}
-    metadata["bounds"] = {word: value for word, value in bounds.items() if value is not None}
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -57,8 +39,13 @@ class LoraParameters:
 class LrSchedule:
     """Shape of the learning rate over updates, before warm-up is put in front of it."""
 
+    short_form: ClassVar[str] = "name"
+
     name: Literal["constant", "cosine_decay", "linear_schedule", "exponential_decay", "step_decay"] = setting(
-        "cosine_decay", "A schedule of mlx.optimizers, or constant.", group="optimizer"
+        "cosine_decay",
+        "A schedule of mlx.optimizers (or cosine, linear, exponential for short), or constant.",
+        group="optimizer",
+        synonyms={"cosine": "cosine_decay", "linear": "linear_schedule", "exponential": "exponential_decay"},
     )
     arguments: tuple[float, ...] | None = setting(
         None,
@@ -70,9 +57,6 @@ class LrSchedule:
         None, "Updates of linear warm-up. null = 5% of iters, at most 100.", group="optimizer", at_least=0
     )
     warmup_init: float = setting(0.0, "Learning rate at update 0 of the warm-up.", group="optimizer", at_least=0)
-
-
-_SCHEDULE_WORDS = {"cosine": "cosine_decay", "linear": "linear_schedule", "exponential": "exponential_decay"}
 
 
 @dataclass(frozen=True)
@@ -149,6 +133,7 @@ class RunConfig:
             "group": "optimizer",
             "live": False,
             "bounds": {},
+            "synonyms": {},
         },
     )
     learning_rate: float = setting(1e-4, "Peak learning rate.", group="optimizer", above=0, live=True)
@@ -215,7 +200,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for declared in fields(self):
-            value = _coerce(getattr(self, declared.name), declared, _hints(RunConfig)[declared.name])
+            value = coerce(getattr(self, declared.name), declared, typing.get_type_hints(RunConfig)[declared.name])
             object.__setattr__(self, declared.name, value)
         _merge_synonyms(self)
         for check in _EFFECT_CHECKS:
@@ -230,7 +215,7 @@ class RunConfig:
                 raise ConfigError(_located(place(key), f"unknown setting `{key}`.{_nearest(key)}"))
         try:
             return cls(**values)
-        except _SettingError as error:
+        except SettingError as error:
             raise ConfigError(_located(place(*error.path), str(error))) from None
 
     @classmethod
@@ -273,12 +258,6 @@ class RunConfig:
         return {name: value for name, value in self.to_dict().items() if value != standard[name]}
 
 
-class _SettingError(ConfigError):
-    def __init__(self, path: tuple[str, ...], message: str) -> None:
-        super().__init__(message)
-        self.path = path
-
-
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
@@ -289,10 +268,6 @@ def _located(place: str, message: str) -> str:
 
 def _looks_like_path(source: str) -> bool:
     return "\n" not in source and ":" not in source[2:] and source.strip().endswith((".yaml", ".yml"))
-
-
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
 
 
 def _nearest(key: str) -> str:
@@ -320,118 +295,12 @@ def _nearest(key: str) -> str:
     return did_you_mean(key, SETTINGS) or " `%%finetune?` lists all settings."
 
 
-def _coerce(value: Any, declared: dataclasses.Field, hint: Any, parent: tuple[str, ...] = ()) -> Any:
-    """`value` as the declared type, inside its bounds. Raises _SettingError with the path of the setting."""
-    path = (*parent, declared.name)
-    label = ".".join(path)
-    if hint is Any:
-        return value
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if value is None:
-        if type(None) in options:
-            return None
-        raise _SettingError(path, f"`{label}` has no value. {_expected(label, options)}")
-    kind = next(option for option in options if option is not type(None))
-    if dataclasses.is_dataclass(kind):
-        return _coerce_group(value, typing.cast(type, kind), path)
-    if kind is dict or typing.get_origin(kind) is dict:
-        if not isinstance(value, Mapping):
-            raise _SettingError(path, f"`{label}` must be a mapping such as {{eps: 1e-8}}, not {value!r}.")
-        return dict(value)
-    result = _CONVERSIONS[typing.get_origin(kind) or kind](value, kind)
-    if result is _WRONG:
-        raise _SettingError(path, f"`{label}` cannot be {value!r}. {_expected(label, options)}")
-    for word, limit in declared.metadata["bounds"].items():
-        if not _BOUNDS[word](result, limit):
-            raise _SettingError(path, f"`{label}` must be {word} {limit:g}, not {result:g}.")
-    return result
-
-
-def _coerce_group(value: Any, kind: type, path: tuple[str, ...]) -> Any:
-    if isinstance(value, kind):
-        value = {declared.name: getattr(value, declared.name) for declared in fields(kind)}
-    elif isinstance(value, str) and kind is LrSchedule:
-        value = {"name": value}
-    if not isinstance(value, Mapping):
-        names = ", ".join(declared.name for declared in fields(kind))
-        raise _SettingError(path, f"`{path[0]}` must be a mapping with some of: {names}; not {value!r}.")
-    known = {declared.name: declared for declared in fields(kind)}
-    for key in value:
-        if key not in known:
-            names = ", ".join(known)
-            raise _SettingError(
-                (*path, str(key)),
-                f"unknown setting `{path[0]}.{key}`.{did_you_mean(str(key), known)} Known: {names}.",
-            )
-    if kind is LrSchedule and value.get("name") in _SCHEDULE_WORDS:
-        value = {**value, "name": _SCHEDULE_WORDS[value["name"]]}
-    hints = _hints(kind)
-    return kind(**{key: _coerce(item, known[key], hints[key], path) for key, item in value.items()})
-
-
-_WRONG = object()
-
-
-def _to_int(value: Any, _kind: Any) -> Any:
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) else _WRONG
-
-
-def _to_float(value: Any, _kind: Any) -> Any:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else _WRONG
-
-
-def _to_choice(value: Any, kind: Any) -> Any:
-    return value if value in typing.get_args(kind) and not isinstance(value, bool) else _WRONG
-
-
-def _to_tuple(value: Any, kind: Any) -> Any:
-    items = [value] if isinstance(value, str) else value
-    if not isinstance(items, (list, tuple)) or not items:
-        return _WRONG
-    item_kind = typing.get_args(kind)[0]
-    converted = [_CONVERSIONS[item_kind](item, item_kind) for item in items]
-    return _WRONG if any(item is _WRONG for item in converted) else tuple(converted)
-
-
-_CONVERSIONS: dict[Any, Callable[[Any, Any], Any]] = {
-    int: _to_int,
-    float: _to_float,
-    bool: lambda value, _kind: value if isinstance(value, bool) else _WRONG,
-    str: lambda value, _kind: value if isinstance(value, str) else str(value) if isinstance(value, Path) else _WRONG,
-    Literal: _to_choice,
-    tuple: _to_tuple,
-}
-_BOUNDS: dict[str, Callable[[float, float], bool]] = {
-    "at least": lambda value, limit: value >= limit,
-    "above": lambda value, limit: value > limit,
-    "at most": lambda value, limit: value <= limit,
-    "below": lambda value, limit: value < limit,
-}
-
-
-def _expected(label: str, options: tuple[Any, ...]) -> str:
-    kind = next(option for option in options if option is not type(None))
-    if typing.get_origin(kind) is Literal:
-        choices = [f"{choice}" for choice in typing.get_args(kind)]
-        if label == "lr_schedule.name":
-            choices += list(_SCHEDULE_WORDS)
-        text = "Choose one of: " + ", ".join(choices) + "."
-    elif typing.get_origin(kind) is tuple:
-        text = "It takes a list."
-    else:
-        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        text = f"It takes {words.get(kind, 'a value')}."
-    return text + (" null is allowed." if type(None) in options else "")
-
-
 def _merge_synonyms(config: RunConfig) -> None:
     """`target_modules` and `warmup` are second words: fold them into the setting they stand for."""
     if config.target_modules is not None:
         keys = config.lora_parameters.keys
         if keys is not None and keys != config.target_modules:
-            raise _SettingError(
+            raise SettingError(
                 ("target_modules",), "`target_modules` and `lora_parameters.keys` differ. Give one of them."
             )
         merged = dataclasses.replace(config.lora_parameters, keys=config.target_modules)
@@ -439,37 +308,37 @@ def _merge_synonyms(config: RunConfig) -> None:
         object.__setattr__(config, "target_modules", None)
     if config.warmup is not None:
         if config.lr_schedule.warmup not in (None, config.warmup):
-            raise _SettingError(("warmup",), "`warmup` and `lr_schedule.warmup` differ. Give one of them.")
+            raise SettingError(("warmup",), "`warmup` and `lr_schedule.warmup` differ. Give one of them.")
         object.__setattr__(config, "lr_schedule", dataclasses.replace(config.lr_schedule, warmup=config.warmup))
         object.__setattr__(config, "warmup", None)
 
 
 def _check_length(config: RunConfig) -> None:
     if config.iters is not None and config.epochs is not None:
-        raise _SettingError(("epochs",), "`iters` and `epochs` both set the length of the run. Give one of them.")
+        raise SettingError(("epochs",), "`iters` and `epochs` both set the length of the run. Give one of them.")
     warmup = config.lr_schedule.warmup
     if config.iters is not None and warmup is not None and warmup > config.iters:
-        raise _SettingError(("warmup",), f"`warmup` ({warmup}) is longer than the run (`iters: {config.iters}`).")
+        raise SettingError(("warmup",), f"`warmup` ({warmup}) is longer than the run (`iters: {config.iters}`).")
 
 
 def _check_adapter(config: RunConfig) -> None:
     if config.fine_tune_type == "full" and config.lora_parameters != LoraParameters():
-        raise _SettingError(
+        raise SettingError(
             ("lora_parameters",),
             "`lora_parameters` has no effect with `fine_tune_type: full`. Remove it, or use lora or dora.",
         )
     if config.num_layers == 0:
-        raise _SettingError(("num_layers",), "`num_layers: 0` trains nothing. Use -1 for all layers.")
+        raise SettingError(("num_layers",), "`num_layers: 0` trains nothing. Use -1 for all layers.")
 
 
 def _check_optimizer(config: RunConfig) -> None:
     decay_default = next(declared.default for declared in fields(RunConfig) if declared.name == "weight_decay")
     if config.optimizer == "adam" and config.weight_decay not in (decay_default, 0.0):
-        raise _SettingError(("weight_decay",), "`weight_decay` has no effect with `optimizer: adam`. Use adamw.")
+        raise SettingError(("weight_decay",), "`weight_decay` has no effect with `optimizer: adam`. Use adamw.")
     schedule = config.lr_schedule
     if schedule.arguments is None:
         if schedule.name in ("exponential_decay", "step_decay"):
-            raise _SettingError(
+            raise SettingError(
                 ("lr_schedule",),
                 f"`lr_schedule: {schedule.name}` needs its arguments, for instance "
                 f"{{name: {schedule.name}, arguments: {_EXAMPLE_ARGUMENTS[schedule.name]}}}.",
@@ -477,16 +346,16 @@ def _check_optimizer(config: RunConfig) -> None:
         return
     expected = _ARGUMENT_COUNTS[schedule.name]
     if not expected[0] <= len(schedule.arguments) <= expected[1]:
-        raise _SettingError(
+        raise SettingError(
             ("lr_schedule", "arguments"),
             f"`lr_schedule.arguments` of {schedule.name} has {len(schedule.arguments)} values; mlx takes "
             f"{_EXAMPLE_ARGUMENTS[schedule.name]}.",
         )
     if schedule.arguments[0] <= 0:
-        raise _SettingError(("lr_schedule", "arguments"), "the first of `lr_schedule.arguments` must be above 0.")
+        raise SettingError(("lr_schedule", "arguments"), "the first of `lr_schedule.arguments` must be above 0.")
     peak_default = next(declared.default for declared in fields(RunConfig) if declared.name == "learning_rate")
     if config.learning_rate not in (peak_default, schedule.arguments[0]):
-        raise _SettingError(
+        raise SettingError(
             ("learning_rate",),
             f"`learning_rate: {config.learning_rate:g}` has no effect: `lr_schedule.arguments` starts at "
             f"{schedule.arguments[0]:g}. Remove one of them.",
@@ -496,15 +365,15 @@ def _check_optimizer(config: RunConfig) -> None:
 
 def _check_validation(config: RunConfig) -> None:
     if config.early_stopping_patience is not None and config.steps_per_eval == -1:
-        raise _SettingError(
+        raise SettingError(
             ("early_stopping_patience",),
             "`early_stopping_patience` has no effect with `steps_per_eval: -1`, which never validates.",
         )
     if config.test_batches != -1 and not config.test:
-        raise _SettingError(("test_batches",), "`test_batches` has no effect without `test: true`.")
+        raise SettingError(("test_batches",), "`test_batches` has no effect without `test: true`.")
     for name in ("steps_per_eval", "val_batches", "test_batches", "save_every"):
         if getattr(config, name) == 0:
-            raise _SettingError((name,), f"`{name}` cannot be 0. Use -1 to switch it off, or a positive number.")
+            raise SettingError((name,), f"`{name}` cannot be 0. Use -1 to switch it off, or a positive number.")
 
 
 _ARGUMENT_COUNTS = {

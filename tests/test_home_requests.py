@@ -1,4 +1,4 @@
-"""The quickstart's rows: made by the script beside them, in house format, with nothing of the test split in training."""
+"""The quickstart's rows: made by the script beside them, in house format, nothing of the test split in training."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ PACKAGE = Path(mlx_nb.__file__).parent
 ORDER = [
     "errors",
     "yaml_loader",
+    "settings",
     "config",
     "config_help",
     "events",
