@@ -173,6 +173,24 @@ class Run:
             raise DataError(f"these data have no {split} split.")
         return Rows(Examples(source, self.tokenizer, ExampleSettings.of(self.config)), split)
 
+    def token_losses(self, row: RowView, *, base: bool = False) -> Any:
+        """(T,) loss in nats of each token of a row, now; NaN for the first. `base` with the adapter switched off."""
+        from contextlib import nullcontext
+
+        from mlx_nb.model.adapters import without_adapters
+        from mlx_nb.model.logprobs import TargetScorer
+
+        if row.conversation is None:
+            raise DataError(f"{row.error} It has no tokens to measure.")
+        self._refuse_base(base)
+        self.model.eval()
+        with without_adapters(self.model) if base else nullcontext():
+            return TargetScorer(self.model).token_losses(row.conversation.tokens)
+
+    def _refuse_base(self, base: bool) -> None:
+        if base and self.config.fine_tune_type == "full" and self.step_count:
+            raise CommandError("full fine-tuning changes the base itself, so there is no base left to ask.")
+
     @property
     def left_out(self) -> dict[str, list[LeftOut]]:
         """The rows that are not trained, by split, each with the reason. Filled when training is prepared."""
@@ -285,8 +303,7 @@ class Run:
         """
         from mlx_nb.rollouts.generation import generate_texts
 
-        if base and self.config.fine_tune_type == "full" and self.step_count:
-            raise CommandError("full fine-tuning changes the base itself, so there is no base left to ask.")
+        self._refuse_base(base)
         several = not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], Mapping))
         prompts = list(prompt) if several else [prompt]
         answers = generate_texts(

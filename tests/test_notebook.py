@@ -81,6 +81,8 @@ def test_every_subcommand_answers(trained, tmp_path):
     assert "rows in train" in str(run_cell(trained, "%finetune rows"))
     assert "say" in repr(run_cell(trained, "%finetune row 0"))
     assert "<span" in run_cell(trained, "%finetune row 0")._repr_html_()
+    assert "nats" in run_cell(trained, "%finetune row 0 --loss")._repr_html_()
+    assert "base" in run_cell(trained, "%finetune row 0 --compare base")._repr_html_()
     assert "generate" in str(run_cell(trained, "%finetune help"))
     assert "--base" in str(run_cell(trained, "%finetune help generate"))
     run_cell(trained, "%finetune use tiny")

@@ -102,6 +102,18 @@ def test_projecting_targets_only_equals_the_whole_model(tied):
     assert mx.allclose(split, scorer.logprobs(inputs), atol=1e-5).item()
 
 
+@pytest.mark.parametrize("taken_apart", [True, False])
+def test_token_losses_are_those_of_the_objective(taken_apart):
+    model, example = tiny_model(), random_examples(1, shortest=20)[0]
+    scorer = TargetScorer(model)
+    if not taken_apart:
+        scorer._split = None
+    losses = scorer.token_losses(example.tokens)
+    assert np.isnan(losses[0])
+    total = sft_loss(scorer, target_inputs(pad([example]))).total.item()
+    assert (losses[1:] * example.loss_mask[1:]).sum() == pytest.approx(total, rel=1e-5)
+
+
 def test_a_model_that_changes_its_logits_is_run_whole():
     class Capped(type(tiny_model())):
         def __call__(self, inputs, cache=None):

@@ -15,6 +15,8 @@ import numpy as np
 
 from mlx_nb.data.batches import TokenBatch
 
+_TARGETS_AT_ONCE = 512
+
 
 class TargetInputs(NamedTuple):
     """A batch as the model takes it.
@@ -68,9 +70,26 @@ class TargetScorer:
 
     def logprobs(self, inputs: TargetInputs) -> mx.array:
         """(S,) float32: log p(target | the tokens before it)."""
-        logits_SV = self.logits(inputs).astype(mx.float32)
-        target_logits_S = mx.take_along_axis(logits_SV, inputs.target_S[:, None], axis=-1)[:, 0]
-        return target_logits_S - mx.logsumexp(logits_SV, axis=-1)
+        return _target_logprobs(self.logits(inputs), inputs.target_S)
+
+    def token_losses(self, tokens: np.ndarray) -> np.ndarray:
+        """(T,) float32: negative log-likelihood in nats of each token after those before it; NaN for the first.
+
+        Projected to the vocabulary a few hundred positions at a time, so that a long row fits.
+        """
+        row = TokenBatch(tokens[None], np.ones((1, len(tokens)), np.float32), (0,), (len(tokens),))
+        inputs = target_inputs(row)
+        losses = np.full(len(tokens), np.nan, np.float32)
+        if self._split is None:
+            losses[1:] = -np.array(self.logprobs(inputs))
+            return losses
+        backbone, head = self._split
+        hidden_TD = backbone(inputs.tokens_BT)[0]
+        for start in range(0, len(tokens) - 1, _TARGETS_AT_ONCE):
+            chosen = slice(start, start + _TARGETS_AT_ONCE)
+            logits_SV = head(hidden_TD[chosen][None])[0]
+            losses[1:][chosen] = -np.array(_target_logprobs(logits_SV, inputs.target_S[chosen]))
+        return losses
 
     def logits(self, inputs: TargetInputs) -> mx.array:
         """(S, V) logits at the predicting positions, in the model's type."""
@@ -81,6 +100,13 @@ class TargetScorer:
         hidden_BTD = backbone(inputs.tokens_BT)
         hidden_SD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[inputs.position_S]
         return head(hidden_SD[None])[0]
+
+
+def _target_logprobs(logits_SV: mx.array, target_S: mx.array) -> mx.array:
+    """(S,) float32: log-softmax of each row of logits at its target."""
+    logits_SV = logits_SV.astype(mx.float32)
+    target_logits_S = mx.take_along_axis(logits_SV, target_S[:, None], axis=-1)[:, 0]
+    return target_logits_S - mx.logsumexp(logits_SV, axis=-1)
 
 
 _Split = tuple[Callable[[mx.array], mx.array], Callable[[mx.array], mx.array]]

@@ -179,7 +179,12 @@ def _row(session: Session, arguments: argparse.Namespace) -> Any:
         view = rows[arguments.number]
     except IndexError as error:
         raise CommandError(f"%finetune row: {error}") from None
-    return RowDisplay(view, run.tokenizer, arguments.split, per_token=arguments.tokens, page=arguments.page)
+    losses = {}
+    if arguments.loss or arguments.compare:
+        losses["token_loss"] = run.token_losses(view)
+    if arguments.compare:
+        losses["token_loss_base"] = run.token_losses(view, base=True)
+    return RowDisplay(view, run.tokenizer, arguments.split, per_token=arguments.tokens, page=arguments.page, **losses)
 
 
 def _command(
@@ -234,6 +239,8 @@ COMMANDS: dict[str, Command] = {
         _argument("number", type=int),
         _argument("--split", default="train", choices=SPLITS),
         _argument("--tokens", action="store_true", help="one cell per token"),
+        _argument("--loss", action="store_true", help="colour the tokens by the model's loss on them, now"),
+        _argument("--compare", choices=["base"], help="colour by what training changed, against the base"),
         _argument("--page", type=int, default=0, help="page of a long row"),
     ),
     "rows": _command("rows", "how many rows a split has, and which are left out", _rows, _SPLIT),

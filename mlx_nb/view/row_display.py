@@ -5,20 +5,34 @@ from __future__ import annotations
 import html
 from typing import Any
 
+import numpy as np
+
 from mlx_nb.data.examples import RowView
 from mlx_nb.view import mask_overlay
 from mlx_nb.view.theme import one_line
 
 
 class RowDisplay:
-    """What `%finetune row 12` shows."""
+    """What `%finetune row 12` shows. `token_loss` (T,) colours the tokens by it; with the base's, by the change."""
 
-    def __init__(self, view: RowView, tokenizer: Any, split: str, *, per_token: bool = False, page: int = 0) -> None:
+    def __init__(
+        self,
+        view: RowView,
+        tokenizer: Any,
+        split: str,
+        *,
+        per_token: bool = False,
+        page: int = 0,
+        token_loss: np.ndarray | None = None,
+        token_loss_base: np.ndarray | None = None,
+    ) -> None:
         self.view = view
         self._tokenizer = tokenizer
         self._title = f"{split} row {view.row} ({view.location})"
         self._per_token = per_token
         self._page = page
+        self._token_loss = token_loss
+        self._token_loss_base = token_loss_base
 
     def _repr_html_(self) -> str:
         if self.view.conversation is None:
@@ -33,6 +47,8 @@ class RowDisplay:
             title=self._title,
             per_token=self._per_token,
             page=self._page,
+            token_loss=self._token_loss,
+            token_loss_base=self._token_loss_base,
             dropped_tokens=dropped,
         )
         if self.view.error:
@@ -44,5 +60,10 @@ class RowDisplay:
             return f"{one_line(self._title)}\nleft out: {one_line(self.view.error or '')}"
         dropped = self.view.example.dropped_tokens if self.view.example else 0
         return mask_overlay.render_text(
-            self.view.conversation, self._tokenizer, title=self._title, color=False, dropped_tokens=dropped
+            self.view.conversation,
+            self._tokenizer,
+            title=self._title,
+            color=False,
+            token_loss=self._token_loss,
+            dropped_tokens=dropped,
         )
