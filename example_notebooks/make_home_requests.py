@@ -74,7 +74,7 @@ def draw(source: random.Random) -> dict:
     thing = source.choice(DEVICES[device])
     request = phrase.format(thing=thing, room=room, level=level, word=word, degrees=degrees)
     statement = phrase.startswith(("it is", "nobody", "I am", "in the"))
-    request = source.choice(POLITE[:3] if statement else POLITE).format(request)
+    request = source.choice(["{}", "hey, {}"] if statement else POLITE).format(request)
     return {
         "messages": [
             {"role": "user", "content": request[0].upper() + request[1:]},

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_nb.data import sources
+from mlx_nb.data import files, sources
 from mlx_nb.data.sources import RowSource, open_splits
 from mlx_nb.errors import DataError
 
@@ -215,7 +215,7 @@ def test_rows_do_not_depend_on_how_the_file_is_scanned(tmp_path_factory, lines, 
     path.write_text("\n".join([*content, '{"text": "last"}']), encoding="utf-8", newline="")
     expected.append((len(lines) + 1, "last"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "_SCAN_BYTES", scan)
+        patch.setattr(files, "_SCAN_BYTES", scan)
         source = open_splits(path, val_set_size=0).train
     assert [(f"a.jsonl line {number}", text) for number, text in expected] == [
         (source.location(row), source[row]["text"]) for row in range(len(source))

@@ -1,0 +1,99 @@
+"""A sequence of rows, wherever they come from. Rows are read when asked for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mlx_nb.errors import DataError
+
+
+class RowSource:
+    """A sequence of rows: `len(source)`, `source[i] -> dict`, iteration. Rows are read when asked for.
+
+    `name` is for messages. `location(i)` says where row i comes from, such as `train.jsonl line 18`.
+    `fingerprint()` is a sha256 over the content (of a file: over its bytes), the same in every process.
+    Reading a row that is broken raises DataError naming its location.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        length: int,
+        read: Callable[[int], Mapping[str, Any]],
+        locate: Callable[[int], str],
+        digest: Callable[[], str],
+    ) -> None:
+        self.name = name
+        self._length = length
+        self._read = read
+        self._locate = locate
+        self._digest = digest
+        self._fingerprint: str | None = None
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        position = self._position(row)
+        record = self._read(position)
+        if not isinstance(record, Mapping):
+            raise DataError(f"{self._locate(position)}: a row must be a dict of columns, not {type(record).__name__}.")
+        return dict(record)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[row] for row in range(self._length))
+
+    def __repr__(self) -> str:
+        return f"RowSource({self.name!r}, {self._length} rows)"
+
+    def location(self, row: int) -> str:
+        """Where row `row` comes from."""
+        return self._locate(self._position(row))
+
+    def fingerprint(self) -> str:
+        """sha256 over the content, computed once."""
+        if self._fingerprint is None:
+            self._fingerprint = self._digest()
+        return self._fingerprint
+
+    def _position(self, row: int) -> int:
+        if not -self._length <= row < self._length:
+            raise IndexError(f"row {row} of {self.name}, which has {self._length} rows")
+        return int(row) % self._length
+
+
+def gathered(sources: Sequence[RowSource], source_ids: np.ndarray, row_ids: np.ndarray) -> RowSource:
+    """Rows `row_ids[i]` of `sources[source_ids[i]]`, in this order."""
+
+    def at(row: int) -> tuple[RowSource, int]:
+        return sources[source_ids[row]], int(row_ids[row])
+
+    def read(row: int) -> dict[str, Any]:
+        source, inner = at(row)
+        return source[inner]
+
+    def locate(row: int) -> str:
+        source, inner = at(row)
+        return source.location(inner)
+
+    def digest() -> str:
+        content = hashlib.sha256("".join(source.fingerprint() for source in sources).encode())
+        content.update(source_ids.astype("<i4").tobytes())
+        content.update(row_ids.astype("<i8").tobytes())
+        return content.hexdigest()
+
+    name = " + ".join(dict.fromkeys(source.name for source in sources))
+    return RowSource(name, len(row_ids), read, locate, digest)
+
+
+def joined(sources: Sequence[RowSource]) -> RowSource | None:
+    """All rows of all sources, one source after the other; None without sources."""
+    if len(sources) < 2:
+        return sources[0] if sources else None
+    lengths = [len(source) for source in sources]
+    source_ids = np.repeat(np.arange(len(sources), dtype=np.int32), lengths)
+    return gathered(sources, source_ids, np.concatenate([np.arange(length) for length in lengths]))
