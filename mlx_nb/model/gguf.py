@@ -2,6 +2,8 @@
 
 Q4_0, Q4_1 and Q8_0 blocks are MLX's affine quantisation in other clothes (groups of 32, value = scale * q + bias), so
 they are repacked, not requantised. Every other type is dequantised by the `gguf` package.
+
+The layout of names and values is llama.cpp's (`convert_hf_to_gguf.py`), turned back.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import json
 import math
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -58,55 +60,67 @@ class Architecture(NamedTuple):
     """What is particular to one llama.cpp architecture.
 
     `rope_interleaved`: q and k rows are stored pair by pair for llama.cpp's rope. `norm_offset`: is taken off the
-    norm weights, which llama.cpp stores with 1 added where the model itself adds 1.
+    norm weights, which llama.cpp stores with 1 added where the model itself adds 1. `wide`: activations leave the
+    range of float16, so that bfloat16 is the half precision to use.
     """
 
     model_type: str
     names: Mapping[str, str]
     rope_interleaved: bool = False
     norm_offset: float = 0.0
-    float_type: str = "float16"
+    wide: bool = False
 
 
 ARCHITECTURES = {
     "llama": Architecture("llama", _LAYER_NAMES, rope_interleaved=True),
     "qwen2": Architecture("qwen2", _LAYER_NAMES),
     "qwen3": Architecture("qwen3", _LAYER_NAMES),
-    # Gemma's activations leave the range of float16.
-    "gemma3": Architecture("gemma3_text", _GEMMA_LAYER_NAMES, norm_offset=1.0, float_type="bfloat16"),
+    "gemma3": Architecture("gemma3_text", _GEMMA_LAYER_NAMES, norm_offset=1.0, wide=True),
 }
 
 
 def convert_gguf(path: Path, folder: Path) -> Path:
-    """Write `path` as an mlx-lm folder that `mlx_lm.load` opens; whole or not at all. Returns `folder`.
+    """Write `path` as an mlx-lm folder that `mlx_lm.load` opens. Returns `folder`; one that exists is left as it is.
 
-    Raises ModelError for a file that is not GGUF, or an architecture, tensor or tokenizer that is not supported.
+    The folder appears whole or not at all, also when several processes convert at once. Raises ModelError, in one
+    line, for a file that is not GGUF, for an architecture, tensor or tokenizer that is not supported, and when the
+    folder cannot be written.
     """
     if folder.exists():
         return folder
     metadata, tensors = _read(path)
     name = metadata.get("general.architecture")
     if name not in ARCHITECTURES:
-        raise ModelError(f"{path}: architecture {name!r} is not supported; {', '.join(ARCHITECTURES)} are.")
+        raise ModelError(f"{path}: architecture {name!r} is not supported; supported are {', '.join(ARCHITECTURES)}.")
     architecture = ARCHITECTURES[name]
-    config = _config(metadata, architecture, name, tensors)
-    weights, quantization = _weights(tensors, config, architecture, path)
+    try:
+        config = _config(metadata, architecture, name, tensors)
+        tokenizer = build_tokenizer(metadata)
+        weights, quantization = _weights(tensors, config, architecture)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
+    except (KeyError, ValueError, TypeError, IndexError) as error:
+        raise ModelError(f"{path} is not a whole model: {_reason(error)}. Is the download complete?") from None
     if quantization:
         config["quantization"] = quantization
         config["quantization_config"] = quantization
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    scratch = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
     try:
-        build_tokenizer(metadata).save_pretrained(partial)
-        mx.save_safetensors(str(partial / "model.safetensors"), weights, metadata={"format": "mlx"})
-        (partial / "config.json").write_text(json.dumps(config, indent=2))
+        scratch.mkdir(parents=True)
+        tokenizer.save_pretrained(scratch)
+        mx.save_safetensors(str(scratch / "model.safetensors"), weights, metadata={"format": "mlx"})
+        (scratch / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         try:
-            os.rename(partial, folder)
+            os.rename(scratch, folder)
         except OSError:
             if not folder.exists():
                 raise
+    except (OSError, RuntimeError) as error:
+        raise ModelError(
+            f"{folder} cannot be written: {_reason(error)}. Free some space, or choose another folder."
+        ) from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 
@@ -116,22 +130,37 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     try:
         reader = gguf.GGUFReader(str(path))
-    except (ValueError, OSError, IndexError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(f"{path} cannot be read as a GGUF file ({reason}). Is the download complete?") from None
-    metadata = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+        metadata = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    except (ValueError, OSError, IndexError, KeyError, AttributeError, TypeError, OverflowError) as error:
+        raise ModelError(
+            f"{path} cannot be read as a GGUF file ({_reason(error)}). Is the download complete?"
+        ) from None
+    if metadata.get("split.count", 0) > 1:
+        raise ModelError(
+            f"{path} is one of {metadata['split.count']} parts. Merge them first with llama-gguf-split --merge."
+        )
     return metadata, {tensor.name: tensor for tensor in reader.tensors}
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{text} is missing" if isinstance(error, KeyError) else text or type(error).__name__
 
 
 def _config(metadata: Mapping[str, Any], architecture: Architecture, name: str, tensors: Mapping[str, Any]) -> dict:
     def value(key: str, default: Any = None) -> Any:
         found = metadata.get(f"{name}.{key}", default)
         if found is None:
-            raise ModelError(f"the GGUF file lacks {name}.{key}.")
+            raise ModelError(f"the setting {name}.{key} is missing.")
         return found
 
     heads = value("attention.head_count")
     head_dim = metadata.get(f"{name}.attention.key_length", value("embedding_length") // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if value(key, head_dim) != head_dim:
+            raise ModelError(
+                f"{name}.{key} is {value(key)}, but heads have {head_dim}; only equal sizes are supported."
+            )
     stop = end_of_turn_ids(metadata)
     config: dict[str, Any] = {
         "model_type": architecture.model_type,
@@ -153,6 +182,7 @@ def _config(metadata: Mapping[str, Any], architecture: Architecture, name: str, 
         config["rope_scaling"] = scaling
     if name == "llama":
         config["attention_bias"] = "blk.0.attn_q.bias" in tensors
+        config["mlp_bias"] = "blk.0.ffn_gate.bias" in tensors
     if name == "gemma3":
         config["rope_local_base_freq"] = 10000.0
         config["sliding_window"] = value("attention.sliding_window", 512)
@@ -170,7 +200,7 @@ def _rope_scaling(
     if kind == "linear":
         return {"type": "linear", "rope_type": "linear", "factor": metadata[f"{name}.rope.scaling.factor"]}
     if kind != "none":
-        raise ModelError(f"rope scaling {kind!r} of this GGUF file is not supported; none, linear and llama3 are.")
+        raise ModelError(f"rope scaling {kind!r} is not supported; supported are none, linear and llama3.")
     if "rope_freqs.weight" not in tensors:
         return None
     factors = np.asarray(tensors["rope_freqs.weight"].data, dtype=np.float64).ravel()
@@ -182,7 +212,7 @@ def _rope_scaling(
         "original_max_position_embeddings": 8192,
     }
     if not np.allclose(_llama3_factors(scaling, config), factors, rtol=1e-3):
-        raise ModelError("the rope frequency factors of this GGUF file are not those of Llama 3; not supported.")
+        raise ModelError("the rope frequency factors are not those of Llama 3; others are not supported.")
     return scaling
 
 
@@ -199,17 +229,17 @@ def _llama3_factors(scaling: Mapping[str, Any], config: Mapping[str, Any]) -> np
 
 
 def _weights(
-    tensors: Mapping[str, Any], config: Mapping[str, Any], architecture: Architecture, path: Path
+    tensors: Mapping[str, Any], config: Mapping[str, Any], architecture: Architecture
 ) -> tuple[dict[str, mx.array], dict[str, Any]]:
     """mlx-lm's names to arrays, and the `quantization` section of the configuration (empty when all is float)."""
-    dtype = getattr(mx, architecture.float_type)
+    dtype = _float_type(tensors, architecture)
     weights: dict[str, mx.array] = {}
     bits: dict[str, int] = {}
     for name, tensor in tensors.items():
         if name == "rope_freqs.weight":
             continue
-        module, leaf = _module_name(name, architecture, path)
-        value = decode_tensor(tensor, name, path)
+        module, leaf = _module_name(name, architecture)
+        value = decode_tensor(tensor)
         if architecture.rope_interleaved and module.endswith(("q_proj", "k_proj")):
             heads = config["num_attention_heads" if module.endswith("q_proj") else "num_key_value_heads"]
             value = _map_rows(value, partial(_half_by_half, heads=heads))
@@ -232,19 +262,30 @@ def _weights(
     return weights, quantization
 
 
-def _module_name(name: str, architecture: Architecture, path: Path) -> tuple[str, str]:
-    stem, leaf = name.rsplit(".", 1)
+def _float_type(tensors: Mapping[str, Any], architecture: Architecture) -> mx.Dtype:
+    """What the file's matrices are computed in: float32 when all are, else the half precision that holds them."""
+    kinds = {tensor.tensor_type.name for tensor in tensors.values() if len(tensor.shape) > 1}
+    if kinds == {"F32"}:
+        return mx.float32
+    return mx.bfloat16 if architecture.wide or "BF16" in kinds else mx.float16
+
+
+def _module_name(name: str, architecture: Architecture) -> tuple[str, str]:
+    stem, _, leaf = name.rpartition(".")
     if stem in _TOP_NAMES:
         return _TOP_NAMES[stem], leaf
-    if stem.startswith("blk."):
-        _, layer, part = stem.split(".", 2)
-        if part in architecture.names:
-            return f"model.layers.{layer}.{architecture.names[part]}", leaf
-    raise ModelError(f"{path}: tensor {name} is not one of a {architecture.model_type} model.")
+    _, _, layer_and_part = stem.partition("blk.")
+    layer, _, part = layer_and_part.partition(".")
+    if part in architecture.names:
+        return f"model.layers.{layer}.{architecture.names[part]}", leaf
+    raise ModelError(f"tensor {name!r} is none of a {architecture.model_type} model; variants are not supported.")
 
 
-def decode_tensor(tensor: Any, name: str, path: Path) -> Packed | np.ndarray:
-    """A tensor of a GGUFReader: packed when MLX has the same quantisation, else float32 of its own shape."""
+def decode_tensor(tensor: Any) -> Packed | np.ndarray:
+    """A tensor of a GGUFReader: packed when MLX has the same quantisation, else float32 of its own shape.
+
+    Raises ModelError for a type that the `gguf` package cannot dequantise.
+    """
     import gguf
 
     kind = tensor.tensor_type
@@ -254,7 +295,7 @@ def decode_tensor(tensor: Any, name: str, path: Path) -> Packed | np.ndarray:
     try:
         values = gguf.quants.dequantize(tensor.data, kind)
     except NotImplementedError:
-        raise ModelError(f"{path}: tensor {name} is of type {kind.name}, which cannot be dequantised.") from None
+        raise ModelError(f"tensor {tensor.name} is of type {kind.name}, which cannot be dequantised.") from None
     return values.astype(np.float32)
 
 

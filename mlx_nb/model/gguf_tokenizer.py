@@ -10,36 +10,42 @@ from mlx_nb.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_CONTROL, _USER_DEFINED = 3, 4
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
+_END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 _LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 _QWEN2_WORDS = _LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
 # How each kind of byte-level BPE divides text before merging: (regular expression or None, single digits first).
 _PRE_TOKENIZERS: dict[str, tuple[str | None, bool]] = {
     "default": (None, False),
     "gpt-2": (None, False),
     "smollm": (None, True),
-    "llama-bpe": (_LLAMA3_WORDS, False),
-    "llama3": (_LLAMA3_WORDS, False),
+    **dict.fromkeys(_LLAMA3, (_LLAMA3_WORDS, False)),
     "qwen2": (_QWEN2_WORDS, False),
 }
 
 
 def build_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
-    """The tokenizer with its special tokens and chat template. Raises ModelError for a kind that is not supported."""
+    """The tokenizer with its special tokens and chat template, from the metadata of a GGUF file.
+
+    Raises ModelError for a kind that is not supported or a vocabulary that is not whole.
+    """
     from transformers import PreTrainedTokenizerFast
 
     kind = metadata.get("tokenizer.ggml.model")
     if "tokenizer.ggml.tokens" not in metadata:
-        raise ModelError("the GGUF file has no tokenizer. Use a file with the vocabulary in it.")
+        raise ModelError("there is no tokenizer in the file. Use a GGUF file with its vocabulary in it.")
     if kind == "gpt2":
         tokenizer = _byte_level_bpe(metadata)
     elif kind == "llama":
         tokenizer = _sentencepiece_bpe(metadata)
     else:
-        raise ModelError(f"the GGUF file's tokenizer is of kind {kind!r}; supported are gpt2 (byte-level) and llama.")
+        raise ModelError(
+            f"tokenizer {kind!r} is not supported; supported are gpt2 (byte-level) and llama (SentencePiece)."
+        )
     tokens = metadata["tokenizer.ggml.tokens"]
     _add_special_tokens(tokenizer, metadata)
     _add_bos(tokenizer, metadata, default=kind == "llama")
@@ -56,9 +62,14 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
 
 
 def end_of_turn_ids(metadata: Mapping[str, Any]) -> list[int]:
-    """The tokens at which generation stops: end of sequence, and end of turn where the file names one."""
-    ids = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
-    return sorted({int(token) for token in ids if token is not None})
+    """The tokens at which generation stops: end of sequence, and end of turn by the file's key or its usual names."""
+    keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot")]
+    ids = {int(metadata[key]) for key in keys if key in metadata}
+    types = metadata.get("tokenizer.ggml.token_type", [])
+    for index, (token, kind) in enumerate(zip(metadata.get("tokenizer.ggml.tokens", []), types)):
+        if kind == _CONTROL and token in _END_OF_TURN:
+            ids.add(index)
+    return sorted(ids)
 
 
 def _byte_level_bpe(metadata: Mapping[str, Any]) -> Any:
@@ -67,12 +78,19 @@ def _byte_level_bpe(metadata: Mapping[str, Any]) -> Any:
     pre = metadata.get("tokenizer.ggml.pre", "default")
     if pre not in _PRE_TOKENIZERS:
         known = ", ".join(_PRE_TOKENIZERS)
-        raise ModelError(f"the GGUF file's tokenizer divides text as {pre!r}; supported are {known}.")
+        raise ModelError(f"pre-tokenizer {pre!r} is not supported; supported are {known}.")
+    if metadata.get("general.architecture") == "qwen2" and pre != "qwen2":
+        # transformers gives every folder of model type qwen2 the qwen2 pre-tokenizer, whatever the folder says.
+        raise ModelError(f"pre-tokenizer {pre!r} is not supported for the architecture qwen2; supported is qwen2.")
     words, single_digits = _PRE_TOKENIZERS[pre]
     vocabulary = {token: index for index, token in enumerate(metadata["tokenizer.ggml.tokens"])}
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
-    llama3 = pre in ("llama-bpe", "llama3")
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=llama3))
+    merges = []
+    for merge in metadata["tokenizer.ggml.merges"]:
+        left, _, right = merge.partition(" ")
+        if not {left, right, left + right} <= vocabulary.keys():
+            raise ModelError(f"the merge {merge!r} makes a token that is not in the vocabulary. Is the file whole?")
+        merges.append((left, right))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in _LLAMA3))
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if single_digits else []
     if words is not None:
         steps.append(pre_tokenizers.Split(Regex(words), behavior="isolated"))
@@ -124,7 +142,7 @@ def _add_special_tokens(tokenizer: Any, metadata: Mapping[str, Any]) -> None:
 
     tokens = metadata["tokenizer.ggml.tokens"]
     types = metadata.get("tokenizer.ggml.token_type", [])
-    control = [token for token, kind in zip(tokens, types) if kind == _CONTROL]
+    control = [token for token, kind in zip(tokens, types) if kind in (_UNKNOWN, _CONTROL)]
     defined = [token for token, kind in zip(tokens, types) if kind == _USER_DEFINED]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in defined])
@@ -134,7 +152,7 @@ def _add_bos(tokenizer: Any, metadata: Mapping[str, Any], *, default: bool) -> N
     from tokenizers import processors
 
     bos = metadata.get("tokenizer.ggml.bos_token_id")
-    add = metadata.get("tokenizer.ggml.add_bos_token", default or metadata.get("tokenizer.ggml.pre") == "llama-bpe")
+    add = metadata.get("tokenizer.ggml.add_bos_token", default or metadata.get("tokenizer.ggml.pre") in _LLAMA3)
     if not add or bos is None:
         return
     token = metadata["tokenizer.ggml.tokens"][bos]

