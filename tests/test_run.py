@@ -132,6 +132,15 @@ def test_rows_that_cannot_be_trained_are_left_out_by_number(tiny_folder, tmp_pat
     assert run.history.started.train_rows == len(rows) - 2
 
 
+def test_a_malformed_row_among_good_ones_is_left_out_by_number(tiny_folder, tmp_path):
+    rows = tiny_rows()
+    rows[4] = {"question": "what shape is this?"}
+    run = make_run(tiny_folder, tmp_path, rows=rows, val_set_size=0)
+    run.step()
+    assert [left.row for left in run.left_out["train"]] == [4]
+    assert "row 4" in run.left_out["train"][0].reason
+
+
 def test_truncation_drops_a_row_with_nothing_left_and_says_so(tiny_folder, tmp_path):
     rows = [
         *tiny_rows(),

@@ -107,12 +107,12 @@ class Examples:
     def tokenize_all(self) -> Iterator[TokenizedExample | LeftOut]:
         """Every row in order, as an example or as left out with the reason.
 
-        Raises DataError at the first long row when `truncate` is `error`, and for a row that cannot be read.
+        Raises TooLong at the first long row when `truncate` is `error`.
         """
         for row in range(len(self.source)):
             location = self.source.location(row)
-            content = recognise(self.source[row], self.settings.columns, row=row, location=location)
             try:
+                content = recognise(self.source[row], self.settings.columns, row=row, location=location)
                 conversation = tokenize_row(content, self.tokenizer, self.settings.loss_on)
                 yield cut_to_length(conversation, row, self.settings)
             except TooLong:

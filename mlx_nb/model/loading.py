@@ -266,11 +266,12 @@ def _float32(array: mx.array) -> mx.array:
 
 
 def _dequantized(module: nn.QuantizedLinear | nn.QuantizedEmbedding) -> nn.Module:
+    biases = module.get("biases")
     # mlx rounds the result to the scales' type: half precision would lose what quantized_matmul keeps.
     weight = mx.dequantize(
         module.weight,
         _float32(module.scales),
-        None if module.get("biases") is None else _float32(module.biases),
+        None if biases is None else _float32(biases),
         group_size=module.group_size,
         bits=module.bits,
         mode=module.mode,
