@@ -1,18 +1,27 @@
-"""`mlx-nb quickstart | train | doctor | settings`."""
+"""`mlx-nb quickstart | train | check | doctor | settings`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from mlx_nb.errors import MlxNbError
+from mlx_nb.errors import CommandError, DataError, MlxNbError
+
+if TYPE_CHECKING:
+    from mlx_nb.config import RunConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status; an expected error is one line on stderr and status 1."""
     parser = _parser()
-    chosen = parser.parse_args(arguments)
+    chosen, further = parser.parse_known_args(arguments)
+    # argparse fills DATA and the settings at the first of them, and gives back settings that follow an option.
+    if further and (not hasattr(chosen, "settings") or any(word.startswith("-") for word in further)):
+        parser.error(f"unrecognized arguments: {' '.join(further)}")
+    if further:
+        chosen.settings = [*chosen.settings, *further]
     if chosen.act is None:
         parser.print_help()
         return 2
@@ -37,6 +46,14 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", help="YAML file with the settings of a %%%%finetune cell")
     train.add_argument("--name", default="run", help="name of the run")
     train.set_defaults(act=_train)
+    check = commands.add_parser("check", help="what is wrong or odd with the rows, by number")
+    check.add_argument("data", help="folder, file or hub id, as the setting `data`")
+    check.add_argument("settings", nargs="*", metavar="key=value", help="settings, and rows=N (or all) to tokenise")
+    check.add_argument("--model", help="whose tokenizer and chat template; only those are loaded")
+    check.add_argument("--json", action="store_true", help="one JSON document")
+    check.add_argument("--rows", action="store_true", help="one JSON line a row, with tokens and loss mask")
+    check.add_argument("--split", default="train", choices=["train", "valid", "test"], help="split for --rows")
+    check.set_defaults(act=_check)
     doctor = commands.add_parser("doctor", help="device, BLAS and speed of this machine, and what to do about them")
     doctor.set_defaults(act=_doctor)
     settings = commands.add_parser("settings", help="all settings with defaults and help")
@@ -62,6 +79,62 @@ def _train(chosen: argparse.Namespace) -> int:
 
     train(Run.from_yaml(Path(chosen.config), name=chosen.name))
     return 0
+
+
+def _check(chosen: argparse.Namespace) -> int:
+    import json
+
+    from mlx_nb.data.checks import SAMPLED_ROWS, read_row_count
+    from mlx_nb.run import Run
+    from mlx_nb.view.check_report import render_text
+
+    settings = dict(_key_and_value(word) for word in chosen.settings)
+    rows = settings.pop("rows", None)
+    config = _config_for_check(chosen, settings)
+    if chosen.rows:
+        return _print_rows(config, chosen.split, None if rows is None else read_row_count(rows))
+    check = Run(config).check(rows=SAMPLED_ROWS if rows is None else read_row_count(rows))
+    print(json.dumps(check.to_dict(), ensure_ascii=False, indent=1) if chosen.json else render_text(check))
+    return 0 if check.ok else 1
+
+
+def _key_and_value(word: str) -> tuple[str, str]:
+    key, equals, value = word.partition("=")
+    if not equals or not value:
+        raise CommandError(f"check: {word!r} is not key=value. For example: mlx-nb check data max_seq_length=1024")
+    return key, value
+
+
+def _config_for_check(chosen: argparse.Namespace, settings: Mapping[str, str]) -> RunConfig:
+    from mlx_nb.config import RunConfig
+    from mlx_nb.yaml_loader import load_mapping
+
+    values = load_mapping("\n".join(f"{key}: {value}" for key, value in settings.items()), "the settings").values
+    given = {"data": chosen.data} | ({"model": chosen.model} if chosen.model else {})
+    return RunConfig.from_dict({**values, **given})
+
+
+def _print_rows(config: RunConfig, split: str, wanted: int | None) -> int:
+    import json
+
+    from mlx_nb.data.checks import row_record, stops_a_run
+    from mlx_nb.data.examples import Examples, ExampleSettings
+    from mlx_nb.data.token_counts import sampled_rows
+    from mlx_nb.model.loading import load_tokenizer, model_folder
+    from mlx_nb.run import Run
+
+    source = getattr(Run(config).splits, split)
+    if source is None:
+        raise DataError(f"{config.data} has no {split} split. Give another --split, or val_set_size=0.1.")
+    tokenizer = load_tokenizer(model_folder(config.model), config.chat_template)
+    examples = Examples(source, tokenizer, ExampleSettings.of(config))
+    stopped, trained = False, 0
+    for row in sampled_rows(len(source), wanted).tolist():
+        view = examples.view(row)
+        stopped = stopped or stops_a_run(view, examples.settings)
+        trained += view.example is not None
+        print(json.dumps(row_record(view, examples.settings), ensure_ascii=False))
+    return 1 if stopped or not trained else 0
 
 
 def _doctor(_chosen: argparse.Namespace) -> int:

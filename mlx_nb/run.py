@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_nb.config import LIVE_SETTINGS, SETTINGS, RunConfig
+from mlx_nb.data.checks import SAMPLED_ROWS, DataCheck, check_data
 from mlx_nb.data.examples import Examples, ExampleSettings, LeftOut, RowView, TokenizedExample, split_examples
 from mlx_nb.data.sources import Splits, open_splits
 from mlx_nb.errors import CommandError, ConfigError, DataError, ModelError, NonFiniteLoss, did_you_mean
@@ -192,6 +193,19 @@ class Run:
     def _refuse_base(self, base: bool) -> None:
         if base and self.config.fine_tune_type == "full" and self.step_count:
             raise CommandError("full fine-tuning changes the base itself, so there is no base left to ask.")
+
+    def check(self, *, rows: int | None = SAMPLED_ROWS) -> DataCheck:
+        """What is wrong or odd with the rows, by number, before anything is trained. Loads the tokenizer alone.
+
+        All rows are read; `rows` of each split (None = all) are tokenised.
+        """
+        if self._loaded is not None:
+            return check_data(self.splits, self._loaded.tokenizer, self.config, rows=rows)
+        splits = self.splits
+        from mlx_nb.model.loading import load_tokenizer, model_folder
+
+        tokenizer = load_tokenizer(model_folder(self.config.model), self.config.chat_template)
+        return check_data(splits, tokenizer, self.config, rows=rows)
 
     @property
     def left_out(self) -> dict[str, list[LeftOut]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -170,6 +171,18 @@ def _rows(session: Session, arguments: argparse.Namespace) -> _Text:
     return _Text("\n".join(lines))
 
 
+def _check(session: Session, arguments: argparse.Namespace) -> Any:
+    from mlx_nb.data.checks import read_row_count
+    from mlx_nb.view.check_report import CheckDisplay
+
+    run = session.get(arguments.name)
+    key, equals, value = arguments.rows.partition("=")
+    if key != "rows" or not equals:
+        raise CommandError(f"%finetune check: {arguments.rows!r} is not rows=NUMBER. For example: rows=20000")
+    check = run.check(rows=read_row_count(value))
+    return _Text(json.dumps(check.to_dict(), ensure_ascii=False)) if arguments.json else CheckDisplay(check)
+
+
 def _row(session: Session, arguments: argparse.Namespace) -> Any:
     from mlx_nb.view.row_display import RowDisplay
 
@@ -244,6 +257,13 @@ COMMANDS: dict[str, Command] = {
         _argument("--page", type=int, default=0, help="page of a long row"),
     ),
     "rows": _command("rows", "how many rows a split has, and which are left out", _rows, _SPLIT),
+    "check": _command(
+        "check",
+        "what is wrong or odd with the rows, by number",
+        _check,
+        _argument("rows", nargs="?", default="rows=5000", metavar="rows=N", help="rows to tokenise, or all"),
+        _argument("--json", action="store_true", help="as one JSON document"),
+    ),
     "plot": _command("plot", "the curves so far", lambda session, arguments: session.get(arguments.name).plot()),
     "save": _command(
         "save",

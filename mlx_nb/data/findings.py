@@ -1,0 +1,207 @@
+"""What a data check can find: each kind declared once, with how bad it is and what to do about it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+ERROR, WARNING, NOTE = "error", "warning", "note"
+SEVERITIES = (ERROR, WARNING, NOTE)
+SHOWN_ROWS, SHOWN_EXAMPLES, LISTED_ROWS = 20, 3, 50
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of finding. `what` names the rows it is about; `next` says what to do, {row} being the first."""
+
+    severity: str
+    what: str
+    next: str
+
+
+KINDS: dict[str, Kind] = {
+    "unreadable": Kind(ERROR, "rows that cannot be read", "Fix or delete them: a run stops at the first one."),
+    "too_long": Kind(
+        ERROR,
+        "rows over max_seq_length, with `truncate: error`",
+        "Raise max_seq_length, or set truncate to right, left or drop.",
+    ),
+    "nothing_to_train": Kind(ERROR, "not one row can be trained", "See below why rows are refused or left out."),
+    "refused": Kind(
+        WARNING,
+        "rows refused and left out",
+        "Change the rows, `loss_on` or `chat_template`, as the reason says.",
+    ),
+    "reply_cut_away": Kind(
+        WARNING,
+        "rows left out: nothing trained is left within max_seq_length",
+        "Raise max_seq_length, or shorten the rows.",
+    ),
+    "dropped": Kind(
+        NOTE, "rows over max_seq_length, left out by `truncate: drop`", "Raise max_seq_length to train them."
+    ),
+    "truncated": Kind(
+        WARNING,
+        "rows cut at max_seq_length",
+        "Raise max_seq_length, or set `truncate: drop`. A cut reply has no end to learn from.",
+    ),
+    "shared_with_train": Kind(
+        WARNING,
+        "rows that are in the training rows too",
+        "Remove them from one split: the loss on them tells nothing about new rows.",
+    ),
+    "nearly_shared_with_train": Kind(
+        WARNING, "rows nearly the same as a training row", "Look at the pairs; keep alike rows in one split."
+    ),
+    "exact_duplicates": Kind(
+        WARNING, "rows that repeat an earlier row exactly", "Remove the copies, unless they are meant to count more."
+    ),
+    "near_duplicates": Kind(NOTE, "rows nearly the same as another row", "Look at the groups; keep the best of each."),
+    "mixed_shapes": Kind(
+        NOTE, "rows of another shape than the first row", "Check that the columns mean the same in all of them."
+    ),
+    "empty_turns": Kind(
+        WARNING, "rows with an empty turn", "Fill the turn or drop the row. An empty reply teaches to say nothing."
+    ),
+    "long_turns": Kind(
+        NOTE, "rows with a very long turn", "See whether something was pasted whole, such as a log or a page."
+    ),
+    "assistant_first": Kind(
+        WARNING, "conversations that the assistant opens", "Put the user's message in front, or drop the row."
+    ),
+    "same_role_twice": Kind(
+        WARNING,
+        "conversations with the same role twice in a row",
+        "Join the two messages, or add the missing one between them.",
+    ),
+    "late_system": Kind(
+        WARNING,
+        "conversations with a system message that is not the first",
+        "Move it to the front, or make it a user message.",
+    ),
+    "last_not_assistant": Kind(
+        WARNING,
+        "conversations that do not end with the assistant",
+        "Drop the messages after the last reply: they are never trained.",
+    ),
+    "mask_problem": Kind(WARNING, "loss mask", "Look at it token by token: `%finetune row {row}`."),
+    "no_chat_template": Kind(
+        ERROR,
+        "conversations, but the tokenizer has no chat template",
+        "Set `chat_template:` to one, or use an instruct model.",
+    ),
+    "no_end_of_turn": Kind(
+        WARNING,
+        "the chat template trains no end of turn",
+        "The model will not learn to stop. Set `chat_template:` to one that ends turns.",
+    ),
+    "end_does_not_stop": Kind(
+        WARNING,
+        "generation does not stop at the trained end of turn",
+        "Add that token to `eos_token_id` in the model's config.json.",
+    ),
+    "double_bos": Kind(
+        NOTE,
+        "the template writes a BOS and the tokenizer adds another",
+        "Nothing to do here: one is kept. Elsewhere, tokenise with add_special_tokens=False.",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing to know about the rows of a split, or about the template (`split` is None).
+
+    severity  "error": a run would stop; "warning": trained, but probably not as meant; "note": worth knowing
+    count     how many rows; `looked_at` is how many were looked at for it
+    rows      the first of them, from 0
+    examples  some of them in words, as (row, text)
+    """
+
+    kind: str
+    severity: str
+    split: str | None
+    what: str
+    next: str
+    count: int = 0
+    looked_at: int = 0
+    rows: tuple[int, ...] = ()
+    examples: tuple[tuple[int, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class RowList:
+    """How many rows, and the first of them as (row, reason)."""
+
+    count: int
+    rows: tuple[tuple[int, str], ...]
+
+
+@dataclass
+class RowTally:
+    """Counts rows and keeps the first of them with the reason."""
+
+    count: int = 0
+    rows: list[tuple[int, str]] = field(default_factory=list)
+
+    def add(self, row: int, reason: str) -> None:
+        self.count += 1
+        if len(self.rows) < LISTED_ROWS:
+            self.rows.append((row, reason))
+
+    def listed(self) -> RowList:
+        return RowList(self.count, tuple(self.rows))
+
+
+@dataclass
+class _Rows:
+    count: int = 0
+    rows: list[int] = field(default_factory=list)
+    examples: list[tuple[int, str]] = field(default_factory=list)
+
+
+class Collector:
+    """Gathers the rows of a split by kind, keeping all counts but only the first rows and examples."""
+
+    def __init__(self, split: str) -> None:
+        self.split = split
+        self._found: dict[tuple[str, str], _Rows] = {}
+
+    def add(self, kind: str, row: int, example: str = "", *, remark: str = "") -> None:
+        """Row `row` is of this kind. Rows with another `remark` are a finding of their own."""
+        found = self._found.setdefault((kind, remark), _Rows())
+        found.count += 1
+        if len(found.rows) < SHOWN_ROWS:
+            found.rows.append(row)
+        if example and len(found.examples) < SHOWN_EXAMPLES:
+            found.examples.append((row, example))
+
+    def findings(self, looked_at: int) -> list[Finding]:
+        """What was gathered; `looked_at` is how many rows were looked at."""
+        other_split = "" if self.split == "train" else f" --split {self.split}"
+        return [
+            dataclasses.replace(
+                about := finding(kind, self.split, remark),
+                next=about.next.replace("{row}", f"{found.rows[0]}{other_split}"),
+                count=found.count,
+                looked_at=looked_at,
+                rows=tuple(found.rows),
+                examples=tuple(found.examples),
+            )
+            for (kind, remark), found in self._found.items()
+        ]
+
+
+def finding(kind: str, split: str | None = None, remark: str = "") -> Finding:
+    """A finding of a declared kind; `remark` says more exactly what."""
+    declared = KINDS[kind]
+    what = f"{declared.what}: {remark}" if remark else declared.what
+    return Finding(kind, declared.severity, split, what, declared.next)
+
+
+def in_order(findings: list[Finding]) -> tuple[Finding, ...]:
+    """Errors first, then warnings, then notes; within each in the order of the table, the most rows first."""
+    kinds = list(KINDS)
+    return tuple(
+        sorted(findings, key=lambda item: (SEVERITIES.index(item.severity), kinds.index(item.kind), -item.count))
+    )

@@ -1,0 +1,153 @@
+"""The second pass of the data check: rows are tokenised as training does it, and counted."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mlx_nb.data.examples import ExampleSettings, TooLong, cut_to_length, tokenize_row
+from mlx_nb.data.findings import Collector, RowTally
+from mlx_nb.data.rows import recognise
+from mlx_nb.data.sources import RowSource
+from mlx_nb.errors import DataError, MaskRefused
+
+_BARS = 24
+_QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
+
+
+@dataclass(frozen=True)
+class LengthSummary:
+    """Tokens a row, before anything is cut.
+
+    keeps_99          the smallest max_seq_length at which 99 of 100 rows stay whole
+    histogram_counts  rows with histogram_edges[i] <= tokens < histogram_edges[i + 1]; the last bar may be wider
+    """
+
+    shortest: int
+    median: float
+    mean: float
+    p95: float
+    longest: int
+    over_max_seq_length: int
+    keeps_99: int
+    histogram_edges: tuple[int, ...]
+    histogram_counts: tuple[int, ...]
+
+    @property
+    def last_bar_is_wider(self) -> bool:
+        """Whether the last bar of the histogram holds the few rows far longer than the others."""
+        edges = self.histogram_edges
+        return len(edges) > 2 and edges[-1] - edges[-2] != edges[1] - edges[0]
+
+
+def sampled_rows(total: int, wanted: int | None) -> np.ndarray:
+    """Which rows are tokenised: all, or `wanted` drawn by the number of rows alone; in order."""
+    if wanted is None or wanted >= total:
+        return np.arange(total)
+    return np.sort(np.random.default_rng([total, wanted]).choice(total, wanted, replace=False))
+
+
+@dataclass
+class TokenCounts:
+    """What tokenising the chosen rows of one split gives. `lengths` are before, the other numbers after cutting."""
+
+    checked: int
+    lengths: list[int] = field(default_factory=list)
+    trainable: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    refused: RowTally = field(default_factory=RowTally)
+    left_out: RowTally = field(default_factory=RowTally)
+    truncated: RowTally = field(default_factory=RowTally)
+
+
+def count_tokens(
+    source: RowSource, rows: np.ndarray, tokenizer: Any, settings: ExampleSettings, collector: Collector
+) -> TokenCounts:
+    """Make the examples of these rows, count their tokens, and collect what is said about them.
+
+    Rows that cannot be read are passed over: the first pass reports them.
+    """
+    counts = TokenCounts(len(rows))
+    for row in rows.tolist():
+        try:
+            content = recognise(source[row], settings.columns)
+        except DataError:
+            continue
+        try:
+            conversation = tokenize_row(content, tokenizer, settings.loss_on)
+            counts.lengths.append(len(conversation.tokens))
+            _collect_problems(conversation.problems, row, collector)
+            example = cut_to_length(conversation, row, settings)
+        except DataError as error:
+            _collect_refusal(error, row, settings, counts, collector)
+            continue
+        counts.trainable += 1
+        counts.tokens += len(example.tokens)
+        counts.trained_tokens += int(np.count_nonzero(example.loss_mask))
+        if example.dropped_tokens:
+            reason = f"{example.dropped_tokens:,} of {len(conversation.tokens):,} tokens are cut"
+            counts.truncated.add(row, reason)
+            collector.add("truncated", row, reason)
+    return counts
+
+
+def _collect_problems(problems: Sequence[str], row: int, collector: Collector) -> None:
+    first_of_kind = {kind_of(problem): problem for problem in reversed(problems)}
+    for kind, problem in sorted(first_of_kind.items()):
+        collector.add("mask_problem", row, problem, remark=kind)
+
+
+def _collect_refusal(
+    error: DataError, row: int, settings: ExampleSettings, counts: TokenCounts, collector: Collector
+) -> None:
+    reason = str(error).removeprefix(f"row {row}: ")
+    if isinstance(error, MaskRefused):
+        counts.refused.add(row, reason)
+        collector.add("refused", row, reason, remark=kind_of(reason))
+        return
+    counts.left_out.add(row, reason)
+    if isinstance(error, TooLong):
+        collector.add("too_long", row, reason)
+    else:
+        collector.add("dropped" if settings.truncate == "drop" else "reply_cut_away", row, reason)
+
+
+def kind_of(problem: str) -> str:
+    """The first sentence of a remark without what is only this row's: quoted texts become … and numbers N."""
+    general = re.sub(r"\b\d+(?:[.,]\d+)*", "N", _QUOTED.sub("…", problem))
+    return general.split(". ")[0].rstrip(".")
+
+
+def length_summary(lengths: Sequence[int], max_seq_length: int) -> LengthSummary | None:
+    """The summary of token counts; None without any."""
+    if not len(lengths):
+        return None
+    ordered = np.sort(np.asarray(lengths, np.int64))
+    keeps_99 = int(ordered[math.ceil(0.99 * len(ordered)) - 1])
+    edges = _bar_edges(keeps_99, int(ordered[-1]))
+    return LengthSummary(
+        shortest=int(ordered[0]),
+        median=float(np.median(ordered)),
+        mean=round(float(ordered.mean()), 2),
+        p95=float(np.percentile(ordered, 95)),
+        longest=int(ordered[-1]),
+        over_max_seq_length=int((ordered > max_seq_length).sum()),
+        keeps_99=keeps_99,
+        histogram_edges=tuple(edges),
+        histogram_counts=tuple(np.histogram(ordered, edges)[0].tolist()),
+    )
+
+
+def _bar_edges(most: int, longest: int) -> list[int]:
+    """Edges of equal bars from 0 past `most`, their width 1, 2 or 5 times a power of ten; one last bar for the rest."""
+    width = next(w for k in range(12) for w in (10**k, 2 * 10**k, 5 * 10**k) if w * _BARS > most)
+    edges = list(range(0, most + width + 1, width))
+    if longest < edges[-1]:
+        return edges
+    return [*edges, edges[-1] + width] if longest < edges[-1] + width else [*edges, longest + 1]

@@ -1,0 +1,498 @@
+"""The data check: each finding on rows made for it, duplicates as a law, and the command that prints it."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_nb.cli import main
+from mlx_nb.config import RunConfig
+from mlx_nb.data.checks import check_data
+from mlx_nb.data.duplicates import NEAR, NearIndex, common_sequences, jaccard, word_sequences
+from mlx_nb.data.findings import KINDS, SEVERITIES
+from mlx_nb.data.row_reading import read_splits
+from mlx_nb.data.sources import open_splits
+from mlx_nb.data.template_probes import probe_template
+from mlx_nb.data.token_counts import kind_of, length_summary, sampled_rows
+from mlx_nb.errors import CommandError
+from mlx_nb.notebook.commands import run_line
+from mlx_nb.notebook.session import Session
+from mlx_nb.run import Run
+from mlx_nb.view.check_report import CheckDisplay, render_html, render_text
+from tiny import CHAT_TEMPLATE, tiny_rows
+
+
+@pytest.fixture
+def tokenizer(tiny_folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_folder)
+
+
+def chat(*turns):
+    """`chat("hi", "hello")` is a user and an assistant turn; a pair names its role."""
+    roles = ("user", "assistant")
+    return {
+        "messages": [
+            {"role": turn[0], "content": turn[1]}
+            if isinstance(turn, tuple)
+            else {"role": roles[i % 2], "content": turn}
+            for i, turn in enumerate(turns)
+        ]
+    }
+
+
+def check(tokenizer, train, *, valid=None, rows=5000, **settings):
+    splits = open_splits({"train": train, **({"valid": valid} if valid else {})}, val_set_size=0)
+    return check_data(splits, tokenizer, RunConfig(**settings), rows=rows)
+
+
+def found(result, kind, split="train"):
+    return next(item for item in result.findings if item.kind == kind and item.split == split)
+
+
+def kinds(result):
+    return {item.kind for item in result.findings}
+
+
+# --- findings -------------------------------------------------------------------------------------------------------
+
+
+def test_good_rows_have_no_findings(tokenizer):
+    result = check(tokenizer, tiny_rows())
+    assert result.findings == ()
+    assert result.ok
+    assert result.splits[0].shapes == {"chat": 24}
+    assert result.splits[0].trainable == 24
+
+
+FINDINGS = {
+    "unreadable": ({"nothing": 1}, {}, "error"),
+    "assistant_first": (chat(("assistant", "hello"), ("user", "hi"), ("assistant", "yes")), {}, "warning"),
+    "same_role_twice": (chat(("user", "one"), ("user", "two"), ("assistant", "yes")), {}, "warning"),
+    "late_system": (chat(("user", "one"), ("system", "late"), ("assistant", "yes")), {}, "warning"),
+    "last_not_assistant": (chat("one", "yes", "two"), {}, "warning"),
+    "empty_turns": (chat(" \n", "yes"), {}, "warning"),
+    "long_turns": (chat("long", "word " * 2000), {"max_seq_length": 1500}, "note"),
+    "truncated": (chat("long", "word " * 200), {"max_seq_length": 100}, "warning"),
+    "dropped": (chat("long", "word " * 200), {"max_seq_length": 100, "truncate": "drop"}, "note"),
+    "too_long": (chat("long", "word " * 200), {"max_seq_length": 100, "truncate": "error"}, "error"),
+    "reply_cut_away": (chat("word " * 200, "yes"), {"max_seq_length": 100}, "warning"),
+    "refused": (chat("only a question"), {}, "warning"),
+    "mixed_shapes": ({"text": "plain"}, {}, "note"),
+    "mask_problem": (chat("a blank one", " "), {}, "warning"),
+    "exact_duplicates": (tiny_rows()[2], {}, "warning"),
+}
+
+
+@pytest.mark.parametrize("kind", FINDINGS)
+def test_each_finding_names_its_row_its_severity_and_what_next(kind, tokenizer):
+    bad, config, severity = FINDINGS[kind]
+    rows = tiny_rows()
+    result = check(tokenizer, [*rows[:10], bad, *rows[10:]] if kind != "exact_duplicates" else [*rows, bad], **config)
+    item = found(result, kind)
+    assert (item.severity, item.rows, item.count) == (severity, (24,) if kind == "exact_duplicates" else (10,), 1)
+    assert item.looked_at == 25
+    assert item.what
+    assert item.next.endswith(".")
+    assert result.ok == (severity != "error")
+
+
+def test_a_row_without_findings_is_never_named(tokenizer):
+    rows = tiny_rows()
+    result = check(tokenizer, [*rows[:10], *(bad for bad, _, _ in FINDINGS.values()), *rows[10:]], max_seq_length=1500)
+    good = {*range(10), *range(10 + len(FINDINGS), 24 + len(FINDINGS))}
+    assert not good & {row for item in result.findings for row in item.rows}
+
+
+def test_reasons_are_listed_by_number_and_counted_beyond_the_list(tokenizer):
+    result = check(tokenizer, [*tiny_rows(2), *(chat(f"question {i}") for i in range(60))])
+    refused = result.splits[0].refused
+    assert refused.count == 60
+    assert [row for row, _ in refused.rows] == list(range(2, 52))
+    assert refused.rows[0][1].startswith("no token is trained")
+
+
+def test_problems_of_one_kind_are_one_finding(tokenizer):
+    rows = [chat("a", "b", "c", " "), chat("a", " "), chat("d", "e", "f", "g", "h", " ")]
+    items = [item for item in check(tokenizer, rows).findings if item.kind == "mask_problem"]
+    assert [(item.count, item.rows) for item in items] == [(3, (0, 1, 2))]
+    assert items[0].what == "loss mask: message N (assistant) is blank: only its end is trained"
+    assert "%finetune row 0" in items[0].next
+
+
+def test_a_kind_forgets_quoted_texts_and_numbers():
+    said = "one token, 'it\\'s 3', reaches across the edge of message 12 (user): it is trained."
+    assert kind_of(said) == "one token, …, reaches across the edge of message N (user): it is trained"
+
+
+def test_nothing_to_train_is_an_error(tokenizer):
+    result = check(tokenizer, [chat("a question"), chat("another")])
+    assert found(result, "nothing_to_train").severity == "error"
+    assert result.epoch is None
+
+
+def test_findings_come_errors_first_and_every_kind_is_declared(tokenizer):
+    result = check(tokenizer, [*tiny_rows(), *(bad for bad, _, _ in FINDINGS.values())])
+    order = [SEVERITIES.index(item.severity) for item in result.findings]
+    assert order == sorted(order)
+    assert kinds(result) <= set(KINDS)
+
+
+# --- duplicates -----------------------------------------------------------------------------------------------------
+
+LONG = "the old captain told every sailor on deck that gold lay under the third palm of the far island"
+
+
+def test_rows_shared_with_train_are_found_exactly_and_nearly(tokenizer):
+    train = [*tiny_rows(), chat("tell me", LONG)]
+    valid = [tiny_rows()[5], chat("tell me!", LONG.upper() + " today"), chat("something else", "entirely")]
+    result = check(tokenizer, train, valid=valid)
+    overlap = result.overlaps[0]
+    assert (overlap.split, overlap.exact, overlap.near) == ("valid", 1, 1)
+    assert overlap.pairs[0] == (0, 5, 1.0)
+    assert overlap.pairs[1][:2] == (1, 24)
+    assert NEAR <= overlap.pairs[1][2] < 1
+    assert found(result, "shared_with_train", "valid").rows == (0,)
+    assert found(result, "nearly_shared_with_train", "valid").rows == (1,)
+
+
+def test_rows_that_share_only_a_system_prompt_are_not_alike(tokenizer):
+    rows = [chat(("system", LONG * 3), ("user", f"question {i} of {i * i}"), ("assistant", f"{i}")) for i in range(30)]
+    assert "near_duplicates" not in kinds(check(tokenizer, rows))
+
+
+def test_rows_that_share_only_a_long_instruction_are_not_alike(tokenizer):
+    words = np.random.default_rng(0).integers(0, 10**6, (40, 12)).astype(str)
+    rows = [chat(f"{LONG}. {' '.join(own)}", "yes") for own in words]
+    assert "near_duplicates" not in kinds(check(tokenizer, rows))
+    assert len(common_sequences(row["messages"][0]["content"] for row in rows)) > 0
+
+
+def test_a_crowd_of_alike_rows_is_one_group(tokenizer):
+    words = [f"w{i}" for i in range(60)]
+    rows = [chat("tell", " ".join([*words[:k], "x", *words[k:]])) for k in range(1, 60, 3)]
+    result = check(tokenizer, [*tiny_rows(60), *rows])
+    assert result.splits[0].near_groups == (tuple(range(60, 80)),)
+    assert result.splits[0].near_duplicates == 19
+
+
+words = st.lists(
+    st.sampled_from(["ahoy", "captain", "gold", "海", "storm", "7", "rum", "the", "of", "Été"]), min_size=0, max_size=12
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(words, words), min_size=1, max_size=30))
+def test_duplicates_are_what_comparing_all_pairs_says(texts):
+    """Exact: the rows equal to an earlier one. Near: no pair below the threshold; the same wording is always found."""
+    rows = [chat(" ".join(asked), " ".join(answered)) for asked, answered in texts]
+    splits = open_splits(rows, val_set_size=0)
+    from mlx_nb.data.examples import ExampleSettings
+
+    reading = read_splits({"train": splits.train}, ExampleSettings.of(RunConfig()))[0]["train"]
+    assert reading.exact_duplicates == len(rows) - len({json.dumps(row) for row in rows})
+    spoken = ["\n".join(message["content"] for message in row["messages"]) for row in rows]
+    common = common_sequences(spoken)
+    index = NearIndex(1, common, spoken.__getitem__)
+    sets = [index.sequences(text) for text in spoken]
+    for group in reading.near.all():
+        for row in group:
+            assert max(jaccard(sets[row], sets[other]) for other in group if other != row) >= NEAR
+    first: dict[tuple, int] = {}
+    for row, sequences in enumerate(sets):
+        if len(sequences):
+            earlier = first.setdefault(tuple(sequences.tolist()), row)
+            same = rows[earlier] == rows[row]
+            copies = any(rows[row] == rows[k] for k in range(row))
+            assert same or copies or reading.near.leader(earlier) == reading.near.leader(row)
+
+
+def test_most_pairs_at_the_threshold_are_found_among_strangers():
+    random = np.random.default_rng(1)
+    texts = [" ".join(random.integers(0, 5000, 80).astype(str)) for _ in range(400)]
+    for k in range(200):
+        own = texts[k].split()
+        texts[200 + k] = " ".join([*own[: 80 - 11], *random.integers(5000, 9000, 11).astype(str)])
+    index = NearIndex(400, np.zeros(0, np.uint64), texts.__getitem__)
+    for number, text in enumerate(texts):
+        index.add(number, text)
+    candidates = set(index.candidates())
+    near = [(k, 200 + k) for k in range(200) if index.similarity(k, 200 + k) >= NEAR]
+    assert len(near) == 200
+    assert sum(pair in candidates for pair in near) >= 195
+    assert len(candidates) < 260
+
+
+def test_case_punctuation_and_width_do_not_make_a_row_new():
+    assert jaccard(word_sequences("Hello, World — again!"), word_sequences("hello world ａgain")) == 1
+    assert jaccard(word_sequences("大海航行靠舵手"), word_sequences("大海航行靠水手")) < 1
+    assert len(word_sequences("?!")) == 0
+
+
+# --- lengths, samples, epochs ---------------------------------------------------------------------------------------
+
+
+def test_length_summary_counts_every_row_once():
+    lengths = [*range(1, 100), 5000]
+    summary = length_summary(lengths, 64)
+    assert (summary.shortest, summary.median, summary.longest) == (1, 50.5, 5000)
+    assert (summary.over_max_seq_length, summary.keeps_99) == (36, 99)
+    assert sum(length <= summary.keeps_99 for length in lengths) == 99
+    assert sum(summary.histogram_counts) == 100
+    assert summary.last_bar_is_wider
+    assert summary.histogram_counts[-1] == 1
+
+
+@given(st.lists(st.integers(1, 10**6), min_size=1, max_size=50), st.integers(2, 10**6))
+def test_keeps_99_is_the_smallest_that_does(lengths, limit):
+    summary = length_summary(lengths, limit)
+    whole = [
+        sum(length <= cut for length in lengths) / len(lengths) for cut in (summary.keeps_99, summary.keeps_99 - 1)
+    ]
+    assert whole[0] >= 0.99 > whole[1]
+    assert sum(summary.histogram_counts) == len(lengths)
+
+
+def test_a_sample_depends_on_the_number_of_rows_alone():
+    assert sampled_rows(100, None).tolist() == sampled_rows(100, 100).tolist() == list(range(100))
+    first = sampled_rows(10**6, 50)
+    assert first.tolist() == sampled_rows(10**6, 50).tolist() == sorted(set(first.tolist()))
+    assert len(first) == 50
+
+
+def test_a_sample_reads_all_rows_tokenises_some_and_says_so(tokenizer):
+    rows = [chat(f"say {i}", f"{i}") for i in range(200)]
+    rows[199] = {"nothing": 1}
+    result = check(tokenizer, rows, rows=20)
+    assert found(result, "unreadable").rows == (199,)
+    assert (result.splits[0].checked, result.splits[0].rows) == (20, 200)
+    assert result.epoch.estimated
+    assert "checked 20 of 200 rows" in render_text(result)
+    assert "checked 20 of 200 rows" in render_html(result)
+
+
+def test_the_epoch_is_what_the_trainer_would_do(tiny_folder):
+    settings = {"batch_size": 5, "grad_accumulation_steps": 2, "epochs": 2.0, "val_set_size": 0}
+    run = Run(RunConfig(model=str(tiny_folder), data="rows", **settings), namespace={"rows": tiny_rows(23)})
+    epoch = run.check().epoch
+    examples = [run.rows()[row].example for row in range(23)]
+    assert (epoch.updates, epoch.rows, epoch.estimated) == (3, 23, False)
+    assert epoch.run_updates == run.trainer.iters == 5
+    assert epoch.tokens == sum(len(example.tokens) for example in examples)
+    assert epoch.trained_tokens == sum(int((example.loss_mask > 0).sum()) for example in examples)
+
+
+def test_the_check_loads_no_weights(tiny_folder):
+    run = Run(RunConfig(model=str(tiny_folder), data="rows"), namespace={"rows": tiny_rows()})
+    run.check()
+    assert run._loaded is None
+
+
+# --- template -------------------------------------------------------------------------------------------------------
+
+
+def with_template(tokenizer, template):
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_template_facts_come_from_renders(tokenizer):
+    facts = probe_template(tokenizer)
+    assert (facts.end_of_turn, facts.ends_generation) == (("<|end|>",), True)
+    assert (facts.system, facts.tools, facts.tool_results) == ("written", "left out", "written")
+    assert (facts.reasoning, facts.thinking_switch, facts.writes_bos) == (None, None, False)
+
+
+def test_a_template_that_refuses_or_forgets_the_system_is_told_apart(tokenizer):
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHAT_TEMPLATE
+    forgets = CHAT_TEMPLATE.replace(
+        "{% for message in messages %}", "{% for message in messages if message.role != 'system' %}"
+    )
+    assert probe_template(with_template(tokenizer, refuses)).system == "refused"
+    assert probe_template(with_template(tokenizer, forgets)).system == "left out"
+
+
+def test_thinking_tools_and_their_switch_are_found(tokenizer):
+    template = (
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|{{ m.role }}|>"
+        "{% if m.reasoning_content is defined and loop.last %}({{ m.reasoning_content }}){% endif %}"
+        "{% for call in m.tool_calls or [] %}{{ call.function.arguments | tojson }}{% endfor %}{{ m.content }}<|end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% if enable_thinking is false %}()"
+        "{% endif %}{% endif %}"
+    )
+    facts = probe_template(with_template(tokenizer, template))
+    assert (facts.tools, facts.tool_calls) == ("written", "written")
+    assert (facts.reasoning, facts.reasoning_kept, facts.thinking_switch) == (
+        "reasoning_content",
+        False,
+        "enable_thinking",
+    )
+
+
+def test_a_template_without_end_of_turn_is_a_warning(tokenizer):
+    result = check(with_template(tokenizer, CHAT_TEMPLATE.replace("<|end|>\n", "")), tiny_rows())
+    assert found(result, "no_end_of_turn", None).severity == "warning"
+
+
+def test_an_end_of_turn_at_which_generation_goes_on_is_a_warning(tokenizer):
+    result = check(with_template(tokenizer, CHAT_TEMPLATE.replace("<|end|>", "<|system|>")), tiny_rows())
+    assert "<|system|>" in found(result, "end_does_not_stop", None).what
+
+
+def test_a_doubled_bos_is_a_note_and_a_missing_template_an_error(tokenizer):
+    from tokenizers import processors
+
+    tokenizer.bos_token = "<|system|>"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|system|> $A", special_tokens=[("<|system|>", tokenizer.convert_tokens_to_ids("<|system|>"))]
+    )
+    result = check(with_template(tokenizer, "<|system|>" + CHAT_TEMPLATE), tiny_rows())
+    assert found(result, "double_bos", None).severity == "note"
+    bare = check(with_template(tokenizer, None), tiny_rows())
+    assert found(bare, "no_chat_template", None).severity == "error"
+    assert bare.template is None
+    assert "no_chat_template" not in kinds(check(tokenizer, [{"text": "plain"}]))
+
+
+# --- on screen ------------------------------------------------------------------------------------------------------
+
+NASTY = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'\u202e"
+
+
+def test_whatever_a_row_says_is_escaped(tokenizer):
+    result = check(tokenizer, [*tiny_rows(), {"messages": [{"role": NASTY, "content": "x"}]}, {NASTY: NASTY}])
+    shown = render_html(result)
+    assert "<script" not in shown
+    assert "<img" not in shown
+    assert "\u202e" not in shown + render_text(result)
+    assert "&lt;script&gt;alert(1)" in shown
+    assert set(re.findall(r"<(\w+)", shown)) <= {"div", "span", "details", "summary"}
+
+
+def test_html_and_text_say_the_same(tokenizer):
+    rows = [*tiny_rows(), *(bad for bad, _, _ in FINDINGS.values())]
+    display = CheckDisplay(check(tokenizer, rows, max_seq_length=1500))
+    text, shown = " ".join(repr(display).split()), html.unescape(display._repr_html_())
+    assert "1 error" in text
+    assert "1 error" in shown
+    for item in display.check.findings:
+        assert " ".join(item.what.split()) in text
+        assert item.what[1:] in shown
+    assert "<|end|> is trained; generation stops there" in text
+
+
+def test_a_check_is_json_with_the_same_shape_whatever_was_found(tokenizer):
+    good, bad = check(tokenizer, tiny_rows()), check(tokenizer, [chat("a question")], valid=tiny_rows(3))
+    for result in (good, bad):
+        document = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+        assert set(document) == {
+            *("counts", "model", "data", "loss_on", "max_seq_length", "truncate", "findings"),
+            *("splits", "overlaps", "epoch", "template", "notes"),
+        }
+        assert set(document["counts"]) == set(SEVERITIES)
+        for item in document["findings"]:
+            assert set(item) == {
+                *("kind", "severity", "split", "what", "next", "count", "looked_at", "rows", "examples")
+            }
+
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def write(rows, name="train.jsonl"):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+        return str(tmp_path)
+
+    return write
+
+
+def test_the_command_prints_a_report_and_fails_on_errors_only(folder, tiny_folder, capsys):
+    warned = folder([*tiny_rows(), chat("one", "", "two")])
+    assert main(["check", warned, "--model", str(tiny_folder), "val_set_size=0"]) == 0
+    assert "Data check: " in capsys.readouterr().out
+    assert main(["check", folder([*tiny_rows(), {"foo": 1}]), "--model", str(tiny_folder), "val_set_size=0"]) == 1
+    assert "train.jsonl line 25" in capsys.readouterr().out
+
+
+def test_settings_after_options_are_read_and_json_is_one_document(folder, tiny_folder, capsys):
+    data = folder(tiny_rows(40))
+    assert (
+        main(["check", data, "--model", str(tiny_folder), "--json", "val_set_size=0", "rows=10", "max_seq_length=99"])
+        == 0
+    )
+    document = json.loads(capsys.readouterr().out)
+    assert (document["max_seq_length"], document["splits"][0]["checked"], document["splits"][0]["rows"]) == (99, 10, 40)
+
+
+def test_rows_are_printed_as_training_sees_them(folder, tiny_folder, capsys, tokenizer):
+    data = folder([chat("say red", "redred"), chat("a question"), chat("say", "word " * 60)])
+    assert (
+        main(["check", data, "--model", str(tiny_folder), "--rows", "--json", "val_set_size=0", "max_seq_length=60"])
+        == 0
+    )
+    first, refused, cut = map(json.loads, capsys.readouterr().out.splitlines())
+    assert set(first) == set(refused) == {"row", "tokens", "loss_mask", "spans", "problems"}
+    trained = [token for token, weight in zip(first["tokens"], first["loss_mask"]) if weight]
+    assert tokenizer.decode(trained) == "redred<|end|>"
+    text = tokenizer.decode(first["tokens"])
+    start, end, role, message, weight = first["spans"][1]
+    assert (text[start:end], role, message, weight) == ("redred<|end|>", "assistant", 1, 1)
+    assert (refused["row"], refused["tokens"], refused["loss_mask"]) == (1, None, None)
+    assert any("no token is trained" in problem for problem in refused["problems"])
+    assert len(cut["tokens"]) == len(cut["loss_mask"]) == 60
+    assert cut["problems"][-1].endswith("tokens were cut at max_seq_length=60.")
+
+
+def test_rows_that_would_stop_a_run_fail_the_command(folder, tiny_folder, capsys):
+    base = ["--model", str(tiny_folder), "--rows", "val_set_size=0"]
+    assert main(["check", folder([*tiny_rows(3), {"foo": 1}]), *base]) == 1
+    long = folder([*tiny_rows(3), chat("say", "word " * 60)])
+    assert main(["check", long, *base, "max_seq_length=60", "truncate=error"]) == 1
+    assert main(["check", long, *base, "max_seq_length=60"]) == 0
+    assert main(["check", folder([chat("a question")]), *base]) == 1
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["rows=no"], "whole number"),
+        (["rows=0"], "whole number"),
+        (["max_seq_lenght=3"], "max_seq_length"),
+        (["max_seq_length"], "not key=value"),
+        (["--rows", "--split", "test"], "no test split"),
+    ],
+)
+def test_a_wrong_word_is_one_line_that_says_what_next(words, said, folder, tiny_folder, capsys):
+    assert main(["check", folder(tiny_rows()), "--model", str(tiny_folder), *words]) == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_other_commands_still_refuse_unknown_words(capsys):
+    with pytest.raises(SystemExit):
+        main(["doctor", "nonsense=1"])
+    with pytest.raises(SystemExit):
+        main(["check", "data", "--nonsense"])
+    capsys.readouterr()
+
+
+def test_the_magic_shows_the_check_of_the_current_run(tiny_folder):
+    session = Session()
+    run = Run(RunConfig(model=str(tiny_folder), data="rows"), namespace={"rows": tiny_rows()})
+    session.add(run)
+    shown = run_line(session, "check")
+    assert isinstance(shown, CheckDisplay)
+    assert json.loads(run_line(session, "check --json rows=4"))["splits"][0]["checked"] == 4
+    with pytest.raises(CommandError, match="rows="):
+        run_line(session, "check 4")
