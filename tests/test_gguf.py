@@ -158,12 +158,24 @@ def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def synthetic(path, architecture: str, kind: Q, *, embedding: Q | None = None, untied: bool = False):
+def synthetic(
+    path,
+    architecture: str,
+    kind: Q,
+    *,
+    embedding: Q | None = None,
+    untied: bool = False,
+    biases: bool = False,
+    settings: dict | None = None,
+    rope_factors: np.ndarray | None = None,
+):
     """Write a random model, and return mlx-lm's names to the float32 values that the file stands for."""
     random = np.random.default_rng(0)
-    metadata = {**tokenizer_metadata(architecture), **model_settings(architecture)}
+    metadata = {**tokenizer_metadata(architecture), **model_settings(architecture), **(settings or {})}
     vocabulary = len(metadata["tokenizer.ggml.tokens"])
-    tensors, reference = {}, {}
+    tensors = {} if rope_factors is None else {"rope_freqs.weight": (rope_factors, None)}
+    reference: dict[str, np.ndarray] = {}
+    biased = {"qwen2": {"attn_q", "attn_k", "attn_v"}, "llama": MATRICES.keys() if biases else set()}
 
     def matrix(source: str, target: str, rows: int, columns: int, kind: Q, heads: int = 0) -> None:
         array, values = stored((random.standard_normal((rows, columns)) * 0.06).astype(np.float32), kind, random)
@@ -187,8 +199,11 @@ def synthetic(path, architecture: str, kind: Q, *, embedding: Q | None = None, u
         for name, (module, rows, columns) in MATRICES.items():
             heads = {"attn_q": HEADS, "attn_k": KV_HEADS}.get(name, 0) if architecture == "llama" else 0
             matrix(f"{source}.{name}.weight", f"{target}.{module}.weight", rows, columns, kind, heads)
-            if architecture == "qwen2" and name in ("attn_q", "attn_k", "attn_v"):
+            if name in biased.get(architecture, ()):
                 vector(f"{source}.{name}.bias", f"{target}.{module}.bias", rows, 0.0)
+                if heads:
+                    values, _ = tensors[f"{source}.{name}.bias"]
+                    tensors[f"{source}.{name}.bias"] = interleaved(values, heads), None
         for name, module in NORMS.get(architecture, NORMS["llama"]).items():
             vector(f"{source}.{name}.weight", f"{target}.{module}.weight", HIDDEN, centre, offset)
         if architecture in ("qwen3", "gemma3"):
@@ -198,8 +213,8 @@ def synthetic(path, architecture: str, kind: Q, *, embedding: Q | None = None, u
     return reference, vocabulary
 
 
-def reference_model(architecture: str, reference: dict, vocabulary: int):
-    """mlx-lm's own model, given the float weights directly."""
+def reference_model(architecture: str, reference: dict, vocabulary: int, **settings):
+    """mlx-lm's own model, given the float weights directly; `settings` are more of its arguments."""
     model_type = "gemma3_text" if architecture == "gemma3" else architecture
     module = importlib.import_module(f"mlx_lm.models.{model_type}")
     arguments = {
@@ -218,7 +233,7 @@ def reference_model(architecture: str, reference: dict, vocabulary: int):
     }
     if architecture == "gemma3":
         arguments |= {"query_pre_attn_scalar": HEAD_DIM, "sliding_window": 4, "sliding_window_pattern": 6}
-    model = module.Model(module.ModelArgs.from_dict(arguments))
+    model = module.Model(module.ModelArgs.from_dict(arguments | settings))
     weights = {name: mx.array(values) for name, values in reference.items()}
     model.load_weights(list(model.sanitize(weights).items()))
     return model
@@ -251,7 +266,10 @@ def logits_in_float32(model, tokens) -> np.ndarray:
 CASES = [
     *[(architecture, Q.Q4_0) for architecture in PRE],
     ("llama", Q.Q4_1),
+    ("gemma3", Q.Q4_1),
     ("llama", Q.Q8_0),
+    ("qwen2", Q.Q8_0),
+    ("qwen2", Q.Q5_0),
     ("llama", Q.Q6_K),
     ("qwen3", Q.Q4_K),
     ("qwen2", Q.F16),
@@ -269,7 +287,9 @@ def test_a_converted_file_computes_the_logits_of_its_dequantised_weights(tmp_pat
     assert weights.keys() == reference.keys()
     half = 2.0**-8 if architecture == "gemma3" else 2.0**-10
     for name, values in reference.items():
-        np.testing.assert_allclose(weights[name], values, rtol=half, atol=1e-5, err_msg=name)
+        # A Q4_1 weight is minimum + 15 steps at most: of opposite signs, each rounded to the stored type on its own.
+        atol = 4 * half * np.abs(values).max() if kind is Q.Q4_1 else 1e-5
+        np.testing.assert_allclose(weights[name], values, rtol=half, atol=atol, err_msg=name)
     tokens = [5, 80, 17, 200, 3, 44, 91, 120]
     ours = logits_in_float32(model, tokens)
     # The reference is given the very weights, rounded as stored: what is left is the arithmetic.
@@ -279,6 +299,42 @@ def test_a_converted_file_computes_the_logits_of_its_dequantised_weights(tmp_pat
     assert np.linalg.norm(ours - theirs) < (0.02 if architecture == "gemma3" else 0.003) * np.linalg.norm(theirs)
 
 
+def assert_same_logits(path, reference, vocabulary, architecture, **settings):
+    """The converted file computes what mlx-lm's model computes from the reference weights; all are float32."""
+    tokens = [5, 80, 17, 200, 3, 44, 91, 120]
+    model, _ = mlx_lm.load(str(convert_gguf(path, path.with_suffix(""))))
+    theirs = np.array(reference_model(architecture, reference, vocabulary, **settings)(mx.array([tokens])))
+    np.testing.assert_allclose(np.array(model(mx.array([tokens]))), theirs, atol=2e-3 * np.abs(theirs).max())
+    return theirs
+
+
+@pytest.mark.parametrize("architecture", PRE)
+def test_an_output_matrix_of_its_own_makes_the_logits(tmp_path, architecture):
+    if architecture == "gemma3":
+        pytest.skip("a gemma3 has none")
+    reference, vocabulary = synthetic(tmp_path / "model.gguf", architecture, Q.F32, untied=True)
+    own = assert_same_logits(tmp_path / "model.gguf", reference, vocabulary, architecture)
+    del reference["lm_head.weight"]
+    tied = np.array(reference_model(architecture, reference, vocabulary)(mx.array([[5, 80]])))
+    assert np.abs(own[:, :2] - tied).max() > 0.1
+
+
+def test_biases_of_a_llama_are_turned_back_like_its_rows(tmp_path):
+    reference, vocabulary = synthetic(tmp_path / "model.gguf", "llama", Q.F32, biases=True)
+    settings = {"attention_bias": True, "mlp_bias": True}
+    assert_same_logits(tmp_path / "model.gguf", reference, vocabulary, "llama", **settings)
+
+
+@pytest.mark.parametrize("architecture", PRE)
+def test_linear_rope_scaling_reaches_the_logits(tmp_path, architecture):
+    keys = {f"{architecture}.rope.scaling.type": "linear", f"{architecture}.rope.scaling.factor": 8.0}
+    reference, vocabulary = synthetic(tmp_path / "model.gguf", architecture, Q.F32, settings=keys)
+    scaling = {"type": "linear", "factor": 8.0}
+    scaled = assert_same_logits(tmp_path / "model.gguf", reference, vocabulary, architecture, rope_scaling=scaling)
+    plain = np.array(reference_model(architecture, reference, vocabulary)(mx.array([[5, 80, 17, 200, 3, 44, 91, 120]])))
+    assert np.abs(scaled - plain).max() > 0.01
+
+
 @pytest.mark.parametrize("kind", [Q.Q4_0, Q.Q4_1, Q.Q8_0], ids=lambda kind: kind.name)
 def test_repacked_blocks_keep_every_value_to_the_bit(tmp_path, kind):
     reference, _ = synthetic(tmp_path / "model.gguf", "llama", kind)
@@ -286,7 +342,7 @@ def test_repacked_blocks_keep_every_value_to_the_bit(tmp_path, kind):
     weights = float_weights(model)
     for name in reference:
         if not name.endswith("norm.weight"):
-            np.testing.assert_allclose(weights[name], reference[name], rtol=0, atol=1e-7, err_msg=name)
+            np.testing.assert_array_equal(weights[name], reference[name], err_msg=name)
 
 
 def test_matrices_of_different_bits_are_each_loaded_with_their_own(tmp_path):
@@ -341,6 +397,32 @@ def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path):
     with pytest.raises(ModelError):
         convert_gguf(path, tmp_path / "cache" / "out")
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("most", [0, 100, 5000, 20_000, 400_000])
+def test_a_disk_that_fills_midway_leaves_no_folder_and_says_so(tmp_path, most):
+    import resource
+
+    synthetic(tmp_path / "model.gguf", "llama", Q.Q4_0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))  # a file that grows past `most` bytes fails
+    try:
+        with pytest.raises(ModelError) as caught:
+            convert_gguf(tmp_path / "model.gguf", tmp_path / "cache" / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "cannot be written" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "cache").iterdir())
+    mlx_lm.load(str(convert_gguf(tmp_path / "model.gguf", tmp_path / "cache" / "out")))
+
+
+def test_two_conversions_of_a_file_are_the_same_to_the_byte(tmp_path):
+    synthetic(tmp_path / "model.gguf", "llama", Q.Q4_0, embedding=Q.Q8_0)
+    one, two = (convert_gguf(tmp_path / "model.gguf", tmp_path / name) for name in ("one", "two"))
+    assert {file.name for file in one.iterdir()} == {file.name for file in two.iterdir()}
+    for file in one.iterdir():
+        assert file.read_bytes() == (two / file.name).read_bytes(), file.name
 
 
 def without(metadata: dict, key: str) -> dict:
@@ -398,25 +480,24 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path, share):
 def test_llama3_rope_factors_become_llama3_rope_scaling(tmp_path):
     from mlx_lm.models.rope_utils import Llama3RoPE
 
-    settings = {
+    scaling = {
         "rope_type": "llama3",
         "factor": 32.0,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    wanted = Llama3RoPE(
-        dims=HEAD_DIM, max_position_embeddings=512, traditional=False, base=5e5, scaling_config=settings
-    )
+    wanted = Llama3RoPE(dims=HEAD_DIM, max_position_embeddings=512, traditional=False, base=5e5, scaling_config=scaling)
     plain = 5e5 ** (np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
     factors = (np.array(wanted._freqs) / plain).astype(np.float32)
-    metadata = {**LLAMA, "llama.rope.freq_base": 5e5}
-    tensors = {**EMBEDDING, "rope_freqs.weight": (factors, None)}
-    folder = convert_gguf(write_gguf(tmp_path / "model.gguf", metadata, tensors), tmp_path / "out")
-    assert json.loads((folder / "config.json").read_text())["rope_scaling"] == settings
-    tensors["rope_freqs.weight"] = (factors * np.float32(1.5), None)
+    base = {"llama.rope.freq_base": 5e5}
+    path = tmp_path / "model.gguf"
+    reference, vocabulary = synthetic(path, "llama", Q.F32, settings=base, rope_factors=factors)
+    assert_same_logits(path, reference, vocabulary, "llama", rope_theta=5e5, rope_scaling=scaling)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["rope_scaling"] == scaling
+    synthetic(path, "llama", Q.F32, settings=base, rope_factors=factors * np.float32(1.5))
     with pytest.raises(ModelError, match="not those of Llama 3"):
-        convert_gguf(write_gguf(tmp_path / "other.gguf", metadata, tensors), tmp_path / "other")
+        convert_gguf(path, tmp_path / "other")
 
 
 TEXTS = ["the café in 1212", "été 12\n\n  the", "日本語 🙂", "a" * 40, "", "\t tabs\r\n", "'ll they're 3.14"]
@@ -507,3 +588,12 @@ def test_the_tokenizer_that_mlx_lm_reads_back_is_the_one_that_was_built(tmp_path
         assert read_back.decode(built.encode(text, add_special_tokens=False)) == text
     assert read_back.chat_template == built.chat_template
     assert (read_back.bos_token_id, read_back.eos_token_id) == (built.bos_token_id, built.eos_token_id)
+
+
+@pytest.mark.parametrize("architecture", PRE)
+def test_a_converted_model_stops_at_the_tokens_of_its_file(tmp_path, architecture):
+    synthetic(tmp_path / "model.gguf", architecture, Q.Q4_0)
+    _, tokenizer = mlx_lm.load(str(convert_gguf(tmp_path / "model.gguf", tmp_path / "out")))
+    tokens = tokenizer_metadata(architecture)["tokenizer.ggml.tokens"]
+    stops = {"</s>", "<end_of_turn>"} if architecture == "gemma3" else {"<|im_end|>"}
+    assert {tokens[index] for index in tokenizer.eos_token_ids} == stops

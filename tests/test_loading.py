@@ -20,7 +20,7 @@ from mlx_nb.errors import ModelError
 from mlx_nb.model import loading
 from mlx_nb.model.backend import is_cpu
 from mlx_nb.model.loading import PackagedModel, load_model, load_tokenizer, model_folder
-from test_gguf import synthetic
+from test_gguf import float_weights, synthetic
 from tiny import CHAT_TEMPLATE
 
 on_cpu = pytest.mark.skipif(not is_cpu(), reason="float32 in memory is for CPUs")
@@ -81,6 +81,10 @@ def test_a_quantised_base_is_float32_on_a_cpu_and_computes_the_same(gguf_file):
         {nn.QuantizedLinear, nn.QuantizedEmbedding}
     )
     assert [name for name, _ in loaded.model.named_modules()] == [name for name, _ in theirs.named_modules()]
+    values = dict(tree_flatten(loaded.model.parameters()))
+    for name, expected in float_weights(theirs).items():
+        np.testing.assert_array_equal(np.array(values.pop(name)), expected, err_msg=name)
+    assert not values
     theirs.apply(lambda array: array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array)
     ours, expected = (np.array(model(mx.array(TOKENS))) for model in (loaded.model, theirs))
     np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())

@@ -115,7 +115,7 @@ def convert_gguf(path: Path, folder: Path) -> Path:
         except OSError:
             if not folder.exists():
                 raise
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # tokenizers raises the base class when its file cannot be written
         raise ModelError(
             f"{folder} cannot be written: {_reason(error)}. Free some space, or choose another folder."
         ) from None
