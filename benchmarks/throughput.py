@@ -4,8 +4,9 @@
 
 Three processes train on the same rows, one after the other, each for one pass:
 
-    stock, as installed   mlx_lm's own trainer on the 4-bit model with the BLAS that the wheel brings
-                          (one update of one row by default: it takes minutes)
+    stock, as installed   mlx_lm's own trainer on the 4-bit model with the BLAS that the wheel brings, one row an
+                          update; the scales of its 4-bit groups are cast to float32, because with the float16 that
+                          they are stored in MLX's CPU kernels need over four minutes for one row
     stock, same base      mlx_lm's own trainer with OpenBLAS and a float32 base, as mlx_nb computes on a CPU
     mlx_nb
 
@@ -31,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=str(EXAMPLE_ROWS), help="folder with train.jsonl of messages")
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--stock-steps", type=int, default=1, help="steps of the slow stock variant")
+    parser.add_argument("--stock-steps", type=int, default=3, help="steps of the slow stock variant")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--child", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -93,6 +94,7 @@ def measure_stock(chosen: argparse.Namespace) -> dict:
         model, tokenizer = loaded.model, loaded.tokenizer
     else:
         model, tokenizer = load(chosen.folder)
+        model.set_dtype(mx.float32)  # scales and norms; the 4-bit groups stay
     model.freeze()
     linear_to_lora_layers(model, -1, ADAPTER)
     dataset = CacheDataset(ChatDataset(first_rows(chosen), tokenizer, mask_prompt=True))

@@ -28,9 +28,23 @@ def test_the_script_makes_the_files_as_they_are(generator):
     assert generator.make() == {split: read(split) for split in SPLITS}
 
 
-def test_no_request_stands_twice():
-    requests = [row["messages"][0]["content"].lower() for split in SPLITS for row in read(split)]
+def plain(request):
+    """A request without its politeness."""
+    request = request.lower().strip("?")
+    for manner in ("hey, ", "please ", "could you ", "can you ", "would you "):
+        request = request.removeprefix(manner)
+    return request.removesuffix(", please").removesuffix(" please")
+
+
+def test_no_request_stands_twice_politeness_aside():
+    requests = [plain(row["messages"][0]["content"]) for split in SPLITS for row in read(split)]
     assert len(set(requests)) == len(requests) == 640
+
+
+def test_no_answer_of_one_split_stands_in_another():
+    answers = {split: {row["messages"][1]["content"] for row in read(split)} for split in SPLITS}
+    assert not answers["test"] & (answers["train"] | answers["valid"])
+    assert not answers["valid"] & answers["train"]
 
 
 @pytest.mark.parametrize("split", SPLITS)
