@@ -7,6 +7,7 @@ MlxNbError
 ├── ModelError          a model, tokenizer or adapter cannot be found, read or converted
 ├── TrainingError       a run cannot go on
 │   └── NonFiniteLoss   loss or gradient became NaN or infinite; names the rows; nothing was changed
+├── CheckpointError     a checkpoint cannot be written or read
 └── CommandError        a notebook command or command line was not understood
 """
 
@@ -52,6 +53,10 @@ class NonFiniteLoss(TrainingError):
     def __init__(self, message: str, rows: Sequence[int] = ()) -> None:
         super().__init__(message)
         self.rows = tuple(rows)
+
+
+class CheckpointError(MlxNbError):
+    """A checkpoint cannot be written or read. What is in memory, and the older ones on disk, are as they were."""
 
 
 class CommandError(MlxNbError):

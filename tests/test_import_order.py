@@ -50,6 +50,7 @@ ORDER = [
     "objectives.sft",
     "train.optimizer",
     "train.step",
+    "train.checkpoint",
     "train.trainer",
     "view.theme",
     "view.history",

@@ -175,5 +175,5 @@ def render_batch_html(
     heading = f"<b>batch</b>&emsp;{len(tokens_BT):,} × {tokens_BT.shape[1]:,} positions · {share} padding"
     return (
         f'<div class="mlx-nb-batch" dir="ltr" style="max-width:60em;text-align:left"><div>{heading}</div>'
-        f'<div style="{_QUIET};line-height:1.7;margin:0 0 8px 0">{legend}</div>{"".join(parts)}</div>'
+        f'<div style="font-size:.85em;line-height:1.7;margin:0 0 8px 0">{legend}</div>{"".join(parts)}</div>'
     )

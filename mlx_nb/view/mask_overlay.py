@@ -34,7 +34,10 @@ from mlx_nb.view.token_text import render_text
 
 __all__ = ["render_batch_html", "render_html", "render_text"]
 
-_QUIET = "font-size:.85em;opacity:.8"
+# A notebook keeps every output: a row that would take more shows one page at a time.
+_MOST_BYTES = 600_000
+_SMALL = "font-size:.85em"
+_QUIET = f"{_SMALL};opacity:.8"
 _SPECIAL = f"border:1px solid {tint(GREY, 0.8)};border-radius:3px;padding:0 2px"
 _UNSEEN = f"opacity:{theme.DIM};text-decoration:line-through"
 
@@ -95,7 +98,8 @@ def _run_html(cell: Cell, tokens: np.ndarray, boundaries: bool) -> str:
 
 def _block_html(cells: list[Cell], tokens: np.ndarray, per_token: bool) -> str:
     """The cells of one message, behind a bar in the colour of its role."""
-    role = next((cell.role for cell in cells if cell.role != TEMPLATE), "")
+    # Cells of a page may hold no more of a message than what the template puts around it.
+    role = next((cell.role for cell in cells if cell.role != TEMPLATE), TEMPLATE if cells[0].message < 0 else "")
     body = "".join(_run_html(run, tokens, per_token) for run in merged_runs(cells, per_token))
     total = sum(len(cell.weights) for cell in cells)
     trained = sum(weight != 0 for cell in cells for weight in cell.weights)
@@ -105,7 +109,7 @@ def _block_html(cells: list[Cell], tokens: np.ndarray, per_token: bool) -> str:
         f'<div style="border-left:3px solid {tint(ROLE_COLOURS.get(role, GREY), 0.85)};'
         f'padding:0 0 0 10px;margin:0 0 12px 0">'
         f'<div style="{_QUIET};line-height:1.4">{label} {count}</div>'
-        f'<div style="{theme.MONOSPACE};font-size:.95em;line-height:1.65;{theme.WRAP}">{body}</div></div>'
+        f'<div style="{theme.MONOSPACE};font-size:.95em;line-height:1.65">{body}</div></div>'
     )
 
 
@@ -129,42 +133,45 @@ def _strip_html(loss_mask: np.ndarray) -> str:
     return f'<div title="{title}" style="display:flex;height:5px;margin:6px 0 8px 0">{"".join(bars)}</div>'
 
 
-def _scale_html(words: str, tints: Sequence[tuple[str, str]]) -> str:
+def _sample_html(text: str, style: str) -> str:
+    return span(text, style=f"{style};white-space:nowrap")
+
+
+def _scale_html(words: str, low: str, tints: Sequence[tuple[str, str]], high: str) -> str:
     swatches = "".join(
         f'<span style="background:{colour};padding:0 6px">{escape(label, quote=True)}</span>' for label, colour in tints
     )
-    return f"{words} {swatches}"
+    return f'{words} <span style="white-space:nowrap">{low} {swatches} {high}</span>'
 
 
 def _legend_html(conversation: TokenizedConversation, cells: list[Cell], token_loss: Any, token_loss_base: Any) -> str:
     entries = []
     means = mean_losses(conversation, (token_loss, token_loss_base))
     if token_loss is None:
-        entries.append(span("trained", style=_trained_style(1.0)))
+        entries.append(_sample_html("trained", _trained_style(1.0)))
         entries += [
-            span(f"weight {weight:g}: {grouped(count)} tokens", style=_trained_style(weight))
+            _sample_html(f"weight {weight:g}: {grouped(count)} tokens", _trained_style(weight))
             for weight, count in partial_weights(conversation.loss_mask).items()
         ]
-        entries.append(span("not trained", style=f"opacity:{theme.DIM}"))
+        entries.append(_sample_html("not trained", f"opacity:{theme.DIM}"))
     else:
-        entries.append(span("trained", style=f"border-bottom:2px solid {tint(GREY, 1)}"))
+        entries.append(_sample_html("trained", f"border-bottom:2px solid {tint(GREY, 1)}"))
         if token_loss_base is None:
             scale = [(f"{nats}" if nats < 6 else "6+", theme.loss_tint(nats)) for nats in range(7)]
-            entries.append(_scale_html("loss in nats", scale))
+            entries.append(_scale_html("loss in nats", "", scale, ""))
         else:
             scale = [(f"{-nats:+d}" if nats else "0", theme.change_tint(nats)) for nats in range(3, -4, -1)]
-            entries.append(_scale_html("loss against the base model: better", scale) + " worse")
+            entries.append(_scale_html("loss against the base model:", "better", scale, "worse"))
     if any(cell.kind == "special" for cell in cells):
-        entries.append(span("special token", style=_SPECIAL))
+        entries.append(_sample_html("special token", _SPECIAL))
     if any(cell.kind == "unseen" for cell in cells):
-        entries.append(span("never seen", style=_UNSEEN))
-    entries.append("⏎ newline&ensp;⇥ tab&ensp;· space&ensp;‹U+…› hidden character")
+        entries.append(_sample_html("never seen", _UNSEEN))
+    entries.append("⏎&nbsp;newline&ensp;⇥&nbsp;tab&ensp;·&nbsp;space&ensp;‹U+…›&nbsp;hidden&nbsp;character")
     roles = [
         f"{escape(one_line(role), quote=True)} {grouped(trained)} of {grouped(total)}"
         for role, (total, trained) in role_counts(cells).items()
     ]
-    entries = [f'<span style="white-space:nowrap">{entry}</span>' for entry in entries]
-    lines = ["&emsp; ".join(entries), "trained: " + " · ".join(roles)]
+    lines = ["trained: " + " · ".join(roles)]
     if len(means) == 1:
         lines.append(f"mean loss of the trained tokens {means[0]:.3f} nats")
     if len(means) == 2:
@@ -173,7 +180,9 @@ def _legend_html(conversation: TokenizedConversation, cells: list[Cell], token_l
             f"{'better' if means[1] >= means[0] else 'worse'} by {abs(means[1] - means[0]):.3f}"
         )
     lines += [f"⚠ {escape(one_line(problem), quote=True)}" for problem in conversation.problems]
-    return "".join(f'<div style="{_QUIET};line-height:1.7">{line}</div>' for line in lines)
+    # The samples are drawn as strong as the tokens they explain.
+    samples = f'<div style="{_SMALL};line-height:1.7">{"&emsp; ".join(entries)}</div>'
+    return samples + "".join(f'<div style="{_QUIET};line-height:1.7">{line}</div>' for line in lines)
 
 
 def render_html(
@@ -193,9 +202,9 @@ def render_html(
     `token_loss` and `token_loss_base` are (T,) in nats at the position of the predicted token, NaN where
     unknown: with the first the tint is the loss, with both it is what training changed. Runs that look
     alike are one element unless `per_token` is set or their loss is known; then only page `page` of
-    `page_tokens` tokens is in the result. Otherwise all pages are, folded except this one. `dropped_tokens`
-    were cut off before the row got here. Raises DataError for a page that does not exist and for losses of
-    the wrong length.
+    `page_tokens` tokens is in the result. Otherwise all pages are, folded except this one, unless they come to
+    more than 600 KB together. `dropped_tokens` were cut off before the row got here. Raises DataError for a
+    page that does not exist and for losses of the wrong length.
     """
     if token_loss is None and token_loss_base is not None:
         raise DataError("token_loss_base is given without token_loss: pass both to compare, or token_loss alone.")
@@ -209,22 +218,25 @@ def render_html(
             f"page{'s' if len(pages) > 1 else ''} of {grouped(page_tokens)}, counted from 0."
         )
     names = [f"tokens {grouped(part[0].first)}–{grouped(part[-1].stop - 1)}" for part in pages if part]
+    one_page = len(pages) == 1 or per_token or token_loss is not None
+    parts = {
+        index: _blocks_html(pages[index], tokens, per_token) for index in ([page] if one_page else range(len(pages)))
+    }
     if len(pages) == 1:
-        body = _blocks_html(pages[0], tokens, per_token)
-    elif per_token or token_loss is not None:
+        body = parts[0]
+    elif one_page or sum(len(part.encode()) for part in parts.values()) > _MOST_BYTES:
         head = f"{names[page]} of {grouped(total)}, page {page} of 0 to {len(pages) - 1}"
-        body = f'<div style="{_QUIET};margin:0 0 8px 0">{head}</div>'
-        body += _blocks_html(pages[page], tokens, per_token)
+        body = f'<div style="{_QUIET};margin:0 0 8px 0">{head}</div>{parts[page]}'
     else:
         body = "".join(
             f'<details{" open" if index == page else ""}><summary style="{_QUIET};margin:0 0 8px 0">'
-            f"{names[index]}</summary>{_blocks_html(part, tokens, per_token)}</details>"
-            for index, part in enumerate(pages)
+            f"{names[index]}</summary>{part}</details>"
+            for index, part in parts.items()
         )
     heading = f"<b>{escape(one_line(title), quote=True)}</b>&emsp;" if title else ""
     return (
         f'<div class="mlx-nb-tokens" dir="ltr" style="max-width:60em;text-align:left">'
         f"<div>{heading}{summary(conversation, dropped_tokens)}</div>{_strip_html(conversation.loss_mask)}"
         f"{_legend_html(conversation, cells, token_loss, token_loss_base)}"
-        f'<div style="margin:10px 0 0 0">{body}</div></div>'
+        f'<div style="margin:10px 0 0 0;{theme.WRAP}">{body}</div></div>'
     )

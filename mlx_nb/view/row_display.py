@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import html
 from typing import Any
 
 import numpy as np
 
 from mlx_nb.data.examples import RowView
 from mlx_nb.view import mask_overlay
-from mlx_nb.view.theme import one_line
+from mlx_nb.view.theme import ORANGE, WRAP, one_line, tint, visible_html
 
 
 class RowDisplay:
@@ -36,10 +35,7 @@ class RowDisplay:
 
     def _repr_html_(self) -> str:
         if self.view.conversation is None:
-            return (
-                f'<div style="font-weight:600">{html.escape(self._title)}</div>'
-                f'<div style="color:#D55E00">left out: {html.escape(self.view.error or "")}</div>'
-            )
+            return f'<div style="font-weight:600;{WRAP}">{visible_html(self._title)}</div>{self._left_out_html()}'
         dropped = self.view.example.dropped_tokens if self.view.example else 0
         shown = mask_overlay.render_html(
             self.view.conversation,
@@ -52,8 +48,13 @@ class RowDisplay:
             dropped_tokens=dropped,
         )
         if self.view.error:
-            shown += f'<div style="color:#D55E00">left out: {html.escape(self.view.error)}</div>'
+            shown += self._left_out_html()
         return shown
+
+    def _left_out_html(self) -> str:
+        # The colour stands beside the text, which keeps the contrast of the page.
+        style = f"border-left:3px solid {tint(ORANGE, 1)};padding:0 0 0 10px;{WRAP}"
+        return f'<div dir="ltr" style="{style}">left out: {visible_html(self.view.error or "")}</div>'
 
     def __repr__(self) -> str:
         if self.view.conversation is None:

@@ -67,6 +67,12 @@ def _prints_nothing(character: str) -> bool:
     )
 
 
+def _joins_what_stands_before(text: str) -> bool:
+    """Whether its start, a mark or half a flag, is drawn into the text before it."""
+    half_flag = "\U0001f1e6" <= text[0] <= "\U0001f1ff" and not "\U0001f1e6" <= text[1:2] <= "\U0001f1ff"
+    return half_flag or unicodedata.category(text[0]).startswith("M")
+
+
 def _joins_emoji(text: str, at: int) -> bool:
     """Whether the joiner or emoji selector at this place only shapes the picture before it."""
     before = text[at - 1 : at] if at else ""
@@ -96,11 +102,12 @@ def visible_parts(text: str, *, edges: bool = True) -> Iterator[tuple[str, str]]
             pieces = (("⇥", "glyph"), ("\t", "text"))
         elif len(found) > 1:
             pieces = ((f"‹{len(found)} combining marks›", "escape"),)
-        elif _prints_nothing(found):
+        elif _prints_nothing(found) or (at == 0 and "\U0001f3fb" <= found <= "\U0001f3ff"):
             if found in "\u200d\ufe0f" and _joins_emoji(text, at):
                 continue
+            # A skin tone at the start would colour the emoji of the text before.
             pieces = ((f"‹U+{ord(found):04X}›", "escape"),)
-        elif at == 0 and unicodedata.combining(found):
+        elif at == 0 and _joins_what_stands_before(text):
             pieces = (("◌", "glyph"), (found, "text"))
         else:
             continue
@@ -113,8 +120,8 @@ def visible_parts(text: str, *, edges: bool = True) -> Iterator[tuple[str, str]]
 
 
 _PART_STYLES = {
-    "glyph": "opacity:.6",
-    "escape": "border:1px dotted;border-radius:3px;padding:0 1px;font-size:.85em",
+    "glyph": "opacity:.75",
+    "escape": "border:1px dotted;border-radius:3px;padding:0 1px;font-size:.85em;white-space:nowrap",
 }
 
 

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -126,10 +126,14 @@ def row_cells(
 
 
 def _join_template_to_messages(cells: list[Cell]) -> list[Cell]:
-    """Give what the template adds to a message: what closes the last one, then what opens the next."""
+    """Give what the template adds to a message: what closes the last one, then what opens the next.
+
+    A turn that the template adds by itself, such as its own system prompt, stays outside messages.
+    """
     joined: list[Cell] = []
     previous = -1
     groups = [(message, list(group)) for message, group in groupby(cells, key=lambda cell: cell.message)]
+    end = _end_of_turn(groups)
     for index, (message, group) in enumerate(groups):
         if message >= 0:
             joined += group
@@ -137,17 +141,34 @@ def _join_template_to_messages(cells: list[Cell]) -> list[Cell]:
             continue
         following = groups[index + 1][0] if index + 1 < len(groups) else -1
         specials = [place for place, cell in enumerate(group) if cell.kind == "special"]
+        # Where a turn that ends in this group is followed by the special token that opens another one.
+        turns = [after for place, after in pairwise(specials) if group[place].text == end]
+        # A message that holds its own end token leaves only what opens the next one.
+        ends_here = any(cell.kind == "special" for cell in joined[-1:]) and not any(
+            group[place].text == end for place in specials[:1]
+        )
         if following < 0:
             closing = len(group)
         elif previous < 0:
             closing = 0
+        elif ends_here:
+            closing = next(iter(specials), 0)
         else:
-            # A message that holds its own end token leaves only what opens the next one.
-            ends_here = joined[-1].kind == "special"
-            closing = next(iter(specials[0 if ends_here else 1 :]), 0)
+            closing = min(turns, default=next(iter(specials[1:]), 0))
+        opening = max([closing, *turns])
         joined += [replace(cell, message=previous) for cell in group[:closing]]
-        joined += [replace(cell, message=following) for cell in group[closing:]]
+        joined += group[closing:opening]
+        joined += [replace(cell, message=following) for cell in group[opening:]]
     return joined
+
+
+def _end_of_turn(groups: Sequence[tuple[int, list[Cell]]]) -> str:
+    """The special token that most messages end in, their own or the first that follows; empty when none does."""
+    ends: Counter[str] = Counter()
+    for (message, group), (_, following) in pairwise([*groups, (-1, [])]):
+        if message >= 0:
+            ends.update([cell.text for cell in (group[-1], *following) if cell.kind == "special"][:1])
+    return ends.most_common(1)[0][0] if ends else ""
 
 
 def merged_runs(cells: Iterable[Cell], per_token: bool) -> Iterator[Cell]:
