@@ -103,9 +103,10 @@ class RunConfig:
     completion_feature: str | None = setting(None, "Column with the completion. null = completion.", group="rows")
     text_feature: str | None = setting(None, "Column with plain text. null = text.", group="rows")
     system_feature: str | None = setting(None, "Column with a system prompt. null = system.", group="rows")
-    loss_on: Literal["assistant", "final", "all"] = setting(
+    loss_on: Literal["assistant", "final", "completion", "all"] = setting(
         "assistant",
-        "Which tokens are trained: every assistant turn, only the last message, or everything.",
+        "Which tokens are trained: every assistant turn, only the last message, the assistant's turns after the last "
+        "user message, or everything.",
         group="rows",
     )
     max_seq_length: int = setting(2048, "Longest row in tokens; see truncate.", group="rows", at_least=2)

@@ -45,6 +45,7 @@ class StepCompleted(Event):
     target_tokens    tokens that counted in the loss;  tokens: all tokens without padding
     seconds          wall time of the update;  peak_memory in bytes
     rows             numbers of the training rows in the update
+    row_losses       (row, mean loss over its target tokens) of each of them, before the update
     """
 
     loss: float
@@ -57,11 +58,15 @@ class StepCompleted(Event):
     epoch: float
     rows: tuple[int, ...]
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    row_losses: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class EvaluationCompleted(Event):
-    """Loss (nats per target token) and perplexity, exp(loss), over a fixed set of rows of one split."""
+    """Loss (nats per target token) and perplexity, exp(loss), over a fixed set of rows of one split.
+
+    `row_losses` are (row, mean loss over its target tokens).
+    """
 
     split: str
     loss: float
@@ -70,6 +75,7 @@ class EvaluationCompleted(Event):
     rows: int
     seconds: float
     best: bool = False
+    row_losses: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,7 @@ def event_from_json(line: str) -> Event:
     kind = EVENT_TYPES[values.pop("event")]
     for declared in dataclasses.fields(kind):
         if isinstance(values.get(declared.name), list):
-            values[declared.name] = tuple(values[declared.name])
+            values[declared.name] = tuple(tuple(v) if isinstance(v, list) else v for v in values[declared.name])
     return kind(**values)
 
 

@@ -22,7 +22,8 @@ from mlx_nb.events import (
     RunPaused,
     StepCompleted,
 )
-from mlx_nb.view.history import History
+from mlx_nb.view.history import History, visits_text
+from mlx_nb.view.row_display import ShownRow
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,6 +54,7 @@ class Run:
         self.history = History()
         self._namespace = namespace
         self._loaded: LoadedModel | None = None
+        self._tokenizer: Any = None
         self._splits: Splits | None = None
         self._trainer: Trainer | None = None
         self._left_out: dict[str, list[LeftOut]] = {}
@@ -92,7 +94,14 @@ class Run:
 
     @property
     def tokenizer(self) -> Any:
-        return self.loaded.tokenizer
+        """The tokenizer, with its chat template. Loaded alone when the model is not needed yet."""
+        if self._loaded is not None:
+            return self._loaded.tokenizer
+        if self._tokenizer is None:
+            from mlx_nb.model.loading import load_tokenizer, model_folder
+
+            self._tokenizer = load_tokenizer(model_folder(self.config.model), self.config.chat_template)
+        return self._tokenizer
 
     @property
     def splits(self) -> Splits:
@@ -176,6 +185,11 @@ class Run:
             raise DataError(f"these data have no {split} split.")
         return Rows(Examples(source, self.tokenizer, ExampleSettings.of(self.config)), split)
 
+    def row_losses(self, split: str = "train") -> dict[int, float]:
+        """The loss of each row of `split` when it was last trained on or evaluated, the highest first."""
+        latest = {row: visits[-1][1] for row, visits in self.history.row_losses(split).items()}
+        return dict(sorted(latest.items(), key=lambda item: -item[1]))
+
     def token_losses(self, row: RowView, *, base: bool = False) -> Any:
         """(T,) loss in nats of each token of a row, now; NaN for the first. `base` with the adapter switched off."""
         from contextlib import nullcontext
@@ -199,13 +213,7 @@ class Run:
 
         All rows are read; `rows` of each split (None = all) are tokenised.
         """
-        if self._loaded is not None:
-            return check_data(self.splits, self._loaded.tokenizer, self.config, rows=rows)
-        splits = self.splits
-        from mlx_nb.model.loading import load_tokenizer, model_folder
-
-        tokenizer = load_tokenizer(model_folder(self.config.model), self.config.chat_template)
-        return check_data(splits, tokenizer, self.config, rows=rows)
+        return check_data(self.splits, self.tokenizer, self.config, rows=rows)
 
     @property
     def left_out(self) -> dict[str, list[LeftOut]]:
@@ -235,6 +243,22 @@ class Run:
             return f"{self.name}: built, no update done yet. `%finetune step` or `%finetune run` starts it."
         state = "finished" if self.finished else "paused"
         return summary_text(self.history, f"{self.name}: {state}")
+
+    def browse(self, split: str = "train") -> Any:
+        """Leaf through the rows with widgets: previous, next, jump, filters, colours. Returns a RowBrowser."""
+        from mlx_nb.view.row_browser import RowBrowser
+
+        there = [name for name in SPLITS if getattr(self.splits, name) is not None]
+        if split not in there:
+            self.rows(split)
+        ordered = sorted(there, key=lambda name: name != split)
+        return RowBrowser(
+            {name: self.rows(name).examples for name in ordered},
+            self.tokenizer,
+            losses=self.row_losses,
+            token_loss=lambda view, base: self.token_losses(view, base=base),
+            visits=lambda name, row: visits_text(self.history.row_losses(name).get(row, [])),
+        )
 
     # Moving
 
@@ -295,11 +319,11 @@ class Run:
                 self._trainer.request(ChangeSetting(name, getattr(checked, name)))
         self.config = checked
 
-    def evaluate(self, split: str = "valid") -> EvaluationCompleted:
-        """Loss and perplexity on a fixed set of rows of `split`, now."""
+    def evaluate(self, split: str = "valid", *, all_rows: bool = False) -> EvaluationCompleted:
+        """Loss and perplexity on a fixed set of rows of `split`, or on all of them, now."""
         if split == "test" and not self.config.test and self._trainer is not None and not self._trainer.examples.test:
             self._trainer.examples = _with_test(self._trainer.examples, self._tokenize("test"))
-        result = self.trainer.evaluate(split)
+        result = self.trainer.evaluate(split, all_rows=all_rows)
         self._record(result)
         return result
 
@@ -367,7 +391,7 @@ class Run:
 
 
 class Rows(Sequence[RowView]):
-    """The rows of one split as the model will see them; each is tokenised when asked for."""
+    """The rows of one split as the model will see them; each is tokenised when asked for, and displays itself."""
 
     def __init__(self, examples: Examples, split: str) -> None:
         self.examples = examples
@@ -382,7 +406,7 @@ class Rows(Sequence[RowView]):
         index = row + len(self) if row < 0 else row
         if not 0 <= index < len(self):
             raise IndexError(f"no row {row}: {self.split} has rows 0 to {len(self) - 1}.")
-        return self.examples.view(index)
+        return ShownRow.of(self.examples.view(index), self.examples.tokenizer, self.split)
 
     def __repr__(self) -> str:
         return f"Rows({self.split}, {len(self)} rows)"

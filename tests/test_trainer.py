@@ -131,9 +131,9 @@ def test_a_model_that_changes_its_logits_is_run_whole():
 def test_micro_batches_give_the_gradient_of_one_big_batch():
     examples = random_examples(9)
     stepper = stepper_for(tiny_model())
-    whole, loss, units, _ = stepper.gradients([target_inputs(pad(examples))], seed=0)
+    whole, loss, units, *_ = stepper.gradients([target_inputs(pad(examples))], seed=0)
     parts = [target_inputs(pad(examples[start:stop])) for start, stop in ((0, 1), (1, 5), (5, 9))]
-    split, split_loss, split_units, _ = stepper.gradients(parts, seed=0)
+    split, split_loss, split_units, *_ = stepper.gradients(parts, seed=0)
     assert units == split_units
     assert loss == pytest.approx(split_loss, rel=1e-6)
     for (name, one), (_, other) in zip(tree_flatten(whole), tree_flatten(split)):
@@ -161,7 +161,7 @@ def test_padding_width_and_content_change_neither_loss_nor_gradient():
 def test_gradient_equals_finite_differences():
     stepper = stepper_for(tiny_model())
     inputs = target_inputs(pad(random_examples(3)))
-    gradients, _, _, _ = stepper.gradients([inputs], 0)
+    gradients, *_ = stepper.gradients([inputs], 0)
     name, gradient = max(tree_flatten(gradients), key=lambda item: mx.abs(item[1]).max().item())
     parameter = adapters.adapter_weights(stepper.model)[name]
     index = int(mx.argmax(mx.abs(gradient)).item())
@@ -171,7 +171,7 @@ def test_gradient_equals_finite_differences():
         flat = np.array(parameter).ravel()
         flat[index] += sign * step
         stepper.model.load_weights([(name, mx.array(flat.reshape(parameter.shape)))], strict=False)
-        total, units = stepper.evaluate(inputs)
+        total, units, _ = stepper.evaluate(inputs)
         values.append(total / units)
     measured = (values[0] - values[1]) / (2 * step)
     assert measured == pytest.approx(gradient.reshape(-1)[index].item(), rel=2e-2)
@@ -348,7 +348,10 @@ def test_validation_is_weighted_by_token_and_changes_nothing(tmp_path):
     first, second = trainer.evaluate(), trainer.evaluate()
     totals = [trainer.stepper.evaluate(target_inputs(pad([example]))) for example in valid]
     assert first.loss == second.loss
-    assert first.loss == pytest.approx(sum(total for total, _ in totals) / sum(units for _, units in totals), rel=1e-5)
+    assert first.loss == pytest.approx(sum(one.total for one in totals) / sum(one.units for one in totals), rel=1e-5)
+    assert dict(first.row_losses) == pytest.approx(
+        {row: one.total / one.units for row, one in enumerate(totals)}, rel=1e-4
+    )
     assert first.perplexity == pytest.approx(math.exp(first.loss))
     assert_same_weights(before, weights(trainer))
 

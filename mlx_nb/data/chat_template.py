@@ -15,7 +15,7 @@ from mlx_nb.data.template_tags import REASONING_FIELDS, Unproved
 from mlx_nb.errors import MaskRefused, did_you_mean
 
 _FACTS: dict[tuple[str, tuple[tuple[str, str], ...], bool], TemplateFacts] = {}
-LOSS_ON = ("assistant", "final", "all")
+LOSS_ON = ("assistant", "final", "completion", "all")
 _FLAGS = ("train", "weight")
 # For templates that render only with tools.
 _SOME_TOOL = {
@@ -71,8 +71,9 @@ def tokenize_conversation(
                not shown to the template
     tokenizer  a fast transformers tokenizer, or mlx-lm's wrapper around one
     tools      what the template is given as `tools`
-    loss_on    "assistant": every assistant turn, its end-of-turn included; "final": the last message, which must
-               be the assistant's; "all": every token but the first
+    loss_on    "assistant": every assistant turn, its end-of-turn included; "completion": the assistant's turns after
+               the last user message, tool calls included; "final": the last message, which must be the
+               assistant's; "all": every token but the first
 
     Raises MaskRefused, saying why and what next, when the template does not render the conversation or when the
     mask cannot be proved.
@@ -86,7 +87,7 @@ def tokenize_conversation(
             f"nothing to train: loss_on='final' trains the last message, and it is from {messages[-1].get('role')!r}. "
             "Use loss_on='assistant', or drop the messages after the last answer."
         )
-    weights = [_weight(message, i, loss_on, len(messages)) for i, message in enumerate(messages)]
+    weights = _weights(messages, loss_on)
     plain = [{k: v for k, v in m.items() if v is not None and k not in _FLAGS} for m in messages]
     template = _ChatTemplate(tokenizer, tools)
     try:
@@ -256,13 +257,18 @@ def _adds_bos(tokenizer: Any) -> bool:
 # --- weights, spans, mask --------------------------------------------------------------------------------------------
 
 
-def _weight(message: Message, i: int, loss_on: str, count: int) -> float:
-    weight = message.get("weight")
-    weight = 1.0 if weight is None else weight
-    if isinstance(weight, str) or not math.isfinite(weight) or weight < 0:
-        raise MaskRefused(f"message {i} has weight={weight!r}. A weight is a number from 0.")
-    chosen = loss_on == "all" or (message.get("role") == "assistant" and (loss_on == "assistant" or i == count - 1))
-    return float(weight) if chosen and message.get("train") is not False else 0.0
+def _weights(messages: Sequence[Message], loss_on: str) -> list[float]:
+    """The training weight of each message. Raises MaskRefused for one that is no number from 0."""
+    weights = []
+    users = [i for i, message in enumerate(messages) if message.get("role") == "user"]
+    first = {"final": len(messages) - 1, "completion": max(users, default=-1)}.get(loss_on, 0)
+    for i, message in enumerate(messages):
+        weight = 1.0 if message.get("weight") is None else message["weight"]
+        if isinstance(weight, str) or not math.isfinite(weight) or weight < 0:
+            raise MaskRefused(f"message {i} has weight={weight!r}. A weight is a number from 0.")
+        chosen = loss_on == "all" or (message.get("role") == "assistant" and i >= first)
+        weights.append(float(weight) if chosen and message.get("train") is not False else 0.0)
+    return weights
 
 
 def _spans(located: Located, messages: Sequence[Message], weights: Sequence[float]) -> tuple[Span, ...]:

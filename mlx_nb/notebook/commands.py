@@ -13,6 +13,7 @@ from mlx_nb.config import LIVE_SETTINGS
 from mlx_nb.errors import CommandError, did_you_mean
 from mlx_nb.notebook.session import Session
 from mlx_nb.run import SPLITS, Run
+from mlx_nb.view.history import visits_text
 from mlx_nb.yaml_loader import load_mapping
 
 CELL_OPTIONS = {
@@ -165,10 +166,37 @@ def _runs(session: Session, _arguments: argparse.Namespace) -> _Text:
 def _rows(session: Session, arguments: argparse.Namespace) -> _Text:
     run = session.get(arguments.name)
     rows = run.rows(arguments.split)
+    if arguments.top_loss is not None:
+        return _top_loss(run, arguments.split, arguments.top_loss, arguments.measure)
     lines = [f"{len(rows)} rows in {arguments.split}. `%finetune row 0` shows one, token by token."]
     if run.left_out.get(arguments.split):
         lines += ["Left out:", *(f"  {row.reason}" for row in run.left_out[arguments.split])]
     return _Text("\n".join(lines))
+
+
+def _top_loss(run: Run, split: str, count: int, measure: bool) -> _Text:
+    if measure:
+        run.evaluate(split, all_rows=True)
+    losses = run.row_losses(split)
+    if not losses:
+        raise CommandError(
+            f"%finetune rows: no row of {split} has a known loss yet. Add --measure to pass over all of them now."
+        )
+    visits = run.history.row_losses(split)
+    lines = [f"highest loss (nats a trained token) of {len(losses)} rows of {split}:"]
+    lines += [f"  row {row:>6}  {loss:7.3f}   {visits_text(visits[row])}" for row, loss in list(losses.items())[:count]]
+    return _Text("\n".join(lines))
+
+
+def _batch(session: Session, arguments: argparse.Namespace) -> Any:
+    from mlx_nb.view.batch_table import BatchDisplay
+
+    run = session.get(arguments.name)
+    return BatchDisplay(run.trainer.next_batches(), run.tokenizer)
+
+
+def _browse(session: Session, arguments: argparse.Namespace) -> Any:
+    return session.get(arguments.name).browse(arguments.split).widget
 
 
 def _check(session: Session, arguments: argparse.Namespace) -> Any:
@@ -256,7 +284,16 @@ COMMANDS: dict[str, Command] = {
         _argument("--compare", choices=["base"], help="colour by what training changed, against the base"),
         _argument("--page", type=int, default=0, help="page of a long row"),
     ),
-    "rows": _command("rows", "how many rows a split has, and which are left out", _rows, _SPLIT),
+    "rows": _command(
+        "rows",
+        "how many rows a split has, and which are left out; --top-loss 10 for the hardest",
+        _rows,
+        _SPLIT,
+        _argument("--top-loss", type=int, metavar="N", help="the N rows of highest loss when last visited"),
+        _argument("--measure", action="store_true", help="measure every row of the split now"),
+    ),
+    "browse": _command("browse", "leaf through the rows: previous, next, jump, filters, colours", _browse, _SPLIT),
+    "batch": _command("batch", "the very arrays that the next update will train on", _batch),
     "check": _command(
         "check",
         "what is wrong or odd with the rows, by number",

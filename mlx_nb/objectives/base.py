@@ -15,11 +15,14 @@ class LossSum(NamedTuple):
     total    () float32, sum of the loss over the units
     units    () float32, how many units (for SFT: weighted target tokens)
     metrics  {name: () sum over the same units}
+    row_total_B, row_units_B  (B,) float32, the same two sums row by row
     """
 
     total: mx.array
     units: mx.array
     metrics: dict[str, mx.array]
+    row_total_B: mx.array
+    row_units_B: mx.array
 
 
 class Objective(Protocol):

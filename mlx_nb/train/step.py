@@ -15,17 +15,39 @@ from mlx.utils import tree_map
 from mlx_nb.errors import NonFiniteLoss
 from mlx_nb.model.logprobs import TargetInputs, TargetScorer
 from mlx_nb.model.randomness import random_stream
-from mlx_nb.objectives.base import Objective
+from mlx_nb.objectives.base import LossSum, Objective
 from mlx_nb.train.optimizer import clip, gradient_norm, scalar
 
 
+class Gradients(NamedTuple):
+    """Gradients of the MEAN loss over all micro-batches; that loss, its units, mean metrics, loss of each row."""
+
+    gradients: Any
+    loss: float
+    units: float
+    metrics: dict[str, float]
+    row_losses: list[float]
+
+
 class Update(NamedTuple):
-    """What one update measured: mean loss, units it is over, gradient norm before clipping, mean metrics."""
+    """What one update measured: mean loss, units it is over, gradient norm before clipping, mean metrics.
+
+    `row_losses` are the mean loss of each row, in the order of the micro-batches.
+    """
 
     loss: float
     units: float
     gradient_norm: float
     metrics: dict[str, float]
+    row_losses: list[float]
+
+
+class Evaluation(NamedTuple):
+    """Sum of the loss over one batch, its units, and the mean loss of each row."""
+
+    total: float
+    units: float
+    row_losses: list[float]
 
 
 class Stepper:
@@ -51,15 +73,14 @@ class Stepper:
             self._gradients = mx.compile(self._sum_and_gradients, inputs=state, outputs=state)
 
     def _sum_and_gradients(self, parameters: Any, inputs: TargetInputs) -> tuple[Any, Any]:
-        def total(parameters: Any) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+        def total(parameters: Any) -> LossSum:
             self.model.update(parameters)
-            sums = self.objective(self.scorer, inputs)
-            return sums.total, sums.units, sums.metrics
+            return self.objective(self.scorer, inputs)
 
         return mx.value_and_grad(total)(parameters)
 
-    def gradients(self, micro_batches: Sequence[TargetInputs], seed: int) -> tuple[Any, float, float, dict[str, float]]:
-        """(gradients of the MEAN loss over all micro-batches, mean loss, units, mean metrics).
+    def gradients(self, micro_batches: Sequence[TargetInputs], seed: int) -> Gradients:
+        """Gradients of the mean loss over all micro-batches, and what was measured on the way.
 
         The model's parameters, its mode and the user's random stream are as before, whatever happens.
         """
@@ -67,20 +88,24 @@ class Stepper:
         summed: Any = None
         total = units = 0.0
         metrics: dict[str, float] = {}
+        row_losses: list[float] = []
         try:
             with random_stream(seed), training_mode(self.model):
                 for inputs in micro_batches:
-                    (batch_total, batch_units, batch_metrics), gradients = self._gradients(parameters, inputs)
+                    sums, gradients = self._gradients(parameters, inputs)
+                    sums = LossSum(*sums)  # a compiled function gives back a plain tuple
                     summed = gradients if summed is None else tree_map(mx.add, summed, gradients)
-                    mx.eval(summed, batch_total, batch_units, batch_metrics)
-                    total += batch_total.item()
-                    units += batch_units.item()
-                    for name, value in batch_metrics.items():
-                        metrics[name] = metrics.get(name, 0.0) + value.item()
+                    mx.eval(summed, sums)
+                    total += scalar(sums.total)
+                    units += scalar(sums.units)
+                    row_losses += _row_losses(sums)
+                    for name, value in sums.metrics.items():
+                        metrics[name] = metrics.get(name, 0.0) + scalar(value)
         finally:
             self.model.update(parameters)
         mean = tree_map(lambda array: array / units, summed)
-        return mean, total / units, units, {name: value / units for name, value in metrics.items()}
+        means = {name: value / units for name, value in metrics.items()}
+        return Gradients(mean, total / units, units, means, row_losses)
 
     def update(
         self,
@@ -94,7 +119,7 @@ class Stepper:
         """One optimizer update. Raises NonFiniteLoss naming `rows`; on any error nothing has changed."""
         optimizer_before = _shallow(self.optimizer.state)
         try:
-            gradients, loss, units, metrics = self.gradients(micro_batches, seed)
+            gradients, loss, units, metrics, row_losses = self.gradients(micro_batches, seed)
             norm_array = gradient_norm(gradients)
             norm = scalar(norm_array)
             if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -113,13 +138,17 @@ class Stepper:
             self.optimizer.state = optimizer_before
             raise
         self.model.update(parameters)
-        return Update(loss, units, norm, metrics)
+        return Update(loss, units, norm, metrics, row_losses)
 
-    def evaluate(self, inputs: TargetInputs) -> tuple[float, float]:
-        """(sum of the loss, units) of one batch without dropout and without gradients."""
+    def evaluate(self, inputs: TargetInputs) -> Evaluation:
+        """The loss of one batch without dropout and without gradients."""
         sums = self.objective(self.scorer, inputs)
-        mx.eval(sums.total, sums.units)
-        return scalar(sums.total), scalar(sums.units)
+        mx.eval(sums)
+        return Evaluation(scalar(sums.total), scalar(sums.units), _row_losses(sums))
+
+
+def _row_losses(sums: LossSum) -> list[float]:
+    return (sums.row_total_B / sums.row_units_B).tolist()  # type: ignore[return-value]
 
 
 def _shallow(tree: Any) -> Any:

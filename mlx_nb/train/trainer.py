@@ -6,7 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_nb.config import RunConfig
-from mlx_nb.data.batches import BatchPlan, evaluation_batches, pad
+from mlx_nb.data.batches import BatchPlan, TokenBatch, evaluation_batches, pad
 from mlx_nb.data.examples import TokenizedExample
 from mlx_nb.errors import DataError, NonFiniteLoss
 from mlx_nb.events import (
@@ -201,7 +201,7 @@ class Trainer:
     def _update(self) -> StepCompleted:
         config, state = self.config, self.state
         started = time.perf_counter()
-        batches = [self._train_batch(state.batches + index) for index in range(config.grad_accumulation_steps)]
+        batches = self.next_batches()
         rows = tuple(row for batch in batches for row in batch.rows)
         learning_rate = learning_rate_at(config, self.iters, state.step)
         update = self.stepper.update(
@@ -230,33 +230,42 @@ class Trainer:
             epoch=state.batches / self._plan.batches_per_epoch,
             rows=rows,
             metrics=update.metrics,
+            row_losses=tuple(zip(rows, update.row_losses)),
         )
 
-    def _train_batch(self, index: int) -> Any:
+    def _train_batch(self, index: int) -> TokenBatch:
         chosen = self._plan.batch(index)
         return pad([self.examples.train[position] for position in chosen], self._width_multiple)
 
-    def evaluate(self, split: str = "valid") -> EvaluationCompleted:
-        """Loss over a fixed set of rows of `split`, weighted by token. Changes nothing in the run."""
+    def next_batches(self) -> list[TokenBatch]:
+        """The very arrays of the next update, one for each micro-batch."""
+        return [self._train_batch(self.state.batches + i) for i in range(self.config.grad_accumulation_steps)]
+
+    def evaluate(self, split: str = "valid", *, all_rows: bool = False) -> EvaluationCompleted:
+        """Loss over a fixed set of rows of `split`, or all, weighted by token. Changes nothing in the run."""
         config = self.config
         examples = {"train": self.examples.train, "valid": self.examples.valid, "test": self.examples.test}[split]
         if not examples:
             raise DataError(f"there are no rows in the {split} split to evaluate.")
         started = time.perf_counter()
-        limit = config.test_batches if split == "test" else config.val_batches
+        limit = -1 if all_rows else config.test_batches if split == "test" else config.val_batches
         chosen = evaluation_batches(
             [len(example.tokens) for example in examples], config.batch_size, limit, config.seed
         )
         total = units = 0.0
+        row_losses: list[tuple[int, float]] = []
         for positions in chosen:
             batch = pad([examples[position] for position in positions], self._width_multiple)
-            batch_total, batch_units = self.stepper.evaluate(target_inputs(batch, self._target_multiple))
-            total, units = total + batch_total, units + batch_units
+            measured = self.stepper.evaluate(target_inputs(batch, self._target_multiple))
+            total, units = total + measured.total, units + measured.units
+            row_losses += zip(batch.rows, measured.row_losses)
         loss = total / units
         rows = sum(len(positions) for positions in chosen)
         seconds = time.perf_counter() - started
         perplexity = math.exp(loss) if loss < 700 else math.inf
-        return EvaluationCompleted(self.state.step, split, loss, perplexity, units, rows, seconds)
+        return EvaluationCompleted(
+            self.state.step, split, loss, perplexity, units, rows, seconds, row_losses=tuple(row_losses)
+        )
 
     def _validate(self) -> Iterator[Event]:
         result, state = self.evaluate("valid"), self.state
@@ -265,16 +274,7 @@ class Trainer:
             state.best_loss, state.best_step, state.evaluations_without_best = result.loss, state.step, 0
         else:
             state.evaluations_without_best += 1
-        yield EvaluationCompleted(
-            result.step,
-            result.split,
-            result.loss,
-            result.perplexity,
-            result.target_tokens,
-            result.rows,
-            result.seconds,
-            best,
-        )
+        yield replace(result, best=best)
         if best and state.step > 0:
             path = adapters.save_adapter(self.model, self.config, self.keys, self.folder / BEST_FOLDER)
             yield CheckpointSaved(state.step, str(path), "best")

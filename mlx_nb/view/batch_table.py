@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_nb.data.batches import TokenBatch
 from mlx_nb.errors import DataError
 from mlx_nb.view import theme
 from mlx_nb.view.theme import BLUE, GREY, ORANGE, one_line, span, tint, visible_html
@@ -123,6 +124,31 @@ def _row_html(tokens: list[int], loss_mask: list[float], segments: list[int], le
         for position in _shown_positions(kinds)
     )
     return f'<div style="{theme.MONOSPACE};font-size:.9em;line-height:1.55;margin:4px 0 0 0">{cards}</div>'
+
+
+class BatchDisplay:
+    """What `%finetune batch` shows: the arrays of the next update, one table for each micro-batch."""
+
+    def __init__(self, batches: Sequence[TokenBatch], tokenizer: Any) -> None:
+        self.batches = batches
+        self._tokenizer = tokenizer
+
+    def _repr_html_(self) -> str:
+        return "".join(
+            render_batch_html(batch.tokens_BT, batch.loss_mask_BT, self._tokenizer, batch.rows, lengths=batch.lengths)
+            for batch in self.batches
+        )
+
+    def __repr__(self) -> str:
+        lines = []
+        for number, batch in enumerate(self.batches, start=1):
+            rows, width = batch.tokens_BT.shape
+            head = f"batch of the next update, {rows} × {width} positions"
+            lines.append(head if len(self.batches) == 1 else f"{head}, part {number} of {len(self.batches)}")
+            for row, length, mask_T in zip(batch.rows, batch.lengths, batch.loss_mask_BT):
+                trained = np.count_nonzero(mask_T)
+                lines.append(f"  row {row}: {length} tokens, {trained} trained, {width - length} padding")
+        return "\n".join(lines)
 
 
 def render_batch_html(

@@ -57,6 +57,24 @@ class History:
             if split in (None, event.split)
         ]
 
+    def row_losses(self, split: str = "train") -> dict[int, list[tuple[int, float]]]:
+        """{row: [(step, loss), ...]} for every row of `split` that was trained on or evaluated, in order.
+
+        Losses are means over the row's target tokens, in nats; in training, those before the update.
+        """
+        visits: dict[int, list[tuple[int, float]]] = {}
+        for event in self.events:
+            match event:
+                case StepCompleted() if split == "train":
+                    step = event.step - 1
+                case EvaluationCompleted() if event.split == split:
+                    step = event.step
+                case _:
+                    continue
+            for row, loss in event.row_losses:
+                visits.setdefault(row, []).append((step, loss))
+        return visits
+
     @property
     def started(self) -> RunStarted | None:
         return next(self._of(RunStarted), None)
@@ -74,6 +92,14 @@ class History:
 
     def __repr__(self) -> str:
         return f"History({len(self)} updates, {len(self.evaluations())} evaluations)"
+
+
+def visits_text(visits: list[tuple[int, float]]) -> str:
+    """The losses of one row at its last few visits, as a line; empty when there was none."""
+    if not visits:
+        return ""
+    shown = ", ".join(f"{loss:.3f} after update {step}" for step, loss in visits[-6:])
+    return f"loss when visited ({len(visits)}×): {'… ' if len(visits) > 6 else ''}{shown}"
 
 
 def smoothed(values: list[float], factor: float = 0.9) -> list[float]:

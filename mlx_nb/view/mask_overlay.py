@@ -7,10 +7,10 @@ character of a row is data: it is escaped, and one that hides or reorders others
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from html import escape
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,7 +39,16 @@ _MOST_BYTES = 600_000
 _SMALL = "font-size:.85em"
 _QUIET = f"{_SMALL};opacity:.8"
 _SPECIAL = f"border:1px solid {tint(GREY, 0.8)};border-radius:3px;padding:0 2px"
+PAGE_TOKENS = 2000
 _UNSEEN = f"opacity:{theme.DIM};text-decoration:line-through"
+
+
+class _Look(NamedTuple):
+    """What the person chose to see."""
+
+    per_token: bool
+    show_mask: bool
+    hidden_roles: Collection[str]
 
 
 def _trained_style(weight: float) -> str:
@@ -49,12 +58,14 @@ def _trained_style(weight: float) -> str:
     return f"background:{tint(colour, strength)};border-bottom:{line} {tint(colour, 1)}"
 
 
-def _style(cell: Cell, boundaries: bool) -> str:
+def _style(cell: Cell, look: _Look) -> str:
     if cell.kind == "unseen":
         return _UNSEEN
     styles = [_SPECIAL] if cell.kind == "special" else []
-    if boundaries and cell.kind == "text":
+    if look.per_token and cell.kind == "text":
         styles.append(f"border-right:1px solid {tint(GREY, 0.45)}")
+    if not cell.loss_known and not look.show_mask:
+        return ";".join(styles)
     if not cell.loss_known:
         styles.append(_trained_style(cell.weight) if cell.weight else f"opacity:{theme.DIM}")
         return ";".join(styles)
@@ -89,22 +100,26 @@ def _title(cell: Cell, tokens: np.ndarray) -> str:
     return " · ".join(parts)
 
 
-def _run_html(cell: Cell, tokens: np.ndarray, boundaries: bool) -> str:
-    content = visible_html(cell.text, edges=not boundaries and not cell.loss_known)
-    if cell.kind == "text" and cell.weight not in (0.0, 1.0) and not boundaries and not cell.loss_known:
+def _run_html(cell: Cell, tokens: np.ndarray, look: _Look) -> str:
+    content = visible_html(cell.text, edges=not look.per_token and not cell.loss_known)
+    in_runs = look.show_mask and not look.per_token and not cell.loss_known
+    if cell.kind == "text" and cell.weight not in (0.0, 1.0) and in_runs:
         content = f'<sup style="opacity:.8;font-size:.7em">×{cell.weight:g}</sup>{content}'
-    return span(content, style=_style(cell, boundaries), title=one_line(_title(cell, tokens)), isolate=cell.text)
+    return span(content, style=_style(cell, look), title=one_line(_title(cell, tokens)), isolate=cell.text)
 
 
-def _block_html(cells: list[Cell], tokens: np.ndarray, per_token: bool) -> str:
+def _block_html(cells: list[Cell], tokens: np.ndarray, look: _Look) -> str:
     """The cells of one message, behind a bar in the colour of its role."""
     # Cells of a page may hold no more of a message than what the template puts around it.
     role = next((cell.role for cell in cells if cell.role != TEMPLATE), TEMPLATE if cells[0].message < 0 else "")
-    body = "".join(_run_html(run, tokens, per_token) for run in merged_runs(cells, per_token))
+    hidden = role in look.hidden_roles
+    runs = [] if hidden else merged_runs(cells, look.per_token)
+    body = "".join(_run_html(run, tokens, look) for run in runs)
     total = sum(len(cell.weights) for cell in cells)
     trained = sum(weight != 0 for cell in cells for weight in cell.weights)
     label = f"<b>{escape(one_line(role), quote=True)}</b>" if role else ""
     count = f"{grouped(trained)} of {grouped(total)} trained" if trained else f"{grouped(total)} tokens"
+    count += ", hidden" if hidden else ""
     return (
         f'<div style="border-left:3px solid {tint(ROLE_COLOURS.get(role, GREY), 0.85)};'
         f'padding:0 0 0 10px;margin:0 0 12px 0">'
@@ -113,9 +128,9 @@ def _block_html(cells: list[Cell], tokens: np.ndarray, per_token: bool) -> str:
     )
 
 
-def _blocks_html(cells: Iterable[Cell], tokens: np.ndarray, per_token: bool) -> str:
+def _blocks_html(cells: Iterable[Cell], tokens: np.ndarray, look: _Look) -> str:
     groups = groupby(cells, key=lambda cell: cell.message)
-    return "".join(_block_html(list(group), tokens, per_token) for _, group in groups)
+    return "".join(_block_html(list(group), tokens, look) for _, group in groups)
 
 
 def _strip_html(loss_mask: np.ndarray) -> str:
@@ -194,8 +209,10 @@ def render_html(
     token_loss_base: np.ndarray | None = None,
     per_token: bool = False,
     page: int = 0,
-    page_tokens: int = 2000,
+    page_tokens: int = PAGE_TOKENS,
     dropped_tokens: int = 0,
+    show_mask: bool = True,
+    hidden_roles: Collection[str] = (),
 ) -> str:
     """The row as HTML: trained tokens tinted and underlined, the rest dimmed, one block per message.
 
@@ -203,7 +220,8 @@ def render_html(
     unknown: with the first the tint is the loss, with both it is what training changed. Runs that look
     alike are one element unless `per_token` is set or their loss is known; then only page `page` of
     `page_tokens` tokens is in the result. Otherwise all pages are, folded except this one, unless they come to
-    more than 600 KB together. `dropped_tokens` were cut off before the row got here. Raises DataError for a
+    more than 600 KB together. Without `show_mask` the text is plain; of `hidden_roles` only a line is left.
+    `dropped_tokens` were cut off before the row got here. Raises DataError for a
     page that does not exist and for losses of the wrong length.
     """
     if token_loss is None and token_loss_base is not None:
@@ -218,10 +236,9 @@ def render_html(
             f"page{'s' if len(pages) > 1 else ''} of {grouped(page_tokens)}, counted from 0."
         )
     names = [f"tokens {grouped(part[0].first)}–{grouped(part[-1].stop - 1)}" for part in pages if part]
+    look = _Look(per_token, show_mask, hidden_roles)
     one_page = len(pages) == 1 or per_token or token_loss is not None
-    parts = {
-        index: _blocks_html(pages[index], tokens, per_token) for index in ([page] if one_page else range(len(pages)))
-    }
+    parts = {index: _blocks_html(pages[index], tokens, look) for index in ([page] if one_page else range(len(pages)))}
     if len(pages) == 1:
         body = parts[0]
     elif one_page or sum(len(part.encode()) for part in parts.values()) > _MOST_BYTES:
