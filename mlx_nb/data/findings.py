@@ -20,7 +20,7 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {
-    "unreadable": Kind(ERROR, "rows that cannot be read", "Fix or delete them: a run stops at the first one."),
+    "unreadable": Kind(ERROR, "rows that cannot be read", "Fix or delete them: they are left out."),
     "too_long": Kind(
         ERROR,
         "rows over max_seq_length, with `truncate: error`",

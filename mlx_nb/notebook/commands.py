@@ -196,7 +196,7 @@ def _batch(session: Session, arguments: argparse.Namespace) -> Any:
 
 
 def _browse(session: Session, arguments: argparse.Namespace) -> Any:
-    return session.get(arguments.name).browse(arguments.split).widget
+    return session.get(arguments.name).browse(arguments.split)
 
 
 def _check(session: Session, arguments: argparse.Namespace) -> Any:

@@ -22,7 +22,7 @@ COLOURS = {"mask": "mask", "loss now": "loss", "change against the base": "compa
 
 
 class RowBrowser:
-    """The widgets of `%finetune browse`. `widget` is what to display.
+    """The widgets of `%finetune browse`. It displays as `widget`; where there are none, as the row on show.
 
     splits      {split: its Examples}
     losses      split -> {row: loss} for the filter `highest loss`
@@ -60,23 +60,31 @@ class RowBrowser:
         """The number of the row on show; None when nothing was found."""
         return self.search.found[self.position] if self.position < len(self.search.found) else None
 
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        # An exported notebook has no kernel behind its widgets: there the row itself is left.
+        bundle = self.widget._repr_mimebundle_(include=include, exclude=exclude)
+        return {
+            **bundle,
+            "text/html": self.view.value,
+            "text/plain": f"rows of {self.split.value}: {len(self._finder):,}",
+        }
+
     def _build(self) -> None:
-        button, narrow = widgets.Button, widgets.Layout(width="auto")
         self.split = widgets.Dropdown(options=list(self._splits), description="split", layout=_width("11em"))
         self.filter = widgets.Dropdown(options=FILTERS, description="show", layout=_width("14em"))
         self.text = widgets.Text(
             placeholder="that contain…", continuous_update=False, layout=_width("13em"), tooltip="press Enter to search"
         )
-        self.regex = widgets.Checkbox(description="regex", indent=False, layout=narrow)
-        self.previous = button(description="◀ Previous", tooltip="the row before", layout=narrow)
-        self.next = button(description="Next ▶", tooltip="the row after", layout=narrow)
+        self.regex = widgets.Checkbox(description="regex", indent=False, layout=_width("auto"))
+        self.previous = widgets.Button(description="◀ Previous", tooltip="the row before", layout=_width("auto"))
+        self.next = widgets.Button(description="Next ▶", tooltip="the row after", layout=_width("auto"))
         self.jump = widgets.BoundedIntText(description="row", min=0, max=0, layout=_width("12em"))
         self.colour = widgets.Dropdown(options=list(COLOURS), description="colour", layout=_width("17em"))
-        self.tokens = widgets.Checkbox(description="one cell per token", indent=False, layout=narrow)
+        self.tokens = widgets.Checkbox(description="one cell per token", indent=False, layout=_width("auto"))
         self.roles = {role: _toggle(role) for role in ROLES}
-        self.more = button(description="Search on", tooltip="look at more rows", layout=narrow)
-        self.page_back = button(description="◀ page", layout=narrow)
-        self.page_on = button(description="page ▶", layout=narrow)
+        self.more = widgets.Button(description="Search on", tooltip="look at more rows", layout=_width("auto"))
+        self.page_back = widgets.Button(description="◀ page", layout=_width("auto"))
+        self.page_on = widgets.Button(description="page ▶", layout=_width("auto"))
         self.status = widgets.HTML()
         self.view = widgets.HTML()
         for box in (self.split, self.filter, self.jump, self.colour):
@@ -202,9 +210,7 @@ def _width(width: str) -> widgets.Layout:
 
 
 def _toggle(role: str) -> widgets.ToggleButton:
-    return widgets.ToggleButton(
-        True, description=role, tooltip=f"show or hide {role} messages", layout=widgets.Layout(width="auto")
-    )
+    return widgets.ToggleButton(True, description=role, tooltip=f"show or hide {role} messages", layout=_width("auto"))
 
 
 def _note(text: str) -> str:

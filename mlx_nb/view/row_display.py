@@ -93,7 +93,7 @@ class RowDisplay:
         if self.view.conversation is None:
             return f"{one_line(self._title)}\nleft out: {one_line(self.view.error or '')}"
         dropped = self.view.example.dropped_tokens if self.view.example else 0
-        return mask_overlay.render_text(
+        shown = mask_overlay.render_text(
             self.view.conversation,
             self._tokenizer,
             title=self._title,
@@ -101,3 +101,4 @@ class RowDisplay:
             token_loss=self._token_loss,
             dropped_tokens=dropped,
         )
+        return f"{shown}\nleft out: {one_line(self.view.error)}" if self.view.error else shown

@@ -1,0 +1,52 @@
+"""The example notebooks, executed on the real model as a person would, and what they claim."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from mlx_nb.quickstart import run_quickstart
+
+NOTEBOOKS = Path(__file__).parent.parent / "example_notebooks"
+pytestmark = [pytest.mark.real_model, pytest.mark.kernel]
+
+
+def executed(folder: Path, name: str) -> nbformat.NotebookNode:
+    from nbclient import NotebookClient
+
+    shutil.copytree(NOTEBOOKS / "home_requests", folder / "home_requests")
+    notebook = nbformat.read(NOTEBOOKS / name, 4)
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
+    return notebook
+
+
+def text_of(notebook: nbformat.NotebookNode, source: str) -> str:
+    """The plain text of the first cell that begins with `source`."""
+    cell = next(cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.startswith(source))
+    return "".join(output.get("text", "") or output.get("data", {}).get("text/plain", "") for output in cell.outputs)
+
+
+def test_the_quickstart_learns_its_task(tmp_path, capsys):
+    assert run_quickstart(str(tmp_path / "quickstart")) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["before"]["exact_match"] < 0.1
+    assert summary["after"]["exact_match"] > 0.8
+    assert summary["after"]["validation_loss"] < summary["before"]["validation_loss"] / 10
+
+
+def test_rows_and_masks_finds_what_was_broken(tmp_path):
+    notebook = executed(tmp_path, "02_rows_and_masks.ipynb")
+    check = text_of(notebook, "%finetune check")
+    for row in (40, 41, 42, 43, 45, 46):
+        assert f"row {row}" in check, row
+    assert "row 5: the same as training row 44" in check
+    assert "<script>alert(1)</script>" in text_of(notebook, "%finetune row 47")
+    assert "left out" in text_of(notebook, "%finetune row 40")
+    result = ast.literal_eval(text_of(notebook, "{"))
+    assert result["left_out"] == 0
+    assert result["validation_loss"][-1] < 0.5 < result["validation_loss"][0]
