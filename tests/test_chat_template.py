@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -584,3 +585,48 @@ if ORACLE:
             messages = without_flags(item["messages"])
             if item["tools"] is None and all(isinstance(m.get("content"), str) for m in messages):
                 assert_agrees_with_brute_force(messages, tokenizer)
+
+    PLAIN = TEXTS.filter(lambda text: text.strip() and "think" not in text)
+    FORMS = (str, str.strip, str.lstrip, str.rstrip, lambda text: text.strip("\n"), lambda text: text.lstrip("\n"))
+    OFTEN = settings(
+        max_examples=int(os.environ.get("MLX_NB_MASK_EXAMPLES", "60")),
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
+    )
+    PLAIN_CONVERSATIONS = st.lists(st.tuples(PLAIN, PLAIN), min_size=1, max_size=3).map(
+        lambda turns: [message for user, assistant in turns for message in chat(user, assistant)]
+    )
+
+    @OFTEN
+    @given(messages=PLAIN_CONVERSATIONS, system=st.none() | PLAIN)
+    def test_on_every_template_of_the_file_trained_tokens_are_the_assistants_words(
+        oracle_template: tuple[PreTrainedTokenizerFast, list[dict]], messages: Messages, system: str | None
+    ) -> None:
+        """What is trained with other words in their place, with the words put back: their turns, ends included."""
+        tokenizer, _ = oracle_template
+        if system is not None:
+            messages = [{"role": "system", "content": system}, *messages]
+        try:
+            row = tokenize_conversation(messages, tokenizer)
+            named = [{**message, "content": f"Qx{i}qX"} for i, message in enumerate(messages)]
+            frame = tokenize_conversation(named, tokenizer)
+        except MaskRefused:
+            event("refused")
+            return
+        turns = [frame.text[s.start : s.end] for s in frame.spans if s.weight > 0]
+        trained = [row.text[s.start : s.end] for s in row.spans if s.weight > 0]
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        assert len(turns) == len(trained) == len(answers)
+        for i, turn, text in zip(answers, turns, trained):
+            assert turn.count(f"Qx{i}qX") == 1
+            assert text in {turn.replace(f"Qx{i}qX", form(messages[i]["content"])) for form in FORMS}
+        if not any("reaches across" in problem for problem in row.problems):
+            assert "".join(trained_texts(row, tokenizer)) == "".join(trained)
+
+    @OFTEN
+    @given(messages=conversations())
+    def test_brute_force_agrees_on_random_conversations(
+        oracle_template: tuple[PreTrainedTokenizerFast, list[dict]], messages: Messages
+    ) -> None:
+        with contextlib.suppress(MaskRefused):
+            assert_agrees_with_brute_force(messages, oracle_template[0])
