@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_unflatten
 
 from mlx_nb.config import RunConfig
 from mlx_nb.data.batches import BatchPlan, TokenBatch, evaluation_batches, pad
 from mlx_nb.data.examples import TokenizedExample
-from mlx_nb.errors import DataError, NonFiniteLoss
+from mlx_nb.errors import CheckpointError, DataError, NonFiniteLoss
 from mlx_nb.events import (
     ChangeSetting,
     CheckpointSaved,
@@ -37,7 +38,9 @@ from mlx_nb.events import (
 from mlx_nb.model import adapters
 from mlx_nb.model.logprobs import TargetScorer, target_inputs
 from mlx_nb.model.randomness import random_stream, seed_for
+from mlx_nb.model.trees import named_arrays
 from mlx_nb.objectives.sft import sft_loss
+from mlx_nb.train.checkpoint import Checkpoint
 from mlx_nb.train.optimizer import build_optimizer, learning_rate_at
 from mlx_nb.train.step import Stepper
 
@@ -96,7 +99,7 @@ class Trainer:
         self.state = TrainerState()
         self.finished: RunFinished | None = None
         self._pending: deque[Request] = deque()
-        self._due: deque[Callable[[], Iterator[Event]]] = deque()
+        self._due: deque[tuple[str, str]] = deque()
         self._started = False
         # Compiled functions are traced once per shape, so there shapes are rounded up to fewer of them.
         self._width_multiple, self._target_multiple = (32, 64) if compiled else (1, 1)
@@ -128,10 +131,11 @@ class Trainer:
         done = 0
         if not self._started:
             self._started = True
-            self._due.append(self._start)
+            self._due.append(("start", ""))
         while True:
             while self._due:
-                yield from self._due.popleft()()
+                # Taken off the queue before it is done: what is half done when the person interrupts is not repeated.
+                yield from self._do(*self._due.popleft())
             if self.finished is not None:
                 return
             stopped = yield from self._read_requests()
@@ -145,6 +149,55 @@ class Trainer:
             done += 1
             self._schedule_after_update()
             yield event
+
+    def _do(self, what: str, how: str) -> Iterator[Event]:
+        """Carry out one thing of the queue. It holds words, so that a checkpoint can keep it."""
+        match what:
+            case "start":
+                return self._start()
+            case "validate":
+                return self._validate()
+            case "save":
+                return self._save(how)
+            case _:
+                return self._finish(how)
+
+    def snapshot(self) -> Checkpoint:
+        """Everything that the next update depends on, as it is at this step boundary."""
+        arrays = {
+            "parameters": dict(named_arrays(self.model.trainable_parameters())),
+            "optimizer": dict(named_arrays(self.stepper.optimizer.state)),
+        }
+        state = {
+            "trainer": asdict(self.state),
+            "due": [list(item) for item in self._due],
+            "started": self._started,
+            "finished": self.finished and asdict(self.finished),
+        }
+        return Checkpoint(self.state.step, arrays, state)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a snapshot, bit for bit. Raises CheckpointError when it is of another model or optimizer."""
+        parameters, optimizer = checkpoint.arrays["parameters"], checkpoint.arrays["optimizer"]
+        ours = {
+            "parameter": (parameters, dict(named_arrays(self.model.trainable_parameters()))),
+            "optimizer state": (optimizer, dict(named_arrays(self.stepper.optimizer.state))),
+        }
+        for what, (theirs, here) in ours.items():
+            for name in sorted(theirs.keys() | here.keys()):
+                one, other = theirs.get(name), here.get(name)
+                if one is None or other is None or one.shape != other.shape or one.dtype != other.dtype:
+                    raise CheckpointError(
+                        f"the checkpoint of step {checkpoint.step} is of another run: {what} {name} does not fit. "
+                        "Use the model, fine_tune_type, lora_parameters and optimizer that it was made with."
+                    )
+        self.model.update(tree_unflatten(list(parameters.items())))
+        self.stepper.optimizer.state = tree_unflatten(list(optimizer.items()))
+        self.state = TrainerState(**checkpoint.state["trainer"])
+        finished = checkpoint.state["finished"]
+        self.finished = None if finished is None else RunFinished(**finished)
+        self._due = deque((what, how) for what, how in checkpoint.state["due"])
+        self._started = checkpoint.state["started"]
 
     def _start(self) -> Iterator[Event]:
         yield RunStarted(
@@ -169,11 +222,11 @@ class Trainer:
         step, last = self.state.step, self.state.step >= self.iters
         every = self.config.steps_per_eval or max(1, self.iters // 5)
         if self.validates and (last or step % every == 0):
-            self._due.append(self._validate)
+            self._due.append(("validate", ""))
         if last:
-            self._due.append(lambda: self._finish("iters reached"))
+            self._due.append(("finish", "iters reached"))
         elif self.config.save_every > 0 and step % self.config.save_every == 0:
-            self._due.append(lambda: self._save("step"))
+            self._due.append(("save", "step"))
 
     def _read_requests(self) -> Generator[Event, None, bool]:
         """Carry out what was asked. The generator's value is True when training must not go on now."""
@@ -280,7 +333,7 @@ class Trainer:
             yield CheckpointSaved(state.step, str(path), "best")
         patience = self.config.early_stopping_patience
         if patience is not None and state.evaluations_without_best >= patience and state.step < self.iters:
-            self._due.append(lambda: self._finish("early stopping"))
+            self._due.append(("finish", "early stopping"))
 
     def _save(self, kind: str) -> Iterator[Event]:
         if kind == "step":
