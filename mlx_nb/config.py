@@ -195,6 +195,7 @@ class RunConfig:
     save_every: int = setting(
         100, "Save the adapter every N updates. -1 = only at the end.", group="saving", at_least=-1, live=True
     )
+    keep: int = setting(3, "How many exact checkpoints to keep, besides the best.", group="saving", at_least=1)
     adapter_path: str | None = setting(
         None, "Folder for the adapter. null = adapters/<name of the run>.", group="saving"
     )

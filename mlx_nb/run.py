@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +15,10 @@ from mlx_nb.config import LIVE_SETTINGS, SETTINGS, RunConfig
 from mlx_nb.data.checks import SAMPLED_ROWS, DataCheck, check_data
 from mlx_nb.data.examples import Examples, ExampleSettings, LeftOut, RowView, TokenizedExample, split_examples
 from mlx_nb.data.sources import Splits, open_splits
-from mlx_nb.errors import CommandError, ConfigError, DataError, ModelError, NonFiniteLoss, did_you_mean
+from mlx_nb.errors import CheckpointError, CommandError, ConfigError, DataError, ModelError, NonFiniteLoss, did_you_mean
 from mlx_nb.events import (
     ChangeSetting,
+    CheckpointSaved,
     EvaluationCompleted,
     Event,
     Request,
@@ -21,6 +26,7 @@ from mlx_nb.events import (
     RunFinished,
     RunPaused,
     StepCompleted,
+    event_from_json,
 )
 from mlx_nb.view.history import History, visits_text
 from mlx_nb.view.row_display import ShownRow
@@ -33,6 +39,7 @@ if TYPE_CHECKING:
     from mlx_nb.train.trainer import Trainer
 
 SPLITS = ("train", "valid", "test")
+CHECKPOINTS = "checkpoints"
 
 
 class Run:
@@ -55,6 +62,7 @@ class Run:
         self._namespace = namespace
         self._loaded: LoadedModel | None = None
         self._tokenizer: Any = None
+        self._resumed = False
         self._splits: Splits | None = None
         self._trainer: Trainer | None = None
         self._left_out: dict[str, list[LeftOut]] = {}
@@ -152,7 +160,7 @@ class Run:
                 cut = sum(1 for example in kept[split] if example.dropped_tokens)
                 if cut:
                     notes.append(f"{cut} training rows were cut to max_seq_length={self.config.max_seq_length}.")
-        set_aside = _set_aside(self.folder)
+        set_aside = None if self._resumed else _set_aside(self.folder)
         if set_aside:
             notes.append(f"The adapter that was in {self.folder} is now in {set_aside}.")
         return Trainer(
@@ -267,6 +275,85 @@ class Run:
         for event in self.trainer.events(updates):
             self._record(event)
             yield event
+            if kind := _checkpoint_kind(event):
+                try:
+                    self.checkpoint(kind)
+                except CheckpointError as error:
+                    paused = RunPaused(self.step_count, str(error))
+                    self._record(paused)
+                    yield paused
+                    return
+
+    def checkpoint(self, kind: str = "step") -> Path:
+        """Write everything that the run's next update depends on. Returns the folder. Raises CheckpointError."""
+        from mlx_nb.train.checkpoint import CheckpointStore
+
+        snapshot = self.trainer.snapshot()
+        config = {name: value for name, value in self.config.to_dict().items() if name != "data" or _is_json(value)}
+        state = {
+            **snapshot.state,
+            "name": self.name,
+            "config": config,
+            "made_from": self._fingerprints,
+            "history": [event.to_json() for event in self.history.events],
+        }
+        store = CheckpointStore(self.folder / CHECKPOINTS, self.config.keep)
+        return store.save(replace(snapshot, state=state), kind=kind)
+
+    @classmethod
+    def resume(
+        cls,
+        path: str | Path,
+        *,
+        step: int | None = None,
+        data: Any = None,
+        namespace: Mapping[str, Any] | None = None,
+        allow_changed: Collection[str] = (),
+    ) -> Run:
+        """The run of the adapter folder `path`, as it was at its newest good checkpoint, or the one of `step`.
+
+        What happens from there on is what would have happened. `data` is needed again when it was an object.
+        Raises CheckpointError when there is no good checkpoint, and when rows, template, tokenizer, model or a
+        version changed since: naming them in `allow_changed` goes on all the same.
+        """
+        from mlx_nb.train.checkpoint import CheckpointStore
+
+        folder = Path(path).expanduser()
+        checkpoint, messages = CheckpointStore(folder / CHECKPOINTS).load(step)
+        values = {**checkpoint.state["config"], "adapter_path": str(folder)}
+        if data is not None:
+            values["data"] = data
+        if "data" not in values:
+            raise CheckpointError(f"the rows of {folder} were an object in memory. Pass them again as `data`.")
+        run = cls(RunConfig.from_dict(values), name=checkpoint.state["name"], namespace=namespace)
+        made_from, now = checkpoint.state["made_from"], run._fingerprints
+        changed = [what for what in made_from if made_from[what] != now[what]]
+        refused = [what for what in changed if what not in allow_changed]
+        if refused:
+            raise CheckpointError(
+                f"changed since the checkpoint of step {checkpoint.step}: {', '.join(refused)}. "
+                f"Bring back what it was, or go on all the same with allow_changed={refused!r}."
+            )
+        run._resumed = True
+        run.trainer.restore(checkpoint)
+        run.trainer.notes += (*messages, *(f"changed since the checkpoint: {what}" for what in changed))
+        run.history = History(event_from_json(line) for line in checkpoint.state["history"])
+        return run
+
+    @cached_property
+    def _fingerprints(self) -> dict[str, Any]:
+        """What a run's numbers depend on besides its settings, by name."""
+        from importlib.metadata import version
+
+        tokenizer = getattr(self.tokenizer, "_tokenizer", self.tokenizer)
+        files = sorted(self.loaded.folder.glob("*.safetensors"))
+        return {
+            "data": [source.fingerprint() for split in SPLITS if (source := getattr(self.splits, split)) is not None],
+            "template": _digest(str(tokenizer.chat_template)),
+            "tokenizer": _digest(tokenizer.backend_tokenizer.to_str()),
+            "model": [[file.name, file.stat().st_size] for file in files],
+            "mlx version": version("mlx"),
+        }
 
     def step(self, n: int = 1) -> StepCompleted:
         """Exactly `n` optimizer updates (fewer at the end of the run), then control is back. Returns the last one.
@@ -412,6 +499,32 @@ class Rows(Sequence[RowView]):
         return f"Rows({self.split}, {len(self)} rows)"
 
 
+def _checkpoint_kind(event: Event) -> str | None:
+    match event:
+        case CheckpointSaved(kind="step" | "best" as kind):
+            return kind
+        case RunPaused():
+            return "pause"
+        case RunFailed():
+            return "error"
+        case RunFinished():
+            return "final"
+        case _:
+            return None
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return isinstance(value, str) or all(isinstance(source, str) or "path" in source for source in value)
+
+
 def _raise_failure(event: Event) -> None:
     if isinstance(event, RunFailed):
         raise NonFiniteLoss(event.error, event.rows)
@@ -423,7 +536,7 @@ def _with_test(examples: Any, test: Sequence[TokenizedExample]) -> Any:
 
 def _set_aside(folder: Path) -> Path | None:
     """Move a folder that already holds an adapter out of the way: nothing trained is ever overwritten."""
-    if not (folder / "adapters.safetensors").exists():
+    if not (folder / "adapters.safetensors").exists() and not (folder / CHECKPOINTS).exists():
         return None
     number = 1
     while (target := folder.with_name(f"{folder.name}.previous-{number}")).exists():

@@ -308,10 +308,8 @@ def assert_same_logits(path, reference, vocabulary, architecture, **settings):
     return theirs
 
 
-@pytest.mark.parametrize("architecture", PRE)
+@pytest.mark.parametrize("architecture", [name for name in PRE if name != "gemma3"])  # which has none
 def test_an_output_matrix_of_its_own_makes_the_logits(tmp_path, architecture):
-    if architecture == "gemma3":
-        pytest.skip("a gemma3 has none")
     reference, vocabulary = synthetic(tmp_path / "model.gguf", architecture, Q.F32, untied=True)
     own = assert_same_logits(tmp_path / "model.gguf", reference, vocabulary, architecture)
     del reference["lm_head.weight"]

@@ -125,15 +125,3 @@ def test_an_executed_notebook_keeps_a_static_figure_and_summary(tiny_folder, tmp
     shown = notebook.cells[2].outputs[0].data["text/html"]
     assert "<script" not in shown
     assert "trained" in shown
-
-
-@pytest.mark.real_model
-@pytest.mark.parametrize("name", ["01_quickstart"])
-def test_the_example_notebooks_run(name, tmp_path):
-    """The quickstart measures itself: before under 10%, after over 80% exact match."""
-    from mlx_nb.quickstart import _copy_example, _execute, _summary
-
-    summary = _summary(_execute(_copy_example(tmp_path)))
-    assert summary["before"]["exact_match"] < 0.1
-    assert summary["after"]["exact_match"] > 0.8
-    assert summary["after"]["validation_loss"] < summary["before"]["validation_loss"]

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 
 import numpy as np
 import pytest
 
+from mlx_nb import Run, RunConfig
 from mlx_nb.errors import CheckpointError
-from mlx_nb.events import EvaluationCompleted, StepCompleted
+from mlx_nb.events import EvaluationCompleted, Pause, RunPaused, StepCompleted
 from mlx_nb.model.trees import named_arrays
+from mlx_nb.notebook.commands import run_line
+from mlx_nb.notebook.session import Session
 from mlx_nb.train.checkpoint import CheckpointStore
 from test_trainer import make_trainer
-from tiny import random_examples
+from tiny import random_examples, tiny_rows
 
 SCHEDULE = {"name": "cosine_decay", "arguments": [1e-2, 40], "warmup": 5}
 SETTINGS = {
@@ -85,3 +90,85 @@ def test_a_checkpoint_of_another_run_is_refused_and_changes_nothing(tmp_path):
     with pytest.raises(CheckpointError, match="optimizer state"):
         trainer_for(tmp_path, "three", optimizer="sgd").restore(checkpoint)
     assert arrays_of(other) == before
+
+
+def rows_run(folder, tiny_folder, **settings):
+    values = {"model": str(tiny_folder), "iters": 6, "batch_size": 4, "steps_per_eval": 2, "save_every": 2}
+    data = folder / "rows.jsonl"
+    if not data.exists():
+        data.write_text("".join(json.dumps(row) + "\n" for row in tiny_rows()))
+    return Run(RunConfig.from_dict({**values, "data": str(data), "adapter_path": str(folder / "a"), **settings}))
+
+
+def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path, tiny_folder):
+    whole = rows_run(tmp_path, tiny_folder, adapter_path=str(tmp_path / "whole"))
+    whole.run()
+    stopped = rows_run(tmp_path, tiny_folder)
+    stopped.run(until=3)
+    stopped.request(Pause("enough"))
+    assert isinstance(stopped.run(), RunPaused)
+    del stopped
+    resumed = Run.resume(tmp_path / "a")
+    assert resumed.step_count == 3
+    assert len(resumed.history) == 3
+    resumed.run()
+    assert resumed.adapter_bytes() == whole.adapter_bytes()
+    assert resumed.history["loss"] == whole.history["loss"]
+    assert [one["loss"] for one in resumed.history.evaluations()] == [
+        one["loss"] for one in whole.history.evaluations()
+    ]
+    earlier = Run.resume(tmp_path / "a", step=4)
+    assert earlier.step_count == 4
+    earlier.run()
+    assert earlier.adapter_bytes() == whole.adapter_bytes()
+    assert Run.resume(tmp_path / "a").finished
+
+
+def test_what_changed_since_is_named_and_allowed_only_when_asked(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder)
+    run.run(until=2)
+    run.checkpoint()
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(30)))
+    with pytest.raises(CheckpointError, match="changed since the checkpoint of step 2: data"):
+        Run.resume(tmp_path / "a")
+    allowed = Run.resume(tmp_path / "a", allow_changed=["data"])
+    assert "changed since the checkpoint: data" in allowed.trainer.notes
+    allowed.run()
+    with pytest.raises(CheckpointError, match="nowhere"):
+        Run.resume(tmp_path / "nowhere")
+
+
+def test_rows_that_were_an_object_are_passed_again(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder, data=tiny_rows())
+    run.run(until=2)
+    run.checkpoint()
+    with pytest.raises(CheckpointError, match="Pass them again"):
+        Run.resume(tmp_path / "a")
+    assert Run.resume(tmp_path / "a", data=tiny_rows()).step_count == 2
+
+
+def test_a_checkpoint_that_cannot_be_written_pauses_and_loses_nothing(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder)
+    run.run(until=1)
+    shutil.rmtree(tmp_path / "a" / "checkpoints", ignore_errors=True)
+    (tmp_path / "a").mkdir(exist_ok=True)
+    (tmp_path / "a" / "checkpoints").write_text("in the way")
+    ended = run.run()
+    assert isinstance(ended, RunPaused)
+    assert "checkpoints" in ended.reason
+    (tmp_path / "a" / "checkpoints").unlink()
+    run.run()
+    assert run.finished
+    whole = rows_run(tmp_path, tiny_folder, adapter_path=str(tmp_path / "whole"))
+    whole.run()
+    assert run.adapter_bytes() == whole.adapter_bytes()
+
+
+def test_the_resume_command_takes_a_name_or_a_folder(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder)
+    run.run(until=2)
+    run.checkpoint()
+    session = Session()
+    text = str(run_line(session, f"resume {tmp_path / 'a'}"))
+    assert "2 of 6 updates" in text
+    assert session.get().step_count == 2

@@ -7,6 +7,7 @@ import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 from mlx_nb.config import LIVE_SETTINGS
@@ -163,6 +164,18 @@ def _runs(session: Session, _arguments: argparse.Namespace) -> _Text:
     return _Text("\n".join(lines))
 
 
+def _resume(session: Session, arguments: argparse.Namespace) -> _Text:
+    folder = Path(arguments.run)
+    if not folder.exists() and len(folder.parts) == 1:
+        folder = Path("adapters") / folder
+    run = Run.resume(
+        folder, step=arguments.step, namespace=session.namespace, allow_changed=arguments.allow_changed or ()
+    )
+    session.add(run)
+    notes = "".join(f"\n{note}" for note in run.trainer.notes)
+    return _Text(f"{run!r}\n`%finetune run` goes on from there.{notes}")
+
+
 def _rows(session: Session, arguments: argparse.Namespace) -> _Text:
     run = session.get(arguments.name)
     rows = run.rows(arguments.split)
@@ -235,7 +248,7 @@ def _command(
     for flags, options in arguments:
         parser.add_argument(*flags, **options)
     usage = _usage(parser)
-    if name not in ("runs", "help", "use"):
+    if name not in ("runs", "help", "use", "resume"):
         parser.add_argument("--name", "-n", default=None, help="another run than the current one")
     return Command(usage, help, act, parser)
 
@@ -309,6 +322,14 @@ COMMANDS: dict[str, Command] = {
         _argument("path", nargs="?", help="folder (default: the run's own)"),
     ),
     "runs": _command("runs", "the runs of this notebook", _runs),
+    "resume": _command(
+        "resume",
+        "go on with a run from its newest checkpoint, as if it had never stopped",
+        _resume,
+        _argument("run", help="name of the run, or its adapter folder"),
+        _argument("--step", type=int, help="the checkpoint of this update instead of the newest"),
+        _argument("--allow-changed", nargs="+", metavar="WHAT", help="go on although this changed since"),
+    ),
     "use": _command(
         "use",
         "make another run the current one",

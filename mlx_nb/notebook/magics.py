@@ -21,7 +21,7 @@ class FinetuneMagics(Magics):
 
     def __init__(self, shell: InteractiveShell) -> None:
         super().__init__(shell)
-        self.session = Session()
+        self.session = Session(self.shell.user_ns if self.shell else None)
 
     @no_var_expand
     @line_magic("finetune")  # type: ignore[arg-type]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from mlx_nb.errors import CommandError, did_you_mean
 
@@ -11,9 +12,10 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """Runs in the order they were made. Making a run of an existing name replaces it."""
+    """Runs in the order they were made; `namespace` is the notebook's. Making a run of an existing name replaces it."""
 
-    def __init__(self) -> None:
+    def __init__(self, namespace: Mapping[str, Any] | None = None) -> None:
+        self.namespace = namespace
         self.runs: dict[str, Run] = {}
         self._current: str | None = None
 
