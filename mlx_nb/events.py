@@ -103,6 +103,14 @@ class RunPaused(Event):
 
 
 @dataclass(frozen=True)
+class Rewound(Event):
+    """The run went back to `step` from `from_step`. Of the events that stood, the first `kept` still do."""
+
+    from_step: int
+    kept: int
+
+
+@dataclass(frozen=True)
 class RunFinished(Event):
     """The run is over. `reason` is `iters reached`, `early stopping` or `stopped`."""
 
@@ -132,6 +140,7 @@ EVENT_TYPES: dict[str, type[Event]] = {
         CheckpointSaved,
         SettingChanged,
         RunPaused,
+        Rewound,
         RunFinished,
         RunFailed,
     )

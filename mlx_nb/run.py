@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -22,6 +23,7 @@ from mlx_nb.events import (
     EvaluationCompleted,
     Event,
     Request,
+    Rewound,
     RunFailed,
     RunFinished,
     RunPaused,
@@ -36,10 +38,12 @@ if TYPE_CHECKING:
 
     from mlx_nb.model.loading import LoadedModel
     from mlx_nb.rollouts.generation import Prompt
+    from mlx_nb.train.checkpoint import Checkpoint
     from mlx_nb.train.trainer import Trainer
 
 SPLITS = ("train", "valid", "test")
 CHECKPOINTS = "checkpoints"
+RECENT_BYTES = 512 * 1024**2  # of the last steps, kept in memory to rewind to
 
 
 class Run:
@@ -63,6 +67,7 @@ class Run:
         self._loaded: LoadedModel | None = None
         self._tokenizer: Any = None
         self._resumed = False
+        self._recent: deque[Checkpoint] = deque()
         self._splits: Splits | None = None
         self._trainer: Trainer | None = None
         self._left_out: dict[str, list[LeftOut]] = {}
@@ -272,8 +277,12 @@ class Run:
 
     def events(self, updates: int | None = None) -> Iterator[Event]:
         """Train for `updates` optimizer updates (None = to the end), yielding what happens."""
+        if not self._recent:
+            self._remember()
         for event in self.trainer.events(updates):
             self._record(event)
+            if isinstance(event, StepCompleted):
+                self._remember()
             yield event
             if kind := _checkpoint_kind(event):
                 try:
@@ -283,6 +292,51 @@ class Run:
                     self._record(paused)
                     yield paused
                     return
+
+    def _remember(self) -> None:
+        """Keep this step in memory, as many of the last ones as the budget allows. Arrays are shared, not copied."""
+        snapshot = self.trainer.snapshot()
+        size = sum(array.nbytes for group in snapshot.arrays.values() for array in group.values())
+        state = {**snapshot.state, "standing": len(self.history.standing)}
+        self._recent.append(replace(snapshot, state=state))
+        while len(self._recent) > 1 and len(self._recent) * size > RECENT_BYTES:
+            self._recent.popleft()
+
+    def rewind(self, updates: int | None = None, *, to: int | None = None) -> Rewound:
+        """Go back by `updates` updates, or to update `to`: what follows is what would have followed then.
+
+        The last steps are in memory, older ones on disk if they were saved. Settings stay as they are now; the
+        history keeps the branch that is left. Raises CommandError when there is no such step.
+        """
+        target = to if to is not None else self.step_count - (1 if updates is None else updates)
+        if not 0 <= target < self.step_count:
+            raise CommandError(f"{self.name} is at update {self.step_count} and cannot go back to {target}.")
+        recent = next((one for one in reversed(self._recent) if one.step == target), None)
+        checkpoint = recent or self._saved(target)
+        rewound = Rewound(target, self.step_count, checkpoint.state["standing"])
+        self.trainer.restore(checkpoint)
+        while self._recent and self._recent[-1].step > target:
+            self._recent.pop()
+        self._record(rewound)
+        self.checkpoint("rewind")
+        return rewound
+
+    def _saved(self, step: int) -> Checkpoint:
+        """The checkpoint of `step` on disk, if it lies on the way to where the run is now."""
+        from mlx_nb.train.checkpoint import CheckpointStore
+
+        store = CheckpointStore(self.folder / CHECKPOINTS, self.config.keep)
+        in_memory = {one.step for one in self._recent}
+        there = sorted({info.step for info in store.list()} | in_memory)
+        try:
+            checkpoint, _ = store.load(step)
+        except CheckpointError:
+            reachable = ", ".join(str(one) for one in there if one < self.step_count)
+            raise CommandError(f"update {step} was not kept. These can be reached: {reachable or 'none'}.") from None
+        before = History(event_from_json(line) for line in checkpoint.state["history"]).standing
+        if [event.to_json() for event in before] != [event.to_json() for event in self.history.standing[: len(before)]]:
+            raise CommandError(f"the checkpoint of update {step} is of a branch that was left by a rewind.")
+        return checkpoint
 
     def checkpoint(self, kind: str = "step") -> Path:
         """Write everything that the run's next update depends on. Returns the folder. Raises CheckpointError."""
@@ -294,6 +348,7 @@ class Run:
             **snapshot.state,
             "name": self.name,
             "config": config,
+            "standing": len(self.history.standing),
             "made_from": self._fingerprints,
             "history": [event.to_json() for event in self.history.events],
         }

@@ -50,3 +50,13 @@ def test_rows_and_masks_finds_what_was_broken(tmp_path):
     result = ast.literal_eval(text_of(notebook, "{"))
     assert result["left_out"] == 0
     assert result["validation_loss"][-1] < 0.5 < result["validation_loss"][0]
+
+
+def test_stop_resume_rewind_ends_bit_for_bit_the_same(tmp_path):
+    notebook = executed(tmp_path, "03_stop_resume_rewind.ipynb")
+    result = ast.literal_eval(text_of(notebook, "{"))
+    assert result["same_losses"]
+    assert result["same_adapter"]
+    assert len(result["left"]) == len(result["instead"]) == 6
+    assert result["left"][0] == result["instead"][0]
+    assert result["left"][1:] != result["instead"][1:]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mlx_nb import Run, RunConfig
-from mlx_nb.errors import CheckpointError
+from mlx_nb.errors import CheckpointError, CommandError
 from mlx_nb.events import EvaluationCompleted, Pause, RunPaused, StepCompleted
 from mlx_nb.model.trees import named_arrays
 from mlx_nb.notebook.commands import run_line
@@ -172,3 +172,59 @@ def test_the_resume_command_takes_a_name_or_a_folder(tmp_path, tiny_folder):
     text = str(run_line(session, f"resume {tmp_path / 'a'}"))
     assert "2 of 6 updates" in text
     assert session.get().step_count == 2
+
+
+def test_a_rewound_run_goes_the_same_way_again(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder)
+    run.run()
+    losses, adapter = run.history["loss"], run.adapter_bytes()
+    evaluations = [one["loss"] for one in run.history.evaluations()]
+    for target in (5, 3, 0, 4):
+        rewound = run.rewind(to=target)
+        assert (rewound.step, rewound.from_step, run.step_count) == (target, 6, target)
+        assert run.history["loss"] == losses[:target]
+        run.run()
+        assert run.history["loss"] == losses
+        assert [one["loss"] for one in run.history.evaluations()] == evaluations
+        assert run.adapter_bytes() == adapter
+    assert [len(branch) for branch in run.history.abandoned()] == [1, 3, 6, 2]
+
+
+def test_a_rewind_and_another_rate_leave_the_old_branch_visible(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder)
+    run.run(until=4)
+    before = run.history["loss"]
+    run.rewind(2)
+    run.set(learning_rate=1e-2)
+    run.run()
+    assert run.history["loss"][:3] == before[:3]
+    assert run.history["loss"][3] != before[3]
+    assert [row["loss"] for row in run.history.abandoned()[0]] == before[2:]
+    assert run.plot().axes[0].get_lines()[0].get_label() == "rewound"
+    again = Run.resume(tmp_path / "a")
+    assert again.history["loss"] == run.history["loss"]
+    assert again.history.abandoned() == run.history.abandoned()
+
+
+def test_older_steps_are_fetched_from_disk_and_what_is_gone_is_said(tmp_path, tiny_folder, monkeypatch):
+    monkeypatch.setattr("mlx_nb.run.RECENT_BYTES", 0)
+    run = rows_run(tmp_path, tiny_folder)
+    run.run()
+    losses = run.history["loss"]
+    with pytest.raises(CommandError, match=r"update 3 was not kept\. These can be reached: .*2, 4"):
+        run.rewind(to=3)
+    with pytest.raises(CommandError, match="cannot go back to 6"):
+        run.rewind(to=6)
+    run.rewind(to=4)
+    run.run()
+    assert run.history["loss"] == losses
+
+
+def test_the_rewind_command(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder)
+    run.run(until=3)
+    session = Session()
+    session.add(run)
+    assert "went back from update 3 to 1" in str(run_line(session, "rewind 2"))
+    with pytest.raises(CommandError, match="not both"):
+        run_line(session, "rewind 1 --to 0")

@@ -164,6 +164,17 @@ def _runs(session: Session, _arguments: argparse.Namespace) -> _Text:
     return _Text("\n".join(lines))
 
 
+def _rewind(session: Session, arguments: argparse.Namespace) -> _Text:
+    from mlx_nb.view.text_report import describe
+
+    run = session.get(arguments.name)
+    if arguments.to is not None and arguments.n is not None:
+        raise CommandError("%finetune rewind: give a number of updates or --to, not both.")
+    return _Text(
+        f"{run.name} {describe(run.rewind(arguments.n, to=arguments.to))}. `%finetune run` goes on from there."
+    )
+
+
 def _resume(session: Session, arguments: argparse.Namespace) -> _Text:
     folder = Path(arguments.run)
     if not folder.exists() and len(folder.parts) == 1:
@@ -322,6 +333,13 @@ COMMANDS: dict[str, Command] = {
         _argument("path", nargs="?", help="folder (default: the run's own)"),
     ),
     "runs": _command("runs", "the runs of this notebook", _runs),
+    "rewind": _command(
+        "rewind",
+        "go back by n updates (default 1), or --to one",
+        _rewind,
+        _argument("n", nargs="?", type=int),
+        _argument("--to", type=int, metavar="UPDATE"),
+    ),
     "resume": _command(
         "resume",
         "go on with a run from its newest checkpoint, as if it had never stopped",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from mlx_nb.events import EvaluationCompleted, Event, RunFinished, RunStarted, StepCompleted
+from mlx_nb.events import EvaluationCompleted, Event, Rewound, RunFinished, RunStarted, StepCompleted
 
 STEP_COLUMNS = (
     "step",
@@ -23,15 +23,32 @@ EVALUATION_COLUMNS = ("step", "split", "loss", "perplexity", "target_tokens", "r
 class History:
     """All events of a run, with the two tables that people look at.
 
+    `events` is everything that happened; `standing` leaves out what a rewind took back, and so do the tables.
+
     `history["loss"]` is a column of the steps; `history.steps()` and `history.evaluations()` are lists of dicts,
     which `pandas.DataFrame` takes as they are.
     """
 
     def __init__(self, events: Iterable[Event] = ()) -> None:
-        self.events: list[Event] = list(events)
+        self.events: list[Event] = []
+        self.standing: list[Event] = []
+        self._abandoned: list[list[Event]] = []
+        for event in events:
+            self.append(event)
 
     def append(self, event: Event) -> None:
         self.events.append(event)
+        if isinstance(event, Rewound):
+            self._abandoned.append(self.standing[event.kept :])
+            del self.standing[event.kept :]
+        self.standing.append(event)
+
+    def abandoned(self) -> list[list[dict]]:
+        """The steps of each branch that a rewind left behind, the oldest first; dicts as those of `steps()`."""
+        branches = [
+            [_step_row(event) for event in branch if isinstance(event, StepCompleted)] for branch in self._abandoned
+        ]
+        return [branch for branch in branches if branch]
 
     def __len__(self) -> int:
         return sum(1 for _ in self._of(StepCompleted))
@@ -44,10 +61,7 @@ class History:
 
     def steps(self) -> list[dict]:
         """One dict per update."""
-        return [
-            {**{name: getattr(event, name) for name in STEP_COLUMNS}, **event.metrics}
-            for event in self._of(StepCompleted)
-        ]
+        return [_step_row(event) for event in self._of(StepCompleted)]
 
     def evaluations(self, split: str | None = None) -> list[dict]:
         """One dict per evaluation, of one split or of all."""
@@ -63,7 +77,7 @@ class History:
         Losses are means over the row's target tokens, in nats; in training, those before the update.
         """
         visits: dict[int, list[tuple[int, float]]] = {}
-        for event in self.events:
+        for event in self.standing:
             match event:
                 case StepCompleted() if split == "train":
                     step = event.step - 1
@@ -88,10 +102,14 @@ class History:
         return next(self._of(RunFinished, reverse=True), None)
 
     def _of(self, kind: type, *, reverse: bool = False) -> Iterator:
-        return (event for event in (reversed(self.events) if reverse else self.events) if isinstance(event, kind))
+        return (event for event in (reversed(self.standing) if reverse else self.standing) if isinstance(event, kind))
 
     def __repr__(self) -> str:
         return f"History({len(self)} updates, {len(self.evaluations())} evaluations)"
+
+
+def _step_row(event: StepCompleted) -> dict:
+    return {**{name: getattr(event, name) for name in STEP_COLUMNS}, **event.metrics}
 
 
 def visits_text(visits: list[tuple[int, float]]) -> str:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 TRAIN_COLOR = "#0072B2"
 VALID_COLOR = "#D55E00"
+LEFT_COLOR = "#8A8A8A"
 _LIVE_POINTS = 300
 
 
@@ -35,6 +36,9 @@ def plot_history(history: History, title: str = "") -> Figure:
     )
     steps = history["step"]
     values = history["loss"]
+    for branch in history.abandoned():
+        left = [row["step"] for row in branch], [row["loss"] for row in branch]
+        loss.plot(*left, color=LEFT_COLOR, linewidth=1, linestyle=":", marker=".", markersize=3, label="rewound")
     if steps:
         loss.plot(steps, values, color=TRAIN_COLOR, alpha=0.3, linewidth=1, label="train, each update")
         loss.plot(steps, smoothed(values), color=TRAIN_COLOR, linewidth=1.8, label="train, smoothed")

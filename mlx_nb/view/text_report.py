@@ -9,6 +9,7 @@ from mlx_nb.events import (
     CheckpointSaved,
     EvaluationCompleted,
     Event,
+    Rewound,
     RunFailed,
     RunFinished,
     RunPaused,
@@ -44,6 +45,8 @@ def describe(event: Event) -> str:
             return f"update {event.step}: saved {event.kind} adapter to {event.path}"
         case SettingChanged():
             return f"update {event.step}: {event.name} changed from {event.old} to {event.new}"
+        case Rewound():
+            return f"went back from update {event.from_step} to {event.step}"
         case RunPaused():
             return f"paused after update {event.step}: {event.reason}"
         case RunFinished():
