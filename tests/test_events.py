@@ -15,6 +15,7 @@ EXAMPLES = [
     events.RunPaused(3, "interrupted"),
     events.RunFinished(10, "iters reached", 1.0, 400, 120.0, 1.0, 3, "adapters/run"),
     events.RunFailed(3, "loss is nan", (4, 7)),
+    events.Rewound(4, 6, 12),
 ]
 
 
