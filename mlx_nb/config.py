@@ -157,6 +157,14 @@ class RunConfig:
         above=0,
         live=True,
     )
+    loss_spike: float | None = setting(
+        10.0,
+        "Pause before an update whose loss is this many deviations (robust, at least 0.1 nats each) above the median "
+        "of the last 32. null = never.",
+        group="training",
+        above=0,
+        live=True,
+    )
     iters: int | None = setting(
         None, "Optimizer updates in the run. null = as many as epochs take.", group="training", at_least=1
     )
@@ -194,6 +202,13 @@ class RunConfig:
     test_batches: int = setting(-1, "Batches of the test split to measure. -1 = all.", group="validation", at_least=-1)
     save_every: int = setting(
         100, "Save the adapter every N updates. -1 = only at the end.", group="saving", at_least=-1, live=True
+    )
+    autosave_minutes: float | None = setting(
+        10.0,
+        "Write an exact checkpoint when the last one is this old. null = only when something else asks for it.",
+        group="saving",
+        above=0,
+        live=True,
     )
     keep: int = setting(3, "How many exact checkpoints to keep, besides the best.", group="saving", at_least=1)
     adapter_path: str | None = setting(

@@ -5,8 +5,10 @@ MlxNbError
 ├── DataError           rows cannot be found or read; names file, line, row and column
 │   └── MaskRefused     no trustworthy loss mask exists for a conversation
 ├── ModelError          a model, tokenizer or adapter cannot be found, read or converted
-├── TrainingError       a run cannot go on
-│   └── NonFiniteLoss   loss or gradient became NaN or infinite; names the rows; nothing was changed
+├── TrainingError       an update was not applied; names the rows; nothing was changed
+│   ├── NonFiniteLoss   loss or gradient became NaN or infinite
+│   ├── LossSpike       the loss is far above that of the updates before
+│   └── OutOfMemory     the update does not fit into memory
 ├── CheckpointError     a checkpoint cannot be written or read
 └── CommandError        a notebook command or command line was not understood
 """
@@ -41,18 +43,42 @@ class ModelError(MlxNbError):
 
 
 class TrainingError(MlxNbError):
-    """A run cannot go on. Parameters and optimizer are as they were before the failing step."""
+    """An update was not applied: parameters, optimizer and position in the data are as they were before it.
+
+    reason             a word for the kind of failure, as in the event RunFailed
+    rows               numbers of the training rows in the batch
+    largest_gradients  (parameter, L2 norm) of those with the largest gradients, NaN first
+    """
+
+    reason = "failed"
+
+    def __init__(
+        self, message: str, rows: Sequence[int] = (), largest_gradients: Sequence[tuple[str, float]] = ()
+    ) -> None:
+        super().__init__(message)
+        self.rows = tuple(rows)
+        self.largest_gradients = tuple(largest_gradients)
 
 
 class NonFiniteLoss(TrainingError):
-    """Loss or gradient became NaN or infinite.
+    """Loss or gradient became NaN or infinite."""
 
-    `rows` are the numbers of the training rows in the batch. The update was not applied.
-    """
+    reason = "not finite"
 
-    def __init__(self, message: str, rows: Sequence[int] = ()) -> None:
-        super().__init__(message)
-        self.rows = tuple(rows)
+
+class LossSpike(TrainingError):
+    """The loss is far above that of the updates before it."""
+
+    reason = "loss spike"
+
+
+class OutOfMemory(TrainingError):
+    """The update does not fit into memory."""
+
+    reason = "out of memory"
+
+
+TRAINING_ERRORS = {kind.reason: kind for kind in (NonFiniteLoss, LossSpike, OutOfMemory)}
 
 
 class CheckpointError(MlxNbError):

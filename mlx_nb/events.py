@@ -125,10 +125,33 @@ class RunFinished(Event):
 
 @dataclass(frozen=True)
 class RunFailed(Event):
-    """A step could not be done. Parameters and optimizer are those of `step`."""
+    """An update was not applied. Parameters and optimizer are those of `step`, and the run can go on from there.
 
+    reason             `not finite`, `loss spike` or `out of memory`
+    error              what happened and what can be done, in words
+    rows               numbers of the training rows in the update
+    largest_gradients  (parameter, L2 norm) of those with the largest gradients, NaN first
+    """
+
+    reason: str
     error: str
     rows: tuple[int, ...] = ()
+    largest_gradients: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class BatchSkipped(Event):
+    """The batch that would have been next was left out; `rows` are the numbers of its training rows."""
+
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class MemoryLow(Event):
+    """The most that mlx has used, `peak` bytes, is close to the `limit` of the device."""
+
+    peak: int
+    limit: int
 
 
 EVENT_TYPES: dict[str, type[Event]] = {
@@ -143,6 +166,8 @@ EVENT_TYPES: dict[str, type[Event]] = {
         Rewound,
         RunFinished,
         RunFailed,
+        BatchSkipped,
+        MemoryLow,
     )
 }
 
@@ -166,14 +191,20 @@ class Request:
 
 @dataclass(frozen=True)
 class Pause(Request):
-    """Stop at the next step boundary; the run can go on."""
+    """Stop at the next step boundary; the run can go on. `at_once` drops the update or evaluation in hand."""
 
     reason: str = "asked to pause"
+    at_once: bool = False
 
 
 @dataclass(frozen=True)
 class Stop(Request):
     """End the run at the next step boundary; the adapter is saved."""
+
+
+@dataclass(frozen=True)
+class Skip(Request):
+    """Leave out the next batch."""
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-from collections import deque
+import shlex
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,20 +14,30 @@ from mlx_nb.config import LIVE_SETTINGS, SETTINGS, RunConfig
 from mlx_nb.data.checks import SAMPLED_ROWS, DataCheck, check_data
 from mlx_nb.data.examples import Examples, ExampleSettings, LeftOut, RowView, TokenizedExample, split_examples
 from mlx_nb.data.sources import Splits, open_splits
-from mlx_nb.errors import CheckpointError, CommandError, ConfigError, DataError, ModelError, NonFiniteLoss, did_you_mean
+from mlx_nb.errors import (
+    TRAINING_ERRORS,
+    CheckpointError,
+    CommandError,
+    ConfigError,
+    DataError,
+    ModelError,
+    did_you_mean,
+)
 from mlx_nb.events import (
+    BatchSkipped,
     ChangeSetting,
-    CheckpointSaved,
     EvaluationCompleted,
     Event,
+    Pause,
     Request,
     Rewound,
     RunFailed,
     RunFinished,
     RunPaused,
+    Skip,
     StepCompleted,
-    event_from_json,
 )
+from mlx_nb.keeper import CHECKPOINTS, Keeper, changed_settings, fingerprints, history_of, live_changes
 from mlx_nb.view.history import History, visits_text
 from mlx_nb.view.row_display import ShownRow
 
@@ -38,12 +46,11 @@ if TYPE_CHECKING:
 
     from mlx_nb.model.loading import LoadedModel
     from mlx_nb.rollouts.generation import Prompt
-    from mlx_nb.train.checkpoint import Checkpoint
-    from mlx_nb.train.trainer import Trainer
+    from mlx_nb.train.checkpoint import CheckpointStore
+    from mlx_nb.train.interrupts import Interrupts
+    from mlx_nb.train.trainer import Trainer, TrainerExamples
 
 SPLITS = ("train", "valid", "test")
-CHECKPOINTS = "checkpoints"
-RECENT_BYTES = 512 * 1024**2  # of the last steps, kept in memory to rewind to
 
 
 class Run:
@@ -67,7 +74,10 @@ class Run:
         self._loaded: LoadedModel | None = None
         self._tokenizer: Any = None
         self._resumed = False
-        self._recent: deque[Checkpoint] = deque()
+        self._keeper = Keeper()
+        self._blocked = False
+        self._early_requests: list[Request] = []
+        self._examples: TrainerExamples | None = None
         self._splits: Splits | None = None
         self._trainer: Trainer | None = None
         self._left_out: dict[str, list[LeftOut]] = {}
@@ -91,13 +101,9 @@ class Run:
     def loaded(self) -> LoadedModel:
         """The model, tokenizer and where they came from; loaded at first use."""
         if self._loaded is None:
-            from mlx_nb.model.loading import load_model
+            from mlx_nb.model.sharing import load_base
 
-            self._loaded = load_model(
-                self.config.model,
-                load_in_bits=self.config.load_in_bits,
-                chat_template=self.config.chat_template,
-            )
+            self._loaded = load_base(self.config)
         return self._loaded
 
     @property
@@ -142,21 +148,46 @@ class Run:
     def trainer(self) -> Trainer:
         """The trainer: rows tokenised, adapter attached. Made at first use."""
         if self._trainer is None:
-            self._trainer = self._prepare()
+            trainer = self._prepare()
+            while self._early_requests:
+                trainer.request(self._early_requests.pop(0))
+            self._trainer = trainer
         return self._trainer
 
     def _prepare(self) -> Trainer:
-        splits, loaded = self.splits, self.loaded
+        loaded = self.loaded
         if self.config.fine_tune_type == "full" and loaded.quantized_bits:
             raise ModelError(
                 f"`fine_tune_type: full` needs float weights, and {self.config.model} is quantised to "
                 f"{loaded.quantized_bits} bits. Use lora or dora, or a float version of the model."
             )
-        from mlx_nb.model.backend import is_cpu
-        from mlx_nb.train.trainer import Trainer, TrainerExamples
+        from mlx_nb.model.backend import is_cpu, memory_limit
+        from mlx_nb.train.trainer import Trainer
 
+        examples, notes = self._examples, list(loaded.notes)
+        if examples is None:
+            examples, said = self._tokenize_splits()
+            notes += said
+        set_aside = None if self._resumed else _set_aside(self.folder)
+        if set_aside:
+            notes.append(f"The adapter that was in {self.folder} is now in {set_aside}.")
+        return Trainer(
+            self.config,
+            loaded.model,
+            examples,
+            name=self.name,
+            folder=self.folder,
+            notes=notes,
+            compiled=not is_cpu(),
+            memory_limit=memory_limit(),
+        )
+
+    def _tokenize_splits(self) -> tuple[TrainerExamples, list[str]]:
+        """The rows of the run, and what a person should know about them."""
+        from mlx_nb.train.trainer import TrainerExamples
+
+        notes = list(self.splits.notes)
         kept = {split: self._tokenize(split) for split in SPLITS if split != "test" or self.config.test}
-        notes = [*loaded.notes, *splits.notes]
         for split, left_out in self._left_out.items():
             if left_out:
                 first = "; ".join(row.reason for row in left_out[:3])
@@ -165,18 +196,7 @@ class Run:
                 cut = sum(1 for example in kept[split] if example.dropped_tokens)
                 if cut:
                     notes.append(f"{cut} training rows were cut to max_seq_length={self.config.max_seq_length}.")
-        set_aside = None if self._resumed else _set_aside(self.folder)
-        if set_aside:
-            notes.append(f"The adapter that was in {self.folder} is now in {set_aside}.")
-        return Trainer(
-            self.config,
-            loaded.model,
-            TrainerExamples(**kept),
-            name=self.name,
-            folder=self.folder,
-            notes=notes,
-            compiled=not is_cpu(),
-        )
+        return TrainerExamples(**kept), notes
 
     def _tokenize(self, split: str) -> list[TokenizedExample]:
         if getattr(self.splits, split) is None:
@@ -239,6 +259,11 @@ class Run:
         return self._trainer.state.step if self._trainer else 0
 
     @property
+    def prepared(self) -> bool:
+        """Whether model and rows are loaded and the adapter is attached."""
+        return self._trainer is not None
+
+    @property
     def finished(self) -> bool:
         return self._trainer is not None and self._trainer.finished is not None
 
@@ -276,31 +301,44 @@ class Run:
     # Moving
 
     def events(self, updates: int | None = None) -> Iterator[Event]:
-        """Train for `updates` optimizer updates (None = to the end), yielding what happens."""
-        if not self._recent:
-            self._remember()
-        for event in self.trainer.events(updates):
-            self._record(event)
-            if isinstance(event, StepCompleted):
-                self._remember()
+        """Train for `updates` optimizer updates (None = to the end), yielding what happens.
+
+        While it computes, a first SIGINT asks for a pause at the next step boundary, and a second one drops the
+        update in hand as if it had never begun.
+        """
+        events = self._events(updates)
+        while True:
+            with self.interrupts():
+                event = next(events, None)
+            if event is None:
+                return
             yield event
-            if kind := _checkpoint_kind(event):
+
+    def interrupts(self, say: Callable[[str], None] | None = None) -> Interrupts:
+        """A context in which SIGINT asks this run to pause. `say` (default: stderr) is told in words."""
+        from mlx_nb.train.interrupts import Interrupts
+
+        return Interrupts(self.request, say or partial(print, file=sys.stderr))
+
+    def _events(self, updates: int | None) -> Iterator[Event]:
+        trainer = self.trainer
+        if not self._keeper.remembers:
+            self._keeper.remember(trainer, self.history)
+        for event in trainer.events(updates):
+            self._record(event)
+            if isinstance(event, StepCompleted | BatchSkipped):
+                self._keeper.remember(trainer, self.history)
+            yield event
+            if kind := self._keeper.kind_due(event, self.config.autosave_minutes):
                 try:
                     self.checkpoint(kind)
                 except CheckpointError as error:
+                    self._blocked = True
                     paused = RunPaused(self.step_count, str(error))
                     self._record(paused)
                     yield paused
                     return
-
-    def _remember(self) -> None:
-        """Keep this step in memory, as many of the last ones as the budget allows. Arrays are shared, not copied."""
-        snapshot = self.trainer.snapshot()
-        size = sum(array.nbytes for group in snapshot.arrays.values() for array in group.values())
-        state = {**snapshot.state, "standing": len(self.history.standing)}
-        self._recent.append(replace(snapshot, state=state))
-        while len(self._recent) > 1 and len(self._recent) * size > RECENT_BYTES:
-            self._recent.popleft()
+                self._blocked = False
 
     def rewind(self, updates: int | None = None, *, to: int | None = None) -> Rewound:
         """Go back by `updates` updates, or to update `to`: what follows is what would have followed then.
@@ -311,49 +349,62 @@ class Run:
         target = to if to is not None else self.step_count - (1 if updates is None else updates)
         if not 0 <= target < self.step_count:
             raise CommandError(f"{self.name} is at update {self.step_count} and cannot go back to {target}.")
-        recent = next((one for one in reversed(self._recent) if one.step == target), None)
-        checkpoint = recent or self._saved(target)
+        checkpoint = self._keeper.find(target, self._store(), self.history, self.step_count)
         rewound = Rewound(target, self.step_count, checkpoint.state["standing"])
         self.trainer.restore(checkpoint)
-        while self._recent and self._recent[-1].step > target:
-            self._recent.pop()
+        self._keeper.forget_after(target)
         self._record(rewound)
         self.checkpoint("rewind")
         return rewound
 
-    def _saved(self, step: int) -> Checkpoint:
-        """The checkpoint of `step` on disk, if it lies on the way to where the run is now."""
-        from mlx_nb.train.checkpoint import CheckpointStore
+    def fork(self, *, name: str | None = None, **changes: Any) -> Run:
+        """A second run that goes on from here with other settings: `run.fork(learning_rate=1e-5)`.
 
-        store = CheckpointStore(self.folder / CHECKPOINTS, self.config.keep)
-        in_memory = {one.step for one in self._recent}
-        there = sorted({info.step for info in store.list()} | in_memory)
-        try:
-            checkpoint, _ = store.load(step)
-        except CheckpointError:
-            reachable = ", ".join(str(one) for one in there if one < self.step_count)
-            raise CommandError(f"update {step} was not kept. These can be reached: {reachable or 'none'}.") from None
-        before = History(event_from_json(line) for line in checkpoint.state["history"]).standing
-        if [event.to_json() for event in before] != [event.to_json() for event in self.history.standing[: len(before)]]:
-            raise CommandError(f"the checkpoint of update {step} is of a branch that was left by a rewind.")
-        return checkpoint
+        It shares the base's memory and the rows with this one, and neither touches the other. Model, rows and
+        adapter cannot change. Raises ConfigError for those, CommandError when the name is this run's own.
+        """
+        for setting in changes:
+            if setting in SETTINGS and SETTINGS[setting].metadata["group"] in ("model", "rows", "adapter"):
+                raise ConfigError(f"a fork keeps its `{setting}`. Start a new run with %%finetune to change it.")
+        name = name or f"{self.name}-fork"
+        if name == self.name:
+            raise CommandError(f"a fork of {name} needs another name.")
+        from mlx_nb.model.sharing import twin
+
+        trainer = self.trainer
+        other = Run(self.config.replace(**{"adapter_path": None, **changes}), name=name, namespace=self._namespace)
+        other._loaded, other._splits, other._left_out = twin(self.loaded), self.splits, self._left_out
+        other._examples = trainer.examples
+        other.trainer.restore(trainer.snapshot())
+        other.history = History(self.history.events)
+        return other
 
     def checkpoint(self, kind: str = "step") -> Path:
         """Write everything that the run's next update depends on. Returns the folder. Raises CheckpointError."""
+        return self._keeper.save(
+            self.trainer,
+            self.history,
+            self._store(),
+            kind,
+            name=self.name,
+            config=self.config,
+            made_from=self._fingerprints,
+        )
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether `Run.resume` has something to go on from in this run's folder."""
+        return bool(self._store().list())
+
+    @property
+    def unsaved_updates(self) -> int:
+        """Updates done since the last checkpoint."""
+        return self.step_count - self._keeper.saved_step
+
+    def _store(self) -> CheckpointStore:
         from mlx_nb.train.checkpoint import CheckpointStore
 
-        snapshot = self.trainer.snapshot()
-        config = {name: value for name, value in self.config.to_dict().items() if name != "data" or _is_json(value)}
-        state = {
-            **snapshot.state,
-            "name": self.name,
-            "config": config,
-            "standing": len(self.history.standing),
-            "made_from": self._fingerprints,
-            "history": [event.to_json() for event in self.history.events],
-        }
-        store = CheckpointStore(self.folder / CHECKPOINTS, self.config.keep)
-        return store.save(replace(snapshot, state=state), kind=kind)
+        return CheckpointStore(self.folder / CHECKPOINTS, self.config.keep)
 
     @classmethod
     def resume(
@@ -361,6 +412,7 @@ class Run:
         path: str | Path,
         *,
         step: int | None = None,
+        config: RunConfig | None = None,
         data: Any = None,
         namespace: Mapping[str, Any] | None = None,
         allow_changed: Collection[str] = (),
@@ -368,52 +420,48 @@ class Run:
         """The run of the adapter folder `path`, as it was at its newest good checkpoint, or the one of `step`.
 
         What happens from there on is what would have happened. `data` is needed again when it was an object.
-        Raises CheckpointError when there is no good checkpoint, and when rows, template, tokenizer, model or a
-        version changed since: naming them in `allow_changed` goes on all the same.
+        `config` is what the settings ought to be; null takes those of the checkpoint. Raises CheckpointError when
+        there is no good checkpoint, and when settings, rows, template, tokenizer, model or a version changed since:
+        naming them in `allow_changed` goes on all the same.
         """
         from mlx_nb.train.checkpoint import CheckpointStore
 
         folder = Path(path).expanduser()
         checkpoint, messages = CheckpointStore(folder / CHECKPOINTS).load(step)
-        values = {**checkpoint.state["config"], "adapter_path": str(folder)}
+        changed = changed_settings(config, checkpoint) if config else []
+        values: dict[str, Any] = {**checkpoint.state["config"], "adapter_path": str(folder)}
+        if config is not None:
+            values = {**config.to_dict(), **live_changes(checkpoint), "adapter_path": str(folder)}
         if data is not None:
             values["data"] = data
         if "data" not in values:
             raise CheckpointError(f"the rows of {folder} were an object in memory. Pass them again as `data`.")
         run = cls(RunConfig.from_dict(values), name=checkpoint.state["name"], namespace=namespace)
         made_from, now = checkpoint.state["made_from"], run._fingerprints
-        changed = [what for what in made_from if made_from[what] != now[what]]
+        changed += [what for what in made_from if made_from[what] != now[what] and what not in changed]
         refused = [what for what in changed if what not in allow_changed]
         if refused:
             raise CheckpointError(
                 f"changed since the checkpoint of step {checkpoint.step}: {', '.join(refused)}. "
-                f"Bring back what it was, or go on all the same with allow_changed={refused!r}."
+                f"Bring back what it was, or go on all the same with allow_changed={refused!r} "
+                f"(`--allow-changed {' '.join(shlex.quote(what) for what in refused)}` in a notebook)."
             )
         run._resumed = True
         run.trainer.restore(checkpoint)
         run.trainer.notes += (*messages, *(f"changed since the checkpoint: {what}" for what in changed))
-        run.history = History(event_from_json(line) for line in checkpoint.state["history"])
+        run.history = history_of(checkpoint)
+        run._keeper.saved_step = checkpoint.step
         return run
 
     @cached_property
     def _fingerprints(self) -> dict[str, Any]:
-        """What a run's numbers depend on besides its settings, by name."""
-        from importlib.metadata import version
-
-        tokenizer = getattr(self.tokenizer, "_tokenizer", self.tokenizer)
-        files = sorted(self.loaded.folder.glob("*.safetensors"))
-        return {
-            "data": [source.fingerprint() for split in SPLITS if (source := getattr(self.splits, split)) is not None],
-            "template": _digest(str(tokenizer.chat_template)),
-            "tokenizer": _digest(tokenizer.backend_tokenizer.to_str()),
-            "model": [[file.name, file.stat().st_size] for file in files],
-            "mlx version": version("mlx"),
-        }
+        sources = [source for split in SPLITS if (source := getattr(self.splits, split)) is not None]
+        return fingerprints(sources, self.tokenizer, self.loaded.folder)
 
     def step(self, n: int = 1) -> StepCompleted:
         """Exactly `n` optimizer updates (fewer at the end of the run), then control is back. Returns the last one.
 
-        Raises NonFiniteLoss when an update would make NaN, CommandError when the run is already over.
+        Raises TrainingError when an update was not kept, CommandError when the run is already over.
         """
         if n < 1:
             raise CommandError(f"cannot do {n} updates. Give a whole number of 1 or more.")
@@ -421,27 +469,39 @@ class Run:
             raise CommandError(f"{self.name} is finished: all {self.trainer.iters} updates are done.")
         last = None
         for event in self.events(n):
-            _raise_failure(event)
+            raise_failure(event)
             last = event if isinstance(event, StepCompleted) else last
         if last is None:
             raise CommandError(f"{self.name} was asked to pause before its next update.")
         return last
 
     def run(self, until: int | None = None) -> RunFinished | RunPaused:
-        """To the end, or to update `until`. Returns how it ended. Raises NonFiniteLoss as `step` does."""
+        """To the end, or to update `until`. Returns how it ended. Raises TrainingError as `step` does."""
         if self._trainer is not None and self._trainer.finished is not None:
             return self._trainer.finished
         updates = None if until is None else max(0, until - self.step_count)
         ended: RunFinished | RunPaused | None = None
         for event in self.events(updates):
-            _raise_failure(event)
+            raise_failure(event)
             if isinstance(event, (RunFinished, RunPaused)):
                 ended = event
         return ended or RunPaused(self.step_count, f"reached update {until}")
 
     def request(self, request: Request) -> None:
-        """Ask for something at the next step boundary."""
-        self.trainer.request(request)
+        """Ask for something at the next step boundary. Safe from a signal handler or a widget callback.
+
+        Before the model is loaded it waits until then; a pause at once gives up loading with KeyboardInterrupt.
+        """
+        if self._trainer is not None:
+            self._trainer.request(request)
+        elif isinstance(request, Pause) and request.at_once:
+            raise KeyboardInterrupt
+        else:
+            self._early_requests.append(request)
+
+    def skip(self) -> None:
+        """Leave out the next batch: what to do when a tripwire stopped the run at rows that are to blame."""
+        self.request(Skip())
 
     def set(self, **changes: Any) -> None:
         """Change live settings, such as learning_rate, from the next update on. Raises ConfigError for others."""
@@ -500,11 +560,23 @@ class Run:
         return answers if several else answers[0]
 
     def save(self, path: str | Path | None = None) -> Path:
-        """Write the adapter in mlx-lm's format to `path` (default: the run's folder). Returns the folder."""
+        """Write the adapter in mlx-lm's format to `path` (default: the run's folder). Returns the folder.
+
+        A run that is paused because its own folder cannot be written moves to `path`: what it saves from now on,
+        checkpoints too, goes there. Raises CheckpointError when the folder cannot be written.
+        """
         from mlx_nb.model.adapters import save_adapter
 
         folder = Path(path).expanduser() if path else self.folder
-        save_adapter(self.trainer.model, self.config, self.trainer.keys, folder)
+        try:
+            save_adapter(self.trainer.model, self.config, self.trainer.keys, folder)
+        except OSError as error:
+            raise CheckpointError(f"{folder} cannot be written: {error.strerror}. Give another folder.") from None
+        if self._blocked and folder != self.folder:
+            self.config = self.config.replace(adapter_path=str(folder))
+            self.trainer.folder = folder
+            self.checkpoint("pause")
+        self._blocked = False
         return folder
 
     def adapter_bytes(self) -> dict[str, bytes]:
@@ -554,35 +626,10 @@ class Rows(Sequence[RowView]):
         return f"Rows({self.split}, {len(self)} rows)"
 
 
-def _checkpoint_kind(event: Event) -> str | None:
-    match event:
-        case CheckpointSaved(kind="step" | "best" as kind):
-            return kind
-        case RunPaused():
-            return "pause"
-        case RunFailed():
-            return "error"
-        case RunFinished():
-            return "final"
-        case _:
-            return None
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _is_json(value: Any) -> bool:
-    try:
-        json.dumps(value)
-    except TypeError:
-        return False
-    return isinstance(value, str) or all(isinstance(source, str) or "path" in source for source in value)
-
-
-def _raise_failure(event: Event) -> None:
+def raise_failure(event: Event | None) -> None:
+    """Raise the TrainingError of a RunFailed; pass over every other event."""
     if isinstance(event, RunFailed):
-        raise NonFiniteLoss(event.error, event.rows)
+        raise TRAINING_ERRORS[event.reason](event.error, event.rows, event.largest_gradients)
 
 
 def _with_test(examples: Any, test: Sequence[TokenizedExample]) -> Any:

@@ -14,7 +14,9 @@ EXAMPLES = [
     events.SettingChanged(3, "learning_rate", 1e-4, 5e-5),
     events.RunPaused(3, "interrupted"),
     events.RunFinished(10, "iters reached", 1.0, 400, 120.0, 1.0, 3, "adapters/run"),
-    events.RunFailed(3, "loss is nan", (4, 7)),
+    events.RunFailed(3, "not finite", "loss is nan", (4, 7), (("a.lora_a", 1.5),)),
+    events.BatchSkipped(3, (4, 7)),
+    events.MemoryLow(3, 90, 100),
     events.Rewound(4, 6, 12),
 ]
 

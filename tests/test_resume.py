@@ -207,7 +207,7 @@ def test_a_rewind_and_another_rate_leave_the_old_branch_visible(tmp_path, tiny_f
 
 
 def test_older_steps_are_fetched_from_disk_and_what_is_gone_is_said(tmp_path, tiny_folder, monkeypatch):
-    monkeypatch.setattr("mlx_nb.run.RECENT_BYTES", 0)
+    monkeypatch.setattr("mlx_nb.keeper.RECENT_BYTES", 0)
     run = rows_run(tmp_path, tiny_folder)
     run.run()
     losses = run.history["loss"]

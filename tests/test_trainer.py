@@ -40,12 +40,25 @@ from tiny import VOCABULARY, random_examples, tiny_model
 ADAPTER = {"rank": 4, "scale": 2.0}
 
 
-def make_trainer(tmp_path, *, train=None, valid=None, test=None, model=None, name="run", compiled=False, **settings):
+def make_trainer(
+    tmp_path,
+    *,
+    train=None,
+    valid=None,
+    test=None,
+    model=None,
+    name="run",
+    compiled=False,
+    memory_limit=None,
+    **settings,
+):
     config = RunConfig.from_dict(
         {"lora_parameters": ADAPTER, "learning_rate": 1e-2, "iters": 6, "batch_size": 3, **settings}
     )
     examples = TrainerExamples(train or random_examples(12), valid or (), test or ())
-    return Trainer(config, model or tiny_model(), examples, name=name, folder=tmp_path / name, compiled=compiled)
+    folder = tmp_path / name
+    model = model or tiny_model()
+    return Trainer(config, model, examples, name=name, folder=folder, compiled=compiled, memory_limit=memory_limit)
 
 
 def losses(events):

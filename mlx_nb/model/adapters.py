@@ -154,9 +154,11 @@ def save_adapter(
         "lora_parameters": lora,
         "mlx_nb": {"settings": config.changed()},
     }
-    _write_whole(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(description, indent=2, default=str)))
+    text = json.dumps(description, indent=2, default=str).encode()
+    _write_whole(folder / CONFIG_FILE, lambda file: file.write(text))
     weights = adapter_weights(model)
-    _write_whole(folder / file_name, lambda path: mx.save_safetensors(str(path), weights, metadata={"format": "mlx"}))
+    # Through Python's file, so that a full disk is an OSError with its reason.
+    _write_whole(folder / file_name, lambda file: mx.save_safetensors(file, weights, metadata={"format": "mlx"}))
     return folder / file_name
 
 
@@ -164,9 +166,10 @@ def _write_whole(path: Path, write: Any) -> None:
     """Write beside `path`, flush to disk, then rename: a reader sees the old file or the new one, never half."""
     partial = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        write(partial)
-        with open(partial, "rb+") as handle:
-            os.fsync(handle.fileno())
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

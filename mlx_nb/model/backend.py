@@ -126,6 +126,20 @@ def device_name() -> str:
     return str(mx.device_info().get("device_name", mx.default_device()))
 
 
+def memory_limit() -> int:
+    """Bytes that mlx can use before the machine slows down or an allocation fails.
+
+    On Apple silicon what Metal recommends at most, on CUDA the GPU's memory, on a CPU the machine's.
+    """
+    mx = _mlx()
+    information = mx.device_info()
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for key in ("max_recommended_working_set_size", "total_memory", "memory_size"):
+        if key in information:
+            return int(information[key])
+    return physical
+
+
 def _mlx() -> ModuleType:
     prepare_backend()
     import mlx.core

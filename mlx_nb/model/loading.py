@@ -20,6 +20,7 @@ from mlx_nb.errors import ModelError, did_you_mean
 from mlx_nb.model.backend import is_cpu
 from mlx_nb.model.cache import cache_folder
 from mlx_nb.model.gguf import convert_gguf
+from mlx_nb.model.randomness import random_stream
 
 _BITS = (2, 3, 4, 5, 6, 8)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -62,7 +63,8 @@ def load_model(model: str, *, load_in_bits: int | None = None, chat_template: st
     tokenizer's. Raises ModelError in one line when something is missing, cannot be read or is quantised already.
     """
     folder = model_folder(model)
-    network, tokenizer, config = _load_folder(folder)
+    with random_stream(0):  # mlx draws start values for every module, only to overwrite them
+        network, tokenizer, config = _load_folder(folder)
     bits = (config.get("quantization") or {}).get("bits")
     notes: list[str] = []
     if load_in_bits is not None:

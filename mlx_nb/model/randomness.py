@@ -22,8 +22,8 @@ def random_stream(seed: int) -> Iterator[None]:
     # The two words are read now: an interrupted trace leaves placeholders in mx.random.state.
     key: Any = mx.random.state[0]  # type: ignore[index]
     high, low = key.tolist()
-    mx.random.seed(seed)
     try:
+        mx.random.seed(seed)
         yield
     finally:
         mx.random.seed((high << 32) | low)

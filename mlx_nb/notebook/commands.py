@@ -21,6 +21,8 @@ CELL_OPTIONS = {
     "--name": "name of the run (default: run); also its folder in adapters/",
     "-o": "bind the Run to this variable",
     "--paused": "build the run, load nothing, train nothing",
+    "--resume": "go on from the newest checkpoint of this name, if there is one",
+    "--allow-changed": "with --resume: go on although this changed since (a setting, data, template, model, ...)",
 }
 
 
@@ -82,7 +84,7 @@ def _help_text(name: str | None = None) -> _Text:
     return _Text(
         "\n".join(
             [
-                "%%finetune [--name NAME] [-o VARIABLE] [--paused] above YAML builds and trains a run.",
+                "%%finetune [--name NAME] [-o VARIABLE] [--paused] [--resume] above YAML builds and trains a run.",
                 "`%%finetune?` lists its settings. On a run:",
                 *lines,
                 "All take --name NAME for another run than the current one.",
@@ -141,16 +143,8 @@ def _generate(session: Session, arguments: argparse.Namespace) -> _Text:
 
 def _set(session: Session, arguments: argparse.Namespace) -> _Text:
     run = session.get(arguments.name)
-    text = []
-    for change in arguments.changes:
-        key, equals, value = change.partition("=")
-        if not equals or not value:
-            raise CommandError(
-                f"%finetune set: {change!r} is not key=value. For example: %finetune set learning_rate=5e-5"
-            )
-        text.append(f"{key}: {value}")
-    run.set(**load_mapping("\n".join(text), "the settings").values)
-    return _Text(f"{run.name}: from the next update on, " + ", ".join(text))
+    run.set(**_read_changes("set", arguments.changes))
+    return _Text(f"{run.name}: from the next update on, " + ", ".join(arguments.changes).replace("=", ": "))
 
 
 def _save(session: Session, arguments: argparse.Namespace) -> _Text:
@@ -173,6 +167,34 @@ def _rewind(session: Session, arguments: argparse.Namespace) -> _Text:
     return _Text(
         f"{run.name} {describe(run.rewind(arguments.n, to=arguments.to))}. `%finetune run` goes on from there."
     )
+
+
+def _skip(session: Session, arguments: argparse.Namespace) -> _Text:
+    run = session.get(arguments.name)
+    _refuse_finished(run)
+    rows = ", ".join(str(row) for batch in run.trainer.next_batches() for row in batch.rows)
+    run.skip()
+    return _Text(f"{run.name} will leave out the batch with rows {rows}. `%finetune run` goes on after it.")
+
+
+def _fork(session: Session, arguments: argparse.Namespace) -> _Text:
+    run = session.get(arguments.name)
+    fork = run.fork(name=arguments.as_name, **_read_changes("fork", arguments.changes))
+    session.add(fork)
+    return _Text(f"{fork!r}\n`%finetune run` moves the fork; `%finetune use {run.name}` goes back to {run.name}.")
+
+
+def _read_changes(command: str, changes: list[str]) -> dict[str, Any]:
+    """key=value words as settings."""
+    text = []
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals or not value:
+            raise CommandError(
+                f"%finetune {command}: {change!r} is not key=value. For example: %finetune {command} learning_rate=5e-5"
+            )
+        text.append(f"{key}: {value}")
+    return load_mapping("\n".join(text), "the settings").values if text else {}
 
 
 def _resume(session: Session, arguments: argparse.Namespace) -> _Text:
@@ -339,6 +361,14 @@ COMMANDS: dict[str, Command] = {
         _rewind,
         _argument("n", nargs="?", type=int),
         _argument("--to", type=int, metavar="UPDATE"),
+    ),
+    "skip": _command("skip", "leave out the next batch, for instance after a loss spike", _skip),
+    "fork": _command(
+        "fork",
+        "a second run that goes on from here with other settings, sharing the base",
+        _fork,
+        _argument("changes", nargs="*", metavar="key=value"),
+        _argument("--as", dest="as_name", metavar="NAME", help="name of the fork (default: this run's, with -fork)"),
     ),
     "resume": _command(
         "resume",

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import html
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from mlx_nb.errors import NonFiniteLoss
 from mlx_nb.events import (
     CheckpointSaved,
     Event,
-    Pause,
     RunFailed,
     RunFinished,
     RunPaused,
     RunStarted,
     StepCompleted,
 )
+from mlx_nb.run import raise_failure
 from mlx_nb.view import text_report
 from mlx_nb.view.plots import figure_png, live_svg
 
@@ -36,44 +30,21 @@ def train(run: Run, updates: int | None = None) -> None:
     """Move `run` by `updates` updates, or to its end, showing what happens in the current cell.
 
     The first interrupt pauses at the next step boundary; a second one breaks off inside the update, which is then
-    as if it had never begun. Raises NonFiniteLoss when the run cannot go on.
+    as if it had never begun. Raises TrainingError when an update was not kept.
     """
     display = _LiveDisplay(run)
-    display.say("loading model and rows …")
-    trainer = run.trainer
     ended: Event | None = None
-    with interrupt_pauses(run):
+    with run.interrupts(print):
+        if not run.prepared:
+            display.say("loading model and rows …")
         for event in run.events(updates):
             display.show(event)
             ended = event
     display.finish(ended)
-    if isinstance(ended, RunFailed):
-        raise NonFiniteLoss(ended.error, ended.rows)
+    raise_failure(ended)
     if isinstance(ended, RunPaused):
-        print(f"{run.name} is paused after update {trainer.state.step}. `%finetune run` goes on; nothing is lost.")
-
-
-@contextmanager
-def interrupt_pauses(run: Run) -> Iterator[None]:
-    """While inside, the first SIGINT asks `run` to pause, the second raises KeyboardInterrupt. Undone afterwards."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    asked = False
-
-    def handle(_signal: int, _frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        run.request(Pause("interrupted"))
-        print("Pausing after this update. Interrupt again to break it off.", flush=True)
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+        reason = "" if ended.reason == "interrupted" else f" ({ended.reason})"
+        print(f"{run.name} is paused after update {ended.step}{reason}. `%finetune run` goes on; nothing is lost.")
 
 
 class _LiveDisplay:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from typing import Any
 
 from IPython.core.interactiveshell import InteractiveShell
@@ -27,6 +28,7 @@ def load(shell: InteractiveShell) -> None:
 
     for key in _KEYS:
         shell.set_hook("complete_command", completer, str_key=key)
+    atexit.register(magics.session.save_all)
     setattr(shell, _MAGICS, magics)
 
 
@@ -35,6 +37,7 @@ def unload(shell: InteractiveShell) -> None:
     magics = getattr(shell, _MAGICS, None)
     if magics is None:
         return
+    atexit.unregister(magics.session.save_all)
     manager = shell.magics_manager
     for kind in ("line", "cell"):
         manager.magics[kind].pop("finetune", None)

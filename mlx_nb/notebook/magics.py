@@ -35,6 +35,8 @@ class FinetuneMagics(Magics):
     @argument("--name", default="run", help=CELL_OPTIONS["--name"])
     @argument("-o", "--output", default=None, metavar="VARIABLE", help=CELL_OPTIONS["-o"])
     @argument("--paused", action="store_true", help=CELL_OPTIONS["--paused"])
+    @argument("--resume", action="store_true", help=CELL_OPTIONS["--resume"])
+    @argument("--allow-changed", nargs="+", metavar="WHAT", default=(), help=CELL_OPTIONS["--allow-changed"])
     def finetune_cell(self, line: str, cell: str) -> None:
         """Fine-tune a model: the cell's body is YAML, one setting a line."""
         from mlx_nb.notebook.driver import train
@@ -48,13 +50,19 @@ class FinetuneMagics(Magics):
         shell: Any = self.shell
         namespace = shell.user_ns
         run = Run.from_yaml(fill(cell, namespace) + "\n", name=arguments.name, namespace=namespace)
+        if arguments.resume and run.has_checkpoint:
+            run = Run.resume(
+                run.folder, config=run.config, namespace=namespace, allow_changed=tuple(arguments.allow_changed)
+            )
+            print(f"{run.name} goes on from update {run.step_count}.")
         self.session.add(run)
         if arguments.output is not None:
             shell.push({arguments.output: run})
         if arguments.paused:
             print(f"{run.name} is built. `%finetune step` does one update, `%finetune run` all of them.")
             return
-        train(run)
+        if not run.finished:
+            train(run)
 
 
 def _parse(magic: Any, line: str) -> Any:

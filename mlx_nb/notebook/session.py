@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mlx_nb.errors import CommandError, did_you_mean
+from mlx_nb.errors import CommandError, MlxNbError, did_you_mean
 
 if TYPE_CHECKING:
     from mlx_nb.run import Run
@@ -24,6 +25,15 @@ class Session:
         self.runs.pop(run.name, None)
         self.runs[run.name] = run
         self._current = run.name
+
+    def save_all(self) -> None:
+        """Write a checkpoint of every run that did updates since its last one. For the end of the kernel."""
+        for run in self.runs.values():
+            if run.unsaved_updates > 0:
+                try:
+                    run.checkpoint("exit")
+                except MlxNbError as error:
+                    print(f"{run.name}: {error}", file=sys.stderr)
 
     def get(self, name: str | None = None) -> Run:
         """The run called `name`, or the current one. Raises CommandError when there is none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -12,11 +12,15 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 from mlx.utils import tree_map
 
-from mlx_nb.errors import NonFiniteLoss
+from mlx_nb.errors import TrainingError
 from mlx_nb.model.logprobs import TargetInputs, TargetScorer
 from mlx_nb.model.randomness import random_stream
+from mlx_nb.model.trees import named_arrays
 from mlx_nb.objectives.base import LossSum, Objective
 from mlx_nb.train.optimizer import clip, gradient_norm, scalar
+
+LARGEST_SHOWN = 3
+Judge = Callable[[float, float], tuple[type[TrainingError], str] | None]
 
 
 class Gradients(NamedTuple):
@@ -51,7 +55,10 @@ class Evaluation(NamedTuple):
 
 
 class Stepper:
-    """Updates one model's trainable parameters with one optimizer and one objective."""
+    """Updates one model's trainable parameters with one optimizer and one objective.
+
+    `poll` is called before each forward pass, and may raise to break off what is being done.
+    """
 
     def __init__(
         self,
@@ -61,8 +68,10 @@ class Stepper:
         scorer: TargetScorer,
         *,
         compiled: bool,
+        poll: Callable[[], None] = lambda: None,
     ) -> None:
         self.model = model
+        self.poll = poll
         self.optimizer = optimizer
         self.objective = objective
         self.scorer = scorer
@@ -92,6 +101,7 @@ class Stepper:
         try:
             with random_stream(seed), training_mode(self.model):
                 for inputs in micro_batches:
+                    self.poll()
                     sums, gradients = self._gradients(parameters, inputs)
                     sums = LossSum(*sums)  # a compiled function gives back a plain tuple
                     summed = gradients if summed is None else tree_map(mx.add, summed, gradients)
@@ -115,20 +125,19 @@ class Stepper:
         grad_clip: float | None,
         seed: int,
         rows: Sequence[int],
+        judge: Judge,
     ) -> Update:
-        """One optimizer update. Raises NonFiniteLoss naming `rows`; on any error nothing has changed."""
+        """One optimizer update, unless `judge(loss, gradient norm)` gives an error and what it is to say.
+
+        That error is raised naming `rows` and the largest gradients. On any error nothing has changed.
+        """
         optimizer_before = _shallow(self.optimizer.state)
         try:
             gradients, loss, units, metrics, row_losses = self.gradients(micro_batches, seed)
             norm_array = gradient_norm(gradients)
             norm = scalar(norm_array)
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
-                raise NonFiniteLoss(
-                    f"{what} in a batch with rows {', '.join(map(str, rows))}. The update was not applied. "
-                    "Look at these rows, lower learning_rate, or set grad_clip.",
-                    rows,
-                )
+            if (refusal := judge(loss, norm)) is not None:
+                raise _refused(*refusal, rows, largest_gradients(gradients))
             if grad_clip is not None:
                 gradients = clip(gradients, norm_array, grad_clip)
             self.optimizer.learning_rate = learning_rate
@@ -147,6 +156,19 @@ class Stepper:
         return Evaluation(scalar(sums.total), scalar(sums.units), _row_losses(sums))
 
 
+def largest_gradients(gradients: Any) -> list[tuple[str, float]]:
+    """(parameter, L2 norm) of the arrays with the largest norms, those that are no numbers first."""
+    norms = [(name, scalar(mx.linalg.norm(array.astype(mx.float32)))) for name, array in named_arrays(gradients)]
+    return sorted(norms, key=lambda pair: -pair[1] if math.isfinite(pair[1]) else -math.inf)[:LARGEST_SHOWN]
+
+
+def _refused(
+    kind: type[TrainingError], what: str, rows: Sequence[int], largest: list[tuple[str, float]]
+) -> TrainingError:
+    named = ", ".join(f"{name} ({norm:.3g})" for name, norm in largest)
+    return kind(f"{what} in a batch with rows {', '.join(map(str, rows))}. Largest gradients: {named}.", rows, largest)
+
+
 def _row_losses(sums: LossSum) -> list[float]:
     return (sums.row_total_B / sums.row_units_B).tolist()  # type: ignore[return-value]
 
@@ -159,8 +181,8 @@ def _shallow(tree: Any) -> Any:
 @contextmanager
 def training_mode(model: nn.Module) -> Iterator[None]:
     """Dropout is on while inside and off again afterwards, so that talking to the model is not noisy."""
-    model.train()
     try:
+        model.train()
         yield
     finally:
         model.eval()

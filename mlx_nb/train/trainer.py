@@ -6,7 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,15 @@ from mlx.utils import tree_unflatten
 from mlx_nb.config import RunConfig
 from mlx_nb.data.batches import BatchPlan, TokenBatch, evaluation_batches, pad
 from mlx_nb.data.examples import TokenizedExample
-from mlx_nb.errors import CheckpointError, DataError, NonFiniteLoss
+from mlx_nb.errors import CheckpointError, DataError, OutOfMemory, TrainingError
 from mlx_nb.events import (
+    BatchSkipped,
     ChangeSetting,
     CheckpointSaved,
     Evaluate,
     EvaluationCompleted,
     Event,
+    MemoryLow,
     Pause,
     Request,
     RunFailed,
@@ -32,6 +34,7 @@ from mlx_nb.events import (
     RunStarted,
     Save,
     SettingChanged,
+    Skip,
     StepCompleted,
     Stop,
 )
@@ -43,8 +46,11 @@ from mlx_nb.objectives.sft import sft_loss
 from mlx_nb.train.checkpoint import Checkpoint
 from mlx_nb.train.optimizer import build_optimizer, learning_rate_at
 from mlx_nb.train.step import Stepper
+from mlx_nb.train.tripwires import RECENT_LOSSES, advice, refusal
 
 BEST_FOLDER = "best"
+ITERS_REACHED = "iters reached"
+MEMORY_WARNING = 0.9  # of the device's memory
 
 
 @dataclass
@@ -59,6 +65,11 @@ class TrainerState:
     best_loss: float | None = None
     best_step: int | None = None
     evaluations_without_best: int = 0
+    recent_losses: list[float] = field(default_factory=list)
+
+
+class _BrokenOff(Exception):
+    """What was being done is dropped, as if it had never begun."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,7 @@ class Trainer:
         folder: Path,
         notes: Sequence[str] = (),
         compiled: bool = False,
+        memory_limit: int | None = None,
     ) -> None:
         if not examples.train:
             raise DataError("no training row is left. `%finetune rows` shows why each one was left out.")
@@ -101,16 +113,24 @@ class Trainer:
         self._pending: deque[Request] = deque()
         self._due: deque[tuple[str, str]] = deque()
         self._started = False
+        self._break_off = False
+        self._memory_limit = memory_limit
         # Compiled functions are traced once per shape, so there shapes are rounded up to fewer of them.
         self._width_multiple, self._target_multiple = (32, 64) if compiled else (1, 1)
-        with random_stream(seed_for(config.seed, "adapter")):
-            self.keys = adapters.attach_adapter(model, config)
-            mx.eval(model.parameters())
-        if config.resume_adapter_file:
-            adapters.load_adapter_weights(model, config.resume_adapter_file)
-        model.eval()
-        self.scorer = TargetScorer(model)
-        self.stepper = Stepper(model, build_optimizer(config), sft_loss, self.scorer, compiled=compiled)
+        try:
+            with random_stream(seed_for(config.seed, "adapter")):
+                self.keys = adapters.attach_adapter(model, config)
+                mx.eval(model.parameters())
+            if config.resume_adapter_file:
+                adapters.load_adapter_weights(model, config.resume_adapter_file)
+            model.eval()
+            self.scorer = TargetScorer(model)
+            self.stepper = Stepper(
+                model, build_optimizer(config), sft_loss, self.scorer, compiled=compiled, poll=self._poll
+            )
+        except BaseException:
+            self.close()
+            raise
         self._plan = BatchPlan([len(example.tokens) for example in examples.train], config.batch_size, config.seed)
         self.iters = config.iters or self._iters_for(config.epochs or 1.0)
         mx.reset_peak_memory()
@@ -120,47 +140,70 @@ class Trainer:
 
     def request(self, request: Request) -> None:
         """Ask for something at the next step boundary. Safe from a signal handler or a widget callback."""
+        if isinstance(request, Pause) and request.at_once:
+            self._break_off = True
         self._pending.append(request)
+
+    def _poll(self) -> None:
+        if self._break_off:
+            raise _BrokenOff
 
     def events(self, updates: int | None = None) -> Iterator[Event]:
         """Train for `updates` optimizer updates, or to the end of the run, yielding events on the way.
 
-        Ends early after RunPaused, RunFinished or RunFailed. May be called again at any time to go on. An
-        interrupt inside an update leaves everything as it was before that update.
+        Ends early after RunPaused, RunFinished or RunFailed. May be called again at any time to go on. What could not
+        be done, because it was broken off or the disk was full, changed nothing and is tried again then.
         """
         done = 0
         if not self._started:
             self._started = True
             self._due.append(("start", ""))
         while True:
-            while self._due:
-                # Taken off the queue before it is done: what is half done when the person interrupts is not repeated.
-                yield from self._do(*self._due.popleft())
-            if self.finished is not None:
-                return
-            stopped = yield from self._read_requests()
-            if stopped or done == updates:
+            paused = yield from self._read_requests()
+            if paused:
                 return
             try:
-                event = self._update()
-            except NonFiniteLoss as error:
-                yield RunFailed(self.state.step, str(error), error.rows)
+                if self._due:
+                    event = self._do_next()
+                elif self.finished is not None or done == updates:
+                    return
+                else:
+                    event = self._update()
+                    done += 1
+            except _BrokenOff:
+                continue  # the Pause that broke it off is the next request
+            except OSError as error:
+                yield RunPaused(self.state.step, _disk_trouble(self.folder, error))
                 return
-            done += 1
-            self._schedule_after_update()
+            except TrainingError as error:
+                yield RunFailed(
+                    self.state.step, error.reason, f"{error} {advice(type(error))}", error.rows, error.largest_gradients
+                )
+                return
             yield event
 
-    def _do(self, what: str, how: str) -> Iterator[Event]:
-        """Carry out one thing of the queue. It holds words, so that a checkpoint can keep it."""
+    def _do_next(self) -> Event:
+        """Carry out the first thing of the queue, which leaves it only then, and queue what follows from it."""
+        event, follow_up = self._do(*self._due[0])
+        self._due.popleft()
+        self._due.extendleft(reversed(follow_up))
+        return event
+
+    def _do(self, what: str, how: str) -> tuple[Event, list[tuple[str, str]]]:
+        """The queue holds words, so that a checkpoint can keep it."""
         match what:
             case "start":
-                return self._start()
+                return self._start(), [("validate", "")] if self.validates else []
             case "validate":
                 return self._validate()
             case "save":
-                return self._save(how)
+                return self._save(how), []
+            case "test":
+                return self.evaluate("test"), []
+            case "memory":
+                return MemoryLow(self.state.step, mx.get_peak_memory(), int(how)), []
             case _:
-                return self._finish(how)
+                return self._finish(how), []
 
     def snapshot(self) -> Checkpoint:
         """Everything that the next update depends on, as it is at this step boundary."""
@@ -197,10 +240,12 @@ class Trainer:
         finished = checkpoint.state["finished"]
         self.finished = None if finished is None else RunFinished(**finished)
         self._due = deque((what, how) for what, how in checkpoint.state["due"])
+        if self.state.step < self.iters and finished and finished["reason"] == ITERS_REACHED:
+            self.finished = None  # it was given more updates since
         self._started = checkpoint.state["started"]
 
-    def _start(self) -> Iterator[Event]:
-        yield RunStarted(
+    def _start(self) -> RunStarted:
+        return RunStarted(
             self.state.step,
             self.name,
             self.iters,
@@ -210,8 +255,6 @@ class Trainer:
             len(self.examples.valid),
             self.notes,
         )
-        if self.validates:
-            yield from self._validate()
 
     @property
     def validates(self) -> bool:
@@ -220,31 +263,51 @@ class Trainer:
     def _schedule_after_update(self) -> None:
         """Queue what is due at this boundary, so that it is done even if the caller pauses right after the update."""
         step, last = self.state.step, self.state.step >= self.iters
+        if self._memory_limit is not None and mx.get_peak_memory() > MEMORY_WARNING * self._memory_limit:
+            self._due.append(("memory", str(self._memory_limit)))
+            self._memory_limit = None  # said once
         every = self.config.steps_per_eval or max(1, self.iters // 5)
         if self.validates and (last or step % every == 0):
             self._due.append(("validate", ""))
         if last:
-            self._due.append(("finish", "iters reached"))
+            self._due += self._ending(ITERS_REACHED)
         elif self.config.save_every > 0 and step % self.config.save_every == 0:
             self._due.append(("save", "step"))
+
+    def _ending(self, reason: str) -> list[tuple[str, str]]:
+        test = [("test", "")] if self.config.test and self.examples.test else []
+        return [("save", "last"), *test, ("finish", reason)]
 
     def _read_requests(self) -> Generator[Event, None, bool]:
         """Carry out what was asked. The generator's value is True when training must not go on now."""
         while self._pending:
             match self._pending.popleft():
                 case Pause(reason):
-                    yield RunPaused(self.state.step, reason)
-                    return True
+                    self._take_back_pauses()
+                    if self.finished is None:
+                        yield RunPaused(self.state.step, reason)
+                        return True
                 case Stop():
-                    yield from self._finish("stopped")
-                    return True
+                    self._due = deque(self._ending("stopped"))
                 case Save():
-                    yield from self._save("last")
+                    self._due.append(("save", "last"))
                 case Evaluate():
-                    yield from self._validate()
+                    self._due.append(("validate", ""))
                 case ChangeSetting(name, value):
                     yield self._change(name, value)
+                case Skip():
+                    yield self._skip()
         return False
+
+    def _take_back_pauses(self) -> None:
+        """One pause answers all that were asked."""
+        self._pending = deque(request for request in self._pending if not isinstance(request, Pause))
+        self._break_off = False
+
+    def _skip(self) -> BatchSkipped:
+        batches = self.next_batches()
+        self.state.batches += len(batches)
+        return BatchSkipped(self.state.step, tuple(row for batch in batches for row in batch.rows))
 
     def _change(self, name: str, value: Any) -> SettingChanged:
         old = getattr(self.config, name)
@@ -257,20 +320,36 @@ class Trainer:
         batches = self.next_batches()
         rows = tuple(row for batch in batches for row in batch.rows)
         learning_rate = learning_rate_at(config, self.iters, state.step)
-        update = self.stepper.update(
-            [target_inputs(batch, self._target_multiple) for batch in batches],
-            learning_rate=learning_rate,
-            grad_clip=config.grad_clip,
-            seed=seed_for(config.seed, "dropout", state.step),
-            rows=rows,
-        )
+        try:
+            update = self.stepper.update(
+                [target_inputs(batch, self._target_multiple) for batch in batches],
+                learning_rate=learning_rate,
+                grad_clip=config.grad_clip,
+                seed=seed_for(config.seed, "dropout", state.step),
+                rows=rows,
+                judge=lambda loss, norm: refusal(loss, norm, state.recent_losses, config.loss_spike),
+            )
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "allocate" not in str(error) and "memory" not in str(error):
+                raise
+            raise OutOfMemory(
+                f"memory ran out ({error}) in a batch with rows {', '.join(map(str, rows))}, the longest of "
+                f"{max(max(batch.lengths) for batch in batches)} tokens. A new run with a lower batch_size and more "
+                "grad_accumulation_steps, or a lower max_seq_length, needs less.",
+                rows,
+            ) from error
         seconds = time.perf_counter() - started
         tokens = sum(sum(batch.lengths) for batch in batches)
-        state.step += 1
-        state.batches += len(batches)
-        state.tokens += tokens
-        state.target_tokens += update.units
-        state.seconds += seconds
+        self.state = state = replace(
+            state,
+            step=state.step + 1,
+            batches=state.batches + len(batches),
+            tokens=state.tokens + tokens,
+            target_tokens=state.target_tokens + update.units,
+            seconds=state.seconds + seconds,
+            recent_losses=[*state.recent_losses, update.loss][-RECENT_LOSSES:],
+        )
+        self._schedule_after_update()
         return StepCompleted(
             step=state.step,
             loss=update.loss,
@@ -308,6 +387,7 @@ class Trainer:
         total = units = 0.0
         row_losses: list[tuple[int, float]] = []
         for positions in chosen:
+            self._poll()
             batch = pad([examples[position] for position in positions], self._width_multiple)
             measured = self.stepper.evaluate(target_inputs(batch, self._target_multiple))
             total, units = total + measured.total, units + measured.units
@@ -320,37 +400,28 @@ class Trainer:
             self.state.step, split, loss, perplexity, units, rows, seconds, row_losses=tuple(row_losses)
         )
 
-    def _validate(self) -> Iterator[Event]:
+    def _validate(self) -> tuple[EvaluationCompleted, list[tuple[str, str]]]:
         result, state = self.evaluate("valid"), self.state
         best = state.best_loss is None or result.loss < state.best_loss
         if best:
-            state.best_loss, state.best_step, state.evaluations_without_best = result.loss, state.step, 0
+            self.state = replace(state, best_loss=result.loss, best_step=state.step, evaluations_without_best=0)
         else:
-            state.evaluations_without_best += 1
-        yield replace(result, best=best)
-        if best and state.step > 0:
-            path = adapters.save_adapter(self.model, self.config, self.keys, self.folder / BEST_FOLDER)
-            yield CheckpointSaved(state.step, str(path), "best")
+            self.state = replace(state, evaluations_without_best=state.evaluations_without_best + 1)
+        follow_up = [("save", "best")] if best and state.step > 0 else []
         patience = self.config.early_stopping_patience
-        if patience is not None and state.evaluations_without_best >= patience and state.step < self.iters:
-            self._due.append(("finish", "early stopping"))
+        if patience is not None and self.state.evaluations_without_best >= patience and state.step < self.iters:
+            self._due += self._ending("early stopping")
+        return replace(result, best=best), follow_up
 
-    def _save(self, kind: str) -> Iterator[Event]:
+    def _save(self, kind: str) -> CheckpointSaved:
+        folder = self.folder / BEST_FOLDER if kind == "best" else self.folder
         if kind == "step":
-            adapters.save_adapter(
-                self.model,
-                self.config,
-                self.keys,
-                self.folder,
-                f"{self.state.step:07d}_{adapters.ADAPTER_FILE}",
-            )
-        path = adapters.save_adapter(self.model, self.config, self.keys, self.folder)
-        yield CheckpointSaved(self.state.step, str(path), kind)
+            name = f"{self.state.step:07d}_{adapters.ADAPTER_FILE}"
+            adapters.save_adapter(self.model, self.config, self.keys, folder, name)
+        path = adapters.save_adapter(self.model, self.config, self.keys, folder)
+        return CheckpointSaved(self.state.step, str(path), kind)
 
-    def _finish(self, reason: str) -> Iterator[Event]:
-        yield from self._save("last")
-        if self.config.test and self.examples.test:
-            yield self.evaluate("test")
+    def _finish(self, reason: str) -> RunFinished:
         state = self.state
         self.finished = RunFinished(
             state.step,
@@ -362,9 +433,16 @@ class Trainer:
             state.best_step,
             str(self.folder),
         )
-        yield self.finished
+        return self.finished
 
     def close(self) -> None:
         """Take the adapter out of the model: it is again what was loaded."""
         adapters.detach_adapter(self.model)
         self.model.unfreeze()
+
+
+def _disk_trouble(folder: Path, error: OSError) -> str:
+    return (
+        f"{folder} cannot be written: {error.strerror or error}. Nothing in memory is lost. Free the disk or "
+        "the folder and `%finetune run` again, or `%finetune save OTHER_FOLDER` and go on there."
+    )

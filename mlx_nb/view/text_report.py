@@ -6,9 +6,11 @@ import html
 import math
 
 from mlx_nb.events import (
+    BatchSkipped,
     CheckpointSaved,
     EvaluationCompleted,
     Event,
+    MemoryLow,
     Rewound,
     RunFailed,
     RunFinished,
@@ -47,6 +49,13 @@ def describe(event: Event) -> str:
             return f"update {event.step}: {event.name} changed from {event.old} to {event.new}"
         case Rewound():
             return f"went back from update {event.from_step} to {event.step}"
+        case BatchSkipped():
+            return f"update {event.step}: left out the batch with rows {', '.join(map(str, event.rows))}"
+        case MemoryLow():
+            return (
+                f"update {event.step}: memory is nearly full, {event.peak / 1e9:.1f} of {event.limit / 1e9:.1f} GB. "
+                "A lower batch_size or max_seq_length needs less"
+            )
         case RunPaused():
             return f"paused after update {event.step}: {event.reason}"
         case RunFinished():

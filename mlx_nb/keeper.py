@@ -1,0 +1,182 @@
+"""What a run keeps to go back to: its last steps in memory, exact checkpoints on disk, and what they were made from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_nb.config import SETTINGS, RunConfig
+from mlx_nb.errors import CheckpointError, CommandError
+from mlx_nb.events import (
+    CheckpointSaved,
+    Event,
+    RunFailed,
+    RunFinished,
+    RunPaused,
+    SettingChanged,
+    StepCompleted,
+    event_from_json,
+)
+from mlx_nb.view.history import History
+
+if TYPE_CHECKING:
+    from mlx_nb.train.checkpoint import Checkpoint, CheckpointStore
+    from mlx_nb.train.trainer import Trainer
+
+CHECKPOINTS = "checkpoints"
+RECENT_BYTES = 512 * 1024**2  # of the last steps, kept in memory to rewind to
+SAMPLED_BLOCKS, BLOCK_BYTES = 64, 1 << 16
+
+
+class Keeper:
+    """The snapshots and checkpoints of one run. `about` is what a checkpoint says of it: name and fingerprints."""
+
+    def __init__(self) -> None:
+        self._recent: deque[Checkpoint] = deque()
+        self._lines: list[str] = []
+        self._saved_at = time.monotonic()
+        self.saved_step = 0
+
+    def remember(self, trainer: Trainer, history: History) -> None:
+        """Keep this step in memory, as many of the last ones as the budget allows. Arrays are shared, not copied."""
+        snapshot = trainer.snapshot()
+        size = sum(array.nbytes for group in snapshot.arrays.values() for array in group.values())
+        self._recent.append(replace(snapshot, state={**snapshot.state, "standing": len(history.standing)}))
+        while len(self._recent) > 1 and len(self._recent) * size > RECENT_BYTES:
+            self._recent.popleft()
+
+    def forget_after(self, step: int) -> None:
+        """Drop what is in memory of the steps after `step`."""
+        while self._recent and self._recent[-1].step > step:
+            self._recent.pop()
+
+    @property
+    def remembers(self) -> bool:
+        return bool(self._recent)
+
+    def find(self, step: int, store: CheckpointStore, history: History, now: int) -> Checkpoint:
+        """The state of update `step` on the way to update `now`, from memory or disk. Raises CommandError."""
+        recent = next((one for one in reversed(self._recent) if one.step == step), None)
+        if recent is not None:
+            return recent
+        there = sorted({info.step for info in store.list()} | {one.step for one in self._recent})
+        try:
+            checkpoint, _ = store.load(step)
+        except CheckpointError:
+            reachable = ", ".join(str(one) for one in there if one < now)
+            raise CommandError(f"update {step} was not kept. These can be reached: {reachable or 'none'}.") from None
+        before = history_of(checkpoint).standing
+        if [event.to_json() for event in before] != [event.to_json() for event in history.standing[: len(before)]]:
+            raise CommandError(f"the checkpoint of update {step} is of a branch that was left by a rewind.")
+        return checkpoint
+
+    def save(
+        self,
+        trainer: Trainer,
+        history: History,
+        store: CheckpointStore,
+        kind: str,
+        *,
+        name: str,
+        config: RunConfig,
+        made_from: dict[str, Any],
+    ) -> Path:
+        """Write everything that the next update depends on. Returns the folder. Raises CheckpointError."""
+        snapshot = trainer.snapshot()
+        # A line is made once: a long run has many.
+        self._lines += [event.to_json() for event in history.events[len(self._lines) :]]
+        settings = {name: value for name, value in config.to_dict().items() if name != "data" or _is_json(value)}
+        state = {
+            **snapshot.state,
+            "name": name,
+            "config": settings,
+            "standing": len(history.standing),
+            "made_from": made_from,
+            "history": list(self._lines),
+        }
+        folder = store.save(replace(snapshot, state=state), kind=kind)
+        self._saved_at, self.saved_step = time.monotonic(), snapshot.step
+        return folder
+
+    def kind_due(self, event: Event, autosave_minutes: float | None) -> str | None:
+        """The kind of checkpoint to write after `event`, or None."""
+        match event:
+            case CheckpointSaved(kind="step" | "best" as kind):
+                return kind
+            case StepCompleted() if autosave_minutes is not None:
+                return "auto" if time.monotonic() - self._saved_at >= 60 * autosave_minutes else None
+            case RunPaused():
+                return "pause"
+            case RunFailed():
+                return "error"
+            case RunFinished():
+                return "final"
+            case _:
+                return None
+
+
+def history_of(checkpoint: Checkpoint) -> History:
+    """The history that a checkpoint holds."""
+    return History(event_from_json(line) for line in checkpoint.state["history"])
+
+
+def changed_settings(config: RunConfig, checkpoint: Checkpoint) -> list[str]:
+    """The settings in which `config` differs from those that the run of `checkpoint` began with.
+
+    Where something is saved changes no number, so those settings do not count.
+    """
+    began_with = dict(checkpoint.state["config"])
+    for event in reversed(history_of(checkpoint).events):
+        if isinstance(event, SettingChanged):
+            began_with[event.name] = event.old
+    now = json.loads(json.dumps(config.to_dict(), default=str))
+    counted = [name for name in began_with if name in now and SETTINGS[name].metadata["group"] != "saving"]
+    return [name for name in counted if began_with[name] != now[name]]
+
+
+def live_changes(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The settings that were changed while the run of `checkpoint` went on, as they are now."""
+    return {event.name: event.new for event in history_of(checkpoint).events if isinstance(event, SettingChanged)}
+
+
+def fingerprints(sources: Iterable[Any], tokenizer: Any, model_folder: Path) -> dict[str, Any]:
+    """What a run's numbers depend on besides its settings, by name."""
+    from importlib.metadata import version
+
+    tokenizer = getattr(tokenizer, "_tokenizer", tokenizer)
+    return {
+        "data": [source.fingerprint() for source in sources],
+        "template": _digest(str(tokenizer.chat_template)),
+        "tokenizer": _digest(tokenizer.backend_tokenizer.to_str()),
+        "model": [[file.name, _sampled_digest(file)] for file in sorted(model_folder.glob("*.safetensors"))],
+        "mlx version": version("mlx"),
+    }
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _sampled_digest(file: Path) -> str:
+    """Of size and blocks spread over the file, its header among them: another model differs, gigabytes stay unread."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as handle:
+        for block in range(SAMPLED_BLOCKS):
+            handle.seek(block * size // SAMPLED_BLOCKS)
+            digest.update(handle.read(BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return isinstance(value, str) or all(isinstance(source, str) or "path" in source for source in value)

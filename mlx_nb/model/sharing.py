@@ -1,0 +1,42 @@
+"""One base in memory for all runs that stand on it. Only for LoRA and DoRA: they never change the base's arrays."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from weakref import WeakSet
+
+from mlx_nb.config import RunConfig
+from mlx_nb.model.adapters import without_adapters
+from mlx_nb.model.loading import LoadedModel, load_model, model_folder
+from mlx_nb.model.trees import named_arrays
+
+_live: dict[tuple, WeakSet[LoadedModel]] = {}
+
+
+def load_base(config: RunConfig) -> LoadedModel:
+    """The model of a run. When another run of this process holds the same files, its arrays are shared.
+
+    Raises ModelError as `load_model` does.
+    """
+    folder = model_folder(config.model)
+    files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.iterdir())
+    key = (str(folder.resolve()), tuple(files), config.load_in_bits, config.chat_template)
+    holders = _live.setdefault(key, WeakSet())
+    holder = next(iter(holders), None)
+    if holder is not None:
+        loaded = twin(holder)
+    else:
+        loaded = load_model(config.model, load_in_bits=config.load_in_bits, chat_template=config.chat_template)
+    if config.fine_tune_type != "full":
+        holders.add(loaded)
+    return loaded
+
+
+def twin(loaded: LoadedModel) -> LoadedModel:
+    """The same base in modules of its own, without any adapter. Its arrays are shared, so it takes no memory."""
+    with without_adapters(loaded.model):
+        shared = {id(array): array for _, array in named_arrays(loaded.model.parameters())}
+        copied = copy.deepcopy(loaded.model, dict(shared))
+    copied.unfreeze()
+    return dataclasses.replace(loaded, model=copied)

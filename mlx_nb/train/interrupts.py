@@ -1,0 +1,45 @@
+"""SIGINT while a run moves is a request like any other: read between two pieces of work, never raised inside one."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType, TracebackType
+from typing import Any
+
+from mlx_nb.events import Pause
+
+
+class Interrupts:
+    """While inside, the first SIGINT asks for a pause, and a second one for a pause at once.
+
+    `ask` takes the Pause; `say` is told in words what will happen. Inside another one, or outside the main thread,
+    it does nothing. The handler that was there is put back.
+    """
+
+    def __init__(self, ask: Callable[[Pause], None], say: Callable[[str], None] = lambda text: None) -> None:
+        self._ask = ask
+        self._say = say
+        self._count = 0
+        self._before: Any = None
+
+    def __enter__(self) -> Interrupts:
+        nested = isinstance(getattr(signal.getsignal(signal.SIGINT), "__self__", None), Interrupts)
+        if not nested and threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+            self._before = None
+
+    def _handle(self, _signal: int, _frame: FrameType | None) -> None:
+        self._count += 1
+        # What was being written when the signal came may not be written to now.
+        with suppress(RuntimeError):
+            if self._count == 1:
+                self._say("Pausing after this update. Interrupt again to drop the update in hand.")
+        self._ask(Pause("interrupted", at_once=self._count > 1))

@@ -1,0 +1,144 @@
+"""SIGINT in a process: a pause at a boundary, a dropped update, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from mlx_nb import Run
+from mlx_nb.errors import CommandError
+from mlx_nb.events import EvaluationCompleted, Pause, RunPaused, RunStarted, StepCompleted
+from mlx_nb.train.interrupts import Interrupts
+from test_resume import arrays_of, happened, rows_run, trainer_for
+
+
+def interrupt(times=1):
+    for _ in range(times):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_first_asks_the_second_drops_and_the_handler_is_given_back():
+    asked, said = [], []
+    before = signal.getsignal(signal.SIGINT)
+    with Interrupts(asked.append, said.append):
+        with Interrupts(lambda pause: pytest.fail("the inner one does nothing")):
+            interrupt()
+        interrupt(2)
+    assert [pause.at_once for pause in asked] == [False, True, True]
+    assert len(said) == 1
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_outside_the_main_thread_nothing_is_installed():
+    seen = []
+
+    def inside():
+        with Interrupts(lambda pause: None):
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=inside)
+    thread.start()
+    thread.join()
+    assert seen == [signal.getsignal(signal.SIGINT)]
+
+
+@pytest.mark.parametrize("where", ["first forward pass", "second micro-batch", "validation", "save"])
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_an_interrupt_at_any_place_loses_and_repeats_nothing(tmp_path, where, times):
+    """Interrupted at every such place, the run says and computes the same as one that never was."""
+    whole = trainer_for(tmp_path, "whole", save_every=5, iters=12)
+    expected = list(whole.events())
+    trainer = trainer_for(tmp_path, "broken", save_every=5, iters=12)
+    calls = 0
+
+    def poll():
+        nonlocal calls
+        calls += 1
+        if (calls % 5 == 0) if where == "second micro-batch" else (calls % 4 == 1):
+            for _ in range(times):
+                trainer.request(Pause("interrupted", at_once=_ > 0))
+        original()
+
+    original, trainer.stepper.poll = trainer.stepper.poll, poll
+    if where == "validation":
+        trainer._poll, trainer.stepper.poll = poll, original
+    if where == "save":
+        real, trainer.stepper.poll = trainer._save, original
+
+        def save(kind):
+            for _ in range(times):
+                trainer.request(Pause("interrupted", at_once=_ > 0))
+            return real(kind)
+
+        trainer._save = save
+    events, pauses = [], 0
+    for _ in range(200):
+        part = list(trainer.events())
+        pauses += isinstance(part[-1], RunPaused)
+        events += part
+        if trainer.finished:
+            break
+    assert pauses >= 2
+    assert happened(events) == happened(expected)
+    assert [type(event) for event in events if not isinstance(event, RunPaused)] == [type(one) for one in expected]
+    assert arrays_of(trainer) == arrays_of(whole)
+
+
+def test_a_real_signal_while_run_computes_pauses_it(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder, iters=50, steps_per_eval=-1)
+    run.step()
+    real = run.trainer.stepper._gradients
+
+    def gradients(*arguments):
+        interrupt()
+        return real(*arguments)
+
+    run.trainer.stepper._gradients = gradients
+    ended = run.run()
+    assert isinstance(ended, RunPaused)
+    assert (ended.reason, run.step_count) == ("interrupted", 2)
+    run.request(Pause("interrupted"))
+    with pytest.raises(CommandError, match="asked to pause"):
+        run.step()
+    run.trainer.stepper._gradients = real
+    run.run()
+    whole = rows_run(tmp_path, tiny_folder, iters=50, steps_per_eval=-1, adapter_path=str(tmp_path / "whole"))
+    whole.run()
+    assert run.adapter_bytes() == whole.adapter_bytes()
+
+
+def test_an_interrupt_while_loading_is_kept_and_a_second_gives_up(tmp_path, tiny_folder, monkeypatch):
+    run = rows_run(tmp_path, tiny_folder)
+    real, times = Run._prepare, 2
+
+    def interrupted(self):
+        interrupt(times)
+        return real(self)
+
+    monkeypatch.setattr(Run, "_prepare", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(run.events())
+    run = rows_run(tmp_path, tiny_folder)
+    times = 1
+    assert [type(event) for event in run.events()] == [RunPaused]
+    monkeypatch.undo()
+    kinds = [type(event) for event in run.events()]
+    assert kinds[:2] == [RunStarted, EvaluationCompleted]
+    assert kinds.count(StepCompleted) == 6
+
+
+def test_a_failed_start_leaves_the_model_as_it_was_loaded(tmp_path, tiny_folder, monkeypatch):
+    run = rows_run(tmp_path, tiny_folder)
+    names = {name for name, _ in run.model.named_modules()}
+    monkeypatch.setattr("mlx_nb.train.trainer.TargetScorer", lambda model: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        _ = run.trainer
+    assert {name for name, _ in run.model.named_modules()} == names
+    monkeypatch.undo()
+    run.run()
+    whole = rows_run(tmp_path, tiny_folder, adapter_path=str(tmp_path / "whole"))
+    whole.run()
+    assert run.adapter_bytes() == whole.adapter_bytes()
