@@ -318,7 +318,13 @@ class Run:
         """A context in which SIGINT asks this run to pause. `say` (default: stderr) is told in words."""
         from mlx_nb.train.interrupts import Interrupts
 
-        return Interrupts(self.request, say or partial(print, file=sys.stderr))
+        say = say or partial(print, file=sys.stderr)
+        return Interrupts(self.request, lambda: say(self._pause_words()))
+
+    def _pause_words(self) -> str:
+        if self.prepared:
+            return "Pausing after this update. Interrupt again to drop the update in hand."
+        return "Pausing once model and rows are loaded. Interrupt again to give up loading."
 
     def _events(self, updates: int | None) -> Iterator[Event]:
         trainer = self.trainer
@@ -495,6 +501,7 @@ class Run:
         if self._trainer is not None:
             self._trainer.request(request)
         elif isinstance(request, Pause) and request.at_once:
+            self._early_requests.clear()
             raise KeyboardInterrupt
         else:
             self._early_requests.append(request)

@@ -10,7 +10,7 @@ from mlx_nb.model.backend import prepare_backend
 
 prepare_backend()
 
-SLOW_MARKERS = ("real_model", "kernel", "browser")
+SLOW_MARKERS = ("real_model", "kernel", "browser", "faults")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

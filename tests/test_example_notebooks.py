@@ -60,3 +60,4 @@ def test_stop_resume_rewind_ends_bit_for_bit_the_same(tmp_path):
     assert len(result["left"]) == len(result["instead"]) == 6
     assert result["left"][0] == result["instead"][0]
     assert result["left"][1:] != result["instead"][1:]
+    assert result["fork_megabytes"] < 100

@@ -7,9 +7,11 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from mlx_nb.errors import CommandError
 from mlx_nb.events import (
     CheckpointSaved,
     Event,
+    MemoryLow,
     RunFailed,
     RunFinished,
     RunPaused,
@@ -34,17 +36,28 @@ def train(run: Run, updates: int | None = None) -> None:
     """
     display = _LiveDisplay(run)
     ended: Event | None = None
-    with run.interrupts(print):
+    with run.interrupts(print) as interrupts:
         if not run.prepared:
             display.say("loading model and rows …")
+            _load(run)
         for event in run.events(updates):
             display.show(event)
             ended = event
-    display.finish(ended)
+        interrupts.ignore()
+        display.finish(ended)
     raise_failure(ended)
     if isinstance(ended, RunPaused):
         reason = "" if ended.reason == "interrupted" else f" ({ended.reason})"
         print(f"{run.name} is paused after update {ended.step}{reason}. `%finetune run` goes on; nothing is lost.")
+
+
+def _load(run: Run) -> None:
+    try:
+        _ = run.trainer
+    except KeyboardInterrupt:
+        raise CommandError(
+            f"loading {run.name} was given up. Nothing has changed; `%finetune run` loads again."
+        ) from None
 
 
 class _LiveDisplay:
@@ -67,6 +80,8 @@ class _LiveDisplay:
         if isinstance(event, RunStarted):
             for note in event.notes:
                 print(note)
+        if isinstance(event, MemoryLow):
+            print(text_report.describe(event))
         if not self._in_notebook:
             if not isinstance(event, StepCompleted) or event.step % max(1, self._run.trainer.iters // 20) == 0:
                 print(text_report.describe(event), flush=True)

@@ -15,15 +15,19 @@ from mlx_nb.events import Pause
 class Interrupts:
     """While inside, the first SIGINT asks for a pause, and a second one for a pause at once.
 
-    `ask` takes the Pause; `say` is told in words what will happen. Inside another one, or outside the main thread,
-    it does nothing. The handler that was there is put back.
+    `ask` takes the Pause; `say` is called at the first one, to tell the person. Inside another one, or outside the
+    main thread, it does nothing. The handler that was there is put back.
     """
 
-    def __init__(self, ask: Callable[[Pause], None], say: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(self, ask: Callable[[Pause], None], say: Callable[[], None] = lambda: None) -> None:
         self._ask = ask
         self._say = say
         self._count = 0
         self._before: Any = None
+
+    def ignore(self) -> None:
+        """From now on SIGINT has no effect: there is nothing left to pause, only an output to finish."""
+        self._ask, self._say = lambda pause: None, lambda: None
 
     def __enter__(self) -> Interrupts:
         nested = isinstance(getattr(signal.getsignal(signal.SIGINT), "__self__", None), Interrupts)
@@ -41,5 +45,5 @@ class Interrupts:
         # What was being written when the signal came may not be written to now.
         with suppress(RuntimeError):
             if self._count == 1:
-                self._say("Pausing after this update. Interrupt again to drop the update in hand.")
+                self._say()
         self._ask(Pause("interrupted", at_once=self._count > 1))

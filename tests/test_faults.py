@@ -1,0 +1,237 @@
+"""Interrupts and kills at random moments: what comes out is what an untouched run gives, to the bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from mlx_nb import Run, RunConfig
+from mlx_nb.keeper import history_of
+from mlx_nb.train.checkpoint import CheckpointStore
+from test_kernel import SETUP, Kernel
+from tiny import tiny_rows
+
+pytestmark = pytest.mark.faults
+
+INTERRUPTS_PER_KIND = 110
+KILLS = 110
+KINDS = {
+    "lora": "lora_parameters: {rank: 4, dropout: 0.1}",
+    "dora": "fine_tune_type: dora\nlora_parameters: {rank: 4, dropout: 0.1}",
+    "full": "fine_tune_type: full",
+}
+
+
+def cell(tiny_folder, name, kind):
+    return (
+        f"%%finetune --name {name} -o {name} --paused\nmodel: {tiny_folder}\ndata: rows\niters: 50\n{KINDS[kind]}\n"
+        "learning_rate: 5e-3\ngrad_accumulation_steps: 2\nsteps_per_eval: 7\nsave_every: 3\nloss_spike: null"
+    )
+
+
+DIGEST = (
+    "import hashlib, json\n"
+    "def digest(run):\n"
+    "    print(hashlib.sha256(b''.join(v for _, v in sorted(run.adapter_bytes().items()))).hexdigest(),\n"
+    "          hashlib.sha256(json.dumps([run.history['loss'], [e['loss'] for e in run.history.evaluations()]])"
+    ".encode()).hexdigest())"
+)
+
+
+class Interrupter:
+    """Sends SIGINT to the kernel some time after a cell began, once or twice."""
+
+    def __init__(self, kernel, chance):
+        self.kernel, self.chance, self.sent = kernel, chance, 0
+
+    def __call__(self, code, longest):
+        """Run a cell under fire. Returns (status, text, whether a signal was sent while it ran)."""
+        moments = [self.chance.uniform(0, longest)]
+        if self.chance.random() < 0.3:
+            moments.append(moments[0] + self.chance.uniform(0, 0.02))
+        done, hit = threading.Event(), []
+        started = threading.Event()
+
+        def fire():
+            started.wait(30)
+            begin = time.monotonic()
+            for moment in moments:
+                if done.wait(max(0.0, begin + moment - time.monotonic())):
+                    return
+                self.kernel.manager.interrupt_kernel()
+                hit.append(moment)
+
+        thread = threading.Thread(target=fire)
+        thread.start()
+        message = self.kernel.client.execute(code)
+        text, status = "", None
+        while True:
+            reply = self.kernel.client.get_iopub_msg(timeout=120)
+            if reply["parent_header"].get("msg_id") != message:
+                continue
+            content = reply["content"]
+            if reply["msg_type"] == "execute_input":
+                started.set()
+            text += content.get("text") or content.get("evalue", "") or "".join(content.get("traceback", []))
+            if reply["msg_type"] == "status" and content["execution_state"] == "idle":
+                break
+        done.set()
+        thread.join()
+        status = self.kernel.client.get_shell_msg(timeout=60)["content"]["status"]
+        self.sent += len(hit)
+        return status, text, bool(hit)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_interrupts_at_random_moments_change_nothing(tmp_path, tiny_folder, request, kind):
+    chance = random.Random(kind)
+    kernel = Kernel(tmp_path)
+    try:
+        kernel.run(SETUP.format(tests=str(request.path.parent)))
+        kernel.run(DIGEST)
+        kernel.run(cell(tiny_folder, "whole", kind))
+        kernel.run("whole.run()")
+        expected = kernel.value("digest(whole)")
+        fire = Interrupter(kernel, chance)
+        number, outside, pauses, given_up = 0, 0, 0, 0
+        while fire.sent < INTERRUPTS_PER_KIND:
+            name = f"{kind}{number}"
+            kernel.run(cell(tiny_folder, name, kind))
+            while kernel.value(f"{name}.finished") != "True":
+                enough = fire.sent >= INTERRUPTS_PER_KIND
+                status, text, _ = fire("%finetune run", 1e9 if enough else chance.choice([0.01, 0.05, 0.3]))
+                pauses += "Pausing after" in text
+                if "was given up" in text:  # two while it was loading
+                    given_up += 1
+                elif status != "ok":
+                    # Before the magic is entered, or after it has ended, the signal is IPython's to answer.
+                    assert "KeyboardInterrupt" in text
+                    assert "mlx_nb/" not in text, text
+                    outside += 1
+            assert kernel.value(f"digest({name})") == expected, name
+            kernel.run(f"del {name}")
+            number += 1
+        assert fire.sent >= INTERRUPTS_PER_KIND
+        assert pauses >= INTERRUPTS_PER_KIND // 4
+        print(
+            f"{kind}: {fire.sent} interrupts, {pauses} pauses, {number} runs; {given_up} gave up loading, "
+            f"{outside} were answered by IPython itself"
+        )
+        assert outside <= 0.1 * fire.sent
+    finally:
+        kernel.close()
+
+
+# A server that has imported everything forks one child for each life of the run: its death is as real as any.
+SERVER = """
+import os, signal, sys, time
+sys.path.insert(0, {tests!r})
+from mlx_nb.model.backend import prepare_backend
+prepare_backend()
+import mlx_lm, transformers
+import mlx_nb.model.sharing, mlx_nb.train.trainer, mlx_nb.rollouts.generation
+from mlx_lm.models import llama
+from test_faults import killable_run
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        killable_run({folder!r}, {model!r})
+        os._exit(0)
+    print(child, flush=True)
+    os.waitpid(child, 0)
+    print("dead", flush=True)
+"""
+AUTOSAVE_SECONDS = 0.03
+SETTINGS = {
+    "iters": 20_000,
+    "batch_size": 2,
+    "grad_accumulation_steps": 2,
+    "learning_rate": 1e-3,
+    "lora_parameters": {"rank": 4, "dropout": 0.1},
+    "steps_per_eval": 50,
+    "val_batches": 2,
+    "save_every": 40,
+    "autosave_minutes": AUTOSAVE_SECONDS / 60,
+    "loss_spike": None,
+}
+
+
+def new_run(folder, model):
+    settings = {**SETTINGS, "model": str(model), "data": tiny_rows(40), "adapter_path": str(folder)}
+    return Run(RunConfig.from_dict(settings))
+
+
+def killable_run(folder, model):
+    """Resume or begin; note each update and each save with its time in a file that survives."""
+    adapter = Path(folder) / "adapter"
+    begun = CheckpointStore(adapter / "checkpoints").list()
+    run = Run.resume(adapter, data=tiny_rows(40)) if begun else new_run(adapter, model)
+    log = os.open(Path(folder) / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.write(log, f"resumed {run.step_count if begun else 0} {time.monotonic()}\n".encode())
+    for event in run.events():
+        os.write(log, f"{type(event).__name__} {event.step} {time.monotonic()}\n".encode())
+
+
+def read_line(server, timeout):
+    ready, _, _ = select.select([server.stdout], [], [], timeout)
+    assert ready, "the server does not answer"
+    return server.stdout.readline().strip()
+
+
+def test_kills_at_random_moments_lose_at_most_the_autosave_interval(tmp_path, tiny_folder):
+    chance = random.Random(0)
+    code = SERVER.format(tests=str(Path(__file__).parent), folder=str(tmp_path), model=str(tiny_folder))
+    (tmp_path / "log").write_text("")
+    server = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    lost, kills, torn, seen = [], 0, 0, 0
+    try:
+        while kills < KILLS:
+            server.stdin.write("go\n")
+            server.stdin.flush()
+            child = int(read_line(server, 120))
+            while not (lines := (tmp_path / "log").read_text().splitlines()[seen:]):
+                time.sleep(0.01)
+            assert lines[0].startswith("resumed"), lines[0]
+            time.sleep(chance.uniform(0.0, 0.5))
+            killed_at = time.monotonic()
+            os.kill(child, signal.SIGKILL)
+            assert read_line(server, 30) == "dead"
+            kills += 1
+            log = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+            life, seen = log[seen:], len(log)
+            store = CheckpointStore(tmp_path / "adapter" / "checkpoints")
+            torn += any((tmp_path / "adapter" / "checkpoints").glob(".tmp-*"))
+            if not store.list():
+                continue
+            checkpoint, messages = store.load()
+            assert not messages, messages
+            # What was done but is not in the checkpoint: at most what an interval, an update and a save take.
+            after = [float(at) for kind, step, at in life if kind == "StepCompleted" and int(step) > checkpoint.step]
+            if after:
+                lost.append(killed_at - min(after))
+    finally:
+        server.kill()
+        server.wait()
+    slowest = 0.25  # of an update, an evaluation and a save of this size on a busy machine
+    assert max(lost) < AUTOSAVE_SECONDS + slowest, max(lost)
+    last, _ = CheckpointStore(tmp_path / "adapter" / "checkpoints").load()
+    whole = new_run(tmp_path / "whole", tiny_folder)
+    whole.run(until=last.step)
+    resumed = Run.resume(tmp_path / "adapter", data=tiny_rows(40))
+    assert resumed.adapter_bytes() == whole.adapter_bytes()
+    assert history_of(last)["loss"] == whole.history["loss"]
+    digest = hashlib.sha256(json.dumps(whole.history["loss"]).encode()).hexdigest()[:12]
+    print(
+        f"{kills} kills, {torn} in the middle of a save, {last.step} updates, losses {digest}, lost {max(lost):.3f} s"
+    )
