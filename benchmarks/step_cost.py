@@ -2,13 +2,15 @@
 
     python benchmarks/step_cost.py [--rounds 12] [--batch-size 4] [--model smollm2-135m]
 
-Two trainers of the same model take turns on the same batches:
+Four runs of the same model take turns on the same batches:
 
-    plain            forward, backward, clip and optimizer in one `mx.compile`d function that changes model and
-                     optimizer in place, as mlx_lm's trainer does (on a CPU compiling calls a C++ compiler)
-    transactional    mlx_nb: everything is computed and evaluated first, judged, then exchanged
+    plain                    forward, backward, clip and optimizer change model and optimizer in place, as in mlx_lm
+    plain, compiled          the same as one function under `mx.compile`
+    transactional            mlx_nb's update: computed and evaluated first, judged, then exchanged
+    transactional, compiled  with its gradients under `mx.compile`, as mlx_nb does on a GPU
 
-The checkpoint's cost is that of `Run.checkpoint`, spread over ten updates. Medians of the rounds; the last line is JSON.
+What is compiled is first called once untimed for each batch, because compiling for a new shape takes longer than that.
+The checkpoint's cost is that of `Run.checkpoint`, spread over ten updates. Medians of the rounds; JSON comes last.
 """
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ import json
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 EXAMPLE_ROWS = Path(__file__).parent.parent / "example_notebooks" / "home_requests"
 UPDATES_PER_CHECKPOINT = 10
+WARM_UP_ROUNDS = 2
 
 
 def main() -> None:
@@ -34,63 +38,78 @@ def main() -> None:
 
 def report(chosen: argparse.Namespace) -> dict:
     """Take turns, and return the medians and their ratios."""
+    from mlx_nb.model.logprobs import target_inputs
+
+    makers = {
+        "plain": partial(plain_step, compiled=False),
+        "plain, compiled": partial(plain_step, compiled=True),
+        "transactional": partial(transactional_step, compiled=False),
+        "transactional, compiled": partial(transactional_step, compiled=True),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in (*makers, "checkpoint")}
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {name: new_run(chosen, f"{folder}/{number}") for number, name in enumerate(makers)}
+        turns = {name: make(runs[name]) for name, make in makers.items()}
+        first = runs["transactional"]
+        for round_number in range(chosen.rounds + WARM_UP_ROUNDS):
+            inputs = target_inputs(first.trainer.next_batches()[0])
+            order = list(turns)[round_number % len(turns) :] + list(turns)[: round_number % len(turns)]
+            for name in order:
+                if name.endswith("compiled"):
+                    turns[name](inputs)
+                seconds[name].append(timed(partial(turns[name], inputs)))
+            first.trainer.state.batches += 1
+            seconds["checkpoint"].append(timed(first.checkpoint))
+    seconds = {name: values[WARM_UP_ROUNDS:] for name, values in seconds.items()}
+    for name, values in seconds.items():
+        print(f"{name:26} {statistics.median(values):.4f} s")
+    pairs = {"": ("transactional", "plain"), "_compiled": ("transactional, compiled", "plain, compiled")}
+    figures = {
+        f"transactional_over_plain{form}": statistics.median(
+            a / b for a, b in zip(seconds[ours], seconds[plain], strict=True)
+        )
+        for form, (ours, plain) in pairs.items()
+    }
+    update = statistics.median(seconds["transactional"])
+    figures["checkpoint_share"] = statistics.median(seconds["checkpoint"]) / (UPDATES_PER_CHECKPOINT * update)
+    return {name: round(value, 4) for name, value in figures.items()}
+
+
+def timed(act) -> float:
+    started = time.perf_counter()
+    act()
+    return time.perf_counter() - started
+
+
+def new_run(chosen: argparse.Namespace, folder: str):
     from mlx_nb import Run, RunConfig
 
-    with tempfile.TemporaryDirectory() as folder:
-        run, plain_run = (
-            Run(
-                RunConfig.from_dict(
-                    {
-                        "model": chosen.model,
-                        "data": str(EXAMPLE_ROWS),
-                        "batch_size": chosen.batch_size,
-                        "iters": chosen.rounds + 2,
-                        "learning_rate": 1e-4,
-                        "lr_schedule": {"name": "constant", "warmup": 0},
-                        "steps_per_eval": -1,
-                        "adapter_path": f"{folder}/{name}",
-                    }
-                ),
-                name=name,
-            )
-            for name in ("transactional", "plain")
-        )
-        plain = plain_step(plain_run)
-        seconds: dict[str, list[float]] = {"plain": [], "transactional": [], "checkpoint": []}
-        for round_number in range(chosen.rounds + 2):
-            batches = run.trainer.next_batches()
-            turns = [("plain", lambda: plain(batches)), ("transactional", run.step)]
-            for name, turn in turns if round_number % 2 else reversed(turns):
-                started = time.perf_counter()
-                turn()
-                seconds[name].append(time.perf_counter() - started)
-            started = time.perf_counter()
-            run.checkpoint()
-            seconds["checkpoint"].append(time.perf_counter() - started)
-        middle = {name: statistics.median(values[2:]) for name, values in seconds.items()}
-        ratios = [ours / theirs for ours, theirs in zip(seconds["transactional"][2:], seconds["plain"][2:])]
-    figures = {
-        "plain_seconds": round(middle["plain"], 4),
-        "transactional_seconds": round(middle["transactional"], 4),
-        "checkpoint_seconds": round(middle["checkpoint"], 4),
-        "transactional_over_plain": round(statistics.median(ratios), 4),
-        "checkpoint_share": round(middle["checkpoint"] / (UPDATES_PER_CHECKPOINT * middle["transactional"]), 4),
-    }
-    for name, value in figures.items():
-        print(f"{name:26} {value}")
-    return figures
+    settings = {"model": chosen.model, "data": str(EXAMPLE_ROWS), "batch_size": chosen.batch_size}
+    return Run(RunConfig.from_dict({**settings, "iters": 1000, "steps_per_eval": -1, "adapter_path": folder}))
 
 
-def plain_step(run):
-    """The same update in place, in one compiled function."""
-    import mlx.core as mx
-
-    from mlx_nb.model.logprobs import target_inputs
+def transactional_step(run, *, compiled: bool):
+    """`Stepper.update` on the batch that it is given."""
     from mlx_nb.objectives.sft import sft_loss
-    from mlx_nb.train.optimizer import clip, gradient_norm
+    from mlx_nb.train.optimizer import build_optimizer
+    from mlx_nb.train.step import Stepper
 
     trainer = run.trainer
-    model, optimizer, scorer = trainer.model, trainer.stepper.optimizer, trainer.scorer
+    stepper = Stepper(trainer.model, build_optimizer(run.config), sft_loss, trainer.scorer, compiled=compiled)
+    return lambda inputs: stepper.update(
+        [inputs], learning_rate=1e-4, grad_clip=1.0, seed=0, rows=(), judge=lambda loss, norm: None
+    )
+
+
+def plain_step(run, *, compiled: bool):
+    """The same update in place."""
+    import mlx.core as mx
+
+    from mlx_nb.objectives.sft import sft_loss
+    from mlx_nb.train.optimizer import build_optimizer, clip, gradient_norm
+
+    model, scorer, optimizer = run.model, run.trainer.scorer, build_optimizer(run.config)
+    optimizer.init(model.trainable_parameters())
     optimizer.learning_rate = 1e-4
     state = [model.state, optimizer.state, mx.random.state]
 
@@ -104,11 +123,11 @@ def plain_step(run):
         optimizer.update(model, clip(gradients, gradient_norm(gradients), 1.0))
         return value
 
-    compiled = mx.compile(step, inputs=state, outputs=state)
+    act = mx.compile(step, inputs=state, outputs=state) if compiled else step
 
-    def turn(batches):
+    def turn(inputs):
         model.train()
-        value = compiled(target_inputs(batches[0]))
+        value = act(inputs)
         mx.eval(state, value)
         model.eval()
         return value.item()

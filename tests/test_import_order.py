@@ -51,6 +51,7 @@ ORDER = [
     "objectives.base",
     "objectives.sft",
     "train.optimizer",
+    "train.vectors",
     "train.step",
     "train.tripwires",
     "train.interrupts",

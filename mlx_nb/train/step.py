@@ -18,6 +18,7 @@ from mlx_nb.model.randomness import random_stream
 from mlx_nb.model.trees import named_arrays
 from mlx_nb.objectives.base import LossSum, Objective
 from mlx_nb.train.optimizer import clip, gradient_norm, scalar
+from mlx_nb.train.vectors import form_for
 
 LARGEST_SHOWN = 3
 Judge = Callable[[float, float], tuple[type[TrainingError], str] | None]
@@ -75,7 +76,8 @@ class Stepper:
         self.optimizer = optimizer
         self.objective = objective
         self.scorer = scorer
-        optimizer.init(model.trainable_parameters())
+        self._form = form_for(type(optimizer).__name__.lower(), model.trainable_parameters())
+        optimizer.init(self._form.join(model.trainable_parameters()))
         self._gradients = self._sum_and_gradients
         if compiled:
             state = [mx.random.state]
@@ -89,7 +91,12 @@ class Stepper:
         return mx.value_and_grad(total)(parameters)
 
     def gradients(self, micro_batches: Sequence[TargetInputs], seed: int) -> Gradients:
-        """Gradients of the mean loss over all micro-batches, and what was measured on the way.
+        """Gradients of the mean loss over all micro-batches, as a tree, and what was measured on the way."""
+        joined = self._joined_gradients(micro_batches, seed)
+        return joined._replace(gradients=self._form.split(joined.gradients))
+
+    def _joined_gradients(self, micro_batches: Sequence[TargetInputs], seed: int) -> Gradients:
+        """The same in the form that the optimizer takes.
 
         The model's parameters, its mode and the user's random stream are as before, whatever happens.
         """
@@ -104,7 +111,8 @@ class Stepper:
                     self.poll()
                     sums, gradients = self._gradients(parameters, inputs)
                     sums = LossSum(*sums)  # a compiled function gives back a plain tuple
-                    summed = gradients if summed is None else tree_map(mx.add, summed, gradients)
+                    joined = self._form.join(gradients)
+                    summed = joined if summed is None else tree_map(mx.add, summed, joined)
                     mx.eval(summed, sums)
                     total += scalar(sums.total)
                     units += scalar(sums.units)
@@ -133,15 +141,16 @@ class Stepper:
         """
         optimizer_before = _shallow(self.optimizer.state)
         try:
-            gradients, loss, units, metrics, row_losses = self.gradients(micro_batches, seed)
+            gradients, loss, units, metrics, row_losses = self._joined_gradients(micro_batches, seed)
             norm_array = gradient_norm(gradients)
             norm = scalar(norm_array)
             if (refusal := judge(loss, norm)) is not None:
-                raise _refused(*refusal, rows, largest_gradients(gradients))
+                raise _refused(*refusal, rows, largest_gradients(self._form.split(gradients)))
             if grad_clip is not None:
                 gradients = clip(gradients, norm_array, grad_clip)
             self.optimizer.learning_rate = learning_rate
-            parameters = self.optimizer.apply_gradients(gradients, self.model.trainable_parameters())
+            before = self._form.join(self.model.trainable_parameters())
+            parameters = self._form.split(self.optimizer.apply_gradients(gradients, before))
             mx.eval(parameters, self.optimizer.state)
         except BaseException:
             self.optimizer.state = optimizer_before
