@@ -228,3 +228,20 @@ def test_the_rewind_command(tmp_path, tiny_folder):
     assert "went back from update 3 to 1" in str(run_line(session, "rewind 2"))
     with pytest.raises(CommandError, match="not both"):
         run_line(session, "rewind 1 --to 0")
+
+
+@pytest.mark.real_model
+def test_the_real_model_resumed_at_five_steps_is_the_run_that_was_never_stopped(tmp_path):
+    from test_example_notebooks import NOTEBOOKS
+
+    settings = {"model": "smollm2-135m", "data": str(NOTEBOOKS / "home_requests"), "iters": 6, "batch_size": 2}
+    settings |= {"learning_rate": 5e-4, "steps_per_eval": 3, "val_batches": 1, "save_every": 1, "keep": 10}
+    settings |= {"lora_parameters": {"dropout": 0.1}, "grad_accumulation_steps": 2, "warmup": 2}
+    whole = Run(RunConfig.from_dict({**settings, "adapter_path": str(tmp_path / "whole")}))
+    whole.run()
+    for step in range(1, 6):
+        shutil.copytree(tmp_path / "whole", tmp_path / f"at{step}")
+        resumed = Run.resume(tmp_path / f"at{step}", step=step)
+        resumed.run()
+        assert resumed.history["loss"] == whole.history["loss"], step
+        assert resumed.adapter_bytes() == whole.adapter_bytes(), step
