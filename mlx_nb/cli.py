@@ -74,10 +74,10 @@ def _train(chosen: argparse.Namespace) -> int:
     from mlx_nb.model.backend import prepare_backend
 
     prepare_backend()
-    from mlx_nb.notebook.driver import train
+    from mlx_nb.notebook.driver import train_here
     from mlx_nb.run import Run
 
-    train(Run.from_yaml(Path(chosen.config), name=chosen.name))
+    train_here(Run.from_yaml(Path(chosen.config), name=chosen.name))
     return 0
 
 

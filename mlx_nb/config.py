@@ -166,7 +166,11 @@ class RunConfig:
         live=True,
     )
     iters: int | None = setting(
-        None, "Optimizer updates in the run. null = as many as epochs take.", group="training", at_least=1
+        None,
+        "Optimizer updates in the run. null = as many as epochs take.",
+        group="training",
+        at_least=1,
+        live=True,
     )
     epochs: float | None = setting(
         None, "Passes over the training rows. null = 1 when iters is not given.", group="training", above=0
@@ -200,6 +204,17 @@ class RunConfig:
     )
     test: bool = setting(False, "Measure loss and perplexity on the test split at the end.", group="validation")
     test_batches: int = setting(-1, "Batches of the test split to measure. -1 = all.", group="validation", at_least=-1)
+    sample_prompts: tuple[str, ...] | None = setting(
+        None, "Prompts that the model answers during training, to be read side by side.", group="samples", live=True
+    )
+    sample_every: int | None = setting(
+        None,
+        "Answer them every N updates, besides at the start and the end. null = at each validation.",
+        group="samples",
+        at_least=1,
+        live=True,
+    )
+    sample_tokens: int = setting(64, "Longest answer in tokens.", group="samples", at_least=1, live=True)
     save_every: int = setting(
         100, "Save the adapter every N updates. -1 = only at the end.", group="saving", at_least=-1, live=True
     )
@@ -254,6 +269,8 @@ class RunConfig:
     def with_live(self, name: str, value: Any) -> RunConfig:
         """A copy with one setting changed; a new `learning_rate` also becomes the start of the schedule's arguments."""
         changes = {name: value}
+        if name == "iters":
+            changes["epochs"] = None
         if name == "learning_rate" and self.lr_schedule.arguments:
             schedule = dataclasses.asdict(self.lr_schedule)
             changes["lr_schedule"] = {**schedule, "arguments": [value, *self.lr_schedule.arguments[1:]]}

@@ -17,6 +17,7 @@ _GROUP_TITLES = {
     "optimizer": "Optimizer",
     "training": "Length and batches",
     "validation": "Validation and test",
+    "samples": "Samples",
     "saving": "Saving",
 }
 _NESTED: dict[str, type] = {"lora_parameters": LoraParameters, "lr_schedule": LrSchedule}

@@ -79,6 +79,38 @@ class EvaluationCompleted(Event):
 
 
 @dataclass(frozen=True)
+class SampleGenerated(Event):
+    """What the model answered to a prompt at this step, and its base; None when the base is trained itself."""
+
+    prompt: str
+    answer: str
+    base_answer: str | None
+
+
+@dataclass(frozen=True)
+class Progress(Event):
+    """Something longer than an update is at `done` of `total` parts. Not kept in the history."""
+
+    what: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class StateChanged(Event):
+    """The run began or ceased to move in the background. Not kept in the history."""
+
+    state: str
+
+
+@dataclass(frozen=True)
+class RequestRefused(Event):
+    """Something that was asked for could not be done, and nothing has changed. Not kept in the history."""
+
+    error: str
+
+
+@dataclass(frozen=True)
 class CheckpointSaved(Event):
     """An adapter was written. `kind` is `last`, `best` or `step`."""
 
@@ -160,6 +192,10 @@ EVENT_TYPES: dict[str, type[Event]] = {
         RunStarted,
         StepCompleted,
         EvaluationCompleted,
+        SampleGenerated,
+        Progress,
+        StateChanged,
+        RequestRefused,
         CheckpointSaved,
         SettingChanged,
         RunPaused,
@@ -215,6 +251,18 @@ class Save(Request):
 @dataclass(frozen=True)
 class Evaluate(Request):
     """Validate now."""
+
+
+@dataclass(frozen=True)
+class Sample(Request):
+    """Answer the kept prompts now."""
+
+
+@dataclass(frozen=True)
+class Rewind(Request):
+    """Go back to an update."""
+
+    to: int
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_nb.background import Background
 from mlx_nb.config import LIVE_SETTINGS, SETTINGS, RunConfig
 from mlx_nb.data.checks import SAMPLED_ROWS, DataCheck, check_data
 from mlx_nb.data.examples import Examples, ExampleSettings, LeftOut, RowView, TokenizedExample, split_examples
@@ -21,6 +22,7 @@ from mlx_nb.errors import (
     ConfigError,
     DataError,
     ModelError,
+    TrainingError,
     did_you_mean,
 )
 from mlx_nb.events import (
@@ -29,12 +31,16 @@ from mlx_nb.events import (
     EvaluationCompleted,
     Event,
     Pause,
+    Progress,
     Request,
+    RequestRefused,
+    Rewind,
     Rewound,
     RunFailed,
     RunFinished,
     RunPaused,
     Skip,
+    StateChanged,
     StepCompleted,
 )
 from mlx_nb.keeper import CHECKPOINTS, Keeper, changed_settings, fingerprints, history_of, live_changes
@@ -45,10 +51,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from mlx_nb.model.loading import LoadedModel
-    from mlx_nb.rollouts.generation import Prompt
-    from mlx_nb.train.checkpoint import CheckpointStore
+    from mlx_nb.rollouts.generation import Prompt, Question
+    from mlx_nb.train.checkpoint import CheckpointInfo, CheckpointStore
     from mlx_nb.train.interrupts import Interrupts
     from mlx_nb.train.trainer import Trainer, TrainerExamples
+    from mlx_nb.view.panel import Panel
 
 SPLITS = ("train", "valid", "test")
 
@@ -76,6 +83,13 @@ class Run:
         self._resumed = False
         self._keeper = Keeper()
         self._blocked = False
+        self._failed = False
+        self._error: BaseException | None = None
+        self._rewind_requests: list[Rewind] = []
+        self._questions: list[Question] = []
+        self._base: LoadedModel | None = None
+        self._base_answers: dict[tuple[str, int], str] = {}
+        self.background = Background(self)
         self._early_requests: list[Request] = []
         self._examples: TrainerExamples | None = None
         self._splits: Splits | None = None
@@ -180,7 +194,24 @@ class Run:
             notes=notes,
             compiled=not is_cpu(),
             memory_limit=memory_limit(),
+            sampler=self._answer,
         )
+
+    def _answer(self, prompt: str) -> Iterator[tuple[str, str | None]]:
+        """The greedy answers of the model and of its base, as they grow."""
+        from mlx_nb.rollouts.generation import stream_text
+
+        asked, answer = (prompt, self.config.sample_tokens), ""
+        for answer in stream_text(self.model, self.tokenizer, *asked):
+            yield answer, None
+        if self.config.fine_tune_type == "full":
+            return
+        if asked not in self._base_answers:
+            base_answer = ""
+            for base_answer in stream_text(self.base_model, self.tokenizer, *asked):
+                yield answer, base_answer
+            self._base_answers[asked] = base_answer
+        yield answer, self._base_answers[asked]
 
     def _tokenize_splits(self) -> tuple[TrainerExamples, list[str]]:
         """The rows of the run, and what a person should know about them."""
@@ -259,6 +290,23 @@ class Run:
         return self._trainer.state.step if self._trainer else 0
 
     @property
+    def state(self) -> str:
+        """built, running (in the background), paused, stopped, finished or failed."""
+        if self.background.active:
+            return "running"
+        if self._failed:
+            return "failed"
+        if self._trainer is None or not self.history.events:
+            return "built"
+        if self._trainer.finished is None:
+            return "paused"
+        return "stopped" if self._trainer.finished.reason == "stopped" else "finished"
+
+    def _refuse_running(self, what: str) -> None:
+        if self.background.active:
+            raise CommandError(f"{self.name} is running, so it cannot {what} now. `%finetune pause`, then try again.")
+
+    @property
     def prepared(self) -> bool:
         """Whether model and rows are loaded and the adapter is attached."""
         return self._trainer is not None
@@ -273,6 +321,26 @@ class Run:
 
         return plot_history(self.history, f"{self.name}: {self.config.model}")
 
+    def report(self, path: str | Path | None = None) -> Path:
+        """Write one HTML page with everything about the run (default: report.html in its folder). Returns its path."""
+        from mlx_nb.view.report import report_html
+
+        path = Path(path).expanduser() if path else self.folder / "report.html"
+        page = report_html(
+            self.history,
+            title=f"{self.name}: {self.state} after update {self.step_count}",
+            settings=self.config.to_dict(),
+            worst_rows=[(row, loss, self._excerpt(row)) for row, loss in list(self.row_losses().items())[:10]],
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8")
+        return path
+
+    def _excerpt(self, row: int) -> str:
+        """The first words of a training row."""
+        conversation = self.rows("train").examples.view(row).conversation
+        return "" if conversation is None else conversation.text[:200]
+
     def status(self) -> str:
         """The run in a few lines of text."""
         from mlx_nb.view.text_report import summary_text
@@ -281,6 +349,12 @@ class Run:
             return f"{self.name}: built, no update done yet. `%finetune step` or `%finetune run` starts it."
         state = "finished" if self.finished else "paused"
         return summary_text(self.history, f"{self.name}: {state}")
+
+    def panel(self) -> Panel:
+        """The controls, curves, rows, samples, settings, checkpoints and log of this run, live, in this cell."""
+        from mlx_nb.view.panel import Panel
+
+        return Panel(self)
 
     def browse(self, split: str = "train") -> Any:
         """Leaf through the rows with widgets: previous, next, jump, filters, colours. Returns a RowBrowser."""
@@ -330,11 +404,19 @@ class Run:
         trainer = self.trainer
         if not self._keeper.remembers:
             self._keeper.remember(trainer, self.history)
+        self._failed, self._error = False, None
+        yield from self._answer_requests()
         for event in trainer.events(updates):
+            if isinstance(event, Progress):
+                self._tell(event)
+                yield event
+                continue
+            self._failed = isinstance(event, RunFailed)
             self._record(event)
             if isinstance(event, StepCompleted | BatchSkipped):
                 self._keeper.remember(trainer, self.history)
             yield event
+            yield from self._answer_requests()
             if kind := self._keeper.kind_due(event, self.config.autosave_minutes):
                 try:
                     self.checkpoint(kind)
@@ -346,13 +428,52 @@ class Run:
                     return
                 self._blocked = False
 
+    def _answer_requests(self) -> Iterator[Event]:
+        """Answer questions and go back, at this boundary. What cannot be done is said and changes nothing."""
+        while self._questions:
+            question = self._questions.pop(0)
+            answering = self._stream(question)
+            for tokens, text in enumerate(answering):
+                question.told(text, False)
+                yield Progress(self.step_count, "answer", tokens, question.max_tokens)
+            question.told(text, True)
+        while self._rewind_requests:
+            try:
+                yield self._rewind(self._rewind_requests.pop(0).to)
+            except CommandError as error:
+                self._tell(RequestRefused(self.step_count, str(error)))
+
+    def _stream(self, question: Question) -> Iterator[str]:
+        """The answer so far, after each token."""
+        from mlx_nb.rollouts.generation import stream_text
+
+        model = self.base_model if question.base else self.model
+        yield ""
+        yield from stream_text(model, self.tokenizer, question.messages, question.max_tokens)
+
+    def ask(self, question: Question) -> None:
+        """Have a question answered at the next step boundary, token by token, by the model as it is there."""
+        self._refuse_base(question.base)
+        self._questions.append(question)
+
+    @property
+    def base_model(self) -> Any:
+        """The base in modules of its own, without the adapter, sharing its arrays."""
+        from mlx_nb.model.sharing import twin
+
+        self._base = self._base or twin(self.loaded)
+        return self._base.model
+
     def rewind(self, updates: int | None = None, *, to: int | None = None) -> Rewound:
         """Go back by `updates` updates, or to update `to`: what follows is what would have followed then.
 
         The last steps are in memory, older ones on disk if they were saved. Settings stay as they are now; the
         history keeps the branch that is left. Raises CommandError when there is no such step.
         """
-        target = to if to is not None else self.step_count - (1 if updates is None else updates)
+        self._refuse_running("rewind")
+        return self._rewind(to if to is not None else self.step_count - (1 if updates is None else updates))
+
+    def _rewind(self, target: int) -> Rewound:
         if not 0 <= target < self.step_count:
             raise CommandError(f"{self.name} is at update {self.step_count} and cannot go back to {target}.")
         checkpoint = self._keeper.find(target, self._store(), self.history, self.step_count)
@@ -397,10 +518,43 @@ class Run:
             made_from=self._fingerprints,
         )
 
+    def checkpoints(self) -> list[CheckpointInfo]:
+        """The exact checkpoints in the run's folder, the oldest save first."""
+        return self._store().list()
+
+    def delete_checkpoint(self, info: CheckpointInfo) -> None:
+        """Remove one. Raises CheckpointError."""
+        self._store().delete(info)
+
+    def compare_checkpoint(self, info: CheckpointInfo) -> list[tuple[str, str]]:
+        """(label, value) lines: the run as it is now against a checkpoint. Raises CheckpointError."""
+        import mlx.core as mx
+
+        from mlx_nb.model.adapters import adapter_weights
+
+        checkpoint, _ = self._store().load(info.path.name)
+        there = history_of(checkpoint)
+        lines = [("update", f"{checkpoint.step} → {self.step_count}")]
+        for label, then, now in (
+            ("training loss", there["loss"], self.history["loss"]),
+            (
+                "validation loss",
+                [row["loss"] for row in there.evaluations("valid")],
+                [row["loss"] for row in self.history.evaluations("valid")],
+            ),
+        ):
+            if then and now:
+                lines.append((label, f"{then[-1]:.4f} → {now[-1]:.4f}"))
+        before, after = checkpoint.arrays["parameters"], adapter_weights(self.trainer.model)
+        moved = sum(float(mx.square(after[name] - before[name]).sum()) for name in before)
+        size = sum(float(mx.square(before[name]).sum()) for name in before)
+        lines.append(("parameters moved", f"{100 * (moved / max(size, 1e-30)) ** 0.5:.2f}% of their norm"))
+        return lines
+
     @property
     def has_checkpoint(self) -> bool:
         """Whether `Run.resume` has something to go on from in this run's folder."""
-        return bool(self._store().list())
+        return bool(self.checkpoints())
 
     @property
     def unsaved_updates(self) -> int:
@@ -469,6 +623,7 @@ class Run:
 
         Raises TrainingError when an update was not kept, CommandError when the run is already over.
         """
+        self._refuse_running("step")
         if n < 1:
             raise CommandError(f"cannot do {n} updates. Give a whole number of 1 or more.")
         if self.finished:
@@ -483,6 +638,7 @@ class Run:
 
     def run(self, until: int | None = None) -> RunFinished | RunPaused:
         """To the end, or to update `until`. Returns how it ended. Raises TrainingError as `step` does."""
+        self._refuse_running("run")
         if self._trainer is not None and self._trainer.finished is not None:
             return self._trainer.finished
         updates = None if until is None else max(0, until - self.step_count)
@@ -493,12 +649,39 @@ class Run:
                 ended = event
         return ended or RunPaused(self.step_count, f"reached update {until}")
 
+    def start(self, updates: int | None = None) -> None:
+        """Train in the background of the kernel, by `updates` updates or to the end; returns at once.
+
+        `await run` waits for it; `request(Pause())`, the panel or an interrupt pauses it. What stops it with an error
+        is told to the listeners. Raises CommandError where no event loop is running.
+        """
+        self.background.start(updates, ended=self._background_ended)
+        self._tell(StateChanged(self.step_count, self.state))
+
+    def _background_ended(self, error: BaseException | None) -> None:
+        self._error = error
+        if error is not None:
+            self._failed = True
+            self._tell(RunFailed(self.step_count, "error", f"{type(error).__name__}: {error}"))
+        self._tell(StateChanged(self.step_count, self.state))
+
+    def __await__(self) -> Generator[Any, None, Run]:
+        """Wait until the run stops moving, without cancelling it. Raises TrainingError when it failed."""
+        yield from self.background.wait().__await__()
+        if self._error is not None:
+            raise self._error
+        if self.state == "failed":
+            raise_failure(next(event for event in reversed(self.history.events) if isinstance(event, RunFailed)))
+        return self
+
     def request(self, request: Request) -> None:
         """Ask for something at the next step boundary. Safe from a signal handler or a widget callback.
 
         Before the model is loaded it waits until then; a pause at once gives up loading with KeyboardInterrupt.
         """
-        if self._trainer is not None:
+        if isinstance(request, Rewind):
+            self._rewind_requests.append(request)
+        elif self._trainer is not None:
             self._trainer.request(request)
         elif isinstance(request, Pause) and request.at_once:
             self._early_requests.clear()
@@ -598,13 +781,21 @@ class Run:
         """Call `listener` with every event. One that raises is dropped; training does not notice."""
         self._listeners.append(listener)
 
+    def unlisten(self, listener: Callable[[Event], None]) -> None:
+        """Call it no more."""
+        if listener in self._listeners:
+            self._listeners.remove(listener)
+
     def _record(self, event: Event) -> None:
         self.history.append(event)
+        self._tell(event)
+
+    def _tell(self, event: Event) -> None:
         for listener in list(self._listeners):
             try:
                 listener(event)
             except Exception:
-                self._listeners.remove(listener)
+                self.unlisten(listener)
 
     def __repr__(self) -> str:
         done = f"{self.step_count} of {self._trainer.iters} updates" if self._trainer else "not started"
@@ -636,7 +827,7 @@ class Rows(Sequence[RowView]):
 def raise_failure(event: Event | None) -> None:
     """Raise the TrainingError of a RunFailed; pass over every other event."""
     if isinstance(event, RunFailed):
-        raise TRAINING_ERRORS[event.reason](event.error, event.rows, event.largest_gradients)
+        raise TRAINING_ERRORS.get(event.reason, TrainingError)(event.error, event.rows, event.largest_gradients)
 
 
 def _with_test(examples: Any, test: Sequence[TokenizedExample]) -> Any:

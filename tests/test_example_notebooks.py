@@ -61,3 +61,13 @@ def test_stop_resume_rewind_ends_bit_for_bit_the_same(tmp_path):
     assert result["left"][0] == result["instead"][0]
     assert result["left"][1:] != result["instead"][1:]
     assert result["fork_megabytes"] < 100
+
+
+def test_training_under_your_hand_pauses_changes_and_ends(tmp_path):
+    notebook = executed(tmp_path, "04_training_under_your_hand.ipynb")
+    result = ast.literal_eval(text_of(notebook, "{"))
+    assert result["updates"] == 16
+    assert result["learning_rate_changes"] == [2e-4]
+    assert result["samples"] == 3
+    assert result["validation_loss"][-1] < result["validation_loss"][0] / 2
+    assert (tmp_path / "hand_report.html").stat().st_size > 10_000

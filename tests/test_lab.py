@@ -36,6 +36,10 @@ class Lab:
         )
         name = f"notebook{len(list(self.folder.glob('*.ipynb')))}.ipynb"
         nbformat.write(notebook, self.folder / name)
+        return self.reopen(name, width)
+
+    def reopen(self, name: str, width: int = 1200):
+        """A notebook that is there, opened and a kernel ready."""
         page = self._browser.new_page(viewport={"width": width, "height": 900})
         page.goto(f"http://localhost:{self.port}/lab/tree/{name}")
         page.wait_for_selector(".jp-Notebook", timeout=60_000)

@@ -99,7 +99,7 @@ def test_running_a_cell_twice_is_harmless(trained, tiny_folder):
 
 
 BAD_COMMANDS = {
-    "%finetune stpe": "Did you mean 'step'",
+    "%finetune stepp": "Did you mean 'step'",
     "%finetune step two": "two",
     "%finetune step 0": "1 or more",
     "%finetune generate": "prompt",
@@ -111,7 +111,7 @@ BAD_COMMANDS = {
     "%finetune eval tests": "tests",
     "%finetune status --name tyni": "Did you mean 'tiny'",
     "%finetune use nothing": "nothing",
-    "%finetune help stpe": "Did you mean 'step'",
+    "%finetune help stepp": "Did you mean 'step'",
     "%%finetune --nmae x\nmodel: a": "--nmae",
     "%%finetune --name a/b\nmodel: a": "letters",
     "%%finetune -o 1x\nmodel: a": "variable name",

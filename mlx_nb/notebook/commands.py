@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from mlx_nb.config import LIVE_SETTINGS
 from mlx_nb.errors import CommandError, did_you_mean
+from mlx_nb.events import Pause, Stop
 from mlx_nb.notebook.session import Session
 from mlx_nb.run import SPLITS, Run
 from mlx_nb.view.history import visits_text
@@ -21,6 +22,8 @@ CELL_OPTIONS = {
     "--name": "name of the run (default: run); also its folder in adapters/",
     "-o": "bind the Run to this variable",
     "--paused": "build the run, load nothing, train nothing",
+    "--wait": "stay in the cell until the run pauses or ends",
+    "--background": "return at once and train in the background, whoever looks",
     "--resume": "go on from the newest checkpoint of this name, if there is one",
     "--allow-changed": "with --resume: go on although this changed since (a setting, data, template, model, ...)",
 }
@@ -84,7 +87,7 @@ def _help_text(name: str | None = None) -> _Text:
     return _Text(
         "\n".join(
             [
-                "%%finetune [--name NAME] [-o VARIABLE] [--paused] [--resume] above YAML builds and trains a run.",
+                "%%finetune [--name NAME] [-o VARIABLE] [--paused] [--wait] [--resume] above YAML builds a run.",
                 "`%%finetune?` lists its settings. On a run:",
                 *lines,
                 "All take --name NAME for another run than the current one.",
@@ -107,7 +110,7 @@ def _step(session: Session, arguments: argparse.Namespace) -> None:
         raise CommandError(f"%finetune step: cannot do {arguments.n} updates. Give a whole number of 1 or more.")
     run = session.get(arguments.name)
     _refuse_finished(run)
-    train(run, arguments.n)
+    train(session, run, arguments.n, wait=True)
 
 
 def _run(session: Session, arguments: argparse.Namespace) -> None:
@@ -115,7 +118,40 @@ def _run(session: Session, arguments: argparse.Namespace) -> None:
 
     run = session.get(arguments.name)
     _refuse_finished(run)
-    train(run)
+    train(session, run, wait=wait_of(arguments))
+
+
+def wait_of(arguments: argparse.Namespace) -> bool | None:
+    """What --wait and --background say; None when neither does."""
+    if arguments.wait and arguments.background:
+        raise CommandError("--wait and --background exclude each other.")
+    return True if arguments.wait else False if arguments.background else None
+
+
+def _pause(session: Session, arguments: argparse.Namespace) -> _Text:
+    run = session.get(arguments.name)
+    if run.state != "running":
+        raise CommandError(f"{run.name} is {run.state}, so there is nothing to pause.")
+    run.request(Pause())
+    return _Text(f"{run.name} pauses after this update.")
+
+
+def _stop(session: Session, arguments: argparse.Namespace) -> _Text | None:
+    from mlx_nb.notebook.driver import train
+
+    run = session.get(arguments.name)
+    _refuse_finished(run)
+    run.request(Stop())
+    if run.state == "running":
+        return _Text(f"{run.name} stops after this update and saves its adapter.")
+    train(session, run, 0, wait=True)
+    return None
+
+
+def _panel(session: Session, arguments: argparse.Namespace) -> None:
+    from mlx_nb.notebook.driver import show_panel
+
+    show_panel(session, session.get(arguments.name))
 
 
 def _refuse_finished(run: Run) -> None:
@@ -154,8 +190,23 @@ def _save(session: Session, arguments: argparse.Namespace) -> _Text:
 def _runs(session: Session, _arguments: argparse.Namespace) -> _Text:
     if not session.runs:
         return _Text("no runs yet. A %%finetune cell makes one.")
-    lines = [f"{'→' if session.is_current(run) else ' '} {run!r}" for run in session.runs.values()]
-    return _Text("\n".join(lines))
+    table = [("", "run", "state", "update", "loss", "validation", "method", "model")]
+    for run in session.runs.values():
+        last, valid = run.history.last_step, run.history.evaluations("valid")
+        table.append(
+            (
+                "→" if session.is_current(run) else "",
+                run.name,
+                run.state,
+                f"{run.step_count} of {run.trainer.iters}" if run.prepared else "-",
+                f"{last.loss:.4f}" if last else "-",
+                f"{valid[-1]['loss']:.4f}" if valid else "-",
+                run.config.fine_tune_type,
+                run.config.model,
+            )
+        )
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    return _Text("\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in table))
 
 
 def _rewind(session: Session, arguments: argparse.Namespace) -> _Text:
@@ -293,7 +344,16 @@ def _argument(*flags: str, **options: Any) -> tuple[tuple, dict]:
 _SPLIT = _argument("split", nargs="?", default="train", choices=SPLITS)
 COMMANDS: dict[str, Command] = {
     "step": _command("step", "do exactly n updates (default 1)", _step, _argument("n", nargs="?", type=int, default=1)),
-    "run": _command("run", "train to the end", _run),
+    "run": _command(
+        "run",
+        "train to the end, in the background where somebody looks",
+        _run,
+        _argument("--wait", action="store_true", help="stay in the cell"),
+        _argument("--background", action="store_true", help="return at once"),
+    ),
+    "pause": _command("pause", "stop after this update; `%finetune run` goes on", _pause),
+    "stop": _command("stop", "end the run after this update and save its adapter", _stop),
+    "panel": _command("panel", "controls, curves, rows, samples and checkpoints, live", _panel),
     "status": _command(
         "status", "where the run is", lambda session, arguments: _Text(session.get(arguments.name).status())
     ),

@@ -1,4 +1,4 @@
-"""Trains in the foreground of a cell: shows progress, and turns an interrupt into a stop between two updates."""
+"""Training in the background, under a panel, where somebody looks; elsewhere in the foreground of the cell."""
 
 from __future__ import annotations
 
@@ -23,16 +23,47 @@ from mlx_nb.view import text_report
 from mlx_nb.view.plots import figure_png, live_svg
 
 if TYPE_CHECKING:
+    from mlx_nb.notebook.session import Session
     from mlx_nb.run import Run
 
 _SECONDS_BETWEEN_UPDATES = 0.4
 
 
-def train(run: Run, updates: int | None = None) -> None:
-    """Move `run` by `updates` updates, or to its end, showing what happens in the current cell.
+def train(session: Session, run: Run, updates: int | None = None, *, wait: bool | None = None) -> None:
+    """Move `run` by `updates` updates, or to its end, showing what happens.
 
-    The first interrupt pauses at the next step boundary; a second one breaks off inside the update, which is then
-    as if it had never begun. Raises TrainingError when an update was not kept.
+    Where a person has the notebook open this returns at once, the run goes on in the background, and a panel stands
+    under the cell. `wait` True stays in the cell, as it does by itself under nbconvert and papermill, where nobody
+    would wait for the background. Raises TrainingError when an update was not kept.
+    """
+    if wait is None:
+        wait = not has_live_front_end()
+    if wait:
+        train_here(run, updates, quiet=session.has_panel(run))
+        return
+    if not session.has_panel(run):
+        show_panel(session, run)
+    run.start(updates)
+
+
+def show_panel(session: Session, run: Run) -> None:
+    """The panel of `run` in the current cell, and below it the place for what lasts."""
+    from IPython.display import display
+
+    from mlx_nb.notebook.outcome import Outcome
+
+    panel = run.panel()
+    display(panel)
+    if not session.has_panel(run):
+        Outcome(run)
+    session.keep_panel(run, panel)
+
+
+def train_here(run: Run, updates: int | None = None, *, quiet: bool = False) -> None:
+    """In the foreground of the cell. With a panel open elsewhere, `quiet`, one line says what was done.
+
+    The first interrupt pauses at the next step boundary; a second one drops the update in hand, which is then as if
+    it had never begun.
     """
     display = _LiveDisplay(run)
     ended: Event | None = None
@@ -41,10 +72,14 @@ def train(run: Run, updates: int | None = None) -> None:
             display.say("loading model and rows …")
             _load(run)
         for event in run.events(updates):
-            display.show(event)
+            if not quiet:
+                display.show(event)
             ended = event
         interrupts.ignore()
-        display.finish(ended)
+        if not quiet:
+            display.finish(ended)
+        elif run.history.last_step:
+            print(text_report.describe(run.history.last_step))
     raise_failure(ended)
     if isinstance(ended, RunPaused):
         reason = "" if ended.reason == "interrupted" else f" ({ended.reason})"
@@ -152,6 +187,13 @@ class _LiveDisplay:
         except Exception as error:
             self._broken = True
             print(f"the live display failed ({error}); training goes on.", file=sys.stderr)
+
+
+def has_live_front_end() -> bool:
+    """Whether somebody has this notebook open: a front end that can be asked for input, which executors cannot."""
+    from IPython.core.getipython import get_ipython
+
+    return bool(getattr(getattr(get_ipython(), "kernel", None), "_allow_stdin", False))
 
 
 def _has_rich_display() -> bool:

@@ -38,6 +38,7 @@ def unload(shell: InteractiveShell) -> None:
     if magics is None:
         return
     atexit.unregister(magics.session.save_all)
+    magics.session.close()
     manager = shell.magics_manager
     for kind in ("line", "cell"):
         manager.magics[kind].pop("finetune", None)

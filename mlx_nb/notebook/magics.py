@@ -10,7 +10,7 @@ from IPython.core.magic_arguments import argument, magic_arguments, parse_argstr
 
 from mlx_nb.config_help import settings_text
 from mlx_nb.errors import CommandError
-from mlx_nb.notebook.commands import CELL_OPTIONS, run_line
+from mlx_nb.notebook.commands import CELL_OPTIONS, run_line, wait_of
 from mlx_nb.notebook.session import Session
 from mlx_nb.notebook.templating import fill
 
@@ -35,11 +35,13 @@ class FinetuneMagics(Magics):
     @argument("--name", default="run", help=CELL_OPTIONS["--name"])
     @argument("-o", "--output", default=None, metavar="VARIABLE", help=CELL_OPTIONS["-o"])
     @argument("--paused", action="store_true", help=CELL_OPTIONS["--paused"])
+    @argument("--wait", action="store_true", help=CELL_OPTIONS["--wait"])
+    @argument("--background", action="store_true", help=CELL_OPTIONS["--background"])
     @argument("--resume", action="store_true", help=CELL_OPTIONS["--resume"])
     @argument("--allow-changed", nargs="+", metavar="WHAT", default=(), help=CELL_OPTIONS["--allow-changed"])
     def finetune_cell(self, line: str, cell: str) -> None:
         """Fine-tune a model: the cell's body is YAML, one setting a line."""
-        from mlx_nb.notebook.driver import train
+        from mlx_nb.notebook.driver import has_live_front_end, show_panel, train
         from mlx_nb.run import Run
 
         arguments = _parse(self.finetune_cell, line)
@@ -47,6 +49,7 @@ class FinetuneMagics(Magics):
             raise CommandError(f"--name {arguments.name!r}: use letters, digits, - and _ only; it names a folder.")
         if arguments.output is not None and not arguments.output.isidentifier():
             raise CommandError(f"-o {arguments.output!r} is not a variable name.")
+        wait = wait_of(arguments)
         shell: Any = self.shell
         namespace = shell.user_ns
         run = Run.from_yaml(fill(cell, namespace) + "\n", name=arguments.name, namespace=namespace)
@@ -59,10 +62,12 @@ class FinetuneMagics(Magics):
         if arguments.output is not None:
             shell.push({arguments.output: run})
         if arguments.paused:
+            if has_live_front_end():
+                show_panel(self.session, run)
             print(f"{run.name} is built. `%finetune step` does one update, `%finetune run` all of them.")
             return
         if not run.finished:
-            train(run)
+            train(self.session, run, wait=wait)
 
 
 def _parse(magic: Any, line: str) -> Any:

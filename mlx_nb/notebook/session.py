@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mlx_nb.errors import CommandError, MlxNbError, did_you_mean
+from mlx_nb.events import Pause
 
 if TYPE_CHECKING:
     from mlx_nb.run import Run
+    from mlx_nb.view.panel import Panel
 
 
 class Session:
@@ -19,12 +21,38 @@ class Session:
         self.namespace = namespace
         self.runs: dict[str, Run] = {}
         self._current: str | None = None
+        self._panels: dict[str, tuple[Run, Panel]] = {}
 
     def add(self, run: Run) -> None:
-        """Keep `run` and make it current."""
-        self.runs.pop(run.name, None)
+        """Keep `run` and make it current. A run of that name is paused and let go, its panel with it."""
+        before = self.runs.pop(run.name, None)
+        if before is not None and before is not run:
+            if before.background.active:
+                before.request(Pause("replaced by a new run"))
+            self._close_panel(run.name)
         self.runs[run.name] = run
         self._current = run.name
+
+    def has_panel(self, run: Run) -> bool:
+        """Whether a panel of this run was shown."""
+        return run.name in self._panels and self._panels[run.name][0] is run
+
+    def keep_panel(self, run: Run, panel: Panel) -> None:
+        """The newest panel of a run is the one that lives."""
+        self._close_panel(run.name)
+        self._panels[run.name] = (run, panel)
+
+    def _close_panel(self, name: str) -> None:
+        if name in self._panels:
+            self._panels.pop(name)[1].close()
+
+    def close(self) -> None:
+        """Pause what moves and take the panels away: the extension is being unloaded."""
+        for run in self.runs.values():
+            if run.background.active:
+                run.request(Pause("the extension was unloaded"))
+        for name in list(self._panels):
+            self._close_panel(name)
 
     def save_all(self) -> None:
         """Write a checkpoint of every run that did updates since its last one. For the end of the kernel."""

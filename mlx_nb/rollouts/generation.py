@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.nn as nn
@@ -16,6 +17,19 @@ Prompt = str | Messages
 
 # Rows decoded side by side: enough to keep matrix products busy, few enough for a small machine's memory.
 _ROWS_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a person asks the live model: messages (or a user message), and who is told the answer as it grows.
+
+    `told(text so far, whether it is complete)` is called after each token.
+    """
+
+    messages: Prompt
+    told: Callable[[str, bool], None]
+    base: bool = False
+    max_tokens: int = 256
 
 
 def generate_texts(
@@ -52,6 +66,16 @@ def generate_texts(
             completion_batch_size=_ROWS_AT_ONCE,
             prefill_batch_size=_ROWS_AT_ONCE,
         ).texts
+
+
+def stream_text(model: nn.Module, tokenizer: Any, prompt: Prompt, max_tokens: int) -> Iterator[str]:
+    """The greedy answer to one prompt as it grows: all of it so far, after each token."""
+    from mlx_lm import stream_generate
+
+    text = ""
+    for part in stream_generate(model, tokenizer, prompt_tokens(tokenizer, prompt), max_tokens=max_tokens):
+        text += part.text
+        yield text
 
 
 def prompt_tokens(tokenizer: Any, prompt: Prompt) -> list[int]:

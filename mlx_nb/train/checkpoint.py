@@ -163,6 +163,13 @@ class CheckpointStore:
         infos = [info for path in folders if (info := _info(path)) is not None]
         return sorted(infos, key=lambda info: (info.save, info.step))
 
+    def delete(self, info: CheckpointInfo) -> None:
+        """Remove one checkpoint. Raises CheckpointError when that is not possible."""
+        try:
+            self._remove(info)
+        except OSError as error:
+            raise CheckpointError(f"{info.path} cannot be removed: {error.strerror}.") from error
+
     def _make_folder(self) -> None:
         missing = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -200,10 +207,13 @@ class CheckpointStore:
         kept += [info for info in infos if info.kind == BEST][:1]
         for info in infos:
             if info not in kept:
-                # Renamed first, so that a removal cut short does not leave something that looks like a checkpoint.
-                partial = self._partial(f"old-{info.path.name}")
-                os.rename(info.path, partial)
-                shutil.rmtree(partial)
+                self._remove(info)
+
+    def _remove(self, info: CheckpointInfo) -> None:
+        # Renamed first, so that a removal cut short does not leave something that looks like a checkpoint.
+        partial = self._partial(f"old-{info.path.name}")
+        os.rename(info.path, partial)
+        shutil.rmtree(partial)
 
 
 def _latest_problems(folder: Path, names: set[str]) -> list[str]:

@@ -30,17 +30,27 @@ class Interrupts:
         self._ask, self._say = lambda pause: None, lambda: None
 
     def __enter__(self) -> Interrupts:
-        nested = isinstance(getattr(signal.getsignal(signal.SIGINT), "__self__", None), Interrupts)
+        owner = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
+        # One that has ended may be put back by others, as by a kernel after a cell; it counts for nothing.
+        nested = isinstance(owner, Interrupts) and owner._before is not None
         if not nested and threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._handle)
         return self
 
+    def renew(self) -> None:
+        """Take the signal again where others have taken it since, as a kernel does at the end of a cell."""
+        if self._before is not None and signal.getsignal(signal.SIGINT) != self._handle:
+            signal.signal(signal.SIGINT, self._handle)
+
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+            if signal.getsignal(signal.SIGINT) == self._handle:
+                signal.signal(signal.SIGINT, self._before)
             self._before = None
 
     def _handle(self, _signal: int, _frame: FrameType | None) -> None:
+        if self._before is None:
+            return
         self._count += 1
         # What was being written when the signal came may not be written to now.
         with suppress(RuntimeError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,14 @@ from mlx_nb.events import (
     Event,
     MemoryLow,
     Pause,
+    Progress,
     Request,
     RunFailed,
     RunFinished,
     RunPaused,
     RunStarted,
+    Sample,
+    SampleGenerated,
     Save,
     SettingChanged,
     Skip,
@@ -68,6 +71,11 @@ class TrainerState:
     recent_losses: list[float] = field(default_factory=list)
 
 
+# prompt -> (answer, answer of the base) as they grow, token by token
+Sampler = Callable[[str], Iterator[tuple[str, str | None]]]
+Due = tuple[str, str]
+
+
 class _BrokenOff(Exception):
     """What was being done is dropped, as if it had never begun."""
 
@@ -99,6 +107,7 @@ class Trainer:
         notes: Sequence[str] = (),
         compiled: bool = False,
         memory_limit: int | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
         if not examples.train:
             raise DataError("no training row is left. `%finetune rows` shows why each one was left out.")
@@ -115,6 +124,7 @@ class Trainer:
         self._started = False
         self._break_off = False
         self._memory_limit = memory_limit
+        self._sampler = sampler
         # Compiled functions are traced once per shape, so there shapes are rounded up to fewer of them.
         self._width_multiple, self._target_multiple = (32, 64) if compiled else (1, 1)
         try:
@@ -164,7 +174,7 @@ class Trainer:
                 return
             try:
                 if self._due:
-                    event = self._do_next()
+                    event = yield from self._do_next()
                 elif self.finished is not None or done == updates:
                     return
                 else:
@@ -182,24 +192,27 @@ class Trainer:
                 return
             yield event
 
-    def _do_next(self) -> Event:
+    def _do_next(self) -> Generator[Event, None, Event]:
         """Carry out the first thing of the queue, which leaves it only then, and queue what follows from it."""
-        event, follow_up = self._do(*self._due[0])
+        event, follow_up = yield from self._do(*self._due[0])
         self._due.popleft()
         self._due.extendleft(reversed(follow_up))
         return event
 
-    def _do(self, what: str, how: str) -> tuple[Event, list[tuple[str, str]]]:
+    def _do(self, what: str, how: str) -> Generator[Event, None, tuple[Event, list[Due]]]:
         """The queue holds words, so that a checkpoint can keep it."""
         match what:
             case "start":
-                return self._start(), [("validate", "")] if self.validates else []
+                first = [("validate", "")] if self.validates else []
+                return self._start(), [*first, *self._samples_due()]
             case "validate":
-                return self._validate()
+                return (yield from self._validate())
+            case "sample":
+                return (yield from self._sample(how)), []
             case "save":
                 return self._save(how), []
             case "test":
-                return self.evaluate("test"), []
+                return (yield from self._evaluating("test")), []
             case "memory":
                 return MemoryLow(self.state.step, mx.get_peak_memory(), int(how)), []
             case _:
@@ -240,8 +253,7 @@ class Trainer:
         finished = checkpoint.state["finished"]
         self.finished = None if finished is None else RunFinished(**finished)
         self._due = deque((what, how) for what, how in checkpoint.state["due"])
-        if self.state.step < self.iters and finished and finished["reason"] == ITERS_REACHED:
-            self.finished = None  # it was given more updates since
+        self._go_on_if_longer()
         self._started = checkpoint.state["started"]
 
     def _start(self) -> RunStarted:
@@ -269,12 +281,27 @@ class Trainer:
         every = self.config.steps_per_eval or max(1, self.iters // 5)
         if self.validates and (last or step % every == 0):
             self._due.append(("validate", ""))
+        if last or step % (self.config.sample_every or every) == 0:
+            self._due += self._samples_due()
         if last:
             self._due += self._ending(ITERS_REACHED)
         elif self.config.save_every > 0 and step % self.config.save_every == 0:
             self._due.append(("save", "step"))
 
-    def _ending(self, reason: str) -> list[tuple[str, str]]:
+    def _samples_due(self) -> list[Due]:
+        prompts = self.config.sample_prompts if self._sampler is not None else None
+        return [("sample", prompt) for prompt in prompts or ()]
+
+    def _sample(self, prompt: str) -> Generator[Event, None, SampleGenerated]:
+        assert self._sampler is not None
+        answers: tuple[str, str | None] = ("", None)
+        for tokens, so_far in enumerate(self._sampler(prompt), start=1):
+            answers = so_far
+            yield Progress(self.state.step, "sample", tokens, self.config.sample_tokens)
+            self._poll()
+        return SampleGenerated(self.state.step, prompt, *answers)
+
+    def _ending(self, reason: str) -> list[Due]:
         test = [("test", "")] if self.config.test and self.examples.test else []
         return [("save", "last"), *test, ("finish", reason)]
 
@@ -293,6 +320,8 @@ class Trainer:
                     self._due.append(("save", "last"))
                 case Evaluate():
                     self._due.append(("validate", ""))
+                case Sample():
+                    self._due += self._samples_due()
                 case ChangeSetting(name, value):
                     yield self._change(name, value)
                 case Skip():
@@ -309,9 +338,20 @@ class Trainer:
         self.state.batches += len(batches)
         return BatchSkipped(self.state.step, tuple(row for batch in batches for row in batch.rows))
 
+    def _lengthen(self) -> None:
+        """The new length of the run, but not shorter than what is done."""
+        self.iters = max(self.config.iters or self._iters_for(self.config.epochs or 1.0), self.state.step, 1)
+        self._go_on_if_longer()
+
+    def _go_on_if_longer(self) -> None:
+        if self.finished and self.finished.reason == ITERS_REACHED and self.state.step < self.iters:
+            self.finished = None
+
     def _change(self, name: str, value: Any) -> SettingChanged:
         old = getattr(self.config, name)
         self.config = self.config.with_live(name, value)
+        if name == "iters":
+            self._lengthen()
         return SettingChanged(self.state.step, name, old, getattr(self.config, name))
 
     def _update(self) -> StepCompleted:
@@ -375,6 +415,15 @@ class Trainer:
 
     def evaluate(self, split: str = "valid", *, all_rows: bool = False) -> EvaluationCompleted:
         """Loss over a fixed set of rows of `split`, or all, weighted by token. Changes nothing in the run."""
+        evaluating = self._evaluating(split, all_rows)
+        while True:
+            try:
+                next(evaluating)
+            except StopIteration as ended:
+                return ended.value
+
+    def _evaluating(self, split: str, all_rows: bool = False) -> Generator[Event, None, EvaluationCompleted]:
+        """The same, with a Progress before each batch."""
         config = self.config
         examples = {"train": self.examples.train, "valid": self.examples.valid, "test": self.examples.test}[split]
         if not examples:
@@ -386,7 +435,8 @@ class Trainer:
         )
         total = units = 0.0
         row_losses: list[tuple[int, float]] = []
-        for positions in chosen:
+        for number, positions in enumerate(chosen):
+            yield Progress(self.state.step, f"{split} loss", number, len(chosen))
             self._poll()
             batch = pad([examples[position] for position in positions], self._width_multiple)
             measured = self.stepper.evaluate(target_inputs(batch, self._target_multiple))
@@ -400,8 +450,9 @@ class Trainer:
             self.state.step, split, loss, perplexity, units, rows, seconds, row_losses=tuple(row_losses)
         )
 
-    def _validate(self) -> tuple[EvaluationCompleted, list[tuple[str, str]]]:
-        result, state = self.evaluate("valid"), self.state
+    def _validate(self) -> Generator[Event, None, tuple[Event, list[Due]]]:
+        result = yield from self._evaluating("valid")
+        state = self.state
         best = state.best_loss is None or result.loss < state.best_loss
         if best:
             self.state = replace(state, best_loss=result.loss, best_step=state.step, evaluations_without_best=0)

@@ -11,12 +11,16 @@ from mlx_nb.events import (
     EvaluationCompleted,
     Event,
     MemoryLow,
+    Progress,
+    RequestRefused,
     Rewound,
     RunFailed,
     RunFinished,
     RunPaused,
     RunStarted,
+    SampleGenerated,
     SettingChanged,
+    StateChanged,
     StepCompleted,
 )
 from mlx_nb.view.history import History
@@ -43,6 +47,14 @@ def describe(event: Event) -> str:
                 f"update {event.step}: {event.split} loss {event.loss:.4f}, perplexity {event.perplexity:.2f} "
                 f"({event.rows} rows{best})"
             )
+        case SampleGenerated():
+            return f"update {event.step}: {event.prompt!r} → {event.answer!r}"
+        case Progress():
+            return f"{event.what}: {event.done} of {event.total}"
+        case StateChanged():
+            return f"{event.state} at update {event.step}"
+        case RequestRefused():
+            return event.error
         case CheckpointSaved():
             return f"update {event.step}: saved {event.kind} adapter to {event.path}"
         case SettingChanged():

@@ -1,0 +1,107 @@
+"""Training as one task on the kernel's main loop: a step at a time, and in between everything else gets its turn."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from mlx_nb.errors import CommandError
+from mlx_nb.events import Event, Pause, Request
+from mlx_nb.train.interrupts import Interrupts
+
+# One sleep(0) lets a click wait for three or four steps: a click takes several turns of the loop to arrive.
+SECONDS_BETWEEN_EVENTS = 0.001
+
+
+class Movable(Protocol):
+    """What the background needs of a run."""
+
+    name: str
+
+    def events(self, updates: int | None = None) -> Iterator[Event]: ...
+    def request(self, request: Request) -> None: ...
+
+
+_moving: list[Movable] = []
+_interrupts: Interrupts | None = None
+
+
+def _hold_interrupts() -> None:
+    """While any run moves, SIGINT pauses all that do. Between cells the kernel itself would ignore it.
+
+    Called from inside the task, because what is set in a cell is undone when the cell ends.
+    """
+    global _interrupts
+    if _interrupts is None:
+        _interrupts = Interrupts(_pause_all)
+        _interrupts.__enter__()
+    _interrupts.renew()
+
+
+def _pause_all(pause: Pause) -> None:
+    for run in _moving:
+        run.request(pause)
+
+
+def _left(run: Movable) -> None:
+    global _interrupts
+    _moving.remove(run)
+    if not _moving and _interrupts is not None:
+        _interrupts.__exit__(None, None, None)
+        _interrupts = None
+
+
+class Background:
+    """The task that moves one run, if there is one. Everything happens on the thread of the loop."""
+
+    def __init__(self, run: Movable) -> None:
+        self._run = run
+        self._task: asyncio.Task | None = None
+
+    @property
+    def active(self) -> bool:
+        return any(one is self._run for one in _moving)
+
+    def start(self, updates: int | None = None, *, ended: Callable[[BaseException | None], None]) -> None:
+        """Begin to move the run by `updates` updates, or to its end; returns at once.
+
+        `ended` is called in the loop when it stops, with the error if there was one. Raises CommandError without a
+        running event loop, and when the run moves already.
+        """
+        if self.active:
+            raise CommandError(f"{self._run.name} is running. `%finetune pause` stops it after this update.")
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise CommandError(
+                f"{self._run.name} cannot train in the background here: no event loop is running. Use run.run()."
+            ) from None
+        _moving.append(self._run)
+        self._task = loop.create_task(self._pump(updates, ended), name=f"mlx_nb {self._run.name}")
+
+    async def _pump(self, updates: int | None, ended: Callable[[BaseException | None], None]) -> None:
+        error: BaseException | None = None
+        try:
+            # Let the cell that started it end first, and its output with it.
+            await asyncio.sleep(SECONDS_BETWEEN_EVENTS)
+            _hold_interrupts()
+            for _ in self._run.events(updates):
+                _hold_interrupts()
+                await asyncio.sleep(SECONDS_BETWEEN_EVENTS)
+        except BaseException as caught:
+            error = caught
+        _left(self._run)
+        ended(error)
+        if isinstance(error, asyncio.CancelledError):
+            raise error
+
+    async def wait(self) -> None:
+        """Until the run stops moving. An interrupt or a cancellation here asks the run to pause, and waits no more."""
+        if self._task is None:
+            return
+        try:
+            await asyncio.shield(self._task)
+        except asyncio.CancelledError:
+            self._run.request(Pause("interrupted"))
+            raise

@@ -1,0 +1,55 @@
+"""What stays of a background run in its cell: outputs made with the cell and filled in when the run stands still.
+
+A saved, reopened, exported or untrusted notebook has no widgets; it shows these.
+"""
+
+from __future__ import annotations
+
+import html
+import sys
+from typing import Any
+
+from mlx_nb.events import Event, RunFailed, StateChanged
+from mlx_nb.view import text_report
+from mlx_nb.view.plots import figure_png
+from mlx_nb.view.theme import ORANGE, WRAP, tint
+
+
+class Outcome:
+    """Summary and figure of one run, below its panel. Filled in whenever the run stops moving."""
+
+    def __init__(self, run: Any) -> None:
+        from IPython.display import display
+
+        self._run = run
+        self._error = ""
+        waiting = f"{run.name}: the result is written here when the run pauses or ends."
+        self._summary: Any = display({"text/plain": waiting}, raw=True, display_id=True)
+        self._figure: Any = display({"text/plain": ""}, raw=True, display_id=True)
+        run.listen(self._heard)
+
+    def _heard(self, event: Event) -> None:
+        if isinstance(event, RunFailed):
+            self._error = event.error
+        if isinstance(event, StateChanged):
+            if event.state == "running":
+                self._error = ""
+            elif len(self._run.history) or self._error:
+                self.publish()
+
+    def publish(self) -> None:
+        """Write the run as it is now. A display that fails is given up; the run does not notice."""
+        run, history = self._run, self._run.history
+        title = f"{run.name}: {run.state} after update {run.step_count}"
+        rich, plain = text_report.summary_html(history, title), text_report.summary_text(history, title)
+        if self._error:
+            style = f"border-left:3px solid {tint(ORANGE, 1)};padding:0 0 0 10px;margin:4px 0;{WRAP}"
+            rich += f'<div style="{style}">{html.escape(self._error)}</div>'
+            plain += f"\n{self._error}"
+        try:
+            self._summary.update({"text/html": rich, "text/plain": plain}, raw=True)
+            if len(history) > 1:
+                line = text_report.progress_line(history, run.trainer.iters)
+                self._figure.update({"image/png": figure_png(run.plot()), "text/plain": line}, raw=True)
+        except Exception as error:
+            print(f"the result could not be shown ({error}); the run is not affected.", file=sys.stderr)
