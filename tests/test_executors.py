@@ -50,7 +50,7 @@ def check(path, updates):
     cells = nbformat.read(path, 4).cells
     training = next(cell for cell in cells if cell.source.startswith("%%finetune"))
     assert {"image/png", "text/html"} <= kinds_of(training)
-    text = str([output for output in training.outputs])
+    text = str(list(training.outputs))
     assert f"run: finished after update {updates}" in text
     assert f"updates {updates}" in str(cells[-1].outputs)
     # What a page without a kernel shows of the panel is the run's state in words.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from html import escape
+from typing import Any
 
+from mlx_nb.errors import CommandError
 from mlx_nb.events import EvaluationCompleted, Event, Rewound, RunFinished, RunStarted, StepCompleted
 
 STEP_COLUMNS = (
@@ -25,14 +28,16 @@ class History:
 
     `events` is everything that happened; `standing` leaves out what a rewind took back, and so do the tables.
 
-    `history["loss"]` is a column of the steps; `history.steps()` and `history.evaluations()` are lists of dicts,
-    which `pandas.DataFrame` takes as they are.
+    `history["loss"]` is a column of the steps, `history.tail(5)` the last of them, `history.to_pandas()` all as a
+    DataFrame; `history.steps()` and `history.evaluations()` are lists of dicts.
     """
 
     def __init__(self, events: Iterable[Event] = ()) -> None:
         self.events: list[Event] = []
         self.standing: list[Event] = []
         self._abandoned: list[list[Event]] = []
+        # The two kinds that are asked for all the time, with the place of each among the standing events.
+        self._kept: dict[type, list[tuple[int, Any]]] = {StepCompleted: [], EvaluationCompleted: []}
         for event in events:
             self.append(event)
 
@@ -41,6 +46,11 @@ class History:
         if isinstance(event, Rewound):
             self._abandoned.append(self.standing[event.kept :])
             del self.standing[event.kept :]
+            for kept in self._kept.values():
+                while kept and kept[-1][0] >= event.kept:
+                    kept.pop()
+        if type(event) in self._kept:
+            self._kept[type(event)].append((len(self.standing), event))
         self.standing.append(event)
 
     def abandoned(self) -> list[list[dict]]:
@@ -51,13 +61,37 @@ class History:
         return [branch for branch in branches if branch]
 
     def __len__(self) -> int:
-        return sum(1 for _ in self._of(StepCompleted))
+        return len(self._kept[StepCompleted])
 
     def __getitem__(self, column: str) -> list[float]:
         """One column of the steps, in order. Raises KeyError naming the columns."""
         if column not in STEP_COLUMNS:
             raise KeyError(f"no column {column!r}; there are {', '.join(STEP_COLUMNS)}")
         return [getattr(event, column) for event in self._of(StepCompleted)]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the columns, those of the method's own metrics last."""
+        return (*STEP_COLUMNS, *sorted({name for event in self._of(StepCompleted) for name in event.metrics}))
+
+    def last_steps(self, count: int) -> list[StepCompleted]:
+        """The last `count` updates, the oldest first."""
+        return [event for _, event in self._kept[StepCompleted][-count:]]
+
+    def tail(self, count: int = 5) -> HistoryTable:
+        """The last `count` updates as a table that displays itself."""
+        return HistoryTable([_step_row(event) for event in self.last_steps(count)], len(self))
+
+    def to_pandas(self) -> Any:
+        """All updates as a pandas DataFrame, indexed by step, the method's own metrics among the columns."""
+        try:
+            import pandas
+        except ImportError:
+            raise CommandError("pandas is missing. Run: pip install pandas, or use history.steps().") from None
+        return pandas.DataFrame(self.steps()).set_index("step") if len(self) else pandas.DataFrame()
+
+    def _repr_html_(self) -> str:
+        return self.tail()._repr_html_()
 
     def steps(self) -> list[dict]:
         """One dict per update."""
@@ -102,10 +136,44 @@ class History:
         return next(self._of(RunFinished, reverse=True), None)
 
     def _of(self, kind: type, *, reverse: bool = False) -> Iterator:
+        if kind in self._kept:
+            kept = self._kept[kind]
+            return (event for _, event in (reversed(kept) if reverse else kept))
         return (event for event in (reversed(self.standing) if reverse else self.standing) if isinstance(event, kind))
 
     def __repr__(self) -> str:
         return f"History({len(self)} updates, {len(self.evaluations())} evaluations)"
+
+
+class HistoryTable:
+    """Rows of a history as a table: HTML that lasts in a saved notebook, and plain text."""
+
+    def __init__(self, rows: list[dict], total: int) -> None:
+        self.rows = rows
+        self._title = f"the last {len(rows)} of {total} updates"
+
+    def _cells(self) -> list[list[str]]:
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        return [names, *([_number(row.get(name)) for name in names] for row in self.rows)]
+
+    def _repr_html_(self) -> str:
+        style = "text-align:right;padding:2px 10px 2px 0"
+        lines = [
+            "".join(f'<t{kind} style="{style}">{escape(text)}</t{kind}>' for text in row)
+            for kind, row in zip(["h", *"d" * len(self.rows)], self._cells())
+        ]
+        rows = "".join(f"<tr>{line}</tr>" for line in lines)
+        return f'<div>{self._title}</div><table style="border:none;font-size:.9em">{rows}</table>'
+
+    def __repr__(self) -> str:
+        cells = self._cells()
+        widths = [max(map(len, column)) for column in zip(*cells)]
+        lines = ["  ".join(text.rjust(width) for text, width in zip(row, widths)) for row in cells]
+        return "\n".join([self._title, *lines])
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _step_row(event: StepCompleted) -> dict:

@@ -197,7 +197,8 @@ class Panel:
         iters = run.trainer.iters if run.prepared else run.config.iters
         state = run.state
         self.head.value = head_html(run, self._device)
-        self.progress.value = progress_html(history, iters, activity_text(self._progress))
+        tokens, seconds = (run.trainer.state.tokens, run.trainer.state.seconds) if run.prepared else (0, 0.0)
+        self.progress.value = progress_html(history, iters, activity_text(self._progress), tokens, seconds)
         running, over = state == "running", state in ("finished", "stopped")
         for one, useful in (
             (self.run_button, state in MOVABLE),

@@ -46,8 +46,11 @@ def head_html(run: Any, device: str) -> str:
     )
 
 
-def progress_html(history: History, iters: int | None, activity: str) -> str:
-    """A bar and a line: updates, loss, tokens, time gone and time left, and what is being done besides updates."""
+def progress_html(history: History, iters: int | None, activity: str, tokens: int, seconds: float) -> str:
+    """A bar and a line: updates, loss, tokens, time gone and time left, and what is being done besides updates.
+
+    `tokens` and `seconds` are those of all updates.
+    """
     last = history.last_step
     done = last.step if last else 0
     share = min(1.0, done / iters) if iters else 0.0
@@ -61,12 +64,10 @@ def progress_html(history: History, iters: int | None, activity: str) -> str:
         parts.append(f"loss {last.loss:.3f}")
         valid = history.evaluations("valid")[-1:]
         parts += [f"validation {row['loss']:.3f}" for row in valid]
-        seconds, tokens = history["seconds"], history["tokens"]
-        recent = seconds[-RECENT_UPDATES:]
-        parts.append(
-            f"{count(sum(tokens))} tokens, {sum(tokens[-RECENT_UPDATES:]) / max(sum(recent), 1e-9):.0f} a second"
-        )
-        parts.append(f"{duration(sum(seconds))} gone")
+        recent = history.last_steps(RECENT_UPDATES)
+        pace = sum(event.tokens for event in recent) / max(sum(event.seconds for event in recent), 1e-9)
+        parts.append(f"{count(tokens)} tokens, {pace:.0f} a second")
+        parts.append(f"{duration(seconds)} gone")
         left = time_left(history, iters or done)
         if left > 0.5:
             parts.append(f"{duration(left)} left")
@@ -81,7 +82,7 @@ def time_left(history: History, iters: int) -> float:
     last = history.last_step
     if last is None:
         return 0.0
-    recent = history["seconds"][-RECENT_UPDATES:]
+    recent = [event.seconds for event in history.last_steps(RECENT_UPDATES)]
     # The first update of a process is slower than those after it, so it is left out as soon as there are others.
     steady = recent[1:] if 1 < len(recent) < RECENT_UPDATES else recent
     updates = iters - last.step

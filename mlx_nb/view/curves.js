@@ -1,0 +1,311 @@
+// The live curves of one run as SVG. What it draws is made by SeriesBuilder.series in curves.py.
+
+const TRAIN = "#0072B2", VALID = "#D55E00", LEFT = "#8A8A8A";
+const LOOKS = {
+  raw: { stroke: TRAIN, "stroke-width": 1, "stroke-opacity": 0.55 },
+  train: { stroke: TRAIN, "stroke-width": 2.2 },
+  valid: { stroke: VALID, "stroke-width": 1.6, "stroke-dasharray": "6 4" },
+  left: { stroke: LEFT, "stroke-width": 1.8, "stroke-dasharray": "0.1 4", "stroke-linecap": "round" },
+};
+const HEIGHT = 230, NARROWEST = 260, TOP = 26, BOTTOM = HEIGHT - 40, RIGHT = 14;
+const LETTER = 6.6; // Width of a digit, so that the axis has room before anything is drawn.
+const NEAR = 5;
+const CHOICES = {
+  scale: ["vertical scale", { linear: "Linear", log: "Log" }],
+  axis: ["horizontal axis", { update: "Updates", tokens: "Tokens", time: "Time" }],
+};
+const STYLE = `
+.mlx-nb-curves { min-width: ${NARROWEST}px; padding: 2px; color: var(--jp-ui-font-color0, inherit);
+  font: 12px/1.4 var(--jp-ui-font-family, system-ui, sans-serif); font-variant-numeric: tabular-nums; }
+.mlx-nb-bar, .mlx-nb-legend { display: flex; flex-wrap: wrap; gap: 4px 12px; margin-bottom: 4px; min-height: 17px; }
+.mlx-nb-legend span { display: inline-flex; align-items: center; gap: 5px; }
+.mlx-nb-set { display: inline-flex; overflow: hidden; }
+.mlx-nb-set, .mlx-nb-bar select, .mlx-nb-tip { border: 1px solid rgba(128, 128, 128, 0.65); border-radius: 3px; }
+.mlx-nb-bar button, .mlx-nb-bar select { font: inherit; height: 24px; padding: 0 9px; margin: 0; cursor: pointer; }
+.mlx-nb-bar button { color: inherit; background: transparent; border: 0; }
+.mlx-nb-bar [aria-pressed="true"] { background: rgba(128, 128, 128, 0.22); box-shadow: inset 0 -2px currentColor; }
+.mlx-nb-bar select, .mlx-nb-bar option, .mlx-nb-tip { color: var(--jp-ui-font-color0, CanvasText);
+  background: var(--jp-layout-color1, Canvas); max-width: 100%; }
+.mlx-nb-chart { display: block; cursor: crosshair; font-size: 11px; touch-action: pan-y; outline: none; }
+.mlx-nb-curves :focus-visible { outline: 2px solid var(--jp-brand-color1, ${TRAIN}); outline-offset: -2px; }
+.mlx-nb-best { paint-order: stroke; stroke: var(--jp-layout-color0, transparent); stroke-width: 4px; }
+.mlx-nb-plot { position: relative; }
+.mlx-nb-tip { position: absolute; top: ${TOP + 4}px; padding: 4px 8px; pointer-events: none; box-sizing: border-box; }
+.mlx-nb-tip div { display: flex; align-items: center; gap: 6px; max-width: 250px; overflow-wrap: anywhere; }
+.mlx-nb-tip svg { flex: none; }
+.mlx-nb-tip b { margin-left: auto; padding-left: 6px; overflow-wrap: normal; }`;
+const DRAWN = new Set(["svg", "g", "path", "circle", "text", "title"]);
+
+function add(parent, tag, attributes = {}, text = "") {
+  const namespace = DRAWN.has(tag) ? "http://www.w3.org/2000/svg" : "http://www.w3.org/1999/xhtml";
+  const element = document.createElementNS(namespace, tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.textContent = text;
+  parent.append(element);
+  return element;
+}
+
+// The index of the number nearest to `wanted`; -1 when there is none.
+const nearest = (numbers, wanted) => numbers.reduce((best, number, index) =>
+  best < 0 || Math.abs(number - wanted) < Math.abs(numbers[best] - wanted) ? index : best, -1);
+
+function clockAt(clock, step, column) {
+  const steps = clock.step, values = clock[column];
+  const after = steps.findIndex((known) => known >= step);
+  if (after < 0) return values.at(-1) ?? 0;
+  if (after === 0) return step < steps[0] ? 0 : values[0];
+  const share = (step - steps[after - 1]) / (steps[after] - steps[after - 1]);
+  return values[after - 1] + share * (values[after] - values[after - 1]);
+}
+
+const range = (from, to) => Array.from({ length: Math.max(0, to - from + 1) }, (_, index) => from + index);
+
+function niceTicks(low, high, count, smallest = 0) {
+  const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
+  const gap = Math.max(smallest, power * ([1, 2, 5].find((factor) => factor * power >= rough) ?? 10));
+  const ticks = range(Math.ceil(low / gap - 1e-9), Math.floor(high / gap + 1e-9)).map((index) => index * gap);
+  return { ticks, gap };
+}
+
+function logTicks(low, high, count) {
+  const powers = range(Math.floor(Math.log10(low)), Math.floor(Math.log10(high)));
+  for (const factors of [[1], [1, 3], [1, 2, 5]]) {
+    const ticks = powers.flatMap((power) => factors.map((factor) => Number(`${factor}e${power}`)));
+    const inside = ticks.filter((tick) => tick >= low && tick <= high), every = Math.ceil(inside.length / count);
+    if (inside.length >= 3) return { ticks: inside.filter((_, index) => index % every === 0) };
+  }
+  return niceTicks(low, high, count);
+}
+
+const whole = (value) => Math.round(value).toLocaleString("en");
+const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 4 });
+const timeUnit = (seconds) => (seconds < 120 ? [1, "seconds"] : seconds < 7200 ? [60, "minutes"] : [3600, "hours"]);
+
+// `gap` is the distance of the ticks, which have as many decimals each as that needs.
+function short(value, gap) {
+  if (Math.abs(value) >= 1e4) return compact.format(value);
+  if (value && Math.abs(value) < 1e-3) return Number(value.toPrecision(3)).toExponential();
+  return value && gap < 1 ? value.toFixed(Math.ceil(-Math.log10(gap) - 1e-9)) : String(Number(value.toPrecision(4)));
+}
+
+// Everything about the group on show that depends on scale, axis and width, in pixels.
+function layout(series, group, scale, axis, width) {
+  const column = { tokens: "tokens", time: "seconds" }[axis];
+  const along = (step, clock = 0) => (column ? clockAt(series.clocks[clock], step, column) : step);
+  const into = scale === "log" ? Math.log10 : (value) => value;
+  const isDrawn = (value) => value !== null && (scale !== "log" || value > 0);
+  const lines = group.lines.map((line) => ({ ...line, along: line.step.map((step) => along(step, line.clock)) }));
+  const heights = (some) => some.flatMap((line) => line.value.filter(isDrawn).map(into));
+  // A branch that was left may have exploded; it does not squeeze the curve that stands.
+  const standing = heights(lines.filter((line) => line.role !== "left"));
+  const values = standing.length ? standing : heights(lines);
+  const lowest = Math.min(...values), highest = Math.max(...values);
+  const margin = 0.06 * (highest - lowest) || (scale === "log" ? 0.1 : Math.abs(highest) * 0.1 || 1);
+  const low = scale !== "log" && lowest >= 0 ? Math.max(0, lowest - margin) : lowest - margin;
+  const high = highest + margin;
+  const up = !values.length ? { ticks: [] }
+    : scale === "log" ? logTicks(10 ** low, 10 ** high, 6) : niceTicks(low, high, 5);
+  const upTexts = up.ticks.map((tick) => short(tick, up.gap));
+  const left = 12 + LETTER * Math.max(2, ...upTexts.map((text) => text.length));
+  const farthest = Math.max(0, ...lines.map((line) => line.along.at(-1) ?? 0));
+  let end = Math.max(farthest, column ? 0 : series.iters) || 1;
+  // A long run is not a sliver at its start: the axis holds all of it only once half of it is done.
+  while (!column && end / 2 >= Math.max(farthest, 4)) end /= 2;
+  const [unit, unitName] = axis === "time" ? timeUnit(end) : [1, ""];
+  const across = niceTicks(0, end / unit, Math.max(2, Math.floor((width - left) / 90)), axis === "time" ? 0 : 1);
+  const tenth = (pixels) => Math.round(pixels * 10) / 10;
+  const x = (value) => tenth(left + ((width - RIGHT - left) * value) / end);
+  const y = (value) => tenth(BOTTOM - ((BOTTOM - TOP) * (into(value) - low)) / (high - low));
+  for (const line of lines)
+    line.places = line.along.map((at, index) => [x(at), isDrawn(line.value[index]) ? y(line.value[index]) : null]);
+  return {
+    width, left, lines,
+    upTicks: up.ticks.map((tick, index) => [y(tick), upTexts[index]]),
+    acrossTicks: across.ticks.map((tick) => [x(tick * unit), short(tick, across.gap)]),
+    upLabel: group.label,
+    acrossLabel: axis === "tokens" ? "tokens trained on" : axis === "time" ? `time in training (${unitName})`
+      : `update, of ${whole(series.iters)}`,
+    note: values.length ? "" : lines.some((line) => line.step.length) ? "no value to draw" : "no update yet",
+    steps: lines[0].step,
+    xOf: (step) => x(along(step)),
+    markers: series.markers.map((marker) => ({ ...marker, x: x(along(marker.step)) })),
+  };
+}
+
+function keyed(parent, tag, role, text) {
+  const entry = add(parent, tag), picture = add(entry, "svg", { width: 24, height: 10, "aria-hidden": "true" });
+  add(picture, "path", { ...LOOKS[role], d: "M2 5H22" });
+  if (role === "valid") add(picture, "circle", { cx: 12, cy: 5, r: 3, fill: VALID });
+  entry.append(text);
+  return entry;
+}
+
+// The zero-length piece shows a point that has gaps on both sides.
+const pathOf = (places) => places.map(([x, y], index) => y === null ? ""
+  : (places[index - 1]?.[1] ?? null) === null ? `M${x} ${y}h0` : `L${x} ${y}`).join("");
+
+function paint(chart, view) {
+  const { width, left, lines } = view, right = width - RIGHT;
+  chart.replaceChildren();
+  chart.setAttribute("width", width);
+  const write = (x, y, anchor, text, attributes) =>
+    add(chart, "text", { x, y, fill: "currentColor", "text-anchor": anchor, ...attributes }, text);
+  const rule = (parent, d, opacity, thickness = 1) =>
+    add(parent, "path", { d, stroke: "currentColor", "stroke-opacity": opacity, "stroke-width": thickness });
+  for (const [y, text] of view.upTicks) {
+    write(left - 6, y + 4, "end", text);
+    rule(chart, `M${left} ${y}H${right}`, 0.14);
+  }
+  rule(chart, `M${left} ${BOTTOM}H${right}`, 0.6);
+  for (const [x, text] of view.acrossTicks) {
+    const half = (LETTER * text.length) / 2;
+    write(Math.min(x, width - half), BOTTOM + 16, "middle", text);
+    rule(chart, `M${x} ${BOTTOM}v4`, 0.6);
+  }
+  write(4, 13, "start", view.upLabel);
+  write(right, BOTTOM + 34, "end", view.acrossLabel);
+  if (view.note) write((left + right) / 2, (TOP + BOTTOM) / 2, "middle", view.note);
+  for (const { x, kind, text } of view.markers) {
+    const mark = add(chart, "g", { class: "mlx-nb-mark" });
+    add(mark, "title", {}, text);
+    rule(mark, `M${x} ${BOTTOM}v${kind === "save" ? -5 : -11}`, 0.75, 1.5);
+  }
+  // An SVG inside cuts off what leaves the plot, with room for half a point around it.
+  const box = [left - 6, TOP - 6, right - left + 12, BOTTOM - TOP + 12];
+  const inside = add(chart, "svg", { x: box[0], y: box[1], width: box[2], height: box[3], viewBox: box.join(" ") });
+  for (const line of [...lines].sort((a, b) => (b.role === "left") - (a.role === "left"))) {
+    add(inside, "path", { ...LOOKS[line.role], d: pathOf(line.places), class: `mlx-nb-${line.role}`, fill: "none" });
+    const shown = line.places.filter(([, y]) => y !== null);
+    const dots = { train: shown.slice(-1), valid: shown.length * 8 < width ? shown : [] }[line.role] ?? [];
+    for (const [cx, cy] of dots) add(inside, "circle", { cx, cy, r: 3.2, fill: LOOKS[line.role].stroke });
+    if (line.role !== "valid" || !shown.length) continue;
+    const best = shown.reduce((found, place) => (place[1] > found[1] ? place : found));
+    const text = `best ${line.value[line.places.indexOf(best)]}`, half = (LETTER * text.length) / 2;
+    add(inside, "circle", { cx: best[0], cy: best[1], r: 5.5, fill: "none", stroke: VALID, "stroke-width": 1.5 });
+    const x = Math.min(Math.max(best[0], left + half), width - half);
+    write(x, best[1] + (best[1] > TOP + 12 ? -11 : 20), "middle", text, { class: "mlx-nb-best" });
+  }
+}
+
+function render({ model, el }) {
+  const root = add(el, "div", { class: "mlx-nb-curves" });
+  add(root, "style", {}, STYLE);
+  const bar = add(root, "div", { class: "mlx-nb-bar" });
+  const legend = add(root, "div", { class: "mlx-nb-legend" });
+  const plot = add(root, "div", { class: "mlx-nb-plot" });
+  const chart = add(plot, "svg", { class: "mlx-nb-chart", tabindex: 0, role: "slider", height: HEIGHT });
+  const tip = add(plot, "div", { class: "mlx-nb-tip" });
+  let view, pointer, pointed = null;
+
+  const put = (name, value) => { model.set(name, value); model.save_changes(); };
+
+  const choice = add(bar, "select", { "aria-label": "curve" });
+  choice.addEventListener("change", () => put("group", choice.value));
+  const buttons = Object.entries(CHOICES).flatMap(([name, [label, options]]) => {
+    const set = add(bar, "span", { class: "mlx-nb-set", role: "group", "aria-label": label });
+    return Object.entries(options).map(([value, text]) => {
+      const button = add(set, "button", { type: "button" }, text);
+      button.addEventListener("click", () => put(name, value));
+      return { button, name, value };
+    });
+  });
+
+  function draw() {
+    const series = model.get("series"), names = series.groups.map(({ name }) => name);
+    const group = series.groups[Math.max(0, names.indexOf(model.get("group")))];
+    if (choice.options.length !== names.length) choice.replaceChildren(...names.map((name) => new Option(name)));
+    choice.value = group.name;
+    for (const { button, name, value } of buttons) button.setAttribute("aria-pressed", model.get(name) === value);
+    view = layout(series, group, model.get("scale"), model.get("axis"), Math.max(NARROWEST, plot.clientWidth));
+    const entries = new Map(view.lines.filter(({ step }) => step.length).map(({ name, role }) => [name, role]));
+    legend.replaceChildren();
+    for (const [name, role] of entries.size > 1 ? entries : []) keyed(legend, "span", role, name);
+    paint(chart, view);
+    pointer = add(chart, "g", { "pointer-events": "none", stroke: "currentColor" });
+    const { step, value } = series.groups[0].lines[0];
+    const latest = `latest loss ${value.at(-1) ?? "not finite"} at update ${step.at(-1)}`;
+    chart.setAttribute("aria-label", `${group.name}: ${step.length ? latest : "no update yet"}`);
+    point(pointed);
+  }
+
+  function upright(step, dashes) {
+    const x = view.xOf(step);
+    add(pointer, "path", { d: `M${x} ${TOP - 4}V${BOTTOM}`, "stroke-dasharray": dashes, "stroke-opacity": 0.7 });
+    for (const line of view.lines.filter(({ role }) => role === "train")) {
+      const y = line.places[nearest(line.step, step)][1];
+      if (y !== null) add(pointer, "circle", { cx: x, cy: y, r: 4, fill: TRAIN, "stroke-width": 1.5 });
+    }
+    return x;
+  }
+
+  // Shows the values at the update that the pointer or the arrow keys are at; null for none.
+  function point(step) {
+    const last = view.steps.at(-1) ?? 0, selected = model.get("selected");
+    pointed = step === null ? null : (view.steps[nearest(view.steps, step)] ?? null);
+    pointer.replaceChildren();
+    tip.replaceChildren();
+    tip.style.display = pointed === null ? "none" : "block";
+    if (selected !== null && view.steps.length && selected <= last) upright(selected, "none");
+    if (pointed !== null) tell(upright(pointed, "3 3"));
+    chart.setAttribute("aria-valuemax", last);
+    chart.setAttribute("aria-valuenow", pointed ?? last);
+    chart.setAttribute("aria-valuetext", [...tip.children].map(({ textContent }) => textContent).join(", "));
+  }
+
+  function tell(x) {
+    const clock = model.get("series").clocks[0], seconds = clockAt(clock, pointed, "seconds");
+    const [unit, unitName] = timeUnit(seconds);
+    add(tip, "strong", {}, `update ${whole(pointed)}`);
+    const tokens = compact.format(clockAt(clock, pointed, "tokens"));
+    add(tip, "div", {}, `${tokens} tokens, ${short(seconds / unit)} ${unitName}`);
+    for (const line of view.lines) {
+      const index = nearest(line.step, pointed), isThere = line.step[index] === pointed;
+      if (index < 0 || (line.role === "left" && Math.abs(line.places[index][0] - x) > NEAR)) continue;
+      const row = keyed(tip, "div", line.role, isThere ? `${line.name} ` : `${line.name} at ${whole(line.step[index])} `);
+      add(row, "b", {}, String(line.value[index] ?? "not finite"));
+    }
+    const told = view.markers.filter((marker) => Math.abs(marker.x - x) <= NEAR).slice(-3);
+    for (const { text } of told) add(tip, "div", {}, text);
+    tip.style.left = 0;
+    const isBeside = x + 12 + tip.offsetWidth <= view.width;
+    tip.style.left = `${Math.max(0, isBeside ? x + 12 : x - 12 - tip.offsetWidth)}px`;
+  }
+
+  function select() {
+    if (pointed === null) return;
+    // The same update chosen again is told again: what it opened may be gone from the screen.
+    if (model.get("selected") === pointed) put("selected", null);
+    put("selected", pointed);
+  }
+
+  function pointAt(event) {
+    const x = event.clientX - chart.getBoundingClientRect().left;
+    point(view.steps[nearest(view.lines[0].places.map((place) => place[0]), x)] ?? null);
+  }
+
+  chart.addEventListener("pointermove", pointAt);
+  chart.addEventListener("click", (event) => { pointAt(event); select(); });
+  for (const leaving of ["pointerleave", "blur"]) chart.addEventListener(leaving, () => point(null));
+  chart.addEventListener("keydown", (event) => {
+    const { steps } = view, at = pointed === null ? steps.length : nearest(steps, pointed);
+    const to = (index) => point(steps[Math.min(Math.max(index, 0), steps.length - 1)] ?? null);
+    const [go, ...where] = {
+      ArrowLeft: [to, at - 1], ArrowRight: [to, at + 1], Home: [to, 0], End: [to, Infinity],
+      Escape: [point, null], Enter: [select], " ": [select],
+    }[event.key] ?? [];
+    if (go) event.preventDefault();
+    go?.(...where);
+  });
+  root.addEventListener("keydown", (event) => {
+    // A notebook takes single keys for commands: Enter would leave the chart, two letters delete the cell.
+    if (!event.ctrlKey && !event.metaKey && !event.altKey && !event.shiftKey) event.stopPropagation();
+  });
+  for (const name of ["series", "scale", "axis", "group"]) model.on(`change:${name}`, draw);
+  model.on("change:selected", () => point(pointed));
+  draw();
+  const observer = new ResizeObserver(draw);
+  observer.observe(plot);
+  return () => observer.disconnect();
+}
+
+export default { render };
