@@ -6,8 +6,9 @@ import time
 
 import pytest
 
-from mlx_nb.events import EvaluationCompleted, Rewound, StepCompleted
+from mlx_nb.events import EvaluationCompleted, Rewound, SettingChanged, StepCompleted
 from mlx_nb.view.history import History
+from mlx_nb.view.plots import plot_history
 
 
 def update(step, loss=1.0, **metrics):
@@ -42,6 +43,15 @@ def test_tables_show_the_last_updates_with_the_methods_metrics():
     assert list(frame.index) == list(range(1, 8))
     assert frame["margin"].iloc[-1] == pytest.approx(3.5)
     assert frame["loss"].iloc[0] == 1.0
+
+
+def test_the_figure_marks_where_a_setting_was_changed():
+    history = History([update(step, 1 / step) for step in range(1, 8)])
+    history.append(SettingChanged(7, "learning_rate", 1e-4, 5e-5))
+    history.append(update(8, 0.1))
+    loss = plot_history(history).axes[0]
+    assert any(text.get_text() == "learning_rate 5e-05" for text in loss.texts)
+    assert any(list(line.get_xdata()) == [7, 7] for line in loss.get_lines())
 
 
 def test_asking_a_long_history_costs_what_asking_a_short_one_does():

@@ -39,24 +39,26 @@ def train(session: Session, run: Run, updates: int | None = None, *, wait: bool 
     if wait is None:
         wait = not has_live_front_end()
     if wait:
-        train_here(run, updates, quiet=session.has_panel(run))
+        train_here(run, updates, quiet=session.panel_of(run) is not None)
         return
-    if not session.has_panel(run):
+    if session.panel_of(run) is None:
         show_panel(session, run)
     run.start(updates)
 
 
 def show_panel(session: Session, run: Run) -> None:
-    """The panel of `run` in the current cell, and below it the place for what lasts."""
+    """The panel of `run` in the current cell. Below the first one is the place for what lasts."""
     from IPython.display import display
 
     from mlx_nb.notebook.outcome import Outcome
 
+    panel = session.panel_of(run)
+    if panel is not None:
+        display(panel)  # one more view of the same widgets
+        return
     panel = run.panel()
     display(panel)
-    if not session.has_panel(run):
-        Outcome(run)
-    session.keep_panel(run, panel)
+    session.keep_shown(run, panel, Outcome(run))
 
 
 def train_here(run: Run, updates: int | None = None, *, quiet: bool = False) -> None:

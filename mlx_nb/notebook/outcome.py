@@ -37,6 +37,10 @@ class Outcome:
             elif len(self._run.history) or self._error:
                 self.publish()
 
+    def close(self) -> None:
+        """Leave the outputs as they are."""
+        self._run.unlisten(self._heard)
+
     def publish(self) -> None:
         """Write the run as it is now. A display that fails is given up; the run does not notice."""
         run, history = self._run, self._run.history

@@ -10,6 +10,7 @@ from mlx_nb.errors import CommandError, MlxNbError, did_you_mean
 from mlx_nb.events import Pause
 
 if TYPE_CHECKING:
+    from mlx_nb.notebook.outcome import Outcome
     from mlx_nb.run import Run
     from mlx_nb.view.panel import Panel
 
@@ -21,7 +22,7 @@ class Session:
         self.namespace = namespace
         self.runs: dict[str, Run] = {}
         self._current: str | None = None
-        self._panels: dict[str, tuple[Run, Panel]] = {}
+        self._shown: dict[str, tuple[Panel, Outcome]] = {}
 
     def add(self, run: Run) -> None:
         """Keep `run` and make it current. A run of that name is paused and let go, its panel with it."""
@@ -29,30 +30,31 @@ class Session:
         if before is not None and before is not run:
             if before.background.active:
                 before.request(Pause("replaced by a new run"))
-            self._close_panel(run.name)
+            self._close_shown(run.name)
         self.runs[run.name] = run
         self._current = run.name
 
-    def has_panel(self, run: Run) -> bool:
-        """Whether a panel of this run was shown."""
-        return run.name in self._panels and self._panels[run.name][0] is run
+    def panel_of(self, run: Run) -> Panel | None:
+        """The panel of this run, when some browser has it open."""
+        shown = self._shown.get(run.name)
+        return shown[0] if shown and shown[0].run is run and shown[0].is_open else None
 
-    def keep_panel(self, run: Run, panel: Panel) -> None:
-        """The newest panel of a run is the one that lives."""
-        self._close_panel(run.name)
-        self._panels[run.name] = (run, panel)
+    def keep_shown(self, run: Run, panel: Panel, outcome: Outcome) -> None:
+        """What a run is shown by from now on; what it was shown by before is let go."""
+        self._close_shown(run.name)
+        self._shown[run.name] = (panel, outcome)
 
-    def _close_panel(self, name: str) -> None:
-        if name in self._panels:
-            self._panels.pop(name)[1].close()
+    def _close_shown(self, name: str) -> None:
+        for one in self._shown.pop(name, ()):
+            one.close()
 
     def close(self) -> None:
         """Pause what moves and take the panels away: the extension is being unloaded."""
         for run in self.runs.values():
             if run.background.active:
                 run.request(Pause("the extension was unloaded"))
-        for name in list(self._panels):
-            self._close_panel(name)
+        for name in list(self._shown):
+            self._close_shown(name)
 
     def save_all(self) -> None:
         """Write a checkpoint of every run that did updates since its last one. For the end of the kernel."""

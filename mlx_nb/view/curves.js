@@ -7,9 +7,8 @@ const LOOKS = {
   valid: { stroke: VALID, "stroke-width": 1.6, "stroke-dasharray": "6 4" },
   left: { stroke: LEFT, "stroke-width": 1.8, "stroke-dasharray": "0.1 4", "stroke-linecap": "round" },
 };
-const HEIGHT = 230, NARROWEST = 260, TOP = 26, BOTTOM = HEIGHT - 40, RIGHT = 14;
+const HEIGHT = 230, NARROWEST = 260, TOP = 26, BOTTOM = HEIGHT - 40, RIGHT = 14, NEAR = 5;
 const LETTER = 6.6; // Width of a digit, so that the axis has room before anything is drawn.
-const NEAR = 5;
 const CHOICES = {
   scale: ["vertical scale", { linear: "Linear", log: "Log" }],
   axis: ["horizontal axis", { update: "Updates", tokens: "Tokens", time: "Time" }],
@@ -18,21 +17,19 @@ const STYLE = `
 .mlx-nb-curves { min-width: ${NARROWEST}px; padding: 2px; color: var(--jp-ui-font-color0, inherit);
   font: 12px/1.4 var(--jp-ui-font-family, system-ui, sans-serif); font-variant-numeric: tabular-nums; }
 .mlx-nb-bar, .mlx-nb-legend { display: flex; flex-wrap: wrap; gap: 4px 12px; margin-bottom: 4px; min-height: 17px; }
-.mlx-nb-legend span { display: inline-flex; align-items: center; gap: 5px; }
 .mlx-nb-set { display: inline-flex; overflow: hidden; }
 .mlx-nb-set, .mlx-nb-bar select, .mlx-nb-tip { border: 1px solid rgba(128, 128, 128, 0.65); border-radius: 3px; }
-.mlx-nb-bar button, .mlx-nb-bar select { font: inherit; height: 24px; padding: 0 9px; margin: 0; cursor: pointer; }
-.mlx-nb-bar button { color: inherit; background: transparent; border: 0; }
+.mlx-nb-bar button, .mlx-nb-bar select { font: inherit; padding: 0 9px; margin: 0; cursor: pointer; }
+.mlx-nb-bar button { color: inherit; background: transparent; border: 0; height: 24px; }
 .mlx-nb-bar [aria-pressed="true"] { background: rgba(128, 128, 128, 0.22); box-shadow: inset 0 -2px currentColor; }
 .mlx-nb-bar select, .mlx-nb-bar option, .mlx-nb-tip { color: var(--jp-ui-font-color0, CanvasText);
-  background: var(--jp-layout-color1, Canvas); max-width: 100%; }
+  background: var(--jp-layout-color1, Canvas); max-width: 100%; overflow-wrap: anywhere; }
 .mlx-nb-chart { display: block; cursor: crosshair; font-size: 11px; touch-action: pan-y; outline: none; }
 .mlx-nb-curves :focus-visible { outline: 2px solid var(--jp-brand-color1, ${TRAIN}); outline-offset: -2px; }
 .mlx-nb-best { paint-order: stroke; stroke: var(--jp-layout-color0, transparent); stroke-width: 4px; }
-.mlx-nb-plot { position: relative; }
+.mlx-nb-plot { position: relative; } .mlx-nb-tip svg { flex: none; }
 .mlx-nb-tip { position: absolute; top: ${TOP + 4}px; padding: 4px 8px; pointer-events: none; box-sizing: border-box; }
-.mlx-nb-tip div { display: flex; align-items: center; gap: 6px; max-width: 250px; overflow-wrap: anywhere; }
-.mlx-nb-tip svg { flex: none; }
+.mlx-nb-legend span, .mlx-nb-tip div { display: flex; align-items: center; gap: 6px; max-width: 250px; }
 .mlx-nb-tip b { margin-left: auto; padding-left: 6px; overflow-wrap: normal; }`;
 const DRAWN = new Set(["svg", "g", "path", "circle", "text", "title"]);
 
@@ -52,8 +49,7 @@ const nearest = (numbers, wanted) => numbers.reduce((best, number, index) =>
 function clockAt(clock, step, column) {
   const steps = clock.step, values = clock[column];
   const after = steps.findIndex((known) => known >= step);
-  if (after < 0) return values.at(-1) ?? 0;
-  if (after === 0) return step < steps[0] ? 0 : values[0];
+  if (after <= 0) return after < 0 ? (values.at(-1) ?? 0) : step < steps[0] ? 0 : values[0];
   const share = (step - steps[after - 1]) / (steps[after] - steps[after - 1]);
   return values[after - 1] + share * (values[after] - values[after - 1]);
 }
@@ -100,9 +96,8 @@ function layout(series, group, scale, axis, width) {
   const standing = heights(lines.filter((line) => line.role !== "left"));
   const values = standing.length ? standing : heights(lines);
   const lowest = Math.min(...values), highest = Math.max(...values);
-  const margin = 0.06 * (highest - lowest) || (scale === "log" ? 0.1 : Math.abs(highest) * 0.1 || 1);
-  const low = scale !== "log" && lowest >= 0 ? Math.max(0, lowest - margin) : lowest - margin;
-  const high = highest + margin;
+  const margin = 0.06 * (highest - lowest) || (scale === "log" ? 0.1 : 0.1 * Math.abs(highest) || 1);
+  const low = scale !== "log" && lowest >= 0 ? Math.max(0, lowest - margin) : lowest - margin, high = highest + margin;
   const up = !values.length ? { ticks: [] }
     : scale === "log" ? logTicks(10 ** low, 10 ** high, 6) : niceTicks(low, high, 5);
   const upTexts = up.ticks.map((tick) => short(tick, up.gap));
@@ -119,14 +114,12 @@ function layout(series, group, scale, axis, width) {
   for (const line of lines)
     line.places = line.along.map((at, index) => [x(at), isDrawn(line.value[index]) ? y(line.value[index]) : null]);
   return {
-    width, left, lines,
+    width, left, lines, upLabel: group.label, steps: lines[0].step,
     upTicks: up.ticks.map((tick, index) => [y(tick), upTexts[index]]),
     acrossTicks: across.ticks.map((tick) => [x(tick * unit), short(tick, across.gap)]),
-    upLabel: group.label,
     acrossLabel: axis === "tokens" ? "tokens trained on" : axis === "time" ? `time in training (${unitName})`
-      : `update, of ${whole(series.iters)}`,
+      : series.iters ? `update, of ${whole(series.iters)}` : "update",
     note: values.length ? "" : lines.some((line) => line.step.length) ? "no value to draw" : "no update yet",
-    steps: lines[0].step,
     xOf: (step) => x(along(step)),
     markers: series.markers.map((marker) => ({ ...marker, x: x(along(marker.step)) })),
   };
@@ -158,8 +151,7 @@ function paint(chart, view) {
   }
   rule(chart, `M${left} ${BOTTOM}H${right}`, 0.6);
   for (const [x, text] of view.acrossTicks) {
-    const half = (LETTER * text.length) / 2;
-    write(Math.min(x, width - half), BOTTOM + 16, "middle", text);
+    write(Math.min(x, width - (LETTER * text.length) / 2), BOTTOM + 16, "middle", text);
     rule(chart, `M${x} ${BOTTOM}v4`, 0.6);
   }
   write(4, 13, "start", view.upLabel);
@@ -196,9 +188,7 @@ function render({ model, el }) {
   const chart = add(plot, "svg", { class: "mlx-nb-chart", tabindex: 0, role: "slider", height: HEIGHT });
   const tip = add(plot, "div", { class: "mlx-nb-tip" });
   let view, pointer, pointed = null;
-
   const put = (name, value) => { model.set(name, value); model.save_changes(); };
-
   const choice = add(bar, "select", { "aria-label": "curve" });
   choice.addEventListener("change", () => put("group", choice.value));
   const buttons = Object.entries(CHOICES).flatMap(([name, [label, options]]) => {
@@ -213,7 +203,8 @@ function render({ model, el }) {
   function draw() {
     const series = model.get("series"), names = series.groups.map(({ name }) => name);
     const group = series.groups[Math.max(0, names.indexOf(model.get("group")))];
-    if (choice.options.length !== names.length) choice.replaceChildren(...names.map((name) => new Option(name)));
+    if (String(names) !== String([...choice.options].map(({ value }) => value)))
+      choice.replaceChildren(...names.map((name) => new Option(name)));
     choice.value = group.name;
     for (const { button, name, value } of buttons) button.setAttribute("aria-pressed", model.get(name) === value);
     view = layout(series, group, model.get("scale"), model.get("axis"), Math.max(NARROWEST, plot.clientWidth));
@@ -253,29 +244,27 @@ function render({ model, el }) {
   }
 
   function tell(x) {
-    const clock = model.get("series").clocks[0], seconds = clockAt(clock, pointed, "seconds");
-    const [unit, unitName] = timeUnit(seconds);
+    const at = (name) => clockAt(model.get("series").clocks[0], pointed, name);
+    const isNear = (place) => Math.abs(place - x) <= NEAR;
+    const [unit, unitName] = timeUnit(at("seconds")), time = Number((at("seconds") / unit).toPrecision(3));
     add(tip, "strong", {}, `update ${whole(pointed)}`);
-    const tokens = compact.format(clockAt(clock, pointed, "tokens"));
-    add(tip, "div", {}, `${tokens} tokens, ${short(seconds / unit)} ${unitName}`);
+    add(tip, "div", {}, `${compact.format(at("tokens"))} tokens, ${time} ${unitName}`);
     for (const line of view.lines) {
-      const index = nearest(line.step, pointed), isThere = line.step[index] === pointed;
-      if (index < 0 || (line.role === "left" && Math.abs(line.places[index][0] - x) > NEAR)) continue;
-      const row = keyed(tip, "div", line.role, isThere ? `${line.name} ` : `${line.name} at ${whole(line.step[index])} `);
-      add(row, "b", {}, String(line.value[index] ?? "not finite"));
+      const index = nearest(line.step, pointed), there = line.step[index];
+      if (index < 0 || (line.role === "left" && !isNear(line.places[index][0]))) continue;
+      const name = there === pointed ? line.name : `${line.name} at ${whole(there)}`;
+      add(keyed(tip, "div", line.role, name), "b", {}, ` ${line.value[index] ?? "not finite"}`);
     }
-    const told = view.markers.filter((marker) => Math.abs(marker.x - x) <= NEAR).slice(-3);
-    for (const { text } of told) add(tip, "div", {}, text);
+    for (const { text } of view.markers.filter((marker) => isNear(marker.x)).slice(-3)) add(tip, "div", {}, text);
     tip.style.left = 0;
     const isBeside = x + 12 + tip.offsetWidth <= view.width;
     tip.style.left = `${Math.max(0, isBeside ? x + 12 : x - 12 - tip.offsetWidth)}px`;
   }
 
   function select() {
-    if (pointed === null) return;
     // The same update chosen again is told again: what it opened may be gone from the screen.
-    if (model.get("selected") === pointed) put("selected", null);
-    put("selected", pointed);
+    if (pointed === model.get("selected")) put("selected", null);
+    if (pointed !== null) put("selected", pointed);
   }
 
   function pointAt(event) {

@@ -186,10 +186,15 @@ class Panel:
             self.refresh()
 
     @property
+    def is_open(self) -> bool:
+        """Whether a browser shows it."""
+        return bool(self.widget._view_count)
+
+    @property
     def _watched(self) -> bool:
         """Whether a browser shows the panel. While a cell blocks the kernel, nobody can say."""
         new = time.monotonic() - self._built_at < SECONDS_TO_OPEN
-        return new or self.run.state != "running" or self.widget._view_count > 0
+        return new or self.run.state != "running" or self.is_open
 
     def refresh(self) -> None:
         """Draw what is on show as the run is now."""

@@ -7,6 +7,7 @@ import math
 from io import BytesIO
 from typing import TYPE_CHECKING
 
+from mlx_nb.events import SettingChanged
 from mlx_nb.view.history import History, decimated, smoothed
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ TRAIN_COLOR = "#0072B2"
 VALID_COLOR = "#D55E00"
 LEFT_COLOR = "#8A8A8A"
 _LIVE_POINTS = 300
+_NAMED_CHANGES = 3
 
 
 def plot_history(history: History, title: str = "") -> Figure:
@@ -43,6 +45,7 @@ def plot_history(history: History, title: str = "") -> Figure:
         loss.plot(steps, values, color=TRAIN_COLOR, alpha=0.3, linewidth=1, label="train, each update")
         loss.plot(steps, smoothed(values), color=TRAIN_COLOR, linewidth=1.8, label="train, smoothed")
     _draw_validation(loss, history)
+    _mark_changes(loss, history)
     loss.set_ylabel("loss (nats per token)")
     loss.set_xlabel("update")
     if steps or history.evaluations():
@@ -88,6 +91,23 @@ def _draw_validation(axes, history: History) -> None:
         fontsize=8,
         color=VALID_COLOR,
     )
+
+
+def _mark_changes(axes, history: History) -> None:
+    """A thin line where a setting was changed, named at its top; of many changes, only the last are named."""
+    changes = [event for event in history.standing if isinstance(event, SettingChanged)]
+    for number, event in enumerate(changes):
+        axes.axvline(event.step, color=LEFT_COLOR, linewidth=0.8, linestyle="--", zorder=0)
+        if number >= len(changes) - _NAMED_CHANGES:
+            axes.annotate(
+                f"{event.name} {event.new:g}" if isinstance(event.new, float) else f"{event.name} {event.new}"[:40],
+                (event.step, 1.0),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                xytext=(3, -9 - 9 * (number % _NAMED_CHANGES)),
+                fontsize=7,
+                color="#555555",
+            )
 
 
 def figure_png(figure: Figure) -> bytes:
