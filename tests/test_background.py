@@ -6,8 +6,11 @@ import time
 
 import pytest
 
+from mlx_nb import Run
+from mlx_nb.train.checkpoint import CheckpointStore
 from test_faults import DIGEST
 from test_kernel import SETUP, Kernel
+from tiny import tiny_rows
 
 pytestmark = pytest.mark.kernel
 
@@ -203,3 +206,19 @@ def test_a_broken_panel_never_touches_training(kernel, tiny_folder):
     kernel.run("%finetune run")
     kernel.wait_for("a.state", "finished")
     assert kernel.value("digest(a)") == expected
+
+
+def test_a_kernel_that_is_shut_down_leaves_an_exact_checkpoint(kernel, tiny_folder, tmp_path):
+    body = cell(tiny_folder, "a", 5000).replace("steps_per_eval: 20", "steps_per_eval: -1\nsave_every: -1")
+    kernel.run(body)
+    kernel.wait_for("a.step_count > 10", "True")
+    seen = int(kernel.value("a.step_count"))
+    kernel.manager.shutdown_kernel(now=False)
+    (info,) = CheckpointStore(tmp_path / "adapters" / "a" / "checkpoints").list()
+    assert info.kind in ("exit", "pause")  # jupyter interrupts a kernel before it asks it to end
+    assert info.step >= seen
+    resumed = Run.resume(tmp_path / "adapters" / "a", data=tiny_rows(40))
+    whole = Run(resumed.config.replace(adapter_path=str(tmp_path / "whole"), data=tiny_rows(40)))
+    whole.run(until=info.step)
+    assert resumed.adapter_bytes() == whole.adapter_bytes()
+    assert resumed.history["loss"] == whole.history["loss"]
