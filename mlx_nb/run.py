@@ -21,6 +21,7 @@ from mlx_nb.errors import (
     CommandError,
     ConfigError,
     DataError,
+    MlxNbError,
     ModelError,
     TrainingError,
     did_you_mean,
@@ -440,7 +441,7 @@ class Run:
         while self._rewind_requests:
             try:
                 yield self._rewind(self._rewind_requests.pop(0).to)
-            except CommandError as error:
+            except MlxNbError as error:
                 self._tell(RequestRefused(self.step_count, str(error)))
 
     def _stream(self, question: Question) -> Iterator[str]:

@@ -17,7 +17,7 @@ from IPython.core.interactiveshell import InteractiveShell
 
 from mlx_nb import Run
 from mlx_nb.errors import CheckpointError, CommandError, ConfigError
-from mlx_nb.events import Pause, RunPaused
+from mlx_nb.events import Pause, RequestRefused, Rewind, Rewound, RunPaused
 from mlx_nb.notebook.commands import run_line
 from mlx_nb.notebook.session import Session
 from mlx_nb.train.checkpoint import CheckpointStore
@@ -101,6 +101,38 @@ def test_a_checkpoint_is_written_when_the_last_is_old_enough(tmp_path, tiny_fold
     never.run(until=4)
     assert not CheckpointStore(tmp_path / "a" / "checkpoints").list()
     assert never.unsaved_updates == 4
+
+
+def test_at_the_end_of_the_kernel_every_run_is_saved_that_did_something_since(tmp_path, tiny_folder, capsys):
+    session = Session()
+    run = rows_run(tmp_path, tiny_folder, save_every=-1, steps_per_eval=-1)
+    session.add(run)
+    session.save_all()
+    assert run.checkpoints() == []
+    run.run(until=3)
+    session.save_all()
+    session.save_all()
+    assert [(info.step, info.kind) for info in run.checkpoints()] == [(3, "exit")]
+    run.run(until=4)
+    shutil.rmtree(tmp_path / "a")
+    blocked_folder(tmp_path / "a")
+    session.save_all()
+    assert "could not be saved" in capsys.readouterr().err
+
+
+def test_a_rewind_that_cannot_be_saved_is_said_and_the_run_goes_on(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder, save_every=-1, steps_per_eval=-1)
+    run.run(until=4)
+    blocked_folder(tmp_path / "a")
+    told = []
+    run.listen(told.append)
+    run.request(Rewind(2))
+    run.request(Rewind(9))
+    run.run(until=5)
+    refused = [event.error for event in told if isinstance(event, RequestRefused)]
+    assert "could not be saved" in refused[0]
+    assert "cannot go back to 9" in refused[1]
+    assert [event.step for event in run.history.events if isinstance(event, Rewound)] == [2]
 
 
 def blocked_folder(path):

@@ -263,7 +263,7 @@ function render({ model, el }) {
 
   function select() {
     // The same update chosen again is told again: what it opened may be gone from the screen.
-    if (pointed === model.get("selected")) put("selected", null);
+    if (pointed !== null && pointed === model.get("selected")) put("selected", null);
     if (pointed !== null) put("selected", pointed);
   }
 
