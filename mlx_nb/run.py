@@ -648,7 +648,7 @@ class Run:
             raise_failure(event)
             if isinstance(event, (RunFinished, RunPaused)):
                 ended = event
-        return ended or RunPaused(self.step_count, f"reached update {until}")
+        return ended or self.trainer.finished or RunPaused(self.step_count, f"reached update {until}")
 
     def start(self, updates: int | None = None) -> None:
         """Train in the background of the kernel, by `updates` updates or to the end; returns at once.
@@ -707,10 +707,14 @@ class Run:
         checked = self.config
         for name, value in changes.items():
             checked = checked.with_live(name, value)
-        if self._trainer is not None:
-            for name in changes:
-                self._trainer.request(ChangeSetting(name, getattr(checked, name)))
         self.config = checked
+        if self._trainer is None:
+            return
+        for name in changes:
+            if self.background.active:
+                self._trainer.request(ChangeSetting(name, getattr(checked, name)))
+            else:  # it stands at a boundary
+                self._record(self._trainer.change(name, getattr(checked, name)))
 
     def evaluate(self, split: str = "valid", *, all_rows: bool = False) -> EvaluationCompleted:
         """Loss and perplexity on a fixed set of rows of `split`, or on all of them, now."""

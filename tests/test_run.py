@@ -10,7 +10,7 @@ import pytest
 
 import mlx_nb
 from mlx_nb.errors import CommandError, ConfigError, DataError, MlxNbError, ModelError, NonFiniteLoss
-from mlx_nb.events import EvaluationCompleted, RunFinished, StepCompleted
+from mlx_nb.events import EvaluationCompleted, RunFinished, SampleGenerated, StepCompleted, Stop
 from tiny import tiny_rows
 
 
@@ -218,3 +218,54 @@ def test_the_adapter_config_says_how_it_was_made(tiny_folder, tmp_path):
         "keys": ["self_attn.q_proj"],
     }
     assert written["mlx_nb"]["settings"]["iters"] == 4
+
+
+def test_a_finished_run_can_be_given_more_updates_and_goes_on(tiny_folder, tmp_path):
+    run = make_run(tiny_folder, tmp_path, iters=3, lr_schedule={"name": "constant", "warmup": 0})
+    run.run()
+    assert run.finished
+    run.set(iters=5)
+    ended = run.run()
+    longer = make_run(tiny_folder, tmp_path / "b", iters=5, lr_schedule={"name": "constant", "warmup": 0})
+    longer.run()
+    assert (ended.step, run.state) == (5, "finished")
+    assert run.history["loss"] == longer.history["loss"]
+    assert run.adapter_bytes() == longer.adapter_bytes()
+    run.set(iters=2)
+    run.run()
+    assert run.step_count == 5
+
+
+def test_kept_prompts_are_answered_at_the_start_each_validation_and_the_end(tiny_folder, tmp_path):
+    run = make_run(tiny_folder, tmp_path, iters=4, steps_per_eval=2, sample_prompts=["say red"], sample_tokens=3)
+    run.run()
+    samples = [event for event in run.history.events if isinstance(event, SampleGenerated)]
+    assert [event.step for event in samples] == [0, 2, 4]
+    assert {event.base_answer for event in samples} == {run.generate("say red", base=True, max_tokens=3)}
+    assert samples[-1].answer == run.generate("say red", max_tokens=3)
+    plain = make_run(tiny_folder, tmp_path / "plain", iters=4, steps_per_eval=2)
+    plain.run()
+    assert plain.adapter_bytes() == run.adapter_bytes()
+
+
+def test_the_state_is_one_word_for_every_moment(tiny_folder, tmp_path):
+    run = make_run(tiny_folder, tmp_path, iters=3)
+    assert run.state == "built"
+    run.step()
+    assert run.state == "paused"
+    run.run()
+    assert run.state == "finished"
+    other = make_run(tiny_folder, tmp_path / "b", iters=3)
+    other.step()
+    other.request(Stop())
+    other.run()
+    assert other.state == "stopped"
+
+
+def test_a_report_is_one_page_with_everything(tiny_folder, tmp_path):
+    run = make_run(tiny_folder, tmp_path, iters=3)
+    run.run()
+    page = run.report(tmp_path / "deep" / "report.html").read_text()
+    assert "finished after update 3" in page
+    assert "data:image/png" in page
+    assert "Rows of highest loss" in page

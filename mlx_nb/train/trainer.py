@@ -323,7 +323,7 @@ class Trainer:
                 case Sample():
                     self._due += self._samples_due()
                 case ChangeSetting(name, value):
-                    yield self._change(name, value)
+                    yield self.change(name, value)
                 case Skip():
                     yield self._skip()
         return False
@@ -347,7 +347,8 @@ class Trainer:
         if self.finished and self.finished.reason == ITERS_REACHED and self.state.step < self.iters:
             self.finished = None
 
-    def _change(self, name: str, value: Any) -> SettingChanged:
+    def change(self, name: str, value: Any) -> SettingChanged:
+        """Change a live setting, at a step boundary. A longer `iters` wakes a run that had reached its end."""
         old = getattr(self.config, name)
         self.config = self.config.with_live(name, value)
         if name == "iters":

@@ -2,7 +2,7 @@
 
 const TRAIN = "#0072B2", VALID = "#D55E00", LEFT = "#8A8A8A";
 const LOOKS = {
-  raw: { stroke: TRAIN, "stroke-width": 1, "stroke-opacity": 0.55 },
+  raw: { stroke: TRAIN, "stroke-width": 1, "stroke-opacity": 0.65 },
   train: { stroke: TRAIN, "stroke-width": 2.2 },
   valid: { stroke: VALID, "stroke-width": 1.6, "stroke-dasharray": "6 4" },
   left: { stroke: LEFT, "stroke-width": 1.8, "stroke-dasharray": "0.1 4", "stroke-linecap": "round" },

@@ -86,7 +86,7 @@ class Panel:
         self.curves = Curves()
         self.rows = RowsTab(self.run, later)
         self.samples = SamplesTab(self.run, later, self._ask, request)
-        self.settings = SettingsTab(self.run, later, self._applied)
+        self.settings = SettingsTab(self.run, later, self.refresh)
         self.checkpoints = CheckpointsTab(self.run, later, request)
         self.log = LogTab()
         for event in self.run.history.events:
