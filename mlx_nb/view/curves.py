@@ -6,6 +6,7 @@ import math
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from textwrap import shorten
 
@@ -86,7 +87,7 @@ class SeriesBuilder:
         self._standing = 0
         self._updates = _Table(UPDATE_COLUMNS)
         self._validations = _Table(("position", "step", "loss"))
-        self._marked: list[tuple[int, events.Event]] = []
+        self._marked: dict[str, list[tuple[int, dict]]] = {kind: [] for kind in MARKERS.values()}
         self._left: list[Columns] = []
         self._labels = dict(QUANTITIES)
 
@@ -125,7 +126,10 @@ class SeriesBuilder:
             ]
             groups.append({"name": group, "label": label, "lines": lines})
         clocks = [_clock(updates, RUN_KNOTS), *(_clock(branch, LEFT_KNOTS) for branch in branches)]
-        return {"iters": iters, "clocks": clocks, "groups": groups, "markers": self._markers()}
+        markers = [
+            marked[index][1] for marked in self._marked.values() for index in decimated(len(marked), MARKERS_OF_A_KIND)
+        ]
+        return {"iters": iters, "clocks": clocks, "groups": groups, "markers": markers}
 
     def _add(self, event: events.Event) -> None:
         self._read += 1
@@ -134,7 +138,8 @@ class SeriesBuilder:
             if len(left["step"]):
                 self._left.append(left)
             self._validations.cut(event.kept)
-            self._marked = [(position, marked) for position, marked in self._marked if position < event.kept]
+            for marked in self._marked.values():
+                del marked[bisect_left(marked, event.kept, key=itemgetter(0)) :]
             self._standing = min(self._standing, event.kept)
         match event:
             case events.StepCompleted():
@@ -142,7 +147,10 @@ class SeriesBuilder:
             case events.EvaluationCompleted(split="valid"):
                 self._validations.append({"position": self._standing, "step": event.step, "loss": event.loss})
             case _ if type(event) in MARKERS:
-                self._marked.append((self._standing, event))
+                # Cut first, because a text may name a thousand rows and `shorten` reads every word.
+                kind, text = MARKERS[type(event)], describe(event)[: 2 * MARKER_LETTERS]
+                text = shorten(text, MARKER_LETTERS, placeholder=" …")
+                self._marked[kind].append((self._standing, {"step": event.step, "kind": kind, "text": text}))
         self._standing += 1
 
     def _add_update(self, event: events.StepCompleted) -> None:
@@ -171,15 +179,6 @@ class SeriesBuilder:
                 **metrics,
             }
         )
-
-    def _markers(self) -> list[dict]:
-        markers = []
-        for kind, name in MARKERS.items():
-            marked = [event for _, event in self._marked if type(event) is kind]
-            for event in (marked[index] for index in decimated(len(marked), MARKERS_OF_A_KIND)):
-                text = shorten(describe(event), MARKER_LETTERS, placeholder=" …")
-                markers.append({"step": event.step, "kind": name, "text": text})
-        return markers
 
 
 def series_of(history: History, iters: int) -> dict:
