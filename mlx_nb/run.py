@@ -6,21 +6,20 @@ import dataclasses
 import shlex
 import sys
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_nb.background import Background
 from mlx_nb.config import LIVE_SETTINGS, SETTINGS, RunConfig
 from mlx_nb.data.checks import SAMPLED_ROWS, DataCheck, check_data
-from mlx_nb.data.examples import Examples, ExampleSettings, LeftOut, RowView, TokenizedExample, split_examples
-from mlx_nb.data.sources import Splits, open_splits
+from mlx_nb.data.examples import LeftOut, RowView
+from mlx_nb.data.sources import Splits
 from mlx_nb.errors import (
     TRAINING_ERRORS,
     CheckpointError,
     CommandError,
     ConfigError,
-    DataError,
     MlxNbError,
     ModelError,
     TrainingError,
@@ -44,9 +43,9 @@ from mlx_nb.events import (
     StateChanged,
     StepCompleted,
 )
-from mlx_nb.keeper import CHECKPOINTS, Keeper, changed_settings, fingerprints, history_of, live_changes
+from mlx_nb.keeper import CHECKPOINTS, Keeper, changed_settings, history_of, live_changes
+from mlx_nb.material import SPLITS, Material, Rows
 from mlx_nb.view.history import History, visits_text
-from mlx_nb.view.row_display import ShownRow
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,10 +54,8 @@ if TYPE_CHECKING:
     from mlx_nb.rollouts.generation import Prompt, Question
     from mlx_nb.train.checkpoint import CheckpointInfo, CheckpointStore
     from mlx_nb.train.interrupts import Interrupts
-    from mlx_nb.train.trainer import Trainer, TrainerExamples
+    from mlx_nb.train.trainer import Trainer
     from mlx_nb.view.panel import Panel
-
-SPLITS = ("train", "valid", "test")
 
 
 class Run:
@@ -78,9 +75,7 @@ class Run:
         self.config = config or RunConfig()
         self.name = name
         self.history = History()
-        self._namespace = namespace
-        self._loaded: LoadedModel | None = None
-        self._tokenizer: Any = None
+        self.material = Material(self.config, namespace)
         self._resumed = False
         self._keeper = Keeper()
         self._blocked = False
@@ -88,14 +83,9 @@ class Run:
         self._error: BaseException | None = None
         self._rewind_requests: list[Rewind] = []
         self._questions: list[Question] = []
-        self._base: LoadedModel | None = None
-        self._base_answers: dict[tuple[str, int], str] = {}
         self.background = Background(self)
         self._early_requests: list[Request] = []
-        self._examples: TrainerExamples | None = None
-        self._splits: Splits | None = None
         self._trainer: Trainer | None = None
-        self._left_out: dict[str, list[LeftOut]] = {}
         self._listeners: list[Callable[[Event], None]] = []
 
     @classmethod
@@ -115,11 +105,7 @@ class Run:
     @property
     def loaded(self) -> LoadedModel:
         """The model, tokenizer and where they came from; loaded at first use."""
-        if self._loaded is None:
-            from mlx_nb.model.sharing import load_base
-
-            self._loaded = load_base(self.config)
-        return self._loaded
+        return self.material.loaded
 
     @property
     def model(self) -> Any:
@@ -129,30 +115,12 @@ class Run:
     @property
     def tokenizer(self) -> Any:
         """The tokenizer, with its chat template. Loaded alone when the model is not needed yet."""
-        if self._loaded is not None:
-            return self._loaded.tokenizer
-        if self._tokenizer is None:
-            from mlx_nb.model.loading import load_tokenizer, model_folder
-
-            self._tokenizer = load_tokenizer(model_folder(self.config.model), self.config.chat_template)
-        return self._tokenizer
+        return self.material.tokenizer
 
     @property
     def splits(self) -> Splits:
         """The rows; opened at first use."""
-        if self._splits is None:
-            config = self.config
-            self._splits = open_splits(
-                config.data,
-                namespace=self._namespace,
-                val_set_size=config.val_set_size,
-                seed=config.seed,
-                train_split=config.train_split,
-                valid_split=config.valid_split,
-                test_split=config.test_split,
-                subset=config.subset,
-            )
-        return self._splits
+        return self.material.splits
 
     @property
     def folder(self) -> Path:
@@ -179,10 +147,7 @@ class Run:
         from mlx_nb.model.backend import is_cpu, memory_limit
         from mlx_nb.train.trainer import Trainer
 
-        examples, notes = self._examples, list(loaded.notes)
-        if examples is None:
-            examples, said = self._tokenize_splits()
-            notes += said
+        examples, notes = self.material.examples, self.material.notes()
         set_aside = None if self._resumed else _set_aside(self.folder)
         if set_aside:
             notes.append(f"The adapter that was in {self.folder} is now in {set_aside}.")
@@ -195,60 +160,14 @@ class Run:
             notes=notes,
             compiled=not is_cpu(),
             memory_limit=memory_limit(),
-            sampler=self._answer,
+            sampler=lambda prompt: self.material.answers(prompt, self.config.sample_tokens),
         )
-
-    def _answer(self, prompt: str) -> Iterator[tuple[str, str | None]]:
-        """The greedy answers of the model and of its base, as they grow."""
-        from mlx_nb.rollouts.generation import stream_text
-
-        asked, answer = (prompt, self.config.sample_tokens), ""
-        for answer in stream_text(self.model, self.tokenizer, *asked):
-            yield answer, None
-        if self.config.fine_tune_type == "full":
-            return
-        if asked not in self._base_answers:
-            base_answer = ""
-            for base_answer in stream_text(self.base_model, self.tokenizer, *asked):
-                yield answer, base_answer
-            self._base_answers[asked] = base_answer
-        yield answer, self._base_answers[asked]
-
-    def _tokenize_splits(self) -> tuple[TrainerExamples, list[str]]:
-        """The rows of the run, and what a person should know about them."""
-        from mlx_nb.train.trainer import TrainerExamples
-
-        notes = list(self.splits.notes)
-        kept = {split: self._tokenize(split) for split in SPLITS if split != "test" or self.config.test}
-        for split, left_out in self._left_out.items():
-            if left_out:
-                first = "; ".join(row.reason for row in left_out[:3])
-                notes.append(f"{len(left_out)} rows of {split} are left out. {first}")
-            if split == "train":
-                cut = sum(1 for example in kept[split] if example.dropped_tokens)
-                if cut:
-                    notes.append(f"{cut} training rows were cut to max_seq_length={self.config.max_seq_length}.")
-        return TrainerExamples(**kept), notes
-
-    def _tokenize(self, split: str) -> list[TokenizedExample]:
-        if getattr(self.splits, split) is None:
-            return []
-        kept, left_out = split_examples(list(self.rows(split).examples.tokenize_all()))
-        self._left_out[split] = left_out
-        if left_out and not kept:
-            raise DataError(f"no row of {split} can be trained. The first: {left_out[0].reason}")
-        return kept
 
     # Looking
 
     def rows(self, split: str = "train") -> Rows:
         """The rows of a split; `run.rows("train")[12]` is row 12 as the model will see it."""
-        if split not in SPLITS:
-            raise CommandError(f"no split {split!r}.{did_you_mean(split, SPLITS)} There are train, valid and test.")
-        source = getattr(self.splits, split)
-        if source is None:
-            raise DataError(f"these data have no {split} split.")
-        return Rows(Examples(source, self.tokenizer, ExampleSettings.of(self.config)), split)
+        return self.material.rows(split)
 
     def row_losses(self, split: str = "train") -> dict[int, float]:
         """The loss of each row of `split` when it was last trained on or evaluated, the highest first."""
@@ -257,17 +176,8 @@ class Run:
 
     def token_losses(self, row: RowView, *, base: bool = False) -> Any:
         """(T,) loss in nats of each token of a row, now; NaN for the first. `base` with the adapter switched off."""
-        from contextlib import nullcontext
-
-        from mlx_nb.model.adapters import without_adapters
-        from mlx_nb.model.logprobs import TargetScorer
-
-        if row.conversation is None:
-            raise DataError(f"{row.error} It has no tokens to measure.")
         self._refuse_base(base)
-        self.model.eval()
-        with without_adapters(self.model) if base else nullcontext():
-            return TargetScorer(self.model).token_losses(row.conversation.tokens)
+        return self.material.token_losses(row, base=base)
 
     def _refuse_base(self, base: bool) -> None:
         if base and self.config.fine_tune_type == "full" and self.step_count:
@@ -283,7 +193,7 @@ class Run:
     @property
     def left_out(self) -> dict[str, list[LeftOut]]:
         """The rows that are not trained, by split, each with the reason. Filled when training is prepared."""
-        return self._left_out
+        return self.material.left_out
 
     @property
     def step_count(self) -> int:
@@ -433,7 +343,7 @@ class Run:
         """Answer questions and go back, at this boundary. What cannot be done is said and changes nothing."""
         while self._questions:
             question = self._questions.pop(0)
-            answering = self._stream(question)
+            answering = self.material.stream(question)
             for tokens, text in enumerate(answering):
                 question.told(text, False)
                 yield Progress(self.step_count, "answer", tokens, question.max_tokens)
@@ -444,26 +354,10 @@ class Run:
             except MlxNbError as error:
                 self._tell(RequestRefused(self.step_count, str(error)))
 
-    def _stream(self, question: Question) -> Iterator[str]:
-        """The answer so far, after each token."""
-        from mlx_nb.rollouts.generation import stream_text
-
-        model = self.base_model if question.base else self.model
-        yield ""
-        yield from stream_text(model, self.tokenizer, question.messages, question.max_tokens)
-
     def ask(self, question: Question) -> None:
         """Have a question answered at the next step boundary, token by token, by the model as it is there."""
         self._refuse_base(question.base)
         self._questions.append(question)
-
-    @property
-    def base_model(self) -> Any:
-        """The base in modules of its own, without the adapter, sharing its arrays."""
-        from mlx_nb.model.sharing import twin
-
-        self._base = self._base or twin(self.loaded)
-        return self._base.model
 
     def rewind(self, updates: int | None = None, *, to: int | None = None) -> Rewound:
         """Go back by `updates` updates, or to update `to`: what follows is what would have followed then.
@@ -497,13 +391,10 @@ class Run:
         name = name or f"{self.name}-fork"
         if name == self.name:
             raise CommandError(f"a fork of {name} needs another name.")
-        from mlx_nb.model.sharing import twin
-
-        trainer = self.trainer
-        other = Run(self.config.replace(**{"adapter_path": None, **changes}), name=name, namespace=self._namespace)
-        other._loaded, other._splits, other._left_out = twin(self.loaded), self.splits, self._left_out
-        other._examples = trainer.examples
-        other.trainer.restore(trainer.snapshot())
+        snapshot = self.trainer.snapshot()
+        other = Run(self.config.replace(**{"adapter_path": None, **changes}), name=name)
+        other.material = self.material.twin()
+        other.trainer.restore(snapshot)
         other.history = History(self.history.events)
         return other
 
@@ -516,7 +407,7 @@ class Run:
             kind,
             name=self.name,
             config=self.config,
-            made_from=self._fingerprints,
+            made_from=self.material.fingerprints,
         )
 
     def checkpoints(self) -> list[CheckpointInfo]:
@@ -598,7 +489,7 @@ class Run:
         if "data" not in values:
             raise CheckpointError(f"the rows of {folder} were an object in memory. Pass them again as `data`.")
         run = cls(RunConfig.from_dict(values), name=checkpoint.state["name"], namespace=namespace)
-        made_from, now = checkpoint.state["made_from"], run._fingerprints
+        made_from, now = checkpoint.state["made_from"], run.material.fingerprints
         changed += [what for what in made_from if made_from[what] != now[what] and what not in changed]
         refused = [what for what in changed if what not in allow_changed]
         if refused:
@@ -613,11 +504,6 @@ class Run:
         run.history = history_of(checkpoint)
         run._keeper.saved_step = checkpoint.step
         return run
-
-    @cached_property
-    def _fingerprints(self) -> dict[str, Any]:
-        sources = [source for split in SPLITS if (source := getattr(self.splits, split)) is not None]
-        return fingerprints(sources, self.tokenizer, self.loaded.folder)
 
     def step(self, n: int = 1) -> StepCompleted:
         """Exactly `n` optimizer updates (fewer at the end of the run), then control is back. Returns the last one.
@@ -719,7 +605,7 @@ class Run:
     def evaluate(self, split: str = "valid", *, all_rows: bool = False) -> EvaluationCompleted:
         """Loss and perplexity on a fixed set of rows of `split`, or on all of them, now."""
         if split == "test" and not self.config.test and self._trainer is not None and not self._trainer.examples.test:
-            self._trainer.examples = _with_test(self._trainer.examples, self._tokenize("test"))
+            self._trainer.examples = dataclasses.replace(self._trainer.examples, test=self.material.tokenize("test"))
         result = self.trainer.evaluate(split, all_rows=all_rows)
         self._record(result)
         return result
@@ -807,36 +693,10 @@ class Run:
         return f"Run({self.name!r}, model={self.config.model!r}, {self.config.fine_tune_type}, {done})"
 
 
-class Rows(Sequence[RowView]):
-    """The rows of one split as the model will see them; each is tokenised when asked for, and displays itself."""
-
-    def __init__(self, examples: Examples, split: str) -> None:
-        self.examples = examples
-        self.split = split
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, row: Any) -> Any:
-        if not isinstance(row, int):
-            raise CommandError(f"row numbers are whole numbers, not {row!r}.")
-        index = row + len(self) if row < 0 else row
-        if not 0 <= index < len(self):
-            raise IndexError(f"no row {row}: {self.split} has rows 0 to {len(self) - 1}.")
-        return ShownRow.of(self.examples.view(index), self.examples.tokenizer, self.split)
-
-    def __repr__(self) -> str:
-        return f"Rows({self.split}, {len(self)} rows)"
-
-
 def raise_failure(event: Event | None) -> None:
     """Raise the TrainingError of a RunFailed; pass over every other event."""
     if isinstance(event, RunFailed):
         raise TRAINING_ERRORS.get(event.reason, TrainingError)(event.error, event.rows, event.largest_gradients)
-
-
-def _with_test(examples: Any, test: Sequence[TokenizedExample]) -> Any:
-    return dataclasses.replace(examples, test=test)
 
 
 def _set_aside(folder: Path) -> Path | None:

@@ -292,7 +292,7 @@ def test_the_epoch_is_what_the_trainer_would_do(tiny_folder):
 def test_the_check_loads_no_weights(tiny_folder):
     run = Run(RunConfig(model=str(tiny_folder), data="rows"), namespace={"rows": tiny_rows()})
     run.check()
-    assert run._loaded is None
+    assert "loaded" not in run.material.__dict__
 
 
 # --- template -------------------------------------------------------------------------------------------------------

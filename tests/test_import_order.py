@@ -74,6 +74,7 @@ ORDER = [
     "view.panel",
     "view.report",
     "keeper",
+    "material",
     "background",
     "run",
     "notebook.outcome",

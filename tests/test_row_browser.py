@@ -60,7 +60,7 @@ def test_each_filter_finds_its_rows(run):
 
 
 def test_truncated_rows_are_found(run):
-    run.config = RunConfig(model=run.config.model, data=ROWS, val_set_size=0, max_seq_length=60)
+    run = Run(RunConfig(model=run.config.model, data=ROWS, val_set_size=0, max_seq_length=60))
     cut = [row for row in range(len(ROWS)) if (e := run.rows()[row].example) is not None and e.dropped_tokens]
     assert found(run, "truncated") == cut != []
 

@@ -1,0 +1,188 @@
+"""What a run is made from: the model, the tokenizer and the rows, each loaded at first use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from mlx_nb.config import RunConfig
+from mlx_nb.data.examples import Examples, ExampleSettings, LeftOut, RowView, TokenizedExample, split_examples
+from mlx_nb.data.sources import Splits, open_splits
+from mlx_nb.errors import CommandError, DataError, did_you_mean
+from mlx_nb.keeper import fingerprints
+from mlx_nb.view.row_display import ShownRow
+
+if TYPE_CHECKING:
+    from mlx_nb.model.loading import LoadedModel
+    from mlx_nb.rollouts.generation import Question
+    from mlx_nb.train.trainer import TrainerExamples
+
+SPLITS = ("train", "valid", "test")
+
+
+class Material:
+    """The model and the rows that a configuration names. `namespace` is where `data: name` looks for a variable.
+
+    Raises ConfigError, DataError or ModelError, each in one line, at the first use of what is wrong.
+    """
+
+    def __init__(self, config: RunConfig, namespace: Mapping[str, Any] | None = None) -> None:
+        self.config = config
+        self.namespace = namespace
+        self.left_out: dict[str, list[LeftOut]] = {}
+        self._base_answers: dict[tuple[str, int], str] = {}
+
+    def twin(self) -> Material:
+        """The same rows, and the same base in modules of its own."""
+        from mlx_nb.model.sharing import twin
+
+        other = Material(self.config, self.namespace)
+        other.loaded, other.splits, other.left_out = twin(self.loaded), self.splits, self.left_out
+        if "examples" in self.__dict__:
+            other.examples = self.examples
+        return other
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        """The model, tokenizer and where they came from."""
+        from mlx_nb.model.sharing import load_base
+
+        return load_base(self.config)
+
+    @cached_property
+    def base_model(self) -> Any:
+        """The base in modules of its own, without the adapter, sharing its arrays."""
+        from mlx_nb.model.sharing import twin
+
+        return twin(self.loaded).model
+
+    @cached_property
+    def _tokenizer_alone(self) -> Any:
+        from mlx_nb.model.loading import load_tokenizer, model_folder
+
+        return load_tokenizer(model_folder(self.config.model), self.config.chat_template)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, with its chat template. Loaded alone when the model is not needed yet."""
+        return self.loaded.tokenizer if "loaded" in self.__dict__ else self._tokenizer_alone
+
+    @cached_property
+    def splits(self) -> Splits:
+        """The rows."""
+        config = self.config
+        return open_splits(
+            config.data,
+            namespace=self.namespace,
+            val_set_size=config.val_set_size,
+            seed=config.seed,
+            train_split=config.train_split,
+            valid_split=config.valid_split,
+            test_split=config.test_split,
+            subset=config.subset,
+        )
+
+    def rows(self, split: str) -> Rows:
+        """The rows of a split as the model will see them."""
+        if split not in SPLITS:
+            raise CommandError(f"no split {split!r}.{did_you_mean(split, SPLITS)} There are train, valid and test.")
+        source = getattr(self.splits, split)
+        if source is None:
+            raise DataError(f"these data have no {split} split.")
+        return Rows(Examples(source, self.tokenizer, ExampleSettings.of(self.config)), split)
+
+    @cached_property
+    def examples(self) -> TrainerExamples:
+        """The rows of all splits, tokenised; those that cannot be trained are in `left_out`."""
+        from mlx_nb.train.trainer import TrainerExamples
+
+        return TrainerExamples(
+            **{split: self.tokenize(split) for split in SPLITS if split != "test" or self.config.test}
+        )
+
+    def tokenize(self, split: str) -> list[TokenizedExample]:
+        """The rows of one split that can be trained."""
+        if getattr(self.splits, split) is None:
+            return []
+        kept, left_out = split_examples(list(self.rows(split).examples.tokenize_all()))
+        self.left_out[split] = left_out
+        if left_out and not kept:
+            raise DataError(f"no row of {split} can be trained. The first: {left_out[0].reason}")
+        return kept
+
+    def notes(self) -> list[str]:
+        """What a person should know about model and rows before training."""
+        notes = [*self.loaded.notes, *self.splits.notes]
+        examples = self.examples
+        for split, left_out in self.left_out.items():
+            if left_out:
+                first = "; ".join(row.reason for row in left_out[:3])
+                notes.append(f"{len(left_out)} rows of {split} are left out. {first}")
+            if split == "train":
+                cut = sum(1 for example in examples.train if example.dropped_tokens)
+                if cut:
+                    notes.append(f"{cut} training rows were cut to max_seq_length={self.config.max_seq_length}.")
+        return notes
+
+    @cached_property
+    def fingerprints(self) -> dict[str, Any]:
+        """What the numbers of a run depend on besides its settings, by name."""
+        sources = [source for split in SPLITS if (source := getattr(self.splits, split)) is not None]
+        return fingerprints(sources, self.tokenizer, self.loaded.folder)
+
+    def token_losses(self, row: RowView, *, base: bool) -> Any:
+        """(T,) loss in nats of each token of a row, now; NaN for the first. `base` without the adapter."""
+        from mlx_nb.model.logprobs import TargetScorer
+
+        if row.conversation is None:
+            raise DataError(f"{row.error} It has no tokens to measure.")
+        model = self.base_model if base else self.loaded.model
+        model.eval()
+        return TargetScorer(model).token_losses(row.conversation.tokens)
+
+    def answers(self, prompt: str, max_tokens: int) -> Iterator[tuple[str, str | None]]:
+        """The greedy answers to a kept prompt, of the model and of its base, as they grow."""
+        from mlx_nb.rollouts.generation import stream_text
+
+        asked, answer = (prompt, max_tokens), ""
+        for answer in stream_text(self.loaded.model, self.tokenizer, *asked):
+            yield answer, None
+        if self.config.fine_tune_type == "full":
+            return
+        if asked not in self._base_answers:
+            base_answer = ""
+            for base_answer in stream_text(self.base_model, self.tokenizer, *asked):
+                yield answer, base_answer
+            self._base_answers[asked] = base_answer
+        yield answer, self._base_answers[asked]
+
+    def stream(self, question: Question) -> Iterator[str]:
+        """The answer to a question so far, after each token; it begins empty."""
+        from mlx_nb.rollouts.generation import stream_text
+
+        model = self.base_model if question.base else self.loaded.model
+        yield ""
+        yield from stream_text(model, self.tokenizer, question.messages, question.max_tokens)
+
+
+class Rows(Sequence[RowView]):
+    """The rows of one split as the model will see them; each is tokenised when asked for, and displays itself."""
+
+    def __init__(self, examples: Examples, split: str) -> None:
+        self.examples = examples
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, row: Any) -> Any:
+        if not isinstance(row, int):
+            raise CommandError(f"row numbers are whole numbers, not {row!r}.")
+        index = row + len(self) if row < 0 else row
+        if not 0 <= index < len(self):
+            raise IndexError(f"no row {row}: {self.split} has rows 0 to {len(self) - 1}.")
+        return ShownRow.of(self.examples.view(index), self.examples.tokenizer, self.split)
+
+    def __repr__(self) -> str:
+        return f"Rows({self.split}, {len(self)} rows)"
