@@ -90,7 +90,10 @@ class Interrupter:
         done.set()
         thread.join()
         try:
-            status = self.kernel.client.get_shell_msg(timeout=5)["content"]["status"]
+            reply = self.kernel.client.get_shell_msg(timeout=5)
+            while reply["parent_header"].get("msg_id") != message:
+                reply = self.kernel.client.get_shell_msg(timeout=5)
+            status = reply["content"]["status"]
         except Empty:  # it struck ipykernel itself after the cell, which then sends no reply
             status = "no reply"
         self.sent += len(hit)
