@@ -118,7 +118,7 @@ def test_the_row_browser_is_worked_by_hand(lab, tiny_folder, tmp_path):
     page.get_by_role("button", name="◀ Previous").click()
     page.wait_for_function(ROW_SHOWN, arg=0)
     assert page.get_by_role("button", name="◀ Previous").is_disabled()
-    number = page.locator(".widget-inline-hbox input[type=number]")
+    number = page.get_by_role("spinbutton", name="row", exact=True)
     number.fill("250")
     number.press("Enter")
     page.wait_for_function(ROW_SHOWN, arg=250)

@@ -95,7 +95,10 @@ def test_the_quickstart_is_worked_by_hand(lab, tmp_path):  # noqa: F811
     page.get_by_role("button", name="Run", exact=False).and_(page.locator(".mod-primary")).click()
     wait_for_state(page, "finished", timeout=180)
     page.wait_for_function(
-        "() => window.jupyterapp.shell.currentWidget.content.widgets[1].outputArea.node.querySelector('img')",
+        """() => {
+            const node = window.jupyterapp.shell.currentWidget.content.widgets[1].outputArea.node;
+            return node.querySelector('img') && node.innerText.includes('home: finished after update 24');
+        }""",
         timeout=30_000,
     )
     name = page.evaluate("() => window.jupyterapp.shell.currentWidget.context.path")
