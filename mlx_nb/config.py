@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from mlx_nb.errors import ConfigError, did_you_mean
+from mlx_nb.methods import is_built_in, method_named
 from mlx_nb.settings import SettingError, coerce, setting
 from mlx_nb.yaml_loader import Document, load_mapping
 
@@ -66,6 +67,153 @@ class RunConfig:
     Raises ConfigError when a setting is unknown, of the wrong kind, out of bounds, or would have no effect.
     """
 
+    method: str = setting(
+        "sft",
+        "What is learned from: sft (rows to imitate), dpo, cpo, orpo (pairs of answers), kto (answers labelled good or "
+        "bad), grpo (rewards of what the model writes), or a name given to register_objective.",
+        group="method",
+    )
+    loss: str | None = setting(
+        None, "Variant of the method's loss, listed on its page. null = the first one there.", group="method"
+    )
+    beta: float | None = setting(
+        None,
+        "How firmly the policy is held to the reference (dpo, kto: 0.1; grpo, weight of the KL: 0.04), or the weight "
+        "of the preference term (cpo: 0.1, simpo: 2, orpo: 0.1). null = the number in brackets.",
+        group="method",
+        at_least=0,
+        only_for="option",
+    )
+    label_smoothing: float | None = setting(
+        None,
+        "sft: share of probability spread over the vocabulary. dpo, cpo: rate of flipped preferences. null = 0.",
+        group="method",
+        at_least=0,
+        below=1,
+        only_for="option",
+    )
+    z_loss: float | None = setting(
+        None, "Weight of log(Z)^2, which keeps logits small. null = 0.", group="method", at_least=0, only_for="option"
+    )
+    delta: float | None = setting(
+        None,
+        "dpop: weight of the penalty on chosen answers that became less likely. null = 50.",
+        group="method",
+        at_least=0,
+        only_for="option",
+    )
+    cpo_alpha: float | None = setting(
+        None,
+        "cpo: weight of the likelihood of chosen answers. null = 1, and 0 for simpo.",
+        group="method",
+        at_least=0,
+        only_for="option",
+    )
+    simpo_gamma: float | None = setting(
+        None, "simpo: margin that is aimed at. null = 0.5.", group="method", at_least=0, only_for="option"
+    )
+    desirable_weight: float | None = setting(
+        None, "kto: weight of answers labelled true. null = 1.", group="method", above=0, only_for="option"
+    )
+    undesirable_weight: float | None = setting(
+        None, "kto: weight of answers labelled false. null = 1.", group="method", above=0, only_for="option"
+    )
+    method_options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Options of a method of your own: keyword-only parameters of its loss function.",
+            "group": "method",
+            "live": False,
+            "bounds": {},
+            "synonyms": {},
+            "only_for": None,
+        },
+    )
+    reference_model: str | None = setting(
+        None,
+        "Another model as the reference: alias, hub id, folder or .gguf with the same vocabulary. "
+        "null = the model as it is when training starts, at no cost in memory.",
+        group="method",
+        only_for="reference",
+    )
+    reference_adapter: str | None = setting(
+        None,
+        "Adapter folder that the reference wears, or `none` for the bare base. null = what training starts from: "
+        "resume_adapter_file if there is one.",
+        group="method",
+        only_for="reference",
+    )
+    reference_free: bool = setting(
+        False,
+        "Pairs only: take the reference to be uniform, so that it drops out.",
+        group="method",
+        only_for="reference",
+    )
+    group_size: int = setting(4, "Completions of each prompt.", group="rollouts", at_least=2, only_for="prompts")
+    max_completion_length: int = setting(
+        256, "Longest completion in tokens.", group="rollouts", at_least=1, only_for="prompts"
+    )
+    temperature: float = setting(
+        1.0, "Temperature that completions are sampled at.", group="rollouts", above=0, only_for="prompts"
+    )
+    top_p: float = setting(
+        1.0,
+        "Sample from the likeliest tokens that have this probability together. 1 = off.",
+        group="rollouts",
+        above=0,
+        at_most=1,
+        only_for="prompts",
+    )
+    top_k: int | None = setting(
+        None, "Sample from the likeliest K tokens. null = off.", group="rollouts", at_least=1, only_for="prompts"
+    )
+    stop: tuple[str, ...] | None = setting(None, "Texts that end a completion.", group="rollouts", only_for="prompts")
+    rewards: Any = setting(
+        None,
+        "List of functions in the notebook, by name, and built-in rewards such as number_match or {regex: ...}.",
+        group="rollouts",
+        only_for="prompts",
+    )
+    reward_weights: tuple[float, ...] | None = setting(
+        None, "Weight of each reward. null = 1 each.", group="rollouts", only_for="prompts"
+    )
+    reward_timeout: float = setting(
+        60.0,
+        "Seconds that a reward function may take for a batch; an async one is cancelled then.",
+        group="rollouts",
+        above=0,
+        only_for="prompts",
+    )
+    scale_rewards: Literal["group", "batch", "none"] | None = setting(
+        None,
+        "Divide advantages by the deviation of rewards in the group, in the batch, or not at all. "
+        "null = group, and none for dr_grpo.",
+        group="rollouts",
+        only_for="prompts",
+    )
+    updates_per_rollout: int = setting(
+        1, "Optimizer updates made with one set of completions.", group="rollouts", at_least=1, only_for="prompts"
+    )
+    epsilon: float | None = setting(
+        None,
+        "Ratios below 1 - epsilon are clipped. null = 0.2 (3e-4 for sequence ratios).",
+        group="rollouts",
+        above=0,
+        only_for="option",
+    )
+    epsilon_high: float | None = setting(
+        None,
+        "Ratios above 1 + epsilon_high are clipped. null = as epsilon (dapo: 0.28; sequence ratios: 4e-4).",
+        group="rollouts",
+        above=0,
+        only_for="option",
+    )
+    importance_sampling_level: Literal["token", "sequence"] | None = setting(
+        None, "Ratios of tokens, or of whole completions (GSPO). null = token.", group="rollouts", only_for="option"
+    )
+    mask_truncated_completions: bool = setting(
+        False, "Do not train on completions cut at max_completion_length.", group="rollouts", only_for="prompts"
+    )
     model: str = setting(
         "smollm2-135m",
         "An alias (smollm2-135m), hub id, local folder, or .gguf file. A quantised model gives QLoRA by itself.",
@@ -135,6 +283,7 @@ class RunConfig:
             "live": False,
             "bounds": {},
             "synonyms": {},
+            "only_for": None,
         },
     )
     learning_rate: float = setting(1e-4, "Peak learning rate.", group="optimizer", above=0, live=True)
@@ -235,6 +384,8 @@ class RunConfig:
             value = coerce(getattr(self, declared.name), declared, typing.get_type_hints(RunConfig)[declared.name])
             object.__setattr__(self, declared.name, value)
         _merge_synonyms(self)
+        if self.rewards is not None and not isinstance(self.rewards, (list, tuple)):
+            object.__setattr__(self, "rewards", (self.rewards,))
         for check in _EFFECT_CHECKS:
             check(self)
 
@@ -264,7 +415,7 @@ class RunConfig:
 
     def replace(self, **changes: Any) -> RunConfig:
         """A changed, checked copy."""
-        return RunConfig.from_dict({**self.to_dict(), **changes})
+        return RunConfig.from_dict({**self.to_dict(), "rewards": self.rewards, **changes})
 
     def with_live(self, name: str, value: Any) -> RunConfig:
         """A copy with one setting changed; a new `learning_rate` also becomes the start of the schedule's arguments."""
@@ -280,7 +431,9 @@ class RunConfig:
         """Plain values, ready for YAML or JSON; `from_dict` reads them back."""
         values = {name: getattr(self, name) for name in SETTINGS}
         for name, value in values.items():
-            if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            if name == "rewards" and value is not None:
+                values[name] = [getattr(reward, "__name__", reward) for reward in value]
+            elif dataclasses.is_dataclass(value) and not isinstance(value, type):
                 values[name] = {key: _plain(item) for key, item in dataclasses.asdict(value).items()}
             else:
                 values[name] = _plain(value)
@@ -319,6 +472,16 @@ def _nearest(key: str) -> str:
         "patience": "`early_stopping_patience`",
         "max_seq_len": "`max_seq_length`",
         "warmup_steps": "`warmup`",
+        "train_mode": "`method`",
+        "dpo_cpo_loss_type": "`loss`",
+        "dpo_loss_type": "`loss`",
+        "grpo_loss_type": "`loss`",
+        "loss_type": "`loss`",
+        "reference_model_path": "`reference_model`",
+        "reward_functions": "`rewards`",
+        "reward_funcs": "`rewards`",
+        "num_generations": "`group_size`",
+        "num_iterations": "`updates_per_rollout`",
         "load_in_4bits": "`load_in_bits: 4`",
         "load_in_8bits": "`load_in_bits: 8`",
     }
@@ -345,6 +508,61 @@ def _merge_synonyms(config: RunConfig) -> None:
             raise SettingError(("warmup",), "`warmup` and `lr_schedule.warmup` differ. Give one of them.")
         object.__setattr__(config, "lr_schedule", dataclasses.replace(config.lr_schedule, warmup=config.warmup))
         object.__setattr__(config, "warmup", None)
+
+
+def _check_method(config: RunConfig) -> None:
+    """The method exists and every setting that was given has an effect with it."""
+    try:
+        method = method_named(config.method)
+    except ConfigError as error:
+        raise SettingError(("method",), str(error)) from None
+    if config.loss is not None and config.loss not in method.losses:
+        raise SettingError(
+            ("loss",),
+            f"`loss` cannot be {config.loss!r} with `method: {method.name}`.{did_you_mean(config.loss, method.losses)} "
+            f"It has: {', '.join(method.losses)}.",
+        )
+    options = method.loss(config.loss).options
+    effective = {method.rows, "reference"} if method.reference else {method.rows}
+    for declared in fields(config):
+        only_for, name = declared.metadata["only_for"], declared.name
+        if only_for in (None, *effective) or name in options or getattr(config, name) == declared.default:
+            continue
+        variant = f", `loss: {config.loss}`" if config.loss else ""
+        raise SettingError((name,), f"`{name}` has no effect with `method: {method.name}`{variant}. Remove it.")
+    for name in config.method_options:
+        if name not in options:
+            known = f"Its options: {', '.join(options)}." if options else "It has no options."
+            raise SettingError(
+                ("method_options", name),
+                f"`method_options.{name}` is no option of {method.name}.{did_you_mean(name, options)} {known}",
+            )
+        if name in SETTINGS and is_built_in(method.name):
+            raise SettingError(("method_options", name), f"`{name}` is a setting of its own: write `{name}: ...`.")
+    _check_references(config)
+    if method.rows == "prompts":
+        _check_rollouts(config)
+
+
+def _check_references(config: RunConfig) -> None:
+    given = [name for name in ("reference_model", "reference_adapter") if getattr(config, name) is not None]
+    if config.reference_free and (given or method_named(config.method).rows != "pairs"):
+        what = f"`{given[0]}`" if given else f"`method: {config.method}`"
+        raise SettingError(("reference_free",), f"`reference_free` and {what} exclude each other. Remove one of them.")
+
+
+def _check_rollouts(config: RunConfig) -> None:
+    if not config.rewards:
+        raise SettingError(
+            ("rewards",),
+            f"`method: {config.method}` needs `rewards`: a list of functions in the notebook or built-in rewards, for "
+            "instance [number_match].",
+        )
+    if config.reward_weights is not None and len(config.reward_weights) != len(config.rewards):
+        raise SettingError(
+            ("reward_weights",),
+            f"`reward_weights` has {len(config.reward_weights)} numbers for {len(config.rewards)} rewards.",
+        )
 
 
 def _check_length(config: RunConfig) -> None:
@@ -424,7 +642,7 @@ _EXAMPLE_ARGUMENTS = {
     "exponential_decay": "[1e-4, 0.99]",
     "step_decay": "[1e-4, 0.5, 100]",
 }
-_EFFECT_CHECKS = (_check_length, _check_adapter, _check_optimizer, _check_validation)
+_EFFECT_CHECKS = (_check_method, _check_length, _check_adapter, _check_optimizer, _check_validation)
 
 SETTINGS: dict[str, dataclasses.Field] = {declared.name: declared for declared in fields(RunConfig)}
 LIVE_SETTINGS: tuple[str, ...] = tuple(name for name, declared in SETTINGS.items() if declared.metadata["live"])

@@ -11,8 +11,10 @@ from typing import Any, Literal
 from mlx_nb.config import SETTINGS, LoraParameters, LrSchedule, RunConfig
 
 _GROUP_TITLES = {
+    "method": "Method",
     "model": "Model",
     "rows": "Rows",
+    "rollouts": "Completions and rewards",
     "adapter": "What is trained",
     "optimizer": "Optimizer",
     "training": "Length and batches",

@@ -63,19 +63,22 @@ class StepCompleted(Event):
 
 @dataclass(frozen=True)
 class EvaluationCompleted(Event):
-    """Loss (nats per target token) and perplexity, exp(loss), over a fixed set of rows of one split.
+    """The loss of the method over a fixed set of rows of one split, and its metrics.
 
-    `row_losses` are (row, mean loss over its target tokens).
+    perplexity     exp(loss) for `sft`, whose loss is in nats per target token; None for other methods
+    target_tokens  units of the loss: target tokens, pairs, or completions
+    row_losses     (row, its mean loss).  For `grpo` a loss is minus a reward
     """
 
     split: str
     loss: float
-    perplexity: float
+    perplexity: float | None
     target_tokens: float
     rows: int
     seconds: float
     best: bool = False
     row_losses: tuple[tuple[int, float], ...] = ()
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)

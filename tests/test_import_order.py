@@ -16,6 +16,7 @@ ORDER = [
     "errors",
     "yaml_loader",
     "settings",
+    "methods",
     "config",
     "config_help",
     "events",

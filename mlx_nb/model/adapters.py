@@ -155,14 +155,14 @@ def save_adapter(
         "mlx_nb": {"settings": config.changed()},
     }
     text = json.dumps(description, indent=2, default=str).encode()
-    _write_whole(folder / CONFIG_FILE, lambda file: file.write(text))
+    write_whole(folder / CONFIG_FILE, lambda file: file.write(text))
     weights = adapter_weights(model)
     # Through Python's file, so that a full disk is an OSError with its reason.
-    _write_whole(folder / file_name, lambda file: mx.save_safetensors(file, weights, metadata={"format": "mlx"}))
+    write_whole(folder / file_name, lambda file: mx.save_safetensors(file, weights, metadata={"format": "mlx"}))
     return folder / file_name
 
 
-def _write_whole(path: Path, write: Any) -> None:
+def write_whole(path: Path, write: Any) -> None:
     """Write beside `path`, flush to disk, then rename: a reader sees the old file or the new one, never half."""
     partial = path.with_name(f".{os.getpid()}.{path.name}")
     try:

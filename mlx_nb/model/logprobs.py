@@ -25,12 +25,15 @@ class TargetInputs(NamedTuple):
     position_S   (S,) int32, index into the flattened (B * T) outputs of the position that predicts each target
     target_S     (S,) int32, the token to predict
     weight_S     (S,) float32, its weight in the loss; 0 on padding of S
+    row_values   {name: (R,) float32}, token_values {name: (S,) float32}: constants that an objective needs
     """
 
     tokens_BT: mx.array
     position_S: mx.array
     target_S: mx.array
     weight_S: mx.array
+    row_values: dict[str, mx.array] = {}
+    token_values: dict[str, mx.array] = {}
 
 
 def target_inputs(batch: TokenBatch, targets_to_multiple: int = 1) -> TargetInputs:
@@ -45,11 +48,17 @@ def target_inputs(batch: TokenBatch, targets_to_multiple: int = 1) -> TargetInpu
     target_S = batch.tokens_BT[row_S, column_S + 1]
     position_S = row_S * width + column_S
     padding = -len(position_S) % targets_to_multiple
+
+    def padded(array_S: np.ndarray, dtype: type) -> mx.array:
+        return mx.array(np.pad(array_S, (0, padding)).astype(dtype))
+
     return TargetInputs(
         mx.array(np.ascontiguousarray(tokens_BT)),
-        mx.array(np.pad(position_S, (0, padding)).astype(np.int32)),
-        mx.array(np.pad(target_S, (0, padding)).astype(np.int32)),
-        mx.array(np.pad(weight_S, (0, padding)).astype(np.float32)),
+        padded(position_S, np.int32),
+        padded(target_S, np.int32),
+        padded(weight_S, np.float32),
+        {name: mx.array(value_R.astype(np.float32)) for name, value_R in batch.row_values.items()},
+        {name: padded(value_BT[row_S, column_S + 1], np.float32) for name, value_BT in batch.token_values.items()},
     )
 
 
@@ -70,7 +79,7 @@ class TargetScorer:
 
     def logprobs(self, inputs: TargetInputs) -> mx.array:
         """(S,) float32: log p(target | the tokens before it)."""
-        return _target_logprobs(self.logits(inputs), inputs.target_S)
+        return target_logprobs(self.logits(inputs), inputs.target_S)
 
     def token_losses(self, tokens: np.ndarray) -> np.ndarray:
         """(T,) float32: negative log-likelihood in nats of each token after those before it; NaN for the first.
@@ -88,7 +97,7 @@ class TargetScorer:
         for start in range(0, len(tokens) - 1, _TARGETS_AT_ONCE):
             chosen = slice(start, start + _TARGETS_AT_ONCE)
             logits_SV = head(hidden_TD[chosen][None])[0]
-            losses[1:][chosen] = -np.array(_target_logprobs(logits_SV, inputs.target_S[chosen]))
+            losses[1:][chosen] = -np.array(target_logprobs(logits_SV, inputs.target_S[chosen]))
         return losses
 
     def logits(self, inputs: TargetInputs) -> mx.array:
@@ -102,7 +111,7 @@ class TargetScorer:
         return head(hidden_SD[None])[0]
 
 
-def _target_logprobs(logits_SV: mx.array, target_S: mx.array) -> mx.array:
+def target_logprobs(logits_SV: mx.array, target_S: mx.array) -> mx.array:
     """(S,) float32: log-softmax of each row of logits at its target."""
     logits_SV = logits_SV.astype(mx.float32)
     target_logits_S = mx.take_along_axis(logits_SV, target_S[:, None], axis=-1)[:, 0]

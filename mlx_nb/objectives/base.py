@@ -1,4 +1,15 @@
-"""What an objective is: a pure function from a model and a batch to a sum and the units it is a sum over."""
+"""What an objective is: a pure function from a model and a batch to a sum and the units it is a sum over.
+
+A method is written as a loss function over what its kind of rows gives, and `objectives.binding` makes an objective of
+it, with the sums, the units and the metrics of that kind:
+
+    tokens    Targets           -> (S,) loss of each target                (objectives/sft.py)
+    pairs     PairLogprobs      -> (P,) loss of each pair                  (objectives/preference.py)
+    labels    LabelledLogprobs  -> (B,) loss of each answer                (objectives/kto.py)
+    prompts   Completions       -> (S,) loss of each token of a completion (objectives/grpo.py)
+
+It may also return `(losses, {name: values})`: metrics of its own, one value for each loss.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +19,50 @@ import mlx.core as mx
 
 from mlx_nb.model.logprobs import TargetInputs, TargetScorer
 
+Metrics = dict[str, tuple[mx.array, mx.array]]
+
 
 class LossSum(NamedTuple):
     """A loss before division, so that micro-batches of any size add up to one big batch.
 
     total    () float32, sum of the loss over the units
     units    () float32, how many units (for SFT: weighted target tokens)
-    metrics  {name: () sum over the same units}
-    row_total_B, row_units_B  (B,) float32, the same two sums row by row
+    metrics  {name: (sum, what it is divided by)}, each () float32
+    row_total_R, row_units_R  (R,) float32, the same two sums for each row of the data in the batch
     """
 
     total: mx.array
     units: mx.array
-    metrics: dict[str, mx.array]
-    row_total_B: mx.array
-    row_units_B: mx.array
+    metrics: Metrics
+    row_total_R: mx.array
+    row_units_R: mx.array
 
 
 class Objective(Protocol):
     """`(scorer, inputs) -> LossSum`; pure, no state, no randomness but the model's own dropout."""
 
     def __call__(self, scorer: TargetScorer, inputs: TargetInputs) -> LossSum: ...
+
+
+def sum_by_row(inputs: TargetInputs, value_S: mx.array) -> mx.array:
+    """(B,) the sum of the values of each row's targets. Differentiable."""
+    return mx.zeros(inputs.tokens_BT.shape[0]).at[row_of_target(inputs)].add(value_S)
+
+
+def row_of_target(inputs: TargetInputs) -> mx.array:
+    """(S,) int32, the row of the batch that each target is in."""
+    return inputs.position_S // inputs.tokens_BT.shape[1]
+
+
+def with_metrics(result: mx.array | tuple[mx.array, dict[str, mx.array]]) -> tuple[mx.array, dict[str, mx.array]]:
+    """What a loss function returned: its losses, and the metrics of its own."""
+    return result if isinstance(result, tuple) else (result, {})
+
+
+def k3(reference: mx.array, policy: mx.array) -> mx.array:
+    """Estimate of KL(policy || reference) from log-probabilities of what the policy wrote (Schulman 2020, k3).
+
+    exp(r - p) - (r - p) - 1, never below 0 and unbiased on the policy's own samples.
+    """
+    difference = reference - policy
+    return mx.exp(difference) - difference - 1

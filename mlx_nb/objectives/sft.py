@@ -8,16 +8,65 @@ token by how few neighbours it has.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import mlx.core as mx
 
-from mlx_nb.model.logprobs import TargetInputs, TargetScorer
-from mlx_nb.objectives.base import LossSum
+from mlx_nb.model.logprobs import TargetInputs, TargetScorer, target_logprobs
+from mlx_nb.objectives.base import LossSum, Objective, sum_by_row, with_metrics
 
 
-def sft_loss(scorer: TargetScorer, inputs: TargetInputs) -> LossSum:
-    """Sum of weighted negative log-likelihoods in nats; units are weighted target tokens."""
-    loss_S = -scorer.logprobs(inputs) * inputs.weight_S
-    row_S = inputs.position_S // inputs.tokens_BT.shape[1]
-    zeros_B = mx.zeros(inputs.tokens_BT.shape[0])
-    row_total_B = zeros_B.at[row_S].add(mx.stop_gradient(loss_S))
-    return LossSum(loss_S.sum(), inputs.weight_S.sum(), {}, row_total_B, zeros_B.at[row_S].add(inputs.weight_S))
+class Targets(NamedTuple):
+    """The targets of a batch: logits (S, V) float32 of the policy, and log p(target) (S,)."""
+
+    logits_SV: mx.array
+    logprob_S: mx.array
+
+
+def token_objective(loss: Callable[[Targets], Any]) -> Objective:
+    """Units are weighted target tokens; a loss function gives one loss for each target."""
+
+    def objective(scorer: TargetScorer, inputs: TargetInputs) -> LossSum:
+        logits_SV = scorer.logits(inputs).astype(mx.float32)
+        loss_S, extra = with_metrics(loss(Targets(logits_SV, target_logprobs(logits_SV, inputs.target_S))))
+        weighted_S, units = loss_S * inputs.weight_S, inputs.weight_S.sum()
+        return LossSum(
+            weighted_S.sum(),
+            units,
+            {name: ((value_S * inputs.weight_S).sum(), units) for name, value_S in extra.items()},
+            sum_by_row(inputs, mx.stop_gradient(weighted_S)),
+            sum_by_row(inputs, inputs.weight_S),
+        )
+
+    return objective
+
+
+def nll(targets: Targets, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Any:
+    """-log p(y), in nats.
+
+    `label_smoothing` epsilon spreads that share over the vocabulary: (1 - epsilon) NLL + epsilon mean_v(-log p(v))
+    (Szegedy et al. 2016, section 7). `z_loss` adds weight * log(Z)^2 (PaLM, Chowdhery et al. 2022, section 5).
+    """
+    loss_S = -targets.logprob_S
+    if label_smoothing:
+        spread_S = mx.logsumexp(targets.logits_SV, axis=-1) - targets.logits_SV.mean(axis=-1)
+        loss_S = (1 - label_smoothing) * loss_S + label_smoothing * spread_S
+    return loss_S + _z_loss(targets, z_loss) if z_loss else loss_S
+
+
+def dft(targets: Targets, *, z_loss: float = 0.0) -> Any:
+    """-sg(p(y)) log p(y): each token weighted by how likely it already is (DFT, Wu et al. 2025, equation 9).
+
+    `sg` passes no gradient. The rows' NLL is the metric `nll`.
+    """
+    loss_S = -mx.stop_gradient(mx.exp(targets.logprob_S)) * targets.logprob_S
+    loss_S = loss_S + _z_loss(targets, z_loss) if z_loss else loss_S
+    return loss_S, {"nll": -targets.logprob_S}
+
+
+def _z_loss(targets: Targets, weight: float) -> mx.array:
+    return weight * mx.square(mx.logsumexp(targets.logits_SV, axis=-1))
+
+
+sft_loss = token_objective(nll)

@@ -48,11 +48,12 @@ class Update(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Sum of the loss over one batch, its units, and the mean loss of each row."""
+    """Sum of the loss over one batch, its units, the mean loss of each row, and metrics as (sum, divisor)."""
 
     total: float
     units: float
     row_losses: list[float]
+    metrics: dict[str, tuple[float, float]]
 
 
 class Stepper:
@@ -103,7 +104,7 @@ class Stepper:
         parameters = self.model.trainable_parameters()
         summed: Any = None
         total = units = 0.0
-        metrics: dict[str, float] = {}
+        metrics: dict[str, tuple[float, float]] = {}
         row_losses: list[float] = []
         try:
             with random_stream(seed), training_mode(self.model):
@@ -117,13 +118,11 @@ class Stepper:
                     total += scalar(sums.total)
                     units += scalar(sums.units)
                     row_losses += _row_losses(sums)
-                    for name, value in sums.metrics.items():
-                        metrics[name] = metrics.get(name, 0.0) + scalar(value)
+                    add_metrics(metrics, measured(sums))
         finally:
             self.model.update(parameters)
         mean = tree_map(lambda array: array / units, summed)
-        means = {name: value / units for name, value in metrics.items()}
-        return Gradients(mean, total / units, units, means, row_losses)
+        return Gradients(mean, total / units, units, mean_metrics(metrics), row_losses)
 
     def update(
         self,
@@ -162,7 +161,7 @@ class Stepper:
         """The loss of one batch without dropout and without gradients."""
         sums = self.objective(self.scorer, inputs)
         mx.eval(sums)
-        return Evaluation(scalar(sums.total), scalar(sums.units), _row_losses(sums))
+        return Evaluation(scalar(sums.total), scalar(sums.units), _row_losses(sums), measured(sums))
 
 
 def largest_gradients(gradients: Any) -> list[tuple[str, float]]:
@@ -178,8 +177,25 @@ def _refused(
     return kind(f"{what} in a batch with rows {', '.join(map(str, rows))}. Largest gradients: {named}.", rows, largest)
 
 
+def measured(sums: LossSum) -> dict[str, tuple[float, float]]:
+    """The metrics of a batch as numbers: (sum, divisor) by name."""
+    return {name: (scalar(total), scalar(divisor)) for name, (total, divisor) in sums.metrics.items()}
+
+
+def add_metrics(metrics: dict[str, tuple[float, float]], more: dict[str, tuple[float, float]]) -> None:
+    """Add those of one more batch."""
+    for name, (total, divisor) in more.items():
+        before = metrics.get(name, (0.0, 0.0))
+        metrics[name] = (before[0] + total, before[1] + divisor)
+
+
+def mean_metrics(metrics: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """Sum over divisor; what nothing was measured of is left out."""
+    return {name: total / divisor for name, (total, divisor) in metrics.items() if divisor}
+
+
 def _row_losses(sums: LossSum) -> list[float]:
-    return (sums.row_total_B / sums.row_units_B).tolist()  # type: ignore[return-value]
+    return (sums.row_total_R / sums.row_units_R).tolist()  # type: ignore[return-value]
 
 
 def _shallow(tree: Any) -> Any:

@@ -15,8 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_nb.config import RunConfig
-from mlx_nb.data.batches import BatchPlan, TokenBatch, evaluation_batches, pad
-from mlx_nb.data.examples import TokenizedExample
+from mlx_nb.data.batches import TokenBatch
 from mlx_nb.errors import CheckpointError, DataError, OutOfMemory, TrainingError
 from mlx_nb.events import (
     BatchSkipped,
@@ -41,14 +40,17 @@ from mlx_nb.events import (
     StepCompleted,
     Stop,
 )
+from mlx_nb.methods import method_named
 from mlx_nb.model import adapters
 from mlx_nb.model.logprobs import TargetScorer, target_inputs
 from mlx_nb.model.randomness import random_stream, seed_for
 from mlx_nb.model.trees import named_arrays
-from mlx_nb.objectives.sft import sft_loss
+from mlx_nb.objectives.binding import objective_for
 from mlx_nb.train.checkpoint import Checkpoint
+from mlx_nb.train.feeds import Feed, RowFeed
 from mlx_nb.train.optimizer import build_optimizer, learning_rate_at
-from mlx_nb.train.step import Stepper
+from mlx_nb.train.reference import ReferenceLogprobs
+from mlx_nb.train.step import Stepper, add_metrics, mean_metrics
 from mlx_nb.train.tripwires import RECENT_LOSSES, advice, refusal
 
 BEST_FOLDER = "best"
@@ -82,11 +84,11 @@ class _BrokenOff(Exception):
 
 @dataclass(frozen=True)
 class TrainerExamples:
-    """The rows of a run, tokenised. `valid` and `test` may be empty."""
+    """The rows of a run as the examples of its method, tokenised. `valid` and `test` may be empty."""
 
-    train: Sequence[TokenizedExample]
-    valid: Sequence[TokenizedExample] = ()
-    test: Sequence[TokenizedExample] = ()
+    train: Sequence[Any]
+    valid: Sequence[Any] = ()
+    test: Sequence[Any] = ()
 
 
 class Trainer:
@@ -108,6 +110,8 @@ class Trainer:
         compiled: bool = False,
         memory_limit: int | None = None,
         sampler: Sampler | None = None,
+        reference: ReferenceLogprobs | None = None,
+        rollouts: Rollouts | None = None,
     ) -> None:
         if not examples.train:
             raise DataError("no training row is left. `%finetune rows` shows why each one was left out.")
@@ -125,8 +129,9 @@ class Trainer:
         self._break_off = False
         self._memory_limit = memory_limit
         self._sampler = sampler
+        self._reference = reference
         # Compiled functions are traced once per shape, so there shapes are rounded up to fewer of them.
-        self._width_multiple, self._target_multiple = (32, 64) if compiled else (1, 1)
+        width_multiple, self._target_multiple = (32, 64) if compiled else (1, 1)
         try:
             with random_stream(seed_for(config.seed, "adapter")):
                 self.keys = adapters.attach_adapter(model, config)
@@ -136,17 +141,20 @@ class Trainer:
             model.eval()
             self.scorer = TargetScorer(model)
             self.stepper = Stepper(
-                model, build_optimizer(config), sft_loss, self.scorer, compiled=compiled, poll=self._poll
+                model, build_optimizer(config), objective_for(config), self.scorer, compiled=compiled, poll=self._poll
             )
         except BaseException:
             self.close()
             raise
-        self._plan = BatchPlan([len(example.tokens) for example in examples.train], config.batch_size, config.seed)
+        self.feed: Feed = RowFeed(
+            config, examples.train, scorer=self.scorer, reference=reference, width_multiple=width_multiple
+        )
         self.iters = config.iters or self._iters_for(config.epochs or 1.0)
         mx.reset_peak_memory()
 
     def _iters_for(self, epochs: float) -> int:
-        return max(1, math.ceil(epochs * self._plan.batches_per_epoch / self.config.grad_accumulation_steps))
+        batches = math.ceil(epochs * self.feed.batches_per_epoch / self.config.grad_accumulation_steps)
+        return max(1, batches * self.feed.updates_per_batch)
 
     def request(self, request: Request) -> None:
         """Ask for something at the next step boundary. Safe from a signal handler or a widget callback."""
@@ -177,6 +185,8 @@ class Trainer:
                     event = yield from self._do_next()
                 elif self.finished is not None or done == updates:
                     return
+                elif not self.feed.ready:
+                    event = yield from self._prepare_batches()
                 else:
                     event = self._update()
                     done += 1
@@ -191,6 +201,17 @@ class Trainer:
                 )
                 return
             yield event
+
+    def _prepare_batches(self) -> Generator[Event, None, Event]:
+        preparing = self.feed.prepare(self.state.step, self.state.batches)
+        try:
+            while True:
+                self._poll()
+                yield next(preparing)
+        except StopIteration as ended:
+            return ended.value
+        finally:
+            preparing.close()
 
     def _do_next(self) -> Generator[Event, None, Event]:
         """Carry out the first thing of the queue, which leaves it only then, and queue what follows from it."""
@@ -220,11 +241,14 @@ class Trainer:
 
     def snapshot(self) -> Checkpoint:
         """Everything that the next update depends on, as it is at this step boundary."""
+        feed = self.feed.snapshot()
         arrays = {
             "parameters": dict(named_arrays(self.model.trainable_parameters())),
             "optimizer": dict(named_arrays(self.stepper.optimizer.state)),
+            "feed": feed["arrays"],
         }
         state = {
+            "feed": feed["state"],
             "trainer": asdict(self.state),
             "due": [list(item) for item in self._due],
             "started": self._started,
@@ -249,6 +273,7 @@ class Trainer:
                     )
         self.model.update(tree_unflatten(list(parameters.items())))
         self.stepper.optimizer.state = tree_unflatten(list(optimizer.items()))
+        self.feed.restore(checkpoint.arrays.get("feed", {}), checkpoint.state.get("feed"))
         self.state = TrainerState(**checkpoint.state["trainer"])
         finished = checkpoint.state["finished"]
         self.finished = None if finished is None else RunFinished(**finished)
@@ -334,9 +359,9 @@ class Trainer:
         self._break_off = False
 
     def _skip(self) -> BatchSkipped:
-        batches = self.next_batches()
-        self.state.batches += len(batches)
-        return BatchSkipped(self.state.step, tuple(row for batch in batches for row in batch.rows))
+        rows = tuple(row for batch in self.next_batches() for row in batch.rows)
+        self.state.batches += self.feed.drop()
+        return BatchSkipped(self.state.step, rows)
 
     def _lengthen(self) -> None:
         """The new length of the run, but not shorter than what is done."""
@@ -381,10 +406,11 @@ class Trainer:
             ) from error
         seconds = time.perf_counter() - started
         tokens = sum(sum(batch.lengths) for batch in batches)
+        metrics = {**update.metrics, **self.feed.metrics()}
         self.state = state = replace(
             state,
             step=state.step + 1,
-            batches=state.batches + len(batches),
+            batches=state.batches + self.feed.used(),
             tokens=state.tokens + tokens,
             target_tokens=state.target_tokens + update.units,
             seconds=state.seconds + seconds,
@@ -400,19 +426,15 @@ class Trainer:
             tokens=tokens,
             seconds=seconds,
             peak_memory=mx.get_peak_memory(),
-            epoch=state.batches / self._plan.batches_per_epoch,
-            rows=rows,
-            metrics=update.metrics,
+            epoch=state.batches / self.feed.batches_per_epoch,
+            rows=tuple(dict.fromkeys(rows)),
+            metrics=metrics,
             row_losses=tuple(zip(rows, update.row_losses)),
         )
 
-    def _train_batch(self, index: int) -> TokenBatch:
-        chosen = self._plan.batch(index)
-        return pad([self.examples.train[position] for position in chosen], self._width_multiple)
-
     def next_batches(self) -> list[TokenBatch]:
-        """The very arrays of the next update, one for each micro-batch."""
-        return [self._train_batch(self.state.batches + i) for i in range(self.config.grad_accumulation_steps)]
+        """The very arrays of the next update, one for each micro-batch; none before the completions of a rollout."""
+        return self.feed.batches(self.state.batches) if self.feed.ready else []
 
     def evaluate(self, split: str = "valid", *, all_rows: bool = False) -> EvaluationCompleted:
         """Loss over a fixed set of rows of `split`, or all, weighted by token. Changes nothing in the run."""
@@ -431,24 +453,32 @@ class Trainer:
             raise DataError(f"there are no rows in the {split} split to evaluate.")
         started = time.perf_counter()
         limit = -1 if all_rows else config.test_batches if split == "test" else config.val_batches
-        chosen = evaluation_batches(
-            [len(example.tokens) for example in examples], config.batch_size, limit, config.seed
-        )
         total = units = 0.0
+        rows = 0
         row_losses: list[tuple[int, float]] = []
-        for number, positions in enumerate(chosen):
-            yield Progress(self.state.step, f"{split} loss", number, len(chosen))
+        metrics: dict[str, tuple[float, float]] = {}
+        batches = self.feed.evaluation(examples, limit)
+        count = -(-len(examples) // config.batch_size)
+        count = count if limit == -1 else min(limit, count)
+        for number in range(count):
+            yield Progress(self.state.step, f"{split} loss", number, count)
             self._poll()
-            batch = pad([examples[position] for position in positions], self._width_multiple)
+            batch = next(batches)
             measured = self.stepper.evaluate(target_inputs(batch, self._target_multiple))
-            total, units = total + measured.total, units + measured.units
+            total, units, rows = total + measured.total, units + measured.units, rows + len(batch.rows)
+            add_metrics(metrics, measured.metrics)
             row_losses += zip(batch.rows, measured.row_losses)
         loss = total / units
-        rows = sum(len(positions) for positions in chosen)
-        seconds = time.perf_counter() - started
-        perplexity = math.exp(loss) if loss < 700 else math.inf
         return EvaluationCompleted(
-            self.state.step, split, loss, perplexity, units, rows, seconds, row_losses=tuple(row_losses)
+            self.state.step,
+            split,
+            loss,
+            perplexity_of(loss) if method_named(config.method).rows == "tokens" else None,
+            units,
+            rows,
+            time.perf_counter() - started,
+            row_losses=tuple(row_losses),
+            metrics=mean_metrics(metrics),
         )
 
     def _validate(self) -> Generator[Event, None, tuple[Event, list[Due]]]:
@@ -471,6 +501,8 @@ class Trainer:
             name = f"{self.state.step:07d}_{adapters.ADAPTER_FILE}"
             adapters.save_adapter(self.model, self.config, self.keys, folder, name)
         path = adapters.save_adapter(self.model, self.config, self.keys, folder)
+        if self._reference is not None:
+            self._reference.save(self.folder)
         return CheckpointSaved(self.state.step, str(path), kind)
 
     def _finish(self, reason: str) -> RunFinished:
@@ -491,6 +523,11 @@ class Trainer:
         """Take the adapter out of the model: it is again what was loaded."""
         adapters.detach_adapter(self.model)
         self.model.unfreeze()
+
+
+def perplexity_of(loss: float) -> float:
+    """exp(loss), infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def _disk_trouble(folder: Path, error: OSError) -> str:

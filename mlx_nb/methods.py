@@ -1,0 +1,205 @@
+"""The training methods by name: which rows each takes, where its losses are, and what it measures.
+
+Only names and words are here, so that a configuration can be checked without loading mlx.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_nb.errors import ConfigError, did_you_mean
+
+ROW_KINDS = ("tokens", "pairs", "labels", "prompts")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a number says, and where a healthy run moves it: `up`, `down`, or words such as `near 0`."""
+
+    help: str
+    healthy: str = ""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss function, or `module:name` of one, and its options: the names of its keyword-only parameters."""
+
+    where: str | Callable[..., Any]
+    options: tuple[str, ...] = ()
+
+    def function(self) -> Callable[..., Any]:
+        """The function itself, imported if need be."""
+        if callable(self.where):
+            return self.where
+        module, name = self.where.split(":")
+        return getattr(importlib.import_module(module), name)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One training method.
+
+    rows        kind of row it takes: `tokens`, `pairs`, `labels` or `prompts`
+    losses      its variants by name, the default first
+    metrics     what it measures besides the loss
+    reference   whether it needs log-probabilities of a reference model
+    """
+
+    name: str
+    rows: str
+    losses: Mapping[str, Loss]
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    reference: bool = False
+
+    def loss(self, variant: str | None) -> Loss:
+        """The loss of a variant; None = the default."""
+        return self.losses[variant or next(iter(self.losses))]
+
+
+PAIR_METRICS = {
+    "accuracy": Metric("share of pairs whose chosen answer has the higher implicit reward", "up"),
+    "margin": Metric("reward of the chosen answer minus that of the rejected one", "up"),
+    "reward_chosen": Metric("beta * log(policy / reference) of the chosen answer", "up, or slowly down"),
+    "reward_rejected": Metric("beta * log(policy / reference) of the rejected answer", "down"),
+    "logprob_chosen": Metric("log-probability per token of the chosen answer, nats", "not far down"),
+    "logprob_rejected": Metric("log-probability per token of the rejected answer, nats", "down"),
+}
+KL = {"kl": Metric("KL to the reference per token, k3 estimate on the batch's own tokens, nats", "small")}
+_LABEL_METRICS = {
+    "reward_desirable": Metric("beta * log(policy / reference) of answers labelled true", "up"),
+    "reward_undesirable": Metric("beta * log(policy / reference) of answers labelled false", "down"),
+    "kl_estimate": Metric("z0: mean log-ratio of mismatched answers, at least 0", "small"),
+    "accuracy": Metric("share of answers on the side of z0 that their label says", "up"),
+    **KL,
+}
+_COMPLETION_METRICS = {
+    "reward": Metric("mean of the weighted rewards over all completions", "up"),
+    "reward_spread": Metric("standard deviation of the reward inside a group, mean over groups", "above 0"),
+    "zero_variance_groups": Metric("share of groups whose completions all got the same reward: they teach nothing"),
+    "completion_tokens": Metric("mean length of the completions, tokens"),
+    "cut_off": Metric("share of completions cut at max_completion_length", "near 0"),
+    "entropy": Metric("mean entropy of the policy at the completions' tokens, nats", "not to 0"),
+    "clipped": Metric("share of tokens whose ratio was clipped", "small"),
+    **KL,
+}
+
+
+def _losses(module: str, **options: tuple[str, ...]) -> dict[str, Loss]:
+    return {name: Loss(f"mlx_nb.objectives.{module}:{name}", taken) for name, taken in options.items()}
+
+
+_NLL = {"nll": Metric("negative log-likelihood per token of the chosen answer, nats", "down")}
+_CLIPPED = ("beta", "epsilon", "epsilon_high", "importance_sampling_level")
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("sft", "tokens", _losses("sft", nll=("label_smoothing", "z_loss"), dft=("z_loss",))),
+        Method(
+            "dpo",
+            "pairs",
+            _losses(
+                "dpo",
+                sigmoid=("beta", "label_smoothing"),
+                hinge=("beta",),
+                ipo=("beta",),
+                dpop=("beta", "delta"),
+                robust=("beta", "label_smoothing"),
+                normalised=("beta",),
+            ),
+            {**PAIR_METRICS, **KL},
+            reference=True,
+        ),
+        Method(
+            "cpo",
+            "pairs",
+            _losses(
+                "cpo",
+                sigmoid=("beta", "cpo_alpha", "label_smoothing"),
+                hinge=("beta", "cpo_alpha"),
+                simpo=("beta", "cpo_alpha", "simpo_gamma"),
+            ),
+            {**PAIR_METRICS, **_NLL},
+        ),
+        Method(
+            "orpo",
+            "pairs",
+            _losses("orpo", orpo=("beta",)),
+            {
+                **PAIR_METRICS,
+                **_NLL,
+                "log_odds_ratio": Metric("log odds of the chosen over the rejected answer", "up"),
+            },
+        ),
+        Method(
+            "kto",
+            "labels",
+            _losses("kto", kto=("beta", "desirable_weight", "undesirable_weight")),
+            _LABEL_METRICS,
+            reference=True,
+        ),
+        Method(
+            "grpo",
+            "prompts",
+            _losses("grpo", grpo=_CLIPPED, bnpo=_CLIPPED, dr_grpo=(*_CLIPPED, "max_completion_length"), dapo=_CLIPPED),
+            _COMPLETION_METRICS,
+            reference=True,
+        ),
+    )
+}
+_BUILT_IN = frozenset(METHODS)
+
+
+def method_named(name: str) -> Method:
+    """The method of that name. Raises ConfigError naming the nearest."""
+    if name not in METHODS:
+        raise ConfigError(f"`method` cannot be {name!r}.{did_you_mean(name, METHODS)} There are: {', '.join(METHODS)}.")
+    return METHODS[name]
+
+
+def is_built_in(name: str) -> bool:
+    """Whether the method comes with the package."""
+    return name in _BUILT_IN
+
+
+def register_objective(
+    name: str,
+    *,
+    rows: str = "tokens",
+    reference: bool = False,
+    metrics: Mapping[str, str] | None = None,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a loss function of your own a training method: `method: name` in a `%%finetune` cell.
+
+        @mlx_nb.register_objective("my_dpo", rows="pairs", reference=True)
+        def my_dpo(pairs, *, beta=0.1):
+            return -mx.log(mx.sigmoid(beta * (pairs.chosen_P - pairs.rejected_P)))
+
+    What the function takes and gives depends on `rows`; `mlx_nb.objectives.base` says it for each kind. Its
+    keyword-only parameters are its options: settings of the same name, or entries of `method_options`. It must be
+    pure; `mlx_nb.check_objective(name)` tries that and more. `metrics` (name: what it says) documents what it adds.
+    Registering a name again replaces it. Raises ConfigError for the name of a built-in method or an unknown kind.
+    """
+    if name in _BUILT_IN:
+        raise ConfigError(f"{name!r} is a method of mlx_nb. Give yours another name.")
+    if rows not in ROW_KINDS:
+        raise ConfigError(
+            f"rows={rows!r}: a method takes one of {', '.join(ROW_KINDS)}.{did_you_mean(rows, ROW_KINDS)}"
+        )
+
+    def register(loss: Callable[..., Any]) -> Callable[..., Any]:
+        described = {key: Metric(text) for key, text in (metrics or {}).items()}
+        METHODS[name] = Method(name, rows, {name: Loss(loss, tuple(options_of(loss)))}, described, reference)
+        return loss
+
+    return register
+
+
+def options_of(loss: Callable[..., Any]) -> dict[str, Any]:
+    """The keyword-only parameters of a loss function with their defaults (`inspect.Parameter.empty` = none)."""
+    parameters = inspect.signature(loss).parameters.values()
+    return {one.name: one.default for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY}

@@ -1,0 +1,37 @@
+"""From the settings of a run to its objective: the loss function of the method, its options, and the sums around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from mlx_nb.config import RunConfig
+from mlx_nb.methods import method_named, options_of
+from mlx_nb.objectives.base import Objective
+from mlx_nb.objectives.grpo import completion_objective
+from mlx_nb.objectives.kto import label_objective
+from mlx_nb.objectives.preference import pair_objective
+from mlx_nb.objectives.sft import token_objective
+
+_BY_ROWS: dict[str, Callable[[Callable[..., Any], float, RunConfig], Objective]] = {
+    "tokens": lambda loss, beta, config: token_objective(loss),
+    "pairs": lambda loss, beta, config: pair_objective(loss, beta),
+    "labels": lambda loss, beta, config: label_objective(loss, beta),
+    "prompts": lambda loss, beta, config: completion_objective(loss, config.temperature),
+}
+
+
+def objective_for(config: RunConfig) -> Objective:
+    """The objective that `config` names, with its options bound."""
+    method = method_named(config.method)
+    loss = method.loss(config.loss).function()
+    options = options_for(config)
+    return _BY_ROWS[method.rows](partial(loss, **options), float(options.get("beta", 1.0)), config)
+
+
+def options_for(config: RunConfig) -> dict[str, Any]:
+    """The options of the loss function: from the settings, else its own defaults."""
+    defaults = options_of(method_named(config.method).loss(config.loss).function())
+    given = {name: value for name in defaults if (value := getattr(config, name, None)) is not None}
+    return {**defaults, **given, **config.method_options}

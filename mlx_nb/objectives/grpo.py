@@ -1,0 +1,191 @@
+"""Group relative policy optimization (Shao et al. 2024) and its variants: rewards of what the policy itself wrote.
+
+Of N completions o_i, with advantage A_i (rollouts/rewards.py) and ratio r = pi / pi_old of a token, the loss of a token
+
+    l = -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) + beta KL(pi || pi_ref)        (equation 3)
+
+is common to all; they differ in what it is averaged over. pi_old are the log-probabilities at which the tokens were
+sampled, so that clipping means something from the second update on the same completions. All log-probabilities are at
+the sampling temperature, before top_p and top_k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from mlx_nb.model.logprobs import TargetInputs, TargetScorer, target_logprobs
+from mlx_nb.objectives.base import LossSum, Metrics, Objective, k3, row_of_target, sum_by_row
+
+# GSPO, section 5.1: ratios of whole completions vary far less than those of tokens.
+_SEQUENCE_EPSILON, _SEQUENCE_EPSILON_HIGH = 3e-4, 4e-4
+
+
+class Completions(NamedTuple):
+    """N completions as their S tokens.
+
+    logprob_S    under the policy;  behaviour_S  when they were sampled;  reference_S  under the reference (constants)
+    advantage_S  of the completion that each token is in
+    weight_S     1 for a token that counts, 0 for padding and for completions that are masked
+    row_S        which completion each token is in, and `length_S` how many counted tokens that one has, at least 1
+    count        N
+    """
+
+    logprob_S: mx.array
+    behaviour_S: mx.array
+    reference_S: mx.array
+    advantage_S: mx.array
+    weight_S: mx.array
+    row_S: mx.array
+    length_S: mx.array
+    count: int
+
+
+class TokenLosses(NamedTuple):
+    """loss_S of each token, share_S its part in the sum, `units` what the sum is divided by, 0/1 where it was clipped."""
+
+    loss_S: mx.array
+    share_S: mx.array
+    units: mx.array
+    clipped_S: mx.array
+
+
+def completion_objective(loss: Callable[[Completions], Any], temperature: float) -> Objective:
+    """A loss function gives TokenLosses, or a loss for each token (S,), averaged as in `grpo`."""
+
+    def objective(scorer: TargetScorer, inputs: TargetInputs) -> LossSum:
+        logits_SV = scorer.logits(inputs).astype(mx.float32) / temperature
+        logprob_S = target_logprobs(logits_SV, inputs.target_S)
+        row_S = row_of_target(inputs)
+        weight_S = inputs.weight_S
+        length_S = mx.maximum(sum_by_row(inputs, weight_S), 1.0)[row_S]
+        behaviour_S = inputs.token_values["behaviour"]
+        reference_S = inputs.token_values.get("reference", mx.stop_gradient(logprob_S))
+        completions = Completions(
+            logprob_S,
+            behaviour_S,
+            reference_S,
+            inputs.row_values["advantage"][row_S],
+            weight_S,
+            row_S,
+            length_S,
+            inputs.tokens_BT.shape[0],
+        )
+        result = loss(completions)
+        if not isinstance(result, TokenLosses):
+            result = TokenLosses(result, 1 / length_S, _count(completions), mx.zeros_like(result))
+        counted_S = result.loss_S * result.share_S * weight_S
+        entropy_S = mx.stop_gradient(_entropy(logits_SV))
+        tokens = mx.maximum(weight_S.sum(), 1.0)
+        metrics: Metrics = {
+            "entropy": ((entropy_S * weight_S).sum(), tokens),
+            "clipped": ((result.clipped_S * weight_S).sum(), tokens),
+        }
+        if "reference" in inputs.token_values:
+            metrics["kl"] = ((k3(reference_S, logprob_S) * weight_S).sum(), tokens)
+        row_total_B = sum_by_row(inputs, mx.stop_gradient(result.loss_S) * weight_S / length_S)
+        return LossSum(counted_S.sum(), result.units, metrics, row_total_B, mx.ones_like(row_total_B))
+
+    return objective
+
+
+def _entropy(logits_SV: mx.array) -> mx.array:
+    logprobs_SV = logits_SV - mx.logsumexp(logits_SV, axis=-1, keepdims=True)
+    return -(mx.exp(logprobs_SV) * logprobs_SV).sum(axis=-1)
+
+
+def _count(completions: Completions) -> mx.array:
+    return mx.array(float(completions.count))
+
+
+def _token_losses(
+    c: Completions, beta: float, epsilon: float | None, epsilon_high: float | None, level: str
+) -> tuple[mx.array, mx.array]:
+    """(loss, clipped) of each token: equation 3 with the k3 estimate of the KL (equation 4)."""
+    log_ratio_S = (c.logprob_S - c.behaviour_S) * c.weight_S
+    if level == "sequence":
+        # One ratio for a completion, the geometric mean of those of its tokens (GSPO, Zheng et al. 2025, equation 7).
+        sums_B = mx.zeros(c.count).at[c.row_S].add(log_ratio_S)
+        log_ratio_S = sums_B[c.row_S] / c.length_S
+        low = _SEQUENCE_EPSILON if epsilon is None else epsilon
+        high = (_SEQUENCE_EPSILON_HIGH if epsilon is None else epsilon) if epsilon_high is None else epsilon_high
+    else:
+        low = 0.2 if epsilon is None else epsilon
+        high = low if epsilon_high is None else epsilon_high
+    ratio_S = mx.exp(log_ratio_S)
+    clipped_ratio_S = mx.clip(ratio_S, 1 - low, 1 + high)
+    surrogate_S = mx.minimum(ratio_S * c.advantage_S, clipped_ratio_S * c.advantage_S)
+    too_low = (ratio_S < 1 - low) & (c.advantage_S < 0)
+    too_high = (ratio_S > 1 + high) & (c.advantage_S > 0)
+    loss_S = -surrogate_S
+    if beta:
+        loss_S = loss_S + beta * k3(c.reference_S, c.logprob_S)
+    return loss_S, (too_low | too_high).astype(mx.float32)
+
+
+def grpo(
+    completions: Completions,
+    *,
+    beta: float = 0.04,
+    epsilon: float | None = None,
+    epsilon_high: float | None = None,
+    importance_sampling_level: str = "token",
+) -> TokenLosses:
+    """mean_i mean_t l: every completion weighs the same, so a token of a long one weighs less (equation 3)."""
+    loss_S, clipped_S = _token_losses(completions, beta, epsilon, epsilon_high, importance_sampling_level)
+    return TokenLosses(loss_S, 1 / completions.length_S, _count(completions), clipped_S)
+
+
+def bnpo(
+    completions: Completions,
+    *,
+    beta: float = 0.04,
+    epsilon: float | None = None,
+    epsilon_high: float | None = None,
+    importance_sampling_level: str = "token",
+) -> TokenLosses:
+    """sum_it l / number of tokens: every token weighs the same.
+
+    The sum is over the whole update, so it does not depend on how that is cut into micro-batches; TRL's `bnpo`
+    averages the averages of micro-batches, its `dapo` does as here.
+    """
+    loss_S, clipped_S = _token_losses(completions, beta, epsilon, epsilon_high, importance_sampling_level)
+    return TokenLosses(loss_S, mx.ones_like(loss_S), completions.weight_S.sum(), clipped_S)
+
+
+def dapo(
+    completions: Completions,
+    *,
+    beta: float = 0.04,
+    epsilon: float | None = None,
+    epsilon_high: float = 0.28,
+    importance_sampling_level: str = "token",
+) -> TokenLosses:
+    """`bnpo` with the upper clip at 1.28, so that rare tokens may grow (DAPO, Yu et al. 2025, equations 10 and 12)."""
+    return bnpo(
+        completions,
+        beta=beta,
+        epsilon=epsilon,
+        epsilon_high=epsilon_high,
+        importance_sampling_level=importance_sampling_level,
+    )
+
+
+def dr_grpo(
+    completions: Completions,
+    *,
+    beta: float = 0.04,
+    epsilon: float | None = None,
+    epsilon_high: float | None = None,
+    importance_sampling_level: str = "token",
+    max_completion_length: int = 256,
+) -> TokenLosses:
+    """sum_it l / (N max_completion_length): a constant, so that length is no advantage (Dr. GRPO, Liu et al. 2025).
+
+    Its advantages are not divided by their deviation (`scale_rewards: none`, the default with this loss).
+    """
+    loss_S, clipped_S = _token_losses(completions, beta, epsilon, epsilon_high, importance_sampling_level)
+    units = _count(completions) * max_completion_length
+    return TokenLosses(loss_S, mx.ones_like(loss_S), units, clipped_S)

@@ -1,0 +1,68 @@
+"""Kahneman-Tversky optimization (Ethayarajh et al. 2024): answers labelled good or bad, without pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from mlx_nb.model.logprobs import TargetInputs, TargetScorer
+from mlx_nb.objectives.base import LossSum, Metrics, Objective, k3, sum_by_row, with_metrics
+
+
+class LabelledLogprobs(NamedTuple):
+    """Of B answers: log-probability under policy and reference (constant), and label 1 or 0, each (B,).
+
+    `kl_estimate_B` is z0 of equation 7: the mean log-ratio of mismatched answers over the whole update, at least 0,
+    the same number for every answer, without gradient.
+    """
+
+    logprob_B: mx.array
+    reference_B: mx.array
+    label_B: mx.array
+    kl_estimate_B: mx.array
+
+
+def label_objective(loss: Callable[[LabelledLogprobs], Any], beta: float) -> Objective:
+    """Units are answers; a loss function gives one loss for each."""
+
+    def objective(scorer: TargetScorer, inputs: TargetInputs) -> LossSum:
+        logprob_S, reference_S = scorer.logprobs(inputs), inputs.token_values["reference"]
+        answers = LabelledLogprobs(
+            sum_by_row(inputs, logprob_S * inputs.weight_S),
+            sum_by_row(inputs, reference_S * inputs.weight_S),
+            inputs.row_values["label"],
+            inputs.row_values["kl_estimate"],
+        )
+        loss_B, extra = with_metrics(loss(answers))
+        ones_B = mx.ones_like(loss_B)
+        good_B, ratio_B = answers.label_B, answers.logprob_B - answers.reference_B
+        right_B = (ratio_B > answers.kl_estimate_B) == (good_B > 0)
+        metrics: Metrics = {
+            "reward_desirable": ((beta * ratio_B * good_B).sum(), good_B.sum()),
+            "reward_undesirable": ((beta * ratio_B * (1 - good_B)).sum(), (1 - good_B).sum()),
+            "kl_estimate": (answers.kl_estimate_B.sum(), ones_B.sum()),
+            "accuracy": (right_B.astype(mx.float32).sum(), ones_B.sum()),
+            "kl": ((k3(reference_S, logprob_S) * inputs.weight_S).sum(), inputs.weight_S.sum()),
+            **{name: (value_B.sum(), ones_B.sum()) for name, value_B in extra.items()},
+        }
+        return LossSum(loss_B.sum(), ones_B.sum(), metrics, mx.stop_gradient(loss_B), ones_B)
+
+    return objective
+
+
+def kto(
+    answers: LabelledLogprobs, *, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
+) -> mx.array:
+    """lambda_y - v(x, y) of each answer (equations 7 and 8):
+
+    good  lambda_D (1 - sigmoid(beta (r - z0)))        bad  lambda_U (1 - sigmoid(beta (z0 - r)))
+
+    r = log(pi / pi_ref)(y | x). Give the two weights the ratio that makes up for unequal numbers of labels
+    (section 4.2: between 1 and 4/3 for lambda_D n_D / lambda_U n_U).
+    """
+    ratio_B = answers.logprob_B - answers.reference_B
+    sign_B = 2 * answers.label_B - 1
+    weight_B = mx.where(answers.label_B > 0, desirable_weight, undesirable_weight)
+    return weight_B * (1 - mx.sigmoid(sign_B * beta * (ratio_B - answers.kl_estimate_B)))

@@ -1,0 +1,105 @@
+"""Pairs of answers to one prompt, one chosen and one rejected: what DPO, CPO and ORPO have in common.
+
+Log-probabilities are of whole answers, sum_t log p(y_t | x, y_<t) over the trained tokens, in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from mlx_nb.model.logprobs import TargetInputs, TargetScorer
+from mlx_nb.objectives.base import LossSum, Metrics, Objective, k3, sum_by_row, with_metrics
+
+
+class PairLogprobs(NamedTuple):
+    """Of P pairs, each (P,): log-probabilities under policy and reference, trained tokens, and the margin asked for.
+
+    Those of the reference are constants, and 0 for a method without one. `margin_P` is the row's `margin`, else 0.
+    """
+
+    chosen_P: mx.array
+    rejected_P: mx.array
+    reference_chosen_P: mx.array
+    reference_rejected_P: mx.array
+    chosen_length_P: mx.array
+    rejected_length_P: mx.array
+    margin_P: mx.array
+
+
+def pair_objective(loss: Callable[[PairLogprobs], Any], beta: float) -> Objective:
+    """Units are pairs, each weighted by its `preference_score`; a loss function gives one loss for each pair.
+
+    The batch holds the P chosen answers and then the P rejected ones. `beta` scales the implicit rewards shown.
+    """
+
+    def objective(scorer: TargetScorer, inputs: TargetInputs) -> LossSum:
+        logprob_S = scorer.logprobs(inputs)
+        reference_S = inputs.token_values.get("reference")
+        chosen_P, rejected_P = _halves(inputs, logprob_S)
+        zeros_P = mx.zeros_like(chosen_P)
+        reference = (zeros_P, zeros_P) if reference_S is None else _halves(inputs, reference_S)
+        lengths = _halves(inputs, mx.ones_like(logprob_S))
+        weight_P = inputs.row_values["weight"]
+        pairs = PairLogprobs(chosen_P, rejected_P, *reference, *lengths, inputs.row_values["margin"])
+        loss_P, extra = with_metrics(loss(pairs))
+        values = {**_measured(pairs, beta), **extra}
+        metrics: Metrics = {name: ((value_P * weight_P).sum(), weight_P.sum()) for name, value_P in values.items()}
+        if reference_S is not None:
+            metrics["kl"] = ((k3(reference_S, logprob_S) * inputs.weight_S).sum(), inputs.weight_S.sum())
+        return LossSum(
+            (loss_P * weight_P).sum(), weight_P.sum(), metrics, mx.stop_gradient(loss_P) * weight_P, weight_P
+        )
+
+    return objective
+
+
+def _halves(inputs: TargetInputs, value_S: mx.array) -> tuple[mx.array, mx.array]:
+    sum_B = sum_by_row(inputs, value_S * inputs.weight_S)
+    pairs = sum_B.shape[0] // 2
+    return sum_B[:pairs], sum_B[pairs:]
+
+
+def _measured(pairs: PairLogprobs, beta: float) -> dict[str, mx.array]:
+    """beta * log(policy / reference) is the reward a policy implies (DPO, section 4)."""
+    chosen = beta * (pairs.chosen_P - pairs.reference_chosen_P)
+    rejected = beta * (pairs.rejected_P - pairs.reference_rejected_P)
+    return {
+        "accuracy": (chosen > rejected).astype(mx.float32),
+        "margin": chosen - rejected,
+        "reward_chosen": chosen,
+        "reward_rejected": rejected,
+        "logprob_chosen": pairs.chosen_P / pairs.chosen_length_P,
+        "logprob_rejected": pairs.rejected_P / pairs.rejected_length_P,
+    }
+
+
+def log_sigmoid(x: mx.array) -> mx.array:
+    """log(1 / (1 + e^-x)) without overflow."""
+    return -mx.logaddexp(mx.zeros_like(x), -x)
+
+
+def smoothed_log_sigmoid(x: mx.array, label_smoothing: float) -> mx.array:
+    """-(1 - epsilon) log sigmoid(x) - epsilon log sigmoid(-x): a share epsilon of the labels is taken to be flipped."""
+    return -(1 - label_smoothing) * log_sigmoid(x) - label_smoothing * log_sigmoid(-x)
+
+
+def log_one_minus_exp(x: mx.array) -> mx.array:
+    """log(1 - e^x) for x < 0, accurate near both ends (Maechler 2012, equation 7)."""
+    near_zero = x > -0.6931472
+    # Each branch sees only arguments at which it and its gradient are finite.
+    small = mx.where(near_zero, x, -1.0)
+    large = mx.where(near_zero, -1.0, x)
+    return mx.where(near_zero, mx.log(-mx.expm1(small)), mx.log1p(-mx.exp(large)))
+
+
+def per_token(pairs: PairLogprobs) -> tuple[mx.array, mx.array]:
+    """(P,) each: mean log-probability of the tokens of the chosen and of the rejected answers."""
+    return pairs.chosen_P / pairs.chosen_length_P, pairs.rejected_P / pairs.rejected_length_P
+
+
+def log_ratios(pairs: PairLogprobs) -> tuple[mx.array, mx.array]:
+    """(P,) each: log(policy / reference) of the chosen and of the rejected answers."""
+    return pairs.chosen_P - pairs.reference_chosen_P, pairs.rejected_P - pairs.reference_rejected_P

@@ -1,0 +1,99 @@
+"""Log-probabilities of the reference model: measured once for each row, when it is first needed, and kept beside the run.
+
+A row is always measured alone, so its numbers do not depend on the batch it came in, and measuring it again after a
+resume gives the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_nb.data.batches import TokenBatch
+from mlx_nb.model.adapters import write_whole
+from mlx_nb.model.logprobs import TargetScorer, target_inputs
+
+REFERENCE_FILE = "reference_logprobs.safetensors"
+
+
+class ReferenceLogprobs:
+    """log p_ref of every trained token, by the content of its row.
+
+    `scorer` makes the reference's scorer, at the first row that is not known yet. `fingerprint` says which model that
+    is: numbers of another one are never read.
+    """
+
+    def __init__(self, scorer: Callable[[], TargetScorer], fingerprint: str) -> None:
+        self._make_scorer = scorer
+        self._scorer: TargetScorer | None = None
+        self._known: dict[bytes, np.ndarray] = {}
+        self._saved = 0
+        self.fingerprint = fingerprint
+
+    @property
+    def scorer(self) -> TargetScorer:
+        """The reference model's scorer, made at first use."""
+        if self._scorer is None:
+            self._scorer = self._make_scorer()
+        return self._scorer
+
+    def __len__(self) -> int:
+        """How many rows are known."""
+        return len(self._known)
+
+    def fill(self, batch: TokenBatch) -> TokenBatch:
+        """The batch with `token_values["reference"]` (B, T), 0 where nothing is trained."""
+        reference_BT = np.zeros(batch.tokens_BT.shape, np.float32)
+        for index, length in enumerate(batch.lengths):
+            tokens, loss_mask = batch.tokens_BT[index, :length], batch.loss_mask_BT[index, :length]
+            reference_BT[index, :length][loss_mask != 0] = self.logprobs(tokens, loss_mask)
+        return batch._replace(token_values={**batch.token_values, "reference": reference_BT})
+
+    def logprobs(self, tokens: np.ndarray, loss_mask: np.ndarray) -> np.ndarray:
+        """(trained tokens,) float32 of one row, measured now or before."""
+        key = hashlib.sha256(tokens.astype("<i4").tobytes() + (loss_mask != 0).tobytes()).digest()
+        if key not in self._known:
+            row = TokenBatch(tokens[None], (loss_mask != 0).astype(np.float32)[None], (0,), (len(tokens),))
+            self._known[key] = np.array(self.scorer.logprobs(target_inputs(row)), dtype=np.float32)
+        return self._known[key]
+
+    def save(self, folder: Path) -> None:
+        """Write what is known beside the run, unless nothing is new. Raises OSError."""
+        if len(self._known) == self._saved:
+            return
+        count = len(self._known)
+        arrays = {
+            "digests": mx.array(np.frombuffer(b"".join(self._known), np.uint8).reshape(count, -1)),
+            "lengths": mx.array(np.array([len(values) for values in self._known.values()], np.int32)),
+            "logprobs": mx.array(np.concatenate(list(self._known.values()))),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        metadata = {"reference": self.fingerprint}
+        write_whole(folder / REFERENCE_FILE, lambda file: mx.save_safetensors(file, arrays, metadata=metadata))
+        self._saved = count
+
+    def load(self, folder: Path) -> None:
+        """Take over what an earlier run beside `folder` measured with the same reference; anything else is passed over."""
+        path = folder / REFERENCE_FILE
+        if not path.is_file():
+            return
+        try:
+            loaded: Any = mx.load(str(path), return_metadata=True)
+            self._take(*loaded)
+        except (RuntimeError, ValueError, KeyError):
+            return  # torn or foreign: it will be measured again and replaced
+
+    def _take(self, arrays: Mapping[str, mx.array], metadata: Mapping[str, str]) -> None:
+        if metadata.get("reference") != self.fingerprint:
+            return
+        values = np.array(arrays["logprobs"])
+        ends = np.cumsum(np.array(arrays["lengths"]))
+        digests = np.array(arrays["digests"])
+        for digest, part in zip(digests, np.split(values, ends[:-1])):
+            self._known.setdefault(digest.tobytes(), part)
+        self._saved = len(self._known)

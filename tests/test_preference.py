@@ -1,0 +1,125 @@
+"""Every preference loss and its gradient against float64 NumPy from the paper's equation."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_nb.objectives import preference
+from mlx_nb.objectives.preference import PairLogprobs
+
+RANDOM = np.random.default_rng(3)
+P = 7
+VALUES = {
+    "chosen_P": -RANDOM.uniform(2, 60, P),
+    "rejected_P": -RANDOM.uniform(2, 60, P),
+    "reference_chosen_P": -RANDOM.uniform(2, 60, P),
+    "reference_rejected_P": -RANDOM.uniform(2, 60, P),
+    "chosen_length_P": RANDOM.integers(3, 20, P).astype(float),
+    "rejected_length_P": RANDOM.integers(3, 20, P).astype(float),
+}
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def margin(v):
+    return (v["chosen_P"] - v["rejected_P"]) - (v["reference_chosen_P"] - v["reference_rejected_P"])
+
+
+def per_token(v, name):
+    return v[f"{name}_P"] / v[f"{name}_length_P"]
+
+
+def margin_per_token(v):
+    reference = {**v, "chosen_P": v["reference_chosen_P"], "rejected_P": v["reference_rejected_P"]}
+    return (per_token(v, "chosen") - per_token(v, "rejected")) - (
+        per_token(reference, "chosen") - per_token(reference, "rejected")
+    )
+
+
+def odds(mean_logprob):
+    p = np.exp(mean_logprob)
+    return p / (1 - p)
+
+
+BETA = 0.1
+CASES = {
+    "sigmoid": (lambda p: preference.dpo_sigmoid(p, BETA), lambda v: -np.log(sigmoid(BETA * margin(v)))),
+    "conservative": (
+        lambda p: preference.dpo_sigmoid(p, BETA, 0.2),
+        lambda v: -0.8 * np.log(sigmoid(BETA * margin(v))) - 0.2 * np.log(sigmoid(-BETA * margin(v))),
+    ),
+    "robust": (
+        lambda p: preference.dpo_robust(p, BETA, 0.2),
+        lambda v: -(0.8 * np.log(sigmoid(BETA * margin(v))) - 0.2 * np.log(sigmoid(-BETA * margin(v)))) / 0.6,
+    ),
+    "hinge": (lambda p: preference.dpo_hinge(p, BETA), lambda v: np.maximum(0, 1 - BETA * margin(v))),
+    "ipo": (lambda p: preference.dpo_ipo(p, BETA), lambda v: (margin_per_token(v) - 1 / (2 * BETA)) ** 2),
+    "dpop": (
+        lambda p: preference.dpop(p, BETA, 5.0),
+        lambda v: -np.log(
+            sigmoid(BETA * (margin(v) - 5.0 * np.maximum(0, v["reference_chosen_P"] - v["chosen_P"])))
+        ),
+    ),
+    "normalised": (
+        lambda p: preference.dpo_normalised(p, 2.0),
+        lambda v: -np.log(sigmoid(2.0 * margin_per_token(v))),
+    ),
+    "cpo": (
+        lambda p: preference.cpo(p, BETA, 1.0),
+        lambda v: -np.log(sigmoid(BETA * (v["chosen_P"] - v["rejected_P"]))) - per_token(v, "chosen"),
+    ),
+    "simpo": (
+        lambda p: preference.simpo(p, 2.0, 0.5),
+        lambda v: -np.log(sigmoid(2.0 * (per_token(v, "chosen") - per_token(v, "rejected")) - 0.5)),
+    ),
+    "orpo": (
+        lambda p: preference.orpo(p, 0.25),
+        lambda v: -per_token(v, "chosen")
+        - 0.25 * np.log(sigmoid(np.log(odds(per_token(v, "chosen")) / odds(per_token(v, "rejected"))))),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_loss_is_that_of_the_paper(name):
+    ours, paper = CASES[name]
+    pairs = PairLogprobs(**{key: mx.array(value.astype(np.float32)) for key, value in VALUES.items()})
+    assert np.array(ours(pairs)) == pytest.approx(paper(VALUES), rel=2e-5, abs=2e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_gradient_is_that_of_the_papers_equation(name):
+    ours, paper = CASES[name]
+
+    def total(chosen, rejected):
+        rest = {key: mx.array(value.astype(np.float32)) for key, value in VALUES.items()}
+        return ours(PairLogprobs(**{**rest, "chosen_P": chosen, "rejected_P": rejected})).sum()
+
+    arguments = [mx.array(VALUES[key].astype(np.float32)) for key in ("chosen_P", "rejected_P")]
+    gradients = mx.grad(total, argnums=(0, 1))(*arguments)
+    step = 1e-6
+    for key, gradient in zip(("chosen_P", "rejected_P"), gradients):
+        for pair in range(P):
+            shifted = [dict(VALUES), dict(VALUES)]
+            for sign, values in zip((1, -1), shifted):
+                values[key] = values[key].copy()
+                values[key][pair] += sign * step
+            expected = (paper(shifted[0]).sum() - paper(shifted[1]).sum()) / (2 * step)
+            assert gradient[pair].item() == pytest.approx(expected, rel=2e-3, abs=2e-5), (key, pair)
+
+
+def test_extreme_margins_stay_finite_with_finite_gradients():
+    for margin_size in (-1e4, -100.0, 0.0, 100.0, 1e4):
+        zeros, ones = mx.zeros(1), mx.ones(1)
+        pairs = PairLogprobs(mx.array([margin_size]), zeros, zeros, zeros, ones, ones)
+        for name, (ours, _) in CASES.items():
+            if name == "orpo":
+                continue  # log-probabilities are below 0 there
+            assert mx.isfinite(ours(pairs)).all(), (name, margin_size)
+    for mean in (-1e-6, -0.1, -5.0, -80.0):
+        gradient = mx.grad(lambda x: preference.log_one_minus_exp(x).sum())(mx.array([mean]))
+        assert mx.isfinite(gradient).all(), mean
