@@ -23,6 +23,7 @@ ORDER = [
     "data.files",
     "data.mixtures",
     "data.sources",
+    "data.row_values",
     "data.rows",
     "data.template_facts",
     "data.template_tags",
