@@ -249,6 +249,21 @@ class RunConfig:
     chat_feature: str | None = setting(None, "Column with the messages. null = messages.", group="rows")
     prompt_feature: str | None = setting(None, "Column with the prompt. null = prompt.", group="rows")
     completion_feature: str | None = setting(None, "Column with the completion. null = completion.", group="rows")
+    chosen_feature: str | None = setting(
+        None, "Column with the better answer. null = chosen.", group="rows", only_for="pairs"
+    )
+    rejected_feature: str | None = setting(
+        None, "Column with the worse answer. null = rejected.", group="rows", only_for="pairs"
+    )
+    label_feature: str | None = setting(
+        None, "Column that says whether an answer is good. null = label.", group="rows", only_for="labels"
+    )
+    answer_feature: str | None = setting(
+        None, "Column with the right answer to a prompt, for rewards. null = answer.", group="rows", only_for="prompts"
+    )
+    preference_score_feature: str | None = setting(
+        None, "Column with the weight of a pair. null = preference_score.", group="rows", only_for="pairs"
+    )
     text_feature: str | None = setting(None, "Column with plain text. null = text.", group="rows")
     system_feature: str | None = setting(None, "Column with a system prompt. null = system.", group="rows")
     loss_on: Literal["assistant", "final", "completion", "all"] = setting(
@@ -258,10 +273,17 @@ class RunConfig:
         group="rows",
     )
     max_seq_length: int = setting(2048, "Longest row in tokens; see truncate.", group="rows", at_least=2)
-    truncate: Literal["right", "left", "drop", "error"] = setting(
+    truncate: Literal["right", "left", "drop", "error", "split"] = setting(
         "right",
-        "What to do with a row longer than max_seq_length: cut its end, cut its start, leave it out, or stop.",
+        "What to do with a row longer than max_seq_length: cut its end, cut its start, leave it out, stop, or train "
+        "a plain text in several pieces.",
         group="rows",
+    )
+    stride: int = setting(
+        0,
+        "Tokens that a piece of a text repeats from the one before, as context that is not trained (truncate: split).",
+        group="rows",
+        at_least=0,
     )
     fine_tune_type: Literal["lora", "dora", "full"] = setting(
         "lora", "Train low-rank adapters, weight-decomposed ones, or the weights themselves.", group="adapter"
@@ -573,6 +595,15 @@ def _check_length(config: RunConfig) -> None:
         raise SettingError(("warmup",), f"`warmup` ({warmup}) is longer than the run (`iters: {config.iters}`).")
 
 
+def _check_pieces(config: RunConfig) -> None:
+    if config.stride and config.truncate != "split":
+        raise SettingError(("stride",), "`stride` has no effect without `truncate: split`.")
+    if config.stride >= config.max_seq_length:
+        raise SettingError(
+            ("stride",), f"`stride` ({config.stride}) must be below `max_seq_length` ({config.max_seq_length})."
+        )
+
+
 def _check_adapter(config: RunConfig) -> None:
     if config.fine_tune_type == "full" and config.lora_parameters != LoraParameters():
         raise SettingError(
@@ -642,7 +673,7 @@ _EXAMPLE_ARGUMENTS = {
     "exponential_decay": "[1e-4, 0.99]",
     "step_decay": "[1e-4, 0.5, 100]",
 }
-_EFFECT_CHECKS = (_check_method, _check_length, _check_adapter, _check_optimizer, _check_validation)
+_EFFECT_CHECKS = (_check_method, _check_length, _check_pieces, _check_adapter, _check_optimizer, _check_validation)
 
 SETTINGS: dict[str, dataclasses.Field] = {declared.name: declared for declared in fields(RunConfig)}
 LIVE_SETTINGS: tuple[str, ...] = tuple(name for name, declared in SETTINGS.items() if declared.metadata["live"])

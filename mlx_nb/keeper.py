@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 CHECKPOINTS = "checkpoints"
 RECENT_BYTES = 512 * 1024**2  # of the last steps, kept in memory to rewind to
-SAMPLED_BLOCKS, BLOCK_BYTES = 64, 1 << 16
 
 
 class Keeper:
@@ -149,29 +148,20 @@ def fingerprints(sources: Iterable[Any], tokenizer: Any, model_folder: Path) -> 
     """What a run's numbers depend on besides its settings, by name."""
     from importlib.metadata import version
 
+    from mlx_nb.model.fingerprint import weights_fingerprint
+
     tokenizer = getattr(tokenizer, "_tokenizer", tokenizer)
     return {
         "data": [source.fingerprint() for source in sources],
         "template": _digest(str(tokenizer.chat_template)),
         "tokenizer": _digest(tokenizer.backend_tokenizer.to_str()),
-        "model": [[file.name, _sampled_digest(file)] for file in sorted(model_folder.glob("*.safetensors"))],
+        "model": weights_fingerprint(model_folder),
         "mlx version": version("mlx"),
     }
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _sampled_digest(file: Path) -> str:
-    """Of size and blocks spread over the file, its header among them: another model differs, gigabytes stay unread."""
-    size = file.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with file.open("rb") as handle:
-        for block in range(SAMPLED_BLOCKS):
-            handle.seek(block * size // SAMPLED_BLOCKS)
-            digest.update(handle.read(BLOCK_BYTES))
-    return digest.hexdigest()
 
 
 def _is_json(value: Any) -> bool:

@@ -7,15 +7,17 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mlx_nb.config import RunConfig
-from mlx_nb.data.examples import Examples, ExampleSettings, LeftOut, RowView, TokenizedExample, split_examples
+from mlx_nb.data.examples import Examples, ExampleSettings, LeftOut, RowView, split_examples
 from mlx_nb.data.sources import Splits, open_splits
 from mlx_nb.errors import CommandError, DataError, did_you_mean
 from mlx_nb.keeper import fingerprints
+from mlx_nb.methods import method_named
 from mlx_nb.view.row_display import ShownRow
 
 if TYPE_CHECKING:
     from mlx_nb.model.loading import LoadedModel
     from mlx_nb.rollouts.generation import Question
+    from mlx_nb.train.reference import ReferenceLogprobs
     from mlx_nb.train.trainer import TrainerExamples
 
 SPLITS = ("train", "valid", "test")
@@ -39,8 +41,9 @@ class Material:
 
         other = Material(self.config, self.namespace)
         other.loaded, other.splits, other.left_out = twin(self.loaded), self.splits, self.left_out
-        if "examples" in self.__dict__:
-            other.examples = self.examples
+        for made in ("examples", "reference"):
+            if made in self.__dict__:
+                setattr(other, made, getattr(self, made))
         return other
 
     @cached_property
@@ -90,7 +93,8 @@ class Material:
         source = getattr(self.splits, split)
         if source is None:
             raise DataError(f"these data have no {split} split.")
-        return Rows(Examples(source, self.tokenizer, ExampleSettings.of(self.config)), split)
+        kind = method_named(self.config.method).rows
+        return Rows(Examples(source, self.tokenizer, ExampleSettings.of(self.config), kind), split)
 
     @cached_property
     def examples(self) -> TrainerExamples:
@@ -101,7 +105,7 @@ class Material:
             **{split: self.tokenize(split) for split in SPLITS if split != "test" or self.config.test}
         )
 
-    def tokenize(self, split: str) -> list[TokenizedExample]:
+    def tokenize(self, split: str) -> list[Any]:
         """The rows of one split that can be trained."""
         if getattr(self.splits, split) is None:
             return []
@@ -110,6 +114,21 @@ class Material:
         if left_out and not kept:
             raise DataError(f"no row of {split} can be trained. The first: {left_out[0].reason}")
         return kept
+
+    @cached_property
+    def reference(self) -> ReferenceLogprobs | None:
+        """Log-probabilities of the reference, None for a method without one.
+
+        The reference is what training starts from: ask before the first update of a full fine-tune.
+        """
+        from mlx_nb.model.reference import reference_fingerprint, reference_scorer
+        from mlx_nb.train.reference import ReferenceLogprobs
+
+        if not method_named(self.config.method).reference or self.config.reference_free:
+            return None
+        start = self.base_model if self.config.fine_tune_type == "full" else None
+        fingerprint = reference_fingerprint(self.config, self.loaded)
+        return ReferenceLogprobs(lambda: reference_scorer(self.config, self.loaded, start), fingerprint)
 
     def notes(self) -> list[str]:
         """What a person should know about model and rows before training."""

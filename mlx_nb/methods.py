@@ -60,21 +60,23 @@ class Method:
         return self.losses[variant or next(iter(self.losses))]
 
 
-PAIR_METRICS = {
+_PAIR_METRICS = {
     "accuracy": Metric("share of pairs whose chosen answer has the higher implicit reward", "up"),
     "margin": Metric("reward of the chosen answer minus that of the rejected one", "up"),
-    "reward_chosen": Metric("beta * log(policy / reference) of the chosen answer", "up, or slowly down"),
-    "reward_rejected": Metric("beta * log(policy / reference) of the rejected answer", "down"),
+    "reward_chosen": Metric(
+        "implicit reward of the chosen answer: beta * log(policy / reference)", "up, or slowly down"
+    ),
+    "reward_rejected": Metric("implicit reward of the rejected answer", "down"),
     "logprob_chosen": Metric("log-probability per token of the chosen answer, nats", "not far down"),
     "logprob_rejected": Metric("log-probability per token of the rejected answer, nats", "down"),
 }
-KL = {"kl": Metric("KL to the reference per token, k3 estimate on the batch's own tokens, nats", "small")}
+_KL = {"kl": Metric("KL to the reference per token, k2 estimate on the rows' answers, nats", "small")}
 _LABEL_METRICS = {
     "reward_desirable": Metric("beta * log(policy / reference) of answers labelled true", "up"),
     "reward_undesirable": Metric("beta * log(policy / reference) of answers labelled false", "down"),
     "kl_estimate": Metric("z0: mean log-ratio of mismatched answers, at least 0", "small"),
     "accuracy": Metric("share of answers on the side of z0 that their label says", "up"),
-    **KL,
+    **_KL,
 }
 _COMPLETION_METRICS = {
     "reward": Metric("mean of the weighted rewards over all completions", "up"),
@@ -84,7 +86,7 @@ _COMPLETION_METRICS = {
     "cut_off": Metric("share of completions cut at max_completion_length", "near 0"),
     "entropy": Metric("mean entropy of the policy at the completions' tokens, nats", "not to 0"),
     "clipped": Metric("share of tokens whose ratio was clipped", "small"),
-    **KL,
+    "kl": Metric("KL to the reference per token, k3 estimate on the completions, nats", "small"),
 }
 
 
@@ -111,7 +113,7 @@ METHODS: dict[str, Method] = {
                 robust=("beta", "label_smoothing"),
                 normalised=("beta",),
             ),
-            {**PAIR_METRICS, **KL},
+            {**_PAIR_METRICS, **_KL},
             reference=True,
         ),
         Method(
@@ -123,14 +125,14 @@ METHODS: dict[str, Method] = {
                 hinge=("beta", "cpo_alpha"),
                 simpo=("beta", "cpo_alpha", "simpo_gamma"),
             ),
-            {**PAIR_METRICS, **_NLL},
+            {**_PAIR_METRICS, **_NLL},
         ),
         Method(
             "orpo",
             "pairs",
             _losses("orpo", orpo=("beta",)),
             {
-                **PAIR_METRICS,
+                **_PAIR_METRICS,
                 **_NLL,
                 "log_odds_ratio": Metric("log odds of the chosen over the rejected answer", "up"),
             },

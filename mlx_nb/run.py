@@ -161,7 +161,15 @@ class Run:
             compiled=not is_cpu(),
             memory_limit=memory_limit(),
             sampler=lambda prompt: self.material.answers(prompt, self.config.sample_tokens),
+            reference=self._reference(set_aside),
         )
+
+    def _reference(self, set_aside: Path | None) -> Any:
+        """Log-probabilities of the reference, with what an earlier run in this folder measured of the same one."""
+        reference = self.material.reference
+        if reference is not None:
+            reference.load(set_aside or self.folder)
+        return reference
 
     # Looking
 

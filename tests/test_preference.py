@@ -6,8 +6,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_nb.objectives import preference
-from mlx_nb.objectives.preference import PairLogprobs
+from mlx_nb.objectives import cpo, dpo, orpo
+from mlx_nb.objectives.base import with_metrics
+from mlx_nb.objectives.preference import PairLogprobs, log_one_minus_exp
 
 RANDOM = np.random.default_rng(3)
 P = 7
@@ -18,6 +19,7 @@ VALUES = {
     "reference_rejected_P": -RANDOM.uniform(2, 60, P),
     "chosen_length_P": RANDOM.integers(3, 20, P).astype(float),
     "rejected_length_P": RANDOM.integers(3, 20, P).astype(float),
+    "margin_P": np.zeros(P),
 }
 
 
@@ -47,57 +49,65 @@ def odds(mean_logprob):
 
 BETA = 0.1
 CASES = {
-    "sigmoid": (lambda p: preference.dpo_sigmoid(p, BETA), lambda v: -np.log(sigmoid(BETA * margin(v)))),
-    "conservative": (
-        lambda p: preference.dpo_sigmoid(p, BETA, 0.2),
+    "dpo sigmoid": (lambda p: dpo.sigmoid(p, beta=BETA), lambda v: -np.log(sigmoid(BETA * margin(v)))),
+    "dpo conservative": (
+        lambda p: dpo.sigmoid(p, beta=BETA, label_smoothing=0.2),
         lambda v: -0.8 * np.log(sigmoid(BETA * margin(v))) - 0.2 * np.log(sigmoid(-BETA * margin(v))),
     ),
-    "robust": (
-        lambda p: preference.dpo_robust(p, BETA, 0.2),
+    "dpo robust": (
+        lambda p: dpo.robust(p, beta=BETA, label_smoothing=0.2),
         lambda v: -(0.8 * np.log(sigmoid(BETA * margin(v))) - 0.2 * np.log(sigmoid(-BETA * margin(v)))) / 0.6,
     ),
-    "hinge": (lambda p: preference.dpo_hinge(p, BETA), lambda v: np.maximum(0, 1 - BETA * margin(v))),
-    "ipo": (lambda p: preference.dpo_ipo(p, BETA), lambda v: (margin_per_token(v) - 1 / (2 * BETA)) ** 2),
-    "dpop": (
-        lambda p: preference.dpop(p, BETA, 5.0),
-        lambda v: -np.log(
-            sigmoid(BETA * (margin(v) - 5.0 * np.maximum(0, v["reference_chosen_P"] - v["chosen_P"])))
-        ),
+    "dpo hinge": (lambda p: dpo.hinge(p, beta=BETA), lambda v: np.maximum(0, 1 - BETA * margin(v))),
+    "dpo ipo": (lambda p: dpo.ipo(p, beta=BETA), lambda v: (margin_per_token(v) - 1 / (2 * BETA)) ** 2),
+    "dpo dpop": (
+        lambda p: dpo.dpop(p, beta=BETA, delta=5.0),
+        lambda v: -np.log(sigmoid(BETA * (margin(v) - 5.0 * np.maximum(0, v["reference_chosen_P"] - v["chosen_P"])))),
     ),
-    "normalised": (
-        lambda p: preference.dpo_normalised(p, 2.0),
+    "dpo normalised": (
+        lambda p: dpo.normalised(p, beta=2.0),
         lambda v: -np.log(sigmoid(2.0 * margin_per_token(v))),
     ),
     "cpo": (
-        lambda p: preference.cpo(p, BETA, 1.0),
+        lambda p: cpo.sigmoid(p, beta=BETA, cpo_alpha=1.0),
         lambda v: -np.log(sigmoid(BETA * (v["chosen_P"] - v["rejected_P"]))) - per_token(v, "chosen"),
     ),
+    "cpo hinge": (
+        lambda p: cpo.hinge(p, beta=BETA, cpo_alpha=0.5),
+        lambda v: np.maximum(0, 1 - BETA * (v["chosen_P"] - v["rejected_P"])) - 0.5 * per_token(v, "chosen"),
+    ),
     "simpo": (
-        lambda p: preference.simpo(p, 2.0, 0.5),
+        lambda p: cpo.simpo(p, beta=2.0, simpo_gamma=0.5),
         lambda v: -np.log(sigmoid(2.0 * (per_token(v, "chosen") - per_token(v, "rejected")) - 0.5)),
     ),
     "orpo": (
-        lambda p: preference.orpo(p, 0.25),
-        lambda v: -per_token(v, "chosen")
-        - 0.25 * np.log(sigmoid(np.log(odds(per_token(v, "chosen")) / odds(per_token(v, "rejected"))))),
+        lambda p: orpo.orpo(p, beta=0.25),
+        lambda v: (
+            -per_token(v, "chosen")
+            - 0.25 * np.log(sigmoid(np.log(odds(per_token(v, "chosen")) / odds(per_token(v, "rejected")))))
+        ),
     ),
 }
 
 
+def losses(name, pairs):
+    return with_metrics(CASES[name][0](pairs))[0]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_loss_is_that_of_the_paper(name):
-    ours, paper = CASES[name]
+    paper = CASES[name][1]
     pairs = PairLogprobs(**{key: mx.array(value.astype(np.float32)) for key, value in VALUES.items()})
-    assert np.array(ours(pairs)) == pytest.approx(paper(VALUES), rel=2e-5, abs=2e-5)
+    assert np.array(losses(name, pairs)) == pytest.approx(paper(VALUES), rel=2e-5, abs=2e-5)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_gradient_is_that_of_the_papers_equation(name):
-    ours, paper = CASES[name]
+    paper = CASES[name][1]
 
     def total(chosen, rejected):
         rest = {key: mx.array(value.astype(np.float32)) for key, value in VALUES.items()}
-        return ours(PairLogprobs(**{**rest, "chosen_P": chosen, "rejected_P": rejected})).sum()
+        return losses(name, PairLogprobs(**{**rest, "chosen_P": chosen, "rejected_P": rejected})).sum()
 
     arguments = [mx.array(VALUES[key].astype(np.float32)) for key in ("chosen_P", "rejected_P")]
     gradients = mx.grad(total, argnums=(0, 1))(*arguments)
@@ -115,11 +125,17 @@ def test_the_gradient_is_that_of_the_papers_equation(name):
 def test_extreme_margins_stay_finite_with_finite_gradients():
     for margin_size in (-1e4, -100.0, 0.0, 100.0, 1e4):
         zeros, ones = mx.zeros(1), mx.ones(1)
-        pairs = PairLogprobs(mx.array([margin_size]), zeros, zeros, zeros, ones, ones)
-        for name, (ours, _) in CASES.items():
+        pairs = PairLogprobs(mx.array([margin_size]), zeros, zeros, zeros, ones, ones, zeros)
+        for name in CASES:
             if name == "orpo":
                 continue  # log-probabilities are below 0 there
-            assert mx.isfinite(ours(pairs)).all(), (name, margin_size)
+            assert mx.isfinite(losses(name, pairs)).all(), (name, margin_size)
     for mean in (-1e-6, -0.1, -5.0, -80.0):
-        gradient = mx.grad(lambda x: preference.log_one_minus_exp(x).sum())(mx.array([mean]))
+        gradient = mx.grad(lambda x: log_one_minus_exp(x).sum())(mx.array([mean]))
         assert mx.isfinite(gradient).all(), mean
+
+
+def test_a_margin_moves_the_point_where_the_loss_is_ln_2():
+    zeros, ones = mx.zeros(1), mx.ones(1)
+    pairs = PairLogprobs(mx.array([20.0]), zeros, zeros, zeros, ones, ones, mx.array([2.0]))
+    assert dpo.sigmoid(pairs, beta=0.1).item() == pytest.approx(np.log(2))

@@ -5,13 +5,15 @@ The order is a function of (seed, epoch) alone: batch k of a run can be rebuilt 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 
-from mlx_nb.data.examples import TokenizedExample
+from mlx_nb.data.preference_examples import LabelledExample, PreferenceExample
+from mlx_nb.data.token_examples import TokenizedExample
 
 # Batches are formed inside windows of this many batches, sorted by length: little padding, still well shuffled.
 _BATCHES_PER_WINDOW = 16
@@ -23,13 +25,17 @@ class TokenBatch(NamedTuple):
     tokens_BT     (B, T) int32; padding is 0
     loss_mask_BT  (B, T) float32, weight of each token as a target; 0 on padding and in column 0
     rows          numbers of the rows in their split
-    lengths       tokens of each row without padding
+    lengths       tokens of each line of tokens_BT without padding
+    row_values    (R,) float32 constants by name, one for each of `rows`
+    token_values  (B, T) float32 constants by name, aligned with tokens_BT
     """
 
     tokens_BT: np.ndarray
     loss_mask_BT: np.ndarray
     rows: tuple[int, ...]
     lengths: tuple[int, ...]
+    row_values: Mapping[str, np.ndarray] = MappingProxyType({})
+    token_values: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 class BatchPlan:
@@ -85,3 +91,29 @@ def pad(examples: Sequence[TokenizedExample], pad_to_multiple: int = 1) -> Token
         tokens_BT[index, : lengths[index]] = example.tokens
         loss_mask_BT[index, : lengths[index]] = example.loss_mask
     return TokenBatch(tokens_BT, loss_mask_BT, tuple(example.row for example in examples), lengths)
+
+
+def pad_pairs(examples: Sequence[PreferenceExample], pad_to_multiple: int = 1) -> TokenBatch:
+    """P pairs as one padded batch of 2P lines: all chosen answers, then all rejected ones in the same order.
+
+    `rows` has P numbers, `lengths` 2P; row_values are `weight` and `margin`, (P,) each.
+    """
+    answers = [example.chosen for example in examples] + [example.rejected for example in examples]
+    values = {
+        "weight": np.array([example.weight for example in examples], np.float32),
+        "margin": np.array([example.margin for example in examples], np.float32),
+    }
+    rows = tuple(example.row for example in examples)
+    return pad(answers, pad_to_multiple)._replace(rows=rows, row_values=values)
+
+
+def pad_labelled(examples: Sequence[LabelledExample], pad_to_multiple: int = 1) -> TokenBatch:
+    """P labelled answers as one padded batch; the row value `label` is 1 for a good answer, else 0, (P,)."""
+    labels = np.array([example.label for example in examples], np.float32)
+    return pad([example.example for example in examples], pad_to_multiple)._replace(row_values={"label": labels})
+
+
+def pad_mismatched(examples: Sequence[LabelledExample], pad_to_multiple: int = 1) -> TokenBatch | None:
+    """The same prompts, each with another row's answer; None where there is no other row."""
+    mismatched = [example.mismatched for example in examples if example.mismatched is not None]
+    return pad(mismatched, pad_to_multiple) if len(mismatched) == len(examples) else None

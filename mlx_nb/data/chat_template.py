@@ -88,7 +88,7 @@ def tokenize_conversation(
             "Use loss_on='assistant', or drop the messages after the last answer."
         )
     weights = _weights(messages, loss_on)
-    plain = [{k: v for k, v in m.items() if v is not None and k not in _FLAGS} for m in messages]
+    plain = plain_messages(messages)
     template = _ChatTemplate(tokenizer, tools)
     try:
         text = template.render(plain, False)
@@ -122,6 +122,11 @@ def tokenize_conversation(
     return TokenizedConversation(tokens, loss_mask, text, offsets, spans, tuple(problems))
 
 
+def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The messages as a template gets them: without nulls, and without the marks for training."""
+    return [{k: v for k, v in m.items() if v is not None and k not in _FLAGS} for m in messages]
+
+
 def tokenize_prompt_completion(
     prompt: str, completion: str, tokenizer: Any, *, end_of_turn: bool = True
 ) -> TokenizedConversation:
@@ -150,8 +155,8 @@ def tokenize_text(text: str, tokenizer: Any) -> TokenizedConversation:
 def _tokenize_strings(text: str, spans: tuple[Span, ...], tokenizer: Any, end: bool) -> TokenizedConversation:
     if not text:
         raise MaskRefused("the row is empty: there is nothing to train. Drop the row.")
-    unwrapped = _fast_tokenizer(tokenizer)
-    tokens, offsets = _encode(unwrapped, text)
+    unwrapped = fast_tokenizer(tokenizer)
+    tokens, offsets = encode_with_offsets(unwrapped, text)
     bos, eos = unwrapped.bos_token_id, unwrapped.eos_token_id
     if bos is not None and _adds_bos(unwrapped) and (len(tokens) == 0 or tokens[0] != bos):
         tokens, offsets = np.insert(tokens, 0, bos), np.insert(offsets, 0, 0, axis=0)
@@ -180,7 +185,7 @@ class _ChatTemplate:
     """The chat template of a tokenizer, always called with the same arguments."""
 
     def __init__(self, tokenizer: Any, tools: Sequence[Any] | None) -> None:
-        self.tokenizer = _fast_tokenizer(tokenizer)
+        self.tokenizer = fast_tokenizer(tokenizer)
         self.tools = list(tools) if tools else None
         try:
             self.source: str = self.tokenizer.get_chat_template(tools=self.tools)
@@ -209,7 +214,7 @@ class _ChatTemplate:
             raise RenderFailed(f"{type(error).__name__}: {error}".rstrip(".")) from error
 
     def tokenize(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        tokens, offsets = _encode(self.tokenizer, text)
+        tokens, offsets = encode_with_offsets(self.tokenizer, text)
         if len(tokens) == 0:
             raise MaskRefused("the chat template renders this conversation to nothing. Drop the row.")
         return tokens, offsets
@@ -231,7 +236,8 @@ class _ChatTemplate:
         return [(int(a), int(b)) for a, b in offsets[np.isin(tokens, list(self.eos_ids))]]
 
 
-def _fast_tokenizer(tokenizer: Any) -> Any:
+def fast_tokenizer(tokenizer: Any) -> Any:
+    """The transformers tokenizer inside mlx-lm's wrapper. Raises MaskRefused for one that gives no offsets."""
     unwrapped = getattr(tokenizer, "_tokenizer", tokenizer)
     # A fast tokenizer of transformers has a `_tokenizer` of its own, which knows no chat template.
     unwrapped = unwrapped if hasattr(unwrapped, "apply_chat_template") else tokenizer
@@ -243,8 +249,9 @@ def _fast_tokenizer(tokenizer: Any) -> Any:
     return unwrapped
 
 
-def _encode(tokenizer: Any, text: str) -> tuple[np.ndarray, np.ndarray]:
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+def encode_with_offsets(tokenizer: Any, text: str, *, special: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """(T,) int32 tokens and (T, 2) int32 characters they cover. `special` adds what the tokenizer puts around texts."""
+    encoding = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
     offsets = np.asarray(encoding["offset_mapping"], np.int32).reshape(-1, 2)
     return np.asarray(encoding["input_ids"], np.int32), offsets
 

@@ -1,93 +1,108 @@
-"""Rows to examples: tokens, loss mask, and what truncation took away."""
+"""The rows of a split as examples of the kind that a training method takes, all of them or one to look at."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
-
-from mlx_nb.config import RunConfig
-from mlx_nb.data.chat_template import (
-    TokenizedConversation,
-    tokenize_conversation,
-    tokenize_prompt_completion,
-    tokenize_text,
+from mlx_nb.data.chat_template import TokenizedConversation
+from mlx_nb.data.preference_examples import (
+    LabelledExample,
+    PreferenceExample,
+    labelled_example,
+    preference_example,
+    tokenize_answer,
+    tokenize_pair,
+    with_mismatched,
 )
-from mlx_nb.data.rows import ChatRow, Columns, PromptCompletionRow, Row, TextRow, recognise
+from mlx_nb.data.prompt_examples import PromptExample, prompt_example, tokenize_prompt
+from mlx_nb.data.row_kinds import AnyRow, recognise_as
 from mlx_nb.data.sources import RowSource
-from mlx_nb.errors import DataError, MaskRefused
+from mlx_nb.data.token_examples import (
+    ExampleSettings,
+    LeftOut,
+    TokenizedExample,
+    TooLong,
+    as_cut,
+    cut_row,
+    tokenize_row,
+)
+from mlx_nb.errors import DataError
 
-
-@dataclass(frozen=True, eq=False)
-class TokenizedExample:
-    """One row, ready to train.
-
-    tokens          (T,) int32
-    loss_mask       (T,) float32, the weight of each token as a target; `loss_mask[0] == 0`
-    row             number of the row in its split, from 0
-    dropped_tokens  tokens that truncation took away
-    """
-
-    tokens: np.ndarray
-    loss_mask: np.ndarray
-    row: int
-    dropped_tokens: int = 0
+Example = TokenizedExample | PreferenceExample | LabelledExample | PromptExample
+Result = Example | LeftOut
+Conversations = tuple[TokenizedConversation, ...]
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """A row that is not trained, and why."""
+class _Kind:
+    """How rows of one kind become examples. `complete` is for what an example takes from other rows."""
 
-    row: int
-    reason: str
+    tokenize: Callable[[Any, Any, str], Conversations]
+    cut: Callable[[Any, Any, int, ExampleSettings], Sequence[Example]]
+    complete: Callable[[Any, ExampleSettings], Iterable[Result]] = lambda results, _settings: results
 
 
-@dataclass(frozen=True)
-class ExampleSettings:
-    """The settings that decide how a row becomes an example."""
-
-    loss_on: str
-    max_seq_length: int
-    truncate: str
-    columns: Columns
-
-    @classmethod
-    def of(cls, config: RunConfig) -> ExampleSettings:
-        columns = Columns(
-            messages=config.chat_feature,
-            prompt=config.prompt_feature,
-            completion=config.completion_feature,
-            text=config.text_feature,
-            system=config.system_feature,
-        )
-        return cls(config.loss_on, config.max_seq_length, config.truncate, columns)
+_KINDS = {
+    "tokens": _Kind(
+        lambda content, tokenizer, loss_on: (tokenize_row(content, tokenizer, loss_on),),
+        lambda content, said, row, settings: cut_row(content, said[0], row, settings),
+    ),
+    "pairs": _Kind(
+        tokenize_pair,
+        lambda content, said, row, settings: [preference_example(content, said, row, settings)],
+    ),
+    "labels": _Kind(
+        lambda content, tokenizer, loss_on: (
+            tokenize_answer(content.prompt, content.completion, content.tools, tokenizer, loss_on),
+        ),
+        lambda content, said, row, settings: [labelled_example(content, said[0], row, settings)],
+        with_mismatched,
+    ),
+    "prompts": _Kind(
+        lambda content, tokenizer, _loss_on: (tokenize_prompt(content, tokenizer),),
+        lambda content, said, row, settings: [prompt_example(content, said[0], row, settings)],
+    ),
+}
 
 
 @dataclass(frozen=True, eq=False)
 class RowView:
     """A row to look at: what it says, what the model will see, what is trained.
 
-    `conversation` holds the tokens that truncation left. `error` says why the row cannot be trained; then `example`
-    is None, and `conversation` too unless the row could be tokenised.
+    `conversation` holds the tokens that truncation left; of a pair the chosen answer's, and `rejected` the other's.
+    `error` says why the row cannot be trained; then `example` is None, and `conversation` too unless the row could
+    be tokenised. Of a prompt nothing is trained, so `example` is None without an error.
     """
 
     row: int
     location: str
-    content: Row | None
+    content: AnyRow | None
     conversation: TokenizedConversation | None
     example: TokenizedExample | None
     error: str | None = None
+    rejected: TokenizedConversation | None = None
+    dropped_tokens: int = 0
+
+    @property
+    def conversations(self) -> Conversations:
+        """What the model reads: of a pair both answers; nothing of a row that could not be tokenised."""
+        return tuple(said for said in (self.conversation, self.rejected) if said is not None)
 
 
 class Examples:
-    """The examples of one split. A row is tokenised when it is asked for, and not before."""
+    """The examples of one split. A row is tokenised when it is asked for, and not before.
 
-    def __init__(self, source: RowSource, tokenizer: object, settings: ExampleSettings) -> None:
+    `kind` is what the training method takes: tokens, pairs, labels or prompts (see `recognise_as`).
+    """
+
+    def __init__(self, source: RowSource, tokenizer: object, settings: ExampleSettings, kind: str = "tokens") -> None:
         self.source = source
         self.tokenizer = tokenizer
         self.settings = settings
+        self.kind = kind
 
     def __len__(self) -> int:
         return len(self.source)
@@ -95,88 +110,71 @@ class Examples:
     def view(self, row: int) -> RowView:
         """Row `row` with everything known about it. Never raises for a bad row: `error` says what is wrong."""
         location = self.source.location(row)
-        content = conversation = None
+        content: AnyRow | None = None
+        said: Conversations = ()
         try:
-            content = recognise(self.source[row], self.settings.columns, row=row, location=location)
-            conversation = tokenize_row(content, self.tokenizer, self.settings.loss_on)
-            example = cut_to_length(conversation, row, self.settings)
+            content = recognise_as(self.kind, self.source[row], self.settings.columns, row=row, location=location)
+            said = tokenize_as(self.kind, content, self.tokenizer, self.settings.loss_on)
+            examples = examples_of(self.kind, content, said, row, self.settings)
         except DataError as error:
-            return RowView(row, location, content, conversation, None, _row_error(row, error))
-        return RowView(row, location, content, _as_cut(conversation, example, self.settings.truncate), example)
+            return self._seen(row, content, said, error=_row_error(row, error))
+        sequences = examples[0].sequences
+        said = tuple(as_cut(*both, self.settings.truncate) for both in zip(said, sequences))
+        if len(examples) > 1:
+            problem = f"the text is trained in {len(examples)} pieces; this is the first."
+            said = (dataclasses.replace(said[0], problems=(*said[0].problems, problem)),)
+        example = None if self.kind == "prompts" else sequences[0]
+        return self._seen(row, content, said, example, dropped_tokens=examples[0].dropped_tokens)
 
-    def tokenize_all(self) -> Iterator[TokenizedExample | LeftOut]:
-        """Every row in order, as an example or as left out with the reason.
+    def _seen(
+        self,
+        row: int,
+        content: AnyRow | None,
+        said: Conversations,
+        example: TokenizedExample | None = None,
+        *,
+        error: str | None = None,
+        dropped_tokens: int = 0,
+    ) -> RowView:
+        first, rejected = (*said, None, None)[:2]
+        return RowView(row, self.source.location(row), content, first, example, error, rejected, dropped_tokens)
+
+    def tokenize_all(self) -> Iterator[Result]:
+        """Every row in order, as an example (a split text as several) or as left out with the reason.
 
         Raises TooLong at the first long row when `truncate` is `error`.
         """
+        return iter(_KINDS[self.kind].complete(self._each(), self.settings))
+
+    def _each(self) -> Iterator[Result]:
         for row in range(len(self.source)):
             location = self.source.location(row)
             try:
-                content = recognise(self.source[row], self.settings.columns, row=row, location=location)
-                conversation = tokenize_row(content, self.tokenizer, self.settings.loss_on)
-                yield cut_to_length(conversation, row, self.settings)
-            except TooLong:
-                raise
+                content = recognise_as(self.kind, self.source[row], self.settings.columns, row=row, location=location)
+                said = tokenize_as(self.kind, content, self.tokenizer, self.settings.loss_on)
+                yield from examples_of(self.kind, content, said, row, self.settings)
+            except TooLong as error:
+                raise TooLong(_row_error(row, error)) from None
             except DataError as error:
                 yield LeftOut(row, _row_error(row, error))
 
 
-class TooLong(DataError):
-    """A row is longer than max_seq_length and `truncate: error` forbids cutting it."""
+def tokenize_as(kind: str, content: AnyRow, tokenizer: Any, loss_on: str) -> Conversations:
+    """What the model reads of a row before anything is cut: of a pair the chosen, then the rejected answer.
+
+    Raises MaskRefused when no trustworthy mask exists, DataError when the template does not render the row.
+    """
+    return _KINDS[kind].tokenize(content, tokenizer, loss_on)
 
 
-def tokenize_row(content: Row, tokenizer: object, loss_on: str) -> TokenizedConversation:
-    """The tokens and loss mask of one recognised row. Raises MaskRefused when no trustworthy mask exists."""
-    match content:
-        case ChatRow():
-            return tokenize_conversation(content.messages, tokenizer, tools=content.tools, loss_on=loss_on)
-        case PromptCompletionRow():
-            conversation = tokenize_prompt_completion(content.prompt, content.completion, tokenizer)
-            return _all_trained(conversation) if loss_on == "all" else conversation
-        case TextRow():
-            return tokenize_text(content.text, tokenizer)
+def examples_of(
+    kind: str, content: AnyRow, said: Conversations, row: int, settings: ExampleSettings
+) -> Sequence[Example]:
+    """The example of a row within `max_seq_length`, or those of a split text; without what comes from other rows.
 
-
-def _all_trained(conversation: TokenizedConversation) -> TokenizedConversation:
-    loss_mask = np.ones_like(conversation.loss_mask)
-    loss_mask[0] = 0
-    return dataclasses.replace(conversation, loss_mask=loss_mask)
-
-
-def cut_to_length(conversation: TokenizedConversation, row: int, settings: ExampleSettings) -> TokenizedExample:
-    """The example of a conversation within `max_seq_length`. Raises DataError when nothing is left to train on."""
-    tokens, loss_mask = conversation.tokens, conversation.loss_mask
-    limit, dropped = settings.max_seq_length, max(0, len(tokens) - settings.max_seq_length)
-    if dropped:
-        if settings.truncate == "error":
-            raise TooLong(
-                f"row {row}: {len(tokens)} tokens, over max_seq_length={limit}. Raise max_seq_length, or set "
-                "truncate to right, left or drop."
-            )
-        if settings.truncate == "drop":
-            raise DataError(
-                f"row {row}: {len(tokens)} tokens, over max_seq_length={limit}, and `truncate: drop` leaves it out."
-            )
-        kept = slice(dropped, None) if settings.truncate == "left" else slice(0, limit)
-        tokens, loss_mask = tokens[kept], loss_mask[kept].copy()
-        loss_mask[0] = 0
-    if not loss_mask.any():
-        if dropped and conversation.loss_mask.any():
-            raise DataError(
-                f"row {row}: no token is trained: the reply was cut at max_seq_length={limit}. "
-                "Raise max_seq_length or drop the row."
-            )
-        raise MaskRefused(
-            f"row {row}: no token is trained with loss_on={settings.loss_on!r}. Drop the row or change loss_on."
-        )
-    return TokenizedExample(tokens, loss_mask, row, dropped)
-
-
-def _as_cut(conversation: TokenizedConversation, example: TokenizedExample, truncate: str) -> TokenizedConversation:
-    """The conversation with the tokens that are left of it; text and spans stay whole."""
-    start = example.dropped_tokens if truncate == "left" else 0
-    offsets = conversation.offsets[start : start + len(example.tokens)]
-    return dataclasses.replace(conversation, tokens=example.tokens, loss_mask=example.loss_mask, offsets=offsets)
+    Raises DataError when nothing is left to train on, TooLong with `truncate: error`. Neither names the row.
+    """
+    return _KINDS[kind].cut(content, said, row, settings)
 
 
 def _row_error(row: int, error: DataError) -> str:
@@ -185,9 +183,9 @@ def _row_error(row: int, error: DataError) -> str:
 
 
 def split_examples(
-    results: Sequence[TokenizedExample | LeftOut],
-) -> tuple[list[TokenizedExample], list[LeftOut]]:
+    results: Sequence[Result],
+) -> tuple[list[Any], list[LeftOut]]:
     """What can be trained, and what was left out."""
-    kept = [result for result in results if isinstance(result, TokenizedExample)]
+    kept = [result for result in results if not isinstance(result, LeftOut)]
     left_out = [result for result in results if isinstance(result, LeftOut)]
     return kept, left_out

@@ -46,11 +46,16 @@ _FEATURES = {
     "chat_feature": "messages",
     "prompt_feature": "prompt",
     "completion_feature": "completion",
+    "chosen_feature": "chosen",
+    "rejected_feature": "rejected",
+    "label_feature": "label",
+    "answer_feature": "answer",
+    "preference_score_feature": "preference_score",
     "text_feature": "text",
     "system_feature": "system",
 }
 _SPEC_KEYS = ("path", "weight", "subset", "train_split", "valid_split", "test_split", *_FEATURES)
-_ROW_COLUMNS = {"messages", "conversations", "conversation", "prompt", "completion", "output", "text"}
+_ROW_COLUMNS = {"messages", "conversations", "conversation", "prompt", "completion", "output", "text", "chosen"}
 _MOST_REPEATS = 100
 
 

@@ -14,7 +14,8 @@ ALL, HIGHEST_LOSS = "all rows", "highest loss"
 
 
 class RowFacts(NamedTuple):
-    """Of one row: its tokens, how many are trained, how many truncation took away, whether it is left out."""
+    """Of one row: its tokens (of a pair, both answers'), how many are trained, how many truncation took away, and
+    whether it is left out."""
 
     tokens: int
     trained: int
@@ -72,10 +73,9 @@ class RowFinder:
         """What is known of row `row`; tokenises it the first time."""
         if row not in self._facts:
             view = self._examples.view(row)
-            tokens = 0 if view.conversation is None else len(view.conversation.tokens)
-            trained = 0 if view.example is None else int((view.example.loss_mask != 0).sum())
-            dropped = 0 if view.example is None else view.example.dropped_tokens
-            self._facts[row] = RowFacts(tokens, trained, dropped, view.example is None)
+            tokens = sum(len(said.tokens) for said in view.conversations)
+            trained = 0 if view.error else sum(int((said.loss_mask != 0).sum()) for said in view.conversations)
+            self._facts[row] = RowFacts(tokens, trained, view.dropped_tokens, view.error is not None)
         return self._facts[row]
 
     def _says(self, row: int, pattern: re.Pattern[str] | None) -> bool:

@@ -63,7 +63,8 @@ def open_splits(
     out of train. Below 1 it is a share (at least 1 row, at most 200, never all), from 1 on a number of rows.
 
     Mixture: a list of paths, names or `{path, weight, subset, train_split, valid_split, test_split,
-    chat_feature, prompt_feature, completion_feature, text_feature, system_feature}`.
+    chat_feature, prompt_feature, completion_feature, chosen_feature, rejected_feature, label_feature,
+    answer_feature, preference_score_feature, text_feature, system_feature}`.
     - Without any weight an epoch holds every row of every source exactly once.
     - With weights (1 where missing) the numbers of rows drawn from the sources are to each other as their
       weights, whatever the sizes. The epoch is the shortest in which every row occurs at least once: the rows

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from mlx_nb.data.examples import ExampleSettings, TooLong, cut_to_length, tokenize_row
+from mlx_nb.data.examples import Example, examples_of, tokenize_as
 from mlx_nb.data.findings import Collector, RowTally
-from mlx_nb.data.rows import recognise
+from mlx_nb.data.row_kinds import recognise_as
 from mlx_nb.data.sources import RowSource
+from mlx_nb.data.token_examples import ExampleSettings, TooLong
 from mlx_nb.errors import DataError, MaskRefused
 
 _BARS = 24
@@ -67,7 +68,12 @@ class TokenCounts:
 
 
 def count_tokens(
-    source: RowSource, rows: np.ndarray, tokenizer: Any, settings: ExampleSettings, collector: Collector
+    source: RowSource,
+    rows: np.ndarray,
+    tokenizer: Any,
+    settings: ExampleSettings,
+    collector: Collector,
+    kind: str = "tokens",
 ) -> TokenCounts:
     """Make the examples of these rows, count their tokens, and collect what is said about them.
 
@@ -76,25 +82,32 @@ def count_tokens(
     counts = TokenCounts(len(rows))
     for row in rows.tolist():
         try:
-            content = recognise(source[row], settings.columns)
+            content = recognise_as(kind, source[row], settings.columns)
         except DataError:
             continue
         try:
-            conversation = tokenize_row(content, tokenizer, settings.loss_on)
-            counts.lengths.append(len(conversation.tokens))
-            _collect_problems(conversation.problems, row, collector)
-            example = cut_to_length(conversation, row, settings)
+            said = tokenize_as(kind, content, tokenizer, settings.loss_on)
+            counts.lengths += [len(conversation.tokens) for conversation in said]
+            _collect_problems([problem for conversation in said for problem in conversation.problems], row, collector)
+            examples = examples_of(kind, content, said, row, settings)
         except DataError as error:
             _collect_refusal(error, row, settings, counts, collector)
             continue
         counts.trainable += 1
-        counts.tokens += len(example.tokens)
-        counts.trained_tokens += int(np.count_nonzero(example.loss_mask))
-        if example.dropped_tokens:
-            reason = f"{example.dropped_tokens:,} of {len(conversation.tokens):,} tokens are cut"
-            counts.truncated.add(row, reason)
-            collector.add("truncated", row, reason)
+        _count_examples(examples, row, counts, collector)
     return counts
+
+
+def _count_examples(examples: Sequence[Example], row: int, counts: TokenCounts, collector: Collector) -> None:
+    sequences = [sequence for example in examples for sequence in example.sequences]
+    tokens = sum(len(sequence.tokens) for sequence in sequences)
+    counts.tokens += tokens
+    counts.trained_tokens += sum(int(np.count_nonzero(sequence.loss_mask)) for sequence in sequences)
+    dropped = sum(sequence.dropped_tokens for sequence in sequences)
+    if dropped:
+        reason = f"{dropped:,} of {tokens + dropped:,} tokens are cut"
+        counts.truncated.add(row, reason)
+        collector.add("truncated", row, reason)
 
 
 def _collect_problems(problems: Sequence[str], row: int, collector: Collector) -> None:
@@ -106,7 +119,7 @@ def _collect_problems(problems: Sequence[str], row: int, collector: Collector) -
 def _collect_refusal(
     error: DataError, row: int, settings: ExampleSettings, counts: TokenCounts, collector: Collector
 ) -> None:
-    reason = str(error).removeprefix(f"row {row}: ")
+    reason = str(error)
     if isinstance(error, MaskRefused):
         counts.refused.add(row, reason)
         collector.add("refused", row, reason, remark=kind_of(reason))

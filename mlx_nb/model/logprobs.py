@@ -32,8 +32,8 @@ class TargetInputs(NamedTuple):
     position_S: mx.array
     target_S: mx.array
     weight_S: mx.array
-    row_values: dict[str, mx.array] = {}
-    token_values: dict[str, mx.array] = {}
+    row_values: dict[str, mx.array]
+    token_values: dict[str, mx.array]
 
 
 def target_inputs(batch: TokenBatch, targets_to_multiple: int = 1) -> TargetInputs:

@@ -66,3 +66,11 @@ def k3(reference: mx.array, policy: mx.array) -> mx.array:
     """
     difference = reference - policy
     return mx.exp(difference) - difference - 1
+
+
+def k2(reference: mx.array, policy: mx.array) -> mx.array:
+    """(log(policy / reference))^2 / 2: to second order the KL either way (Schulman 2020, k2).
+
+    For tokens that the policy did not write, where the exponential of `k3` says little and can be astronomical.
+    """
+    return mx.square(policy - reference) / 2

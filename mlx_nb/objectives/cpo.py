@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_nb.objectives.preference import PairLogprobs, log_sigmoid, per_token, smoothed_log_sigmoid
+from mlx_nb.objectives.preference import PairLogprobs, log_sigmoid, per_token, reward_metrics, smoothed_log_sigmoid
 
 Result = tuple[mx.array, dict[str, mx.array]]
 
 
-def sigmoid(
-    pairs: PairLogprobs, *, beta: float = 0.1, cpo_alpha: float = 1.0, label_smoothing: float = 0.0
-) -> Result:
+def sigmoid(pairs: PairLogprobs, *, beta: float = 0.1, cpo_alpha: float = 1.0, label_smoothing: float = 0.0) -> Result:
     """-log sigmoid(beta (log pi(y_w) - log pi(y_l))) + alpha NLL(y_w) (equations 4 and 5).
 
     NLL is per token, so that `cpo_alpha` means the same for answers of any length. The paper's alpha is 1.
@@ -33,7 +31,8 @@ def simpo(pairs: PairLogprobs, *, beta: float = 2.0, simpo_gamma: float = 0.5, c
     """-log sigmoid(beta (mean log pi(y_w) - mean log pi(y_l)) - gamma) (SimPO, equation 6); alpha > 0 is CPO-SimPO."""
     chosen, rejected = per_token(pairs)
     loss = -log_sigmoid(beta * (chosen - rejected) - simpo_gamma - pairs.margin_P)
-    return _with_likelihood(loss, pairs, cpo_alpha)
+    loss, nll = _with_likelihood(loss, pairs, cpo_alpha)
+    return loss, {**nll, **reward_metrics(beta * chosen, beta * rejected)}
 
 
 def _with_likelihood(preference_P: mx.array, pairs: PairLogprobs, alpha: float) -> Result:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_nb.objectives.preference import PairLogprobs, log_ratios, log_sigmoid, smoothed_log_sigmoid
+from mlx_nb.objectives.preference import PairLogprobs, log_ratios, log_sigmoid, reward_metrics, smoothed_log_sigmoid
 
 
 def _scaled(pairs: PairLogprobs, beta: float) -> mx.array:
@@ -32,12 +32,15 @@ def hinge(pairs: PairLogprobs, *, beta: float = 0.1) -> mx.array:
     return mx.maximum(1 - _scaled(pairs, beta), 0.0)
 
 
-def ipo(pairs: PairLogprobs, *, beta: float = 0.1) -> mx.array:
+def ipo(pairs: PairLogprobs, *, beta: float = 0.1) -> tuple[mx.array, dict[str, mx.array]]:
     """(d - 1 / (2 beta))^2, d of log-probabilities PER TOKEN (IPO, Azar et al. 2023, equation 17).
 
     The paper does not say per token; its authors do so in their experiments, and TRL with them.
     """
-    return mx.square(_difference_per_token(pairs) - pairs.margin_P - 1 / (2 * beta))
+    chosen, rejected = _ratios_per_token(pairs)
+    return mx.square(chosen - rejected - pairs.margin_P - 1 / (2 * beta)), reward_metrics(
+        chosen * beta, rejected * beta
+    )
 
 
 def dpop(pairs: PairLogprobs, *, beta: float = 0.1, delta: float = 50.0) -> mx.array:
@@ -59,11 +62,13 @@ def robust(pairs: PairLogprobs, *, beta: float = 0.1, label_smoothing: float = 0
     return -(kept - flipped) / (1 - 2 * label_smoothing)
 
 
-def normalised(pairs: PairLogprobs, *, beta: float = 2.0) -> mx.array:
+def normalised(pairs: PairLogprobs, *, beta: float = 2.0) -> tuple[mx.array, dict[str, mx.array]]:
     """-log sigmoid(beta d), d of log-probabilities per token, so that length is no advantage (Tulu 3, equation 6)."""
-    return -log_sigmoid(beta * _difference_per_token(pairs) - pairs.margin_P)
+    chosen, rejected = _ratios_per_token(pairs)
+    loss = -log_sigmoid(beta * (chosen - rejected) - pairs.margin_P)
+    return loss, reward_metrics(beta * chosen, beta * rejected)
 
 
-def _difference_per_token(pairs: PairLogprobs) -> mx.array:
+def _ratios_per_token(pairs: PairLogprobs) -> tuple[mx.array, mx.array]:
     chosen, rejected = log_ratios(pairs)
-    return chosen / pairs.chosen_length_P - rejected / pairs.rejected_length_P
+    return chosen / pairs.chosen_length_P, rejected / pairs.rejected_length_P

@@ -44,7 +44,7 @@ class Completions(NamedTuple):
 
 
 class TokenLosses(NamedTuple):
-    """loss_S of each token, share_S its part in the sum, `units` what the sum is divided by, 0/1 where it was clipped."""
+    """Loss of each token, its share in the sum, 1 where its ratio was clipped, and what the sum is divided by."""
 
     loss_S: mx.array
     share_S: mx.array

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlx_nb.model.logprobs import TargetInputs, TargetScorer
-from mlx_nb.objectives.base import LossSum, Metrics, Objective, k3, sum_by_row, with_metrics
+from mlx_nb.objectives.base import LossSum, Metrics, Objective, k2, sum_by_row, with_metrics
 
 
 class LabelledLogprobs(NamedTuple):
@@ -44,7 +44,7 @@ def label_objective(loss: Callable[[LabelledLogprobs], Any], beta: float) -> Obj
             "reward_undesirable": ((beta * ratio_B * (1 - good_B)).sum(), (1 - good_B).sum()),
             "kl_estimate": (answers.kl_estimate_B.sum(), ones_B.sum()),
             "accuracy": (right_B.astype(mx.float32).sum(), ones_B.sum()),
-            "kl": ((k3(reference_S, logprob_S) * inputs.weight_S).sum(), inputs.weight_S.sum()),
+            "kl": ((k2(reference_S, logprob_S) * inputs.weight_S).sum(), inputs.weight_S.sum()),
             **{name: (value_B.sum(), ones_B.sum()) for name, value_B in extra.items()},
         }
         return LossSum(loss_B.sum(), ones_B.sum(), metrics, mx.stop_gradient(loss_B), ones_B)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_nb.objectives.preference import PairLogprobs, log_one_minus_exp, log_sigmoid, per_token
+from mlx_nb.objectives.preference import PairLogprobs, log_one_minus_exp, log_sigmoid, per_token, reward_metrics
 
 
 def orpo(pairs: PairLogprobs, *, beta: float = 0.1) -> tuple[mx.array, dict[str, mx.array]]:
@@ -15,4 +15,5 @@ def orpo(pairs: PairLogprobs, *, beta: float = 0.1) -> tuple[mx.array, dict[str,
     """
     chosen, rejected = per_token(pairs)
     log_odds = (chosen - rejected) - (log_one_minus_exp(chosen) - log_one_minus_exp(rejected))
-    return -chosen - beta * log_sigmoid(log_odds - pairs.margin_P), {"nll": -chosen, "log_odds_ratio": log_odds}
+    loss = -chosen - beta * log_sigmoid(log_odds - pairs.margin_P)
+    return loss, {"nll": -chosen, "log_odds_ratio": log_odds, **reward_metrics(beta * chosen, beta * rejected)}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlx_nb.model.logprobs import TargetInputs, TargetScorer
-from mlx_nb.objectives.base import LossSum, Metrics, Objective, k3, sum_by_row, with_metrics
+from mlx_nb.objectives.base import LossSum, Metrics, Objective, k2, sum_by_row, with_metrics
 
 
 class PairLogprobs(NamedTuple):
@@ -48,7 +48,7 @@ def pair_objective(loss: Callable[[PairLogprobs], Any], beta: float) -> Objectiv
         values = {**_measured(pairs, beta), **extra}
         metrics: Metrics = {name: ((value_P * weight_P).sum(), weight_P.sum()) for name, value_P in values.items()}
         if reference_S is not None:
-            metrics["kl"] = ((k3(reference_S, logprob_S) * inputs.weight_S).sum(), inputs.weight_S.sum())
+            metrics["kl"] = ((k2(reference_S, logprob_S) * inputs.weight_S).sum(), inputs.weight_S.sum())
         return LossSum(
             (loss_P * weight_P).sum(), weight_P.sum(), metrics, mx.stop_gradient(loss_P) * weight_P, weight_P
         )
@@ -64,15 +64,22 @@ def _halves(inputs: TargetInputs, value_S: mx.array) -> tuple[mx.array, mx.array
 
 def _measured(pairs: PairLogprobs, beta: float) -> dict[str, mx.array]:
     """beta * log(policy / reference) is the reward a policy implies (DPO, section 4)."""
-    chosen = beta * (pairs.chosen_P - pairs.reference_chosen_P)
-    rejected = beta * (pairs.rejected_P - pairs.reference_rejected_P)
+    chosen, rejected = log_ratios(pairs)
+    logprob_chosen, logprob_rejected = per_token(pairs)
     return {
-        "accuracy": (chosen > rejected).astype(mx.float32),
-        "margin": chosen - rejected,
-        "reward_chosen": chosen,
-        "reward_rejected": rejected,
-        "logprob_chosen": pairs.chosen_P / pairs.chosen_length_P,
-        "logprob_rejected": pairs.rejected_P / pairs.rejected_length_P,
+        **reward_metrics(beta * chosen, beta * rejected),
+        "logprob_chosen": logprob_chosen,
+        "logprob_rejected": logprob_rejected,
+    }
+
+
+def reward_metrics(chosen_P: mx.array, rejected_P: mx.array) -> dict[str, mx.array]:
+    """What is shown of the rewards that a loss implies; a loss whose rewards are others returns its own."""
+    return {
+        "accuracy": (chosen_P > rejected_P).astype(mx.float32),
+        "margin": chosen_P - rejected_P,
+        "reward_chosen": chosen_P,
+        "reward_rejected": rejected_P,
     }
 
 

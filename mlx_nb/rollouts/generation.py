@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.nn as nn
 
+from mlx_nb.data.prompt_examples import prompt_tokens
 from mlx_nb.model.adapters import without_adapters
 from mlx_nb.model.randomness import random_stream, seed_for
 
@@ -76,15 +77,3 @@ def stream_text(model: nn.Module, tokenizer: Any, prompt: Prompt, max_tokens: in
     for part in stream_generate(model, tokenizer, prompt_tokens(tokenizer, prompt), max_tokens=max_tokens):
         text += part.text
         yield text
-
-
-def prompt_tokens(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """The tokens of the prompt with the template's generation prompt at the end."""
-    if isinstance(prompt, str):
-        if getattr(tokenizer, "chat_template", None) is None:
-            return list(tokenizer.encode(prompt))
-        prompt = [{"role": "user", "content": prompt}]
-    rendered = tokenizer.apply_chat_template(
-        [dict(message) for message in prompt], add_generation_prompt=True, tokenize=False
-    )
-    return list(tokenizer.encode(rendered, add_special_tokens=False))

@@ -117,10 +117,10 @@ class RowFeed:
         assert self._reference is not None
         total = count = 0.0
         for group in groups:
-            if any(example.mismatched is None for example in group):
+            mismatched = pad_mismatched(group, self._width_multiple)
+            if mismatched is None:
                 continue
-            batch = self._reference.fill(pad_mismatched(group, self._width_multiple))
-            inputs = target_inputs(batch)
+            inputs = target_inputs(self._reference.fill(mismatched))
             ratio_S = (self._scorer.logprobs(inputs) - inputs.token_values["reference"]) * inputs.weight_S
             total += float(np.array(ratio_S.sum()))
             count += len(group)

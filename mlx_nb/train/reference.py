@@ -1,4 +1,4 @@
-"""Log-probabilities of the reference model: measured once for each row, when it is first needed, and kept beside the run.
+"""Log-probabilities of the reference model, measured once for each row when it is first needed, and kept on disk.
 
 A row is always measured alone, so its numbers do not depend on the batch it came in, and measuring it again after a
 resume gives the same bits.
@@ -78,7 +78,7 @@ class ReferenceLogprobs:
         self._saved = count
 
     def load(self, folder: Path) -> None:
-        """Take over what an earlier run beside `folder` measured with the same reference; anything else is passed over."""
+        """Take over what a run in `folder` measured with the same reference; pass over anything else."""
         path = folder / REFERENCE_FILE
         if not path.is_file():
             return

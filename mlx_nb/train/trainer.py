@@ -111,7 +111,6 @@ class Trainer:
         memory_limit: int | None = None,
         sampler: Sampler | None = None,
         reference: ReferenceLogprobs | None = None,
-        rollouts: Rollouts | None = None,
     ) -> None:
         if not examples.train:
             raise DataError("no training row is left. `%finetune rows` shows why each one was left out.")

@@ -1,0 +1,44 @@
+"""Rows that only ask: a prompt to be answered by the model, with what a reward needs to judge the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_nb.data.preference_rows import read_said, with_context
+from mlx_nb.data.row_values import Columns, Messages, missing_column
+from mlx_nb.errors import DataError
+
+PROMPT_FORMATS = "prompt (+ answer and any other columns)"
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt, as text or messages; the right answer, if the row has one; and all other columns of the row."""
+
+    prompt: str | Messages
+    answer: Any = None
+    columns: dict[str, Any] = field(default_factory=dict)
+    tools: list[dict[str, Any]] | None = None
+
+
+def prompt_row(record: Mapping[str, Any], columns: Columns) -> PromptRow:
+    """The question in a row. Raises DataError where nothing is asked."""
+    name, answer_name = columns.prompt or "prompt", columns.answer or "answer"
+    if record.get(name) is None:
+        words = next((word for word in ("question", "problem", "query") if record.get(word) is not None), None)
+        fix = f" Set prompt_feature: {words}." if words and not columns.prompt else f" Known: {PROMPT_FORMATS}."
+        raise DataError(missing_column(record, (name,)) + fix)
+    if columns.answer and answer_name not in record:
+        raise DataError(f"{missing_column(record, (answer_name,))} A row without an answer needs null there.")
+    prompt, _, tools = with_context(read_said(record[name], name), (), record, columns)
+    if isinstance(prompt, str) and not prompt.strip():
+        raise DataError(f"`{name}` is empty: nothing is asked. Drop the row.")
+    if not isinstance(prompt, str) and prompt[-1]["role"] in ("assistant", "system"):
+        raise DataError(
+            f"`{name}` ends with the {prompt[-1]['role']}: nothing is asked. Let it end with the user's message."
+        )
+    used = {name, answer_name, columns.system or "system", columns.tools or "tools"}
+    others = {column: value for column, value in record.items() if column not in used}
+    return PromptRow(prompt, record.get(answer_name), others, tools)

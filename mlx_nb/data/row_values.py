@@ -1,0 +1,214 @@
+"""The values in the columns of a row: texts, messages, system prompts, tools. What is wrong is said in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_nb.errors import DataError, did_you_mean
+
+Messages = list[dict[str, Any]]
+
+# The right side is the word of the chat templates; the left side adds the words of ShareGPT files.
+_ROLES = {
+    "system": "system",
+    "developer": "developer",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function": "function",
+    "ipython": "ipython",
+}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns hold what. None = found by their usual names.
+
+    In the settings these are `chat_feature` (messages), `prompt_feature`, `completion_feature`, `text_feature`,
+    `system_feature`, `chosen_feature`, `rejected_feature`, `label_feature`, `answer_feature` and
+    `preference_score_feature`. Naming a column also chooses the shape: with `prompt` set, a row is read as
+    prompt + completion even when it has a `messages` column too.
+    """
+
+    messages: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    text: str | None = None
+    system: str | None = None
+    tools: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    label: str | None = None
+    answer: str | None = None
+    preference_score: str | None = None
+
+
+AUTOMATIC = Columns()
+
+
+@contextmanager
+def placed(row: int | None, location: str) -> Iterator[None]:
+    """Errors inside are told with the row and its location in front, their kind unchanged."""
+    try:
+        yield
+    except DataError as error:
+        raise type(error)(_place(row, location) + str(error)) from None
+
+
+def _place(row: int | None, location: str) -> str:
+    if row is None:
+        return f"{location}: " if location else ""
+    return f"row {row} ({location}): " if location else f"row {row}: "
+
+
+def read_system(record: Mapping[str, Any], columns: Columns) -> str | None:
+    """The system prompt of the row's own column; None without one."""
+    column = columns.system or "system"
+    if columns.system and column not in record:
+        raise DataError(f"{missing_column(record, (column,))} A row without a system prompt needs null there.")
+    value = record.get(column)
+    return None if value is None else read_text(value, f"`{column}`") or None
+
+
+def read_tools(record: Mapping[str, Any], columns: Columns) -> list[dict[str, Any]] | None:
+    """The descriptions of the tools that the row offers; None without any."""
+    column = columns.tools or "tools"
+    if columns.tools and column not in record:
+        raise DataError(f"{missing_column(record, (column,))} A row without tools needs null there.")
+    value = decoded(record.get(column), column)
+    if value is None or value == "":
+        return None
+    if not isinstance(value, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in value):
+        raise DataError(f"`{column}` must be a list of tool descriptions (objects), not {kind_of_value(value)}.")
+    return [dict(tool) for tool in value] or None
+
+
+def read_messages(value: Any, column: str) -> Messages:
+    """A list of messages, also from JSON text; at least one, each with the keys `role` and `content`."""
+    value = decoded(value, column)
+    if not isinstance(value, (list, tuple)):
+        raise DataError(
+            f"`{column}` must be a list of messages such as {{role: user, content: ...}}, not {kind_of_value(value)}."
+        )
+    if not value:
+        raise DataError(f"`{column}` has no messages. Drop the row.")
+    return [_read_message(message, f"`{column}[{index}]`") for index, message in enumerate(value)]
+
+
+def _read_message(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise DataError(f"{where} must be an object with role and content, not {kind_of_value(value)}.")
+    fields = {key: item for key, item in value.items() if item is not None}
+    role_key = "role" if "role" in fields else "from"
+    content_key = "content" if "content" in value or "value" not in value else "value"
+    role = _read_role(fields.pop(role_key, None), value, where)
+    content = fields.pop(content_key, None)
+    if "tool_calls" in fields:
+        calls = decoded(fields.pop("tool_calls"), f"{where.strip('`')}.tool_calls")
+        if not isinstance(calls, (list, tuple)) or not all(isinstance(call, Mapping) for call in calls):
+            raise DataError(f"tool_calls of {where} must be a list of objects, not {kind_of_value(calls)}.")
+        if calls:
+            fields["tool_calls"] = [dict(call) for call in calls]
+    if content is not None:
+        content = _read_content(content, f"content of {where}")
+    elif "tool_calls" not in fields:
+        missing = "is null" if content_key in value else f"is missing (it has: {listed(value)})"
+        raise DataError(f"content of {where} {missing}. Give it text, or drop the row.")
+    _check_training_marks(fields, where)
+    return {"role": role, "content": content, **fields}
+
+
+def _read_role(role: Any, message: Mapping[str, Any], where: str) -> str:
+    known = ", ".join(dict.fromkeys(_ROLES.values()))
+    if role is None:
+        raise DataError(f"{where} has no role (it has: {listed(message)}). Known roles: {known}.")
+    if not isinstance(role, str):
+        raise DataError(f"role of {where} must be text, not {kind_of_value(role)}. Known roles: {known}.")
+    if role not in _ROLES:
+        near = did_you_mean(role.lower(), _ROLES)
+        raise DataError(f"{where} has the unknown role {role!r}.{near} Known roles: {known}.")
+    return _ROLES[role]
+
+
+def _read_content(content: Any, where: str) -> str:
+    if not isinstance(content, (list, tuple)):
+        return read_text(content, where)
+    texts = []
+    for part in content:
+        if not isinstance(part, Mapping) or part.get("type", "text") != "text":
+            shown = repr(part.get("type")) if isinstance(part, Mapping) else kind_of_value(part)
+            raise DataError(f"{where} has a part that is not text ({shown}). Only text can be trained.")
+        texts.append(read_text(part.get("text"), f"text part in {where}"))
+    return "".join(texts)
+
+
+def _check_training_marks(message: Mapping[str, Any], where: str) -> None:
+    if not isinstance(message.get("train", True), bool):
+        raise DataError(f"train of {where} must be true or false, not {message['train']!r}.")
+    weight = message.get("weight", 1)
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+        raise DataError(f"weight of {where} must be a number of at least 0, not {weight!r}.")
+
+
+def read_text(value: Any, where: str) -> str:
+    """A text that a tokenizer can take."""
+    if not isinstance(value, str):
+        raise DataError(f"{where} must be text, not {kind_of_value(value)}.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        # A tokenizer fails on it later, far away from the row.
+        raise DataError(
+            f"{where} has half a surrogate pair ({value[error.start]!a} at character {error.start}), which "
+            "is no valid text. Remove it."
+        ) from None
+    return value
+
+
+def decoded(value: Any, column: str) -> Any:
+    """Parquet and CSV files often hold lists as JSON text."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+        return value
+    try:
+        return json.loads(value)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"`{column}` is text, but not the JSON of a list ({error}).") from None
+
+
+def missing_column(record: Mapping[str, Any], needed: tuple[str, ...]) -> str:
+    """Which of the needed columns is not there, or is there but null; one of them must be."""
+    for column in needed:
+        if column not in record:
+            near = did_you_mean(column, map(str, record))
+            return f"no column {column!r}. The row has: {listed(record)}.{near}"
+    empty = next(column for column in needed if record[column] is None)
+    return f"`{empty}` is empty (null). Fill it or drop the row."
+
+
+def listed(names: Iterable[Any]) -> str:
+    """The first eight names in quotes."""
+    shown = [repr(str(name)) for name in names]
+    return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")
+
+
+def kind_of_value(value: Any) -> str:
+    """What a value is, in the words of a data file."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, (int, float)):
+        return f"the number {value}"
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, (list, tuple)):
+        return "a list"
+    return "an object" if isinstance(value, Mapping) else f"a {type(value).__name__}"

@@ -1,0 +1,90 @@
+"""The reference model: what the policy is compared with. By default the model that training starts from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+
+from mlx_nb.config import RunConfig
+from mlx_nb.errors import ModelError
+from mlx_nb.model import adapters
+from mlx_nb.model.fingerprint import weights_fingerprint
+from mlx_nb.model.loading import LoadedModel, model_folder
+from mlx_nb.model.logprobs import TargetScorer
+from mlx_nb.model.randomness import random_stream
+from mlx_nb.model.sharing import load_base, twin
+
+BARE = "none"
+
+
+def reference_scorer(config: RunConfig, loaded: LoadedModel, start: nn.Module | None = None) -> TargetScorer:
+    """The scorer of the reference that `config` names.
+
+    It shares the arrays of `loaded`, so it takes no memory unless `reference_model` names another model. `start` is a
+    twin made before a full fine-tune began. Raises ModelError.
+    """
+    if config.reference_model is not None:
+        model = _other_model(config, loaded)
+    else:
+        model = start if start is not None else twin(loaded).model
+    if config.reference_adapter not in (None, BARE):
+        _wear(model, str(config.reference_adapter))
+    elif config.reference_adapter is None and config.reference_model is None and config.resume_adapter_file:
+        with random_stream(0):  # the matrices drawn here are overwritten
+            adapters.attach_adapter(model, config)
+        adapters.load_adapter_weights(model, config.resume_adapter_file)
+    model.freeze()
+    model.eval()
+    return TargetScorer(model)
+
+
+def reference_fingerprint(config: RunConfig, loaded: LoadedModel) -> str:
+    """Which reference that is, as a digest: its weights, adapter, quantisation and mlx's version."""
+    folder = loaded.folder if config.reference_model is None else model_folder(config.reference_model)
+    chosen = config.reference_adapter
+    if chosen is None and config.reference_model is None:
+        chosen = config.resume_adapter_file
+    facts = [weights_fingerprint(folder), config.load_in_bits, version("mlx"), _adapter_digest(chosen)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _adapter_digest(adapter: str | None) -> str | None:
+    if adapter in (None, BARE):
+        return None
+    path = Path(str(adapter)).expanduser()
+    path = path / adapters.ADAPTER_FILE if path.is_dir() else path
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def _other_model(config: RunConfig, loaded: LoadedModel) -> nn.Module:
+    other = load_base(config.replace(model=config.reference_model, chat_template=None))
+    ours, theirs = (_vocabulary(model.tokenizer) for model in (loaded, other))
+    if ours != theirs:
+        raise ModelError(
+            f"reference_model: {config.reference_model} has another vocabulary than {config.model} ({len(theirs)} and "
+            f"{len(ours)} tokens), so their log-probabilities cannot be compared. Choose one with the same tokenizer."
+        )
+    return other.model
+
+
+def _vocabulary(tokenizer: Any) -> dict[str, int]:
+    return getattr(tokenizer, "_tokenizer", tokenizer).get_vocab()
+
+
+def _wear(model: nn.Module, adapter: str) -> None:
+    from mlx_lm.tuner.utils import load_adapters
+
+    folder = Path(adapter).expanduser()
+    for name in (adapters.CONFIG_FILE, adapters.ADAPTER_FILE):
+        if not (folder / name).is_file():
+            raise ModelError(f"reference_adapter: {folder} has no {name}. Give the folder of an adapter, or `none`.")
+    try:
+        with random_stream(0):
+            load_adapters(model, str(folder))
+    except ValueError as error:
+        raise ModelError(f"reference_adapter: {folder} does not fit this model: {error}") from None
