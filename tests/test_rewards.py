@@ -150,8 +150,16 @@ def test_methods_partials_and_objects_are_functions():
     def scaled(completion, factor):
         return factor
 
-    scores = scores_of(Judge().method, Judge(), functools.partial(scaled, factor=3))
-    assert scores.rewards_NF[0].tolist() == [1.0, 2.0, 3.0]
+    class AsyncJudge:
+        async def __call__(self, completion):
+            return 4
+
+    scores = scores_of(Judge().method, Judge(), functools.partial(scaled, factor=3), AsyncJudge())
+    assert scores.rewards_NF[0].tolist() == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_function_that_names_only_the_row_in_the_singular_scores_one():
+    assert column_of(lambda answer, completion_tokens: int(answer) * len(completion_tokens))[0] == [0.0, 2.0, 6.0, 3.0]
 
 
 def test_a_parameter_that_there_is_not_is_an_error_before_anything_is_called():

@@ -176,19 +176,29 @@ def test_a_slow_function_is_reported_and_its_numbers_are_kept():
     assert 0.06 <= scores.seconds_F[0] < 1.0
 
 
+def test_a_slow_function_of_one_completion_is_called_for_all_of_them():
+    def slow(completion):
+        time.sleep(0.03)
+        return 1
+
+    values, problems = column_of(slow, timeout=0.05)
+    assert values == [1.0] * 4
+    assert len(problems) == 1
+
+
 def test_a_function_that_fails_slowly_is_not_called_again_beyond_its_time():
     calls = []
 
     def slow(completions):
         calls.append(len(completions))
         time.sleep(0.1)
-        raise OSError("no connection")
+        raise OSError(f"no connection for {len(completions)}")
 
     values, problems = column_of(slow, timeout=0.25)
     assert calls[:2] == [4, 1]
     assert len(calls) <= 3  # where the five would take half a second
     assert np.isnan(values).all()
-    assert any("no connection" in problem for problem in problems)
+    assert "no connection for 4" in problems[0]
     assert any("no number within reward_timeout=0.25 s" in problem for problem in problems)
     calls.clear()
     assert "no connection" in column_of(slow, timeout=0.05)[1][0]
@@ -251,6 +261,13 @@ def test_an_asynchronous_function_that_raises_is_called_again_one_at_a_time():
     assert np.array_equal(scores.rewards_NF[:, 0], [-1, math.nan, 1, -1], equal_nan=True)
     assert 'completion 1 of row 17 ("two words"): ZeroDivisionError' in scores.problems[0].error
     assert "CancelledError" in scores.problems[1].error
+
+
+def test_the_only_error_of_a_task_group_is_the_one_that_is_told():
+    async def grouped(completion):
+        raise ExceptionGroup("unhandled errors in a TaskGroup", [OSError("no connection")])
+
+    assert ": OSError: no connection" in column_of(grouped)[1][0]
 
 
 def test_one_that_blocks_its_event_loop_is_left_behind(monkeypatch):

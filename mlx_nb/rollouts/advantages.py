@@ -47,7 +47,7 @@ def group_advantages(total_N: np.ndarray, group_size: int, *, scale: str) -> Adv
     centred_PG = np.where(valid_PG, known_PG - _mean(known_PG, valid_PG), 0.0)
     spread_P = np.max(centred_PG, axis=1, initial=-np.inf, where=valid_PG)
     spread_P = spread_P - np.min(centred_PG, axis=1, initial=np.inf, where=valid_PG)
-    tells_P = (valid_PG.sum(axis=1) > 1) & (spread_P > EQUAL_WITHIN)
+    tells_P = spread_P > EQUAL_WITHIN
     advantage_PG = np.where(tells_P[:, None], centred_PG / SCALES[scale](known_PG, valid_PG), 0.0)
     return Advantages(
         advantage_N=advantage_PG.reshape(-1).astype(np.float32),

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from mlx_nb.rollouts.rewards import Reward
 
 TICK = 0.05  # seconds between two signs of life
-GRACE = 0.5  # seconds that a cancelled function has to end
+GRACE = 1.0  # seconds that a cancelled function has to end
 
 
 class Progress(NamedTuple):
@@ -85,7 +85,7 @@ def _await_together(
         except BaseException as error:
             outcomes[k] = Outcome(error=error)
 
-    async def await_all() -> None:
+    async def await_all() -> None:  # returns when the time is over; `asyncio.run` then cancels what is left
         waiting = {asyncio.create_task(await_one(k)) for k in range(len(calls))}
         while waiting and not stop.is_set():
             left = deadline - time.monotonic()
@@ -93,10 +93,6 @@ def _await_together(
                 stop.set()
             else:
                 _, waiting = await asyncio.wait(waiting, timeout=min(TICK, left))
-        for task in waiting:
-            task.cancel()
-        if waiting:
-            await asyncio.wait(waiting, timeout=GRACE)
 
     def work() -> None:
         try:
@@ -109,7 +105,7 @@ def _await_together(
     # A daemon: a function that blocks its event loop cannot be cancelled, and must not keep the kernel from ending.
     threading.Thread(target=work, name=f"reward {reward.name}", daemon=True).start()
     try:
-        while not ended.wait(TICK) and None in outcomes and time.monotonic() < deadline + 2 * GRACE:
+        while not ended.wait(TICK) and None in outcomes and time.monotonic() < deadline + GRACE:
             yield Progress(reward.name, sum(one is not None for one in outcomes) * total // len(calls), total)
     finally:
         stop.set()
