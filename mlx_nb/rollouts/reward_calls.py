@@ -98,7 +98,7 @@ def _await_together(
         try:
             asyncio.run(await_all())
         except Exception as error:  # no event loop to be had
-            outcomes[:] = [Outcome(error=error)] * len(calls)
+            outcomes[:] = [one or Outcome(error=error) for one in outcomes]
         finally:
             ended.set()
 
