@@ -393,7 +393,7 @@ def test_a_check_is_json_with_the_same_shape_whatever_was_found(tokenizer):
     for result in (good, bad):
         document = json.loads(json.dumps(result.to_dict(), allow_nan=False))
         assert set(document) == {
-            *("counts", "model", "data", "loss_on", "max_seq_length", "truncate", "findings"),
+            *("counts", "model", "data", "kind", "loss_on", "max_seq_length", "truncate", "findings"),
             *("splits", "overlaps", "epoch", "template", "notes"),
         }
         assert set(document["counts"]) == set(SEVERITIES)
