@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mlx_nb.config import RunConfig
 from mlx_nb.data.chat_template import TokenizedConversation
 from mlx_nb.data.examples import Examples, split_examples
+from mlx_nb.data.row_values import Columns
 from mlx_nb.data.sources import open_splits
 from mlx_nb.data.token_examples import ExampleSettings, split_text
 from mlx_nb.errors import ConfigError
@@ -24,8 +25,7 @@ def test_every_token_but_the_first_is_trained_once_after_at_least_stride_others(
     loss_mask = np.ones(length, np.float32)
     loss_mask[0] = 0
     text = TokenizedConversation(tokens, loss_mask, "", np.zeros((length, 2), np.int32), ())
-    settings = ExampleSettings.of(RunConfig(max_seq_length=limit, truncate="split", stride=stride))
-    pieces = split_text(text, 5, settings)
+    pieces = split_text(text, 5, ExampleSettings("assistant", limit, "split", Columns(), stride))
     assert np.concatenate([piece.tokens[piece.loss_mask > 0] for piece in pieces]).tolist() == list(range(1, length))
     for piece in pieces:
         assert len(piece.tokens) <= limit
