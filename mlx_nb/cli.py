@@ -132,7 +132,7 @@ def _print_rows(config: RunConfig, split: str, wanted: int | None) -> int:
     for row in sampled_rows(len(source), wanted).tolist():
         view = examples.view(row)
         stopped = stopped or stops_a_run(view, examples.settings)
-        trained += view.example is not None
+        trained += view.error is None
         print(json.dumps(row_record(view, examples.settings), ensure_ascii=False))
     return 1 if stopped or not trained else 0
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_nb.data.batches import BatchPlan, evaluation_batches, pad
+from mlx_nb.data.batches import BatchPlan, evaluation_batches, pad, pad_labelled, pad_mismatched, pad_pairs
+from mlx_nb.data.preference_examples import LabelledExample, PreferenceExample
 from tiny import random_examples
 
 
@@ -70,3 +71,47 @@ def test_padding_is_zero_in_tokens_and_mask(multiple):
         assert np.array_equal(batch.loss_mask_BT[index, :length], example.loss_mask)
         assert not batch.tokens_BT[index, length:].any()
         assert not batch.loss_mask_BT[index, length:].any()
+
+
+def padded(batch):
+    """The lines of a batch without their padding, which must be zeros."""
+    for tokens_T, mask_T, length in zip(batch.tokens_BT, batch.loss_mask_BT, batch.lengths):
+        assert not tokens_T[length:].any()
+        assert not mask_T[length:].any()
+        yield tokens_T[:length], mask_T[:length]
+
+
+def test_pairs_are_padded_chosen_first_then_rejected():
+    answers = random_examples(6)
+    pairs = [
+        PreferenceExample(answers[k], answers[k + 3], 2, row=10 + k, margin=k / 4, weight=1.0 + k) for k in range(3)
+    ]
+    batch = pad_pairs(pairs, 32)
+    assert batch.tokens_BT.shape == (6, 32)
+    assert batch.rows == (10, 11, 12)
+    assert batch.row_values["weight"].tolist() == [1.0, 2.0, 3.0]
+    assert batch.row_values["margin"].tolist() == [0.0, 0.25, 0.5]
+    assert all(values.dtype == np.float32 for values in batch.row_values.values())
+    for (tokens, mask), answer in zip(padded(batch), answers):
+        assert np.array_equal(tokens, answer.tokens)
+        assert np.array_equal(mask, answer.loss_mask)
+
+
+def test_labelled_answers_are_padded_with_their_labels_and_their_mismatched_answers_alike():
+    answers = random_examples(6)
+    labelled = [LabelledExample(answers[k], k != 1, 2, k, answers[k + 3]) for k in range(3)]
+    batch, mismatched = pad_labelled(labelled), pad_mismatched(labelled)
+    assert batch.row_values["label"].tolist() == [1.0, 0.0, 1.0]
+    assert batch.rows == (0, 1, 2)
+    for lines, expected in ((batch, answers[:3]), (mismatched, answers[3:])):
+        for (tokens, mask), answer in zip(padded(lines), expected):
+            assert np.array_equal(tokens, answer.tokens)
+            assert np.array_equal(mask, answer.loss_mask)
+    assert pad_mismatched([LabelledExample(answers[0], True, 2, 0)]) is None
+
+
+def test_a_batch_of_tokens_has_no_values_that_another_could_change():
+    batch = pad(random_examples(2))
+    assert dict(batch.row_values) == dict(batch.token_values) == {}
+    with pytest.raises(TypeError):
+        batch.row_values["weight"] = 1

@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 
 from mlx_nb.cli import main
 from mlx_nb.config import RunConfig
-from mlx_nb.data.checks import check_data
+from mlx_nb.data.checks import check_data, row_record, stops_a_run
 from mlx_nb.data.duplicates import NEAR, NearIndex, common_sequences, jaccard, word_sequences
+from mlx_nb.data.examples import Examples
 from mlx_nb.data.findings import KINDS, SEVERITIES
 from mlx_nb.data.row_reading import read_splits
 from mlx_nb.data.sources import open_splits
 from mlx_nb.data.template_probes import probe_template
 from mlx_nb.data.token_counts import kind_of, length_summary, sampled_rows
+from mlx_nb.data.token_examples import ExampleSettings
 from mlx_nb.errors import CommandError
 from mlx_nb.notebook.commands import run_line
 from mlx_nb.notebook.session import Session
@@ -48,9 +50,9 @@ def chat(*turns):
     }
 
 
-def check(tokenizer, train, *, valid=None, rows=5000, **settings):
+def check(tokenizer, train, *, valid=None, rows=5000, kind="tokens", **settings):
     splits = open_splits({"train": train, **({"valid": valid} if valid else {})}, val_set_size=0)
-    return check_data(splits, tokenizer, RunConfig(**settings), rows=rows)
+    return check_data(splits, tokenizer, RunConfig(**settings), rows=rows, kind=kind)
 
 
 def found(result, kind, split="train"):
@@ -145,6 +147,129 @@ def test_findings_come_errors_first_and_every_kind_is_declared(tokenizer):
     assert kinds(result) <= set(KINDS)
 
 
+# --- pairs, labels and prompts --------------------------------------------------------------------------------------
+
+
+def pair(k, chosen="yes it is so", rejected="no it is not"):
+    """Pairs whose answers differ in length now one way, now the other."""
+    return {"prompt": f"question {k} of {k * k}", "chosen": chosen + " !" * (k % 2 * 9), "rejected": rejected}
+
+
+def labelled(k, label=None):
+    return {"prompt": f"question {k} of {k * k}", "completion": "yes", "label": k % 2 if label is None else label}
+
+
+def prompt(k):
+    return {"prompt": f"question {k} of {k * k}", "answer": k}
+
+
+MADE = {"pairs": pair, "labels": labelled, "prompts": prompt}
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_good_rows_of_every_kind_have_no_findings(kind, tokenizer):
+    result = check(tokenizer, [MADE[kind](k) for k in range(30)], valid=[MADE[kind](40)], kind=kind)
+    assert result.findings == ()
+    assert (result.kind, result.splits[0].trainable) == (kind, 30)
+
+
+def test_lengths_and_tokens_of_a_pair_are_those_of_both_answers(tokenizer):
+    rows = [pair(k) for k in range(30)]
+    split = check(tokenizer, rows, kind="pairs").splits[0]
+    sizes = [
+        len(tokenizer(f"<|user|>{row['prompt']}<|end|>\n<|assistant|>{row[answer]}<|end|>\n")["input_ids"])
+        for row in rows
+        for answer in ("chosen", "rejected")
+    ]
+    assert (split.tokens, split.lengths.longest) == (sum(sizes), max(sizes))
+    assert sum(split.lengths.histogram_counts) == 60
+    assert split.shapes == {"pair of texts": 30}
+    assert split.longer_chosen == 0.5
+
+
+JUDGED = {
+    "identical_answers": ("pairs", pair(0, "same", "same"), {}, "warning"),
+    "unreadable": ("pairs", {"prompt": "a", "chosen": "b"}, {}, "error"),
+    "repeated_prompts": ("pairs", pair(29, "another answer"), {}, "note"),
+    "exact_duplicates": ("pairs", pair(29), {}, "warning"),
+    "empty_turns": ("pairs", pair(50, rejected=" "), {}, "warning"),
+    "truncated": ("pairs", pair(50, rejected="no " * 200), {"max_seq_length": 200}, "warning"),
+    "reply_cut_away": ("labels", {**labelled(50), "prompt": "why " * 300}, {"max_seq_length": 200}, "warning"),
+    "last_not_assistant": (
+        "labels",
+        {
+            "prompt": "a",
+            "completion": [{"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}],
+            "label": 1,
+        },
+        {},
+        "warning",
+    ),
+    "missing_answers": ("prompts", {"prompt": "a new one"}, {}, "warning"),
+    "long_left_out": ("prompts", {"prompt": "why " * 300, "answer": 1}, {"max_seq_length": 200}, "warning"),
+}
+
+
+@pytest.mark.parametrize("kind", JUDGED)
+def test_each_finding_about_judged_rows_names_its_row(kind, tokenizer):
+    rows, bad, config, severity = JUDGED[kind]
+    result = check(tokenizer, [*(MADE[rows](k) for k in range(30)), bad], kind=rows, **config)
+    item = found(result, kind)
+    assert (item.severity, item.rows, item.count, item.looked_at) == (severity, (30,), 1, 31)
+    assert {row for other in result.findings for row in other.rows} <= {30}
+
+
+def test_pairs_that_teach_length_are_pointed_out_with_their_share(tokenizer):
+    longer = [pair(2 * k, chosen="a much longer answer than the other one") for k in range(27)]
+    result = check(tokenizer, [*longer, *(pair(k, "no") for k in (100, 102, 104))], kind="pairs")
+    item = found(result, "answer_length")
+    assert item.what.endswith("chosen is longer in 90% of the pairs that differ")
+    assert result.splits[0].longer_chosen == 0.9
+    assert "answer_length" not in kinds(check(tokenizer, longer[:19], kind="pairs"))
+
+
+def test_labels_are_counted_and_lopsided_ones_pointed_out(tokenizer):
+    result = check(tokenizer, [labelled(k, k < 2) for k in range(30)], kind="labels")
+    assert result.splits[0].labels == {"true": 2, "false": 28}
+    assert found(result, "lopsided_labels").what.endswith("7% are true")
+
+
+def test_rows_that_ask_what_a_training_row_asks_are_shared_with_it(tokenizer):
+    valid = [pair(3, "some other answer"), {**pair(60), "prompt": f"{LONG} again"}, pair(70)]
+    result = check(tokenizer, [*(pair(k) for k in range(30)), {**pair(80), "prompt": LONG}], valid=valid, kind="pairs")
+    assert (result.overlaps[0].exact, result.overlaps[0].near) == (1, 1)
+    assert found(result, "shared_with_train", "valid").rows == (0,)
+    assert found(result, "shared_with_train", "valid").what.endswith("by their prompts")
+    assert found(result, "nearly_shared_with_train", "valid").rows == (1,)
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_a_check_of_any_kind_is_shown_and_is_json(kind, tokenizer):
+    result = check(tokenizer, [MADE[kind](k) for k in range(30)], kind=kind)
+    json.dumps(result.to_dict(), allow_nan=False)
+    text, shown = render_text(result), render_html(result)
+    for words in {"pairs": ["tokens an answer"], "labels": ["15 true, 15 false"], "prompts": ["of prompts"]}[kind]:
+        assert words in text
+        assert words in shown
+
+
+def test_the_record_of_a_pair_has_both_answers(tokenizer):
+    config = RunConfig(max_seq_length=60)
+    source = open_splits([pair(1), pair(2, rejected="no " * 60)], val_set_size=0).train
+    rows = Examples(source, tokenizer, ExampleSettings.of(config), "pairs")
+    record = row_record(rows.view(0), rows.settings)
+    assert set(record) == {"row", "tokens", "loss_mask", "spans", "problems", "rejected"}
+    assert tokenizer.decode(record["tokens"]).endswith("! !<|end|>\n")
+    assert tokenizer.decode(record["rejected"]["tokens"]).endswith("no it is not<|end|>\n")
+    assert len(record["rejected"]["loss_mask"]) == len(record["rejected"]["tokens"])
+    cut = rows.view(1)
+    assert len(row_record(cut, rows.settings)["rejected"]["tokens"]) == 60
+    assert "tokens were cut at max_seq_length=60." in row_record(cut, rows.settings)["problems"][-1]
+    assert not stops_a_run(cut, rows.settings)
+    strict = Examples(source, tokenizer, ExampleSettings.of(RunConfig(max_seq_length=60, truncate="error")), "pairs")
+    assert [stops_a_run(strict.view(row), strict.settings) for row in (0, 1)] == [False, True]
+
+
 # --- duplicates -----------------------------------------------------------------------------------------------------
 
 LONG = "the old captain told every sailor on deck that gold lay under the third palm of the far island"
@@ -194,8 +319,6 @@ def test_duplicates_are_what_comparing_all_pairs_says(texts):
     """Exact: the rows equal to an earlier one. Near: no pair below the threshold; the same wording is always found."""
     rows = [chat(" ".join(asked), " ".join(answered)) for asked, answered in texts]
     splits = open_splits(rows, val_set_size=0)
-    from mlx_nb.data.examples import ExampleSettings
-
     reading = read_splits({"train": splits.train}, ExampleSettings.of(RunConfig()))[0]["train"]
     assert reading.exact_duplicates == len(rows) - len({json.dumps(row) for row in rows})
     spoken = ["\n".join(message["content"] for message in row["messages"]) for row in rows]
@@ -393,7 +516,7 @@ def test_a_check_is_json_with_the_same_shape_whatever_was_found(tokenizer):
     for result in (good, bad):
         document = json.loads(json.dumps(result.to_dict(), allow_nan=False))
         assert set(document) == {
-            *("counts", "model", "data", "loss_on", "max_seq_length", "truncate", "findings"),
+            *("counts", "model", "data", "kind", "loss_on", "max_seq_length", "truncate", "findings"),
             *("splits", "overlaps", "epoch", "template", "notes"),
         }
         assert set(document["counts"]) == set(SEVERITIES)

@@ -29,6 +29,7 @@ ORDER = [
     "data.preference_rows",
     "data.prompt_rows",
     "data.row_kinds",
+    "data.row_turns",
     "data.template_facts",
     "data.template_tags",
     "data.template_spans",

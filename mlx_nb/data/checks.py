@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_nb.config import RunConfig
+from mlx_nb.data.chat_template import TokenizedConversation
 from mlx_nb.data.examples import ExampleSettings, RowView
 from mlx_nb.data.findings import ERROR, LISTED_ROWS, SEVERITIES, Collector, Finding, RowList, finding, in_order
 from mlx_nb.data.row_reading import Overlap, SplitReading, read_splits
@@ -22,20 +23,24 @@ from mlx_nb.errors import CommandError
 
 SAMPLED_ROWS = 5000
 _SPLITS = ("train", "valid", "test")
+_LOPSIDED, _ENOUGH_TO_COMPARE = 0.8, 20
 
 
 @dataclass(frozen=True)
 class SplitCheck:
     """One split. `rows` were read and `checked` of them tokenised; what follows `checked` is about those.
 
-    shapes         rows by shape: chat, prompt + completion, text
+    shapes         rows by shape: chat, prompt + completion, text; pair of texts, labelled text, prompt as text, ...
+    labels         of labelled answers, how many are "true" and "false"
     trainable      of the checked rows, those that become examples, with `tokens` and `trained_tokens` in all
+    longer_chosen  of the pairs whose answers differ in length, the share in which the chosen one is longer
     near_groups    numbers of rows that are nearly the same, each like another of its group; the first groups
     """
 
     split: str
     rows: int
     shapes: dict[str, int]
+    labels: dict[str, int]
     unreadable: RowList
     exact_duplicates: int
     near_duplicates: int
@@ -45,6 +50,7 @@ class SplitCheck:
     trainable: int
     tokens: int
     trained_tokens: int
+    longer_chosen: float | None
     refused: RowList
     left_out: RowList
     truncated: RowList
@@ -72,10 +78,11 @@ class EpochEstimate:
 
 @dataclass(frozen=True, repr=False)
 class DataCheck:
-    """All that was found. `findings` are in order: errors, warnings, notes."""
+    """All that was found. `findings` are in order: errors, warnings, notes. `kind` is what the rows were read as."""
 
     model: str
     data: str
+    kind: str
     loss_on: str
     max_seq_length: int
     truncate: str
@@ -104,32 +111,37 @@ class DataCheck:
         return f"DataCheck({counts}; {', '.join(f'{split.rows} rows of {split.split}' for split in self.splits)})"
 
 
-def check_data(splits: Splits, tokenizer: Any, config: RunConfig, *, rows: int | None = SAMPLED_ROWS) -> DataCheck:
+def check_data(
+    splits: Splits, tokenizer: Any, config: RunConfig, *, rows: int | None = SAMPLED_ROWS, kind: str = "tokens"
+) -> DataCheck:
     """Check the rows of all splits as a run with these settings would see them.
 
+    kind  what the training method takes: tokens, pairs, labels or prompts
     rows  how many rows of each split are tokenised; None = all. Everything else looks at every row.
 
     Never raises for a bad row. Raises DataError when the data change while they are read.
     """
     sources = {name: source for name in _SPLITS if (source := getattr(splits, name)) is not None}
     settings = ExampleSettings.of(config)
-    readings, overlaps = read_splits(sources, settings)
+    readings, overlaps = read_splits(sources, settings, kind)
     findings: list[Finding] = []
     checks: list[SplitCheck] = []
     for name, reading in readings.items():
         remarks = Collector(name)
         chosen = sampled_rows(reading.rows, rows)
-        counts = count_tokens(sources[name], chosen, tokenizer, settings, remarks)
+        counts = count_tokens(sources[name], chosen, tokenizer, settings, remarks, kind)
         checks.append(_split_check(reading, counts, config.max_seq_length))
         findings += reading.collector.findings(reading.rows) + remarks.findings(counts.checked)
+        findings += _balance_findings(checks[-1])
         if name == "train" and not counts.trainable:
             findings.append(finding("nothing_to_train", name))
     template = probe_template(tokenizer)
-    if any(reading.shapes["chat"] for reading in readings.values()):
+    if any(reading.conversations for reading in readings.values()) or (kind != "tokens" and template):
         findings += _template_findings(template)
     return DataCheck(
         model=config.model,
         data=config.data if isinstance(config.data, str) else type(config.data).__name__,
+        kind=kind,
         loss_on=config.loss_on,
         max_seq_length=config.max_seq_length,
         truncate=config.truncate,
@@ -155,28 +167,33 @@ def row_record(view: RowView, settings: ExampleSettings) -> dict[str, Any]:
     """A row as training will see it, for JSON: `row`, `tokens`, `loss_mask`, `spans`, `problems`.
 
     A span is [start, end, role, message, weight] in characters of the rendered text. A row that is not trained has
-    `tokens` and `loss_mask` null and the reason among `problems`.
+    `tokens` and `loss_mask` null and the reason among `problems`. A pair has these of its chosen answer, and
+    `rejected` with the other's.
     """
     problems = list(view.conversation.problems) if view.conversation else []
+    problems += [f"rejected: {problem}" for problem in view.rejected.problems] if view.rejected else []
     problems += [view.error] if view.error else []
-    record: dict[str, Any] = {"row": view.row, "tokens": None, "loss_mask": None, "spans": [], "problems": problems}
-    if view.conversation:
-        record["spans"] = [[s.start, s.end, s.role, s.message, _short(s.weight)] for s in view.conversation.spans]
-    if view.example:
-        record["tokens"] = view.example.tokens.tolist()
-        record["loss_mask"] = [_short(weight) for weight in view.example.loss_mask.tolist()]
-        if view.example.dropped_tokens:
-            problems.append(
-                f"{view.example.dropped_tokens} tokens were cut at max_seq_length={settings.max_seq_length}."
-            )
+    if view.dropped_tokens:
+        problems.append(f"{view.dropped_tokens} tokens were cut at max_seq_length={settings.max_seq_length}.")
+    record = {"row": view.row, **_sequence_record(view.conversation, view.error is None), "problems": problems}
+    if view.rejected:
+        record["rejected"] = _sequence_record(view.rejected, view.error is None)
     return record
+
+
+def _sequence_record(said: TokenizedConversation | None, trained: bool) -> dict[str, Any]:
+    spans = [[s.start, s.end, s.role, s.message, _short(s.weight)] for s in said.spans] if said else []
+    if said is None or not trained:
+        return {"tokens": None, "loss_mask": None, "spans": spans}
+    loss_mask = [_short(weight) for weight in said.loss_mask.tolist()]
+    return {"tokens": said.tokens.tolist(), "loss_mask": loss_mask, "spans": spans}
 
 
 def stops_a_run(view: RowView, settings: ExampleSettings) -> bool:
     """Whether training stops at this row: it cannot be read, or is too long with `truncate: error`."""
     if view.content is None:
         return True
-    too_long = view.conversation is not None and len(view.conversation.tokens) > settings.max_seq_length
+    too_long = any(len(said.tokens) > settings.max_seq_length for said in view.conversations)
     return settings.truncate == "error" and too_long
 
 
@@ -191,6 +208,7 @@ def _split_check(reading: SplitReading, counts: TokenCounts, max_seq_length: int
         split=reading.split,
         rows=reading.rows,
         shapes=dict(reading.shapes.most_common()),
+        labels={str(label).lower(): reading.labels[label] for label in sorted(reading.labels, reverse=True)},
         unreadable=reading.unreadable.listed(),
         exact_duplicates=reading.exact_duplicates,
         near_duplicates=sum(len(group) - 1 for group in groups),
@@ -200,10 +218,29 @@ def _split_check(reading: SplitReading, counts: TokenCounts, max_seq_length: int
         trainable=counts.trainable,
         tokens=counts.tokens,
         trained_tokens=counts.trained_tokens,
+        longer_chosen=_share(counts.longer_chosen, counts.longer_rejected),
         refused=counts.refused.listed(),
         left_out=counts.left_out.listed(),
         truncated=counts.truncated.listed(),
     )
+
+
+def _share(these: int, others: int) -> float | None:
+    """The share of these, from 0 to 1; None where there are too few of both to say."""
+    return round(these / (these + others), 4) if these + others >= _ENOUGH_TO_COMPARE else None
+
+
+def _balance_findings(split: SplitCheck) -> list[Finding]:
+    """Sides that are out of balance: one kind of answer mostly longer, one label mostly given."""
+    found = []
+    longer = split.longer_chosen
+    if longer is not None and not 1 - _LOPSIDED <= longer <= _LOPSIDED:
+        which = f"chosen is longer in {100 * longer:.0f}% of the pairs that differ"
+        found.append(finding("answer_length", split.split, which))
+    true = _share(split.labels.get("true", 0), split.labels.get("false", 0))
+    if true is not None and not 1 - _LOPSIDED <= true <= _LOPSIDED:
+        found.append(finding("lopsided_labels", split.split, f"{100 * true:.0f}% are true"))
+    return found
 
 
 def _template_findings(template: TemplateCheck | None) -> list[Finding]:

@@ -19,7 +19,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from mlx_nb.data.rows import ChatRow, PromptCompletionRow, Row
+from mlx_nb.data.row_kinds import AnyRow, Asking
+from mlx_nb.data.rows import ChatRow, PromptCompletionRow, TextRow
 
 NEAR = 0.7
 BANDS, ROWS_PER_BAND = 16, 4
@@ -44,20 +45,35 @@ _OFFSETS = _RANDOM.integers(0, 1 << 63, BANDS * ROWS_PER_BAND, dtype=np.uint64)
 _MIXERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB), np.uint64(0x9E3779B97F4A7C15))
 
 
-def row_digest(content: Row) -> bytes:
+def row_digest(content: AnyRow) -> bytes:
     """16 bytes that two rows share when they hold the same messages, tools, weights and texts."""
-    plain = json.dumps([type(content).__name__, vars(content)], sort_keys=True, ensure_ascii=False, default=str)
+    return _digest([type(content).__name__, vars(content)])
+
+
+def prompt_digest(content: AnyRow) -> bytes | None:
+    """16 bytes that two rows share when they ask the same; None for rows that are one with their answer."""
+    return _digest([content.prompt, content.tools]) if isinstance(content, Asking) else None
+
+
+def _digest(value: object) -> bytes:
+    plain = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def spoken_text(content: Row) -> str:
-    """What a row says of its own: all its texts but the system prompt and the tools, which rows often share."""
+def spoken_text(content: AnyRow) -> str:
+    """What a row says of its own: all its texts but the system prompt and the tools, which rows often share.
+
+    Of rows that differ by their answers, or have none, the prompt alone.
+    """
     if isinstance(content, PromptCompletionRow):
         return f"{content.prompt}\n{content.completion}"
-    if not isinstance(content, ChatRow):
+    if isinstance(content, TextRow):
         return content.text
+    said = content.messages if isinstance(content, ChatRow) else content.prompt
+    if isinstance(said, str):
+        return said
     parts: list[str] = []
-    for message in content.messages:
+    for message in said:
         if message["role"] != "system":
             parts += [json.dumps(call, default=str) for call in message.get("tool_calls", ())]
             parts.append(message.get("content") or "")

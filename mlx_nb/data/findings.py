@@ -21,6 +21,9 @@ class Kind:
 
 KINDS: dict[str, Kind] = {
     "unreadable": Kind(ERROR, "rows that cannot be read", "Fix or delete them: they are left out."),
+    "identical_answers": Kind(
+        WARNING, "pairs whose two answers are the same, left out", "Correct one of the answers, or delete the row."
+    ),
     "too_long": Kind(
         ERROR,
         "rows over max_seq_length, with `truncate: error`",
@@ -36,6 +39,9 @@ KINDS: dict[str, Kind] = {
         WARNING,
         "rows left out: nothing trained is left within max_seq_length",
         "Raise max_seq_length, or shorten the rows.",
+    ),
+    "long_left_out": Kind(
+        WARNING, "rows over max_seq_length, left out", "Raise max_seq_length, or set another `truncate`."
     ),
     "dropped": Kind(
         NOTE, "rows over max_seq_length, left out by `truncate: drop`", "Raise max_seq_length to train them."
@@ -57,6 +63,24 @@ KINDS: dict[str, Kind] = {
         WARNING, "rows that repeat an earlier row exactly", "Remove the copies, unless they are meant to count more."
     ),
     "near_duplicates": Kind(NOTE, "rows nearly the same as another row", "Look at the groups; keep the best of each."),
+    "repeated_prompts": Kind(
+        NOTE, "rows that ask what an earlier row asks", "Fine where the answers differ; such a prompt counts more."
+    ),
+    "missing_answers": Kind(
+        WARNING,
+        "prompts without an answer",
+        "Set answer_feature to the column with the right answer, unless the rewards need none.",
+    ),
+    "answer_length": Kind(
+        WARNING,
+        "chosen and rejected answers differ in length",
+        "Such pairs teach length too: balance them, or watch how long the model's answers get.",
+    ),
+    "lopsided_labels": Kind(
+        NOTE,
+        "most labels are the same",
+        "Set desirable_weight and undesirable_weight so that both sides weigh about the same.",
+    ),
     "mixed_shapes": Kind(
         NOTE, "rows of another shape than the first row", "Check that the columns mean the same in all of them."
     ),

@@ -55,7 +55,18 @@ _FEATURES = {
     "system_feature": "system",
 }
 _SPEC_KEYS = ("path", "weight", "subset", "train_split", "valid_split", "test_split", *_FEATURES)
-_ROW_COLUMNS = {"messages", "conversations", "conversation", "prompt", "completion", "output", "text", "chosen"}
+_ROW_COLUMNS = {
+    "messages",
+    "conversations",
+    "conversation",
+    "prompt",
+    "completion",
+    "output",
+    "text",
+    "chosen",
+    "rejected",
+}
+_ANSWERED = {"prompt", "completion", "chosen", "rejected"}
 _MOST_REPEATS = 100
 
 
@@ -136,7 +147,10 @@ def _held_out_count(val_set_size: float, total: int) -> int:
 
 def renamed(source: RowSource, columns: Mapping[str, str]) -> RowSource:
     """The rows with their columns under the standard names, and without the columns of other shapes."""
-    keep = {"system", "tools"} | ({"prompt", "completion"} if {"prompt", "completion"} & set(columns) else set())
+    shaping = set(columns) & _ROW_COLUMNS
+    others = set(columns.values())
+    if shaping:
+        others |= _ROW_COLUMNS - (_ANSWERED if shaping & _ANSWERED else set())
 
     def read(row: int) -> dict[str, Any]:
         record = source[row]
@@ -146,7 +160,7 @@ def renamed(source: RowSource, columns: Mapping[str, str]) -> RowSource:
                 raise DataError(
                     f"{source.location(row)}: no column {column!r}. The row has: {names}.{did_you_mean(column, record)}"
                 )
-        kept = record if set(columns) == {"system"} else {key: record[key] for key in record if key in keep}
+        kept = {key: value for key, value in record.items() if key not in others}
         return {**kept, **{standard: record[column] for standard, column in columns.items()}}
 
     def digest() -> str:

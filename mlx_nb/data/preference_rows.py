@@ -163,6 +163,7 @@ def _parted(chosen: Messages, rejected: Messages, names: tuple[str, str]) -> tup
     for name, messages in zip(names, (chosen, rejected)):
         if len(messages) == shared:
             raise DataError(f"`{name}` is only the beginning of the other conversation: there is no answer to compare.")
+    for name, messages in zip(names, (chosen, rejected)):
         if messages[shared]["role"] != "assistant":
             raise DataError(
                 f"`{names[0]}` and `{names[1]}` part at message {shared}, which is from the "

@@ -10,7 +10,9 @@ from mlx_nb.data.prompt_rows import PromptRow, prompt_row
 from mlx_nb.data.row_values import AUTOMATIC, Columns, placed
 from mlx_nb.data.rows import Row, token_row
 
-AnyRow = Row | PreferenceRow | LabelledRow | PromptRow
+# Rows with a prompt of their own: the same one may be asked again, with other answers.
+Asking = PreferenceRow | LabelledRow | PromptRow
+AnyRow = Row | Asking
 
 _BUILDERS: dict[str, Callable[[Mapping[str, Any], Columns], AnyRow]] = {
     "tokens": token_row,

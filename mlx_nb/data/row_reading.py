@@ -7,17 +7,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from mlx_nb.data.duplicates import NEAR, Groups, NearIndex, common_sequences, row_digest, spoken_text
-from mlx_nb.data.examples import ExampleSettings
+from mlx_nb.data.duplicates import NEAR, Groups, NearIndex, common_sequences, prompt_digest, row_digest, spoken_text
 from mlx_nb.data.findings import LISTED_ROWS, Collector, RowTally
-from mlx_nb.data.rows import ChatRow, PromptCompletionRow, Row, recognise
+from mlx_nb.data.preference_rows import LabelledRow, NothingToPrefer
+from mlx_nb.data.prompt_rows import PromptRow
+from mlx_nb.data.row_kinds import AnyRow, recognise_as
+from mlx_nb.data.row_turns import is_of_messages, role_sequences, shape, turns
 from mlx_nb.data.sources import RowSource
 from mlx_nb.data.template_tags import REASONING_FIELDS
 from mlx_nb.data.token_counts import sampled_rows
+from mlx_nb.data.token_examples import ExampleSettings
 from mlx_nb.errors import DataError
 
 _BOILERPLATE_SAMPLE = 2000
 _CHARACTERS_PER_TOKEN = 4
+BY_PROMPT = "by their prompts"
 
 
 @dataclass(frozen=True)
@@ -32,24 +36,32 @@ class Overlap:
 
 @dataclass
 class SplitReading:
-    """What reading all rows of one split gives. `near` joins the rows that are nearly the same."""
+    """What reading all rows of one split gives. `near` joins the rows that are nearly the same.
+
+    conversations         how many rows are made of messages
+    first_with            the first row with a digest; `first_asking` the first with a digest of its prompt
+    labels                how many answers are labelled True and False
+    """
 
     split: str
     rows: int
     collector: Collector
     shapes: Counter[str] = field(default_factory=Counter)
+    conversations: int = 0
+    labels: Counter[bool] = field(default_factory=Counter)
     unreadable: RowTally = field(default_factory=RowTally)
     exact_duplicates: int = 0
     near: Groups = field(default_factory=Groups)
     first_with: dict[bytes, int] = field(default_factory=dict)
+    first_asking: dict[bytes, int] = field(default_factory=dict)
     shared_exactly: RowTally = field(default_factory=RowTally)
 
 
 def read_splits(
-    sources: dict[str, RowSource], settings: ExampleSettings
+    sources: dict[str, RowSource], settings: ExampleSettings, kind: str = "tokens"
 ) -> tuple[dict[str, SplitReading], list[Overlap]]:
     """Read every row of every split, `train` first; and again, one by one, the rows that may be nearly the same."""
-    rows = _Rows(sources, settings)
+    rows = _Rows(sources, settings, kind)
     index = NearIndex(len(rows), common_sequences(_some_texts(rows)), rows.text)
     readings = {name: SplitReading(name, len(source), Collector(name)) for name, source in sources.items()}
     for reading in readings.values():
@@ -62,8 +74,8 @@ def read_splits(
 class _Rows:
     """The rows of all splits under one count, so that one index holds them all."""
 
-    def __init__(self, sources: dict[str, RowSource], settings: ExampleSettings) -> None:
-        self.sources, self.columns = sources, settings.columns
+    def __init__(self, sources: dict[str, RowSource], settings: ExampleSettings, kind: str) -> None:
+        self.sources, self.columns, self.kind = sources, settings.columns, kind
         self.starts: dict[str, int] = {}
         self._length = 0
         for name, source in sources.items():
@@ -73,13 +85,13 @@ class _Rows:
     def __len__(self) -> int:
         return self._length
 
-    def recognised(self, split: str, row: int) -> Row | str:
+    def recognised(self, split: str, row: int) -> AnyRow | DataError:
         """The row, or why it cannot be read."""
         source = self.sources[split]
         try:
-            return recognise(source[row], self.columns, location=source.location(row))
+            return recognise_as(self.kind, source[row], self.columns, location=source.location(row))
         except DataError as error:
-            return str(error)
+            return error
 
     def place(self, number: int) -> tuple[str, int]:
         split = next(name for name in reversed(self.starts) if self.starts[name] <= number)
@@ -87,7 +99,7 @@ class _Rows:
 
     def text(self, number: int) -> str:
         content = self.recognised(*self.place(number))
-        return "" if isinstance(content, str) else spoken_text(content)
+        return "" if isinstance(content, DataError) else spoken_text(content)
 
 
 def _some_texts(rows: _Rows) -> Iterator[str]:
@@ -100,32 +112,51 @@ def _read(reading: SplitReading, train: SplitReading, rows: _Rows, index: NearIn
     first_shape = ""
     for row in range(reading.rows):
         content = rows.recognised(reading.split, row)
-        if isinstance(content, str):
-            reading.unreadable.add(row, content)
-            reading.collector.add("unreadable", row, content)
+        if isinstance(content, DataError):
+            reason = str(content)
+            reading.unreadable.add(row, reason)
+            reading.collector.add(
+                "identical_answers" if isinstance(content, NothingToPrefer) else "unreadable", row, reason
+            )
             continue
-        shape = _shape(content)
-        first_shape = first_shape or shape
-        reading.shapes[shape] += 1
-        if shape != first_shape:
-            reading.collector.add("mixed_shapes", row, f"{shape}; the first row is {first_shape}")
-        _look_at_turns(content, row, reading.collector, long_turn)
+        found = shape(content)
+        first_shape = first_shape or found
+        reading.shapes[found] += 1
+        reading.conversations += is_of_messages(content)
+        if found != first_shape:
+            reading.collector.add("mixed_shapes", row, f"{found}; the first row is {first_shape}")
+        if isinstance(content, LabelledRow):
+            reading.labels[content.label] += 1
+        if isinstance(content, PromptRow) and content.answer is None:
+            reading.collector.add("missing_answers", row)
+        for kind, remark in _turn_remarks(content, long_turn).items():
+            reading.collector.add(kind, row, remark)
         if not _seen_before(content, row, reading, train):
             index.add(rows.starts[reading.split] + row, spoken_text(content))
 
 
-def _seen_before(content: Row, row: int, reading: SplitReading, train: SplitReading) -> bool:
-    """Whether an earlier row, of this split or of the training rows, is exactly this one; collected if so."""
-    digest = row_digest(content)
-    first = reading.first_with.setdefault(digest, row)
+def _seen_before(content: AnyRow, row: int, reading: SplitReading, train: SplitReading) -> bool:
+    """Whether an earlier row, of this split or of the training rows, is exactly this one, or asks exactly what it
+    asks; collected if so."""
+    digest, asked = row_digest(content), prompt_digest(content)
+    first = first_asking = reading.first_with.setdefault(digest, row)
+    if asked:
+        first_asking = reading.first_asking.setdefault(asked, row)
     if first != row:
         reading.exact_duplicates += 1
         reading.collector.add("exact_duplicates", row, f"the same as row {first}")
-    shared = train.first_with.get(digest) if reading is not train else None
+    elif first_asking != row:
+        reading.collector.add("repeated_prompts", row, f"the same prompt as row {first_asking}")
+    shared = None
+    if reading is not train:
+        shared = train.first_asking.get(asked) if asked else train.first_with.get(digest)
     if shared is not None:
         reading.shared_exactly.add(row, str(shared))
-        reading.collector.add("shared_with_train", row, f"the same as training row {shared}")
-    return first != row or shared is not None
+        like = "the same prompt as" if asked else "the same as"
+        reading.collector.add(
+            "shared_with_train", row, f"{like} training row {shared}", remark=BY_PROMPT if asked else ""
+        )
+    return first_asking != row or shared is not None
 
 
 def _compare(
@@ -146,12 +177,13 @@ def _compare(
             similarity = index.similarity(first, second)
             if similarity >= NEAR:
                 near[later_split][b] = (a, round(similarity, 3))
+    remark = "" if rows.kind == "tokens" else BY_PROMPT
     for name, reading in readings.items():
         for row, leader in sorted((row, group[0]) for group in reading.near.all() for row in group[1:]):
-            reading.collector.add("near_duplicates", row, f"in a group with row {leader}")
+            reading.collector.add("near_duplicates", row, f"in a group with row {leader}", remark=remark)
         for row, (train_row, similarity) in sorted(near[name].items()):
             like = f"like training row {train_row} ({100 * similarity:.0f}% of the word sequences)"
-            reading.collector.add("nearly_shared_with_train", row, like)
+            reading.collector.add("nearly_shared_with_train", row, like, remark=remark)
     return near
 
 
@@ -161,36 +193,29 @@ def _overlap(reading: SplitReading, near: dict[int, tuple[int, float]]) -> Overl
     return Overlap(reading.split, reading.shared_exactly.count, len(near), tuple(pairs[:LISTED_ROWS]))
 
 
-def _shape(content: Row) -> str:
-    if isinstance(content, ChatRow):
-        return "chat"
-    return "prompt + completion" if isinstance(content, PromptCompletionRow) else "text"
-
-
-def _look_at_turns(content: Row, row: int, collector: Collector, long_turn: int) -> None:
-    if isinstance(content, ChatRow):
-        _look_at_roles([message["role"] for message in content.messages], row, collector)
-        turns = [(f"message {i} ({m['role']})", m) for i, m in enumerate(content.messages)]
-    elif isinstance(content, PromptCompletionRow):
-        turns = [("the prompt", {"content": content.prompt}), ("the completion", {"content": content.completion})]
-    else:
-        return
-    for name, message in turns:
+def _turn_remarks(content: AnyRow, long_turn: int) -> dict[str, str]:
+    """What is odd about the turns of a row: the first remark of each kind."""
+    remarks: dict[str, str] = {}
+    for roles in role_sequences(content):
+        for kind, remark in _role_remarks(roles, answered=not isinstance(content, PromptRow)):
+            remarks.setdefault(kind, remark)
+    for name, message in turns(content):
         text = message.get("content") or ""
         if not text.strip() and not any(message.get(field) for field in ("tool_calls", *REASONING_FIELDS)):
-            collector.add("empty_turns", row, f"{name} is empty")
+            remarks.setdefault("empty_turns", f"{name} is empty")
         elif len(text) > long_turn:
-            collector.add("long_turns", row, f"{name} has {len(text):,} characters")
+            remarks.setdefault("long_turns", f"{name} has {len(text):,} characters")
+    return remarks
 
 
-def _look_at_roles(roles: Sequence[str], row: int, collector: Collector) -> None:
+def _role_remarks(roles: Sequence[str], *, answered: bool) -> Iterator[tuple[str, str]]:
     spoken = [role for role in roles if role != "system"]
     if spoken[:1] == ["assistant"]:
-        collector.add("assistant_first", row)
+        yield "assistant_first", ""
     again = [a for a, b in pairwise(spoken) if a == b and a in ("user", "assistant")]
     if again:
-        collector.add("same_role_twice", row, f"two messages in a row from the {again[0]}")
+        yield "same_role_twice", f"two messages in a row from the {again[0]}"
     if "system" in roles[1:]:
-        collector.add("late_system", row, f"message {roles.index('system', 1)} is from the system")
-    if roles[-1] != "assistant":
-        collector.add("last_not_assistant", row, f"the last message is from {roles[-1]}")
+        yield "late_system", f"message {roles.index('system', 1)} is from the system"
+    if answered and roles[-1] != "assistant":
+        yield "last_not_assistant", f"the last message is from {roles[-1]}"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_nb.data.examples import Example, examples_of, tokenize_as
+from mlx_nb.data.examples import Conversations, Example, examples_of, tokenize_as
 from mlx_nb.data.findings import Collector, RowTally
 from mlx_nb.data.row_kinds import recognise_as
 from mlx_nb.data.sources import RowSource
@@ -55,13 +55,19 @@ def sampled_rows(total: int, wanted: int | None) -> np.ndarray:
 
 @dataclass
 class TokenCounts:
-    """What tokenising the chosen rows of one split gives. `lengths` are before, the other numbers after cutting."""
+    """What tokenising the chosen rows of one split gives. `lengths` are before, the other numbers after cutting.
+
+    Of pairs, `lengths` has both answers, each with its prompt. `longer_chosen` and `longer_rejected` count the pairs
+    in which that answer has more trained tokens, before cutting.
+    """
 
     checked: int
     lengths: list[int] = field(default_factory=list)
     trainable: int = 0
     tokens: int = 0
     trained_tokens: int = 0
+    longer_chosen: int = 0
+    longer_rejected: int = 0
     refused: RowTally = field(default_factory=RowTally)
     left_out: RowTally = field(default_factory=RowTally)
     truncated: RowTally = field(default_factory=RowTally)
@@ -87,11 +93,20 @@ def count_tokens(
             continue
         try:
             said = tokenize_as(kind, content, tokenizer, settings.loss_on)
-            counts.lengths += [len(conversation.tokens) for conversation in said]
-            _collect_problems([problem for conversation in said for problem in conversation.problems], row, collector)
-            examples = examples_of(kind, content, said, row, settings)
         except DataError as error:
-            _collect_refusal(error, row, settings, counts, collector)
+            _collect_refusal(error, row, counts, collector)
+            continue
+        counts.lengths += [len(conversation.tokens) for conversation in said]
+        _compare_answers(said, counts)
+        _collect_problems([problem for conversation in said for problem in conversation.problems], row, collector)
+        try:
+            examples = examples_of(kind, content, said, row, settings)
+        except MaskRefused as error:
+            _collect_refusal(error, row, counts, collector)
+            continue
+        except DataError as error:
+            counts.left_out.add(row, str(error))
+            collector.add(_why_left_out(error, kind, settings), row, str(error))
             continue
         counts.trainable += 1
         _count_examples(examples, row, counts, collector)
@@ -110,25 +125,31 @@ def _count_examples(examples: Sequence[Example], row: int, counts: TokenCounts, 
         collector.add("truncated", row, reason)
 
 
+def _compare_answers(said: Conversations, counts: TokenCounts) -> None:
+    if len(said) == 2:
+        chosen, rejected = (int(np.count_nonzero(answer.loss_mask)) for answer in said)
+        counts.longer_chosen += chosen > rejected
+        counts.longer_rejected += chosen < rejected
+
+
 def _collect_problems(problems: Sequence[str], row: int, collector: Collector) -> None:
     first_of_kind = {kind_of(problem): problem for problem in reversed(problems)}
     for kind, problem in sorted(first_of_kind.items()):
         collector.add("mask_problem", row, problem, remark=kind)
 
 
-def _collect_refusal(
-    error: DataError, row: int, settings: ExampleSettings, counts: TokenCounts, collector: Collector
-) -> None:
-    reason = str(error)
-    if isinstance(error, MaskRefused):
-        counts.refused.add(row, reason)
-        collector.add("refused", row, reason, remark=kind_of(reason))
-        return
-    counts.left_out.add(row, reason)
+def _collect_refusal(error: DataError, row: int, counts: TokenCounts, collector: Collector) -> None:
+    counts.refused.add(row, str(error))
+    collector.add("refused", row, str(error), remark=kind_of(str(error)))
+
+
+def _why_left_out(error: DataError, kind: str, settings: ExampleSettings) -> str:
+    """The kind of finding that a row too long for an example is."""
     if isinstance(error, TooLong):
-        collector.add("too_long", row, reason)
-    else:
-        collector.add("dropped" if settings.truncate == "drop" else "reply_cut_away", row, reason)
+        return "too_long"
+    if settings.truncate == "drop":
+        return "dropped"
+    return "long_left_out" if settings.truncate == "split" or kind == "prompts" else "reply_cut_away"
 
 
 def kind_of(problem: str) -> str:

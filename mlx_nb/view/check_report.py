@@ -81,17 +81,25 @@ def length_rows(split: SplitCheck, check: DataCheck) -> list[tuple[str, str]]:
     lengths = split.lengths
     if lengths:
         measured = sum(lengths.histogram_counts)
+        unit = "answer" if check.kind == "pairs" else "row"
         over = f"{lengths.over_max_seq_length:,} ({_percent(lengths.over_max_seq_length, measured)})"
         rows += [
             (
-                "tokens a row",
+                f"tokens {'an' if unit == 'answer' else 'a'} {unit}",
                 f"{lengths.shortest:,} to {lengths.longest:,}, median {lengths.median:,.0f}, mean {lengths.mean:,.0f}, "
                 f"95% up to {lengths.p95:,.0f}",
             ),
             (f"over max_seq_length={check.max_seq_length}", over),
-            ("99% of rows stay whole at", f"max_seq_length: {lengths.keeps_99}"),
-            ("trained tokens", f"{split.trained_tokens:,} of {split.tokens:,} ({100 * split.trained_share:.1f}%)"),
+            (f"99% of {unit}s stay whole at", f"max_seq_length: {lengths.keeps_99}"),
         ]
+    if split.trained_tokens:
+        rows.append(
+            ("trained tokens", f"{split.trained_tokens:,} of {split.tokens:,} ({100 * split.trained_share:.1f}%)")
+        )
+    if split.longer_chosen is not None:
+        rows.append(("chosen is the longer", f"{100 * split.longer_chosen:.1f}% of the pairs that differ in length"))
+    if split.labels:
+        rows.append(("labels", ", ".join(f"{number:,} {label}" for label, number in split.labels.items())))
     for label, listed in (("refused", split.refused), ("left out", split.left_out), ("cut", split.truncated)):
         if listed.count:
             rows.append((label, f"{listed.count:,} {_rows_word(listed.count)}"))
@@ -106,10 +114,11 @@ def epoch_rows(check: DataCheck) -> list[tuple[str, str]]:
     if epoch is None:
         return []
     about = "about " if epoch.estimated else ""
+    trained = "of prompts" if check.kind == "prompts" else f"{count(epoch.trained_tokens)} of them trained"
     passes = f"{epoch.run_epochs:.3g} epoch{'s' * (epoch.run_epochs != 1)}"
     return [
         ("one epoch", f"{about}{epoch.updates:,} updates of {epoch.batch_rows} rows ({about}{epoch.rows:,} rows)"),
-        ("its tokens", f"{about}{count(epoch.tokens)}, {count(epoch.trained_tokens)} of them trained"),
+        ("its tokens", f"{about}{count(epoch.tokens)}, {trained}"),
         ("the run", f"{epoch.run_updates:,} updates, {passes}"),
     ]
 
@@ -277,7 +286,7 @@ def _split_html(split: SplitCheck, check: DataCheck) -> str:
 
 def _trained_bar(split: SplitCheck) -> str:
     """Trained tokens as a part of all: one bar."""
-    if not split.tokens:
+    if not split.trained_tokens:
         return ""
     share = 100 * split.trained_share
     words = f"{split.trained_tokens:,} of {split.tokens:,} tokens are trained ({share:.1f}%)"
