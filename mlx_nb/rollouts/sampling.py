@@ -10,13 +10,14 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from mlx_nb.errors import DataError, ModelError
+from mlx_nb.model.backend import is_cpu
 from mlx_nb.model.randomness import seed_for
 from mlx_nb.rollouts.drawing import draw_tokens
 
@@ -106,12 +107,12 @@ def _evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Evaluation mode while inside; each module's own mode afterwards."""
     training = [module for module in modules if module.training]
     for module in training:
-        module.eval()
+        module._set_training_mode(False)
     try:
         yield
     finally:
         for module in training:
-            module._training = True
+            module._set_training_mode(True)
 
 
 def _read_prompt(model: nn.Module, prompt: Sequence[int]) -> list[Any]:
@@ -131,7 +132,7 @@ def _refuse_unbatchable(caches: Sequence[Any]) -> None:
     """Raises ModelError for a cache of mlx-lm's that cannot hold rows of different length."""
     for cache in caches:
         _refuse_unbatchable(getattr(cache, "caches", ()))
-        if not hasattr(cache, "merge") or getattr(cache, "keep", 0):
+        if not hasattr(cache, "merge") or getattr(cache, "keep", 0) > 0:
             raise ModelError(
                 f"this model cannot be sampled in groups: mlx-lm's {type(cache).__name__} has no batch form. "
                 "Use another model, or a method that needs no rollouts."
@@ -159,6 +160,14 @@ class _Row:
             self.finished,
             self.prompt_index,
         )
+
+
+class _Drawn(NamedTuple):
+    """A step's rows, and their tokens and log-probabilities where the device left them."""
+
+    rows: list[_Row]
+    token_B: Any
+    logprob_B: Any
 
 
 class _Endings:
@@ -190,10 +199,10 @@ class _Endings:
 
 
 class _Batch:
-    """Rows that are decoded side by side.
+    """Rows that are decoded side by side. `drawn` counts the tokens that were read.
 
-    A step is asked of the device before the one before it is read, so that Python and the device work at once.
-    `drawn` counts the tokens that were read.
+    On a GPU a step is asked of the device before the one before it is read, so that Python and the device work at
+    once. On a CPU they would share the cores: each step is read at once, and drawn by NumPy.
     """
 
     def __init__(self, model: nn.Module, settings: SamplingSettings, uniforms: np.ndarray, endings: _Endings) -> None:
@@ -204,8 +213,9 @@ class _Batch:
         self._endings = endings
         self._rows: list[_Row] = []
         self._caches: list[Any] = []
-        self._inputs_B: mx.array | None = None
-        self._unread: tuple[list[_Row], mx.array, mx.array] | None = None
+        self._inputs_B = mx.array([], dtype=mx.int32)
+        self._unread: _Drawn | None = None
+        self._on_cpu = is_cpu()
 
     @property
     def growing(self) -> int:
@@ -219,27 +229,26 @@ class _Batch:
     def join(self, rows: list[_Row], caches: dict[int, list[Any]], last_tokens: list[int]) -> None:
         """Take in rows whose prompts were read into `caches`, by prompt; rows that have ended leave."""
         self._drop_ended()
-        layers = range(len(next(iter(caches.values()))))
-        joining = [
-            caches[rows[0].prompt_index][layer].merge([caches[row.prompt_index][layer] for row in rows])
-            for layer in layers
-        ]
-        inputs_B = mx.array(last_tokens, dtype=mx.int32)
+        place_of = {prompt_index: place for place, prompt_index in enumerate(caches)}
+        places = [place_of[row.prompt_index] for row in rows]
+        joining = [layer[0].merge(layer) for layer in zip(*caches.values(), strict=True)]
+        for cache in joining:
+            cache.filter(places)  # one row of each prompt becomes one for each completion
         if self._rows:
             for cache, other in zip(self._caches, joining, strict=True):
                 cache.extend(other)
-            self._inputs_B = mx.concatenate([self._inputs_B, inputs_B])
         else:
-            self._caches, self._inputs_B = joining, inputs_B
+            self._caches = joining
+        self._inputs_B = mx.concatenate([self._inputs_B, mx.array(last_tokens, dtype=mx.int32)])
         self._rows = self._rows + rows
 
     def step(self) -> None:
-        """Ask for the next token of each row, then read the tokens that were asked for before."""
-        unread, self._unread = self._unread, self._launch()
-        if unread is None:
+        """Ask for the next token of each row, and read the tokens of this step or of the one before."""
+        launched = self._launch()
+        ready, self._unread = (launched, None) if self._on_cpu else (self._unread, launched)
+        if ready is None:
             return
-        rows, token_B, logprob_B = unread
-        for row, token, logprob in zip(rows, token_B.tolist(), logprob_B.tolist(), strict=True):
+        for row, token, logprob in zip(ready.rows, ready.token_B.tolist(), ready.logprob_B.tolist(), strict=True):
             if not row.ended:
                 row.tokens.append(token)
                 row.logprobs.append(logprob)
@@ -248,29 +257,28 @@ class _Batch:
         if self.growing <= 0.75 * len(self._rows):
             self._drop_ended()
 
-    def _launch(self) -> tuple[list[_Row], mx.array, mx.array] | None:
+    def _launch(self) -> _Drawn | None:
         """Start computing one token for each row; None when no row needs another."""
-        settings = self._settings
-        if all(row.ended or row.launched == settings.max_tokens for row in self._rows):
+        last = self._settings.max_tokens - 1
+        if all(row.ended or row.launched > last for row in self._rows):
             return None
-        places = [min(row.launched, settings.max_tokens - 1) for row in self._rows]
-        uniform_B2 = mx.array(self._uniforms[[row.number for row in self._rows], places])
-        logits_BV = self._model(self._inputs_B[:, None], cache=self._caches)[:, -1]
-        token_B, logprob_B = draw_tokens(logits_BV, uniform_B2, settings.temperature, settings.top_k, settings.top_p)
-        mx.async_eval(token_B, logprob_B)
+        uniform_B2 = self._uniforms[[row.number for row in self._rows], [min(row.launched, last) for row in self._rows]]
+        logits_BV = self._model(self._inputs_B[:, None], cache=self._caches)[:, -1].astype(mx.float32)
+        how = (self._settings.temperature, self._settings.top_k, self._settings.top_p)
+        if self._on_cpu:
+            token_B, logprob_B = draw_tokens(np.array(logits_BV), uniform_B2, *how)
+        else:
+            token_B, logprob_B = draw_tokens(logits_BV, mx.array(uniform_B2), *how)
+            mx.async_eval(token_B, logprob_B)
+        self._inputs_B = mx.array(token_B)
         for row in self._rows:
             row.launched += 1
-        self._inputs_B = token_B
-        return self._rows, token_B, logprob_B
+        return _Drawn(self._rows, token_B, logprob_B)
 
     def _drop_ended(self) -> None:
         keep = [place for place, row in enumerate(self._rows) if not row.ended]
-        if len(keep) == len(self._rows):
-            return
-        if keep:
+        if keep and len(keep) < len(self._rows):
             for cache in self._caches:
                 cache.filter(keep)
-            self._inputs_B = self._inputs_B[mx.array(keep)]
-        else:
-            self._caches = []
+        self._inputs_B = self._inputs_B[mx.array(keep, dtype=mx.int32)]
         self._rows = [self._rows[place] for place in keep]
