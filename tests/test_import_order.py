@@ -48,6 +48,8 @@ ORDER = [
     "model.sharing",
     "model.logprobs",
     "rollouts.generation",
+    "rollouts.drawing",
+    "rollouts.sampling",
     "objectives.base",
     "objectives.sft",
     "train.optimizer",
