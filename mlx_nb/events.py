@@ -91,6 +91,21 @@ class SampleGenerated(Event):
 
 
 @dataclass(frozen=True)
+class RolloutCompleted(Event):
+    """Completions were sampled and scored; the next updates are made with them.
+
+    groups    for each prompt {row, prompt, completions}, and of each completion {text, rewards: {function: number},
+              reward: their weighted sum, advantage, tokens, finished}; None where a function gave no number
+    seconds   of sampling
+    problems  what went wrong in reward functions, in words
+    """
+
+    groups: tuple[dict[str, Any], ...]
+    seconds: float
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Progress(Event):
     """Something longer than an update is at `done` of `total` parts. Not kept in the history."""
 
@@ -196,6 +211,7 @@ EVENT_TYPES: dict[str, type[Event]] = {
         StepCompleted,
         EvaluationCompleted,
         SampleGenerated,
+        RolloutCompleted,
         Progress,
         StateChanged,
         RequestRefused,

@@ -17,6 +17,7 @@ from mlx_nb.view.row_display import ShownRow
 if TYPE_CHECKING:
     from mlx_nb.model.loading import LoadedModel
     from mlx_nb.rollouts.generation import Question
+    from mlx_nb.rollouts.rewards import Reward
     from mlx_nb.train.reference import ReferenceLogprobs
     from mlx_nb.train.trainer import TrainerExamples
 
@@ -129,6 +130,18 @@ class Material:
         start = self.base_model if self.config.fine_tune_type == "full" else None
         fingerprint = reference_fingerprint(self.config, self.loaded)
         return ReferenceLogprobs(lambda: reference_scorer(self.config, self.loaded, start), fingerprint)
+
+    @cached_property
+    def rewards(self) -> tuple[Reward, ...]:
+        """The reward functions of a method that needs some. Raises ConfigError for what cannot be called."""
+        from mlx_nb.rollouts.rewards import check_rewards, resolve_rewards
+
+        if method_named(self.config.method).rows != "prompts":
+            return ()
+        rewards = resolve_rewards(self.config.rewards, self.namespace or {})
+        columns = dict.fromkeys(name for example in self.examples.train for name in example.columns)
+        check_rewards(rewards, self.config.reward_weights, tuple(columns))
+        return rewards
 
     def notes(self) -> list[str]:
         """What a person should know about model and rows before training."""

@@ -162,6 +162,8 @@ class Run:
             memory_limit=memory_limit(),
             sampler=lambda prompt: self.material.answers(prompt, self.config.sample_tokens),
             reference=self._reference(set_aside),
+            tokenizer=loaded.tokenizer,
+            rewards=self.material.rewards,
         )
 
     def _reference(self, set_aside: Path | None) -> Any:

@@ -30,7 +30,7 @@ class Completions(NamedTuple):
     advantage_S  of the completion that each token is in
     weight_S     1 for a token that counts, 0 for padding and for completions that are masked
     row_S        which completion each token is in, and `length_S` how many counted tokens that one has, at least 1
-    count        N
+    completions  N
     """
 
     logprob_S: mx.array
@@ -40,7 +40,7 @@ class Completions(NamedTuple):
     weight_S: mx.array
     row_S: mx.array
     length_S: mx.array
-    count: int
+    completions: int
 
 
 class TokenLosses(NamedTuple):
@@ -59,7 +59,7 @@ def completion_objective(loss: Callable[[Completions], Any], temperature: float)
         logits_SV = scorer.logits(inputs).astype(mx.float32) / temperature
         logprob_S = target_logprobs(logits_SV, inputs.target_S)
         row_S = row_of_target(inputs)
-        weight_S = inputs.weight_S
+        weight_S = inputs.weight_S * inputs.row_values["counts"][row_S]
         length_S = mx.maximum(sum_by_row(inputs, weight_S), 1.0)[row_S]
         behaviour_S = inputs.token_values["behaviour"]
         reference_S = inputs.token_values.get("reference", mx.stop_gradient(logprob_S))
@@ -97,7 +97,7 @@ def _entropy(logits_SV: mx.array) -> mx.array:
 
 
 def _count(completions: Completions) -> mx.array:
-    return mx.array(float(completions.count))
+    return mx.array(float(completions.completions))
 
 
 def _token_losses(
@@ -107,7 +107,7 @@ def _token_losses(
     log_ratio_S = (c.logprob_S - c.behaviour_S) * c.weight_S
     if level == "sequence":
         # One ratio for a completion, the geometric mean of those of its tokens (GSPO, Zheng et al. 2025, equation 7).
-        sums_B = mx.zeros(c.count).at[c.row_S].add(log_ratio_S)
+        sums_B = mx.zeros(c.completions).at[c.row_S].add(log_ratio_S)
         log_ratio_S = sums_B[c.row_S] / c.length_S
         low = _SEQUENCE_EPSILON if epsilon is None else epsilon
         high = (_SEQUENCE_EPSILON_HIGH if epsilon is None else epsilon) if epsilon_high is None else epsilon_high

@@ -43,9 +43,6 @@ class Feed(Protocol):
     def metrics(self) -> dict[str, float]:
         """What was measured besides the loss, for the next update."""
 
-    def evaluation(self, examples: Sequence[Any], limit: int) -> Iterator[TokenBatch]:
-        """The fixed batches of an evaluation."""
-
     def snapshot(self) -> dict[str, Any]:
         """What `batches` depends on besides the position: {"arrays": {name: array}, "state": plain values}."""
 

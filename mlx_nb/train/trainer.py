@@ -46,10 +46,12 @@ from mlx_nb.model.logprobs import TargetScorer, target_inputs
 from mlx_nb.model.randomness import random_stream, seed_for
 from mlx_nb.model.trees import named_arrays
 from mlx_nb.objectives.binding import objective_for
+from mlx_nb.rollouts.rewards import Reward
 from mlx_nb.train.checkpoint import Checkpoint
 from mlx_nb.train.feeds import Feed, RowFeed
 from mlx_nb.train.optimizer import build_optimizer, learning_rate_at
 from mlx_nb.train.reference import ReferenceLogprobs
+from mlx_nb.train.rollout_feed import RolloutFeed
 from mlx_nb.train.step import Stepper, add_metrics, mean_metrics
 from mlx_nb.train.tripwires import RECENT_LOSSES, advice, refusal
 
@@ -78,8 +80,8 @@ Sampler = Callable[[str], Iterator[tuple[str, str | None]]]
 Due = tuple[str, str]
 
 
-class _BrokenOff(Exception):
-    """What was being done is dropped, as if it had never begun."""
+class _BrokenOff(BaseException):
+    """What was being done is dropped, as if it had never begun. No `except Exception` of a person's own stops it."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ class Trainer:
         memory_limit: int | None = None,
         sampler: Sampler | None = None,
         reference: ReferenceLogprobs | None = None,
+        tokenizer: Any = None,
+        rewards: Sequence[Reward] = (),
     ) -> None:
         if not examples.train:
             raise DataError("no training row is left. `%finetune rows` shows why each one was left out.")
@@ -145,9 +149,20 @@ class Trainer:
         except BaseException:
             self.close()
             raise
-        self.feed: Feed = RowFeed(
-            config, examples.train, scorer=self.scorer, reference=reference, width_multiple=width_multiple
-        )
+        if method_named(config.method).rows == "prompts":
+            self.feed: Feed = RolloutFeed(
+                config,
+                examples.train,
+                scorer=self.scorer,
+                tokenizer=tokenizer,
+                rewards=rewards,
+                reference=reference,
+                width_multiple=width_multiple,
+            )
+        else:
+            self.feed = RowFeed(
+                config, examples.train, scorer=self.scorer, reference=reference, width_multiple=width_multiple
+            )
         self.iters = config.iters or self._iters_for(config.epochs or 1.0)
         mx.reset_peak_memory()
 
@@ -160,6 +175,8 @@ class Trainer:
         if isinstance(request, Pause) and request.at_once:
             self._break_off = True
         self._pending.append(request)
+        if self._break_off and isinstance(self.feed, RolloutFeed) and self.feed.in_reward:
+            raise _BrokenOff  # in the middle of a reward function, which nothing else could end
 
     def _poll(self) -> None:
         if self._break_off:
@@ -185,7 +202,7 @@ class Trainer:
                 elif self.finished is not None or done == updates:
                     return
                 elif not self.feed.ready:
-                    event = yield from self._prepare_batches()
+                    event = yield from self._polled(self.feed.prepare(self.state.step, self.state.batches))
                 else:
                     event = self._update()
                     done += 1
@@ -201,16 +218,16 @@ class Trainer:
                 return
             yield event
 
-    def _prepare_batches(self) -> Generator[Event, None, Event]:
-        preparing = self.feed.prepare(self.state.step, self.state.batches)
+    def _polled(self, work: Generator[Event, None, Any]) -> Generator[Event, None, Any]:
+        """`work`, broken off where that was asked for."""
         try:
             while True:
                 self._poll()
-                yield next(preparing)
+                yield next(work)
         except StopIteration as ended:
             return ended.value
         finally:
-            preparing.close()
+            work.close()
 
     def _do_next(self) -> Generator[Event, None, Event]:
         """Carry out the first thing of the queue, which leaves it only then, and queue what follows from it."""
@@ -452,6 +469,9 @@ class Trainer:
             raise DataError(f"there are no rows in the {split} split to evaluate.")
         started = time.perf_counter()
         limit = -1 if all_rows else config.test_batches if split == "test" else config.val_batches
+        if isinstance(self.feed, RolloutFeed):
+            return (yield from self._measuring_rewards(self.feed, split, examples, limit))
+        assert isinstance(self.feed, RowFeed)
         total = units = 0.0
         rows = 0
         row_losses: list[tuple[int, float]] = []
@@ -478,6 +498,26 @@ class Trainer:
             time.perf_counter() - started,
             row_losses=tuple(row_losses),
             metrics=mean_metrics(metrics),
+        )
+
+    def _measuring_rewards(
+        self, feed: RolloutFeed, split: str, examples: Sequence[Any], limit: int
+    ) -> Generator[Event, None, EvaluationCompleted]:
+        """The rewards of one completion of each prompt. The loss is minus their mean, so that lower is better."""
+        started = time.perf_counter()
+        rewards, metrics = yield from self._polled(feed.measure(self.state.step, examples, limit))
+        if not rewards:
+            raise DataError(f"no completion of {split} got a reward. The reward functions say why in the log.")
+        return EvaluationCompleted(
+            self.state.step,
+            split,
+            -sum(reward for _, reward in rewards) / len(rewards),
+            None,
+            float(len(rewards)),
+            len(rewards),
+            time.perf_counter() - started,
+            row_losses=tuple((row, -reward) for row, reward in rewards),
+            metrics=metrics,
         )
 
     def _validate(self) -> Generator[Event, None, tuple[Event, list[Due]]]:

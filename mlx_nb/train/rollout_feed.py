@@ -1,0 +1,327 @@
+"""Batches of what the model itself wrote: sampled, scored by the person's rewards, and used for some updates."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_nb.config import RunConfig
+from mlx_nb.data.batches import BatchPlan, TokenBatch, evaluation_batches, pad
+from mlx_nb.data.examples import PromptExample, TokenizedExample
+from mlx_nb.events import Event, Progress, RolloutCompleted
+from mlx_nb.model.logprobs import TargetScorer, target_inputs, target_logprobs
+from mlx_nb.model.randomness import seed_for
+from mlx_nb.objectives.binding import options_for
+from mlx_nb.rollouts.advantages import Advantages, group_advantages
+from mlx_nb.rollouts.rewards import Reward, completion_batch
+from mlx_nb.rollouts.sampling import Completion, SamplingSettings, sample_groups
+from mlx_nb.rollouts.scoring import Scores, score_completions
+from mlx_nb.train.reference import ReferenceLogprobs
+
+
+@dataclass(frozen=True, eq=False)
+class Sampled:
+    """Completions with the prompt of each, their scores, and how long sampling took."""
+
+    examples: list[PromptExample]
+    completions: list[Completion]
+    scores: Scores
+    seconds: float
+
+
+class RolloutFeed:
+    """One rollout is `group_size` completions of every prompt of an update; `updates_per_rollout` updates use it."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        examples: Sequence[PromptExample],
+        *,
+        scorer: TargetScorer,
+        tokenizer: Any,
+        rewards: Sequence[Reward],
+        reference: ReferenceLogprobs | None,
+        width_multiple: int,
+    ) -> None:
+        self._config = config
+        self._examples = examples
+        self._scorer = scorer
+        self._tokenizer = tokenizer
+        self._rewards = rewards
+        # A KL that weighs nothing in the loss is not worth a forward pass of the reference.
+        self._reference = reference if options_for(config).get("beta", 1.0) else None
+        self._width_multiple = width_multiple
+        self._plan = BatchPlan([example.length for example in examples], config.batch_size, config.seed)
+        self.batches_per_epoch = self._plan.batches_per_epoch
+        self.updates_per_batch = config.updates_per_rollout
+        self._batches: list[TokenBatch] | None = None
+        self._metrics: dict[str, float] = {}
+        self._uses = 0
+        self.in_reward = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether there are completions to train on."""
+        return self._batches is not None
+
+    def prepare(self, step: int, first: int) -> Generator[Event, None, Event]:
+        """Sample and score the completions of the next update's prompts. Nothing changes before it has ended."""
+        config = self._config
+        positions = [self._plan.batch(first + index) for index in range(config.grad_accumulation_steps)]
+        prompts = [[self._examples[position] for position in chosen] for chosen in positions]
+        seed = seed_for(config.seed, "rollout", first)
+        sampled = yield from self._sample(step, [one for chosen in prompts for one in chosen], config.group_size, seed)
+        scale = config.scale_rewards or ("none" if config.loss == "dr_grpo" else "group")
+        advantages = group_advantages(sampled.scores.total_N, config.group_size, scale=scale)
+        batches, start = [], 0
+        for chosen in prompts:
+            end = start + len(chosen) * config.group_size
+            yield Progress(step, "reference", start, len(sampled.completions))
+            batches.append(self._batch(sampled, advantages, slice(start, end)))
+            start = end
+        self._batches, self._uses = batches, 0
+        self._metrics = {**self._measured(sampled), "zero_variance_groups": advantages.zero_variance_share}
+        return RolloutCompleted(
+            step,
+            self._groups(sampled, advantages),
+            sampled.seconds,
+            tuple(problem.error for problem in sampled.scores.problems),
+        )
+
+    def _sample(
+        self, step: int, prompts: Sequence[PromptExample], group_size: int, seed: int
+    ) -> Generator[Event, None, Sampled]:
+        config = self._config
+        settings = SamplingSettings(
+            config.max_completion_length, config.temperature, config.top_p, config.top_k, config.stop or ()
+        )
+        started = time.perf_counter()
+        tokens = [example.prompt_tokens.tolist() for example in prompts]
+        sampling = sample_groups(self._scorer.model, self._tokenizer, tokens, group_size, settings, seed)
+        completions = yield from _progress(sampling, step, len(prompts) * group_size * config.max_completion_length)
+        seconds = time.perf_counter() - started
+        examples = [prompts[completion.prompt_index] for completion in completions]
+        batch = completion_batch(
+            examples, [one.text for one in completions], [one.tokens.tolist() for one in completions]
+        )
+        scoring = score_completions(self._rewards, config.reward_weights, batch, timeout=config.reward_timeout)
+        scores = yield from self._scoring(scoring, step)
+        return Sampled(examples, completions, scores, seconds)
+
+    def _scoring(self, scoring: Generator[Any, None, Scores], step: int) -> Generator[Event, None, Scores]:
+        try:
+            while True:
+                with self._person_at_work():
+                    progress = next(scoring)
+                yield Progress(step, f"reward {progress.function}", progress.done, progress.total)
+        except StopIteration as ended:
+            return ended.value
+        finally:
+            scoring.close()
+
+    @contextmanager
+    def _person_at_work(self) -> Generator[None, None, None]:
+        """While a function of the person's own runs: only there an interrupt may strike."""
+        self.in_reward = True
+        try:
+            yield
+        finally:
+            self.in_reward = False
+
+    def _batch(self, sampled: Sampled, advantages: Advantages, chosen: slice) -> TokenBatch:
+        completions, examples = sampled.completions[chosen], sampled.examples[chosen]
+        batch = pad([_as_example(prompt, said) for prompt, said in zip(examples, completions)], self._width_multiple)
+        behaviour_BT = np.zeros(batch.tokens_BT.shape, np.float32)
+        for index, said in enumerate(completions):
+            behaviour_BT[index, batch.lengths[index] - len(said.tokens) : batch.lengths[index]] = said.logprobs
+        counts = [said.finished or not self._config.mask_truncated_completions for said in completions]
+        batch = batch._replace(
+            row_values={"advantage": advantages.advantage_N[chosen], "counts": np.array(counts, np.float32)},
+            token_values={"behaviour": behaviour_BT},
+        )
+        return batch if self._reference is None else self._with_reference(batch, self._reference.scorer)
+
+    def _with_reference(self, batch: TokenBatch, scorer: TargetScorer) -> TokenBatch:
+        """At the sampling temperature, as the policy's."""
+        inputs = target_inputs(batch)
+        logits_SV = scorer.logits(inputs).astype(mx.float32) / self._config.temperature
+        reference_BT = np.zeros(batch.tokens_BT.shape, np.float32)
+        reference_BT[batch.loss_mask_BT != 0] = np.array(target_logprobs(logits_SV, inputs.target_S))
+        return batch._replace(token_values={**batch.token_values, "reference": reference_BT})
+
+    def _measured(self, sampled: Sampled) -> dict[str, float]:
+        rewards_NF, total_N = sampled.scores.rewards_NF, sampled.scores.total_N
+        lengths = [len(said.tokens) for said in sampled.completions]
+        known_N = total_N[np.isfinite(total_N)]
+        measured = {
+            "completion_tokens": float(np.mean(lengths)),
+            "cut_off": float(np.mean([not said.finished for said in sampled.completions])),
+            "seconds_sampling": sampled.seconds,
+        }
+        if len(known_N):
+            measured["reward"] = float(known_N.mean())
+            measured["reward_spread"] = _spread(total_N, self._config.group_size)
+        for reward, values_N, seconds in zip(self._rewards, rewards_NF.T, sampled.scores.seconds_F):
+            if np.isfinite(values_N).any():
+                measured[f"reward_{reward.name}"] = float(np.nanmean(values_N))
+            measured[f"seconds_{reward.name}"] = float(seconds)
+        return measured
+
+    def _groups(self, sampled: Sampled, advantages: Advantages) -> tuple[dict[str, Any], ...]:
+        names, size = [reward.name for reward in self._rewards], self._config.group_size
+        scores = sampled.scores
+        groups = []
+        for start in range(0, len(sampled.completions), size):
+            example = sampled.examples[start]
+            said = [
+                {
+                    "text": sampled.completions[n].text,
+                    "rewards": {name: _plain(value) for name, value in zip(names, scores.rewards_NF[n])},
+                    "reward": _plain(scores.total_N[n]),
+                    "advantage": float(advantages.advantage_N[n]),
+                    "tokens": len(sampled.completions[n].tokens),
+                    "finished": sampled.completions[n].finished,
+                }
+                for n in range(start, start + size)
+            ]
+            groups.append({"row": example.row, "prompt": _text_of(example.prompt), "completions": said})
+        return tuple(groups)
+
+    def batches(self, first: int) -> list[TokenBatch]:
+        """The completions, a batch for each micro-batch of prompts."""
+        assert self._batches is not None
+        return self._batches
+
+    def used(self) -> int:
+        """After the last update on these completions the run moves on."""
+        self._uses += 1
+        return self.drop() if self._uses >= self._config.updates_per_rollout else 0
+
+    def drop(self) -> int:
+        """Leave these prompts behind, with whatever was sampled."""
+        self._batches = None
+        return self._config.grad_accumulation_steps
+
+    def metrics(self) -> dict[str, float]:
+        """Of the completions: rewards, lengths, seconds."""
+        return self._metrics
+
+    def log_ratios(self) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """(row, tokens, log(policy now / policy that sampled)) of each completion that is being trained on."""
+        found = []
+        for batch in self._batches or []:
+            inputs = target_inputs(batch)
+            logits_SV = self._scorer.logits(inputs).astype(mx.float32) / self._config.temperature
+            ratio_BT = np.zeros(batch.tokens_BT.shape, np.float32)
+            now_S = target_logprobs(logits_SV, inputs.target_S)
+            ratio_BT[batch.loss_mask_BT != 0] = np.array(now_S - inputs.token_values["behaviour"])
+            for index, row in enumerate(batch.rows):
+                said = batch.loss_mask_BT[index] != 0
+                found.append((row, batch.tokens_BT[index][said], ratio_BT[index][said]))
+        return found
+
+    def measure(
+        self, step: int, examples: Sequence[PromptExample], limit: int
+    ) -> Generator[Event, None, tuple[list[tuple[int, float]], dict[str, float]]]:
+        """(row, reward) of one completion of each of a fixed set of prompts, always drawn by the same numbers."""
+        config = self._config
+        lengths = [example.length for example in examples]
+        chosen = evaluation_batches(lengths, config.batch_size, limit, config.seed)
+        prompts = [examples[position] for positions in chosen for position in positions]
+        sampled = yield from self._sample(step, prompts, 1, seed_for(config.seed, "evaluation"))
+        rewards = sampled.scores.total_N
+        rows = [(example.row, float(reward)) for example, reward in zip(prompts, rewards) if math.isfinite(reward)]
+        metrics = self._measured(sampled)
+        metrics.pop("reward_spread", None)
+        return rows, metrics
+
+    def snapshot(self) -> dict[str, Any]:
+        """The completions in use: they cannot be sampled again once the policy has changed."""
+        if self._batches is None:
+            return {"arrays": {}, "state": None}
+        arrays: dict[str, mx.array] = {}
+        for number, batch in enumerate(self._batches):
+            for name, array in _arrays_of(batch).items():
+                arrays[f"{number}.{name}"] = mx.array(array)
+        shapes = [{"rows": batch.rows, "lengths": batch.lengths} for batch in self._batches]
+        return {"arrays": arrays, "state": {"batches": shapes, "uses": self._uses, "metrics": self._metrics}}
+
+    def restore(self, arrays: dict[str, mx.array], state: Any) -> None:
+        """Go on with the completions of a snapshot."""
+        self._batches, self._uses, self._metrics = None, 0, {}
+        if state is None:
+            return
+        self._uses, self._metrics = state["uses"], dict(state["metrics"])
+        self._batches = [
+            _batch_of({name: np.array(arrays[f"{number}.{name}"]) for name in _names(arrays, number)}, shape)
+            for number, shape in enumerate(state["batches"])
+        ]
+
+
+def _progress(
+    sampling: Generator[int, None, list[Completion]], step: int, total: int
+) -> Generator[Event, None, list[Completion]]:
+    try:
+        while True:
+            yield Progress(step, "completions", next(sampling), total)
+    except StopIteration as ended:
+        return ended.value
+    finally:
+        sampling.close()
+
+
+def _as_example(prompt: PromptExample, said: Completion) -> TokenizedExample:
+    tokens = np.concatenate([prompt.prompt_tokens, said.tokens]).astype(np.int32)
+    loss_mask = np.zeros(len(tokens), np.float32)
+    loss_mask[len(prompt.prompt_tokens) :] = 1
+    return TokenizedExample(tokens, loss_mask, prompt.row)
+
+
+def _spread(total_N: np.ndarray, group_size: int) -> float:
+    """Mean over groups of the deviation of their known rewards."""
+    groups = [group[np.isfinite(group)] for group in total_N.reshape(-1, group_size)]
+    return float(np.mean([group.std(ddof=1) if len(group) > 1 else 0.0 for group in groups]))
+
+
+def _plain(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _text_of(prompt: Any) -> str:
+    """A prompt to read: messages one after the other."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def _arrays_of(batch: TokenBatch) -> dict[str, np.ndarray]:
+    arrays = {"tokens": batch.tokens_BT, "loss_mask": batch.loss_mask_BT}
+    arrays.update({f"row.{name}": value for name, value in batch.row_values.items()})
+    arrays.update({f"token.{name}": value for name, value in batch.token_values.items()})
+    return arrays
+
+
+def _names(arrays: dict[str, mx.array], number: int) -> list[str]:
+    prefix = f"{number}."
+    return [name[len(prefix) :] for name in arrays if name.startswith(prefix)]
+
+
+def _batch_of(arrays: dict[str, np.ndarray], shape: dict[str, Any]) -> TokenBatch:
+    def having(prefix: str) -> dict[str, np.ndarray]:
+        return {name[len(prefix) :]: value for name, value in arrays.items() if name.startswith(prefix)}
+
+    return TokenBatch(
+        arrays["tokens"],
+        arrays["loss_mask"],
+        tuple(shape["rows"]),
+        tuple(shape["lengths"]),
+        having("row."),
+        having("token."),
+    )
