@@ -108,3 +108,26 @@ def save_tiny_model(folder: Path) -> Path:
         json.dumps({**arguments, "architectures": ["LlamaForCausalLM"], "eos_token_id": 0})
     )
     return folder
+
+
+def tiny_pairs(count: int = 24) -> list[dict]:
+    """Pairs of answers: the right word twice is better than the wrong word once."""
+    words = ("red", "green", "blue", "black", "white", "amber")
+    return [
+        {"prompt": f"say {words[row % 6]} {row}", "chosen": words[row % 6] * 2, "rejected": words[(row + 1) % 6]}
+        for row in range(count)
+    ]
+
+
+def tiny_labels(count: int = 24) -> list[dict]:
+    """Answers with a label: the right word twice is good."""
+    return [
+        {"prompt": pair["prompt"], "completion": pair["chosen" if row % 2 else "rejected"], "label": bool(row % 2)}
+        for row, pair in enumerate(tiny_pairs(count))
+    ]
+
+
+def tiny_prompts(count: int = 24) -> list[dict]:
+    """Prompts with the word that is wanted as their answer, and a column of their own."""
+    words = ("red", "green", "blue", "black", "white", "amber")
+    return [{"prompt": f"say {words[row % 6]}", "answer": words[row % 6], "level": row % 3} for row in range(count)]

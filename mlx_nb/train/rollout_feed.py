@@ -87,7 +87,11 @@ class RolloutFeed:
             batches.append(self._batch(sampled, advantages, slice(start, end)))
             start = end
         self._batches, self._uses = batches, 0
-        self._metrics = {**self._measured(sampled), "zero_variance_groups": advantages.zero_variance_share}
+        self._metrics = {
+            **self._measured(sampled),
+            "reward_spread": _spread(sampled.scores.total_N, config.group_size),
+            "zero_variance_groups": advantages.zero_variance_share,
+        }
         return RolloutCompleted(
             step,
             self._groups(sampled, advantages),
@@ -167,7 +171,6 @@ class RolloutFeed:
         }
         if len(known_N):
             measured["reward"] = float(known_N.mean())
-            measured["reward_spread"] = _spread(total_N, self._config.group_size)
         for reward, values_N, seconds in zip(self._rewards, rewards_NF.T, sampled.scores.seconds_F):
             if np.isfinite(values_N).any():
                 measured[f"reward_{reward.name}"] = float(np.nanmean(values_N))
@@ -238,9 +241,7 @@ class RolloutFeed:
         sampled = yield from self._sample(step, prompts, 1, seed_for(config.seed, "evaluation"))
         rewards = sampled.scores.total_N
         rows = [(example.row, float(reward)) for example, reward in zip(prompts, rewards) if math.isfinite(reward)]
-        metrics = self._measured(sampled)
-        metrics.pop("reward_spread", None)
-        return rows, metrics
+        return rows, self._measured(sampled)
 
     def snapshot(self) -> dict[str, Any]:
         """The completions in use: they cannot be sampled again once the policy has changed."""
