@@ -13,18 +13,34 @@ if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
     from mlx_nb.config import RunConfig
+    from mlx_nb.methods import register_objective
+    from mlx_nb.objectives.battery import check_objective
     from mlx_nb.run import Run
 
 __version__ = "0.1.0"
-__all__ = ["Run", "RunConfig", "__version__", "load_ipython_extension", "unload_ipython_extension"]
+__all__ = [
+    "Run",
+    "RunConfig",
+    "__version__",
+    "check_objective",
+    "load_ipython_extension",
+    "register_objective",
+    "unload_ipython_extension",
+]
 
-_PUBLIC = {"Run": "mlx_nb.run", "RunConfig": "mlx_nb.config"}
+_PUBLIC = {
+    "Run": "mlx_nb.run",
+    "RunConfig": "mlx_nb.config",
+    "check_objective": "mlx_nb.objectives.battery",
+    "register_objective": "mlx_nb.methods",
+}
+_COMPUTING = ("Run", "check_objective")
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'mlx_nb' has no attribute {name!r}")
-    if name == "Run":
+    if name in _COMPUTING:
         from mlx_nb.model.backend import prepare_backend
 
         prepare_backend()

@@ -26,10 +26,14 @@ class Metric:
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss function, or `module:name` of one, and its options: the names of its keyword-only parameters."""
+    """A loss function, or `module:name` of one, and its options: the names of its keyword-only parameters.
+
+    `stops_gradient` says that it holds part of itself constant, so its gradient is not that of its value.
+    """
 
     where: str | Callable[..., Any]
     options: tuple[str, ...] = ()
+    stops_gradient: bool = False
 
     def function(self) -> Callable[..., Any]:
         """The function itself, imported if need be."""
@@ -100,7 +104,15 @@ _CLIPPED = ("beta", "epsilon", "epsilon_high", "importance_sampling_level")
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("sft", "tokens", _losses("sft", nll=("label_smoothing", "z_loss"), dft=("z_loss",))),
+        Method(
+            "sft",
+            "tokens",
+            {
+                "nll": Loss("mlx_nb.objectives.sft:nll", ("label_smoothing", "z_loss")),
+                "dft": Loss("mlx_nb.objectives.sft:dft", ("z_loss",), stops_gradient=True),
+            },
+            {"nll": Metric("negative log-likelihood per target token, nats (with `loss: dft`)", "down")},
+        ),
         Method(
             "dpo",
             "pairs",
@@ -174,6 +186,7 @@ def register_objective(
     rows: str = "tokens",
     reference: bool = False,
     metrics: Mapping[str, str] | None = None,
+    stops_gradient: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make a loss function of your own a training method: `method: name` in a `%%finetune` cell.
 
@@ -195,7 +208,9 @@ def register_objective(
 
     def register(loss: Callable[..., Any]) -> Callable[..., Any]:
         described = {key: Metric(text) for key, text in (metrics or {}).items()}
-        METHODS[name] = Method(name, rows, {name: Loss(loss, tuple(options_of(loss)))}, described, reference)
+        METHODS[name] = Method(
+            name, rows, {name: Loss(loss, tuple(options_of(loss)), stops_gradient)}, described, reference
+        )
         return loss
 
     return register

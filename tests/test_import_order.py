@@ -75,6 +75,7 @@ ORDER = [
     "objectives.kto",
     "objectives.grpo",
     "objectives.binding",
+    "objectives.battery",
     "train.optimizer",
     "train.vectors",
     "train.step",

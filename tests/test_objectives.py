@@ -1,0 +1,108 @@
+"""The battery: laws that every objective passes, and that it catches a loss that breaks one."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+
+from mlx_nb import check_objective, register_objective
+from mlx_nb.config import RunConfig
+from mlx_nb.errors import ConfigError
+from mlx_nb.methods import METHODS, options_of
+from mlx_nb.objectives.binding import options_for
+
+VARIANTS = [(method.name, loss) for method in METHODS.values() for loss in method.losses]
+
+
+@pytest.fixture
+def own_methods():
+    before = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(before)
+
+
+@pytest.mark.parametrize(("method", "loss"), VARIANTS)
+def test_every_objective_passes_the_battery(method, loss):
+    assert len(check_objective(method, loss)) == 6
+
+
+@pytest.mark.parametrize(("method", "loss"), VARIANTS)
+def test_the_options_that_are_declared_are_those_of_the_function(method, loss):
+    declared = METHODS[method].losses[loss]
+    assert set(declared.options) == set(options_of(declared.function()))
+
+
+def test_settings_reach_the_loss_and_unset_ones_leave_its_default():
+    assert options_for(RunConfig(method="dpo"))["beta"] == 0.1
+    assert options_for(RunConfig(method="dpo", beta=0.3))["beta"] == 0.3
+    assert options_for(RunConfig(method="cpo", loss="simpo")) == {"beta": 2.0, "cpo_alpha": 0.0, "simpo_gamma": 0.5}
+
+
+@pytest.mark.parametrize(
+    "options", [{"label_smoothing": 0.2}, {"z_loss": 1e-3}, {"label_smoothing": 0.1, "z_loss": 0.1}]
+)
+def test_options_of_sft_pass_the_battery(options):
+    check_objective("sft", **options)
+
+
+def test_sequence_ratios_pass_the_battery():
+    check_objective("grpo", importance_sampling_level="sequence", epsilon=0.05)
+
+
+def test_a_method_of_ones_own_trains_under_its_name(own_methods):
+    @register_objective("mine", rows="pairs", reference=True, metrics={"gap": "difference of log-ratios"})
+    def mine(pairs, *, slope=1.0):
+        gap = pairs.chosen_P - pairs.rejected_P
+        return mx.logaddexp(mx.zeros_like(gap), -slope * gap), {"gap": gap}
+
+    assert len(check_objective("mine", method_options={"slope": 0.3})) == 6
+    with pytest.raises(ConfigError, match="Its options: slope"):
+        RunConfig(method="mine", method_options={"slop": 1})
+    with pytest.raises(ConfigError, match="`beta` has no effect with `method: mine`"):
+        RunConfig(method="mine", beta=0.1)
+
+
+def test_the_name_of_a_built_in_method_is_taken():
+    with pytest.raises(ConfigError, match="'dpo' is a method of mlx_nb"):
+        register_objective("dpo")
+
+
+def test_the_battery_catches_what_breaks_a_law(own_methods):
+    calls = []
+
+    @register_objective("stateful")
+    def stateful(targets):
+        calls.append(1)
+        return -targets.logprob_S * len(calls)
+
+    @register_objective("mean")
+    def mean(targets):
+        return mx.full(targets.logprob_S.shape, -targets.logprob_S.mean())
+
+    @register_objective("flat")
+    def flat(targets):
+        return mx.zeros_like(targets.logprob_S)
+
+    @register_objective("infinite")
+    def infinite(targets):
+        return -mx.log(targets.logprob_S - targets.logprob_S)
+
+    @register_objective("detached")
+    def detached(targets):
+        return -targets.logprob_S * mx.stop_gradient(-targets.logprob_S)
+
+    @register_objective("silent", rows="pairs")
+    def silent(pairs):
+        return -pairs.chosen_P, {"secret": pairs.chosen_P}
+
+    for name, words in {
+        "stateful": "keeps state",
+        "mean": "changes the",
+        "flat": "does not depend on the model",
+        "infinite": "not finite",
+        "detached": "finite differences give",
+        "silent": "'secret' is not described",
+    }.items():
+        with pytest.raises(ConfigError, match=words):
+            check_objective(name)
