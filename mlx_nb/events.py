@@ -96,12 +96,13 @@ class RolloutCompleted(Event):
 
     groups    for each prompt {row, prompt, completions}, and of each completion {text, rewards: {function: number},
               reward: their weighted sum, advantage, tokens, finished}; None where a function gave no number
-    seconds   of sampling
+    seconds   of sampling, and `reward_seconds` of each reward function
     problems  what went wrong in reward functions, in words
     """
 
     groups: tuple[dict[str, Any], ...]
     seconds: float
+    reward_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     problems: tuple[str, ...] = ()
 
 

@@ -58,6 +58,9 @@ if TYPE_CHECKING:
     from mlx_nb.view.panel import Panel
 
 
+_FORK_KEEPS = ("method", "reference_model", "reference_adapter", "reference_free")
+
+
 class Run:
     """A fine-tuning run: configured, then moved one step at a time.
 
@@ -396,7 +399,8 @@ class Run:
         adapter cannot change. Raises ConfigError for those, CommandError when the name is this run's own.
         """
         for setting in changes:
-            if setting in SETTINGS and SETTINGS[setting].metadata["group"] in ("model", "rows", "adapter"):
+            group = SETTINGS[setting].metadata["group"] if setting in SETTINGS else None
+            if group in ("model", "rows", "adapter") or setting in _FORK_KEEPS:
                 raise ConfigError(f"a fork keeps its `{setting}`. Start a new run with %%finetune to change it.")
         name = name or f"{self.name}-fork"
         if name == self.name:
@@ -494,6 +498,7 @@ class Run:
         values: dict[str, Any] = {**checkpoint.state["config"], "adapter_path": str(folder)}
         if config is not None:
             values = {**config.to_dict(), **live_changes(checkpoint), "adapter_path": str(folder)}
+            values["rewards"] = config.rewards
         if data is not None:
             values["data"] = data
         if "data" not in values:

@@ -96,6 +96,7 @@ class RolloutFeed:
             step,
             self._groups(sampled, advantages),
             sampled.seconds,
+            {reward.name: float(seconds) for reward, seconds in zip(self._rewards, sampled.scores.seconds_F)},
             tuple(problem.error for problem in sampled.scores.problems),
         )
 
@@ -167,14 +168,12 @@ class RolloutFeed:
         measured = {
             "completion_tokens": float(np.mean(lengths)),
             "cut_off": float(np.mean([not said.finished for said in sampled.completions])),
-            "seconds_sampling": sampled.seconds,
         }
         if len(known_N):
             measured["reward"] = float(known_N.mean())
-        for reward, values_N, seconds in zip(self._rewards, rewards_NF.T, sampled.scores.seconds_F):
+        for reward, values_N in zip(self._rewards, rewards_NF.T):
             if np.isfinite(values_N).any():
                 measured[f"reward_{reward.name}"] = float(np.nanmean(values_N))
-            measured[f"seconds_{reward.name}"] = float(seconds)
         return measured
 
     def _groups(self, sampled: Sampled, advantages: Advantages) -> tuple[dict[str, Any], ...]:
@@ -213,7 +212,7 @@ class RolloutFeed:
         return self._config.grad_accumulation_steps
 
     def metrics(self) -> dict[str, float]:
-        """Of the completions: rewards, lengths, seconds."""
+        """Of the completions: rewards and lengths."""
         return self._metrics
 
     def log_ratios(self) -> list[tuple[int, np.ndarray, np.ndarray]]:

@@ -1,0 +1,383 @@
+"""Every method through the one trainer: it learns, stops, resumes, rewinds and forks as supervised fine-tuning does."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_nb import Run, RunConfig
+from mlx_nb.errors import ConfigError, ModelError
+from mlx_nb.events import EvaluationCompleted, Pause, Progress, RolloutCompleted, RunPaused, StepCompleted
+from mlx_nb.train.reference import REFERENCE_FILE
+from tiny import tiny_labels, tiny_pairs, tiny_prompts, tiny_rows
+
+
+def e_share(completion):
+    return completion.count("e") / (1 + len(completion))
+
+
+ROWS = {
+    "sft": tiny_rows,
+    "dpo": tiny_pairs,
+    "cpo": tiny_pairs,
+    "orpo": tiny_pairs,
+    "kto": tiny_labels,
+    "grpo": tiny_prompts,
+}
+ROLLOUTS = {
+    "rewards": [e_share],
+    "group_size": 4,
+    "max_completion_length": 6,
+    "updates_per_rollout": 2,
+}
+METHODS = [name for name in ROWS if name != "sft"]
+
+
+def settings_for(method, folder, tiny_folder, **changes):
+    return {
+        "method": method,
+        "model": str(tiny_folder),
+        "data": ROWS[method](24),
+        "iters": 8,
+        "batch_size": 2,
+        "grad_accumulation_steps": 2,
+        "learning_rate": 1e-3,
+        "lora_parameters": {"rank": 4, "scale": 4.0, "dropout": 0.1},
+        "steps_per_eval": 4,
+        "val_batches": 1,
+        "save_every": -1,
+        "adapter_path": str(folder),
+        **(ROLLOUTS if method == "grpo" else {}),
+        **changes,
+    }
+
+
+def run_of(method, folder, tiny_folder, **changes):
+    return Run(RunConfig.from_dict(settings_for(method, folder, tiny_folder, **changes)))
+
+
+def happened(events):
+    """What a run did, without the clock and the memory."""
+    return [
+        dataclasses.replace(event, seconds=0.0, **({"peak_memory": 0} if isinstance(event, StepCompleted) else {}))
+        for event in events
+        if isinstance(event, StepCompleted | EvaluationCompleted)
+    ]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_resumed_at_any_step_is_the_run_that_was_never_stopped(method, tmp_path, tiny_folder):
+    whole = run_of(method, tmp_path / "whole", tiny_folder)
+    whole.run()
+    for step in range(1, 8):
+        folder = tmp_path / str(step)
+        first = run_of(method, folder, tiny_folder)
+        first.step(step)
+        first.checkpoint("pause")
+        del first
+        resumed = Run.resume(folder, data=ROWS[method](24), namespace={"e_share": e_share})
+        resumed.run()
+        assert resumed.adapter_bytes() == whole.adapter_bytes(), step
+        assert happened(resumed.history.events) == happened(whole.history.events), step
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("method", METHODS)
+def test_going_back_and_on_again_changes_nothing(method, kind, tmp_path, tiny_folder):
+    shape = {"fine_tune_type": "full", "lora_parameters": {}, "learning_rate": 1e-4} if kind == "full" else {}
+    straight = run_of(method, tmp_path / "straight", tiny_folder, **shape)
+    straight.run()
+    rewound = run_of(method, tmp_path / "rewound", tiny_folder, **shape)
+    rewound.step(5)
+    rewound.rewind(to=3)
+    rewound.run()
+    assert rewound.adapter_bytes() == straight.adapter_bytes()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_fork_with_nothing_changed_goes_the_same_way(method, tmp_path, tiny_folder):
+    run = run_of(method, tmp_path / "run", tiny_folder)
+    run.step(3)
+    fork = run.fork(adapter_path=str(tmp_path / "fork"))
+    run.run()
+    fork.run()
+    assert fork.adapter_bytes() == run.adapter_bytes()
+    with pytest.raises(ConfigError, match="a fork keeps its `method`"):
+        run.fork(method="sft")
+
+
+@pytest.mark.parametrize("method", ["dpo", "cpo", "orpo"])
+def test_preferences_are_learned_on_pairs_that_are_held_out(method, tmp_path, tiny_folder):
+    run = run_of(method, tmp_path, tiny_folder, iters=40, learning_rate=1e-2, val_batches=-1)
+    before = run.evaluate().metrics
+    run.run()
+    after = [event for event in run.history.events if isinstance(event, EvaluationCompleted)][-1].metrics
+    assert after["accuracy"] >= max(0.5, before["accuracy"])
+    assert after["margin"] > before["margin"] + 0.1
+
+
+def test_kto_tells_good_answers_from_bad_ones(tmp_path, tiny_folder):
+    run = run_of("kto", tmp_path, tiny_folder, iters=60, learning_rate=1e-2, val_batches=-1, val_set_size=8)
+    run.run()
+    after = [event for event in run.history.events if isinstance(event, EvaluationCompleted)][-1].metrics
+    assert after["reward_desirable"] > 0.1 + after["reward_undesirable"]
+
+
+def test_grpo_raises_the_reward_and_keeps_the_kl_bounded(tmp_path, tiny_folder):
+    run = run_of(
+        "grpo",
+        tmp_path,
+        tiny_folder,
+        iters=160,
+        learning_rate=5e-3,
+        group_size=8,
+        steps_per_eval=-1,
+        data=tiny_prompts(60),
+        lora_parameters={"rank": 4, "scale": 4.0},
+    )
+    run.run()
+    steps = [event.metrics for event in run.history.events if isinstance(event, StepCompleted)]
+    first, last = (float(np.mean([one["reward"] for one in part])) for part in (steps[:20], steps[-20:]))
+    assert last > 3 * first
+    assert max(one["kl"] for one in steps) < 10
+    assert any(one["clipped"] > 0 for one in steps[1::2])
+    assert all(one["clipped"] < 1e-3 for one in steps[::2])
+
+
+# The reference
+
+
+def test_the_policy_leaves_the_reference_and_the_reference_stays(tmp_path, tiny_folder):
+    run = run_of("dpo", tmp_path, tiny_folder, learning_rate=1e-2, lora_parameters={"rank": 4, "scale": 4.0})
+    losses = [run.step().loss for _ in range(4)]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert all(abs(loss - math.log(2)) > 1e-3 for loss in losses[1:])
+    batch = run.trainer.next_batches()[0]
+    alone = Run(RunConfig(model=str(tiny_folder), data=tiny_rows(), adapter_path=str(tmp_path / "other")))
+    from mlx_nb.model.logprobs import TargetScorer, target_inputs
+
+    inputs = target_inputs(batch)
+    base = np.array(TargetScorer(alone.loaded.model).logprobs(inputs))
+    assert np.array(inputs.token_values["reference"]) == pytest.approx(base, abs=1e-4)
+    assert np.abs(np.array(run.trainer.scorer.logprobs(inputs)) - base).max() > 1e-2
+
+
+def test_reference_log_probabilities_are_measured_once_and_kept_beside_the_run(tmp_path, tiny_folder):
+    folder = tmp_path / "adapter"
+    first = run_of("dpo", folder, tiny_folder)
+    first.run()
+    assert (folder / REFERENCE_FILE).is_file()
+    measured = len(first.material.reference)
+    assert measured > 10
+    again = run_of("dpo", folder, tiny_folder)
+    again.trainer.feed.batches(0)
+    assert again.material.reference._scorer is None
+    assert len(again.material.reference) == measured
+    again.run()
+    assert again.adapter_bytes() == first.adapter_bytes()
+
+
+def test_numbers_of_another_reference_or_a_torn_file_are_not_read(tmp_path, tiny_folder):
+    folder = tmp_path / "adapter"
+    run_of("dpo", folder, tiny_folder).run()
+    reference = run_of("dpo", tmp_path / "x", tiny_folder).material.reference
+    reference.fingerprint = "another"
+    reference.load(folder)
+    assert len(reference) == 0
+    (folder / REFERENCE_FILE).write_bytes((folder / REFERENCE_FILE).read_bytes()[:100])
+    torn = run_of("dpo", tmp_path / "y", tiny_folder).material.reference
+    torn.load(folder)
+    assert len(torn) == 0
+
+
+@pytest.mark.parametrize("named", [None, "reference_adapter", "none"])
+def test_after_sft_the_reference_is_what_training_starts_from(named, tmp_path, tiny_folder):
+    sft = run_of("sft", tmp_path / "sft", tiny_folder, learning_rate=1e-2)
+    sft.run()
+    chosen = {
+        None: {},
+        "reference_adapter": {"reference_adapter": str(tmp_path / "sft")},
+        "none": {"reference_adapter": "none"},
+    }
+    run = run_of(
+        "dpo",
+        tmp_path / "dpo",
+        tiny_folder,
+        resume_adapter_file=str(tmp_path / "sft"),
+        steps_per_eval=-1,
+        **chosen[named],
+    )
+    loss = run.step().loss
+    if named == "none":
+        assert abs(loss - math.log(2)) > 1e-3
+    else:
+        # Dropout is on in the policy's pass only.
+        assert loss == pytest.approx(math.log(2), abs=0.02)
+
+
+def test_a_reference_model_of_another_vocabulary_or_an_adapter_that_is_not_there_is_refused(tmp_path, tiny_folder):
+    run = run_of("dpo", tmp_path / "a", tiny_folder, reference_adapter=str(tmp_path / "nothing"), steps_per_eval=-1)
+    with pytest.raises(ModelError, match=r"reference_adapter: .*nothing has no adapter_config.json"):
+        run.step()
+    same = run_of("dpo", tmp_path / "b", tiny_folder, reference_model=str(tiny_folder), steps_per_eval=-1)
+    assert same.step().loss == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_reference_free_has_no_reference(tmp_path, tiny_folder):
+    run = run_of("dpo", tmp_path, tiny_folder, reference_free=True)
+    step = run.step()
+    assert run.material.reference is None
+    assert "kl" not in step.metrics
+    assert abs(step.loss - math.log(2)) > 1e-3
+
+
+# Completions and rewards
+
+
+def rollouts(run):
+    return [event for event in run.history.events if isinstance(event, RolloutCompleted)]
+
+
+def test_a_rollout_serves_several_updates_and_its_numbers_add_up(tmp_path, tiny_folder):
+    run = run_of("grpo", tmp_path, tiny_folder, lora_parameters={"rank": 4})
+    run.step(4)
+    assert [event.step for event in rollouts(run)] == [0, 2]
+    for event in rollouts(run):
+        assert len(event.groups) == 4
+        for group in event.groups:
+            assert len(group["completions"]) == 4
+            rewards = np.array([said["reward"] for said in group["completions"]])
+            advantages = np.array([said["advantage"] for said in group["completions"]])
+            for said in group["completions"]:
+                assert said["rewards"]["e_share"] == pytest.approx(e_share(said["text"]))
+            if np.ptp(rewards) > 1e-6:
+                expected = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-4)
+                assert advantages == pytest.approx(expected, rel=1e-4)
+    first = run.history.events[[type(event).__name__ for event in run.history.events].index("StepCompleted")]
+    assert first.metrics["kl"] == pytest.approx(0, abs=1e-6)
+    assert first.metrics["reward"] == pytest.approx(
+        np.mean([said["reward"] for group in rollouts(run)[0].groups for said in group["completions"]])
+    )
+
+
+def test_log_ratios_of_the_completions_in_use_are_0_until_an_update(tmp_path, tiny_folder):
+    run = run_of("grpo", tmp_path, tiny_folder, learning_rate=1e-2, steps_per_eval=-1)
+    run.step(1)
+    changed = run.trainer.feed.log_ratios()
+    assert len(changed) == 16
+    assert max(np.abs(ratio).max() for _, _, ratio in changed) > 1e-3
+    run.rewind(to=0)
+    events = run.events(1)
+    while not isinstance(next(events), RolloutCompleted):
+        pass
+    assert max(np.abs(ratio).max() for _, _, ratio in run.trainer.feed.log_ratios()) < 1e-4
+
+
+def test_a_reward_that_raises_returns_nan_or_is_slow_never_ends_the_run(tmp_path, tiny_folder):
+    def broken(completion):
+        if "e" in completion:
+            raise ValueError("no e please")
+        return float("nan") if "a" in completion else len(completion)
+
+    def slow(completions):
+        time.sleep(0.05)
+        return [0.0] * len(completions)
+
+    run = run_of("grpo", tmp_path, tiny_folder, rewards=[broken, slow], reward_timeout=0.02, data=tiny_prompts(40))
+    run.run()
+    assert run.step_count == 8
+    said = [problem for event in rollouts(run) for problem in event.problems]
+    assert any("reward broken: completion" in text and "ValueError: no e please" in text for text in said)
+    assert any("not finite" in text for text in said)
+    assert any("reward slow: it took" in text for text in said)
+    assert all(event.reward_seconds["slow"] >= 0.05 for event in rollouts(run))
+    for event in rollouts(run):
+        for group in event.groups:
+            for one in group["completions"]:
+                if one["rewards"]["broken"] is None:
+                    assert one["advantage"] == 0.0
+    assert all(math.isfinite(loss) for loss in run.history["loss"])
+
+
+def test_rewards_that_say_nothing_leave_the_policy_to_the_kl(tmp_path, tiny_folder):
+    run = run_of(
+        "grpo", tmp_path, tiny_folder, rewards=[lambda completion: 1.0], beta=0, optimizer="sgd", weight_decay=0
+    )
+    before = run.adapter_bytes()
+    step = run.step(2)
+    assert step.metrics["zero_variance_groups"] == 1.0
+    assert run.adapter_bytes() == before
+
+
+def test_completions_that_were_cut_are_masked_on_request(tmp_path, tiny_folder):
+    run = run_of(
+        "grpo", tmp_path, tiny_folder, mask_truncated_completions=True, max_completion_length=2, steps_per_eval=-1
+    )
+    run.step()
+    finished = [said["finished"] for said in (one for group in rollouts(run)[0].groups for one in group["completions"])]
+    counts = np.concatenate([batch.row_values["counts"] for batch in run.trainer.next_batches()])
+    assert counts.tolist() == [float(one) for one in finished]
+
+
+def test_rewards_are_found_in_the_notebook_and_unknown_ones_are_named(tmp_path, tiny_folder):
+    config = RunConfig.from_dict(settings_for("grpo", tmp_path, tiny_folder, rewards=["e_share"]))
+    assert Run(config, namespace={"e_share": e_share}).step().step == 1
+    with pytest.raises(ConfigError, match="e_shar"):
+        run_of("grpo", tmp_path / "x", tiny_folder, rewards=["e_shar"]).step()
+
+
+def test_dropping_a_rollout_in_hand_changes_nothing(tmp_path, tiny_folder):
+    straight = run_of("grpo", tmp_path / "straight", tiny_folder)
+    straight.run()
+    run = run_of("grpo", tmp_path / "run", tiny_folder)
+    run.evaluate()
+    key = np.array(mx.random.state[0]).tolist()
+    for patience in (0, 1, 3, 5):
+        seen = 0
+        for event in run.events():
+            if isinstance(event, Progress) and event.what == "completions":
+                seen += 1
+                if seen > patience:
+                    run.request(Pause("now", at_once=True))
+            if isinstance(event, StepCompleted):
+                break
+    assert np.array(mx.random.state[0]).tolist() == key
+    run.run()
+    assert run.adapter_bytes() == straight.adapter_bytes()
+
+
+def test_an_interrupt_ends_a_reward_function_that_does_not_end(tmp_path, tiny_folder):
+    calls = []
+
+    def stuck(completion):
+        calls.append(1)
+        if len(calls) == 3:
+            try:
+                run.request(Pause("now", at_once=True))  # as the second interrupt does, in the middle of this
+            except Exception:
+                pytest.fail("a reward's own `except Exception` must not swallow it")
+            pytest.fail("it must not come back")
+        return e_share(completion)
+
+    run = run_of("grpo", tmp_path / "a", tiny_folder, rewards=[stuck], steps_per_eval=-1)
+    events = list(run.events())
+    assert isinstance(events[-1], RunPaused)
+    assert run.step_count == 0
+    run.run()
+    straight = run_of("grpo", tmp_path / "b", tiny_folder, rewards=[e_share], steps_per_eval=-1)
+    straight.run()
+    assert run.adapter_bytes() == straight.adapter_bytes()
+
+
+def test_skipping_leaves_the_prompts_of_the_rollout_behind(tmp_path, tiny_folder):
+    run = run_of("grpo", tmp_path, tiny_folder, steps_per_eval=-1)
+    run.step()
+    run.skip()
+    run.step()
+    first, second = rollouts(run)
+    assert {group["row"] for group in first.groups} != {group["row"] for group in second.groups}
