@@ -220,7 +220,8 @@ def test_no_more_rows_than_allowed_are_computed_at_once(tiny):
     assert max(rows) == 6
 
 
-def test_a_prompt_is_read_once_for_its_whole_group(tiny):
+@pytest.mark.parametrize("rows_at_once", [32, 5])
+def test_a_prompt_is_read_once_for_its_whole_group(tiny, rows_at_once):
     model, tokenizer, prompts = tiny
     read = []
 
@@ -232,7 +233,7 @@ def test_a_prompt_is_read_once_for_its_whole_group(tiny):
 
     watched = Watched(model.args)
     watched.update(model.parameters())
-    sampled(watched, tokenizer, prompts, group_size=8)
+    sampled(watched, tokenizer, prompts, group_size=8, rows_at_once=rows_at_once)
     assert read == [[prompt[:-1]] for prompt in prompts]
 
 

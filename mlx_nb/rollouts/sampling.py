@@ -81,15 +81,19 @@ def sample_groups(
     waiting = deque(rows)
     batch = _Batch(model, settings, _uniforms(seed, len(rows), settings.max_tokens), _Endings(tokenizer, settings.stop))
     modules = model.modules()
+    caches: dict[int, list[Any]] = {}
     while waiting or batch.growing:
         if waiting and batch.has_room(rows_at_once, len(waiting)):
             joining = [waiting.popleft() for _ in range(min(len(waiting), rows_at_once - batch.growing))]
-            caches = {}
-            for index in dict.fromkeys(row.prompt_index for row in joining):
-                with _evaluating(modules):
-                    caches[index] = _read_prompt(model, prompts[index])
-                yield batch.drawn
+            indices = dict.fromkeys(row.prompt_index for row in joining)
+            for index in indices:
+                if index not in caches:
+                    with _evaluating(modules):
+                        caches[index] = _read_prompt(model, prompts[index])
+                    yield batch.drawn
             batch.join(joining, caches, [int(prompts[row.prompt_index][-1]) for row in joining])
+            # Only the last group can have rows still to come.
+            caches = {index: caches[index] for index in indices if waiting and waiting[0].prompt_index == index}
         with _evaluating(modules):
             batch.step()
         yield batch.drawn
