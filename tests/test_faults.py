@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 from queue import Empty
+from typing import NamedTuple
 
 import pytest
 
@@ -25,18 +26,43 @@ from tiny import tiny_rows
 
 pytestmark = pytest.mark.faults
 
-INTERRUPTS_PER_KIND = 110
 KILLS = 110
+
+
+class Kind(NamedTuple):
+    """What is trained on which rows, and under how many interrupts."""
+
+    settings: str
+    rows: str = "tiny_rows"
+    interrupts: int = 40
+    iters: int = 50
+
+
+ADAPTER = "lora_parameters: {rank: 4, dropout: 0.1}"
+ROLLOUTS = "rewards: [e_share]\ngroup_size: 4\nmax_completion_length: 8\nupdates_per_rollout: 2\nbatch_size: 2\n"
 KINDS = {
-    "lora": "lora_parameters: {rank: 4, dropout: 0.1}",
-    "dora": "fine_tune_type: dora\nlora_parameters: {rank: 4, dropout: 0.1}",
-    "full": "fine_tune_type: full",
+    "lora": Kind(ADAPTER, interrupts=110),
+    "dora": Kind(f"fine_tune_type: dora\n{ADAPTER}", interrupts=110),
+    "full": Kind("fine_tune_type: full", interrupts=110),
+    "dpo": Kind(f"method: dpo\n{ADAPTER}", "tiny_pairs"),
+    "cpo": Kind(f"method: cpo\n{ADAPTER}", "tiny_pairs"),
+    "orpo": Kind(f"method: orpo\n{ADAPTER}", "tiny_pairs"),
+    "kto": Kind(f"method: kto\n{ADAPTER}", "tiny_labels"),
+    "grpo": Kind(f"method: grpo\n{ROLLOUTS}{ADAPTER}", "tiny_prompts", interrupts=60, iters=20),
 }
+# Slow enough that interrupts strike inside the reward too.
+REWARD = """
+import time
+def e_share(completion):
+    time.sleep(0.0005)
+    return completion.count("e") / (1 + len(completion))
+"""
 
 
 def cell(tiny_folder, name, kind):
     return (
-        f"%%finetune --name {name} -o {name} --paused\nmodel: {tiny_folder}\ndata: rows\niters: 50\n{KINDS[kind]}\n"
+        f"%%finetune --name {name} -o {name} --paused\nmodel: {tiny_folder}\ndata: rows\n"
+        f"iters: {KINDS[kind].iters}\n{KINDS[kind].settings}\n"
         "learning_rate: 5e-3\ngrad_accumulation_steps: 2\nsteps_per_eval: 7\nsave_every: 3\nloss_spike: null"
     )
 
@@ -107,16 +133,18 @@ def test_interrupts_at_random_moments_change_nothing(tmp_path, tiny_folder, requ
     try:
         kernel.run(SETUP.format(tests=str(request.path.parent)))
         kernel.run(DIGEST)
+        kernel.run(f"from tiny import *\nrows = {KINDS[kind].rows}(40)")
+        kernel.run(REWARD)
         kernel.run(cell(tiny_folder, "whole", kind))
         kernel.run("whole.run()")
         expected = kernel.value("digest(whole)")
-        fire = Interrupter(kernel, chance)
+        fire, wanted = Interrupter(kernel, chance), KINDS[kind].interrupts
         number, outside, pauses, given_up = 0, 0, 0, 0
-        while fire.sent < INTERRUPTS_PER_KIND:
+        while fire.sent < wanted:
             name = f"{kind}{number}"
             kernel.run(cell(tiny_folder, name, kind))
             while kernel.value(f"{name}.finished") != "True":
-                enough = fire.sent >= INTERRUPTS_PER_KIND
+                enough = fire.sent >= wanted
                 status, text, _ = fire("%finetune run --wait", 1e9 if enough else chance.choice([0.01, 0.05, 0.3]))
                 pauses += "Pausing after" in text
                 if "was given up" in text:  # two while it was loading
@@ -131,8 +159,8 @@ def test_interrupts_at_random_moments_change_nothing(tmp_path, tiny_folder, requ
             assert kernel.value(f"digest({name})") == expected, name
             kernel.run(f"del {name}")
             number += 1
-        assert fire.sent >= INTERRUPTS_PER_KIND
-        assert pauses >= INTERRUPTS_PER_KIND // 4
+        assert fire.sent >= wanted
+        assert pauses >= wanted // 4
         print(
             f"{kind}: {fire.sent} interrupts, {pauses} pauses, {number} runs; {given_up} gave up loading, "
             f"{outside} were answered by IPython itself"
