@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_nb.model.logprobs import TargetInputs, TargetScorer, target_logprobs
+from mlx_nb.model.logprobs import TargetInputs, TargetScorer, accurate_logsumexp, accurate_target_logprobs
 from mlx_nb.objectives.base import LossSum, Metrics, Objective, k3, row_of_target, sum_by_row
 
 # GSPO, section 5.1: ratios of whole completions vary far less than those of tokens.
@@ -57,7 +57,7 @@ def completion_objective(loss: Callable[[Completions], Any], temperature: float)
 
     def objective(scorer: TargetScorer, inputs: TargetInputs) -> LossSum:
         logits_SV = scorer.logits(inputs).astype(mx.float32) / temperature
-        logprob_S = target_logprobs(logits_SV, inputs.target_S)
+        logprob_S = accurate_target_logprobs(logits_SV, inputs.target_S)
         row_S = row_of_target(inputs)
         weight_S = inputs.weight_S * inputs.row_values["counts"][row_S]
         length_S = mx.maximum(sum_by_row(inputs, weight_S), 1.0)[row_S]
@@ -92,7 +92,7 @@ def completion_objective(loss: Callable[[Completions], Any], temperature: float)
 
 
 def _entropy(logits_SV: mx.array) -> mx.array:
-    logprobs_SV = logits_SV - mx.logsumexp(logits_SV, axis=-1, keepdims=True)
+    logprobs_SV = logits_SV - accurate_logsumexp(logits_SV)[:, None]
     return -(mx.exp(logprobs_SV) * logprobs_SV).sum(axis=-1)
 
 

@@ -16,7 +16,7 @@ from mlx_nb.config import RunConfig
 from mlx_nb.data.batches import BatchPlan, TokenBatch, evaluation_batches, pad
 from mlx_nb.data.examples import PromptExample, TokenizedExample
 from mlx_nb.events import Event, Progress, RolloutCompleted
-from mlx_nb.model.logprobs import TargetScorer, target_inputs, target_logprobs
+from mlx_nb.model.logprobs import TargetScorer, accurate_target_logprobs, target_inputs
 from mlx_nb.model.randomness import seed_for
 from mlx_nb.objectives.binding import options_for
 from mlx_nb.rollouts.advantages import Advantages, group_advantages
@@ -158,7 +158,7 @@ class RolloutFeed:
         inputs = target_inputs(batch)
         logits_SV = scorer.logits(inputs).astype(mx.float32) / self._config.temperature
         reference_BT = np.zeros(batch.tokens_BT.shape, np.float32)
-        reference_BT[batch.loss_mask_BT != 0] = np.array(target_logprobs(logits_SV, inputs.target_S))
+        reference_BT[batch.loss_mask_BT != 0] = np.array(accurate_target_logprobs(logits_SV, inputs.target_S))
         return batch._replace(token_values={**batch.token_values, "reference": reference_BT})
 
     def _measured(self, sampled: Sampled) -> dict[str, float]:
@@ -222,7 +222,7 @@ class RolloutFeed:
             inputs = target_inputs(batch)
             logits_SV = self._scorer.logits(inputs).astype(mx.float32) / self._config.temperature
             ratio_BT = np.zeros(batch.tokens_BT.shape, np.float32)
-            now_S = target_logprobs(logits_SV, inputs.target_S)
+            now_S = accurate_target_logprobs(logits_SV, inputs.target_S)
             ratio_BT[batch.loss_mask_BT != 0] = np.array(now_S - inputs.token_values["behaviour"])
             for index, row in enumerate(batch.rows):
                 said = batch.loss_mask_BT[index] != 0
