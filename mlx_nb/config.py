@@ -562,6 +562,12 @@ def _check_method(config: RunConfig) -> None:
         if name in SETTINGS and is_built_in(method.name):
             raise SettingError(("method_options", name), f"`{name}` is a setting of its own: write `{name}: ...`.")
     _check_references(config)
+    if method.rows in ("pairs", "labels") and config.loss_on == "all":
+        raise SettingError(
+            ("loss_on",), "`loss_on: all` trains prompts, and answers are judged without them. Remove it."
+        )
+    if config.loss == "robust" and (config.label_smoothing or 0) >= 0.5:
+        raise SettingError(("label_smoothing",), "`loss: robust` needs a `label_smoothing` below 0.5.")
     if method.rows == "prompts":
         _check_rollouts(config)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,35 @@ def test_the_reference_page_is_generated_from_the_declarations():
 def test_help_names_every_setting():
     text = settings_text()
     assert all(f"  {name}: " in text for name in SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"method": "dop"}, "Did you mean 'dpo'"),
+        ({"method": "dpo", "loss": "hing"}, "Did you mean 'hinge'"),
+        ({"beta": 0.1}, "`beta` has no effect with `method: sft`"),
+        ({"method": "dpo", "loss": "hinge", "delta": 3}, "`delta` has no effect with `method: dpo`, `loss: hinge`"),
+        ({"method": "orpo", "reference_model": "x"}, "`reference_model` has no effect with `method: orpo`"),
+        ({"group_size": 8}, "`group_size` has no effect"),
+        ({"method": "grpo"}, "needs `rewards`"),
+        ({"method": "grpo", "rewards": ["a"], "reward_weights": [1, 2]}, "2 numbers for 1 rewards"),
+        ({"method": "kto", "reference_free": True}, "`reference_free` and `method: kto` exclude each other"),
+        ({"method": "dpo", "loss_on": "all"}, "`loss_on: all` trains prompts"),
+        ({"method": "dpo", "loss": "robust", "label_smoothing": 0.5}, "below 0.5"),
+        ({"method": "dpo", "method_options": {"beta": 1}}, "`beta` is a setting of its own"),
+        ({"dpo_cpo_loss_type": "ipo"}, "Here it is `loss`"),
+    ],
+)
+def test_a_setting_without_effect_on_the_method_is_an_error(settings, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        RunConfig.from_dict(settings)
+
+
+def test_a_reward_function_stays_a_function_when_a_setting_changes():
+    def brief(completion):
+        return -len(completion)
+
+    config = RunConfig(method="grpo", rewards=[brief, "number_match"])
+    assert config.replace(learning_rate=1e-5).rewards == [brief, "number_match"]
+    assert config.to_dict()["rewards"] == ["brief", "number_match"]

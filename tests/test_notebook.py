@@ -171,6 +171,7 @@ def test_unloading_removes_every_trace(shell):
         ("target_modules: {names}", 'target_modules: ["q_proj"]'),
         ("lora_parameters: {rank: 4}", "lora_parameters: {rank: 4}"),
         ("model: {{word}}", "model: {word}"),
+        ("rewards: [{length: {max: 80}}]", "rewards: [{length: {max: 80}}]"),
     ],
 )
 def test_names_in_braces_become_values(body, expected):

@@ -11,20 +11,20 @@ from typing import Any
 
 from mlx_nb.errors import CommandError, did_you_mean
 
-_PLACE = re.compile(r"\{\{|\}\}|\{([A-Za-z_]\w*)\}")
+_PLACE = re.compile(r"\{\{(?P<literal>[^{}\n]*)\}\}|\{(?P<name>[A-Za-z_]\w*)\}")
 
 
 def fill(body: str, namespace: Mapping[str, Any]) -> str:
-    """The body with every `{name}` replaced; `{{` and `}}` stand for braces.
+    """The body with every `{name}` replaced; `{{text}}` stands for `{text}`.
 
-    A YAML mapping such as `{rank: 8}` is left alone. Raises CommandError for an undefined name, with its line, and
-    for a value that has no plain text form.
+    A YAML mapping such as `{rank: 8}` or `{length: {max: 80}}` is left alone. Raises CommandError for an undefined
+    name, with its line, and for a value that has no plain text form.
     """
 
     def replace(match: re.Match[str]) -> str:
-        name = match.group(1)
+        name = match.group("name")
         if name is None:
-            return match.group(0)[0]
+            return f"{{{match.group('literal')}}}"
         line = body.count("\n", 0, match.start()) + 1
         if name not in namespace:
             names = [known for known in namespace if not known.startswith("_")]
