@@ -38,9 +38,8 @@ def ipo(pairs: PairLogprobs, *, beta: float = 0.1) -> tuple[mx.array, dict[str, 
     The paper does not say per token; its authors do so in their experiments, and TRL with them.
     """
     chosen, rejected = _ratios_per_token(pairs)
-    return mx.square(chosen - rejected - pairs.margin_P - 1 / (2 * beta)), reward_metrics(
-        chosen * beta, rejected * beta
-    )
+    loss = mx.square(chosen - rejected - (0.5 + pairs.margin_P) / beta)
+    return loss, reward_metrics(beta * chosen, beta * rejected)
 
 
 def dpop(pairs: PairLogprobs, *, beta: float = 0.1, delta: float = 50.0) -> mx.array:
