@@ -135,6 +135,15 @@ def test_extreme_margins_stay_finite_with_finite_gradients():
         assert mx.isfinite(gradient).all(), mean
 
 
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+def test_a_margin_moves_the_reward_at_which_ipo_is_0(beta):
+    zeros, ones = mx.zeros(1), mx.ones(1)
+    pairs = PairLogprobs(mx.array([(0.5 + 2.0) / beta]), zeros, zeros, zeros, ones, ones, mx.array([2.0]))
+    loss, metrics = dpo.ipo(pairs, beta=beta)
+    assert loss.item() == pytest.approx(0, abs=1e-9)
+    assert metrics["margin"].item() == pytest.approx(0.5 + 2.0)
+
+
 def test_a_margin_moves_the_point_where_the_loss_is_ln_2():
     zeros, ones = mx.zeros(1), mx.ones(1)
     pairs = PairLogprobs(mx.array([20.0]), zeros, zeros, zeros, ones, ones, mx.array([2.0]))

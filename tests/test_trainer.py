@@ -32,6 +32,7 @@ from mlx_nb.events import (
 from mlx_nb.model import adapters
 from mlx_nb.model.logprobs import TargetScorer, target_inputs
 from mlx_nb.model.randomness import random_stream, seed_for
+from mlx_nb.objectives.grpo import bnpo, completion_objective, dapo
 from mlx_nb.objectives.sft import sft_loss
 from mlx_nb.train.optimizer import build_optimizer, learning_rate_at
 from mlx_nb.train.step import Stepper
@@ -152,6 +153,20 @@ def test_micro_batches_give_the_gradient_of_one_big_batch():
     assert loss == pytest.approx(split_loss, rel=1e-6)
     for (name, one), (_, other) in zip(tree_flatten(whole), tree_flatten(split)):
         assert mx.allclose(one, other, rtol=1e-4, atol=1e-6).item(), name
+
+
+@pytest.mark.parametrize("loss", [bnpo, dapo])
+def test_an_update_in_which_no_completion_counts_has_no_gradient(loss):
+    batch = pad(random_examples(3))
+    batch = batch._replace(
+        row_values={"advantage": np.ones(3, np.float32), "counts": np.zeros(3, np.float32)},
+        token_values={"behaviour": np.full(batch.tokens_BT.shape, -1.0, np.float32)},
+    )
+    stepper = stepper_for(tiny_model())
+    stepper.objective = completion_objective(loss, temperature=1.0)
+    gradients, mean, units, *_ = stepper.gradients([target_inputs(batch)], seed=0)
+    assert (mean, units) == (0.0, 0.0)
+    assert all(not array.any().item() for _, array in tree_flatten(gradients))
 
 
 def test_padding_width_and_content_change_neither_loss_nor_gradient():

@@ -1,6 +1,6 @@
 """Contrastive preference optimization (Xu et al. 2024) and SimPO (Meng et al. 2024): pairs without a reference.
 
-CPO is a preference term PLUS the likelihood of the chosen answer (equation 5); without the second it is not CPO.
+CPO is a preference term PLUS the likelihood of the chosen answer; without the second it is not CPO.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ Result = tuple[mx.array, dict[str, mx.array]]
 
 
 def sigmoid(pairs: PairLogprobs, *, beta: float = 0.1, cpo_alpha: float = 1.0, label_smoothing: float = 0.0) -> Result:
-    """-log sigmoid(beta (log pi(y_w) - log pi(y_l))) + alpha NLL(y_w) (equations 4 and 5).
+    """-log sigmoid(beta (log pi(y_w) - log pi(y_l))) + alpha NLL(y_w) (CPO).
 
-    NLL is per token, so that `cpo_alpha` means the same for answers of any length. The paper's alpha is 1.
+    NLL is the mean over the tokens of the answer, where the paper writes that of the whole answer: so `cpo_alpha` means
+    the same for answers of any length. The paper's alpha is 1.
     """
     scaled = beta * (pairs.chosen_P - pairs.rejected_P) - pairs.margin_P
     return _with_likelihood(smoothed_log_sigmoid(scaled, label_smoothing), pairs, cpo_alpha)
 
 
 def hinge(pairs: PairLogprobs, *, beta: float = 0.1, cpo_alpha: float = 1.0) -> Result:
-    """max(0, 1 - beta (log pi(y_w) - log pi(y_l))) + alpha NLL(y_w) (SLiC-HF, Zhao et al. 2023, equation 1)."""
+    """max(0, 1 - beta (log pi(y_w) - log pi(y_l))) + alpha NLL(y_w) (SLiC-HF, Zhao et al. 2023, section 2)."""
     scaled = beta * (pairs.chosen_P - pairs.rejected_P) - pairs.margin_P
     return _with_likelihood(mx.maximum(1 - scaled, 0.0), pairs, cpo_alpha)
 

@@ -2,7 +2,7 @@
 
 With d = log(pi / pi_ref)(y_w) - log(pi / pi_ref)(y_l), the log-ratio of the chosen answer above that of the rejected
 one, each function gives the loss of every pair (P,). A row's `margin` m is what the reward of its chosen answer should
-be ahead by (ODPO, Amini et al. 2024, equation 8); 0 gives the papers' losses.
+be ahead by (ODPO, Amini et al. 2024); 0 gives the papers' losses.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def sigmoid(pairs: PairLogprobs, *, beta: float = 0.1, label_smoothing: float = 
 
 
 def hinge(pairs: PairLogprobs, *, beta: float = 0.1) -> mx.array:
-    """max(0, 1 - beta d) (SLiC-HF, Zhao et al. 2023; in this form RSO, Liu et al. 2024, equation 9)."""
+    """max(0, 1 - beta d) (SLiC-HF, Zhao et al. 2023; in this form RSO, Liu et al. 2024, hinge-norm)."""
     return mx.maximum(1 - _scaled(pairs, beta), 0.0)
 
 
@@ -38,13 +38,12 @@ def ipo(pairs: PairLogprobs, *, beta: float = 0.1) -> tuple[mx.array, dict[str, 
     The paper does not say per token; its authors do so in their experiments, and TRL with them.
     """
     chosen, rejected = _ratios_per_token(pairs)
-    return mx.square(chosen - rejected - pairs.margin_P - 1 / (2 * beta)), reward_metrics(
-        chosen * beta, rejected * beta
-    )
+    loss = mx.square(chosen - rejected - (0.5 + pairs.margin_P) / beta)
+    return loss, reward_metrics(beta * chosen, beta * rejected)
 
 
 def dpop(pairs: PairLogprobs, *, beta: float = 0.1, delta: float = 50.0) -> mx.array:
-    """-log sigmoid(beta (d - delta max(0, log pi_ref(y_w) - log pi(y_w)))) (Smaug, Pal et al. 2024, equation 3).
+    """-log sigmoid(beta (d - delta max(0, log pi_ref(y_w) - log pi(y_w)))) (DPO-Positive: Smaug, Pal et al. 2024).
 
     The penalty, inside the sigmoid, keeps the chosen answer from becoming less likely. `delta` is the paper's lambda.
     """
@@ -53,7 +52,7 @@ def dpop(pairs: PairLogprobs, *, beta: float = 0.1, delta: float = 50.0) -> mx.a
 
 
 def robust(pairs: PairLogprobs, *, beta: float = 0.1, label_smoothing: float = 0.0) -> mx.array:
-    """Unbiased when a share epsilon < 1/2 of the labels is flipped (robust DPO, Chowdhury et al. 2024, equation 12).
+    """Unbiased when a share epsilon < 1/2 of the labels is flipped (robust DPO, Chowdhury et al. 2024, section 3.1).
 
     -((1 - epsilon) log sigmoid(beta d) - epsilon log sigmoid(-beta d)) / (1 - 2 epsilon)
     """
@@ -63,7 +62,7 @@ def robust(pairs: PairLogprobs, *, beta: float = 0.1, label_smoothing: float = 0
 
 
 def normalised(pairs: PairLogprobs, *, beta: float = 2.0) -> tuple[mx.array, dict[str, mx.array]]:
-    """-log sigmoid(beta d), d of log-probabilities per token, so that length is no advantage (Tulu 3, equation 6)."""
+    """-log sigmoid(beta d), d of log-probabilities per token: length is no advantage (Tulu 3, Lambert et al. 2024)."""
     chosen, rejected = _ratios_per_token(pairs)
     loss = -log_sigmoid(beta * (chosen - rejected) - pairs.margin_P)
     return loss, reward_metrics(beta * chosen, beta * rejected)

@@ -1,12 +1,13 @@
 """Group relative policy optimization (Shao et al. 2024) and its variants: rewards of what the policy itself wrote.
 
-Of N completions o_i, with advantage A_i (rollouts/rewards.py) and ratio r = pi / pi_old of a token, the loss of a token
+Of N completions o_i, with advantage A_i (rollouts/advantages.py) and ratio r = pi / pi_old of a token, the loss of a
+token
 
     l = -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) + beta KL(pi || pi_ref)        (equation 3)
 
-is common to all; they differ in what it is averaged over. pi_old are the log-probabilities at which the tokens were
-sampled, so that clipping means something from the second update on the same completions. All log-probabilities are at
-the sampling temperature, before top_p and top_k.
+of DeepSeekMath is common to all; they differ in what it is averaged over. pi_old are the log-probabilities at which
+the tokens were sampled, so that clipping means something from the second update on the same completions. All
+log-probabilities are at the sampling temperature, before top_p and top_k.
 """
 
 from __future__ import annotations

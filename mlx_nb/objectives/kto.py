@@ -14,7 +14,7 @@ from mlx_nb.objectives.base import LossSum, Metrics, Objective, k2, sum_by_row, 
 class LabelledLogprobs(NamedTuple):
     """Of B answers: log-probability under policy and reference (constant), and label 1 or 0, each (B,).
 
-    `kl_estimate_B` is z0 of equation 7: the mean log-ratio of mismatched answers over the whole update, at least 0,
+    `kl_estimate_B` is the z0 of the loss: the mean log-ratio of mismatched answers over the whole update, at least 0,
     the same number for every answer, without gradient.
     """
 
@@ -55,12 +55,12 @@ def label_objective(loss: Callable[[LabelledLogprobs], Any], beta: float) -> Obj
 def kto(
     answers: LabelledLogprobs, *, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
 ) -> mx.array:
-    """lambda_y - v(x, y) of each answer (equations 7 and 8):
+    """lambda_y - v(x, y) of each answer (KTO):
 
     good  lambda_D (1 - sigmoid(beta (r - z0)))        bad  lambda_U (1 - sigmoid(beta (z0 - r)))
 
     r = log(pi / pi_ref)(y | x). Give the two weights the ratio that makes up for unequal numbers of labels
-    (section 4.2: between 1 and 4/3 for lambda_D n_D / lambda_U n_U).
+    (the paper advises between 1 and 4/3 for lambda_D n_D / lambda_U n_U).
     """
     ratio_B = answers.logprob_B - answers.reference_B
     sign_B = 2 * answers.label_B - 1

@@ -11,7 +11,7 @@ def orpo(pairs: PairLogprobs, *, beta: float = 0.1) -> tuple[mx.array, dict[str,
     """NLL(y_w) - beta log sigmoid(log(odds(y_w) / odds(y_l))) (equations 6 and 7; `beta` is the paper's lambda).
 
     odds(y) = p / (1 - p), with log p the MEAN log-probability of the answer's tokens (equation 3). NLL is of the
-    answer's tokens only, where the authors' code also trains the prompt.
+    answer's tokens only, where the code of the authors and TRL train the prompt too. A row's margin is one of log odds.
     """
     chosen, rejected = per_token(pairs)
     log_odds = (chosen - rejected) - (log_one_minus_exp(chosen) - log_one_minus_exp(rejected))

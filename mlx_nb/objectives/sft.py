@@ -56,7 +56,7 @@ def nll(targets: Targets, *, label_smoothing: float = 0.0, z_loss: float = 0.0) 
 
 
 def dft(targets: Targets, *, z_loss: float = 0.0) -> Any:
-    """-sg(p(y)) log p(y): each token weighted by how likely it already is (DFT, Wu et al. 2025, equation 9).
+    """-sg(p(y)) log p(y): each token weighted by how likely it already is (DFT, Wu et al. 2025).
 
     `sg` passes no gradient. The rows' NLL is the metric `nll`.
     """

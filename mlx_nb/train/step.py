@@ -121,8 +121,10 @@ class Stepper:
                     add_metrics(metrics, measured(sums))
         finally:
             self.model.update(parameters)
-        mean = tree_map(lambda array: array / units, summed)
-        return Gradients(mean, total / units, units, mean_metrics(metrics), row_losses)
+        # With mask_truncated_completions an update can be without any token that counts: its gradient is 0, not 0 / 0.
+        divisor = units or 1.0
+        mean = tree_map(lambda array: array / divisor, summed)
+        return Gradients(mean, total / divisor, units, mean_metrics(metrics), row_losses)
 
     def update(
         self,
