@@ -39,10 +39,10 @@ class RunStarted(Event):
 class StepCompleted(Event):
     """One optimizer update.
 
-    loss             of the method, a mean over the whole update; for `sft` negative log-likelihood in nats per target token
+    loss             of the method, mean over the whole update; for `sft` negative log-likelihood, nats per target token
     learning_rate    the rate this update used
     gradient_norm    L2 norm before clipping
-    target_tokens    units of the loss: target tokens, pairs, answers or completions;  tokens: all tokens without padding
+    target_tokens    units of the loss: target tokens, pairs, answers, completions;  tokens: all without padding
     seconds          wall time of the update;  peak_memory in bytes
     rows             numbers of the training rows in the update
     row_losses       (row, its mean loss) of each of them, before the update
