@@ -39,13 +39,13 @@ class RunStarted(Event):
 class StepCompleted(Event):
     """One optimizer update.
 
-    loss             mean negative log-likelihood in nats over the target tokens of the whole update
+    loss             of the method, mean over the whole update; for `sft` negative log-likelihood, nats per target token
     learning_rate    the rate this update used
     gradient_norm    L2 norm before clipping
-    target_tokens    tokens that counted in the loss;  tokens: all tokens without padding
+    target_tokens    units of the loss: target tokens, pairs, answers, completions;  tokens: all without padding
     seconds          wall time of the update;  peak_memory in bytes
     rows             numbers of the training rows in the update
-    row_losses       (row, mean loss over its target tokens) of each of them, before the update
+    row_losses       (row, its mean loss) of each of them, before the update
     """
 
     loss: float

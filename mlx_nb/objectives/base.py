@@ -8,7 +8,8 @@ it, with the sums, the units and the metrics of that kind:
     labels    LabelledLogprobs  -> (B,) loss of each answer                (objectives/kto.py)
     prompts   Completions       -> (S,) loss of each token of a completion (objectives/grpo.py)
 
-It may also return `(losses, {name: values})`: metrics of its own, one value for each loss.
+Those of tokens, pairs and labels may also return `(losses, {name: values})`: metrics of their own, one value for each
+loss. That of prompts may return `TokenLosses`.
 """
 
 from __future__ import annotations
