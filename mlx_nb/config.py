@@ -78,8 +78,8 @@ class RunConfig:
     )
     beta: float | None = setting(
         None,
-        "How firmly the policy is held to the reference (dpo, kto: 0.1; grpo, weight of the KL: 0.04), or the weight "
-        "of the preference term (cpo: 0.1, simpo: 2, orpo: 0.1). null = the number in brackets.",
+        "How firmly the policy is held to the reference (dpo, kto: 0.1; normalised: 2; grpo, weight of the KL: 0.04), "
+        "the slope of the preference (cpo: 0.1, simpo: 2), or its weight (orpo: 0.1). null = the number in brackets.",
         group="method",
         at_least=0,
         only_for="option",
@@ -132,7 +132,7 @@ class RunConfig:
     reference_model: str | None = setting(
         None,
         "Another model as the reference: alias, hub id, folder or .gguf with the same vocabulary. "
-        "null = the model as it is when training starts, at no cost in memory.",
+        "null = the model as it is when training starts, which takes no memory with lora and dora.",
         group="method",
         only_for="reference",
     )
@@ -246,9 +246,13 @@ class RunConfig:
         group="rows",
         at_least=0,
     )
-    chat_feature: str | None = setting(None, "Column with the messages. null = messages.", group="rows")
+    chat_feature: str | None = setting(
+        None, "Column with the messages. null = messages.", group="rows", only_for=("tokens", "labels")
+    )
     prompt_feature: str | None = setting(None, "Column with the prompt. null = prompt.", group="rows")
-    completion_feature: str | None = setting(None, "Column with the completion. null = completion.", group="rows")
+    completion_feature: str | None = setting(
+        None, "Column with the completion. null = completion.", group="rows", only_for=("tokens", "labels")
+    )
     chosen_feature: str | None = setting(
         None, "Column with the better answer. null = chosen.", group="rows", only_for="pairs"
     )
@@ -264,7 +268,7 @@ class RunConfig:
     preference_score_feature: str | None = setting(
         None, "Column with the weight of a pair. null = preference_score.", group="rows", only_for="pairs"
     )
-    text_feature: str | None = setting(None, "Column with plain text. null = text.", group="rows")
+    text_feature: str | None = setting(None, "Column with plain text. null = text.", group="rows", only_for="tokens")
     system_feature: str | None = setting(None, "Column with a system prompt. null = system.", group="rows")
     loss_on: Literal["assistant", "final", "completion", "all"] = setting(
         "assistant",
@@ -346,7 +350,7 @@ class RunConfig:
     epochs: float | None = setting(
         None, "Passes over the training rows. null = 1 when iters is not given.", group="training", above=0
     )
-    batch_size: int = setting(4, "Rows in one forward pass.", group="training", at_least=1)
+    batch_size: int = setting(4, "Rows, pairs or prompts in one forward pass.", group="training", at_least=1)
     grad_accumulation_steps: int = setting(
         1,
         "Forward passes in one update; weighted by token, so the same as one large batch.",
@@ -545,10 +549,11 @@ def _check_method(config: RunConfig) -> None:
             f"It has: {', '.join(method.losses)}.",
         )
     options = method.loss(config.loss).options
-    effective = {method.rows, "reference"} if method.reference else {method.rows}
+    effective = {None, method.rows, "reference"} if method.reference else {None, method.rows}
     for declared in fields(config):
         only_for, name = declared.metadata["only_for"], declared.name
-        if only_for in (None, *effective) or name in options or getattr(config, name) == declared.default:
+        kinds = only_for if isinstance(only_for, tuple) else (only_for,)
+        if not effective.isdisjoint(kinds) or name in options or getattr(config, name) == declared.default:
             continue
         variant = f", `loss: {config.loss}`" if config.loss else ""
         raise SettingError((name,), f"`{name}` has no effect with `method: {method.name}`{variant}. Remove it.")
@@ -566,6 +571,12 @@ def _check_method(config: RunConfig) -> None:
         raise SettingError(
             ("loss_on",), "`loss_on: all` trains prompts, and answers are judged without them. Remove it."
         )
+    if method.rows == "prompts" and config.loss_on != "assistant":
+        raise SettingError(("loss_on",), f"`loss_on` has no effect with `method: {method.name}`. Remove it.")
+    if method.rows != "tokens" and config.truncate == "split":
+        raise SettingError(("truncate",), "`truncate: split` is for texts (`method: sft`). Use right, left or drop.")
+    if method.rows in ("pairs", "labels") and config.beta == 0:
+        raise SettingError(("beta",), f"`beta: 0` leaves nothing of `method: {method.name}` to learn. Raise it.")
     if config.loss == "robust" and (config.label_smoothing or 0) >= 0.5:
         raise SettingError(("label_smoothing",), "`loss: robust` needs a `label_smoothing` below 0.5.")
     if method.rows == "prompts":

@@ -68,9 +68,10 @@ _PAIR_METRICS = {
     "accuracy": Metric("share of pairs whose chosen answer has the higher implicit reward", "up"),
     "margin": Metric("reward of the chosen answer minus that of the rejected one", "up"),
     "reward_chosen": Metric(
-        "implicit reward of the chosen answer: beta * log(policy / reference)", "up, or slowly down"
+        "beta * log(policy / reference) of the chosen answer; without a reference beta * log(policy)",
+        "up, or slowly down",
     ),
-    "reward_rejected": Metric("implicit reward of the rejected answer", "down"),
+    "reward_rejected": Metric("the same of the rejected answer", "down"),
     "logprob_chosen": Metric("log-probability per token of the chosen answer, nats", "not far down"),
     "logprob_rejected": Metric("log-probability per token of the rejected answer, nats", "down"),
 }
@@ -111,7 +112,7 @@ METHODS: dict[str, Method] = {
                 "nll": Loss("mlx_nb.objectives.sft:nll", ("label_smoothing", "z_loss")),
                 "dft": Loss("mlx_nb.objectives.sft:dft", ("z_loss",), stops_gradient=True),
             },
-            {"nll": Metric("negative log-likelihood per target token, nats (with `loss: dft`)", "down")},
+            {"nll": Metric("negative log-likelihood per target token, nats, where the loss is something else", "down")},
         ),
         Method(
             "dpo",
@@ -207,6 +208,9 @@ def register_objective(
         )
 
     def register(loss: Callable[..., Any]) -> Callable[..., Any]:
+        for option, default in options_of(loss).items():
+            if default is inspect.Parameter.empty:
+                raise ConfigError(f"{name}: its option `{option}` has no default. Give it one.")
         described = {key: Metric(text) for key, text in (metrics or {}).items()}
         METHODS[name] = Method(
             name, rows, {name: Loss(loss, tuple(options_of(loss)), stops_gradient)}, described, reference

@@ -24,12 +24,12 @@ def setting(
     below: float | None = None,
     live: bool = False,
     synonyms: Mapping[str, str] | None = None,
-    only_for: str | None = None,
+    only_for: str | tuple[str, ...] | None = None,
 ) -> Any:
     """Declare one setting. `live` ones may change during a run; `synonyms` are other words for a choice.
 
-    `only_for` says which methods it has an effect with: those that take a kind of row (`pairs`, `prompts`, ...), that
-    use a `reference`, or whose loss has it as an `option`.
+    `only_for` says which methods it has an effect with: those that take a kind of row (`pairs`, `prompts`, ...) or one
+    of several, that use a `reference`, or whose loss has it as an `option`.
     """
     bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
     metadata = {"help": help, "group": group, "live": live, "synonyms": dict(synonyms or {}), "only_for": only_for}

@@ -141,6 +141,10 @@ def test_help_names_every_setting():
         ({"method": "dpo", "loss": "robust", "label_smoothing": 0.5}, "below 0.5"),
         ({"method": "dpo", "method_options": {"beta": 1}}, "`beta` is a setting of its own"),
         ({"dpo_cpo_loss_type": "ipo"}, "Here it is `loss`"),
+        ({"method": "dpo", "beta": 0}, "leaves nothing of `method: dpo` to learn"),
+        ({"method": "dpo", "text_feature": "x"}, "`text_feature` has no effect"),
+        ({"method": "dpo", "truncate": "split"}, "`truncate: split` is for texts"),
+        ({"method": "grpo", "rewards": ["a"], "loss_on": "final"}, "`loss_on` has no effect"),
     ],
 )
 def test_a_setting_without_effect_on_the_method_is_an_error(settings, words):

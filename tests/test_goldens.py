@@ -295,7 +295,6 @@ def test_these_defaults_are_otherwise_than_in_trl():
         "cpo simpo: beta": (0.1, 2.0),
         "cpo simpo: cpo_alpha": (1.0, 0.0),
         **of_all_grpo,
-        "grpo dapo: epsilon_high": (None, 0.28),
         "grpo dr_grpo: max_completion_length": (512, 256),
     }
     assert (GOLDENS["defaults"]["grpo"]["loss_type"], next(iter(METHODS["grpo"].losses))) == ("dapo", "grpo")

@@ -32,6 +32,9 @@ HEADINGS = [
 ]
 # A value that is not the default, for every setting that only some methods take.
 GIVEN = {
+    "chat_feature": "talk",
+    "completion_feature": "reply",
+    "text_feature": "body",
     "beta": 0.3,
     "label_smoothing": 0.1,
     "z_loss": 1e-4,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from mlx_nb import check_objective, register_objective
+from mlx_nb import Run, check_objective, register_objective
 from mlx_nb.config import RunConfig
 from mlx_nb.errors import ConfigError
 from mlx_nb.methods import METHODS, options_of
 from mlx_nb.objectives.binding import options_for
+from tiny import tiny_labels, tiny_prompts, tiny_rows
 
 VARIANTS = [(method.name, loss) for method in METHODS.values() for loss in method.losses]
 
@@ -106,3 +107,32 @@ def test_the_battery_catches_what_breaks_a_law(own_methods):
     }.items():
         with pytest.raises(ConfigError, match=words):
             check_objective(name)
+
+
+def test_what_a_method_of_ones_own_may_leave_out_or_add(own_methods, tmp_path, tiny_folder):
+    @register_objective("labels_alone", rows="labels")
+    def labels_alone(answers):
+        return -answers.logprob_B * (2 * answers.label_B - 1) / 100
+
+    @register_objective("held", rows="tokens", reference=True)
+    def held(targets, *, weight=1.0):
+        return -targets.logprob_S + weight * mx.square(targets.logprob_S - targets.reference_S)
+
+    @register_objective("surely", rows="prompts", metrics={"sure": "log-probability"})
+    def surely(completions):
+        return -completions.logprob_S * completions.advantage_S, {"sure": completions.logprob_S}
+
+    with pytest.raises(ConfigError, match="its option `weight` has no default"):
+        register_objective("needy")(lambda targets, *, weight: targets)
+    rows = {"labels_alone": tiny_labels, "held": tiny_rows, "surely": tiny_prompts}
+    for name, make in rows.items():
+        check_objective(name)
+        rewards = {"rewards": [len_of], "max_completion_length": 4} if name == "surely" else {}
+        settings = {"method": name, "model": str(tiny_folder), "data": make(12), "adapter_path": str(tmp_path / name)}
+        step = Run(RunConfig.from_dict({**settings, **rewards, "iters": 2})).step(2)
+        assert step.step == 2
+    assert "sure" in step.metrics
+
+
+def len_of(completion):
+    return len(completion)

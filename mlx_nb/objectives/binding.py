@@ -27,7 +27,7 @@ def objective_for(config: RunConfig) -> Objective:
     method = method_named(config.method)
     loss = method.loss(config.loss).function()
     options = options_for(config)
-    return _BY_ROWS[method.rows](partial(loss, **options), float(options.get("beta", 1.0)), config)
+    return _BY_ROWS[method.rows](partial(loss, **options), float(options.get("beta") or 1.0), config)
 
 
 def options_for(config: RunConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlx_nb.model.logprobs import TargetInputs, TargetScorer, accurate_logsumexp, accurate_target_logprobs
-from mlx_nb.objectives.base import LossSum, Metrics, Objective, k3, row_of_target, sum_by_row
+from mlx_nb.objectives.base import LossSum, Metrics, Objective, k3, row_of_target, sum_by_row, with_metrics
 
 # GSPO, section 5.1: ratios of whole completions vary far less than those of tokens.
 _SEQUENCE_EPSILON, _SEQUENCE_EPSILON_HIGH = 3e-4, 4e-4
@@ -74,14 +74,17 @@ def completion_objective(loss: Callable[[Completions], Any], temperature: float)
             inputs.tokens_BT.shape[0],
         )
         result = loss(completions)
+        extra: dict[str, mx.array] = {}
         if not isinstance(result, TokenLosses):
-            result = TokenLosses(result, 1 / length_S, _count(completions), mx.zeros_like(result))
+            loss_S, extra = with_metrics(result)
+            result = TokenLosses(loss_S, 1 / length_S, _count(completions), mx.zeros_like(loss_S))
         counted_S = result.loss_S * result.share_S * weight_S
         entropy_S = mx.stop_gradient(_entropy(logits_SV))
         tokens = mx.maximum(weight_S.sum(), 1.0)
         metrics: Metrics = {
             "entropy": ((entropy_S * weight_S).sum(), tokens),
             "clipped": ((result.clipped_S * weight_S).sum(), tokens),
+            **{name: ((value_S * weight_S).sum(), tokens) for name, value_S in extra.items()},
         }
         if "reference" in inputs.token_values:
             metrics["kl"] = ((k3(reference_S, logprob_S) * weight_S).sum(), tokens)
@@ -160,10 +163,12 @@ def dapo(
     *,
     beta: float = 0.04,
     epsilon: float | None = None,
-    epsilon_high: float = 0.28,
+    epsilon_high: float | None = None,
     importance_sampling_level: str = "token",
 ) -> TokenLosses:
     """`bnpo` with the upper clip at 1.28, so that rare tokens may grow (DAPO, Yu et al. 2025, equations 10 and 12)."""
+    if epsilon_high is None and importance_sampling_level == "token":
+        epsilon_high = 0.28
     return bnpo(
         completions,
         beta=beta,

@@ -12,7 +12,9 @@ from mlx_nb.objectives.base import LossSum, Metrics, Objective, k2, sum_by_row, 
 
 
 class LabelledLogprobs(NamedTuple):
-    """Of B answers: log-probability under policy and reference (constant), and label 1 or 0, each (B,).
+    """Of B answers: log-probability under policy and reference, and label 1 or 0, each (B,).
+
+    Those of the reference are constants, and 0 for a method without one.
 
     `kl_estimate_B` is the z0 of the loss: the mean log-ratio of mismatched answers over the whole update, at least 0,
     the same number for every answer, without gradient.
@@ -28,7 +30,8 @@ def label_objective(loss: Callable[[LabelledLogprobs], Any], beta: float) -> Obj
     """Units are answers; a loss function gives one loss for each."""
 
     def objective(scorer: TargetScorer, inputs: TargetInputs) -> LossSum:
-        logprob_S, reference_S = scorer.logprobs(inputs), inputs.token_values["reference"]
+        logprob_S = scorer.logprobs(inputs)
+        reference_S = inputs.token_values.get("reference", mx.zeros_like(logprob_S))
         answers = LabelledLogprobs(
             sum_by_row(inputs, logprob_S * inputs.weight_S),
             sum_by_row(inputs, reference_S * inputs.weight_S),
@@ -44,9 +47,10 @@ def label_objective(loss: Callable[[LabelledLogprobs], Any], beta: float) -> Obj
             "reward_undesirable": ((beta * ratio_B * (1 - good_B)).sum(), (1 - good_B).sum()),
             "kl_estimate": (answers.kl_estimate_B.sum(), ones_B.sum()),
             "accuracy": (right_B.astype(mx.float32).sum(), ones_B.sum()),
-            "kl": ((k2(reference_S, logprob_S) * inputs.weight_S).sum(), inputs.weight_S.sum()),
             **{name: (value_B.sum(), ones_B.sum()) for name, value_B in extra.items()},
         }
+        if "reference" in inputs.token_values:
+            metrics["kl"] = ((k2(reference_S, logprob_S) * inputs.weight_S).sum(), inputs.weight_S.sum())
         return LossSum(loss_B.sum(), ones_B.sum(), metrics, mx.stop_gradient(loss_B), ones_B)
 
     return objective

@@ -18,10 +18,14 @@ from mlx_nb.objectives.base import LossSum, Objective, sum_by_row, with_metrics
 
 
 class Targets(NamedTuple):
-    """The targets of a batch: logits (S, V) float32 of the policy, and log p(target) (S,)."""
+    """The targets of a batch: logits (S, V) float32, and log p(target) (S,) under policy and reference.
+
+    Those of the reference are constants, and 0 for a method without one.
+    """
 
     logits_SV: mx.array
     logprob_S: mx.array
+    reference_S: mx.array
 
 
 def token_objective(loss: Callable[[Targets], Any]) -> Objective:
@@ -29,7 +33,9 @@ def token_objective(loss: Callable[[Targets], Any]) -> Objective:
 
     def objective(scorer: TargetScorer, inputs: TargetInputs) -> LossSum:
         logits_SV = scorer.logits(inputs).astype(mx.float32)
-        loss_S, extra = with_metrics(loss(Targets(logits_SV, target_logprobs(logits_SV, inputs.target_S))))
+        logprob_S = target_logprobs(logits_SV, inputs.target_S)
+        reference_S = inputs.token_values.get("reference", mx.zeros_like(logprob_S))
+        loss_S, extra = with_metrics(loss(Targets(logits_SV, logprob_S, reference_S)))
         weighted_S, units = loss_S * inputs.weight_S, inputs.weight_S.sum()
         return LossSum(
             weighted_S.sum(),
@@ -47,12 +53,15 @@ def nll(targets: Targets, *, label_smoothing: float = 0.0, z_loss: float = 0.0) 
 
     `label_smoothing` epsilon spreads that share over the vocabulary: (1 - epsilon) NLL + epsilon mean_v(-log p(v))
     (Szegedy et al. 2016, section 7). `z_loss` adds weight * log(Z)^2 (PaLM, Chowdhery et al. 2022, section 5).
+    With either of them the NLL itself is the metric `nll`.
     """
-    loss_S = -targets.logprob_S
+    nll_S = loss_S = -targets.logprob_S
     if label_smoothing:
         spread_S = mx.logsumexp(targets.logits_SV, axis=-1) - targets.logits_SV.mean(axis=-1)
         loss_S = (1 - label_smoothing) * loss_S + label_smoothing * spread_S
-    return loss_S + _z_loss(targets, z_loss) if z_loss else loss_S
+    if z_loss:
+        loss_S = loss_S + _z_loss(targets, z_loss)
+    return (loss_S, {"nll": nll_S}) if label_smoothing or z_loss else loss_S
 
 
 def dft(targets: Targets, *, z_loss: float = 0.0) -> Any:

@@ -22,6 +22,7 @@ from mlx_nb.rollouts.reward_functions import REWARDS
 
 # `prompt` and `answer`, the names of the columns, are also known to a function that takes all completions at once.
 NAMES_FOR_ALL = ("prompts", "completions", "answers", "completion_tokens", "prompt", "answer")
+RESERVED = ("spread",)
 NAMES_FOR_ONE = ("prompt", "completion", "answer", "completion_tokens")
 
 
@@ -170,6 +171,8 @@ def resolve_rewards(names: Iterable[Any], namespace: Mapping[str, Any]) -> tuple
         raise ConfigError("`rewards` is empty. Name at least one reward function.")
     rewards = tuple(_resolve(entry, namespace) for entry in entries)
     for k, reward in enumerate(rewards):
+        if reward.name in RESERVED:
+            raise ConfigError(f"`rewards`: reward_{reward.name} is a metric already. Give {reward.name} another name.")
         if reward.name in [earlier.name for earlier in rewards[:k]]:
             raise ConfigError(f"`rewards` has {reward.name} twice. Give one of them a name of its own, with `def`.")
     return rewards

@@ -15,6 +15,7 @@ import numpy as np
 from mlx_nb.config import RunConfig
 from mlx_nb.data.batches import BatchPlan, TokenBatch, evaluation_batches, pad
 from mlx_nb.data.examples import PromptExample, TokenizedExample
+from mlx_nb.errors import DataError
 from mlx_nb.events import Event, Progress, RolloutCompleted
 from mlx_nb.model.logprobs import TargetScorer, accurate_target_logprobs, target_inputs
 from mlx_nb.model.randomness import seed_for
@@ -240,6 +241,8 @@ class RolloutFeed:
         sampled = yield from self._sample(step, prompts, 1, seed_for(config.seed, "evaluation"))
         rewards = sampled.scores.total_N
         rows = [(example.row, float(reward)) for example, reward in zip(prompts, rewards) if math.isfinite(reward)]
+        if not rows:
+            raise DataError(f"no completion got a reward. {sampled.scores.problems[0].error}")
         return rows, self._measured(sampled)
 
     def snapshot(self) -> dict[str, Any]:

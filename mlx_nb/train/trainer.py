@@ -487,17 +487,17 @@ class Trainer:
             total, units, rows = total + measured.total, units + measured.units, rows + len(batch.rows)
             add_metrics(metrics, measured.metrics)
             row_losses += zip(batch.rows, measured.row_losses)
-        loss = total / units
+        loss, means = total / units, mean_metrics(metrics)
         return EvaluationCompleted(
             self.state.step,
             split,
             loss,
-            perplexity_of(loss) if method_named(config.method).rows == "tokens" else None,
+            perplexity_of(means.get("nll", loss)) if config.method == "sft" else None,
             units,
             rows,
             time.perf_counter() - started,
             row_losses=tuple(row_losses),
-            metrics=mean_metrics(metrics),
+            metrics=means,
         )
 
     def _measuring_rewards(
@@ -506,8 +506,6 @@ class Trainer:
         """The rewards of one completion of each prompt. The loss is minus their mean, so that lower is better."""
         started = time.perf_counter()
         rewards, metrics = yield from self._polled(feed.measure(self.state.step, examples, limit))
-        if not rewards:
-            raise DataError(f"no completion of {split} got a reward. The reward functions say why in the log.")
         return EvaluationCompleted(
             self.state.step,
             split,
