@@ -45,6 +45,7 @@ from mlx_nb.events import (
 )
 from mlx_nb.keeper import CHECKPOINTS, Keeper, changed_settings, history_of, live_changes
 from mlx_nb.material import SPLITS, Material, Rows
+from mlx_nb.methods import method_named
 from mlx_nb.view.history import History, visits_text
 
 if TYPE_CHECKING:
@@ -198,7 +199,8 @@ class Run:
 
         All rows are read; `rows` of each split (None = all) are tokenised.
         """
-        return check_data(self.splits, self.tokenizer, self.config, rows=rows)
+        kind = method_named(self.config.method).rows
+        return check_data(self.splits, self.tokenizer, self.config, rows=rows, kind=kind)
 
     @property
     def left_out(self) -> dict[str, list[LeftOut]]:
