@@ -185,10 +185,13 @@ class Run:
         latest = {row: visits[-1][1] for row, visits in self.history.row_losses(split).items()}
         return dict(sorted(latest.items(), key=lambda item: -item[1]))
 
-    def token_losses(self, row: RowView, *, base: bool = False) -> Any:
-        """(T,) loss in nats of each token of a row, now; NaN for the first. `base` with the adapter switched off."""
+    def token_losses(self, row: RowView, *, base: bool = False, rejected: bool = False) -> Any:
+        """(T,) loss in nats of each token of a row, now; NaN for the first. `base` with the adapter switched off.
+
+        Of a pair, those of the chosen answer with its prompt, or of the `rejected` one.
+        """
         self._refuse_base(base)
-        return self.material.token_losses(row, base=base)
+        return self.material.token_losses(row, base=base, rejected=rejected)
 
     def _refuse_base(self, base: bool) -> None:
         if base and self.config.fine_tune_type == "full" and self.step_count:
@@ -291,7 +294,7 @@ class Run:
             {name: self.rows(name).examples for name in ordered},
             self.tokenizer,
             losses=self.row_losses,
-            token_loss=lambda view, base: self.token_losses(view, base=base),
+            token_loss=self.token_losses,
             visits=lambda name, row: visits_text(self.history.row_losses(name).get(row, [])),
         )
 

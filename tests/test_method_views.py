@@ -9,6 +9,7 @@ import pytest
 
 from mlx_nb import Run, RunConfig
 from mlx_nb.cli import main
+from mlx_nb.errors import DataError
 from mlx_nb.notebook.commands import run_line
 from mlx_nb.notebook.session import Session
 from mlx_nb.view.batch_table import BatchDisplay, line_names
@@ -130,3 +131,60 @@ def test_rows_are_printed_with_both_answers_and_labels(tiny_folder, tmp_path, ca
     prompt = records(tiny_prompts(3), "method=grpo rewards=[number_match]")[0]
     assert prompt["tokens"]
     assert set(prompt["loss_mask"]) == {0}
+
+
+# Rows
+
+
+def test_a_row_of_a_pair_shows_both_answers(make_run):
+    run = make_run("dpo")
+    row = run.rows()[1]
+    assert "✓ chosen" in repr(row)
+    assert "✗ rejected" in repr(row)
+    html = row._repr_html_()
+    assert "blue" in tiny_pairs()[1]["rejected"]
+    assert html.index("✓ chosen") < html.index("greengreen") < html.index("✗ rejected") < html.index(">blue")
+    weighted = make_run("dpo", data=[{**pair, "margin": 0.5} for pair in tiny_pairs()]).rows()[0]
+    assert "margin: 0.5" in weighted._repr_html_()
+    assert "margin: 0.5" in repr(weighted)
+
+
+def test_losses_of_both_answers_are_measured_and_shown(make_run):
+    run = make_run("dpo")
+    run.step(2)
+    session = Session()
+    session.add(run)
+    row = run.rows()[1]
+    chosen, rejected = run.token_losses(row), run.token_losses(row, rejected=True)
+    assert len(rejected) == len(row.rejected.tokens)
+    means = [
+        float(np.mean(losses[said.loss_mask != 0]))
+        for losses, said in ((chosen, row.conversation), (rejected, row.rejected))
+    ]
+    html = run_line(session, "row 1 --loss")._repr_html_()
+    for mean in means:
+        assert f"mean loss of the trained tokens {mean:.3f} nats" in html
+    assert run_line(session, "row 1 --compare base")._repr_html_().count("base model") > 2
+    browser = run.browse()
+    browser.colour.value = "loss now"
+    assert browser.view.value.count("mean loss of the trained tokens") == 2
+    with pytest.raises(DataError, match="row 1 is no pair"):
+        make_run("kto").token_losses(make_run("kto").rows()[1], rejected=True)
+
+
+def test_a_labelled_row_says_its_label(make_run):
+    rows = make_run("kto").rows()
+    for row, said in ((0, "✗ label: bad"), (1, "✓ label: good")):
+        assert said in rows[row]._repr_html_()
+        assert said in repr(rows[row])
+
+
+def test_a_prompt_shows_what_its_rewards_are_given(make_run):
+    run = make_run("grpo", data=[{"prompt": "say <b>", "answer": "<i>x</i>", "hint": {"a": 1}}] * 12)
+    row = run.rows()[0]
+    html, text = row._repr_html_(), repr(row)
+    assert "&lt;i&gt;x&lt;/i&gt;" in html
+    assert "<i>" not in html
+    assert "answer: <i>x</i>" in text
+    assert "hint: {'a': 1}" in text
+    assert "0 trained" in text

@@ -310,7 +310,7 @@ def _check(session: Session, arguments: argparse.Namespace) -> Any:
 
 
 def _row(session: Session, arguments: argparse.Namespace) -> Any:
-    from mlx_nb.view.row_display import RowDisplay
+    from mlx_nb.view.row_display import RowDisplay, measured_losses
 
     run = session.get(arguments.name)
     rows = run.rows(arguments.split)
@@ -320,9 +320,7 @@ def _row(session: Session, arguments: argparse.Namespace) -> Any:
         raise CommandError(f"%finetune row: {error}") from None
     losses = {}
     if arguments.loss or arguments.compare:
-        losses["token_loss"] = run.token_losses(view)
-    if arguments.compare:
-        losses["token_loss_base"] = run.token_losses(view, base=True)
+        losses = measured_losses(view, run.token_losses, compare=bool(arguments.compare))
     return RowDisplay(view, run.tokenizer, arguments.split, per_token=arguments.tokens, page=arguments.page, **losses)
 
 

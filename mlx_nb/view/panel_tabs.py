@@ -12,7 +12,7 @@ import ipywidgets as widgets
 from mlx_nb.config import LIVE_SETTINGS, SETTINGS
 from mlx_nb.errors import MlxNbError
 from mlx_nb.events import Event, Progress, Rewind, Sample, SampleGenerated, StateChanged, StepCompleted
-from mlx_nb.view.row_display import RowDisplay
+from mlx_nb.view.row_display import RowDisplay, measured_losses
 from mlx_nb.view.text_report import describe
 from mlx_nb.view.theme import BLUE, GREY, ORANGE, WRAP, one_line, tint, visible_html
 from mlx_nb.yaml_loader import load_mapping
@@ -115,7 +115,7 @@ class RowsTab:
         view = self._run.rows("train").examples.view(row)
         losses = {}
         if measure and view.conversation is not None:
-            losses["token_loss"] = self._run.token_losses(view)
+            losses = measured_losses(view, self._run.token_losses)
         self._drawn = (row, measure)
         self.view.value = RowDisplay(view, self._run.tokenizer, "train", **losses)._repr_html_()
 
