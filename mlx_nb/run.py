@@ -47,6 +47,7 @@ from mlx_nb.keeper import CHECKPOINTS, Keeper, changed_settings, history_of, liv
 from mlx_nb.material import SPLITS, Material, Rows
 from mlx_nb.methods import method_named
 from mlx_nb.view.history import History, visits_text
+from mlx_nb.view.quantities import headline
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -442,12 +443,13 @@ class Run:
         checkpoint, _ = self._store().load(info.path.name)
         there = history_of(checkpoint)
         lines = [("update", f"{checkpoint.step} → {self.step_count}")]
+        measured = next((headline(row)[0] for row in self.history.evaluations("valid")), "loss")
         for label, then, now in (
             ("training loss", there["loss"], self.history["loss"]),
             (
-                "validation loss",
-                [row["loss"] for row in there.evaluations("valid")],
-                [row["loss"] for row in self.history.evaluations("valid")],
+                f"validation {measured}",
+                [headline(row)[1] for row in there.evaluations("valid")],
+                [headline(row)[1] for row in self.history.evaluations("valid")],
             ),
         ):
             if then and now:
@@ -618,7 +620,7 @@ class Run:
                 self._record(self._trainer.change(name, getattr(checked, name)))
 
     def evaluate(self, split: str = "valid", *, all_rows: bool = False) -> EvaluationCompleted:
-        """Loss and perplexity on a fixed set of rows of `split`, or on all of them, now."""
+        """Loss and the method's metrics on a fixed set of rows of `split`, or on all of them, now."""
         if split == "test" and not self.config.test and self._trainer is not None and not self._trainer.examples.test:
             self._trainer.examples = dataclasses.replace(self._trainer.examples, test=self.material.tokenize("test"))
         result = self.trainer.evaluate(split, all_rows=all_rows)

@@ -86,6 +86,7 @@ ORDER = [
     "train.rollout_feed",
     "train.trainer",
     "view.theme",
+    "view.quantities",
     "view.history",
     "view.plots",
     "view.token_cells",

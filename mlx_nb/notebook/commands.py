@@ -16,6 +16,7 @@ from mlx_nb.events import Pause, Stop
 from mlx_nb.notebook.session import Session
 from mlx_nb.run import SPLITS, Run
 from mlx_nb.view.history import visits_text
+from mlx_nb.view.quantities import headline
 from mlx_nb.yaml_loader import load_mapping
 
 CELL_OPTIONS = {
@@ -200,13 +201,18 @@ def _runs(session: Session, _arguments: argparse.Namespace) -> _Text:
                 run.state,
                 f"{run.step_count} of {run.trainer.iters}" if run.prepared else "-",
                 f"{last.loss:.4f}" if last else "-",
-                f"{valid[-1]['loss']:.4f}" if valid else "-",
-                run.config.fine_tune_type,
+                _headline_text(valid[-1]) if valid else "-",
+                f"{run.config.method}, {run.config.fine_tune_type}",
                 run.config.model,
             )
         )
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     return _Text("\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in table))
+
+
+def _headline_text(evaluation: dict) -> str:
+    name, value = headline(evaluation)
+    return f"{value:.4f}" if name == "loss" else f"{name} {value:.4f}"
 
 
 def _rewind(session: Session, arguments: argparse.Namespace) -> _Text:
@@ -358,7 +364,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "eval": _command(
         "eval",
-        "loss and perplexity of a split, now",
+        "loss of a split and what the method measures, now",
         _eval,
         _argument("split", nargs="?", default="valid", choices=SPLITS),
     ),

@@ -13,7 +13,7 @@ from mlx_nb.config import LIVE_SETTINGS, SETTINGS
 from mlx_nb.errors import MlxNbError
 from mlx_nb.events import Event, Progress, Rewind, Sample, SampleGenerated, StateChanged, StepCompleted
 from mlx_nb.view.row_display import RowDisplay, measured_losses
-from mlx_nb.view.text_report import describe
+from mlx_nb.view.text_report import describe, remarks
 from mlx_nb.view.theme import BLUE, GREY, ORANGE, WRAP, one_line, tint, visible_html
 from mlx_nb.yaml_loader import load_mapping
 
@@ -350,7 +350,7 @@ class LogTab:
         if isinstance(event, StepCompleted | Progress | StateChanged):
             return
         self._lines += [f"{time.strftime('%H:%M:%S')}  {describe(event)}"]
-        self._lines += [f"          {note}" for note in getattr(event, "notes", ())]
+        self._lines += [f"          {remark}" for remark in remarks(event)]
         del self._lines[:-LINES_OF_LOG]
 
     def refresh(self) -> None:
