@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from mlx_nb.train.checkpoint import CheckpointInfo, CheckpointStore
     from mlx_nb.train.interrupts import Interrupts
     from mlx_nb.train.trainer import Trainer
+    from mlx_nb.view.completions_table import CompletionsDisplay
     from mlx_nb.view.panel import Panel
 
 
@@ -267,6 +268,36 @@ class Run:
         """The first words of a training row."""
         conversation = self.rows("train").examples.view(row).conversation
         return "" if conversation is None else conversation.text[:200]
+
+    def completions(self, step: int | None = None, *, ratios: bool = False) -> CompletionsDisplay:
+        """The completions of the last rollout, or of the last until update `step`, as a table that displays itself.
+
+        With `ratios` their tokens are coloured by log(policy now / policy that sampled), which only those of the last
+        rollout have. Raises CommandError when there are none.
+        """
+        from mlx_nb.view.completions_table import CompletionsDisplay
+
+        if method_named(self.config.method).rows != "prompts":
+            raise CommandError(f"`method: {self.config.method}` learns from rows: {self.name} samples no completions.")
+        rollouts = self.history.last_rollouts(self.history.rollout_count)
+        found = [rollout for rollout in rollouts if step is None or rollout.step <= step]
+        if not found:
+            when = "yet. `%finetune step` does" if step is None else f"until update {step}"
+            raise CommandError(f"{self.name} has sampled no completions {when}.")
+        return CompletionsDisplay(found[-1], self.tokenizer, self.log_ratios() if ratios else ())
+
+    def log_ratios(self) -> list[tuple[int, Any, Any]]:
+        """(row, tokens, log(policy now / policy that sampled)) of each completion of the last rollout, now.
+
+        Raises CommandError when there are none at hand: before the first rollout, after a resume or a rewind.
+        """
+        from mlx_nb.train.rollout_feed import RolloutFeed
+
+        feed = self.trainer.feed
+        ratios = feed.log_ratios() if isinstance(feed, RolloutFeed) else []
+        if not ratios:
+            raise CommandError(f"{self.name} has no completions at hand to compare the policy on. Do an update first.")
+        return ratios
 
     def status(self) -> str:
         """The run in a few lines of text."""

@@ -97,6 +97,7 @@ ORDER = [
     "view.answer_diff",
     "view.pair_overlay",
     "view.text_report",
+    "view.completions_table",
     "view.row_display",
     "view.row_browser",
     "view.check_report",

@@ -92,7 +92,7 @@ def test_a_batch_of_completions_is_there_once_they_are_sampled(make_run):
     (batch,) = run.trainer.next_batches()
     names = line_names(batch)
     assert [name.split(",")[0] for name in names] == [
-        f"row {row} completion {number}" for row in dict.fromkeys(batch.rows) for number in (1, 2, 3)
+        f"row {row} completion {number}" for row in dict.fromkeys(batch.rows) for number in (0, 1, 2)
     ]
     for name, advantage, counts in zip(names, batch.row_values["advantage"], batch.row_values["counts"]):
         assert f"advantage {advantage:+.3f}" in name

@@ -315,6 +315,10 @@ def _check(session: Session, arguments: argparse.Namespace) -> Any:
     return _Text(json.dumps(check.to_dict(), ensure_ascii=False)) if arguments.json else CheckDisplay(check)
 
 
+def _rollouts(session: Session, arguments: argparse.Namespace) -> Any:
+    return session.get(arguments.name).completions(arguments.step, ratios=arguments.ratios)
+
+
 def _row(session: Session, arguments: argparse.Namespace) -> Any:
     from mlx_nb.view.row_display import RowDisplay, measured_losses
 
@@ -405,6 +409,13 @@ COMMANDS: dict[str, Command] = {
     ),
     "browse": _command("browse", "leaf through the rows: previous, next, jump, filters, colours", _browse, _SPLIT),
     "batch": _command("batch", "the very arrays that the next update will train on", _batch),
+    "rollouts": _command(
+        "rollouts",
+        "the newest completions: what each reward function said, and their advantages",
+        _rollouts,
+        _argument("--step", type=int, metavar="UPDATE", help="the newest until this update"),
+        _argument("--ratios", action="store_true", help="colour tokens by log(policy now / policy that sampled)"),
+    ),
     "check": _command(
         "check",
         "what is wrong or odd with the rows, by number",

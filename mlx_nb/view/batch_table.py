@@ -32,32 +32,42 @@ _TRAINED = f"background:{tint(BLUE, 0.28)};border-bottom:2px solid {tint(BLUE, 1
 _CROSSING = f"background:{tint(ORANGE, 0.45)};border-bottom:2px dashed {tint(ORANGE, 1)}"
 
 
-def token_texts(tokens: Sequence[int], tokenizer: Any) -> list[str]:
-    """What each token says; the parts of a character that is split over tokens are numbered."""
+def token_groups(tokens: Sequence[int], tokenizer: Any) -> list[tuple[int, str]]:
+    """(how many tokens, what they say): one token each, or those that one character is split over."""
 
     def decoded(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    texts: list[str] = []
-    while len(texts) < len(tokens):
-        at = len(texts)
+    groups: list[tuple[int, str]] = []
+    at = 0
+    while at < len(tokens):
         text = decoded(tokens[at : at + 1])
-        if "\ufffd" not in text:
+        count = 1
+        if "\ufffd" in text:
+            count, text = next(
+                (
+                    (stop - at, joined)
+                    for stop in range(at + 2, min(at + _LONGEST_CHARACTER, len(tokens)) + 1)
+                    if "\ufffd" not in (joined := decoded(tokens[at:stop]))
+                ),
+                (1, text),
+            )
+        else:
             raw = str(tokenizer.convert_ids_to_tokens(int(tokens[at])))
             # Sentence-piece decoders drop the space before the first word.
-            texts.append(f" {text}" if raw.startswith("▁") and not text.startswith(" ") else text or raw)
-            continue
-        whole = next(
-            (
-                (stop - at, joined)
-                for stop in range(at + 2, min(at + _LONGEST_CHARACTER, len(tokens)) + 1)
-                if "\ufffd" not in (joined := decoded(tokens[at:stop]))
-            ),
-            (1, text),
-        )
-        count, joined = whole
-        texts += [f"{joined} {part}/{count}" for part in range(1, count + 1)] if count > 1 else [joined]
-    return texts
+            text = f" {text}" if raw.startswith("▁") and not text.startswith(" ") else text or raw
+        groups.append((count, text))
+        at += count
+    return groups
+
+
+def _token_texts(tokens: Sequence[int], tokenizer: Any) -> list[str]:
+    """What each token says; the parts of a character that is split over tokens are numbered."""
+    return [
+        text if count == 1 else f"{text} {part}/{count}"
+        for count, text in token_groups(tokens, tokenizer)
+        for part in range(1, count + 1)
+    ]
 
 
 def _length(tokens_T: np.ndarray, loss_mask_T: np.ndarray) -> int:
@@ -127,7 +137,7 @@ def _row_html(
     """The positions of one line of the batch. A target is weighted at its own token, one further on."""
     weights = [*loss_mask[1:], 0.0]
     kinds = [(position >= length, weights[position] != 0, segments[position]) for position in range(len(tokens))]
-    texts = token_texts(tokens[:length], tokenizer) + [f"padding {token}" for token in tokens[length:]]
+    texts = _token_texts(tokens[:length], tokenizer) + [f"padding {token}" for token in tokens[length:]]
     cards = "".join(
         f'<span style="{_CARD};{_QUIET}">⋯ {len(position):,} more like this</span>'
         if isinstance(position, range)
@@ -172,7 +182,7 @@ class BatchDisplay:
 
 
 def line_names(batch: TokenBatch) -> list[str]:
-    """What each line of `tokens_BT` is: `row 3`, `row 3 chosen`, `row 3, label: good`, `row 3 completion 2, ...`."""
+    """What each line of `tokens_BT` is: `row 3`, `row 3 chosen`, `row 3, label: good`, `row 3 completion 0, ...`."""
     values = batch.row_values
     names = [f"row {row}" for row in batch.rows]
     if len(batch.lengths) == 2 * len(names):
@@ -181,7 +191,7 @@ def line_names(batch: TokenBatch) -> list[str]:
     if "label" in values:
         return [f"{name}, label: {'good' if label else 'bad'}" for name, label in zip(names, values["label"])]
     if "advantage" in values:
-        numbers = [batch.rows[:index].count(row) + 1 for index, row in enumerate(batch.rows)]
+        numbers = [batch.rows[:index].count(row) for index, row in enumerate(batch.rows)]
         counts = values.get("counts", np.ones(len(names)))
         return [
             f"{name} completion {number}, advantage {advantage:+.3f}{'' if count else ', cut and not trained'}"
