@@ -222,3 +222,101 @@ def test_looking_at_ratios_changes_no_bit_of_what_follows(make_run):  # noqa: F8
         if type(event).__name__ in ("RolloutCompleted", "StepCompleted"):
             looked.completions(ratios=True)._repr_html_()
     assert looked.adapter_bytes() == plain.adapter_bytes()
+
+
+# In the panel, and in what stays
+
+
+def test_only_runs_that_sample_have_the_page(make_run):  # noqa: F811
+    assert "Completions" not in make_run("dpo").panel().tabs.options
+    assert list(make_run("grpo").panel().tabs.options)[:3] == ["Curves", "Rows", "Completions"]
+
+
+def test_the_page_shows_the_newest_completions_and_those_chosen(make_run):  # noqa: F811
+    run = make_run("grpo")
+    panel = run.panel()
+    panel.tabs.value = "Completions"
+    tab = panel.completions
+    assert "no completions are sampled yet" in tab.view.value
+    run.step(2)
+    panel.refresh()
+    assert list(tab.rollout.options) == ["newest", "after update 1", "after update 0"]
+    assert tab.view.value == completions_html(run.history.last_rollouts(1)[0])
+    tab.rollout.value = "after update 0"
+    first = completions_html(run.history.last_rollouts(2)[0])
+    assert tab.view.value == first
+    run.step()
+    panel.refresh()
+    assert (tab.rollout.value, tab.view.value) == ("after update 0", first)
+    tab.rollout.value = "newest"
+    assert tab.view.value == completions_html(run.history.last_rollouts(1)[0])
+
+
+def test_the_toggle_colours_the_newest_completions_and_measures_once_for_an_update(make_run):  # noqa: F811
+    run = make_run("grpo", updates_per_rollout=2)
+    run.step(2)
+    panel = run.panel()
+    panel.tabs.value = "Completions"
+    tab, measured, log_ratios = panel.completions, [], run.log_ratios
+    run.log_ratios = lambda: measured.append(run.step_count) or log_ratios()
+    plain = tab.view.value
+    tab.colour.value = True
+    assert "log(policy now" in tab.view.value
+    for _ in range(3):
+        panel.refresh()
+    assert measured == [2]
+    run.step()
+    panel.refresh()
+    assert measured == [2, 2, 3]  # new completions before update 3, and after it
+    tab.rollout.value = "after update 0"
+    assert "log(policy now" not in tab.view.value
+    assert "only the newest" in tab.note.value
+    tab.colour.value = False
+    assert (tab.view.value, tab.note.value) == (plain, "")
+
+
+def test_what_cannot_be_measured_is_said_on_the_page(make_run):  # noqa: F811
+    run = make_run("grpo")
+    run.step()
+    panel = run.panel()
+    panel.tabs.value = "Completions"
+
+    def full():
+        raise RuntimeError("[malloc] Unable to allocate")
+
+    run.log_ratios = full
+    panel.completions.colour.value = True
+    assert "Unable to allocate" in panel.completions.note.value
+    assert panel.completions.view.value == completions_html(run.history.last_rollouts(1)[0])
+    run.run()
+    assert run.finished
+
+
+def test_a_report_and_a_log_keep_completions_and_problems(make_run, tmp_path):  # noqa: F811
+    run = make_run("grpo")
+    panel = run.panel()
+    run.run()
+    rollout = run.history.last_rollouts(1)[0]
+    page = run.report(tmp_path / "report.html").read_text()
+    assert "Completions of the last rollout" in page
+    assert completions_html(rollout) in page
+    assert "<th>perplexity</th>" not in page
+    assert "<th>reward</th>" in page
+    panel.log.refresh()
+    assert "completions of 2 prompts" in panel.log.text.value
+    problems = [problem for one in run.history.last_rollouts(9) for problem in one.problems]
+    assert problems
+    assert "it returned None" in panel.log.text.value
+
+
+def test_a_row_of_an_update_is_listed_once_with_the_mean_of_its_completions(make_run):  # noqa: F811
+    run = make_run("grpo")
+    event = run.step()
+    panel = run.panel()
+    panel.tabs.value = "Rows"
+    listed = [row for _, row in panel.rows.rows.options]
+    assert sorted(listed) == sorted(set(event.rows))
+    assert len(event.row_losses) == 3 * len(event.rows)
+    row = listed[0]
+    mean = np.mean([loss for one, loss in event.row_losses if one == row])
+    assert run.history.row_losses()[row] == [(0, pytest.approx(mean))]

@@ -104,6 +104,7 @@ ORDER = [
     "view.curves",
     "view.panel_head",
     "view.panel_tabs",
+    "view.completions_tab",
     "view.panel",
     "view.report",
     "keeper",

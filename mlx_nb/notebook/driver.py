@@ -21,6 +21,7 @@ from mlx_nb.events import (
 )
 from mlx_nb.run import raise_failure
 from mlx_nb.view import text_report
+from mlx_nb.view.completions_table import last_rollout_html
 from mlx_nb.view.plots import figure_png, live_svg
 
 if TYPE_CHECKING:
@@ -175,7 +176,8 @@ class _LiveDisplay:
         if not self._in_notebook:
             print(text_report.summary_text(history, title))
             return
-        self._put(text_report.summary_html(history, title), text_report.summary_text(history, title))
+        rich = text_report.summary_html(history, title) + last_rollout_html(history)
+        self._put(rich, text_report.summary_text(history, title))
         if len(history) > 1:
             self._publish_figure()
 

@@ -13,6 +13,7 @@ import numpy as np
 from mlx_nb.events import RolloutCompleted
 from mlx_nb.view import theme
 from mlx_nb.view.batch_table import token_groups
+from mlx_nb.view.history import History
 from mlx_nb.view.quantities import number
 from mlx_nb.view.text_report import rollout_words
 from mlx_nb.view.theme import BLUE, GREY, ORANGE, one_line, span, tint, visible_html
@@ -84,6 +85,14 @@ def completions_html(rollout: RolloutCompleted, tokenizer: Any = None, ratios: R
         f'<div class="mlx-nb-completions" dir="ltr" style="max-width:90em;text-align:left">'
         f"<div><b>after update {rollout.step}</b>&ensp;{escape(rollout_words(rollout))}</div>"
         f"{legend}{''.join(parts)}</div>"
+    )
+
+
+def last_rollout_html(history: History) -> str:
+    """The newest completions of a run as one line that unfolds; empty where nothing was sampled."""
+    return "".join(
+        f"<details><summary>completions of the last rollout</summary>{completions_html(rollout)}</details>"
+        for rollout in history.last_rollouts(1)
     )
 
 

@@ -147,7 +147,7 @@ class History:
                     step = event.step
                 case _:
                     continue
-            for row, loss in event.row_losses:
+            for row, loss in losses_by_row(event):
                 visits.setdefault(row, []).append((step, loss))
         return visits
 
@@ -206,6 +206,14 @@ def _number(value: Any) -> str:
 
 def _step_row(event: StepCompleted) -> dict:
     return {**{name: getattr(event, name) for name in STEP_COLUMNS}, **event.metrics}
+
+
+def losses_by_row(event: StepCompleted | EvaluationCompleted) -> list[tuple[int, float]]:
+    """One loss for each row of an event: of a prompt, the mean of its completions'."""
+    rows: dict[int, list[float]] = {}
+    for row, loss in event.row_losses:
+        rows.setdefault(row, []).append(loss)
+    return [(row, sum(several) / len(several)) for row, several in rows.items()]
 
 
 def evaluation_row(event: EvaluationCompleted) -> dict:

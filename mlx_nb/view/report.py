@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_nb.config import RunConfig
 from mlx_nb.events import SampleGenerated, StepCompleted
+from mlx_nb.view.completions_table import completions_html
 from mlx_nb.view.history import EVALUATION_COLUMNS, History
 from mlx_nb.view.plots import figure_png, plot_history
 from mlx_nb.view.quantities import SECONDS, reward_of
@@ -46,6 +47,7 @@ def report_html(
         _figure(history, title),
         _section("Validation", _evaluations(history)),
         _section("Samples", _samples(history)),
+        _section("Completions of the last rollout", "".join(map(completions_html, history.last_rollouts(1)))),
         _section("Rows of highest loss", _worst(worst_rows)),
         _section("Settings that differ from their defaults", _pairs([(name, str(changed[name])) for name in changed])),
         "<details><summary>All settings</summary>",
