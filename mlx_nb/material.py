@@ -163,15 +163,19 @@ class Material:
         sources = [source for split in SPLITS if (source := getattr(self.splits, split)) is not None]
         return fingerprints(sources, self.tokenizer, self.loaded.folder)
 
-    def token_losses(self, row: RowView, *, base: bool) -> Any:
-        """(T,) loss in nats of each token of a row, now; NaN for the first. `base` without the adapter."""
+    def token_losses(self, row: RowView, *, base: bool, rejected: bool = False) -> Any:
+        """(T,) loss in nats of each token of a row, now; NaN for the first. `base` without the adapter.
+
+        Of a pair, those of the chosen answer with its prompt, or of the rejected one.
+        """
         from mlx_nb.model.logprobs import TargetScorer
 
-        if row.conversation is None:
-            raise DataError(f"{row.error} It has no tokens to measure.")
+        said = row.rejected if rejected else row.conversation
+        if said is None:
+            raise DataError(f"{row.error or f'row {row.row} is no pair.'} It has no tokens to measure.")
         model = self.base_model if base else self.loaded.model
         model.eval()
-        return TargetScorer(model).token_losses(row.conversation.tokens)
+        return TargetScorer(model).token_losses(said.tokens)
 
     def answers(self, prompt: str, max_tokens: int) -> Iterator[tuple[str, str | None]]:
         """The greedy answers to a kept prompt, of the model and of its base, as they grow."""

@@ -45,7 +45,9 @@ from mlx_nb.events import (
 )
 from mlx_nb.keeper import CHECKPOINTS, Keeper, changed_settings, history_of, live_changes
 from mlx_nb.material import SPLITS, Material, Rows
+from mlx_nb.methods import method_named
 from mlx_nb.view.history import History, visits_text
+from mlx_nb.view.quantities import headline
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from mlx_nb.train.checkpoint import CheckpointInfo, CheckpointStore
     from mlx_nb.train.interrupts import Interrupts
     from mlx_nb.train.trainer import Trainer
+    from mlx_nb.view.completions_table import CompletionsDisplay
     from mlx_nb.view.panel import Panel
 
 
@@ -187,10 +190,13 @@ class Run:
         latest = {row: visits[-1][1] for row, visits in self.history.row_losses(split).items()}
         return dict(sorted(latest.items(), key=lambda item: -item[1]))
 
-    def token_losses(self, row: RowView, *, base: bool = False) -> Any:
-        """(T,) loss in nats of each token of a row, now; NaN for the first. `base` with the adapter switched off."""
+    def token_losses(self, row: RowView, *, base: bool = False, rejected: bool = False) -> Any:
+        """(T,) loss in nats of each token of a row, now; NaN for the first. `base` with the adapter switched off.
+
+        Of a pair, those of the chosen answer with its prompt, or of the `rejected` one.
+        """
         self._refuse_base(base)
-        return self.material.token_losses(row, base=base)
+        return self.material.token_losses(row, base=base, rejected=rejected)
 
     def _refuse_base(self, base: bool) -> None:
         if base and self.config.fine_tune_type == "full" and self.step_count:
@@ -201,7 +207,8 @@ class Run:
 
         All rows are read; `rows` of each split (None = all) are tokenised.
         """
-        return check_data(self.splits, self.tokenizer, self.config, rows=rows)
+        kind = method_named(self.config.method).rows
+        return check_data(self.splits, self.tokenizer, self.config, rows=rows, kind=kind)
 
     @property
     def left_out(self) -> dict[str, list[LeftOut]]:
@@ -265,6 +272,36 @@ class Run:
         conversation = self.rows("train").examples.view(row).conversation
         return "" if conversation is None else conversation.text[:200]
 
+    def completions(self, step: int | None = None, *, ratios: bool = False) -> CompletionsDisplay:
+        """The completions of the last rollout, or of the last until update `step`, as a table that displays itself.
+
+        With `ratios` their tokens are coloured by log(policy now / policy that sampled), which only those of the last
+        rollout have. Raises CommandError when there are none.
+        """
+        from mlx_nb.view.completions_table import CompletionsDisplay
+
+        if method_named(self.config.method).rows != "prompts":
+            raise CommandError(f"`method: {self.config.method}` learns from rows: {self.name} samples no completions.")
+        rollouts = self.history.last_rollouts(self.history.rollout_count)
+        found = [rollout for rollout in rollouts if step is None or rollout.step <= step]
+        if not found:
+            when = "yet. `%finetune step` does" if step is None else f"until update {step}"
+            raise CommandError(f"{self.name} has sampled no completions {when}.")
+        return CompletionsDisplay(found[-1], self.tokenizer, self.log_ratios() if ratios else ())
+
+    def log_ratios(self) -> list[tuple[int, Any, Any]]:
+        """(row, tokens, log(policy now / policy that sampled)) of each completion of the last rollout, now.
+
+        Raises CommandError when there are none at hand: before the first rollout, after a resume or a rewind.
+        """
+        from mlx_nb.train.rollout_feed import RolloutFeed
+
+        feed = self.trainer.feed
+        ratios = feed.log_ratios() if isinstance(feed, RolloutFeed) else []
+        if not ratios:
+            raise CommandError(f"{self.name} has no completions at hand to compare the policy on. Do an update first.")
+        return ratios
+
     def status(self) -> str:
         """The run in a few lines of text."""
         from mlx_nb.view.text_report import summary_text
@@ -292,7 +329,7 @@ class Run:
             {name: self.rows(name).examples for name in ordered},
             self.tokenizer,
             losses=self.row_losses,
-            token_loss=lambda view, base: self.token_losses(view, base=base),
+            token_loss=self.token_losses,
             visits=lambda name, row: visits_text(self.history.row_losses(name).get(row, [])),
         )
 
@@ -441,12 +478,13 @@ class Run:
         checkpoint, _ = self._store().load(info.path.name)
         there = history_of(checkpoint)
         lines = [("update", f"{checkpoint.step} → {self.step_count}")]
+        measured = next((headline(row)[0] for row in self.history.evaluations("valid")), "loss")
         for label, then, now in (
             ("training loss", there["loss"], self.history["loss"]),
             (
-                "validation loss",
-                [row["loss"] for row in there.evaluations("valid")],
-                [row["loss"] for row in self.history.evaluations("valid")],
+                f"validation {measured}",
+                [headline(row)[1] for row in there.evaluations("valid")],
+                [headline(row)[1] for row in self.history.evaluations("valid")],
             ),
         ):
             if then and now:
@@ -618,7 +656,7 @@ class Run:
                 self._record(self._trainer.change(name, getattr(checked, name)))
 
     def evaluate(self, split: str = "valid", *, all_rows: bool = False) -> EvaluationCompleted:
-        """Loss and perplexity on a fixed set of rows of `split`, or on all of them, now."""
+        """Loss and the method's metrics on a fixed set of rows of `split`, or on all of them, now."""
         if split == "test" and not self.config.test and self._trainer is not None and not self._trainer.examples.test:
             self._trainer.examples = dataclasses.replace(self._trainer.examples, test=self.material.tokenize("test"))
         result = self.trainer.evaluate(split, all_rows=all_rows)

@@ -10,6 +10,28 @@ EXAMPLES = [
     events.RunStarted(0, "run", 10, 100, 1000, 20, 4, ("a note",)),
     events.StepCompleted(3, 1.25, 1e-4, 0.5, 12.0, 40, 0.1, 1000, 0.3, (4, 7), {"margin": 0.1}),
     events.EvaluationCompleted(3, "valid", 1.0, 2.718, 40.0, 4, 0.2, True),
+    events.EvaluationCompleted(3, "valid", -0.5, None, 8.0, 8, 0.2, metrics={"reward": 0.5}),
+    events.RolloutCompleted(
+        3,
+        (
+            {
+                "row": 7,
+                "prompt": "say red",
+                "completions": [
+                    {
+                        "text": "red",
+                        "rewards": {"short": 1.0, "right": None},
+                        "reward": 1.0,
+                        "advantage": 0.0,
+                        "tokens": 2,
+                        "finished": True,
+                    }
+                ],
+            },
+        ),
+        0.2,
+        ("right: no number for completion 0",),
+    ),
     events.CheckpointSaved(3, "adapters/run", "best"),
     events.SettingChanged(3, "learning_rate", 1e-4, 5e-5),
     events.RunPaused(3, "interrupted"),

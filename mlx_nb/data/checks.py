@@ -15,6 +15,7 @@ from mlx_nb.config import RunConfig
 from mlx_nb.data.chat_template import TokenizedConversation
 from mlx_nb.data.examples import ExampleSettings, RowView
 from mlx_nb.data.findings import ERROR, LISTED_ROWS, SEVERITIES, Collector, Finding, RowList, finding, in_order
+from mlx_nb.data.preference_rows import LabelledRow
 from mlx_nb.data.row_reading import Overlap, SplitReading, read_splits
 from mlx_nb.data.sources import Splits
 from mlx_nb.data.template_probes import TemplateCheck, probe_template
@@ -168,7 +169,7 @@ def row_record(view: RowView, settings: ExampleSettings) -> dict[str, Any]:
 
     A span is [start, end, role, message, weight] in characters of the rendered text. A row that is not trained has
     `tokens` and `loss_mask` null and the reason among `problems`. A pair has these of its chosen answer, and
-    `rejected` with the other's.
+    `rejected` with the other's; a labelled answer has its `label` besides.
     """
     problems = list(view.conversation.problems) if view.conversation else []
     problems += [f"rejected: {problem}" for problem in view.rejected.problems] if view.rejected else []
@@ -178,6 +179,8 @@ def row_record(view: RowView, settings: ExampleSettings) -> dict[str, Any]:
     record = {"row": view.row, **_sequence_record(view.conversation, view.error is None), "problems": problems}
     if view.rejected:
         record["rejected"] = _sequence_record(view.rejected, view.error is None)
+    if isinstance(view.content, LabelledRow):
+        record["label"] = view.content.label
     return record
 
 

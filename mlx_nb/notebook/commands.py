@@ -16,6 +16,7 @@ from mlx_nb.events import Pause, Stop
 from mlx_nb.notebook.session import Session
 from mlx_nb.run import SPLITS, Run
 from mlx_nb.view.history import visits_text
+from mlx_nb.view.quantities import headline
 from mlx_nb.yaml_loader import load_mapping
 
 CELL_OPTIONS = {
@@ -200,13 +201,18 @@ def _runs(session: Session, _arguments: argparse.Namespace) -> _Text:
                 run.state,
                 f"{run.step_count} of {run.trainer.iters}" if run.prepared else "-",
                 f"{last.loss:.4f}" if last else "-",
-                f"{valid[-1]['loss']:.4f}" if valid else "-",
-                run.config.fine_tune_type,
+                _headline_text(valid[-1]) if valid else "-",
+                f"{run.config.method}, {run.config.fine_tune_type}",
                 run.config.model,
             )
         )
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     return _Text("\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in table))
+
+
+def _headline_text(evaluation: dict) -> str:
+    name, value = headline(evaluation)
+    return f"{value:.4f}" if name == "loss" else f"{name} {value:.4f}"
 
 
 def _rewind(session: Session, arguments: argparse.Namespace) -> _Text:
@@ -223,9 +229,10 @@ def _rewind(session: Session, arguments: argparse.Namespace) -> _Text:
 def _skip(session: Session, arguments: argparse.Namespace) -> _Text:
     run = session.get(arguments.name)
     _refuse_finished(run)
-    rows = ", ".join(str(row) for batch in run.trainer.next_batches() for row in batch.rows)
+    rows = dict.fromkeys(row for batch in run.trainer.next_batches() for row in batch.rows)
+    what = f"the batch with rows {', '.join(map(str, rows))}" if rows else "the prompts of the next update"
     run.skip()
-    return _Text(f"{run.name} will leave out the batch with rows {rows}. `%finetune run` goes on after it.")
+    return _Text(f"{run.name} will leave out {what}. `%finetune run` goes on after it.")
 
 
 def _fork(session: Session, arguments: argparse.Namespace) -> _Text:
@@ -308,8 +315,12 @@ def _check(session: Session, arguments: argparse.Namespace) -> Any:
     return _Text(json.dumps(check.to_dict(), ensure_ascii=False)) if arguments.json else CheckDisplay(check)
 
 
+def _rollouts(session: Session, arguments: argparse.Namespace) -> Any:
+    return session.get(arguments.name).completions(arguments.step, ratios=arguments.ratios)
+
+
 def _row(session: Session, arguments: argparse.Namespace) -> Any:
-    from mlx_nb.view.row_display import RowDisplay
+    from mlx_nb.view.row_display import RowDisplay, measured_losses
 
     run = session.get(arguments.name)
     rows = run.rows(arguments.split)
@@ -319,9 +330,7 @@ def _row(session: Session, arguments: argparse.Namespace) -> Any:
         raise CommandError(f"%finetune row: {error}") from None
     losses = {}
     if arguments.loss or arguments.compare:
-        losses["token_loss"] = run.token_losses(view)
-    if arguments.compare:
-        losses["token_loss_base"] = run.token_losses(view, base=True)
+        losses = measured_losses(view, run.token_losses, compare=bool(arguments.compare))
     return RowDisplay(view, run.tokenizer, arguments.split, per_token=arguments.tokens, page=arguments.page, **losses)
 
 
@@ -359,7 +368,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "eval": _command(
         "eval",
-        "loss and perplexity of a split, now",
+        "loss of a split and what the method measures, now",
         _eval,
         _argument("split", nargs="?", default="valid", choices=SPLITS),
     ),
@@ -400,6 +409,13 @@ COMMANDS: dict[str, Command] = {
     ),
     "browse": _command("browse", "leaf through the rows: previous, next, jump, filters, colours", _browse, _SPLIT),
     "batch": _command("batch", "the very arrays that the next update will train on", _batch),
+    "rollouts": _command(
+        "rollouts",
+        "the newest completions: what each reward function said, and their advantages",
+        _rollouts,
+        _argument("--step", type=int, metavar="UPDATE", help="the newest until this update"),
+        _argument("--ratios", action="store_true", help="colour tokens by log(policy now / policy that sampled)"),
+    ),
     "check": _command(
         "check",
         "what is wrong or odd with the rows, by number",

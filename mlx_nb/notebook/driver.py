@@ -12,14 +12,16 @@ from mlx_nb.events import (
     CheckpointSaved,
     Event,
     MemoryLow,
+    Progress,
+    RolloutCompleted,
     RunFailed,
     RunFinished,
     RunPaused,
-    RunStarted,
     StepCompleted,
 )
 from mlx_nb.run import raise_failure
 from mlx_nb.view import text_report
+from mlx_nb.view.completions_table import last_rollout_html
 from mlx_nb.view.plots import figure_png, live_svg
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from mlx_nb.run import Run
 
 _SECONDS_BETWEEN_UPDATES = 0.4
+_SECONDS_BETWEEN_SIGNS = 10.0
 
 
 def train(session: Session, run: Run, updates: int | None = None, *, wait: bool | None = None) -> None:
@@ -97,6 +100,13 @@ def _load(run: Run) -> None:
         ) from None
 
 
+def _worth_a_line(event: Event, iters: int, seconds_since: float) -> bool:
+    """Whether a log without a live display should have it: twenty updates of a run, and signs of life."""
+    if isinstance(event, Progress):
+        return seconds_since >= _SECONDS_BETWEEN_SIGNS
+    return not isinstance(event, StepCompleted | RolloutCompleted) or event.step % max(1, iters // 20) == 0
+
+
 class _LiveDisplay:
     """One output that is updated in place and, at the end, replaced by a figure and a table that last."""
 
@@ -107,6 +117,8 @@ class _LiveDisplay:
         self._in_notebook = _has_rich_display()
         self._handle: Any = None
         self._broken = False
+        self._activity = ""
+        self._remarked: set[str] = set()
 
     def say(self, text: str) -> None:
         """A line in place of the progress."""
@@ -114,24 +126,30 @@ class _LiveDisplay:
 
     def show(self, event: Event) -> None:
         """Take note of `event`; draw at most a few times a second."""
-        if isinstance(event, RunStarted):
-            for note in event.notes:
-                print(note)
+        for remark in text_report.remarks(event):
+            # A reward function that fails does so in every rollout.
+            if remark not in self._remarked:
+                self._remarked.add(remark)
+                print(remark)
         if isinstance(event, MemoryLow):
             print(text_report.describe(event))
+        since = time.monotonic() - self._shown_at
         if not self._in_notebook:
-            if not isinstance(event, StepCompleted) or event.step % max(1, self._run.trainer.iters // 20) == 0:
+            if _worth_a_line(event, self._run.trainer.iters, since):
                 print(text_report.describe(event), flush=True)
+                self._shown_at = time.monotonic()
             return
         self._iters = self._run.trainer.iters
-        now = time.monotonic()
-        if now - self._shown_at >= _SECONDS_BETWEEN_UPDATES or not isinstance(event, (StepCompleted, CheckpointSaved)):
+        self._activity = text_report.progress_words(event) if isinstance(event, Progress) else ""
+        quick = isinstance(event, StepCompleted | RolloutCompleted | CheckpointSaved | Progress)
+        if since >= _SECONDS_BETWEEN_UPDATES or not quick:
             self._draw()
             self._shown_at = time.monotonic()
 
     def _draw(self) -> None:
         history = self._run.history
         line = text_report.progress_line(history, self._iters)
+        line += f"  ·  {self._activity}" if self._activity else ""
         done = history.last_step.step / self._iters if history.last_step else 0.0
         bar = (
             '<div style="height:4px;max-width:560px;background:rgba(128,128,128,0.25);border-radius:2px;margin:4px 0">'
@@ -158,7 +176,8 @@ class _LiveDisplay:
         if not self._in_notebook:
             print(text_report.summary_text(history, title))
             return
-        self._put(text_report.summary_html(history, title), text_report.summary_text(history, title))
+        rich = text_report.summary_html(history, title) + last_rollout_html(history)
+        self._put(rich, text_report.summary_text(history, title))
         if len(history) > 1:
             self._publish_figure()
 

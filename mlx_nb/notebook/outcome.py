@@ -11,6 +11,7 @@ from typing import Any
 
 from mlx_nb.events import Event, RunFailed, StateChanged
 from mlx_nb.view import text_report
+from mlx_nb.view.completions_table import last_rollout_html
 from mlx_nb.view.plots import figure_png
 from mlx_nb.view.theme import ORANGE, WRAP, tint
 
@@ -46,6 +47,7 @@ class Outcome:
         run, history = self._run, self._run.history
         title = f"{run.name}: {run.state} after update {run.step_count}"
         rich, plain = text_report.summary_html(history, title), text_report.summary_text(history, title)
+        rich += last_rollout_html(history)
         if self._error:
             style = f"border-left:3px solid {tint(ORANGE, 1)};padding:0 0 0 10px;margin:4px 0;{WRAP}"
             rich += f'<div style="{style}">{html.escape(self._error)}</div>'

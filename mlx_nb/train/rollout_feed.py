@@ -63,6 +63,7 @@ class RolloutFeed:
         self.batches_per_epoch = self._plan.batches_per_epoch
         self.updates_per_batch = config.updates_per_rollout
         self._batches: list[TokenBatch] | None = None
+        self._seen: list[TokenBatch] = []
         self._metrics: dict[str, float] = {}
         self._uses = 0
         self.in_reward = False
@@ -87,7 +88,7 @@ class RolloutFeed:
             yield Progress(step, "reference", start, len(sampled.completions))
             batches.append(self._batch(sampled, advantages, slice(start, end)))
             start = end
-        self._batches, self._uses = batches, 0
+        self._batches, self._seen, self._uses = batches, batches, 0
         self._metrics = {
             **self._measured(sampled),
             "reward_spread": _spread(sampled.scores.total_N, config.group_size),
@@ -217,9 +218,9 @@ class RolloutFeed:
         return self._metrics
 
     def log_ratios(self) -> list[tuple[int, np.ndarray, np.ndarray]]:
-        """(row, tokens, log(policy now / policy that sampled)) of each completion that is being trained on."""
+        """(row, tokens, log(policy now / policy that sampled)) of each completion of the last rollout, used or not."""
         found = []
-        for batch in self._batches or []:
+        for batch in self._seen:
             inputs = target_inputs(batch)
             logits_SV = self._scorer.logits(inputs).astype(mx.float32) / self._config.temperature
             ratio_BT = np.zeros(batch.tokens_BT.shape, np.float32)
@@ -258,7 +259,7 @@ class RolloutFeed:
 
     def restore(self, arrays: dict[str, mx.array], state: Any) -> None:
         """Go on with the completions of a snapshot."""
-        self._batches, self._uses, self._metrics = None, 0, {}
+        self._batches, self._seen, self._uses, self._metrics = None, [], 0, {}
         if state is None:
             return
         self._uses, self._metrics = state["uses"], dict(state["metrics"])
@@ -266,6 +267,7 @@ class RolloutFeed:
             _batch_of({name: np.array(arrays[f"{number}.{name}"]) for name in _names(arrays, number)}, shape)
             for number, shape in enumerate(state["batches"])
         ]
+        self._seen = self._batches
 
 
 def _progress(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import groupby
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from mlx_nb.view.theme import BLUE, GREY, ORANGE, one_line, span, tint, visible_
 _SHOWN = (8, 4)
 _SHOWN_PADDING = (2, 1)
 _OPEN_ROWS = 4
+_NOTHING_YET = "no completions are sampled yet: `%finetune step` samples those of the next update."
 _LONGEST_CHARACTER = 8  # tokens that one character may be split over
 
 _DIM = f"opacity:{theme.DIM}"
@@ -30,32 +32,42 @@ _TRAINED = f"background:{tint(BLUE, 0.28)};border-bottom:2px solid {tint(BLUE, 1
 _CROSSING = f"background:{tint(ORANGE, 0.45)};border-bottom:2px dashed {tint(ORANGE, 1)}"
 
 
-def _token_texts(tokens: Sequence[int], tokenizer: Any) -> list[str]:
-    """What each token says; the parts of a character that is split over tokens are numbered."""
+def token_groups(tokens: Sequence[int], tokenizer: Any) -> list[tuple[int, str]]:
+    """(how many tokens, what they say): one token each, or those that one character is split over."""
 
     def decoded(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    texts: list[str] = []
-    while len(texts) < len(tokens):
-        at = len(texts)
+    groups: list[tuple[int, str]] = []
+    at = 0
+    while at < len(tokens):
         text = decoded(tokens[at : at + 1])
-        if "\ufffd" not in text:
+        count = 1
+        if "\ufffd" in text:
+            count, text = next(
+                (
+                    (stop - at, joined)
+                    for stop in range(at + 2, min(at + _LONGEST_CHARACTER, len(tokens)) + 1)
+                    if "\ufffd" not in (joined := decoded(tokens[at:stop]))
+                ),
+                (1, text),
+            )
+        else:
             raw = str(tokenizer.convert_ids_to_tokens(int(tokens[at])))
             # Sentence-piece decoders drop the space before the first word.
-            texts.append(f" {text}" if raw.startswith("▁") and not text.startswith(" ") else text or raw)
-            continue
-        whole = next(
-            (
-                (stop - at, joined)
-                for stop in range(at + 2, min(at + _LONGEST_CHARACTER, len(tokens)) + 1)
-                if "\ufffd" not in (joined := decoded(tokens[at:stop]))
-            ),
-            (1, text),
-        )
-        count, joined = whole
-        texts += [f"{joined} {part}/{count}" for part in range(1, count + 1)] if count > 1 else [joined]
-    return texts
+            text = f" {text}" if raw.startswith("▁") and not text.startswith(" ") else text or raw
+        groups.append((count, text))
+        at += count
+    return groups
+
+
+def _token_texts(tokens: Sequence[int], tokenizer: Any) -> list[str]:
+    """What each token says; the parts of a character that is split over tokens are numbered."""
+    return [
+        text if count == 1 else f"{text} {part}/{count}"
+        for count, text in token_groups(tokens, tokenizer)
+        for part in range(1, count + 1)
+    ]
 
 
 def _length(tokens_T: np.ndarray, loss_mask_T: np.ndarray) -> int:
@@ -88,6 +100,7 @@ def _card_html(
     weight: float,
     segments: Sequence[int],
     length: int,
+    values: Mapping[str, Sequence[float]],
 ) -> str:
     """One position: its token, and the token that is predicted from it with this weight."""
     title = f"position {position} · id {tokens[position]} · segment {segments[position]}"
@@ -97,6 +110,7 @@ def _card_html(
         title += " · the last position predicts nothing"
     else:
         title += f" → predicts token {position + 1} · id {tokens[position + 1]} · weight {weight:g}"
+        title += "".join(f" · {name} {given[position + 1]:.4g}" for name, given in values.items() if weight)
     if crossing:
         title += " · trained across a boundary"
     target = "–" if last else _token_html(texts[position + 1])
@@ -112,7 +126,14 @@ def _card_html(
     )
 
 
-def _row_html(tokens: list[int], loss_mask: list[float], segments: list[int], length: int, tokenizer: Any) -> str:
+def _row_html(
+    tokens: list[int],
+    loss_mask: list[float],
+    segments: list[int],
+    length: int,
+    tokenizer: Any,
+    values: Mapping[str, Sequence[float]],
+) -> str:
     """The positions of one line of the batch. A target is weighted at its own token, one further on."""
     weights = [*loss_mask[1:], 0.0]
     kinds = [(position >= length, weights[position] != 0, segments[position]) for position in range(len(tokens))]
@@ -120,7 +141,7 @@ def _row_html(tokens: list[int], loss_mask: list[float], segments: list[int], le
     cards = "".join(
         f'<span style="{_CARD};{_QUIET}">⋯ {len(position):,} more like this</span>'
         if isinstance(position, range)
-        else _card_html(position, tokens, texts, weights[position], segments, length)
+        else _card_html(position, tokens, texts, weights[position], segments, length, values)
         for position in _shown_positions(kinds)
     )
     return f'<div style="{theme.MONOSPACE};font-size:.9em;line-height:1.55;margin:4px 0 0 0">{cards}</div>'
@@ -134,21 +155,56 @@ class BatchDisplay:
         self._tokenizer = tokenizer
 
     def _repr_html_(self) -> str:
+        if not self.batches:
+            return f"<div>{_NOTHING_YET}</div>"
         return "".join(
-            render_batch_html(batch.tokens_BT, batch.loss_mask_BT, self._tokenizer, batch.rows, lengths=batch.lengths)
+            render_batch_html(
+                batch.tokens_BT,
+                batch.loss_mask_BT,
+                self._tokenizer,
+                line_names(batch),
+                lengths=batch.lengths,
+                token_values=batch.token_values,
+            )
             for batch in self.batches
         )
 
     def __repr__(self) -> str:
-        lines = []
+        lines = [] if self.batches else [_NOTHING_YET]
         for number, batch in enumerate(self.batches, start=1):
             rows, width = batch.tokens_BT.shape
             head = f"batch of the next update, {rows} × {width} positions"
             lines.append(head if len(self.batches) == 1 else f"{head}, part {number} of {len(self.batches)}")
-            for row, length, mask_T in zip(batch.rows, batch.lengths, batch.loss_mask_BT):
+            for name, length, mask_T in zip(line_names(batch), batch.lengths, batch.loss_mask_BT):
                 trained = np.count_nonzero(mask_T)
-                lines.append(f"  row {row}: {length} tokens, {trained} trained, {width - length} padding")
+                lines.append(f"  {name}: {length} tokens, {trained} trained, {width - length} padding")
         return "\n".join(lines)
+
+
+def line_names(batch: TokenBatch) -> list[str]:
+    """What each line of `tokens_BT` is: `row 3`, `row 3 chosen`, `row 3, label: good`, `row 3 completion 0, ...`."""
+    values = batch.row_values
+    names = [f"row {row}" for row in batch.rows]
+    if len(batch.lengths) == 2 * len(names):
+        ends = [_pair_values(values, index) for index in range(len(names))]
+        return [f"{name} {answer}{end}" for answer in ("chosen", "rejected") for name, end in zip(names, ends)]
+    if "label" in values:
+        return [f"{name}, label: {'good' if label else 'bad'}" for name, label in zip(names, values["label"])]
+    if "advantage" in values:
+        numbers = [batch.rows[:index].count(row) for index, row in enumerate(batch.rows)]
+        counts = values.get("counts", np.ones(len(names)))
+        return [
+            f"{name} completion {number}, advantage {advantage:+.3f}{'' if count else ', cut and not trained'}"
+            for name, number, advantage, count in zip(names, numbers, values["advantage"], counts)
+        ]
+    return names
+
+
+def _pair_values(values: Mapping[str, np.ndarray], index: int) -> str:
+    """Weight and margin of a pair, where they are not the usual ones."""
+    usual = {"weight": 1.0, "margin": 0.0}
+    given = {name: float(values[name][index]) for name in usual if name in values}
+    return "".join(f", {name} {value:g}" for name, value in given.items() if value != usual[name])
 
 
 def render_batch_html(
@@ -159,13 +215,15 @@ def render_batch_html(
     *,
     segments_BT: np.ndarray | None = None,
     lengths: Sequence[int] | None = None,
+    token_values: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> str:
     """The very arrays of a batch: each position, the token it predicts, whether that counts, and the padding.
 
     `tokens_BT` and `loss_mask_BT` are (B, T); `rows` names each line of the batch; `segments_BT` numbers the
     packed rows. Without `lengths`, untrained zeros at the end of a line are taken for padding. Long stretches
-    that are alike are shortened. A target that counts across a segment or into the padding is marked. Raises
-    DataError when the shapes do not agree.
+    that are alike are shortened. A target that counts across a segment or into the padding is marked.
+    `token_values` are constants (B, T) by name, told with the targets that count. Raises DataError when the shapes
+    do not agree.
     """
     tokens_BT, loss_mask_BT = np.asarray(tokens_BT), np.asarray(loss_mask_BT)
     segments = None if segments_BT is None else np.asarray(segments_BT)
@@ -183,7 +241,8 @@ def render_batch_html(
         used, padding = used + length, padding + len(tokens_T) - length
         name = f"row {row}" if isinstance(row, int | np.integer) else one_line(str(row))
         segments_T = [0] * len(tokens_T) if segments is None else segments[index].tolist()
-        body = _row_html(tokens_T.tolist(), mask_T.tolist(), segments_T, length, tokenizer)
+        values = {what: value_BT[index].tolist() for what, value_BT in token_values.items()}
+        body = _row_html(tokens_T.tolist(), mask_T.tolist(), segments_T, length, tokenizer, values)
         count = f"{length:,} tokens, {np.count_nonzero(mask_T):,} trained, {len(tokens_T) - length:,} padding"
         parts.append(
             f'<details{" open" if index < _OPEN_ROWS else ""} style="margin:0 0 10px 0">'

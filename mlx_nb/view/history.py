@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from html import escape
 from typing import Any
 
 from mlx_nb.errors import CommandError
-from mlx_nb.events import EvaluationCompleted, Event, Rewound, RunFinished, RunStarted, StepCompleted
+from mlx_nb.events import (
+    EvaluationCompleted,
+    Event,
+    Rewound,
+    RolloutCompleted,
+    RunFinished,
+    RunStarted,
+    StepCompleted,
+)
 
 STEP_COLUMNS = (
     "step",
@@ -36,8 +45,9 @@ class History:
         self.events: list[Event] = []
         self.standing: list[Event] = []
         self._abandoned: list[list[Event]] = []
-        # The two kinds that are asked for all the time, with the place of each among the standing events.
-        self._kept: dict[type, list[tuple[int, Any]]] = {StepCompleted: [], EvaluationCompleted: []}
+        # The kinds that are asked for all the time, with the place of each among the standing events.
+        kinds = (StepCompleted, EvaluationCompleted, RolloutCompleted)
+        self._kept: dict[type, list[tuple[int, Any]]] = {kind: [] for kind in kinds}
         for event in events:
             self.append(event)
 
@@ -64,15 +74,18 @@ class History:
         return len(self._kept[StepCompleted])
 
     def __getitem__(self, column: str) -> list[float]:
-        """One column of the steps, in order. Raises KeyError naming the columns."""
-        if column not in STEP_COLUMNS:
-            raise KeyError(f"no column {column!r}; there are {', '.join(STEP_COLUMNS)}")
-        return [getattr(event, column) for event in self._of(StepCompleted)]
+        """One column of the steps, in order; a metric is NaN where it was not measured. Raises KeyError naming the
+        columns."""
+        if column in STEP_COLUMNS:
+            return [getattr(event, column) for event in self._of(StepCompleted)]
+        if column not in self.columns:
+            raise KeyError(f"no column {column!r}; there are {', '.join(self.columns)}")
+        return [event.metrics.get(column, math.nan) for event in self._of(StepCompleted)]
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The names of the columns, those of the method's own metrics last."""
-        return (*STEP_COLUMNS, *sorted({name for event in self._of(StepCompleted) for name in event.metrics}))
+        return (*STEP_COLUMNS, *sorted(self.step_metrics))
 
     def last_steps(self, count: int) -> list[StepCompleted]:
         """The last `count` updates, the oldest first."""
@@ -98,12 +111,27 @@ class History:
         return [_step_row(event) for event in self._of(StepCompleted)]
 
     def evaluations(self, split: str | None = None) -> list[dict]:
-        """One dict per evaluation, of one split or of all."""
-        return [
-            {name: getattr(event, name) for name in EVALUATION_COLUMNS}
-            for event in self._of(EvaluationCompleted)
-            if split in (None, event.split)
-        ]
+        """One dict per evaluation, of one split or of all, the method's own metrics last."""
+        return [evaluation_row(event) for event in self._of(EvaluationCompleted) if split in (None, event.split)]
+
+    @property
+    def evaluation_metrics(self) -> list[str]:
+        """The names of the metrics of evaluations."""
+        return list(dict.fromkeys(name for event in self._of(EvaluationCompleted) for name in event.metrics))
+
+    @property
+    def step_metrics(self) -> list[str]:
+        """The names of the metrics of updates, as the method orders them."""
+        return list(dict.fromkeys(name for event in self._of(StepCompleted) for name in event.metrics))
+
+    @property
+    def rollout_count(self) -> int:
+        """How many sets of completions were sampled."""
+        return len(self._kept[RolloutCompleted])
+
+    def last_rollouts(self, count: int) -> list[RolloutCompleted]:
+        """The last `count` sets of completions, the oldest first."""
+        return [event for _, event in self._kept[RolloutCompleted][-count:]]
 
     def row_losses(self, split: str = "train") -> dict[int, list[tuple[int, float]]]:
         """{row: [(step, loss), ...]} for every row of `split` that was trained on or evaluated, in order.
@@ -119,7 +147,7 @@ class History:
                     step = event.step
                 case _:
                     continue
-            for row, loss in event.row_losses:
+            for row, loss in losses_by_row(event):
                 visits.setdefault(row, []).append((step, loss))
         return visits
 
@@ -178,6 +206,20 @@ def _number(value: Any) -> str:
 
 def _step_row(event: StepCompleted) -> dict:
     return {**{name: getattr(event, name) for name in STEP_COLUMNS}, **event.metrics}
+
+
+def losses_by_row(event: StepCompleted | EvaluationCompleted) -> list[tuple[int, float]]:
+    """One loss for each row of an event: of a prompt, the mean of its completions'."""
+    rows: dict[int, list[float]] = {}
+    for row, loss in event.row_losses:
+        rows.setdefault(row, []).append(loss)
+    return [(row, sum(several) / len(several)) for row, several in rows.items()]
+
+
+def evaluation_row(event: EvaluationCompleted) -> dict:
+    """An evaluation as a dict, the method's own metrics last."""
+    row = {name: getattr(event, name) for name in EVALUATION_COLUMNS}
+    return {**row, **{name: value for name, value in event.metrics.items() if name not in row}}
 
 
 def visits_text(visits: list[tuple[int, float]]) -> str:

@@ -29,14 +29,15 @@ from mlx_nb.events import (
     StepCompleted,
     Stop,
 )
+from mlx_nb.methods import method_named
 from mlx_nb.model.backend import device_name
+from mlx_nb.view.completions_tab import CompletionsTab
 from mlx_nb.view.curves import Curves
 from mlx_nb.view.panel_head import activity_text, head_html, progress_html
 from mlx_nb.view.panel_tabs import CheckpointsTab, LogTab, RowsTab, SamplesTab, SettingsTab, button, line, note_html
 
 SECONDS_BETWEEN_REFRESHES = 0.4
 SECONDS_TO_OPEN = 10.0  # for a browser to say that it shows a new panel
-TABS = ("Curves", "Rows", "Samples", "Settings", "Checkpoints", "Log")
 MOVABLE = ("built", "paused", "failed")
 
 
@@ -92,18 +93,22 @@ class Panel:
         for event in self.run.history.events:
             self.log.add(event)
         self.curves.on_select(lambda step: later(lambda: self._open_rows(step)))
-        pages = (
-            widgets.VBox([self.curves]),
-            self.rows.widget,
-            self.samples.widget,
-            self.settings.widget,
-            self.checkpoints.widget,
-            self.log.widget,
-        )
+        self.completions = CompletionsTab(self.run, later)
+        self._pages: dict[str, Any] = {
+            "Rows": self.rows,
+            "Completions": self.completions,
+            "Samples": self.samples,
+            "Settings": self.settings,
+            "Checkpoints": self.checkpoints,
+            "Log": self.log,
+        }
+        if method_named(self.run.config.method).rows != "prompts":
+            del self._pages["Completions"]
+        pages = [widgets.VBox([self.curves]), *(page.widget for page in self._pages.values())]
         for page in pages:
             page.layout.width = "100%"
         # Buttons and not a Tab: they can be reached with the keyboard, and wrap in a narrow cell.
-        self.tabs = widgets.ToggleButtons(options=TABS, style={"button_width": "auto"})
+        self.tabs = widgets.ToggleButtons(options=["Curves", *self._pages], style={"button_width": "auto"})
         self.page = widgets.Stack(pages, selected_index=0, layout={"border_top": "1px solid rgba(128,128,128,.4)"})
         self.tabs.observe(lambda _: later(self._turn), "index")
         buttons = (self.run_button, self.pause, self.step, self.step_10, self.stop, self.save, self.evaluate)
@@ -218,11 +223,10 @@ class Panel:
         ):
             one.disabled = not useful
         self.skip.layout.display = "" if state == "failed" and not over else "none"
-        page = self.page.selected_index
-        if page == 0:
-            self.curves.refresh(history, iters or max(1, run.step_count))
+        if self.tabs.value in self._pages:
+            self._pages[self.tabs.value].refresh()
         else:
-            (self.rows, self.samples, self.settings, self.checkpoints, self.log)[page - 1].refresh()
+            self.curves.refresh(history, iters or max(1, run.step_count))
         self._drawn_at = time.monotonic()
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_nb.events import Progress
 from mlx_nb.view.history import History
-from mlx_nb.view.text_report import count, duration
+from mlx_nb.view.text_report import count, duration, progress_words, rollout_pace, validation_words
 from mlx_nb.view.theme import BLUE, GREEN, GREY, ORANGE, WRAP, Colour, tint
 
 # A sign besides the colour, so that a state is known without seeing colours.
@@ -30,7 +30,8 @@ def head_html(run: Any, device: str) -> str:
         f'border-radius:9px;padding:0 8px;font-size:.9em;white-space:nowrap">{sign} {run.state}</span>'
     )
     started, last = run.history.started, run.history.last_step
-    facts = [run.config.fine_tune_type.replace("lora", "LoRA").replace("doRA", "DoRA"), run.config.model]
+    adapter = run.config.fine_tune_type.replace("lora", "LoRA").replace("doRA", "DoRA")
+    facts = [adapter if run.config.method == "sft" else f"{run.config.method}, {adapter}", run.config.model]
     if started:
         share = 100 * started.trainable_parameters / max(1, started.total_parameters)
         facts.append(
@@ -62,8 +63,8 @@ def progress_html(history: History, iters: int | None, activity: str, tokens: in
     parts = [f"update {done} of {iters}" if iters else "not loaded yet"]
     if last:
         parts.append(f"loss {last.loss:.3f}")
-        valid = history.evaluations("valid")[-1:]
-        parts += [f"validation {row['loss']:.3f}" for row in valid]
+        parts += [f"reward {last.metrics['reward']:.3f}"] if "reward" in last.metrics else []
+        parts += [validation_words(row) for row in history.evaluations("valid")[-1:]]
         recent = history.last_steps(RECENT_UPDATES)
         pace = sum(event.tokens for event in recent) / max(sum(event.seconds for event in recent), 1e-9)
         parts.append(f"{count(tokens)} tokens, {pace:.0f} a second")
@@ -78,7 +79,10 @@ def progress_html(history: History, iters: int | None, activity: str, tokens: in
 
 
 def time_left(history: History, iters: int) -> float:
-    """Seconds that the updates and validations to come will take, at the pace of the last ones. 0 before the first."""
+    """Seconds that the updates, rollouts and validations to come will take, at the pace of the last ones.
+
+    0 before the first update.
+    """
     last = history.last_step
     if last is None:
         return 0.0
@@ -86,7 +90,7 @@ def time_left(history: History, iters: int) -> float:
     # The first update of a process is slower than those after it, so it is left out as soon as there are others.
     steady = recent[1:] if 1 < len(recent) < RECENT_UPDATES else recent
     updates = iters - last.step
-    pace = sum(steady) / len(steady)
+    pace = sum(steady) / len(steady) + rollout_pace(history)
     evaluations = history.evaluations("valid")
     if len(evaluations) > 1 and last.step:
         # Validations come at even distances, the one at the start is not repeated.
@@ -98,4 +102,4 @@ def activity_text(progress: Progress | None) -> str:
     """What is being done besides updates, as a few words."""
     if progress is None:
         return ""
-    return f"{progress.what} {min(progress.done + 1, progress.total)}/{progress.total}"
+    return progress_words(progress)

@@ -12,8 +12,9 @@ import ipywidgets as widgets
 from mlx_nb.config import LIVE_SETTINGS, SETTINGS
 from mlx_nb.errors import MlxNbError
 from mlx_nb.events import Event, Progress, Rewind, Sample, SampleGenerated, StateChanged, StepCompleted
-from mlx_nb.view.row_display import RowDisplay
-from mlx_nb.view.text_report import describe
+from mlx_nb.view.history import losses_by_row
+from mlx_nb.view.row_display import RowDisplay, measured_losses
+from mlx_nb.view.text_report import describe, remarks
 from mlx_nb.view.theme import BLUE, GREY, ORANGE, WRAP, one_line, tint, visible_html
 from mlx_nb.yaml_loader import load_mapping
 
@@ -76,11 +77,12 @@ class RowsTab:
             text = f"the {len(losses)} rows of highest loss when last trained on" if losses else ""
         else:
             event = self._event()
-            losses = sorted(event.row_losses, key=lambda pair: -pair[1]) if event else []
+            losses = sorted(losses_by_row(event), key=lambda pair: -pair[1]) if event else []
             text = f"rows of update {event.step}, losses before it, epoch {event.epoch:.2f}" if event else ""
         self.note.value = note_html(text or "no update was done yet; these are the rows of the next one")
         if not losses and not len(history) and self._run.prepared:
-            losses = [(row, float("nan")) for batch in self._run.trainer.next_batches() for row in batch.rows]
+            rows = dict.fromkeys(row for batch in self._run.trainer.next_batches() for row in batch.rows)
+            losses = [(row, float("nan")) for row in rows]
         options = [(f"row {row}" + (f"   loss {loss:.3f}" if loss == loss else ""), row) for row, loss in losses]
         if options == list(self.rows.options):
             return
@@ -115,7 +117,7 @@ class RowsTab:
         view = self._run.rows("train").examples.view(row)
         losses = {}
         if measure and view.conversation is not None:
-            losses["token_loss"] = self._run.token_losses(view)
+            losses = measured_losses(view, self._run.token_losses)
         self._drawn = (row, measure)
         self.view.value = RowDisplay(view, self._run.tokenizer, "train", **losses)._repr_html_()
 
@@ -350,7 +352,7 @@ class LogTab:
         if isinstance(event, StepCompleted | Progress | StateChanged):
             return
         self._lines += [f"{time.strftime('%H:%M:%S')}  {describe(event)}"]
-        self._lines += [f"          {note}" for note in getattr(event, "notes", ())]
+        self._lines += [f"          {remark}" for remark in remarks(event)]
         del self._lines[:-LINES_OF_LOG]
 
     def refresh(self) -> None:

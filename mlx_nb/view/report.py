@@ -9,8 +9,10 @@ from typing import Any
 
 from mlx_nb.config import RunConfig
 from mlx_nb.events import SampleGenerated, StepCompleted
+from mlx_nb.view.completions_table import completions_html
 from mlx_nb.view.history import EVALUATION_COLUMNS, History
 from mlx_nb.view.plots import figure_png, plot_history
+from mlx_nb.view.quantities import SECONDS, reward_of
 from mlx_nb.view.text_report import describe, summary_rows
 from mlx_nb.view.theme import visible_html
 
@@ -45,6 +47,7 @@ def report_html(
         _figure(history, title),
         _section("Validation", _evaluations(history)),
         _section("Samples", _samples(history)),
+        _section("Completions of the last rollout", "".join(map(completions_html, history.last_rollouts(1)))),
         _section("Rows of highest loss", _worst(worst_rows)),
         _section("Settings that differ from their defaults", _pairs([(name, str(changed[name])) for name in changed])),
         "<details><summary>All settings</summary>",
@@ -81,12 +84,19 @@ def _figure(history: History, title: str) -> str:
 
 
 def _evaluations(history: History) -> str:
-    shown = [name for name in EVALUATION_COLUMNS if name not in ("seconds", "best")]
+    evaluations = history.evaluations()
+    hidden = {"seconds", "best"}
+    if all(row["perplexity"] is None for row in evaluations):
+        hidden.add("perplexity")
+    if evaluations and all(reward_of(row) is not None for row in evaluations):
+        hidden.add("loss")  # it is minus the reward
+    measured = [name for name in history.evaluation_metrics if not name.startswith(SECONDS)]
+    shown = [name for name in (*EVALUATION_COLUMNS, *measured) if name not in hidden]
     rows = (
-        [escape(f"{row[name]:.4f}" if isinstance(row[name], float) else str(row[name])) for name in shown]
-        for row in history.evaluations()
+        [escape(f"{value:.4f}" if isinstance(value, float) else str(value)) for value in values]
+        for values in ([row.get(name, "") for name in shown] for row in evaluations)
     )
-    return _table(rows, shown)
+    return _table(rows, [name.replace("_", " ") for name in shown])
 
 
 def _samples(history: History) -> str:

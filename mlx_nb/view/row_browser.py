@@ -12,7 +12,7 @@ import ipywidgets as widgets
 from mlx_nb.data.examples import Examples, RowView
 from mlx_nb.data.row_finder import ALL, FILTERS, RowFinder, Search
 from mlx_nb.errors import MlxNbError
-from mlx_nb.view.row_display import RowDisplay
+from mlx_nb.view.row_display import RowDisplay, TokenLoss, measured_losses
 from mlx_nb.view.theme import WRAP, visible_html
 
 # A search looks at rows for this long at a click, so that the notebook never waits for a whole split.
@@ -26,7 +26,7 @@ class RowBrowser:
 
     splits      {split: its Examples}
     losses      split -> {row: loss} for the filter `highest loss`
-    token_loss  (row view, of the base?) -> (T,) losses in nats, for colouring; may raise MlxNbError
+    token_loss  losses of the tokens of a row, for colouring; may raise MlxNbError
     visits      (split, row) -> text about the losses of earlier visits, or ""
     """
 
@@ -36,7 +36,7 @@ class RowBrowser:
         tokenizer: Any,
         *,
         losses: Callable[[str], Mapping[int, float]],
-        token_loss: Callable[[RowView, bool], Any],
+        token_loss: TokenLoss,
         visits: Callable[[str, int], str],
     ) -> None:
         self._splits = splits
@@ -173,9 +173,7 @@ class RowBrowser:
         choice = COLOURS[self.colour.value]
         if choice in ("loss", "compare") and view.conversation is not None:
             try:
-                losses["token_loss"] = self._token_loss(view, False)
-                if choice == "compare":
-                    losses["token_loss_base"] = self._token_loss(view, True)
+                losses = measured_losses(view, self._token_loss, compare=choice == "compare")
             except MlxNbError as error:
                 losses, note = {}, str(error)
         display = RowDisplay(

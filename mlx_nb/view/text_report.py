@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import statistics
 
 from mlx_nb.events import (
     BatchSkipped,
@@ -14,6 +15,7 @@ from mlx_nb.events import (
     Progress,
     RequestRefused,
     Rewound,
+    RolloutCompleted,
     RunFailed,
     RunFinished,
     RunPaused,
@@ -23,7 +25,8 @@ from mlx_nb.events import (
     StateChanged,
     StepCompleted,
 )
-from mlx_nb.view.history import History
+from mlx_nb.view.history import History, evaluation_row
+from mlx_nb.view.quantities import SECONDS, asides, headline, main_metrics, metric_words, number
 
 
 def describe(event: Event) -> str:
@@ -37,20 +40,26 @@ def describe(event: Event) -> str:
                 f"rows, {count(trained)} of {count(total)} parameters trained ({share:.2f}%)"
             )
         case StepCompleted():
+            measured = metric_words({name: event.metrics[name] for name in main_metrics(event.metrics, 2)})
             return (
-                f"update {event.step}: loss {event.loss:.4f}, learning rate {event.learning_rate:.2e}, "
-                f"gradient norm {event.gradient_norm:.3g}, {event.tokens / max(event.seconds, 1e-9):.0f} tokens/s"
+                f"update {event.step}: loss {event.loss:.4f}, {measured}{', ' if measured else ''}"
+                f"learning rate {event.learning_rate:.2e}, gradient norm {event.gradient_norm:.3g}, "
+                f"{event.tokens / max(event.seconds, 1e-9):.0f} tokens/s"
             )
         case EvaluationCompleted():
             best = ", best so far" if event.best and event.step > 0 else ""
-            return (
-                f"update {event.step}: {event.split} loss {event.loss:.4f}, perplexity {event.perplexity:.2f} "
-                f"({event.rows} rows{best})"
-            )
+            row = evaluation_row(event)
+            name, value = headline(row)
+            told = f"{event.split} {name} {value:.4f}"
+            measured = asides(row, event.metrics)
+            told += f", {measured}" if measured else ""
+            return f"update {event.step}: {told} ({event.rows} rows{best})"
         case SampleGenerated():
             return f"update {event.step}: {event.prompt!r} → {event.answer!r}"
+        case RolloutCompleted():
+            return f"update {event.step}: {rollout_words(event)}"
         case Progress():
-            return f"{event.what}: {event.done} of {event.total}"
+            return progress_words(event)
         case StateChanged():
             return f"{event.state} at update {event.step}"
         case RequestRefused():
@@ -62,7 +71,10 @@ def describe(event: Event) -> str:
         case Rewound():
             return f"went back from update {event.from_step} to {event.step}"
         case BatchSkipped():
-            return f"update {event.step}: left out the batch with rows {', '.join(map(str, event.rows))}"
+            rows = ", ".join(map(str, dict.fromkeys(event.rows)))
+            return (
+                f"update {event.step}: left out the {f'batch with rows {rows}' if rows else 'prompts that were next'}"
+            )
         case MemoryLow():
             return (
                 f"update {event.step}: memory is nearly full, {event.peak / 1e9:.1f} of {event.limit / 1e9:.1f} GB. "
@@ -77,14 +89,51 @@ def describe(event: Event) -> str:
     return type(event).__name__
 
 
+def progress_words(progress: Progress) -> str:
+    """What is being done, and how far it is."""
+    done, total = progress.done, progress.total
+    kind, _, name = progress.what.partition(" ")
+    if kind == "completions":
+        return f"sampling completions: {done:,} of at most {total:,} tokens"
+    if kind == "reward" and name:
+        return f"reward {name}: {done:,} of {total:,} completions"
+    if kind == "reference":
+        return f"log-probabilities of the reference: {done:,} of {total:,} completions"
+    return f"{progress.what}: {done} of {total}"
+
+
+def rollout_words(rollout: RolloutCompleted) -> str:
+    """`8 completions of 2 prompts, reward 0.43 ± 0.21, 3 cut off, sampled in 3 s, 1 problem`."""
+    said = [completion for group in rollout.groups for completion in group["completions"]]
+    prompts = len(rollout.groups)
+    rewards = [completion["reward"] for completion in said if completion["reward"] is not None]
+    parts = [f"{len(said)} completions of {prompts} prompt{'s' * (prompts != 1)}"]
+    if rewards:
+        spread = f" ± {statistics.pstdev(rewards):.3g}" if len(rewards) > 1 else ""
+        parts.append(f"reward {statistics.fmean(rewards):.3g}{spread}")
+    else:
+        parts.append("no reward")
+    cut = sum(not completion["finished"] for completion in said)
+    parts += [f"{cut} cut off"] if cut else []
+    parts.append(f"sampled in {duration(rollout.seconds) if rollout.seconds >= 10 else f'{rollout.seconds:.1f} s'}")
+    problems = len(rollout.problems)
+    parts += [f"{problems} problem{'s' * (problems != 1)}"] if problems else []
+    return ", ".join(parts)
+
+
+def remarks(event: Event) -> tuple[str, ...]:
+    """What there is to say besides: notes at the start of a run, problems of reward functions."""
+    return event.notes if isinstance(event, RunStarted) else getattr(event, "problems", ())
+
+
 def progress_line(history: History, iters: int) -> str:
-    """`update 12 of 60  loss 1.23  ...  4:10 left`; the time left is that of the last updates."""
+    """`update 12 of 60  loss 1.23  ...  4:10 left`; the time left goes by the last updates."""
     last = history.last_step
     if last is None:
         return f"update 0 of {iters}"
     recent = history["seconds"][-20:]
     tokens = history["tokens"][-20:]
-    left = sum(recent) / len(recent) * (iters - last.step)
+    left = (sum(recent) / len(recent) + rollout_pace(history)) * (iters - last.step)
     parts = [
         f"update {last.step} of {iters}",
         f"loss {last.loss:.3f}",
@@ -93,9 +142,26 @@ def progress_line(history: History, iters: int) -> str:
     ]
     valid = history.evaluations("valid")
     if valid:
-        parts.insert(2, f"validation {valid[-1]['loss']:.3f}")
+        parts.insert(2, validation_words(valid[-1]))
+    if "reward" in last.metrics:
+        parts.insert(2, f"reward {last.metrics['reward']:.3f}")
     parts.append(f"{duration(left)} left" if left > 0.5 else duration(sum(history["seconds"])))
     return "  ·  ".join(parts)
+
+
+def rollout_pace(history: History) -> float:
+    """Seconds that sampling and rewards take for each update, by the last ones; 0 for other methods."""
+    recent = history.last_steps(20)
+    spent = [value for event in recent for name, value in event.metrics.items() if name.startswith(SECONDS)]
+    # One rollout may be used, and told, by several updates.
+    share = history.rollout_count / max(1, len(history))
+    return sum(spent) / max(1, len(recent)) * min(1.0, share)
+
+
+def validation_words(evaluation: dict) -> str:
+    """The newest validation in two or three words."""
+    name, value = headline(evaluation)
+    return f"validation {value:.3f}" if name == "loss" else f"validation {name} {value:.3f}"
 
 
 def summary_rows(history: History) -> list[tuple[str, str]]:
@@ -110,21 +176,37 @@ def summary_rows(history: History) -> list[tuple[str, str]]:
     if last:
         tokens, seconds = sum(history["tokens"]), sum(history["seconds"])
         rows.append(("training loss", f"{history['loss'][0]:.4f} → {last.loss:.4f}"))
+        for name in main_metrics(history.step_metrics, 2):
+            known = [value for value in history[name] if math.isfinite(value)]
+            rows += [(f"training {name}", f"{number(known[0])} → {number(known[-1])}")] if known else []
         rows.append(("tokens", f"{count(tokens)}, {tokens / max(seconds, 1e-9):.0f} a second"))
         rows.append(("training time", duration(seconds)))
+        sampling = sum(rollout.seconds for rollout in history.last_rollouts(history.rollout_count))
+        rows += [("sampling time", duration(sampling))] if sampling else []
         rows.append(("peak memory", f"{last.peak_memory / 1e9:.2f} GB"))
     for split in ("valid", "test"):
         evaluations = history.evaluations(split)
         if evaluations:
             first, final = evaluations[0], evaluations[-1]
             label = "validation" if split == "valid" else split
-            change = f"{first['loss']:.4f} → {final['loss']:.4f}" if len(evaluations) > 1 else f"{final['loss']:.4f}"
-            rows.append((f"{label} loss", f"{change} (perplexity {final['perplexity']:.2f})"))
+            name, value = headline(final)
+            change = f"{headline(first)[1]:.4f} → {value:.4f}" if len(evaluations) > 1 else f"{value:.4f}"
+            measured = asides(final, history.evaluation_metrics)
+            rows.append((f"{label} {name}", f"{change} ({measured})" if measured else change))
     if finished:
         if finished.best_step is not None:
-            rows.append(("best validation", f"{finished.best_loss:.4f} at update {finished.best_step}"))
+            rows.append(("best validation", f"{_best(history, finished)} at update {finished.best_step}"))
         rows.append(("adapter", str(finished.path)))
     return rows
+
+
+def _best(history: History, finished: RunFinished) -> str:
+    """The best validation, as a loss or as a reward."""
+    for row in history.evaluations("valid"):
+        name, value = headline(row)
+        if row["step"] == finished.best_step and name != "loss":
+            return f"{name} {value:.4f}"
+    return f"{finished.best_loss:.4f}"
 
 
 def summary_text(history: History, title: str) -> str:

@@ -24,7 +24,7 @@ class Cell:
 
     kind is "text", "special" (bordered), or "unseen" (characters that no token covers; first == stop).
     `loss` and `base_loss` are in nats, summed over the cell, NaN where unknown. `message` is -1 outside
-    messages.
+    messages. `differs`: the other answer of a pair says something else there.
     """
 
     first: int
@@ -36,6 +36,7 @@ class Cell:
     weights: tuple[float, ...]
     loss: float = math.nan
     base_loss: float = math.nan
+    differs: bool = False
 
     @property
     def weight(self) -> float:
@@ -178,7 +179,7 @@ def merged_runs(cells: Iterable[Cell], per_token: bool) -> Iterator[Cell]:
         key=lambda cell: (
             (cell.first, cell.stop, cell.kind)
             if per_token or cell.loss_known or cell.kind != "text"
-            else (cell.role, cell.message, cell.weight)
+            else (cell.role, cell.message, cell.weight, cell.differs)
         ),
     ):
         run = list(group)

@@ -29,6 +29,7 @@ from mlx_nb.view.token_cells import (
 _BOLD, _DIM, _UNDERLINED, _REVERSED = "1", "2", "4", "7"
 # Colour 32 of the 256 is a blue that reads on black and on white; the loss scale sets its own black text.
 _TRAINED = "4;38;5;32"
+_DIFFERS = "1;4;38;5;166"
 _LOSS_COLOURS = (
     (1.0, ""),
     (2.0, "38;5;16;48;5;223"),
@@ -89,7 +90,7 @@ def _style(run: Cell) -> str:
         if run.weight:
             styles.append(_UNDERLINED)
     else:
-        styles.append(_TRAINED if run.weight else _DIM)
+        styles.append(_DIFFERS if run.differs else _TRAINED if run.weight else _DIM)
     return ";".join(style for style in styles if style)
 
 
@@ -106,14 +107,19 @@ def _coloured(runs: Iterable[Cell]) -> list[Piece]:
 
 
 def _marked(runs: Iterable[Cell]) -> list[Piece]:
-    """Plain pieces in which `⟦` and `⟧` stand around what is trained."""
+    """Plain pieces in which `⟦` and `⟧` stand around what is trained, `▸` and `◂` around what differs."""
     pieces: list[Piece] = []
+    runs = list(runs)
+    in_pair = any(run.differs for run in runs)
+    marks = "⟦⟧▸◂" if in_pair else "⟦⟧"
+    named = str.maketrans({mark: f"‹U+{ord(mark):04X}›" for mark in marks} | {"\t": _TAB})
     for weight, group in groupby(runs, key=lambda run: run.weight):
-        text = "".join(
-            piece.replace("\t", _TAB).replace("⟦", "‹U+27E6›").replace("⟧", "‹U+27E7›")
-            for run in group
-            for piece, _ in visible_parts(run.text)
-        )
+        text = ""
+        for differs, part in groupby(group, key=lambda run: run.differs):
+            said = "".join(
+                piece.translate(named) for run in part for piece, _ in visible_parts(run.text, edges=not in_pair)
+            )
+            text += f"▸{said}◂" if differs else said
         if weight == 0:
             pieces.append((text, ""))
             continue
@@ -124,7 +130,7 @@ def _marked(runs: Iterable[Cell]) -> list[Piece]:
     return pieces
 
 
-def _highest_losses(conversation: TokenizedConversation, token_loss: np.ndarray, cells: list[Cell]) -> list[str]:
+def highest_losses(conversation: TokenizedConversation, token_loss: np.ndarray, cells: list[Cell]) -> list[str]:
     losses = np.where(conversation.loss_mask != 0, token_loss, np.nan)
     known = np.flatnonzero(~np.isnan(losses))
     worst = known[np.argsort(-losses[known], kind="stable")][:_HIGHEST_LOSSES]
@@ -157,36 +163,59 @@ def render_text(
     losses = checked_loss("token_loss", token_loss, len(conversation.tokens))
     cells = row_cells(conversation, tokenizer, losses if color else None, show_ends=not dropped_tokens)
 
-    def paint(text: str, style: str) -> str:
-        return f"\x1b[{style}m{text}\x1b[0m" if color else text
-
-    heading = f"{paint(one_line(title), _BOLD)}  " if title else ""
-    lines = [heading + summary(conversation, dropped_tokens)]
-    lines.append(f"{paint('trained', _TRAINED)} {paint('not trained', _DIM)}" if color else "⟦trained⟧ not trained")
-    lines[-1] += "  ⏎ newline  ⇥ tab  · space  ‹U+…› hidden character"
+    heading = f"{_paint(one_line(title), _BOLD, color)}  " if title else ""
+    lines = [heading + summary(conversation, dropped_tokens), legend_line(color=color)]
     lines += [
         f"weight {weight:g}: {grouped(n)} tokens" for weight, n in partial_weights(conversation.loss_mask).items()
     ]
+    lines += note_lines(conversation, cells, token_loss, color=color)
+    lines += block_lines(cells, width, color=color)
+    if token_loss is not None:
+        lines += ["", *highest_losses(conversation, losses, cells)]
+    return "\n".join(lines)
+
+
+def _paint(text: str, style: str, color: bool) -> str:
+    return f"\x1b[{style}m{text}\x1b[0m" if color else text
+
+
+def legend_line(*, color: bool, differs: bool = False) -> str:
+    """What the marks mean; `differs` as well of a pair."""
+    if color:
+        entries = [_paint("trained", _TRAINED, color), _paint("not trained", _DIM, color)]
+    else:
+        entries = ["⟦trained⟧", "not trained"]
+    if differs:
+        entries.append(_paint("differs", _DIFFERS, color) if color else "▸differs◂")
+    return " ".join(entries) + "  ⏎ newline  ⇥ tab  · space  ‹U+…› hidden character"
+
+
+def note_lines(
+    conversation: TokenizedConversation, cells: list[Cell], token_loss: np.ndarray | None, *, color: bool
+) -> list[str]:
+    """How much of each role is trained, the mean loss, and what is odd about the row."""
     counts = role_counts(cells).items()
-    lines.append(
-        "trained: " + " · ".join(f"{one_line(role)} {grouped(n)} of {grouped(total)}" for role, (total, n) in counts)
-    )
+    told = " · ".join(f"{one_line(role)} {grouped(n)} of {grouped(total)}" for role, (total, n) in counts)
+    lines = [f"trained: {told}"]
     if color and token_loss is not None:
         labels = zip(("0–1", "1–2", "2–4", "4+"), _LOSS_COLOURS)
-        lines.append("loss in nats " + " ".join(paint(f" {label} ", style or "0") for label, (_, style) in labels))
+        scale = " ".join(_paint(f" {label} ", style or "0", color) for label, (_, style) in labels)
+        lines.append(f"loss in nats {scale}")
     means = mean_losses(conversation, (token_loss,))
     lines += [f"mean loss of the trained tokens {mean:.3f} nats" for mean in means]
-    lines += [f"⚠ {one_line(problem)}" for problem in conversation.problems]
+    return lines + [f"⚠ {one_line(problem)}" for problem in conversation.problems]
 
+
+def block_lines(cells: Iterable[Cell], width: int, *, color: bool) -> list[str]:
+    """The messages, each under the name of its role and behind a bar."""
+    lines: list[str] = []
     for _, group in groupby(cells, key=lambda cell: cell.message):
         block = list(group)
         role = next((cell.role for cell in block if cell.role != TEMPLATE), "")
-        lines += ["", paint(one_line(role), _BOLD)] if role else [""]
+        lines += ["", _paint(one_line(role), _BOLD, color)] if role else [""]
         runs = merged_runs(block, per_token=False)
         wrapped = _wrapped(_coloured(runs) if color else _marked(runs), max(width - 2, 10))
         if not wrapped[-1]:
             wrapped.pop()
         lines += [f"│ {_painted(line)}".rstrip() for line in wrapped]
-    if token_loss is not None:
-        lines += ["", *_highest_losses(conversation, losses, cells)]
-    return "\n".join(lines)
+    return lines

@@ -1,0 +1,123 @@
+"""Runs in words: what each event says, what a summary counts, how long is left."""
+
+from __future__ import annotations
+
+import pytest
+
+from mlx_nb.events import EvaluationCompleted, Progress, RolloutCompleted, RunFinished, RunStarted, StepCompleted
+from mlx_nb.view.history import History
+from mlx_nb.view.panel_head import time_left
+from mlx_nb.view.quantities import main_metrics, number, reward_of
+from mlx_nb.view.text_report import describe, progress_line, remarks, rollout_words, summary_rows
+
+
+def update(step: int, loss: float = 1.0, **metrics: float) -> StepCompleted:
+    return StepCompleted(step, loss, 1e-4, 0.5, 12.0, 40, 2.0, 1000, 0.3, (4, 7), metrics)
+
+
+def evaluation(step: int, loss: float, perplexity: float | None = None, **metrics: float) -> EvaluationCompleted:
+    return EvaluationCompleted(step, "valid", loss, perplexity, 40.0, 4, 0.2, metrics=metrics)
+
+
+def completion(reward: float | None = 1.0, finished: bool = True, **changed) -> dict:
+    said = {"text": "red", "rewards": {"right": reward}, "reward": reward, "advantage": 0.5, "tokens": 3}
+    return {**said, "finished": finished, **changed}
+
+
+def rollout(step: int, *groups: list[dict], seconds: float = 3.0, problems: tuple[str, ...] = ()) -> RolloutCompleted:
+    told = tuple({"row": row, "prompt": "say red", "completions": group} for row, group in enumerate(groups))
+    return RolloutCompleted(step, told, seconds, problems)
+
+
+def test_the_metrics_that_say_most_come_first_and_times_never():
+    dpo = ["accuracy", "margin", "reward_chosen", "logprob_chosen", "kl"]
+    assert main_metrics(dpo, 2) == ["accuracy", "margin"]
+    grpo = ["entropy", "kl", "completion_tokens", "seconds_sampling", "reward", "reward_short", "seconds_short"]
+    assert main_metrics(grpo) == ["reward", "kl", "completion_tokens"]
+    assert main_metrics(["mine", "seconds_x", "other"]) == ["mine", "other"]
+    assert main_metrics([]) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(2.8e-7, "0"), (0.0, "0"), (-1.54394, "-1.54"), (23.25, "23.2"), (1e-4, "0.0001")]
+)
+def test_a_number_is_told_with_three_digits_and_rounding_errors_as_zero(value, said):
+    assert number(value) == said
+
+
+def test_an_evaluation_says_perplexity_or_what_the_method_measures():
+    assert describe(evaluation(3, 1.0, 2.718)) == "update 3: valid loss 1.0000, perplexity 2.72 (4 rows)"
+    pairs = evaluation(3, 0.64, accuracy=0.75, margin=0.12345, reward_chosen=1.0, kl=0.2)
+    assert describe(pairs) == "update 3: valid loss 0.6400, accuracy 0.75, margin 0.123 (4 rows)"
+    assert describe(evaluation(3, 0.64)) == "update 3: valid loss 0.6400 (4 rows)"
+
+
+def test_a_loss_that_is_minus_a_reward_is_told_as_the_reward():
+    rewards = evaluation(3, -0.5, reward=0.5, completion_tokens=20.0, seconds_sampling=3.0)
+    assert describe(rewards) == "update 3: valid reward 0.5000, completion tokens 20 (4 rows)"
+    history = History([rewards, update(4, reward=0.4), evaluation(4, -0.75, reward=0.75)])
+    assert dict(summary_rows(history))["validation reward"] == "0.5000 → 0.7500"
+    assert "validation reward 0.750" in progress_line(history, 10)
+    assert "reward 0.400" in progress_line(history, 10)
+    assert reward_of({"loss": 0.7, "perplexity": None, "reward": 0.5}) is None
+    assert reward_of({"loss": 1.0, "perplexity": 2.7}) is None
+
+
+def test_the_summary_tells_the_methods_metrics_and_the_best_reward():
+    finished = RunFinished(4, "iters reached", 8.0, 160, 48.0, -0.75, 4, "adapters/run")
+    history = History(
+        [
+            RunStarted(0, "run", 4, 10, 100, 8, 4),
+            rollout(0, [completion()], seconds=3.0),
+            update(1, reward=0.1, kl=0.0),
+            rollout(1, [completion()], seconds=4.0),
+            update(2, reward=0.4, kl=0.02),
+            evaluation(4, -0.75, reward=0.75, kl=0.1),
+            finished,
+        ]
+    )
+    rows = dict(summary_rows(history))
+    assert rows["training reward"] == "0.1 → 0.4"
+    assert rows["training kl"] == "0 → 0.02"
+    assert rows["validation reward"] == "0.7500 (kl 0.1)"
+    assert rows["best validation"] == "reward 0.7500 at update 4"
+    assert rows["sampling time"] == "7 s"
+    plain = dict(summary_rows(History([update(1), evaluation(1, 1.0, 2.718)])))
+    assert plain["validation loss"] == "1.0000 (perplexity 2.72)"
+    assert not {"sampling time", "training reward"} & set(plain)
+
+
+def test_a_rollout_is_counted_in_one_line_and_its_problems_are_told_beside():
+    told = rollout(2, [completion(1.0), completion(0.0, finished=False)], [completion(None)], problems=("right: bad",))
+    assert describe(told) == (
+        "update 2: 3 completions of 2 prompts, reward 0.5 ± 0.5, 1 cut off, sampled in 3.0 s, 1 problem"
+    )
+    assert remarks(told) == ("right: bad",)
+    assert "no reward" in rollout_words(rollout(0, [completion(None)]))
+    assert remarks(RunStarted(0, "run", 4, 10, 100, 8, 4, ("a note",))) == ("a note",)
+    assert remarks(update(1)) == ()
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("completions", "sampling completions: 1,200 of at most 4,096 tokens"),
+        ("reward short", "reward short: 1,200 of 4,096 completions"),
+        ("reference", "log-probabilities of the reference: 1,200 of 4,096 completions"),
+        ("valid loss", "valid loss: 1200 of 4096"),
+    ],
+)
+def test_progress_says_what_is_being_done(what, said):
+    assert describe(Progress(3, what, 1200, 4096)) == said
+
+
+def test_the_time_left_counts_sampling_too():
+    plain = History([update(step) for step in (1, 2, 3)])
+    assert time_left(plain, 5) == pytest.approx(4.0)
+    sampled = History()
+    for step in range(1, 5):
+        # Two updates use the same completions.
+        if step % 2:
+            sampled.append(rollout(step - 1, [completion()]))
+        sampled.append(update(step, seconds_sampling=3.0, seconds_right=1.0))
+    assert time_left(sampled, 6) == pytest.approx(2 * (2.0 + 4.0 / 2))
