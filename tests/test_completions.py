@@ -52,7 +52,7 @@ def completion(text="red", advantage=0.5, *, finished=True, tokens=2, **rewards)
 
 def rollout(*groups: list[dict], prompt="say red", problems=()) -> RolloutCompleted:
     told = tuple({"row": 7 + k, "prompt": prompt, "completions": group} for k, group in enumerate(groups))
-    return RolloutCompleted(4, told, 1.25, tuple(problems))
+    return RolloutCompleted(4, told, 1.25, problems=tuple(problems))
 
 
 def test_a_line_has_every_number_of_its_completion():

@@ -26,7 +26,7 @@ def completion(reward: float | None = 1.0, finished: bool = True, **changed) -> 
 
 def rollout(step: int, *groups: list[dict], seconds: float = 3.0, problems: tuple[str, ...] = ()) -> RolloutCompleted:
     told = tuple({"row": row, "prompt": "say red", "completions": group} for row, group in enumerate(groups))
-    return RolloutCompleted(step, told, seconds, problems)
+    return RolloutCompleted(step, told, seconds, problems=problems)
 
 
 def test_the_metrics_that_say_most_come_first_and_times_never():
