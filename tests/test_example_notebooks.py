@@ -19,7 +19,8 @@ pytestmark = [pytest.mark.real_model, pytest.mark.kernel]
 def executed(folder: Path, name: str) -> nbformat.NotebookNode:
     from nbclient import NotebookClient
 
-    shutil.copytree(NOTEBOOKS / "home_requests", folder / "home_requests")
+    for rows in ("home_requests", "short_answers"):
+        shutil.copytree(NOTEBOOKS / rows, folder / rows)
     notebook = nbformat.read(NOTEBOOKS / name, 4)
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
     return notebook
@@ -71,3 +72,26 @@ def test_training_under_your_hand_pauses_changes_and_ends(tmp_path):
     assert result["samples"] == 3
     assert result["validation_loss"][-1] < result["validation_loss"][0] / 2
     assert (tmp_path / "hand_report.html").stat().st_size > 10_000
+
+
+def test_preferences_are_told_apart_and_orpo_answers_in_a_word(tmp_path):
+    notebook = executed(tmp_path, "05_preferences.ipynb")
+    result = ast.literal_eval(text_of(notebook, "def measured"))
+    assert result["first_loss"] == 0.6931
+    assert result["dpo_accuracy"][-1] > 0.9 > result["dpo_accuracy"][0]
+    assert result["dpo_margin"][-1] > 1
+    assert result["orpo_accuracy"][-1] > 0.9 > result["orpo_accuracy"][0]
+    assert result["orpo_nll"][-1] < result["orpo_nll"][0] / 2
+    assert max(result["words"]) <= 6
+    assert result["own_gap"][-1] > result["own_gap"][0] + 0.5
+    assert "padding" in text_of(notebook, "import mlx.core")
+
+
+def test_a_reward_of_ones_own_is_learned_and_a_failing_one_is_named(tmp_path):
+    notebook = executed(tmp_path, "06_grpo_with_your_own_reward.ipynb")
+    result = ast.literal_eval(text_of(notebook, "steps ="))
+    assert result["updates"] == 20
+    assert result["reward"][1] > result["reward"][0] + 0.15
+    assert result["completion_tokens"][1] < result["completion_tokens"][0]
+    assert result["largest_kl"] < 0.5
+    assert "ValueError: no full stop" in text_of(notebook, "%finetune rollouts")

@@ -165,7 +165,7 @@ def test_interrupts_at_random_moments_change_nothing(tmp_path, tiny_folder, requ
             f"{kind}: {fire.sent} interrupts, {pauses} pauses, {number} runs; {given_up} gave up loading, "
             f"{outside} were answered by IPython itself"
         )
-        assert outside <= 0.1 * fire.sent
+        assert outside <= 3 + 0.1 * fire.sent
     finally:
         kernel.close()
 
