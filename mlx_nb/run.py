@@ -250,7 +250,8 @@ class Run:
         """The run so far as a matplotlib Figure."""
         from mlx_nb.view.plots import plot_history
 
-        return plot_history(self.history, f"{self.name}: {self.config.model}")
+        metrics = method_named(self.config.method).metrics
+        return plot_history(self.history, f"{self.name}: {self.config.model}", metrics)
 
     def report(self, path: str | Path | None = None) -> Path:
         """Write one HTML page with everything about the run (default: report.html in its folder). Returns its path."""
@@ -261,6 +262,7 @@ class Run:
             self.history,
             title=f"{self.name}: {self.state} after update {self.step_count}",
             settings=self.config.to_dict(),
+            metrics=method_named(self.config.method).metrics,
             worst_rows=[(row, loss, self._excerpt(row)) for row, loss in list(self.row_losses().items())[:10]],
         )
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -84,8 +84,8 @@ def test_bars_are_as_long_as_advantages_and_point_to_their_side():
         rollout([completion(advantage=2.0, a=1), completion(advantage=-1.0, a=0)], [completion(a=1)])
     )
     bars = re.findall(r"width:([\d.]+)px;height:9px;background:rgba\((\d+)", html)
-    assert bars == [("22.0", "0"), ("11.0", "213"), ("5.5", "0")]
-    assert html.count('text-align:right"><span style="display:inline-block;width:11.0px') == 1
+    assert bars == [("18.0", "0"), ("9.0", "213"), ("4.5", "0")]
+    assert html.count('text-align:right"><span style="display:inline-block;width:9.0px') == 1
 
 
 def test_a_group_that_teaches_nothing_says_so():

@@ -26,8 +26,10 @@ from mlx_nb.events import (
     SettingChanged,
     StepCompleted,
 )
+from mlx_nb.methods import METHODS
 from mlx_nb.view import curves
-from mlx_nb.view.curves import Curves, SeriesBuilder, kept_points, series_of
+from mlx_nb.view.curve_points import kept_points, smoothed_at
+from mlx_nb.view.curves import Curves, SeriesBuilder, series_of
 from mlx_nb.view.history import History, smoothed
 
 SCRIPT = Path(curves.__file__).with_name("curves.js")
@@ -175,6 +177,91 @@ def test_a_metric_has_a_group_of_its_own_with_only_the_updates_that_told_it():
     assert lines_of(series, "loss", "raw") == [[(step, 1.0) for step in range(1, 6)]]
 
 
+def method_history(name: str, updates: int = 60) -> History:
+    """A run of a method with all that it declares, and validations of it."""
+    draw, history = random.Random(2), History()
+    for step in range(updates + 1):
+        metrics = {
+            metric: math.sin(step / 9 + at) + draw.gauss(0, 0.1) for at, metric in enumerate(METHODS[name].metrics)
+        }
+        if step:
+            history.append(update(step, 0.7, {**metrics, "seconds_sampling": 1.0}))
+        if step % 20 == 0:
+            loss = -metrics["reward"] if "reward" in metrics else 0.7 - step / 1000
+            history.append(EvaluationCompleted(step, "valid", loss, None, 40.0, 4, 0.2, metrics=metrics))
+    return history
+
+
+def test_what_the_method_declares_comes_first_with_its_words_and_times_come_last():
+    series = series_of(method_history("dpo"), 60, METHODS["dpo"].metrics)
+    names = [group["name"] for group in series["groups"]]
+    assert names == [
+        "loss",
+        "accuracy",
+        "margin",
+        "kl",
+        "rewards",
+        "log-probabilities",
+        *GROUPS[1:],
+        "seconds_sampling",
+    ]
+    assert series["shown"] == names[:6]
+    groups = {group["name"]: group for group in series["groups"]}
+    assert groups["accuracy"]["help"].endswith("the higher implicit reward; healthy: up")
+    assert [groups[name]["best"] for name in ("loss", "accuracy", "kl", "learning rate")] == ["low", "high", "", ""]
+    assert groups["loss"]["label"] == "loss"
+    assert series_of(method_history("dpo"), 60)["shown"] == ["loss"]
+    assert series_of(History([validation(0, 2.0)]), 9)["groups"][0]["label"] == "loss (nats per token)"
+
+
+def test_two_rewards_share_a_chart_and_validations_stand_beside_updates():
+    history = method_history("dpo")
+    groups = {group["name"]: group for group in series_of(history, 60, METHODS["dpo"].metrics)["groups"]}
+    assert [(line["name"], line["role"]) for line in groups["rewards"]["lines"]] == [
+        ("chosen, smoothed", "train"),
+        ("chosen, validation", "valid-first"),
+        ("rejected, smoothed", "second"),
+        ("rejected, validation", "valid-second"),
+    ]
+    lines = {line["role"]: line["value"] for line in groups["rewards"]["lines"]}
+    assert lines["second"] == pytest.approx(smoothed(history["reward_rejected"]), rel=1e-3, abs=1e-4)
+    evaluated = [row["reward_rejected"] for row in history.evaluations("valid")]
+    assert lines["valid-second"] == pytest.approx(evaluated, rel=1e-4)
+    assert [line["role"] for line in groups["accuracy"]["lines"]] == ["raw", "train", "valid"]
+    assert groups["accuracy"]["lines"][0]["value"] == pytest.approx(history["accuracy"], rel=1e-4)
+
+
+def test_minus_a_reward_is_no_point_of_the_loss():
+    series = series_of(method_history("grpo"), 60, METHODS["grpo"].metrics)
+    assert lines_of(series, "loss", "valid") == [[]]
+    assert len(lines_of(series, "reward", "valid")[0]) == 4
+    assert series["shown"] == ["loss", "reward", "kl", "completion_tokens"]
+
+
+def test_a_rewind_cuts_the_validations_of_metrics_too():
+    history = method_history("dpo", 30)
+    kept = history.standing.index(next(event for event in history.standing if event.step == 11))
+    history.append(Rewound(10, 30, kept))
+    series = series_of(history, 60, METHODS["dpo"].metrics)
+    assert [step for step, _ in lines_of(series, "margin", "valid")[0]] == [0]
+    assert [len(line) for line in lines_of(series, "margin", "left")] == [20]
+    assert [len(line) for line in lines_of(series, "rewards", "left")] == [20, 20]
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=300))
+def test_smoothing_a_few_points_is_smoothing_all(values):
+    kept = np.arange(0, len(values), 7)
+    assert smoothed_at(np.array(values), kept) == pytest.approx(np.array(smoothed(values))[kept], rel=1e-3, abs=0.1)
+
+
+def test_smoothing_passes_over_what_is_missing():
+    values = np.array([1.0, math.nan, 3.0, math.inf])
+    told = smoothed_at(values, np.arange(4))
+    assert told[0] == 1.0
+    assert np.isnan(told[[1, 3]]).all()
+    assert 1.0 < told[2] < 3.0
+
+
 def test_markers_name_what_happened_and_where():
     history = History(
         [
@@ -252,6 +339,12 @@ def long_history(updates: int, metrics: int = 0, branches: int = 0) -> History:
         if branches and step % (updates // branches) == 0:
             history.append(Rewound(100_000 + step - 100, 100_000 + step, len(history.standing) - 200))
     return history
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_data_of_a_long_run_of_any_method_is_small(name):
+    history = method_history(name, 3000)
+    assert len(json.dumps(series_of(history, 10_000, METHODS[name].metrics))) < 100_000
 
 
 @pytest.mark.parametrize(("updates", "metrics", "branches"), [(100_000, 0, 0), (20_000, 30, 3), (20_000, 4, 30)])
@@ -530,6 +623,40 @@ def test_every_curve_on_every_axis_can_be_read(theme, width, told, opened, scree
     page.get_by_role("button", name="Log").click()
     page.get_by_role("button", name="Time").click()
     screenshot(page, f"log_{theme}_{width}")
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("theme", [*THEMES, PLAIN])
+@pytest.mark.parametrize("method", ["dpo", "kto", "grpo"])
+def test_the_curves_of_a_method_can_be_read_and_chosen(method, theme, width, opened, screenshot):
+    series = series_of(method_history(method), 60, METHODS[method].metrics)
+    page = opened(series, theme, width)
+    page.set_viewport_size({"width": width, "height": 500})
+    for group in series["groups"]:
+        show(page, group=group["name"])
+        page.mouse.move(*place_of(page, 30, 60))
+        assert_all_can_be_read(page, width)
+        assert page.locator(".mlx-nb-help").inner_text() == group["help"]
+    for name in series["shown"]:
+        button = page.get_by_role("group", name="what says most").get_by_role(
+            "button", name=name.replace("_", " "), exact=True
+        )
+        button.click()
+        assert page.evaluate("model.get('group')") == name
+        assert button.get_attribute("aria-pressed") == "true"
+    screenshot(page, f"{method}_{theme}_{width}")
+
+
+@pytest.mark.browser
+def test_the_best_validation_of_a_reward_is_the_highest(opened):
+    history = method_history("grpo")
+    page = opened(series_of(history, 60, METHODS["grpo"].metrics))
+    show(page, group="reward")
+    best = max(row["reward"] for row in history.evaluations("valid"))
+    assert page.locator(".mlx-nb-best").text_content() == f"best {best:.5g}"
+    show(page, group="kl")
+    assert page.locator(".mlx-nb-best").count() == 0
 
 
 @pytest.mark.browser

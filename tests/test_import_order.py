@@ -102,6 +102,8 @@ ORDER = [
     "view.row_display",
     "view.row_browser",
     "view.check_report",
+    "view.curve_groups",
+    "view.curve_points",
     "view.curves",
     "view.panel_head",
     "view.panel_tabs",

@@ -22,7 +22,7 @@ from mlx_nb.events import (
 from mlx_nb.run import raise_failure
 from mlx_nb.view import text_report
 from mlx_nb.view.completions_table import last_rollout_html
-from mlx_nb.view.plots import figure_png, live_svg
+from mlx_nb.view.plots import figure_png, live_quantity, live_svg
 
 if TYPE_CHECKING:
     from mlx_nb.notebook.session import Session
@@ -157,8 +157,8 @@ class _LiveDisplay:
         )
         head = f"<b>{html.escape(self._run.name)}</b>&ensp;{html.escape(line)}"
         legend = (
-            '<div style="font-size:11px;opacity:0.75"><span style="color:#0072B2">━</span> training loss, smoothed'
-            '&ensp;<span style="color:#D55E00">╍●</span> validation</div>'
+            '<div style="font-size:11px;opacity:0.75"><span style="color:#0072B2">━</span> '
+            f'training {live_quantity(history)}, smoothed&ensp;<span style="color:#D55E00">╍●</span> validation</div>'
         )
         curve = live_svg(history, self._iters)
         self._put(

@@ -24,12 +24,16 @@ _FOLDED_LINES = 6
 _LONGEST_TEXT = 20_000
 _COLOURED_TOKENS = 2400  # of all completions together; more would make a notebook slow
 _SMALLEST_SCALE = 0.01
+_BAR = 18  # pixels of the largest advantage
 
 _QUIET = "font-size:.85em;opacity:.8"
-_CELL = "border:none;padding:4px 10px 4px 0;vertical-align:top;line-height:1.45;font-size:13px"
+_CELL = "border:none;padding:4px 8px 4px 0;vertical-align:top;line-height:1.45;font-size:13px"
 _NUMBER = f"{_CELL};text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums"
 _TEXT = f"{_CELL};text-align:left;{theme.WRAP}"
 _BADGE = f"border:1px solid {tint(ORANGE, 0.9)};border-radius:3px;padding:0 3px;font-size:.9em"
+
+# Its width says nothing to what is around it: a panel would otherwise grow with the table instead of scrolling it.
+_SCROLLS = "overflow-x:auto;width:0;min-width:100%"
 
 # (row, tokens (T,), log(policy now / policy that sampled) (T,)) of each completion
 Ratios = Sequence[tuple[int, np.ndarray, np.ndarray]]
@@ -128,7 +132,7 @@ def _group_html(
     return (
         f'<details{" open" if is_open else ""} style="margin:8px 0 12px 0"><summary><b>row {group["row"]}</b> '
         f'<span style="{_QUIET}">{escape(_group_words(group))}</span></summary>{prompt}'
-        f'<div style="overflow-x:auto"><table style="border:none;border-collapse:collapse;table-layout:auto;width:100%;'
+        f'<div style="{_SCROLLS}"><table style="border:none;border-collapse:collapse;table-layout:auto;width:100%;'
         f'margin:0"><tr style="background:none">{_head_html("", _NUMBER)}{_head_html("completion", _TEXT)}'
         f"{''.join(heads)}</tr>{''.join(lines)}</table></div></details>"
     )
@@ -148,7 +152,7 @@ def _line_html(k: int, said: Mapping[str, Any], names: Sequence[str], largest: f
     rule = f"border-bottom:1px solid {tint(GREY, 0.25)}"
     return (
         f'<tr style="background:none;{rule}"><td style="{_NUMBER};opacity:.75">{k}</td>'
-        f'<td style="{_TEXT};width:99%"><div style="min-width:11em">{text}</div></td>{"".join(cells)}'
+        f'<td style="{_TEXT};width:99%"><div style="min-width:10em">{text}</div></td>{"".join(cells)}'
         f'<td style="{_NUMBER}">{said["tokens"]:,}{cut}</td></tr>'
     )
 
@@ -161,10 +165,10 @@ def _number_html(value: float | None, *, bold: bool = False) -> str:
 
 def _advantage_html(value: float, largest: float) -> str:
     """The number with its sign, and a bar: to the right where it is above 0, to the left below."""
-    length = 22 * abs(value) / largest if largest else 0.0
+    length = _BAR * abs(value) / largest if largest else 0.0
     colour = tint(BLUE if value > 0 else ORANGE, 0.9)
     bar = f'<span style="display:inline-block;width:{length:.1f}px;height:9px;background:{colour}"></span>'
-    half = "display:inline-block;width:22px;height:9px;line-height:9px"
+    half = f"display:inline-block;width:{_BAR}px;height:9px;line-height:9px"
     middle = f"border-left:1px solid {tint(GREY, 0.9)}"
     return (
         f'<td style="{_NUMBER}">{_signed(value)} <span style="white-space:nowrap" aria-hidden="true">'

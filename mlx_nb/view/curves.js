@@ -1,10 +1,13 @@
 // The live curves of one run as SVG. What it draws is made by SeriesBuilder.series in curves.py.
 
-const TRAIN = "#0072B2", VALID = "#D55E00", LEFT = "#8A8A8A";
+const TRAIN = "#0072B2", SECOND = "#B5568F", VALID = "#D55E00", LEFT = "#8A8A8A";
 const LOOKS = {
   raw: { stroke: TRAIN, "stroke-width": 1, "stroke-opacity": 0.65 },
   train: { stroke: TRAIN, "stroke-width": 2.2 },
+  second: { stroke: SECOND, "stroke-width": 2.2, "stroke-dasharray": "9 3 2 3" },
   valid: { stroke: VALID, "stroke-width": 1.6, "stroke-dasharray": "6 4" },
+  "valid-first": { stroke: TRAIN, "stroke-width": 1.6, "stroke-dasharray": "6 4" },
+  "valid-second": { stroke: SECOND, "stroke-width": 1.6, "stroke-dasharray": "6 4" },
   left: { stroke: LEFT, "stroke-width": 1.8, "stroke-dasharray": "0.1 4", "stroke-linecap": "round" },
 };
 const HEIGHT = 230, NARROWEST = 260, TOP = 26, BOTTOM = HEIGHT - 40, RIGHT = 14, NEAR = 5;
@@ -29,8 +32,10 @@ const STYLE = `
 .mlx-nb-best { paint-order: stroke; stroke: var(--jp-layout-color0, transparent); stroke-width: 4px; }
 .mlx-nb-plot { position: relative; } .mlx-nb-tip svg { flex: none; }
 .mlx-nb-tip { position: absolute; top: ${TOP + 4}px; padding: 4px 8px; pointer-events: none; box-sizing: border-box; }
+.mlx-nb-help { margin-bottom: 4px; overflow-wrap: anywhere; } .mlx-nb-bar .mlx-nb-set { flex-wrap: wrap; }
 .mlx-nb-legend span, .mlx-nb-tip div { display: flex; align-items: center; gap: 6px; max-width: 250px; }
 .mlx-nb-tip b { margin-left: auto; padding-left: 6px; overflow-wrap: normal; }`;
+const isValid = (role) => role.startsWith("valid"), isTrend = (role) => role === "train" || role === "second";
 const DRAWN = new Set(["svg", "g", "path", "circle", "text", "title"]);
 
 function add(parent, tag, attributes = {}, text = "") {
@@ -114,7 +119,7 @@ function layout(series, group, scale, axis, width) {
   for (const line of lines)
     line.places = line.along.map((at, index) => [x(at), isDrawn(line.value[index]) ? y(line.value[index]) : null]);
   return {
-    width, left, lines, upLabel: group.label, steps: lines[0].step,
+    width, left, lines, upLabel: group.label, best: group.best, steps: lines[0].step,
     upTicks: up.ticks.map((tick, index) => [y(tick), upTexts[index]]),
     acrossTicks: across.ticks.map((tick) => [x(tick * unit), short(tick, across.gap)]),
     acrossLabel: axis === "tokens" ? "tokens trained on" : axis === "time" ? `time in training (${unitName})`
@@ -128,7 +133,7 @@ function layout(series, group, scale, axis, width) {
 function keyed(parent, tag, role, text) {
   const entry = add(parent, tag), picture = add(entry, "svg", { width: 24, height: 10, "aria-hidden": "true" });
   add(picture, "path", { ...LOOKS[role], d: "M2 5H22" });
-  if (role === "valid") add(picture, "circle", { cx: 12, cy: 5, r: 3, fill: VALID });
+  if (isValid(role)) add(picture, "circle", { cx: 12, cy: 5, r: 3, fill: LOOKS[role].stroke });
   entry.append(text);
   return entry;
 }
@@ -168,10 +173,11 @@ function paint(chart, view) {
   for (const line of [...lines].sort((a, b) => (b.role === "left") - (a.role === "left"))) {
     add(inside, "path", { ...LOOKS[line.role], d: pathOf(line.places), class: `mlx-nb-${line.role}`, fill: "none" });
     const shown = line.places.filter(([, y]) => y !== null);
-    const dots = { train: shown.slice(-1), valid: shown.length * 8 < width ? shown : [] }[line.role] ?? [];
+    const dots = isTrend(line.role) ? shown.slice(-1) : isValid(line.role) && shown.length * 8 < width ? shown : [];
     for (const [cx, cy] of dots) add(inside, "circle", { cx, cy, r: 3.2, fill: LOOKS[line.role].stroke });
-    if (line.role !== "valid" || !shown.length) continue;
-    const best = shown.reduce((found, place) => (place[1] > found[1] ? place : found));
+    if (line.role !== "valid" || !shown.length || !view.best) continue;
+    const sign = view.best === "low" ? 1 : -1;
+    const best = shown.reduce((found, place) => (sign * place[1] > sign * found[1] ? place : found));
     const text = `best ${line.value[line.places.indexOf(best)]}`, half = (LETTER * text.length) / 2;
     add(inside, "circle", { cx: best[0], cy: best[1], r: 5.5, fill: "none", stroke: VALID, "stroke-width": 1.5 });
     const x = Math.min(Math.max(best[0], left + half), width - half);
@@ -184,11 +190,13 @@ function render({ model, el }) {
   add(root, "style", {}, STYLE);
   const bar = add(root, "div", { class: "mlx-nb-bar" });
   const legend = add(root, "div", { class: "mlx-nb-legend" });
+  const help = add(root, "div", { class: "mlx-nb-help" });
   const plot = add(root, "div", { class: "mlx-nb-plot" });
   const chart = add(plot, "svg", { class: "mlx-nb-chart", tabindex: 0, role: "slider", height: HEIGHT });
   const tip = add(plot, "div", { class: "mlx-nb-tip" });
   let view, pointer, pointed = null;
   const put = (name, value) => { model.set(name, value); model.save_changes(); };
+  const first = add(bar, "span", { class: "mlx-nb-set", role: "group", "aria-label": "what says most" });
   const choice = add(bar, "select", { "aria-label": "curve" });
   choice.addEventListener("change", () => put("group", choice.value));
   const buttons = Object.entries(CHOICES).flatMap(([name, [label, options]]) => {
@@ -206,6 +214,9 @@ function render({ model, el }) {
     if (String(names) !== String([...choice.options].map(({ value }) => value)))
       choice.replaceChildren(...names.map((name) => new Option(name)));
     choice.value = group.name;
+    drawFirst(series, group.name);
+    help.textContent = group.help;
+    help.style.display = group.help ? "block" : "none";
     for (const { button, name, value } of buttons) button.setAttribute("aria-pressed", model.get(name) === value);
     view = layout(series, group, model.get("scale"), model.get("axis"), Math.max(NARROWEST, plot.clientWidth));
     const entries = new Map(view.lines.filter(({ step }) => step.length).map(({ name, role }) => [name, role]));
@@ -219,12 +230,27 @@ function render({ model, el }) {
     point(pointed);
   }
 
+  // One button for each curve that says most of this method; none where that is the loss alone.
+  function drawFirst({ shown }, chosen) {
+    const names = shown.length > 1 ? shown : [];
+    first.style.display = names.length ? "inline-flex" : "none";
+    if (String(names) !== String([...first.children].map(({ value }) => value))) {
+      first.replaceChildren();
+      for (const name of names) {
+        const button = add(first, "button", { type: "button", value: name }, name.replaceAll("_", " "));
+        button.addEventListener("click", () => put("group", name));
+      }
+    }
+    for (const button of first.children) button.setAttribute("aria-pressed", button.value === chosen);
+  }
+
   function upright(step, dashes) {
     const x = view.xOf(step);
     add(pointer, "path", { d: `M${x} ${TOP - 4}V${BOTTOM}`, "stroke-dasharray": dashes, "stroke-opacity": 0.7 });
-    for (const line of view.lines.filter(({ role }) => role === "train")) {
-      const y = line.places[nearest(line.step, step)][1];
-      if (y !== null) add(pointer, "circle", { cx: x, cy: y, r: 4, fill: TRAIN, "stroke-width": 1.5 });
+    for (const line of view.lines.filter(({ role }) => isTrend(role))) {
+      const y = line.places[nearest(line.step, step)]?.[1] ?? null;
+      const fill = LOOKS[line.role].stroke;
+      if (y !== null) add(pointer, "circle", { cx: x, cy: y, r: 4, fill, "stroke-width": 1.5 });
     }
     return x;
   }

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
-from array import array
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from operator import itemgetter
 from pathlib import Path
 from textwrap import shorten
+from types import MappingProxyType
 
 import anywidget
 import numpy as np
 import traitlets
 
 from mlx_nb import events
-from mlx_nb.view.history import History, decimated
+from mlx_nb.methods import Metric
+from mlx_nb.view.curve_groups import LOSS, QUANTITIES, Group, first_groups, groups_of
+from mlx_nb.view.curve_points import SMOOTHING, Columns, Table, clock, kept_points, line, smoothed_at
+from mlx_nb.view.history import History, decimated, evaluation_row
+from mlx_nb.view.quantities import reward_of
 from mlx_nb.view.text_report import describe
 
 # However long the run, at most so many numbers and words go to the browser: under 100 KB in all.
@@ -24,14 +28,6 @@ LEFT_POINTS, LEFT_LINES = 600, 60
 RUN_KNOTS, LEFT_KNOTS = 300, 16
 MARKERS_OF_A_KIND, MARKER_LETTERS = 16, 90
 
-SMOOTHING = 0.9
-QUANTITIES = {
-    "loss": "loss (nats per token)",
-    "learning rate": "learning rate",
-    "gradient norm": "gradient norm (L2, before clipping)",
-    "tokens per second": "tokens per second",
-    "memory (GB)": "peak memory (GB)",
-}
 MARKERS: dict[type[events.Event], str] = {
     events.CheckpointSaved: "save",
     events.Rewound: "rewind",
@@ -39,57 +35,28 @@ MARKERS: dict[type[events.Event], str] = {
     events.RunPaused: "pause",
     events.BatchSkipped: "skip",
 }
-UPDATE_COLUMNS = ("position", "step", "tokens", "seconds", "weight", "smoothed", *QUANTITIES)
-Columns = dict[str, np.ndarray]
-
-
-class _Table:
-    """Columns of numbers that grow at the end and are cut back by rewinds.
-
-    The column `position` is the place of the row's event among those that stand. A number that is missing is NaN; any
-    that is not finite is inf, so that it shows as a spike would.
-    """
-
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self._columns: dict[str, array[float]] = {name: array("d") for name in names}
-
-    def append(self, row: dict[str, float]) -> None:
-        for name in row.keys() - self._columns.keys():
-            self._columns[name] = array("d", [math.nan]) * len(self._columns["position"])
-        for name, column in self._columns.items():
-            value = row.get(name)
-            column.append(math.nan if value is None else value if math.isfinite(value) else math.inf)
-
-    def cut(self, kept: int) -> Columns:
-        """Take away, and return, the rows of all events but the first `kept`."""
-        length = bisect_left(self._columns["position"], kept)
-        left = {name: np.array(column[length:]) for name, column in self._columns.items()}
-        for column in self._columns.values():
-            del column[length:]
-        return left
-
-    def last(self, name: str) -> float:
-        """The newest number of a column, 0 when there is none."""
-        column = self._columns[name]
-        return column[-1] if column else 0.0
-
-    def columns(self) -> Columns:
-        # Copies, because an array that lends its memory to numpy cannot grow.
-        return {name: np.array(column) for name, column in self._columns.items()}
+UPDATE_COLUMNS = ("position", "step", "tokens", "seconds", "weight", "smoothed", LOSS, *QUANTITIES)
+Metrics = Mapping[str, Metric]
+NO_METRICS: Metrics = MappingProxyType({})
 
 
 class SeriesBuilder:
-    """The curves of one history, which may grow; only its new events are read each time."""
+    """The curves of one history, which may grow; only its new events are read each time.
 
-    def __init__(self, history: History) -> None:
+    `metrics` are those that the method says it measures: they come first, with what they say.
+    """
+
+    def __init__(self, history: History, metrics: Metrics = NO_METRICS) -> None:
         self.history = history
+        self.metrics = metrics
         self._read = 0
         self._standing = 0
-        self._updates = _Table(UPDATE_COLUMNS)
-        self._validations = _Table(("position", "step", "loss"))
+        self._updates = Table(UPDATE_COLUMNS)
+        self._validations = Table(("position", "step", "loss"))
         self._marked: dict[str, list[tuple[int, dict]]] = {kind: [] for kind in MARKERS.values()}
         self._left: list[Columns] = []
-        self._labels = dict(QUANTITIES)
+        self._measured: dict[str, None] = {}
+        self._in_nats = True
 
     def series(self, iters: int) -> dict:
         """Data for JSON, under 100 KB for any length of run and up to 30 metrics.
@@ -97,39 +64,39 @@ class SeriesBuilder:
         iters    updates of the whole run
         clocks   `step` with the `tokens` and `seconds` of training until then, to interpolate between, 0 before; the
                  first is that of the run, the others those of the branches that rewinds left
-        groups   `name`, `label` for the axis and `lines`: `name`, `role` (raw, train, valid or left), index of the
-                 `clock`, `step` and `value` (five digits; None where not finite)
+        groups   `name`, `label` for the axis, `help` in words, `best` (low, high or empty: which validation is best)
+                 and `lines`: `name`, `role` (raw, train, valid or left; second, valid-first and valid-second where two
+                 metrics share a chart), index of the `clock`, `step` and `value` (five digits; None where not finite)
+        shown    names of the groups that say most
         markers  `step`, `kind` (save, rewind, setting, pause or skip) and `text`
         """
         for event in self.history.events[self._read :]:
             self._add(event)
-        updates = self._updates.columns()
-        updates["smoothed"] = np.where(np.isfinite(updates["loss"]), updates["smoothed"], math.nan)
-        branches = self._left[-max(1, LEFT_LINES // len(self._labels)) :]
-        points = min(LINE_POINTS, ALL_POINTS // (len(self._labels) + 2))
-        left_points = LEFT_POINTS // (len(self._labels) * max(1, len(branches)))
-        groups = []
-        for group, label in self._labels.items():
-            kept = kept_points(updates[group], points)
-            lines = [_line(group, "train", updates, group, kept)]
-            if group == "loss":
-                valid = self._validations.columns()
-                lines = [
-                    _line("train, each update", "raw", updates, "loss", kept),
-                    _line("train, smoothed", "train", updates, "smoothed", kept),
-                    _line("validation", "valid", valid, "loss", kept_points(valid["loss"], points)),
-                ]
-            lines += [
-                _line("rewound", "left", branch, group, kept_points(branch[group], left_points), clock)
-                for clock, branch in enumerate(branches, start=1)
-                if group in branch
-            ]
-            groups.append({"name": group, "label": label, "lines": lines})
-        clocks = [_clock(updates, RUN_KNOTS), *(_clock(branch, LEFT_KNOTS) for branch in branches)]
+        updates, valid = self._updates.columns(), self._validations.columns()
+        updates["smoothed"] = np.where(np.isfinite(updates[LOSS]), updates["smoothed"], math.nan)
+        groups = groups_of(list(self._measured), valid.keys(), self.metrics, in_nats=self._in_nats and not self.metrics)
+        branches = self._left[-max(1, LEFT_LINES // len(groups)) :]
+        points = min(LINE_POINTS, ALL_POINTS // sum(len(group.lines) for group in groups))
+        left_points = LEFT_POINTS // (sum(len(group.columns) for group in groups) * max(1, len(branches)))
+        told = [
+            {
+                "name": group.name,
+                "label": group.label,
+                "help": group.help,
+                "best": group.best,
+                "lines": [
+                    *_lines(group, updates, valid, points),
+                    *_left_lines(group, branches, left_points),
+                ],
+            }
+            for group in groups
+        ]
+        clocks = [clock(updates, RUN_KNOTS), *(clock(branch, LEFT_KNOTS) for branch in branches)]
         markers = [
             marked[index][1] for marked in self._marked.values() for index in decimated(len(marked), MARKERS_OF_A_KIND)
         ]
-        return {"iters": iters, "clocks": clocks, "groups": groups, "markers": markers}
+        shown = first_groups(groups, self.metrics)
+        return {"iters": iters, "clocks": clocks, "groups": told, "shown": shown, "markers": markers}
 
     def _add(self, event: events.Event) -> None:
         self._read += 1
@@ -145,7 +112,7 @@ class SeriesBuilder:
             case events.StepCompleted():
                 self._add_update(event)
             case events.EvaluationCompleted(split="valid"):
-                self._validations.append({"position": self._standing, "step": event.step, "loss": event.loss})
+                self._add_validation(event)
             case _ if type(event) in MARKERS:
                 # Cut first, because a text may name a thousand rows and `shorten` reads every word.
                 kind, text = MARKERS[type(event)], describe(event)[: 2 * MARKER_LETTERS]
@@ -153,23 +120,34 @@ class SeriesBuilder:
                 self._marked[kind].append((self._standing, {"step": event.step, "kind": kind, "text": text}))
         self._standing += 1
 
+    def _add_validation(self, event: events.EvaluationCompleted) -> None:
+        is_reward = reward_of(evaluation_row(event)) is not None
+        self._in_nats = event.perplexity is not None
+        self._validations.append(
+            {
+                "position": self._standing,
+                "step": event.step,
+                # Minus a reward is no point of the curve of the loss; the reward has its own.
+                LOSS: None if is_reward else event.loss,
+                **{_column(name): value for name, value in event.metrics.items()},
+            }
+        )
+
     def _add_update(self, event: events.StepCompleted) -> None:
         last = self._updates.last
         weight, smoothed = last("weight"), last("smoothed")
         if math.isfinite(event.loss):
             weight = SMOOTHING * weight + 1 - SMOOTHING
             smoothed += (1 - SMOOTHING) / weight * (event.loss - smoothed)
-        metrics = {
-            f"{name} (metric)" if name in UPDATE_COLUMNS else name: event.metrics[name] for name in event.metrics
-        }
-        self._labels.update((name, name) for name in metrics)
+        metrics = {_column(name): value for name, value in event.metrics.items()}
+        self._measured.update(dict.fromkeys(metrics))
         self._updates.append(
             {
                 "position": self._standing,
                 "step": event.step,
                 "tokens": last("tokens") + event.tokens,
                 "seconds": last("seconds") + event.seconds,
-                "loss": event.loss,
+                LOSS: event.loss,
                 "weight": weight,
                 "smoothed": smoothed,
                 "learning rate": event.learning_rate,
@@ -181,45 +159,44 @@ class SeriesBuilder:
         )
 
 
-def series_of(history: History, iters: int) -> dict:
+def _column(metric: str) -> str:
+    """The column of a metric, which may have the name of another column."""
+    return f"{metric} (metric)" if metric in UPDATE_COLUMNS else metric
+
+
+def _lines(group: Group, updates: Columns, valid: Columns, points: int) -> list[dict]:
+    """The lines of a group, smoothed where it says so, through the same points as what they smooth."""
+    told = []
+    for one in group.lines:
+        columns = valid if one.of_validation else updates
+        values = columns.get(one.column, np.full(len(columns["step"]), math.nan))
+        shape = updates[LOSS] if one.column == "smoothed" else values
+        kept = kept_points(shape, points)
+        told.append(
+            line(one.name, one.role, columns["step"][kept], (smoothed_at if one.smooth else np.take)(values, kept))
+        )
+    return told
+
+
+def _left_lines(group: Group, branches: list[Columns], points: int) -> list[dict]:
+    """The branches that rewinds left."""
+    columns = [LOSS if column == "smoothed" else column for column in group.columns]
+    told = []
+    for number, branch in enumerate(branches, start=1):
+        for column in columns:
+            if column in branch:
+                kept = kept_points(branch[column], points)
+                told.append(line("rewound", "left", branch["step"][kept], branch[column][kept], number))
+    return told
+
+
+def series_of(history: History, iters: int, metrics: Metrics = NO_METRICS) -> dict:
     """The curves of a history as data for JSON; see `SeriesBuilder.series`."""
-    return SeriesBuilder(history).series(iters)
-
-
-def kept_points(values: np.ndarray, limit: int) -> np.ndarray:
-    """Indices, in order, of the first, the last, and the lowest and highest value of each stretch; never of a NaN.
-
-    At most `limit`, if that is 4 or more.
-    """
-    there = np.flatnonzero(~np.isnan(values))
-    if len(there) <= limit:
-        return there
-    # A power of two, so that the points of a growing line stay where they are until the stretches double.
-    size = 1 << ((len(there) - 1) // (max(limit, 4) // 2 - 1)).bit_length()
-    stretches = np.pad(values[there], (0, -len(there) % size), "edge").reshape(-1, size)
-    starts = np.arange(0, len(there), size)
-    ends = [0, len(there) - 1]
-    return there[np.unique(np.concatenate([ends, starts + stretches.argmin(1), starts + stretches.argmax(1)]))]
-
-
-def _line(name: str, role: str, columns: Columns, column: str, kept: np.ndarray, clock: int = 0) -> dict:
-    steps = [int(step) for step in columns["step"][kept]]
-    values = [float(f"{value:.5g}") if math.isfinite(value) else None for value in columns[column][kept]]
-    return {"name": name, "role": role, "clock": clock, "step": steps, "value": values}
-
-
-def _clock(columns: Columns, knots: int) -> dict[str, list]:
-    """Tokens and seconds of training until the end of some of the updates, the first and the last among them."""
-    kept = decimated(len(columns["step"]), knots)
-    return {
-        "step": [int(step) for step in columns["step"][kept]],
-        "tokens": [int(tokens) for tokens in columns["tokens"][kept]],
-        "seconds": [float(f"{seconds:.6g}") for seconds in columns["seconds"][kept]],
-    }
+    return SeriesBuilder(history, metrics).series(iters)
 
 
 class Curves(anywidget.AnyWidget):
-    """The live curves of one run, under a cell; all drawing is in curves.js.
+    """The live curves of one run, under a cell; all drawing is in curves.js. `metrics` are those of its method.
 
     series    what is drawn, as `SeriesBuilder.series` makes it
     scale     of the values: linear or log;  axis: update, tokens or time;  group: the name of the group on show
@@ -234,14 +211,14 @@ class Curves(anywidget.AnyWidget):
     group = traitlets.Unicode("loss").tag(sync=True)
     selected = traitlets.Int(None, allow_none=True).tag(sync=True)
 
-    def __init__(self) -> None:
-        self._builder = SeriesBuilder(History())
+    def __init__(self, metrics: Metrics = NO_METRICS) -> None:
+        self._builder = SeriesBuilder(History(), metrics)
         super().__init__(series=self._builder.series(0))
 
     def refresh(self, history: History, iters: int) -> None:
         """Show a history as it is now, of a run of so many updates."""
         if self._builder.history is not history:
-            self._builder = SeriesBuilder(history)
+            self._builder = SeriesBuilder(history, self._builder.metrics)
         self.series = self._builder.series(iters)
 
     def on_select(self, callback: Callable[[int], None]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from typing import Any
 
@@ -230,7 +230,7 @@ def visits_text(visits: list[tuple[int, float]]) -> str:
     return f"loss when visited ({len(visits)}×): {'… ' if len(visits) > 6 else ''}{shown}"
 
 
-def smoothed(values: list[float], factor: float = 0.9) -> list[float]:
+def smoothed(values: Sequence[float], factor: float = 0.9) -> list[float]:
     """Exponential moving average without the start's pull towards zero (Adam's bias correction)."""
     average, result = 0.0, []
     for count, value in enumerate(values, start=1):

@@ -84,7 +84,10 @@ class Panel:
         for one, wish in ((self.stop, Stop()), (self.save, Save()), (self.evaluate, Evaluate()), (self.skip, Skip())):
             one.on_click(lambda _, wish=wish: later(lambda: request(wish)))
         self.rewind.on_click(lambda _: later(lambda: request(Rewind(max(0, self.run.step_count - self.back.value)))))
-        self.curves = Curves()
+        method = method_named(self.run.config.method)
+        self.curves = Curves(method.metrics)
+        if method.rows == "prompts":
+            self.curves.group = "reward"  # the loss of what the model wrote stays near 0
         self.rows = RowsTab(self.run, later)
         self.samples = SamplesTab(self.run, later, self._ask, request)
         self.settings = SettingsTab(self.run, later, self.refresh)
@@ -102,7 +105,7 @@ class Panel:
             "Checkpoints": self.checkpoints,
             "Log": self.log,
         }
-        if method_named(self.run.config.method).rows != "prompts":
+        if method.rows != "prompts":
             del self._pages["Completions"]
         pages = [widgets.VBox([self.curves]), *(page.widget for page in self._pages.values())]
         for page in pages:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import html
 import math
+from collections.abc import Callable, Mapping
 from io import BytesIO
-from typing import TYPE_CHECKING
+from operator import itemgetter
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from mlx_nb.events import SettingChanged
+from mlx_nb.methods import Metric
 from mlx_nb.view.history import History, decimated, smoothed
+from mlx_nb.view.quantities import headline, main_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,60 +25,88 @@ _LIVE_POINTS = 300
 _NAMED_CHANGES = 3
 
 
-def plot_history(history: History, title: str = "") -> Figure:
+def plot_history(history: History, title: str = "", metrics: Mapping[str, Metric] = MappingProxyType({})) -> Figure:
     """Loss (train raw and smoothed, validation with the best marked) above learning rate and gradient norm.
 
-    Made with the object interface, so no window opens and no global state of pyplot changes.
+    Of a run that learns from rewards, the reward. Between them the metrics that say most of a method that measures
+    more than its loss; `metrics` are those it declares. Made with the object interface, so no window opens and no
+    global state of pyplot changes.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 4.6), dpi=110, layout="constrained", facecolor="white")
+    large = live_quantity(history)
+    measured = [*(name for name in metrics if name in history.step_metrics), *history.step_metrics]
+    small = [name for name in (*main_metrics(measured), *(["loss"] if large != "loss" else [])) if name != large]
+    heights = (2.2, 1.2, 1) if small else (2.2, 1)
+    figure = Figure(figsize=(7.5, 6.2 if small else 4.6), dpi=110, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(2, 2, height_ratios=(2.2, 1))
-    loss, rate, norm = (
-        figure.add_subplot(grid[0, :]),
-        figure.add_subplot(grid[1, 0]),
-        figure.add_subplot(grid[1, 1]),
-    )
-    steps = history["step"]
-    values = history["loss"]
-    for branch in history.abandoned():
-        left = [row["step"] for row in branch], [row["loss"] for row in branch]
-        loss.plot(*left, color=LEFT_COLOR, linewidth=1, linestyle=":", marker=".", markersize=3, label="rewound")
-    if steps:
-        loss.plot(steps, values, color=TRAIN_COLOR, alpha=0.3, linewidth=1, label="train, each update")
-        loss.plot(steps, smoothed(values), color=TRAIN_COLOR, linewidth=1.8, label="train, smoothed")
-    _draw_validation(loss, history)
-    _mark_changes(loss, history)
-    loss.set_ylabel("loss (nats per token)")
-    loss.set_xlabel("update")
-    if steps or history.evaluations():
-        loss.legend(frameon=False, fontsize=8)
-    if title:
-        loss.set_title(title, loc="left", fontsize=10, fontweight="bold")
-    for axes, column, label in (
-        (rate, "learning_rate", "learning rate"),
-        (norm, "gradient_norm", "gradient norm"),
-    ):
-        axes.plot(steps, history[column], color="#444444", linewidth=1.2)
-        axes.set_ylabel(label, fontsize=8)
+    grid = figure.add_gridspec(len(heights), 6, height_ratios=heights)
+    _draw_large(figure.add_subplot(grid[0, :]), history, large, title)
+    width = 6 // max(1, len(small))
+    for place, name in enumerate(small):
+        axes = figure.add_subplot(grid[1, place * width : (place + 1) * width])
+        _draw_metric(axes, history, name, metrics.get(name))
+    for place, column in enumerate(("learning_rate", "gradient_norm")):
+        axes = figure.add_subplot(grid[len(heights) - 1, 3 * place : 3 * place + 3])
+        axes.plot(history["step"], history[column], color="#444444", linewidth=1.2)
+        axes.set_ylabel(column.replace("_", " "), fontsize=8)
         axes.tick_params(labelsize=7)
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
         axes.yaxis.get_offset_text().set_fontsize(7)
-    for axes in (loss, rate, norm):
+    for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)
     return figure
 
 
-def _draw_validation(axes, history: History) -> None:
-    valid = history.evaluations("valid")
+def _draw_large(axes, history: History, name: str, title: str) -> None:
+    """The loss or the reward, with what rewinds left and where settings were changed."""
+    for branch in history.abandoned():
+        left = [row["step"] for row in branch], [row.get(name, math.nan) for row in branch]
+        axes.plot(*left, color=LEFT_COLOR, linewidth=1, linestyle=":", marker=".", markersize=3, label="rewound")
+    _draw_updates(axes, history, name)
+    checked = [(row["step"], headline(row)) for row in history.evaluations("valid")]
+    best = min if name == "loss" else max
+    _draw_validation(axes, [(step, value) for step, (what, value) in checked if what == name], best)
+    _mark_changes(axes, history)
+    in_nats = not history.step_metrics and all(row["perplexity"] is not None for row in history.evaluations())
+    axes.set_ylabel("loss (nats per token)" if in_nats else name)
+    axes.set_xlabel("update")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8)
+    if title:
+        axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+
+
+def _draw_updates(axes, history: History, name: str) -> None:
+    """A quantity over the updates that told it, and smoothed."""
+    known = [(step, value) for step, value in zip(history["step"], history[name]) if not math.isnan(value)]
+    if known:
+        steps, values = zip(*known)
+        axes.plot(steps, values, color=TRAIN_COLOR, alpha=0.3, linewidth=1, label="train, each update")
+        axes.plot(steps, smoothed(values), color=TRAIN_COLOR, linewidth=1.8, label="train, smoothed")
+
+
+def _draw_metric(axes, history: History, name: str, metric: Metric | None) -> None:
+    """One metric over the updates that told it, and of validations; above it, where a healthy run moves it."""
+    _draw_updates(axes, history, name)
+    rows = [row for row in history.evaluations("valid") if name != "loss" or headline(row)[0] == "loss"]
+    _draw_validation(axes, [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))], None)
+    healthy = metric.healthy if metric else ""
+    axes.set_title(name.replace("_", " "), loc="left", fontsize=8)
+    if healthy:
+        axes.set_title(f"healthy: {healthy}", loc="right", fontsize=7, color="#555555")
+    axes.tick_params(labelsize=7)
+
+
+def _draw_validation(axes, valid: list[tuple[int, float]], best: Callable[..., Any] | None) -> None:
+    """Validations as (update, value), and which of them is `best`."""
     if not valid:
         return
     axes.plot(
-        [row["step"] for row in valid],
-        [row["loss"] for row in valid],
+        [step for step, _ in valid],
+        [value for _, value in valid],
         color=VALID_COLOR,
         marker="o",
         markersize=4,
@@ -81,13 +114,15 @@ def _draw_validation(axes, history: History) -> None:
         linestyle="--",
         label="validation",
     )
-    best = min(valid, key=lambda row: row["loss"])
+    if best is None:
+        return
+    step, value = best(valid, key=itemgetter(1))
     axes.annotate(
-        f"best {best['loss']:.3f}",
-        (best["step"], best["loss"]),
+        f"best {value:.3f}",
+        (step, value),
         textcoords="offset points",
         xytext=(0, 9),
-        ha="right" if best["step"] else "left",
+        ha="right" if step else "left",
         fontsize=8,
         color=VALID_COLOR,
     )
@@ -118,16 +153,18 @@ def figure_png(figure: Figure) -> bytes:
 
 
 def live_svg(history: History, iters: int, width: int = 560, height: int = 150) -> str:
-    """The loss curve as a small SVG string, under a millisecond and 10 KB whatever the length of the run.
+    """The curve of the loss, or of the reward, as a small SVG string, under a millisecond and 10 KB for any run.
 
     Text takes the page's colour, so it reads on light and dark themes. Empty before the first two updates.
     """
-    steps, losses = history["step"], history["loss"]
-    points = [(step, value) for step, value in zip(steps, smoothed(losses)) if math.isfinite(value)]
+    name = live_quantity(history)
+    steps, values = history["step"], history[name]
+    points = [(step, value) for step, value in zip(steps, smoothed(values)) if math.isfinite(value)]
     if len(points) < 2:
         return ""
     points = [points[index] for index in decimated(len(points), _LIVE_POINTS)]
-    valid = [(row["step"], row["loss"]) for row in history.evaluations("valid") if math.isfinite(row["loss"])]
+    checked = [(row["step"], headline(row)) for row in history.evaluations("valid")]
+    valid = [(step, value) for step, (what, value) in checked if what == name and math.isfinite(value)]
     low, high = _value_range([value for _, value in points + valid])
     left, top, bottom = 44, 10, height - 20
 
@@ -142,7 +179,7 @@ def live_svg(history: History, iters: int, width: int = 560, height: int = 150) 
     label = 'fill="currentColor" font-size="10" font-family="sans-serif" opacity="0.75"'
     parts = [
         f'<svg viewBox="0 0 {width} {height}" width="100%" style="max-width:{width}px;display:block" role="img" '
-        f'aria-label="{html.escape(f"training loss, now {losses[-1]:.3f}", quote=True)}">',
+        f'aria-label="{html.escape(f"training {name}, now {values[-1]:.3f}", quote=True)}">',
         f'<line x1="{left}" y1="{bottom}" x2="{width - 10}" y2="{bottom}" stroke="currentColor" opacity="0.3"/>',
         f'<text x="{left - 5}" y="{top + 6}" text-anchor="end" {label}>{high:.2f}</text>',
         f'<text x="{left - 5}" y="{bottom}" text-anchor="end" {label}>{low:.2f}</text>',
@@ -161,7 +198,12 @@ def live_svg(history: History, iters: int, width: int = 560, height: int = 150) 
     return "".join([*parts, "</svg>"])
 
 
+def live_quantity(history: History) -> str:
+    """What the small curve shows: `reward` of a method that learns from rewards, else `loss`."""
+    return "reward" if history.last_step is not None and "reward" in history.last_step.metrics else "loss"
+
+
 def _value_range(values: list[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     margin = 0.05 * (high - low) or 0.05
-    return max(0.0, low - margin), high + margin
+    return (max(0.0, low - margin) if low >= 0 else low - margin), high + margin

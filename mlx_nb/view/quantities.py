@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 # As far as a run has them; then the others in their own order.
-_FIRST = ("reward", "accuracy", "margin", "kl", "completion_tokens")
+_FIRST = ("reward", "accuracy", "margin", "kl", "nll", "completion_tokens")
 SECONDS = "seconds_"
 
 

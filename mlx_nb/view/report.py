@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from types import MappingProxyType
 from typing import Any
 
 from mlx_nb.config import RunConfig
 from mlx_nb.events import SampleGenerated, StepCompleted
+from mlx_nb.methods import Metric
 from mlx_nb.view.completions_table import completions_html
 from mlx_nb.view.history import EVALUATION_COLUMNS, History
 from mlx_nb.view.plots import figure_png, plot_history
@@ -36,15 +38,16 @@ def report_html(
     *,
     title: str,
     settings: Mapping[str, Any],
+    metrics: Mapping[str, Metric] = MappingProxyType({}),
     worst_rows: Sequence[tuple[int, float, str]] = (),
 ) -> str:
-    """The page as text. `worst_rows` are (row, loss, excerpt)."""
+    """The page as text. `metrics` are those that the method declares; `worst_rows` are (row, loss, excerpt)."""
     standard = RunConfig().to_dict()
     changed = {name: value for name, value in settings.items() if value != standard.get(name)}
     parts = [
         f"<h1>{escape(title)}</h1>",
         _pairs(summary_rows(history)),
-        _figure(history, title),
+        _figure(history, title, metrics),
         _section("Validation", _evaluations(history)),
         _section("Samples", _samples(history)),
         _section("Completions of the last rollout", "".join(map(completions_html, history.last_rollouts(1)))),
@@ -76,10 +79,10 @@ def _pairs(pairs: Sequence[tuple[str, str]]) -> str:
     return _table((escape(label), visible_html(value, edges=False)) for label, value in pairs)
 
 
-def _figure(history: History, title: str) -> str:
+def _figure(history: History, title: str, metrics: Mapping[str, Metric]) -> str:
     if not len(history):
         return ""
-    picture = base64.b64encode(figure_png(plot_history(history, title))).decode()
+    picture = base64.b64encode(figure_png(plot_history(history, title, metrics))).decode()
     return f'<p><img alt="{escape(title, quote=True)}: loss by update" src="data:image/png;base64,{picture}"></p>'
 
 
