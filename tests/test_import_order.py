@@ -17,6 +17,7 @@ ORDER = [
     "yaml_loader",
     "settings",
     "methods",
+    "config_checks",
     "config",
     "config_help",
     "events",
