@@ -208,6 +208,37 @@ def test_a_broken_panel_never_touches_training(kernel, tiny_folder):
     assert kernel.value("digest(a)") == expected
 
 
+SAMPLED = """%%finetune --name {name} -o {name} --paused
+model: {model}
+data: prompts
+method: grpo
+rewards: [short]
+group_size: 3
+max_completion_length: 8
+updates_per_rollout: 2
+batch_size: 2
+iters: 30
+steps_per_eval: 10"""
+REWARD = """from tiny import tiny_prompts
+prompts = tiny_prompts()
+def short(completions): return [1.0 / (1 + len(text)) for text in completions]"""
+
+
+def test_watching_completions_with_their_ratios_changes_no_bit_of_a_run(kernel, tiny_folder):
+    kernel.run(REWARD)
+    kernel.run(SAMPLED.format(name="whole", model=tiny_folder))
+    status, text = kernel.run("whole.run()")
+    assert status == "ok", text
+    kernel.run(SAMPLED.format(name="a", model=tiny_folder))
+    kernel.run(f"{PANEL}.widget._view_count = 1")  # as a browser says that shows it
+    kernel.run(f"{PANEL}.tabs.value = 'Completions'\n{PANEL}.completions.colour.value = True")
+    kernel.run("%finetune run --background")
+    kernel.wait_for("a.state", "finished")
+    kernel.wait_for(f"'log(policy now' in {PANEL}.completions.view.value", "True")
+    assert kernel.value("digest(a)") == kernel.value("digest(whole)")
+    assert kernel.value(f"len({PANEL}.completions.rollout.options)") == "16"
+
+
 def test_a_kernel_that_is_shut_down_leaves_an_exact_checkpoint(kernel, tiny_folder, tmp_path):
     body = cell(tiny_folder, "a", 5000).replace("steps_per_eval: 20", "steps_per_eval: -1\nsave_every: -1")
     kernel.run(body)
