@@ -370,7 +370,7 @@ class Run:
         self._failed, self._error = False, None
         yield from self._answer_requests()
         for event in trainer.events(updates):
-            if isinstance(event, Progress):
+            if isinstance(event, Progress | RequestRefused):
                 self._tell(event)
                 yield event
                 continue

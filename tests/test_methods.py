@@ -11,8 +11,16 @@ import numpy as np
 import pytest
 
 from mlx_nb import Run, RunConfig
-from mlx_nb.errors import ConfigError, ModelError
-from mlx_nb.events import EvaluationCompleted, Pause, Progress, RolloutCompleted, RunPaused, StepCompleted
+from mlx_nb.errors import ConfigError, DataError, ModelError
+from mlx_nb.events import (
+    EvaluationCompleted,
+    Pause,
+    Progress,
+    RequestRefused,
+    RolloutCompleted,
+    RunPaused,
+    StepCompleted,
+)
 from mlx_nb.train.reference import REFERENCE_FILE
 from tiny import tiny_labels, tiny_pairs, tiny_prompts, tiny_rows
 
@@ -302,6 +310,20 @@ def test_a_reward_that_raises_returns_nan_or_is_slow_never_ends_the_run(tmp_path
                 if one["rewards"]["broken"] is None:
                     assert one["advantage"] == 0.0
     assert all(math.isfinite(loss) for loss in run.history["loss"])
+
+
+def test_a_reward_that_always_raises_is_said_and_the_run_still_ends_by_itself(tmp_path, tiny_folder):
+    def broken(completion):
+        raise KeyError("score")
+
+    run = run_of("grpo", tmp_path, tiny_folder, rewards=[broken], lora_parameters={"rank": 4})
+    refused = [event for event in run.events() if isinstance(event, RequestRefused)]
+    assert run.state == "finished"
+    assert run.step_count == 8
+    assert "validation: no completion got a reward. reward broken: completion 0 of row" in refused[0].error
+    assert all("KeyError" in event.problems[0] for event in rollouts(run))
+    with pytest.raises(DataError, match="no completion got a reward"):
+        run.evaluate()
 
 
 def test_rewards_that_say_nothing_leave_the_policy_to_the_kl(tmp_path, tiny_folder):

@@ -27,6 +27,10 @@ from mlx_nb.rollouts.scoring import Scores, score_completions
 from mlx_nb.train.reference import ReferenceLogprobs
 
 
+class NoReward(DataError):
+    """No completion of an evaluation got a number from the reward functions."""
+
+
 @dataclass(frozen=True, eq=False)
 class Sampled:
     """Completions with the prompt of each, their scores, and how long sampling took."""
@@ -234,7 +238,10 @@ class RolloutFeed:
     def measure(
         self, step: int, examples: Sequence[PromptExample], limit: int
     ) -> Generator[Event, None, tuple[list[tuple[int, float]], dict[str, float]]]:
-        """(row, reward) of one completion of each of a fixed set of prompts, always drawn by the same numbers."""
+        """(row, reward) of one completion of each of a fixed set of prompts, always drawn by the same numbers.
+
+        Raises NoReward.
+        """
         config = self._config
         lengths = [example.length for example in examples]
         chosen = evaluation_batches(lengths, config.batch_size, limit, config.seed)
@@ -243,7 +250,7 @@ class RolloutFeed:
         rewards = sampled.scores.total_N
         rows = [(example.row, float(reward)) for example, reward in zip(prompts, rewards) if math.isfinite(reward)]
         if not rows:
-            raise DataError(f"no completion got a reward. {sampled.scores.problems[0].error}")
+            raise NoReward(f"no completion got a reward. {sampled.scores.problems[0].error}")
         return rows, self._measured(sampled)
 
     def snapshot(self) -> dict[str, Any]:

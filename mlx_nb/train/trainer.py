@@ -28,6 +28,7 @@ from mlx_nb.events import (
     Pause,
     Progress,
     Request,
+    RequestRefused,
     RunFailed,
     RunFinished,
     RunPaused,
@@ -51,7 +52,7 @@ from mlx_nb.train.checkpoint import Checkpoint
 from mlx_nb.train.feeds import Feed, RowFeed
 from mlx_nb.train.optimizer import build_optimizer, learning_rate_at
 from mlx_nb.train.reference import ReferenceLogprobs
-from mlx_nb.train.rollout_feed import RolloutFeed
+from mlx_nb.train.rollout_feed import NoReward, RolloutFeed
 from mlx_nb.train.step import Stepper, add_metrics, mean_metrics
 from mlx_nb.train.tripwires import RECENT_LOSSES, advice, refusal
 
@@ -519,7 +520,10 @@ class Trainer:
         )
 
     def _validate(self) -> Generator[Event, None, tuple[Event, list[Due]]]:
-        result = yield from self._evaluating("valid")
+        try:
+            result = yield from self._evaluating("valid")
+        except NoReward as error:
+            return RequestRefused(self.state.step, f"validation: {error}"), []
         state = self.state
         best = state.best_loss is None or result.loss < state.best_loss
         if best:
