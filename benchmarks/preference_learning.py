@@ -19,7 +19,7 @@ from mlx_nb.events import EvaluationCompleted
 METHODS = {
     "dpo": {"learning_rate": 1e-4},
     "cpo": {"learning_rate": 1e-4},
-    "orpo": {"learning_rate": 2e-4, "beta": 1.0},
+    "orpo": {"learning_rate": 2e-4},
 }
 
 
