@@ -1,6 +1,6 @@
 """What DPO, CPO and ORPO learn from a few hundred pairs: accuracy and margin on pairs that are held out.
 
-    python benchmarks/preference_learning.py FOLDER [--pairs 200] [--held-out 40] [--figure curves.png]
+    python benchmarks/preference_learning.py FOLDER [--pairs 200] [--held-out 60] [--figure curves.png]
 
 FOLDER has train.jsonl and valid.jsonl with rows {prompt, chosen, rejected}. The same pairs and updates for each method.
 """
@@ -19,7 +19,7 @@ from mlx_nb.events import EvaluationCompleted
 METHODS = {
     "dpo": {"learning_rate": 1e-4},
     "cpo": {"learning_rate": 1e-4},
-    "orpo": {"learning_rate": 2e-4},
+    "orpo": {"learning_rate": 1e-3, "beta": 1.0},
 }
 
 
@@ -63,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--pairs", type=int, default=200)
-    parser.add_argument("--held-out", type=int, default=40)
+    parser.add_argument("--held-out", type=int, default=60)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--figure", type=Path)
     chosen = parser.parse_args()

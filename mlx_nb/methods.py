@@ -29,11 +29,13 @@ class Loss:
     """A loss function, or `module:name` of one, and its options: the names of its keyword-only parameters.
 
     `stops_gradient` says that it holds part of itself constant, so its gradient is not that of its value.
+    `scale_rewards` is what that setting is for this loss unless it is given.
     """
 
     where: str | Callable[..., Any]
     options: tuple[str, ...] = ()
     stops_gradient: bool = False
+    scale_rewards: str = "group"
 
     def function(self) -> Callable[..., Any]:
         """The function itself, imported if need be."""
@@ -160,7 +162,10 @@ METHODS: dict[str, Method] = {
         Method(
             "grpo",
             "prompts",
-            _losses("grpo", grpo=_CLIPPED, bnpo=_CLIPPED, dr_grpo=(*_CLIPPED, "max_completion_length"), dapo=_CLIPPED),
+            {
+                **_losses("grpo", grpo=_CLIPPED, bnpo=_CLIPPED, dapo=_CLIPPED),
+                "dr_grpo": Loss("mlx_nb.objectives.grpo:dr_grpo", _CLIPPED, scale_rewards="none"),
+            },
             _COMPLETION_METRICS,
             reference=True,
         ),

@@ -296,10 +296,7 @@ class Run:
 
         Raises CommandError when there are none at hand: before the first rollout, after a resume or a rewind.
         """
-        from mlx_nb.train.rollout_feed import RolloutFeed
-
-        feed = self.trainer.feed
-        ratios = feed.log_ratios() if isinstance(feed, RolloutFeed) else []
+        ratios = self.trainer.feed.log_ratios()
         if not ratios:
             raise CommandError(f"{self.name} has no completions at hand to compare the policy on. Do an update first.")
         return ratios

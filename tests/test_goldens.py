@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_nb.config import RunConfig
 from mlx_nb.data.batches import TokenBatch
 from mlx_nb.methods import METHODS, options_of
 from mlx_nb.model.logprobs import target_inputs
@@ -171,15 +172,15 @@ def test_the_loss_of_every_labelled_answer_and_its_gradient_are_those_of_trl(nam
 
 def completions_measured(name, chosen=slice(None)):
     case = COMPLETION_CASES[name]
-    fixed = {"max_completion_length": 8} if case["loss"] == "dr_grpo" else {}
-    loss = partial(getattr(grpo, case["loss"]), **case["options"], **fixed)
+    loss = partial(getattr(grpo, case["loss"]), **case["options"])
     said = {key: rows[chosen] for key, rows in COMPLETIONS.items()}
     inputs = inputs_of(
         said["policy"],
         {"behaviour": said["behaviour"], "reference": said["reference"]},
         {"advantage": said["advantage"], "counts": said["counts"]},
     )
-    return measured(completion_objective(loss, temperature=1.0), said["policy"], inputs)
+    objective = completion_objective(loss, temperature=1.0, max_completion_length=8)
+    return measured(objective, said["policy"], inputs)
 
 
 @pytest.mark.parametrize("name", COMPLETION_CASES)
@@ -295,6 +296,6 @@ def test_these_defaults_are_otherwise_than_in_trl():
         "cpo simpo: beta": (0.1, 2.0),
         "cpo simpo: cpo_alpha": (1.0, 0.0),
         **of_all_grpo,
-        "grpo dr_grpo: max_completion_length": (512, 256),
     }
+    assert (GOLDENS["defaults"]["grpo"]["max_completion_length"], RunConfig().max_completion_length) == (512, 256)
     assert (GOLDENS["defaults"]["grpo"]["loss_type"], next(iter(METHODS["grpo"].losses))) == ("dapo", "grpo")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 import time
 
 import mlx.core as mx
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 
 from mlx_nb import Run, RunConfig
-from mlx_nb.errors import ConfigError, DataError, ModelError
+from mlx_nb.errors import ConfigError, DataError, ModelError, TrainingError
 from mlx_nb.events import (
+    BatchSkipped,
     EvaluationCompleted,
     Pause,
     Progress,
@@ -82,13 +84,13 @@ def happened(events):
 def test_a_run_resumed_at_any_step_is_the_run_that_was_never_stopped(method, tmp_path, tiny_folder):
     whole = run_of(method, tmp_path / "whole", tiny_folder)
     whole.run()
+    stopped = run_of(method, tmp_path / "stopped", tiny_folder, keep=8)
     for step in range(1, 8):
-        folder = tmp_path / str(step)
-        first = run_of(method, folder, tiny_folder)
-        first.step(step)
-        first.checkpoint("pause")
-        del first
+        stopped.step()
+        stopped.checkpoint("pause")
+        folder = shutil.copytree(tmp_path / "stopped", tmp_path / str(step))
         resumed = Run.resume(folder, data=ROWS[method](24), namespace={"e_share": e_share})
+        assert resumed.step_count == step
         resumed.run()
         assert resumed.adapter_bytes() == whole.adapter_bytes(), step
         assert happened(resumed.history.events) == happened(whole.history.events), step
@@ -403,3 +405,25 @@ def test_skipping_leaves_the_prompts_of_the_rollout_behind(tmp_path, tiny_folder
     run.step()
     first, second = rollouts(run)
     assert {group["row"] for group in first.groups} != {group["row"] for group in second.groups}
+
+
+@pytest.mark.parametrize("method", ["dpo", "grpo"])
+def test_naming_and_leaving_out_the_next_rows_measures_and_samples_nothing(method, tmp_path, tiny_folder):
+    run = run_of(method, tmp_path, tiny_folder, steps_per_eval=-1)
+    rows = run.trainer.next_rows()
+    run.skip()
+    events = run.events(1)
+    skipped = next(event for event in events if isinstance(event, BatchSkipped))
+    assert skipped.rows == rows
+    assert len(rows) == 4
+    assert not rollouts(run)
+    assert method == "grpo" or len(run.material.reference) == 0
+    update = next(event for event in events if isinstance(event, StepCompleted))
+    assert not set(update.rows) & set(rows)
+
+
+def test_an_update_that_is_refused_names_each_prompt_once(tmp_path, tiny_folder):
+    run = run_of("grpo", tmp_path, tiny_folder, steps_per_eval=-1, beta=1e38, learning_rate=1e3)
+    with pytest.raises(TrainingError) as refused:
+        run.run()
+    assert len(refused.value.rows) == len(set(refused.value.rows)) == 4

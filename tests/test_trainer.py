@@ -163,7 +163,7 @@ def test_an_update_in_which_no_completion_counts_has_no_gradient(loss):
         token_values={"behaviour": np.full(batch.tokens_BT.shape, -1.0, np.float32)},
     )
     stepper = stepper_for(tiny_model())
-    stepper.objective = completion_objective(loss, temperature=1.0)
+    stepper.objective = completion_objective(loss, temperature=1.0, max_completion_length=8)
     gradients, mean, units, *_ = stepper.gradients([target_inputs(batch)], seed=0)
     assert (mean, units) == (0.0, 0.0)
     assert all(not array.any().item() for _, array in tree_flatten(gradients))

@@ -229,7 +229,7 @@ def _rewind(session: Session, arguments: argparse.Namespace) -> _Text:
 def _skip(session: Session, arguments: argparse.Namespace) -> _Text:
     run = session.get(arguments.name)
     _refuse_finished(run)
-    rows = dict.fromkeys(row for batch in run.trainer.next_batches() for row in batch.rows)
+    rows = dict.fromkeys(run.trainer.next_rows())
     what = f"the batch with rows {', '.join(map(str, rows))}" if rows else "the prompts of the next update"
     run.skip()
     return _Text(f"{run.name} will leave out {what}. `%finetune run` goes on after it.")

@@ -18,7 +18,9 @@ _BY_ROWS: dict[str, Callable[[Callable[..., Any], float, RunConfig], Objective]]
     "tokens": lambda loss, beta, config: token_objective(loss),
     "pairs": lambda loss, beta, config: pair_objective(loss, beta),
     "labels": lambda loss, beta, config: label_objective(loss, beta),
-    "prompts": lambda loss, beta, config: completion_objective(loss, config.temperature),
+    "prompts": lambda loss, beta, config: completion_objective(
+        loss, temperature=config.temperature, max_completion_length=config.max_completion_length
+    ),
 }
 
 

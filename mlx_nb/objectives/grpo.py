@@ -30,7 +30,7 @@ class Completions(NamedTuple):
     advantage_S  of the completion that each token is in
     weight_S     1 for a token that counts, 0 for padding and for completions that are masked
     row_S        which completion each token is in, and `length_S` how many counted tokens that one has, at least 1
-    completions  N
+    completions  N;  max_completion_length  the most tokens that one could have
     """
 
     logprob_S: mx.array
@@ -41,6 +41,7 @@ class Completions(NamedTuple):
     row_S: mx.array
     length_S: mx.array
     completions: int
+    max_completion_length: int
 
 
 class TokenLosses(NamedTuple):
@@ -52,7 +53,9 @@ class TokenLosses(NamedTuple):
     clipped_S: mx.array
 
 
-def completion_objective(loss: Callable[[Completions], Any], temperature: float) -> Objective:
+def completion_objective(
+    loss: Callable[[Completions], Any], *, temperature: float, max_completion_length: int
+) -> Objective:
     """A loss function gives TokenLosses, or a loss for each token (S,), averaged as in `grpo`."""
 
     def objective(scorer: TargetScorer, inputs: TargetInputs) -> LossSum:
@@ -72,6 +75,7 @@ def completion_objective(loss: Callable[[Completions], Any], temperature: float)
             row_S,
             length_S,
             inputs.tokens_BT.shape[0],
+            max_completion_length,
         )
         result = loss(completions)
         extra: dict[str, mx.array] = {}
@@ -103,20 +107,52 @@ def _count(completions: Completions) -> mx.array:
     return mx.array(float(completions.completions))
 
 
-def _token_losses(
-    c: Completions, beta: float, epsilon: float | None, epsilon_high: float | None, level: str
-) -> tuple[mx.array, mx.array]:
+def clipped(
+    *, high: float | None = None
+) -> Callable[[Callable[[Completions], tuple[mx.array, mx.array]]], Callable[..., TokenLosses]]:
+    """The loss of equation 3, averaged as a function says that gives (share of each token, divisor of the sum).
+
+    `high` is the default of `epsilon_high` for ratios of tokens; null = as epsilon.
+    """
+
+    def averaged(average: Callable[[Completions], tuple[mx.array, mx.array]]) -> Callable[..., TokenLosses]:
+        def loss(
+            completions: Completions,
+            *,
+            beta: float = 0.04,
+            epsilon: float | None = None,
+            epsilon_high: float | None = None,
+            importance_sampling_level: str = "token",
+        ) -> TokenLosses:
+            bounds = _bounds(epsilon, epsilon_high, importance_sampling_level, high)
+            loss_S, clipped_S = _token_losses(completions, beta, *bounds, importance_sampling_level)
+            share_S, units = average(completions)
+            return TokenLosses(loss_S, share_S, units, clipped_S)
+
+        loss.__name__, loss.__doc__ = average.__name__, average.__doc__
+        return loss
+
+    return averaged
+
+
+def _bounds(low: float | None, high: float | None, level: str, token_high: float | None) -> tuple[float, float]:
+    """How far a ratio may go below and above 1."""
+    if level == "sequence":
+        default = _SEQUENCE_EPSILON_HIGH if low is None else low
+        low = _SEQUENCE_EPSILON if low is None else low
+    else:
+        low = 0.2 if low is None else low
+        default = low if token_high is None else token_high
+    return low, default if high is None else high
+
+
+def _token_losses(c: Completions, beta: float, low: float, high: float, level: str) -> tuple[mx.array, mx.array]:
     """(loss, clipped) of each token: equation 3 with the k3 estimate of the KL (equation 4)."""
     log_ratio_S = (c.logprob_S - c.behaviour_S) * c.weight_S
     if level == "sequence":
         # One ratio for a completion, the geometric mean of those of its tokens (GSPO, Zheng et al. 2025, equation 7).
         sums_B = mx.zeros(c.completions).at[c.row_S].add(log_ratio_S)
         log_ratio_S = sums_B[c.row_S] / c.length_S
-        low = _SEQUENCE_EPSILON if epsilon is None else epsilon
-        high = (_SEQUENCE_EPSILON_HIGH if epsilon is None else epsilon) if epsilon_high is None else epsilon_high
-    else:
-        low = 0.2 if epsilon is None else epsilon
-        high = low if epsilon_high is None else epsilon_high
     ratio_S = mx.exp(log_ratio_S)
     clipped_ratio_S = mx.clip(ratio_S, 1 - low, 1 + high)
     surrogate_S = mx.minimum(ratio_S * c.advantage_S, clipped_ratio_S * c.advantage_S)
@@ -128,69 +164,32 @@ def _token_losses(
     return loss_S, (too_low | too_high).astype(mx.float32)
 
 
-def grpo(
-    completions: Completions,
-    *,
-    beta: float = 0.04,
-    epsilon: float | None = None,
-    epsilon_high: float | None = None,
-    importance_sampling_level: str = "token",
-) -> TokenLosses:
+@clipped()
+def grpo(completions: Completions) -> tuple[mx.array, mx.array]:
     """mean_i mean_t l: every completion weighs the same, so a token of a long one weighs less (equation 3)."""
-    loss_S, clipped_S = _token_losses(completions, beta, epsilon, epsilon_high, importance_sampling_level)
-    return TokenLosses(loss_S, 1 / completions.length_S, _count(completions), clipped_S)
+    return 1 / completions.length_S, _count(completions)
 
 
-def bnpo(
-    completions: Completions,
-    *,
-    beta: float = 0.04,
-    epsilon: float | None = None,
-    epsilon_high: float | None = None,
-    importance_sampling_level: str = "token",
-) -> TokenLosses:
+@clipped()
+def bnpo(completions: Completions) -> tuple[mx.array, mx.array]:
     """sum_it l / number of tokens: every token weighs the same.
 
     The sum is over the whole update, so it does not depend on how that is cut into micro-batches; TRL's `bnpo`
     averages the averages of micro-batches, its `dapo` does as here.
     """
-    loss_S, clipped_S = _token_losses(completions, beta, epsilon, epsilon_high, importance_sampling_level)
-    return TokenLosses(loss_S, mx.ones_like(loss_S), completions.weight_S.sum(), clipped_S)
+    return mx.ones_like(completions.weight_S), completions.weight_S.sum()
 
 
-def dapo(
-    completions: Completions,
-    *,
-    beta: float = 0.04,
-    epsilon: float | None = None,
-    epsilon_high: float | None = None,
-    importance_sampling_level: str = "token",
-) -> TokenLosses:
+@clipped(high=0.28)
+def dapo(completions: Completions) -> tuple[mx.array, mx.array]:
     """`bnpo` with the upper clip at 1.28, so that rare tokens may grow (DAPO, Yu et al. 2025, equations 10 and 12)."""
-    if epsilon_high is None and importance_sampling_level == "token":
-        epsilon_high = 0.28
-    return bnpo(
-        completions,
-        beta=beta,
-        epsilon=epsilon,
-        epsilon_high=epsilon_high,
-        importance_sampling_level=importance_sampling_level,
-    )
+    return mx.ones_like(completions.weight_S), completions.weight_S.sum()
 
 
-def dr_grpo(
-    completions: Completions,
-    *,
-    beta: float = 0.04,
-    epsilon: float | None = None,
-    epsilon_high: float | None = None,
-    importance_sampling_level: str = "token",
-    max_completion_length: int = 256,
-) -> TokenLosses:
+@clipped()
+def dr_grpo(completions: Completions) -> tuple[mx.array, mx.array]:
     """sum_it l / (N max_completion_length): a constant, so that length is no advantage (Dr. GRPO, Liu et al. 2025).
 
     Its advantages are not divided by their deviation (`scale_rewards: none`, the default with this loss).
     """
-    loss_S, clipped_S = _token_losses(completions, beta, epsilon, epsilon_high, importance_sampling_level)
-    units = _count(completions) * max_completion_length
-    return TokenLosses(loss_S, mx.ones_like(loss_S), units, clipped_S)
+    return mx.ones_like(completions.weight_S), _count(completions) * completions.max_completion_length

@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_nb.config import RunConfig
 from mlx_nb.data.batches import BatchPlan, TokenBatch, evaluation_batches, pad, pad_labelled, pad_mismatched, pad_pairs
-from mlx_nb.events import Event
+from mlx_nb.events import Event, Progress
 from mlx_nb.methods import method_named
 from mlx_nb.model.logprobs import TargetScorer, target_inputs
 from mlx_nb.train.reference import ReferenceLogprobs
+from mlx_nb.train.step import Evaluation, add_metrics, mean_metrics
 
 _COLLATE: dict[str, Callable[..., TokenBatch]] = {"tokens": pad, "pairs": pad_pairs, "labels": pad_labelled}
 
 
+class Measured(NamedTuple):
+    """An evaluation: mean loss, the units it is over, (row, loss) of each row, mean metrics."""
+
+    loss: float
+    units: float
+    row_losses: tuple[tuple[int, float], ...]
+    metrics: dict[str, float]
+
+
 class Feed(Protocol):
-    """What a trainer asks for batches. Positions count micro-batches from 0, across epochs."""
+    """What a trainer asks for batches. Positions count micro-batches from 0, across epochs.
+
+    `interruptible` says that a function of the person's own is running: an interrupt may strike right there.
+    """
 
     batches_per_epoch: int
     updates_per_batch: int
+    interruptible: bool
 
     @property
     def ready(self) -> bool:
@@ -30,6 +44,9 @@ class Feed(Protocol):
 
     def prepare(self, step: int, first: int) -> Generator[Event, None, Event]:
         """Make the batches from `first` on. Closing it half-way leaves everything as before."""
+
+    def rows(self, first: int) -> tuple[int, ...]:
+        """The rows of the next update, ready or not, without making its batches."""
 
     def batches(self, first: int) -> list[TokenBatch]:
         """The batches of the next update."""
@@ -43,6 +60,14 @@ class Feed(Protocol):
     def metrics(self) -> dict[str, float]:
         """What was measured besides the loss, for the next update."""
 
+    def measure(
+        self, step: int, split: str, examples: Sequence[Any], limit: int, loss_of: Callable[[TokenBatch], Evaluation]
+    ) -> Generator[Event, None, Measured]:
+        """Loss and metrics of the same `limit` batches (-1 = all) of `examples` each time, with Progress on the way."""
+
+    def log_ratios(self) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """(row, tokens, log(policy now / policy that sampled)) of each completion of the last rollout, used or not."""
+
     def snapshot(self) -> dict[str, Any]:
         """What `batches` depends on besides the position: {"arrays": {name: array}, "state": plain values}."""
 
@@ -54,6 +79,7 @@ class RowFeed:
     """Batches of rows: conversations, texts, pairs of answers, labelled answers."""
 
     updates_per_batch = 1
+    interruptible = False
     ready = True
 
     def __init__(
@@ -78,11 +104,17 @@ class RowFeed:
         raise AssertionError("rows are always ready")
         yield
 
+    def rows(self, first: int) -> tuple[int, ...]:
+        """The rows of the next update, without making its batches."""
+        return tuple(example.row for group in self._next(first) for example in group)
+
     def batches(self, first: int) -> list[TokenBatch]:
         """The batches of the next update, one for each micro-batch."""
+        return self._collate(self._next(first))
+
+    def _next(self, first: int) -> list[list[Any]]:
         count = self._config.grad_accumulation_steps
-        chosen = [self._plan.batch(first + index) for index in range(count)]
-        return self._collate([[self._examples[position] for position in positions] for positions in chosen])
+        return [[self._examples[position] for position in self._plan.batch(first + index)] for index in range(count)]
 
     def used(self) -> int:
         """One update, one set of micro-batches."""
@@ -94,11 +126,27 @@ class RowFeed:
         """Nothing is measured but the loss."""
         return {}
 
-    def evaluation(self, examples: Sequence[Any], limit: int) -> Iterator[TokenBatch]:
-        """The same rows at every evaluation."""
+    def measure(
+        self, step: int, split: str, examples: Sequence[Any], limit: int, loss_of: Callable[[TokenBatch], Evaluation]
+    ) -> Generator[Event, None, Measured]:
+        """Loss and metrics of a fixed set of rows."""
         lengths = [example.length for example in examples]
-        for positions in evaluation_batches(lengths, self._config.batch_size, limit, self._config.seed):
-            yield from self._collate([[examples[position] for position in positions]])
+        chosen = evaluation_batches(lengths, self._config.batch_size, limit, self._config.seed)
+        total = units = 0.0
+        row_losses: list[tuple[int, float]] = []
+        metrics: dict[str, tuple[float, float]] = {}
+        for number, positions in enumerate(chosen):
+            yield Progress(step, f"{split} loss", number, len(chosen))
+            (batch,) = self._collate([[examples[position] for position in positions]])
+            measured = loss_of(batch)
+            total, units = total + measured.total, units + measured.units
+            add_metrics(metrics, measured.metrics)
+            row_losses += zip(batch.rows, measured.row_losses)
+        return Measured(total / units, units, tuple(row_losses), mean_metrics(metrics))
+
+    def log_ratios(self) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """Nothing is sampled."""
+        return []
 
     def _collate(self, groups: list[list[Any]]) -> list[TokenBatch]:
         batches = [_COLLATE[self._rows](group, self._width_multiple) for group in groups]

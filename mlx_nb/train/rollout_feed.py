@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from mlx_nb.data.batches import BatchPlan, TokenBatch, evaluation_batches, pad
 from mlx_nb.data.examples import PromptExample, TokenizedExample
 from mlx_nb.errors import DataError
 from mlx_nb.events import Event, Progress, RolloutCompleted
+from mlx_nb.methods import method_named
 from mlx_nb.model.logprobs import TargetScorer, accurate_target_logprobs, target_inputs
 from mlx_nb.model.randomness import seed_for
 from mlx_nb.objectives.binding import options_for
@@ -24,7 +25,9 @@ from mlx_nb.rollouts.advantages import Advantages, group_advantages
 from mlx_nb.rollouts.rewards import Reward, completion_batch
 from mlx_nb.rollouts.sampling import Completion, SamplingSettings, sample_groups
 from mlx_nb.rollouts.scoring import Scores, score_completions
+from mlx_nb.train.feeds import Measured
 from mlx_nb.train.reference import ReferenceLogprobs
+from mlx_nb.train.step import Evaluation
 
 
 class NoReward(DataError):
@@ -66,25 +69,32 @@ class RolloutFeed:
         self._plan = BatchPlan([example.length for example in examples], config.batch_size, config.seed)
         self.batches_per_epoch = self._plan.batches_per_epoch
         self.updates_per_batch = config.updates_per_rollout
-        self._batches: list[TokenBatch] | None = None
-        self._seen: list[TokenBatch] = []
+        self._batches: list[TokenBatch] = []
         self._metrics: dict[str, float] = {}
-        self._uses = 0
-        self.in_reward = False
+        self._updates_left = 0
+        self.interruptible = False
 
     @property
     def ready(self) -> bool:
         """Whether there are completions to train on."""
-        return self._batches is not None
+        return self._updates_left > 0
+
+    def _prompts(self, first: int) -> list[list[PromptExample]]:
+        """The prompts of each micro-batch."""
+        count = self._config.grad_accumulation_steps
+        return [[self._examples[position] for position in self._plan.batch(first + index)] for index in range(count)]
+
+    def rows(self, first: int) -> tuple[int, ...]:
+        """The rows of the next update, sampled or not."""
+        return tuple(prompt.row for prompts in self._prompts(first) for prompt in prompts)
 
     def prepare(self, step: int, first: int) -> Generator[Event, None, Event]:
         """Sample and score the completions of the next update's prompts. Nothing changes before it has ended."""
         config = self._config
-        positions = [self._plan.batch(first + index) for index in range(config.grad_accumulation_steps)]
-        prompts = [[self._examples[position] for position in chosen] for chosen in positions]
+        prompts = self._prompts(first)
         seed = seed_for(config.seed, "rollout", first)
         sampled = yield from self._sample(step, [one for chosen in prompts for one in chosen], config.group_size, seed)
-        scale = config.scale_rewards or ("none" if config.loss == "dr_grpo" else "group")
+        scale = config.scale_rewards or method_named(config.method).loss(config.loss).scale_rewards
         advantages = group_advantages(sampled.scores.total_N, config.group_size, scale=scale)
         batches, start = [], 0
         for chosen in prompts:
@@ -92,7 +102,7 @@ class RolloutFeed:
             yield Progress(step, "reference", start, len(sampled.completions))
             batches.append(self._batch(sampled, advantages, slice(start, end)))
             start = end
-        self._batches, self._seen, self._uses = batches, batches, 0
+        self._batches, self._updates_left = batches, self.updates_per_batch
         self._metrics = {
             **self._measured(sampled),
             "reward_spread": _spread(sampled.scores.total_N, config.group_size),
@@ -140,11 +150,11 @@ class RolloutFeed:
     @contextmanager
     def _person_at_work(self) -> Generator[None, None, None]:
         """While a function of the person's own runs: only there an interrupt may strike."""
-        self.in_reward = True
+        self.interruptible = True
         try:
             yield
         finally:
-            self.in_reward = False
+            self.interruptible = False
 
     def _batch(self, sampled: Sampled, advantages: Advantages, chosen: slice) -> TokenBatch:
         completions, examples = sampled.completions[chosen], sampled.examples[chosen]
@@ -204,17 +214,16 @@ class RolloutFeed:
 
     def batches(self, first: int) -> list[TokenBatch]:
         """The completions, a batch for each micro-batch of prompts."""
-        assert self._batches is not None
         return self._batches
 
     def used(self) -> int:
         """After the last update on these completions the run moves on."""
-        self._uses += 1
-        return self.drop() if self._uses >= self._config.updates_per_rollout else 0
+        self._updates_left -= 1
+        return 0 if self.ready else self._config.grad_accumulation_steps
 
     def drop(self) -> int:
         """Leave these prompts behind, with whatever was sampled."""
-        self._batches = None
+        self._updates_left = 0
         return self._config.grad_accumulation_steps
 
     def metrics(self) -> dict[str, float]:
@@ -224,7 +233,7 @@ class RolloutFeed:
     def log_ratios(self) -> list[tuple[int, np.ndarray, np.ndarray]]:
         """(row, tokens, log(policy now / policy that sampled)) of each completion of the last rollout, used or not."""
         found = []
-        for batch in self._seen:
+        for batch in self._batches:
             inputs = target_inputs(batch)
             logits_SV = self._scorer.logits(inputs).astype(mx.float32) / self._config.temperature
             ratio_BT = np.zeros(batch.tokens_BT.shape, np.float32)
@@ -236,11 +245,16 @@ class RolloutFeed:
         return found
 
     def measure(
-        self, step: int, examples: Sequence[PromptExample], limit: int
-    ) -> Generator[Event, None, tuple[list[tuple[int, float]], dict[str, float]]]:
-        """(row, reward) of one completion of each of a fixed set of prompts, always drawn by the same numbers.
+        self,
+        step: int,
+        split: str,
+        examples: Sequence[PromptExample],
+        limit: int,
+        loss_of: Callable[[TokenBatch], Evaluation],
+    ) -> Generator[Event, None, Measured]:
+        """The reward of one completion of each of a fixed set of prompts, always drawn by the same numbers.
 
-        Raises NoReward.
+        The loss is minus the reward, so that lower is better. Raises NoReward.
         """
         config = self._config
         lengths = [example.length for example in examples]
@@ -248,33 +262,36 @@ class RolloutFeed:
         prompts = [examples[position] for positions in chosen for position in positions]
         sampled = yield from self._sample(step, prompts, 1, seed_for(config.seed, "evaluation"))
         rewards = sampled.scores.total_N
-        rows = [(example.row, float(reward)) for example, reward in zip(prompts, rewards) if math.isfinite(reward)]
-        if not rows:
+        losses = [(example.row, -float(reward)) for example, reward in zip(prompts, rewards) if math.isfinite(reward)]
+        if not losses:
             raise NoReward(f"no completion got a reward. {sampled.scores.problems[0].error}")
-        return rows, self._measured(sampled)
+        mean = sum(loss for _, loss in losses) / len(losses)
+        return Measured(mean, float(len(losses)), tuple(losses), self._measured(sampled))
 
     def snapshot(self) -> dict[str, Any]:
         """The completions in use: they cannot be sampled again once the policy has changed."""
-        if self._batches is None:
+        if not self.ready:
             return {"arrays": {}, "state": None}
         arrays: dict[str, mx.array] = {}
         for number, batch in enumerate(self._batches):
             for name, array in _arrays_of(batch).items():
                 arrays[f"{number}.{name}"] = mx.array(array)
         shapes = [{"rows": batch.rows, "lengths": batch.lengths} for batch in self._batches]
-        return {"arrays": arrays, "state": {"batches": shapes, "uses": self._uses, "metrics": self._metrics}}
+        return {
+            "arrays": arrays,
+            "state": {"batches": shapes, "updates_left": self._updates_left, "metrics": self._metrics},
+        }
 
     def restore(self, arrays: dict[str, mx.array], state: Any) -> None:
         """Go on with the completions of a snapshot."""
-        self._batches, self._seen, self._uses, self._metrics = None, [], 0, {}
+        self._batches, self._updates_left, self._metrics = [], 0, {}
         if state is None:
             return
-        self._uses, self._metrics = state["uses"], dict(state["metrics"])
+        self._updates_left, self._metrics = state["updates_left"], dict(state["metrics"])
         self._batches = [
             _batch_of({name: np.array(arrays[f"{number}.{name}"]) for name in _names(arrays, number)}, shape)
             for number, shape in enumerate(state["batches"])
         ]
-        self._seen = self._batches
 
 
 def _progress(

@@ -53,7 +53,7 @@ from mlx_nb.train.feeds import Feed, RowFeed
 from mlx_nb.train.optimizer import build_optimizer, learning_rate_at
 from mlx_nb.train.reference import ReferenceLogprobs
 from mlx_nb.train.rollout_feed import NoReward, RolloutFeed
-from mlx_nb.train.step import Stepper, add_metrics, mean_metrics
+from mlx_nb.train.step import Evaluation, Stepper
 from mlx_nb.train.tripwires import RECENT_LOSSES, advice, refusal
 
 BEST_FOLDER = "best"
@@ -176,7 +176,7 @@ class Trainer:
         if isinstance(request, Pause) and request.at_once:
             self._break_off = True
         self._pending.append(request)
-        if self._break_off and isinstance(self.feed, RolloutFeed) and self.feed.in_reward:
+        if self._break_off and self.feed.interruptible:
             raise _BrokenOff  # in the middle of a reward function, which nothing else could end
 
     def _poll(self) -> None:
@@ -376,7 +376,7 @@ class Trainer:
         self._break_off = False
 
     def _skip(self) -> BatchSkipped:
-        rows = tuple(row for batch in self.next_batches() for row in batch.rows)
+        rows = self.next_rows()
         self.state.batches += self.feed.drop()
         return BatchSkipped(self.state.step, rows)
 
@@ -409,17 +409,18 @@ class Trainer:
                 learning_rate=learning_rate,
                 grad_clip=config.grad_clip,
                 seed=seed_for(config.seed, "dropout", state.step),
-                rows=rows,
+                rows=tuple(dict.fromkeys(rows)),
                 judge=lambda loss, norm: refusal(loss, norm, state.recent_losses, config.loss_spike),
             )
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "allocate" not in str(error) and "memory" not in str(error):
                 raise
+            named = tuple(dict.fromkeys(rows))
             raise OutOfMemory(
-                f"memory ran out ({error}) in a batch with rows {', '.join(map(str, rows))}, the longest of "
+                f"memory ran out ({error}) in a batch with rows {', '.join(map(str, named))}, the longest of "
                 f"{max(max(batch.lengths) for batch in batches)} tokens. A new run with a lower batch_size and more "
                 "grad_accumulation_steps, or a lower max_seq_length, needs less.",
-                rows,
+                named,
             ) from error
         seconds = time.perf_counter() - started
         tokens = sum(sum(batch.lengths) for batch in batches)
@@ -449,6 +450,10 @@ class Trainer:
             row_losses=tuple(zip(rows, update.row_losses)),
         )
 
+    def next_rows(self) -> tuple[int, ...]:
+        """The rows of the next update, in the order of its batches."""
+        return self.feed.rows(self.state.batches)
+
     def next_batches(self) -> list[TokenBatch]:
         """The very arrays of the next update, one for each micro-batch; none before the completions of a rollout."""
         return self.feed.batches(self.state.batches) if self.feed.ready else []
@@ -470,54 +475,22 @@ class Trainer:
             raise DataError(f"there are no rows in the {split} split to evaluate.")
         started = time.perf_counter()
         limit = -1 if all_rows else config.test_batches if split == "test" else config.val_batches
-        if isinstance(self.feed, RolloutFeed):
-            return (yield from self._measuring_rewards(self.feed, split, examples, limit))
-        assert isinstance(self.feed, RowFeed)
-        total = units = 0.0
-        rows = 0
-        row_losses: list[tuple[int, float]] = []
-        metrics: dict[str, tuple[float, float]] = {}
-        batches = self.feed.evaluation(examples, limit)
-        count = -(-len(examples) // config.batch_size)
-        count = count if limit == -1 else min(limit, count)
-        for number in range(count):
-            yield Progress(self.state.step, f"{split} loss", number, count)
-            self._poll()
-            batch = next(batches)
-            measured = self.stepper.evaluate(target_inputs(batch, self._target_multiple))
-            total, units, rows = total + measured.total, units + measured.units, rows + len(batch.rows)
-            add_metrics(metrics, measured.metrics)
-            row_losses += zip(batch.rows, measured.row_losses)
-        loss, means = total / units, mean_metrics(metrics)
+        measured = yield from self._polled(self.feed.measure(self.state.step, split, examples, limit, self._loss_of))
+        nll = measured.metrics.get("nll", measured.loss)
         return EvaluationCompleted(
             self.state.step,
             split,
-            loss,
-            perplexity_of(means.get("nll", loss)) if config.method == "sft" else None,
-            units,
-            rows,
+            measured.loss,
+            perplexity_of(nll) if config.method == "sft" else None,
+            measured.units,
+            len(measured.row_losses),
             time.perf_counter() - started,
-            row_losses=tuple(row_losses),
-            metrics=means,
+            row_losses=measured.row_losses,
+            metrics=measured.metrics,
         )
 
-    def _measuring_rewards(
-        self, feed: RolloutFeed, split: str, examples: Sequence[Any], limit: int
-    ) -> Generator[Event, None, EvaluationCompleted]:
-        """The rewards of one completion of each prompt. The loss is minus their mean, so that lower is better."""
-        started = time.perf_counter()
-        rewards, metrics = yield from self._polled(feed.measure(self.state.step, examples, limit))
-        return EvaluationCompleted(
-            self.state.step,
-            split,
-            -sum(reward for _, reward in rewards) / len(rewards),
-            None,
-            float(len(rewards)),
-            len(rewards),
-            time.perf_counter() - started,
-            row_losses=tuple((row, -reward) for row, reward in rewards),
-            metrics=metrics,
-        )
+    def _loss_of(self, batch: TokenBatch) -> Evaluation:
+        return self.stepper.evaluate(target_inputs(batch, self._target_multiple))
 
     def _validate(self) -> Generator[Event, None, tuple[Event, list[Due]]]:
         try:

@@ -81,7 +81,7 @@ class RowsTab:
             text = f"rows of update {event.step}, losses before it, epoch {event.epoch:.2f}" if event else ""
         self.note.value = note_html(text or "no update was done yet; these are the rows of the next one")
         if not losses and not len(history) and self._run.prepared:
-            rows = dict.fromkeys(row for batch in self._run.trainer.next_batches() for row in batch.rows)
+            rows = dict.fromkeys(self._run.trainer.next_rows())
             losses = [(row, float("nan")) for row in rows]
         options = [(f"row {row}" + (f"   loss {loss:.3f}" if loss == loss else ""), row) for row, loss in losses]
         if options == list(self.rows.options):
