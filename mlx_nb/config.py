@@ -406,8 +406,9 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
+        kinds = typing.get_type_hints(RunConfig)
         for declared in fields(self):
-            value = coerce(getattr(self, declared.name), declared, typing.get_type_hints(RunConfig)[declared.name])
+            value = coerce(getattr(self, declared.name), declared, kinds[declared.name])
             object.__setattr__(self, declared.name, value)
         _merge_synonyms(self)
         if self.rewards is not None and not isinstance(self.rewards, (list, tuple)):

@@ -40,8 +40,9 @@ class SettingHelp:
 def setting_help() -> list[SettingHelp]:
     """All settings in the order of their declaration, nested ones after their parent."""
     lines: list[SettingHelp] = []
+    kinds = typing.get_type_hints(RunConfig)
     for name, declared in SETTINGS.items():
-        lines.append(_describe(name, declared, typing.get_type_hints(RunConfig)[name]))
+        lines.append(_describe(name, declared, kinds[name]))
         if name in _NESTED:
             hints = typing.get_type_hints(_NESTED[name])
             for inner in dataclasses.fields(_NESTED[name]):

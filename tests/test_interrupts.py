@@ -90,7 +90,7 @@ def test_an_interrupt_at_any_place_loses_and_repeats_nothing(tmp_path, where, ti
 
 
 def test_a_real_signal_while_run_computes_pauses_it(tmp_path, tiny_folder):
-    run = rows_run(tmp_path, tiny_folder, iters=50, steps_per_eval=-1)
+    run = rows_run(tmp_path, tiny_folder, iters=8, steps_per_eval=-1)
     run.step()
     real = run.trainer.stepper._gradients
 
@@ -107,7 +107,7 @@ def test_a_real_signal_while_run_computes_pauses_it(tmp_path, tiny_folder):
         run.step()
     run.trainer.stepper._gradients = real
     run.run()
-    whole = rows_run(tmp_path, tiny_folder, iters=50, steps_per_eval=-1, adapter_path=str(tmp_path / "whole"))
+    whole = rows_run(tmp_path, tiny_folder, iters=8, steps_per_eval=-1, adapter_path=str(tmp_path / "whole"))
     whole.run()
     assert run.adapter_bytes() == whole.adapter_bytes()
 

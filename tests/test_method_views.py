@@ -100,10 +100,12 @@ def test_a_batch_of_completions_is_there_once_they_are_sampled(make_run):
     assert repr(run_line(session, "batch")).count("completion") == 6
 
 
-def test_skipping_before_a_rollout_names_no_rows(make_run):
+def test_skipping_before_a_rollout_names_the_prompts_it_would_have_used(make_run):
     session = Session()
-    session.add(make_run("grpo"))
-    assert "leave out the prompts of the next update" in run_line(session, "skip")
+    run = make_run("grpo")
+    session.add(run)
+    rows = ", ".join(map(str, run.trainer.next_rows()))
+    assert f"leave out the batch with rows {rows}." in run_line(session, "skip")
 
 
 # The data check

@@ -50,11 +50,17 @@ def arrays_of(trainer):
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"fine_tune_type": "dora"}, {"fine_tune_type": "full", "lora_parameters": {}}, {"optimizer": "adafactor"}],
-    ids=["lora", "dora", "full", "adafactor"],
+    ("settings", "every"),
+    [
+        pytest.param({}, 1, marks=pytest.mark.faults),
+        ({}, 7),
+        ({"fine_tune_type": "dora"}, 7),
+        ({"fine_tune_type": "full", "lora_parameters": {}}, 7),
+        ({"optimizer": "adafactor"}, 7),
+    ],
+    ids=["lora at every step", "lora", "dora", "full", "adafactor"],
 )
-def test_a_run_resumed_at_any_step_is_the_run_that_was_never_stopped(tmp_path, settings):
+def test_a_run_resumed_at_any_step_is_the_run_that_was_never_stopped(tmp_path, settings, every):
     kept = {**SETTINGS, **settings}
     store = CheckpointStore(tmp_path / "checkpoints", keep=100)
 
@@ -69,7 +75,6 @@ def test_a_run_resumed_at_any_step_is_the_run_that_was_never_stopped(tmp_path, s
         store.save(whole.snapshot(), kind="step")
     events.append(list(whole.events(1)))
     expected = arrays_of(whole)
-    every = 1 if not settings else 7
     for step in range(0, 41, every):
         checkpoint, messages = store.load(step)
         assert (checkpoint.step, messages) == (step, [])

@@ -229,10 +229,9 @@ def _rewind(session: Session, arguments: argparse.Namespace) -> _Text:
 def _skip(session: Session, arguments: argparse.Namespace) -> _Text:
     run = session.get(arguments.name)
     _refuse_finished(run)
-    rows = dict.fromkeys(run.trainer.next_rows())
-    what = f"the batch with rows {', '.join(map(str, rows))}" if rows else "the prompts of the next update"
+    rows = ", ".join(map(str, run.trainer.next_rows()))
     run.skip()
-    return _Text(f"{run.name} will leave out {what}. `%finetune run` goes on after it.")
+    return _Text(f"{run.name} will leave out the batch with rows {rows}. `%finetune run` goes on after it.")
 
 
 def _fork(session: Session, arguments: argparse.Namespace) -> _Text:
