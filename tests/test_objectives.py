@@ -25,7 +25,7 @@ def own_methods():
 
 @pytest.mark.parametrize(("method", "loss"), VARIANTS)
 def test_every_objective_passes_the_battery(method, loss):
-    assert len(check_objective(method, loss)) == 6
+    assert len(check_objective(method, loss)) == 7
 
 
 @pytest.mark.parametrize(("method", "loss"), VARIANTS)
@@ -57,7 +57,7 @@ def test_a_method_of_ones_own_trains_under_its_name(own_methods):
         gap = pairs.chosen_P - pairs.rejected_P
         return mx.logaddexp(mx.zeros_like(gap), -slope * gap), {"gap": gap}
 
-    assert len(check_objective("mine", method_options={"slope": 0.3})) == 6
+    assert len(check_objective("mine", method_options={"slope": 0.3})) == 7
     with pytest.raises(ConfigError, match="Its options: slope"):
         RunConfig(method="mine", method_options={"slop": 1})
     with pytest.raises(ConfigError, match="`beta` has no effect with `method: mine`"):
@@ -70,7 +70,12 @@ def test_the_name_of_a_built_in_method_is_taken():
 
 
 def test_the_battery_catches_what_breaks_a_law(own_methods):
-    calls = []
+    calls, sizes = [], set()
+
+    @register_objective("remembers")
+    def remembers(targets):
+        sizes.add(targets.logprob_S.shape)
+        return -targets.logprob_S * (1 + 1e-5 * len(sizes))
 
     @register_objective("stateful")
     def stateful(targets):
@@ -99,6 +104,7 @@ def test_the_battery_catches_what_breaks_a_law(own_methods):
 
     for name, words in {
         "stateful": "keeps state",
+        "remembers": "remembers what it saw",
         "mean": "changes the",
         "flat": "does not depend on the model",
         "infinite": "not finite",

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_map
 
 from mlx_nb.config import RunConfig
 from mlx_nb.data.batches import TokenBatch, pad, pad_labelled, pad_pairs
@@ -30,6 +31,7 @@ _Maker = Callable[[TargetScorer, Sequence[int], int], TokenBatch]
 class Trial(NamedTuple):
     """An objective with what it is tried on: batches of some of `ROWS` rows, padded to a multiple of a width."""
 
+    config: RunConfig
     objective: Objective
     scorer: TargetScorer
     make: _Maker
@@ -51,7 +53,7 @@ def check_objective(name: str, loss: str | None = None, **settings: Any) -> tupl
     method = method_named(name)
     with random_stream(0):
         scorer = TargetScorer(_model())
-    trial = Trial(objective_for(config), scorer, _MAKERS[method.rows], method, method.loss(loss))
+    trial = Trial(config, objective_for(config), scorer, _MAKERS[method.rows], method, method.loss(loss))
     for law in _LAWS:
         if trouble := law(trial):
             raise ConfigError(f"{name}: {trouble}")
@@ -93,6 +95,28 @@ def _micro_batches_are_one_batch(trial: Trial) -> str:
     return _differ(
         "cutting the batch into micro-batches", whole, (whole[0]._replace(total=total, units=units), gradient)
     )
+
+
+def _resuming_is_exact(trial: Trial) -> str:
+    """Updates done again from the first one on, by an objective made afresh, give the same bits."""
+    parts = [target_inputs(trial.make(trial.scorer, rows, 1)) for rows in ((0, 1), (2, 3), (4, 5))]
+    start = trial.scorer.model.trainable_parameters()
+
+    def descend(trial: Trial, parameters: Any, inputs: TargetInputs) -> Any:
+        trial.scorer.model.update(parameters)
+        _, gradient = _gradient(trial, inputs)
+        return tree_map(lambda array, slope: array - 0.01 * slope, parameters, gradient)
+
+    try:
+        first = descend(trial, start, parts[0])
+        resumed = trial._replace(objective=objective_for(trial.config))
+        ends = [descend(one, descend(one, first, parts[1]), parts[2]) for one in (trial, resumed)]
+    finally:
+        trial.scorer.model.update(start)
+    for (key, one_array), (_, other_array) in zip(*map(named_arrays, ends)):
+        if not mx.array_equal(one_array, other_array).item():
+            return f"after a resume {key} is another: the loss remembers what it saw. It may use only what it is given."
+    return ""
 
 
 def _gradient_is_that_of_the_loss(trial: Trial) -> str:
@@ -140,6 +164,7 @@ _LAWS = (
     _pure,
     _padding_is_inert,
     _micro_batches_are_one_batch,
+    _resuming_is_exact,
     _gradient_is_that_of_the_loss,
     _metrics_are_documented,
 )
