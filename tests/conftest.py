@@ -37,3 +37,16 @@ def smollm2():
     from mlx_nb.model.loading import load_model
 
     return lambda: load_model("smollm2-135m")
+
+
+@pytest.fixture
+def shell(tmp_path, monkeypatch):
+    """A shell with the extension loaded, in an empty folder."""
+    from IPython.core.interactiveshell import InteractiveShell
+
+    monkeypatch.chdir(tmp_path)
+    shell = InteractiveShell.instance()
+    shell.run_line_magic("load_ext", "mlx_nb")
+    yield shell
+    shell.run_line_magic("unload_ext", "mlx_nb")
+    InteractiveShell.clear_instance()

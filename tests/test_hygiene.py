@@ -13,7 +13,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from IPython.core.interactiveshell import InteractiveShell
 
 from mlx_nb import Run
 from mlx_nb.errors import CheckpointError, CommandError, ConfigError
@@ -244,16 +243,6 @@ def test_a_deleted_run_frees_its_memory(tmp_path, tiny_folder):
     del run
     gc.collect()
     assert mx.get_active_memory() <= before
-
-
-@pytest.fixture
-def shell(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shell = InteractiveShell.instance()
-    shell.run_line_magic("load_ext", "mlx_nb")
-    yield shell
-    shell.run_line_magic("unload_ext", "mlx_nb")
-    InteractiveShell.clear_instance()
 
 
 def run_cell(shell, source):

@@ -6,22 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
-from IPython.core.interactiveshell import InteractiveShell
 
 from mlx_nb.errors import CommandError
 from mlx_nb.notebook.templating import fill
 from tiny import tiny_rows
-
-
-@pytest.fixture
-def shell(tmp_path, monkeypatch):
-    """A shell with the extension loaded, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    shell = InteractiveShell.instance()
-    shell.run_line_magic("load_ext", "mlx_nb")
-    yield shell
-    shell.run_line_magic("unload_ext", "mlx_nb")
-    InteractiveShell.clear_instance()
 
 
 @pytest.fixture
