@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from mlx_nb.events import (
     event_from_json,
 )
 from mlx_nb.view.history import History
+from mlx_nb.view.quantities import headline
 
 if TYPE_CHECKING:
     from mlx_nb.train.checkpoint import Checkpoint, CheckpointStore
@@ -125,7 +127,62 @@ def history_of(checkpoint: Checkpoint) -> History:
     return History(event_from_json(line) for line in checkpoint.state["history"])
 
 
-def changed_settings(config: RunConfig, checkpoint: Checkpoint) -> list[str]:
+def differences(checkpoint: Checkpoint, trainer: Trainer, history: History) -> list[tuple[str, str]]:
+    """(label, value) lines: a run as it is now against one of its checkpoints."""
+    import mlx.core as mx
+
+    from mlx_nb.model.adapters import adapter_weights
+
+    there = history_of(checkpoint)
+    before, now = ([headline(row) for row in one.evaluations("valid")] for one in (there, history))
+    lines = [("update", f"{checkpoint.step} → {trainer.state.step}")]
+    if there["loss"] and history["loss"]:
+        lines.append(("training loss", f"{there['loss'][-1]:.4f} → {history['loss'][-1]:.4f}"))
+    if before and now:
+        lines.append((f"validation {now[-1][0]}", f"{before[-1][1]:.4f} → {now[-1][1]:.4f}"))
+    start, end = checkpoint.arrays["parameters"], adapter_weights(trainer.model)
+    moved = sum(float(mx.square(end[name] - start[name]).sum()) for name in start)
+    size = sum(float(mx.square(start[name]).sum()) for name in start)
+    return [*lines, ("parameters moved", f"{100 * (moved / max(size, 1e-30)) ** 0.5:.2f}% of their norm")]
+
+
+def settings_to_resume(checkpoint: Checkpoint, folder: Path, config: RunConfig | None, data: Any) -> RunConfig:
+    """What a run goes on with: `config` with the live changes since, or null = the settings of the checkpoint.
+
+    Raises CheckpointError when the rows were an object and are not given again.
+    """
+    values = dict(checkpoint.state["config"])
+    if config is not None:
+        values = {**config.to_dict(), **_live_changes(checkpoint), "rewards": config.rewards}
+    values["adapter_path"] = str(folder)
+    if data is not None:
+        values["data"] = data
+    if "data" not in values:
+        raise CheckpointError(f"the rows of {folder} were an object in memory. Pass them again as `data`.")
+    return RunConfig.from_dict(values)
+
+
+def changes_since(
+    checkpoint: Checkpoint, config: RunConfig | None, fingerprints: dict[str, Any], allowed: Collection[str]
+) -> list[str]:
+    """The settings, and what else the run was made from, that are not what they were.
+
+    Raises CheckpointError when one of them is not `allowed` to change.
+    """
+    made_from = checkpoint.state["made_from"]
+    changed = _changed_settings(config, checkpoint) if config else []
+    changed += [what for what in made_from if made_from[what] != fingerprints[what] and what not in changed]
+    refused = [what for what in changed if what not in allowed]
+    if refused:
+        raise CheckpointError(
+            f"changed since the checkpoint of step {checkpoint.step}: {', '.join(refused)}. "
+            f"Bring back what it was, or go on all the same with allow_changed={refused!r} "
+            f"(`--allow-changed {' '.join(shlex.quote(what) for what in refused)}` in a notebook)."
+        )
+    return changed
+
+
+def _changed_settings(config: RunConfig, checkpoint: Checkpoint) -> list[str]:
     """The settings in which `config` differs from those that the run of `checkpoint` began with.
 
     Where something is saved changes no number, so those settings do not count.
@@ -139,7 +196,7 @@ def changed_settings(config: RunConfig, checkpoint: Checkpoint) -> list[str]:
     return [name for name in counted if began_with[name] != now[name]]
 
 
-def live_changes(checkpoint: Checkpoint) -> dict[str, Any]:
+def _live_changes(checkpoint: Checkpoint) -> dict[str, Any]:
     """The settings that were changed while the run of `checkpoint` went on, as they are now."""
     return {event.name: event.new for event in history_of(checkpoint).events if isinstance(event, SettingChanged)}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import sys
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from functools import partial
@@ -43,11 +42,10 @@ from mlx_nb.events import (
     StateChanged,
     StepCompleted,
 )
-from mlx_nb.keeper import CHECKPOINTS, Keeper, changed_settings, history_of, live_changes
+from mlx_nb.keeper import CHECKPOINTS, Keeper, changes_since, differences, history_of, settings_to_resume
 from mlx_nb.material import SPLITS, Material, Rows
 from mlx_nb.methods import method_named
 from mlx_nb.view.history import History, visits_text
-from mlx_nb.view.quantities import headline
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -470,29 +468,8 @@ class Run:
 
     def compare_checkpoint(self, info: CheckpointInfo) -> list[tuple[str, str]]:
         """(label, value) lines: the run as it is now against a checkpoint. Raises CheckpointError."""
-        import mlx.core as mx
-
-        from mlx_nb.model.adapters import adapter_weights
-
         checkpoint, _ = self._store().load(info.path.name)
-        there = history_of(checkpoint)
-        lines = [("update", f"{checkpoint.step} → {self.step_count}")]
-        measured = next((headline(row)[0] for row in self.history.evaluations("valid")), "loss")
-        for label, then, now in (
-            ("training loss", there["loss"], self.history["loss"]),
-            (
-                f"validation {measured}",
-                [headline(row)[1] for row in there.evaluations("valid")],
-                [headline(row)[1] for row in self.history.evaluations("valid")],
-            ),
-        ):
-            if then and now:
-                lines.append((label, f"{then[-1]:.4f} → {now[-1]:.4f}"))
-        before, after = checkpoint.arrays["parameters"], adapter_weights(self.trainer.model)
-        moved = sum(float(mx.square(after[name] - before[name]).sum()) for name in before)
-        size = sum(float(mx.square(before[name]).sum()) for name in before)
-        lines.append(("parameters moved", f"{100 * (moved / max(size, 1e-30)) ** 0.5:.2f}% of their norm"))
-        return lines
+        return differences(checkpoint, self.trainer, self.history)
 
     @property
     def has_checkpoint(self) -> bool:
@@ -531,25 +508,9 @@ class Run:
 
         folder = Path(path).expanduser()
         checkpoint, messages = CheckpointStore(folder / CHECKPOINTS).load(step)
-        changed = changed_settings(config, checkpoint) if config else []
-        values: dict[str, Any] = {**checkpoint.state["config"], "adapter_path": str(folder)}
-        if config is not None:
-            values = {**config.to_dict(), **live_changes(checkpoint), "adapter_path": str(folder)}
-            values["rewards"] = config.rewards
-        if data is not None:
-            values["data"] = data
-        if "data" not in values:
-            raise CheckpointError(f"the rows of {folder} were an object in memory. Pass them again as `data`.")
-        run = cls(RunConfig.from_dict(values), name=checkpoint.state["name"], namespace=namespace)
-        made_from, now = checkpoint.state["made_from"], run.material.fingerprints
-        changed += [what for what in made_from if made_from[what] != now[what] and what not in changed]
-        refused = [what for what in changed if what not in allow_changed]
-        if refused:
-            raise CheckpointError(
-                f"changed since the checkpoint of step {checkpoint.step}: {', '.join(refused)}. "
-                f"Bring back what it was, or go on all the same with allow_changed={refused!r} "
-                f"(`--allow-changed {' '.join(shlex.quote(what) for what in refused)}` in a notebook)."
-            )
+        settings = settings_to_resume(checkpoint, folder, config, data)
+        run = cls(settings, name=checkpoint.state["name"], namespace=namespace)
+        changed = changes_since(checkpoint, config, run.material.fingerprints, allow_changed)
         run._resumed = True
         run.trainer.restore(checkpoint)
         run.trainer.notes += (*messages, *(f"changed since the checkpoint: {what}" for what in changed))
