@@ -23,6 +23,7 @@ from mlx_nb.events import (
     RunPaused,
     StepCompleted,
 )
+from mlx_nb.methods import METHODS as METHODS_BY_NAME
 from mlx_nb.train.reference import REFERENCE_FILE
 from tiny import tiny_labels, tiny_pairs, tiny_prompts, tiny_rows
 
@@ -427,3 +428,18 @@ def test_an_update_that_is_refused_names_each_prompt_once(tmp_path, tiny_folder)
     with pytest.raises(TrainingError) as refused:
         run.run()
     assert len(refused.value.rows) == len(set(refused.value.rows)) == 4
+
+
+@pytest.mark.parametrize(
+    ("method", "loss"), [(one.name, loss) for one in METHODS_BY_NAME.values() for loss in one.losses]
+)
+def test_a_compiled_update_is_the_plain_one(method, loss, tmp_path, tiny_folder, monkeypatch):
+    shape = {"loss": loss, "steps_per_eval": -1, "iters": 2, "lora_parameters": {"rank": 4, "scale": 4.0}}
+    plain = run_of(method, tmp_path / "plain", tiny_folder, **shape)
+    plain.run()
+    monkeypatch.setattr("mlx_nb.model.backend.is_cpu", lambda: False)
+    compiled = run_of(method, tmp_path / "compiled", tiny_folder, **shape)
+    compiled.run()
+    for one, other in zip(plain.history.steps(), compiled.history.steps(), strict=True):
+        for name in ("loss", "gradient_norm", *one.keys() & METHODS_BY_NAME[method].metrics.keys()):
+            assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name

@@ -38,13 +38,15 @@ class TargetInputs(NamedTuple):
     token_values: dict[str, mx.array]
 
 
-def target_inputs(batch: TokenBatch, targets_to_multiple: int = 1) -> TargetInputs:
+def target_inputs(batch: TokenBatch, targets_to_multiple: int = 1, width_to_multiple: int = 1) -> TargetInputs:
     """THE next-token shift: the output at position t predicts the token at t + 1, weighted by that token's mask.
 
-    Columns after the last position that predicts a target are cut: in a causal model they change nothing.
+    Columns after the last position that predicts a target are cut: in a causal model they change nothing. What is
+    left is rounded up to `width_to_multiple`, as far as the batch goes, and the targets to `targets_to_multiple`.
     """
     row_S, column_S = np.nonzero(batch.loss_mask_BT[:, 1:])
     width = int(column_S.max()) + 1 if len(column_S) else 1
+    width = min(-(-width // width_to_multiple) * width_to_multiple, batch.tokens_BT.shape[1])
     tokens_BT = batch.tokens_BT[:, :width]
     weight_S = batch.loss_mask_BT[row_S, column_S + 1]
     target_S = batch.tokens_BT[row_S, column_S + 1]

@@ -77,6 +77,7 @@ class Stepper:
         self.optimizer = optimizer
         self.objective = objective
         self.scorer = scorer
+        self._metric_names: tuple[str, ...] = ()
         self._form = form_for(type(optimizer).__name__.lower(), model.trainable_parameters())
         optimizer.init(self._form.join(model.trainable_parameters()))
         self._gradients = self._sum_and_gradients
@@ -85,9 +86,11 @@ class Stepper:
             self._gradients = mx.compile(self._sum_and_gradients, inputs=state, outputs=state)
 
     def _sum_and_gradients(self, parameters: Any, inputs: TargetInputs) -> tuple[Any, Any]:
-        def total(parameters: Any) -> LossSum:
+        def total(parameters: Any) -> tuple[mx.array, mx.array]:
             self.model.update(parameters)
-            return self.objective(self.scorer, inputs)
+            sums = self.objective(self.scorer, inputs)
+            self._metric_names = tuple(sums.metrics)
+            return sums.total, _packed(sums)
 
         return mx.value_and_grad(total)(parameters)
 
@@ -110,8 +113,8 @@ class Stepper:
             with random_stream(seed), training_mode(self.model):
                 for inputs in micro_batches:
                     self.poll()
-                    sums, gradients = self._gradients(parameters, inputs)
-                    sums = LossSum(*sums)  # a compiled function gives back a plain tuple
+                    (value, packed), gradients = self._gradients(parameters, inputs)
+                    sums = _unpacked(value, packed, self._metric_names)
                     joined = self._form.join(gradients)
                     summed = joined if summed is None else tree_map(mx.add, summed, joined)
                     mx.eval(summed, sums)
@@ -194,6 +197,20 @@ def add_metrics(metrics: dict[str, tuple[float, float]], more: dict[str, tuple[f
 def mean_metrics(metrics: dict[str, tuple[float, float]]) -> dict[str, float]:
     """Sum over divisor; what nothing was measured of is left out."""
     return {name: total / divisor for name, (total, divisor) in metrics.items() if divisor}
+
+
+def _packed(sums: LossSum) -> mx.array:
+    """All but the total as one vector: a compiled gradient cannot have two outputs that are computed alike."""
+    metrics = [array for pair in sums.metrics.values() for array in pair]
+    return mx.concatenate([array.reshape(-1) for array in (sums.units, sums.row_total_R, sums.row_units_R, *metrics)])
+
+
+def _unpacked(total: mx.array, packed: mx.array, names: tuple[str, ...]) -> LossSum:
+    rows = (packed.size - 1 - 2 * len(names)) // 2
+    ends = [1, 1 + rows, *(1 + 2 * rows + index for index in range(2 * len(names)))]
+    units, row_total_R, row_units_R, *metrics = mx.split(packed, ends)
+    pairs = [(metric.reshape(()), divisor.reshape(())) for metric, divisor in zip(metrics[::2], metrics[1::2])]
+    return LossSum(total, units.reshape(()), dict(zip(names, pairs)), row_total_R, row_units_R)
 
 
 def _row_losses(sums: LossSum) -> list[float]:

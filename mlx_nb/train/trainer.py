@@ -135,7 +135,8 @@ class Trainer:
         self._sampler = sampler
         self._reference = reference
         # Compiled functions are traced once per shape, so there shapes are rounded up to fewer of them.
-        width_multiple, self._target_multiple = (32, 64) if compiled else (1, 1)
+        width_multiple = 32 if compiled else 1
+        self._multiples = (64 if compiled else 1, width_multiple)
         try:
             with random_stream(seed_for(config.seed, "adapter")):
                 self.keys = adapters.attach_adapter(model, config)
@@ -405,7 +406,7 @@ class Trainer:
         learning_rate = learning_rate_at(config, self.iters, state.step)
         try:
             update = self.stepper.update(
-                [target_inputs(batch, self._target_multiple) for batch in batches],
+                [target_inputs(batch, *self._multiples) for batch in batches],
                 learning_rate=learning_rate,
                 grad_clip=config.grad_clip,
                 seed=seed_for(config.seed, "dropout", state.step),
@@ -490,7 +491,7 @@ class Trainer:
         )
 
     def _loss_of(self, batch: TokenBatch) -> Evaluation:
-        return self.stepper.evaluate(target_inputs(batch, self._target_multiple))
+        return self.stepper.evaluate(target_inputs(batch, *self._multiples))
 
     def _validate(self) -> Generator[Event, None, tuple[Event, list[Due]]]:
         try:
