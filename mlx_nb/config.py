@@ -459,17 +459,34 @@ class RunConfig:
         values = {name: getattr(self, name) for name in SETTINGS}
         for name, value in values.items():
             if name == "rewards" and value is not None:
-                values[name] = [getattr(reward, "__name__", reward) for reward in value]
+                values[name] = [reward_name(reward) if callable(reward) else reward for reward in value]
             elif dataclasses.is_dataclass(value) and not isinstance(value, type):
                 values[name] = {key: _plain(item) for key, item in dataclasses.asdict(value).items()}
             else:
                 values[name] = _plain(value)
         return values
 
+    def described(self) -> dict[str, Any]:
+        """Every setting as a plain value, without the rows themselves where `data` is an object in memory."""
+        return {name: value for name, value in self.to_dict().items() if name != "data" or _names_files(value)}
+
     def changed(self) -> dict[str, Any]:
-        """The settings that differ from their defaults, as plain values."""
+        """The settings of `described` that differ from their defaults."""
         standard = RunConfig().to_dict()
-        return {name: value for name, value in self.to_dict().items() if value != standard[name]}
+        return {name: value for name, value in self.described().items() if value != standard[name]}
+
+
+def reward_name(function: Any) -> str:
+    """The name that a reward function goes by: its own, that of what a functools.partial calls, or its class's."""
+    inner = getattr(function, "func", function)
+    return getattr(inner, "__name__", type(inner).__name__)
+
+
+def _names_files(data: Any) -> bool:
+    """Whether it is the name of something, or a mixture of such names."""
+    if isinstance(data, list):
+        return all(isinstance(one, str) or (isinstance(one, Mapping) and "path" in one) for one in data)
+    return isinstance(data, str)
 
 
 def _plain(value: Any) -> Any:

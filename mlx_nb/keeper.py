@@ -92,11 +92,10 @@ class Keeper:
         snapshot = trainer.snapshot()
         # A line is made once: a long run has many.
         self._lines += [event.to_json() for event in history.events[len(self._lines) :]]
-        settings = {name: value for name, value in config.to_dict().items() if name != "data" or _is_json(value)}
         state = {
             **snapshot.state,
             "name": name,
-            "config": settings,
+            "config": config.described(),
             "standing": len(history.standing),
             "made_from": made_from,
             "history": list(self._lines),
@@ -125,6 +124,21 @@ class Keeper:
 def history_of(checkpoint: Checkpoint) -> History:
     """The history that a checkpoint holds."""
     return History(event_from_json(line) for line in checkpoint.state["history"])
+
+
+def for_other_settings(snapshot: Checkpoint, before: RunConfig, after: RunConfig) -> Checkpoint:
+    """A snapshot for a fork: the same place in the epoch, and no completions that other settings would have made."""
+    arrays, state = snapshot.arrays, snapshot.state
+    of_rollouts = [name for name in SETTINGS if SETTINGS[name].metadata["group"] == "rollouts"]
+    if any(
+        getattr(before, name) != getattr(after, name)
+        for name in (*of_rollouts, "loss", "batch_size", "grad_accumulation_steps")
+    ):
+        arrays, state = {**arrays, "feed": {}}, {**state, "feed": None}
+    if before.batch_size != after.batch_size:
+        batches = round(state["trainer"]["batches"] * before.batch_size / after.batch_size)
+        state = {**state, "trainer": {**state["trainer"], "batches": batches}}
+    return replace(snapshot, arrays=arrays, state=state)
 
 
 def differences(checkpoint: Checkpoint, trainer: Trainer, history: History) -> list[tuple[str, str]]:
@@ -219,11 +233,3 @@ def fingerprints(sources: Iterable[Any], tokenizer: Any, model_folder: Path) -> 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _is_json(value: Any) -> bool:
-    try:
-        json.dumps(value)
-    except TypeError:
-        return False
-    return isinstance(value, str) or all(isinstance(source, str) or "path" in source for source in value)

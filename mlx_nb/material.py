@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -36,15 +37,24 @@ class Material:
         self.left_out: dict[str, list[LeftOut]] = {}
         self._base_answers: dict[tuple[str, int], str] = {}
 
-    def twin(self) -> Material:
-        """The same rows, and the same base in modules of its own."""
+    def twin(self, config: RunConfig) -> Material:
+        """For a fork with other settings: the same rows, and the same base in modules of its own."""
         from mlx_nb.model.sharing import twin
 
-        other = Material(self.config, self.namespace)
+        other = Material(config, self.namespace)
         other.loaded, other.splits, other.left_out = twin(self.loaded), self.splits, self.left_out
-        for made in ("examples", "reference"):
-            if made in self.__dict__:
-                setattr(other, made, getattr(self, made))
+        other.reference = self.reference
+        other.examples = self.examples
+        if config.test and not self.config.test:
+            other.examples = dataclasses.replace(self.examples, test=other.tokenize("test"))
+        return other
+
+    def for_settings(self, config: RunConfig) -> Material:
+        """For a run that has not begun and whose settings were changed; a model that is loaded already is kept."""
+        other = Material(config, self.namespace)
+        decisive = ("model", "load_in_bits", "chat_template", "fine_tune_type")
+        if "loaded" in self.__dict__ and all(getattr(self.config, name) == getattr(config, name) for name in decisive):
+            other.loaded = self.loaded
         return other
 
     @cached_property
@@ -161,7 +171,8 @@ class Material:
     def fingerprints(self) -> dict[str, Any]:
         """What the numbers of a run depend on besides its settings, by name."""
         sources = [source for split in SPLITS if (source := getattr(self.splits, split)) is not None]
-        return fingerprints(sources, self.tokenizer, self.loaded.folder)
+        found = fingerprints(sources, self.tokenizer, self.loaded.folder)
+        return found if self.reference is None else {**found, "reference": self.reference.fingerprint}
 
     def token_losses(self, row: RowView, *, base: bool, rejected: bool = False) -> Any:
         """(T,) loss in nats of each token of a row, now; NaN for the first. `base` without the adapter.

@@ -42,7 +42,15 @@ from mlx_nb.events import (
     StateChanged,
     StepCompleted,
 )
-from mlx_nb.keeper import CHECKPOINTS, Keeper, changes_since, differences, history_of, settings_to_resume
+from mlx_nb.keeper import (
+    CHECKPOINTS,
+    Keeper,
+    changes_since,
+    differences,
+    for_other_settings,
+    history_of,
+    settings_to_resume,
+)
 from mlx_nb.material import SPLITS, Material, Rows
 from mlx_nb.methods import method_named
 from mlx_nb.view.history import History, visits_text
@@ -151,31 +159,45 @@ class Run:
         from mlx_nb.model.backend import is_cpu, memory_limit
         from mlx_nb.train.trainer import Trainer
 
-        examples, notes = self.material.examples, self.material.notes()
-        set_aside = None if self._resumed else _set_aside(self.folder)
-        if set_aside:
-            notes.append(f"The adapter that was in {self.folder} is now in {set_aside}.")
-        return Trainer(
+        self._refuse_own_folder()
+        reference = self.material.reference
+        trainer = Trainer(
             self.config,
             loaded.model,
-            examples,
+            self.material.examples,
             name=self.name,
             folder=self.folder,
-            notes=notes,
+            notes=self.material.notes(),
             compiled=not is_cpu(),
             memory_limit=memory_limit(),
             sampler=lambda prompt: self.material.answers(prompt, self.config.sample_tokens),
-            reference=self._reference(set_aside),
+            reference=reference,
             tokenizer=loaded.tokenizer,
             rewards=self.material.rewards,
         )
-
-    def _reference(self, set_aside: Path | None) -> Any:
-        """Log-probabilities of the reference, with what an earlier run in this folder measured of the same one."""
-        reference = self.material.reference
-        if reference is not None:
+        # Last, when nothing of the run itself can go wrong any more.
+        try:
+            set_aside = None if self._resumed else _set_aside(self.folder)
+        except OSError:
+            trainer.close()
+            raise
+        if set_aside:
+            trainer.notes += (f"The adapter that was in {self.folder} is now in {set_aside}.",)
+        if reference is not None:  # an earlier run here may have measured the same one
             reference.load(set_aside or self.folder)
-        return reference
+        return trainer
+
+    def _refuse_own_folder(self) -> None:
+        """The run's folder is moved aside when it starts, so nothing that it needs may lie there."""
+        from mlx_nb.model.reference import BARE
+
+        for setting in ("resume_adapter_file", "reference_adapter"):
+            path = getattr(self.config, setting)
+            if path not in (None, BARE) and Path(path).expanduser().resolve().is_relative_to(self.folder.resolve()):
+                raise ConfigError(
+                    f"{setting}: {path} lies in {self.folder}, which this run would write over. Give the run another "
+                    "`--name`, or another adapter_path."
+                )
 
     # Looking
 
@@ -305,8 +327,7 @@ class Run:
 
         if self._trainer is None:
             return f"{self.name}: built, no update done yet. `%finetune step` or `%finetune run` starts it."
-        state = "finished" if self.finished else "paused"
-        return summary_text(self.history, f"{self.name}: {state}")
+        return summary_text(self.history, f"{self.name}: {self.state}")
 
     def panel(self) -> Panel:
         """The controls, curves, rows, samples, settings, checkpoints and log of this run, live, in this cell."""
@@ -439,10 +460,9 @@ class Run:
         name = name or f"{self.name}-fork"
         if name == self.name:
             raise CommandError(f"a fork of {name} needs another name.")
-        snapshot = self.trainer.snapshot()
         other = Run(self.config.replace(**{"adapter_path": None, **changes}), name=name)
-        other.material = self.material.twin()
-        other.trainer.restore(snapshot)
+        other.material = self.material.twin(other.config)
+        other.trainer.restore(for_other_settings(self.trainer.snapshot(), self.config, other.config))
         other.history = History(self.history.events)
         return other
 
@@ -608,6 +628,7 @@ class Run:
             checked = checked.with_live(name, value)
         self.config = checked
         if self._trainer is None:
+            self.material = self.material.for_settings(checked)
             return
         for name in changes:
             if self.background.active:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import shutil
 import time
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlx_nb import Run, RunConfig
-from mlx_nb.errors import ConfigError, DataError, ModelError, TrainingError
+from mlx_nb.errors import CheckpointError, ConfigError, DataError, ModelError, OutOfMemory, TrainingError
 from mlx_nb.events import (
     BatchSkipped,
     EvaluationCompleted,
@@ -443,3 +445,163 @@ def test_a_compiled_update_is_the_plain_one(method, loss, tmp_path, tiny_folder,
     for one, other in zip(plain.history.steps(), compiled.history.steps(), strict=True):
         for name in ("loss", "gradient_norm", *one.keys() & METHODS_BY_NAME[method].metrics.keys()):
             assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
+
+
+# What a run is made from, and what changes under it
+
+
+def test_a_fork_has_the_rewards_and_the_test_rows_that_it_asked_for(tmp_path, tiny_folder):
+    rows = {"train": tiny_prompts(24), "test": tiny_prompts(4)}
+    run = run_of("grpo", tmp_path, tiny_folder, steps_per_eval=-1, data=rows)
+    run.step()
+    fork = run.fork(rewards=[lambda completion: 7.0], test=True, test_batches=1, adapter_path=str(tmp_path / "fork"))
+    fork.run()
+    assert rollouts(fork)[-1].groups[0]["completions"][0]["reward"] == 7.0
+    assert [event.split for event in fork.history.events if isinstance(event, EvaluationCompleted)] == ["test"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [({"learning_rate": 1e-5}, True), ({"temperature": 0.5}, False), ({"grad_accumulation_steps": 4}, False)],
+)
+def test_a_fork_in_the_middle_of_a_rollout_keeps_completions_that_its_settings_would_have_made(
+    changes, same, tmp_path, tiny_folder
+):
+    run = run_of("grpo", tmp_path / "run", tiny_folder, steps_per_eval=-1)
+    run.step()
+    fork = run.fork(adapter_path=str(tmp_path / "fork"), **changes)
+    assert fork.trainer.feed.ready is same
+    assert set(run.trainer.next_rows()) <= set(fork.trainer.next_rows())
+    fork.step()
+    assert max(np.abs(ratio).max() for _, _, ratio in fork.log_ratios()) < (1.0 if same else 0.2)
+
+
+def test_a_fork_with_another_batch_size_is_at_the_same_place_in_the_epoch(tmp_path, tiny_folder):
+    run = run_of("sft", tmp_path / "run", tiny_folder, steps_per_eval=-1, val_set_size=0)
+    epoch = run.step(3).epoch
+    fork = run.fork(batch_size=4, grad_accumulation_steps=1, adapter_path=str(tmp_path / "fork"))
+    assert fork.trainer.state.batches / fork.trainer.feed.batches_per_epoch == epoch == 0.5
+
+
+def test_settings_changed_before_the_start_decide_what_is_loaded(tmp_path, tiny_folder):
+    run = run_of("grpo", tmp_path, tiny_folder, steps_per_eval=-1)
+    model, prompts = run.model, len(run.rows("train"))
+    run.set(rewards=[lambda completion: 7.0], data=tiny_prompts(12))
+    assert (run.model is model, prompts, len(run.rows("train"))) == (True, 22, 11)
+    run.step()
+    assert rollouts(run)[-1].groups[0]["completions"][0]["reward"] == 7.0
+
+
+def sft_adapter(folder, tiny_folder, **changes):
+    run = run_of("sft", folder, tiny_folder, learning_rate=0.03, steps_per_eval=-1, **changes)
+    run.run()
+    return str(folder)
+
+
+def test_numbers_of_an_adapter_at_another_scale_are_not_read(tmp_path, tiny_folder):
+    start = sft_adapter(tmp_path / "sft", tiny_folder)
+    for scale in (4.0, 20.0):
+        shape = {"rank": 4, "scale": scale}
+        run = run_of("dpo", tmp_path / "dpo", tiny_folder, resume_adapter_file=start, lora_parameters=shape)
+        assert run.step().loss == pytest.approx(math.log(2), abs=1e-4), scale
+
+
+def test_a_resume_notices_that_the_reference_is_another(tmp_path, tiny_folder):
+    start = sft_adapter(tmp_path / "sft", tiny_folder)
+    run = run_of("dpo", tmp_path / "dpo", tiny_folder, reference_adapter=start)
+    run.step(2)
+    run.checkpoint("pause")
+    sft_adapter(tmp_path / "sft", tiny_folder, seed=5)
+    with pytest.raises(CheckpointError, match="changed since the checkpoint of step 2: reference"):
+        Run.resume(tmp_path / "dpo", data=tiny_pairs(24))
+
+
+def test_reference_log_probabilities_are_kept_by_every_run_in_a_folder(tmp_path, tiny_folder):
+    for number in range(3):
+        run = run_of("dpo", tmp_path / "adapter", tiny_folder)
+        run.run()
+        assert (tmp_path / "adapter" / REFERENCE_FILE).is_file(), number
+        assert run.material.reference._scorer is None or number == 0
+
+
+def test_a_row_without_a_column_that_others_have_gives_none(tmp_path, tiny_folder):
+    seen = []
+
+    def deep(completion, depth):
+        seen.append(depth)
+        return 0.0 if depth is None else float(depth)
+
+    rows = [{**row, **({"depth": 2} if number == 5 else {})} for number, row in enumerate(tiny_prompts(10))]
+    run = run_of("grpo", tmp_path, tiny_folder, rewards=[deep], data={"train": rows, "valid": tiny_prompts(2)})
+    run.run()
+    assert set(seen) == {None, 2}
+
+
+def test_a_test_without_any_reward_does_not_keep_the_run_from_its_end(tmp_path, tiny_folder):
+    def broken(completion):
+        raise KeyError("nothing")
+
+    rows = {"train": tiny_prompts(8), "test": tiny_prompts(4)}
+    run = run_of("grpo", tmp_path, tiny_folder, rewards=[broken], data=rows, test=True, steps_per_eval=-1, iters=2)
+    refused = [event for event in run.events() if isinstance(event, RequestRefused)]
+    assert run.state == "finished"
+    assert "test: no completion got a reward" in refused[0].error
+
+
+class Longer:
+    def __call__(self, completion):
+        return float(len(completion))
+
+
+def test_rewards_without_a_name_of_their_own_can_be_saved(tmp_path, tiny_folder):
+    run = run_of("grpo", tmp_path, tiny_folder, rewards=[partial(e_share), Longer()], steps_per_eval=-1)
+    run.step()
+    run.checkpoint("pause")
+    assert run.config.to_dict()["rewards"] == ["e_share", "Longer"]
+
+
+def test_the_own_folder_is_moved_only_by_a_run_that_can_start(tmp_path, tiny_folder):
+    start = sft_adapter(tmp_path / "run", tiny_folder)
+    with pytest.raises(ConfigError, match="which this run would write over"):
+        run_of("dpo", tmp_path / "run", tiny_folder, resume_adapter_file=start).step()
+    with pytest.raises(ConfigError, match="unheard_of"):
+        run_of("grpo", tmp_path / "run", tiny_folder, rewards=["unheard_of"]).step()
+    assert (tmp_path / "run" / "adapters.safetensors").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("where", ["prepare", "batches"])
+def test_memory_that_runs_out_beside_an_update_is_said_and_changes_nothing(where, tmp_path, tiny_folder, monkeypatch):
+    run = run_of("grpo", tmp_path, tiny_folder, steps_per_eval=-1)
+
+    def full(*arguments):
+        raise RuntimeError("[malloc] Unable to allocate 9 bytes.")
+
+    run.step(2)
+    monkeypatch.setattr(run.trainer.feed, where, full)
+    with pytest.raises(OutOfMemory, match="outside an update"):
+        run.step()
+    monkeypatch.undo()
+    assert run.step().step == 3
+
+
+def test_a_rewind_forgets_which_batch_was_to_be_left_out(tmp_path, tiny_folder):
+    run = run_of("sft", tmp_path, tiny_folder, steps_per_eval=-1)
+    run.step(4)
+    run.skip()
+    run.rewind(2)
+    run.step(2)
+    assert not [event for event in run.history.events if isinstance(event, BatchSkipped)]
+
+
+def test_rows_in_memory_stay_out_of_what_is_saved_beside_the_adapter(tmp_path, tiny_folder):
+    import pandas as pd
+
+    run = run_of("sft", tmp_path, tiny_folder, data=pd.DataFrame(tiny_rows(12)), steps_per_eval=-1, iters=1)
+    run.run()
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())["mlx_nb"]["settings"]
+    assert "data" not in saved
+    assert saved["iters"] == 1
+    listed = run_of("sft", tmp_path / "list", tiny_folder, steps_per_eval=-1, iters=1)
+    listed.run()
+    assert "data" not in json.loads((tmp_path / "list" / "adapter_config.json").read_text())["mlx_nb"]["settings"]

@@ -200,11 +200,11 @@ def test_a_batch_is_made_from_rows_with_different_columns():
         SimpleNamespace(prompt="a", answer="1", columns={"x": 1}, row=3),
         SimpleNamespace(prompt="b", answer=None, columns={"y": 2}, row=5),
     ]
-    batch = completion_batch(rows, ["c", "d"], [[1], [2]])
-    assert batch.columns == {"x": [1, None], "y": [None, 2]}
+    batch = completion_batch(rows, ["c", "d"], [[1], [2]], ("x", "y", "z"))
+    assert batch.columns == {"x": [1, None], "y": [None, 2], "z": [None, None]}
     assert (batch.prompts, batch.answers, batch.rows) == (["a", "b"], ["1", None], [3, 5])
     with pytest.raises(ValueError, match="1 items"):
-        completion_batch(rows, ["c"], [[1]])
+        completion_batch(rows, ["c"], [[1]], ())
 
 
 @pytest.mark.parametrize("kind", [list, tuple, np.array, pd.Series, mx.array, lambda x: [np.float32(one) for one in x]])

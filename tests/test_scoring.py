@@ -142,7 +142,7 @@ def test_a_failing_helper_of_the_notebook_is_where_the_line_points():
 
 
 def test_a_built_in_says_what_is_missing_without_a_line_of_its_own():
-    batch = completion_batch([SimpleNamespace(prompt="a", answer=None, columns={}, row=3)], ["12"], [[1]])
+    batch = completion_batch([SimpleNamespace(prompt="a", answer=None, columns={}, row=3)], ["12"], [[1]], ())
     scores = scores_of("number_match", batch=batch)
     expected = 'reward number_match: completion 0 of row 3 ("12"): ValueError: the row has no answer.'
     assert scores.problems[0].error == expected

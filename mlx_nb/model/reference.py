@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from importlib.metadata import version
@@ -49,16 +50,19 @@ def reference_fingerprint(config: RunConfig, loaded: LoadedModel) -> str:
     chosen = config.reference_adapter
     if chosen is None and config.reference_model is None:
         chosen = config.resume_adapter_file
-    facts = [weights_fingerprint(folder), config.load_in_bits, version("mlx"), _adapter_digest(chosen)]
+    facts: list[Any] = [weights_fingerprint(folder), config.load_in_bits, version("mlx"), _adapter_digest(chosen)]
+    if chosen is not None and config.reference_adapter is None:  # it is worn in this run's own shape
+        facts += [config.fine_tune_type, config.num_layers, dataclasses.asdict(config.lora_parameters)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _adapter_digest(adapter: str | None) -> str | None:
+def _adapter_digest(adapter: str | None) -> list[str] | None:
+    """Of the weights, and of the configuration beside them: the scale is there."""
     if adapter in (None, BARE):
         return None
     path = Path(str(adapter)).expanduser()
-    path = path / adapters.ADAPTER_FILE if path.is_dir() else path
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    files = [path / adapters.ADAPTER_FILE, path / adapters.CONFIG_FILE] if path.is_dir() else [path]
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
 
 
 def _other_model(config: RunConfig, loaded: LoadedModel) -> nn.Module:

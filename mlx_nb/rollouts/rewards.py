@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from mlx_nb.config import reward_name
 from mlx_nb.errors import ConfigError, did_you_mean
 from mlx_nb.rollouts.reward_functions import REWARDS
 
@@ -76,16 +77,21 @@ class CompletionBatch:
 
 
 def completion_batch(
-    examples: Sequence[PromptRow], completions: Sequence[str], completion_tokens: Sequence[Sequence[int]]
+    examples: Sequence[PromptRow],
+    completions: Sequence[str],
+    completion_tokens: Sequence[Sequence[int]],
+    columns: Iterable[str],
 ) -> CompletionBatch:
-    """A batch from completions and the row of each: `examples` has one item per completion, repeated within a group."""
-    names = dict.fromkeys(name for example in examples for name in example.columns)
+    """A batch from completions and the row of each: `examples` has one item per completion, repeated within a group.
+
+    `columns` are those of the whole split: a row that lacks one has None there.
+    """
     return CompletionBatch(
         prompts=[example.prompt for example in examples],
         completions=completions,
         answers=[example.answer for example in examples],
         completion_tokens=completion_tokens,
-        columns={name: [example.columns.get(name) for example in examples] for name in names},
+        columns={name: [example.columns.get(name) for example in examples] for name in columns},
         rows=[example.row for example in examples],
     )
 
@@ -184,8 +190,7 @@ def _resolve(entry: Any, namespace: Mapping[str, Any]) -> Reward:
     if isinstance(entry, Mapping) and len(entry) == 1:
         return _with_value(*next(iter(entry.items())))
     if callable(entry):
-        inner = getattr(entry, "func", entry)  # of a functools.partial
-        return read_reward(getattr(inner, "__name__", type(inner).__name__), entry)
+        return read_reward(reward_name(entry), entry)
     raise ConfigError(f"`rewards` cannot hold {entry!r}. It takes names, functions, and mappings with one key.")
 
 

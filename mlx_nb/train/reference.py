@@ -7,6 +7,7 @@ resume gives the same bits.
 from __future__ import annotations
 
 import hashlib
+import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class ReferenceLogprobs:
         self._make_scorer = scorer
         self._scorer: TargetScorer | None = None
         self._known: dict[bytes, np.ndarray] = {}
-        self._saved = 0
+        self._saved: tuple[Path, int] | None = None  # the folder that has them all, and how many
         self.fingerprint = fingerprint
 
     @property
@@ -64,9 +65,9 @@ class ReferenceLogprobs:
 
     def save(self, folder: Path) -> None:
         """Write what is known beside the run, unless nothing is new. Raises OSError."""
-        if len(self._known) == self._saved:
-            return
         count = len(self._known)
+        if not count or self._saved == (folder, count):
+            return
         arrays = {
             "digests": mx.array(np.frombuffer(b"".join(self._known), np.uint8).reshape(count, -1)),
             "lengths": mx.array(np.array([len(values) for values in self._known.values()], np.int32)),
@@ -75,7 +76,7 @@ class ReferenceLogprobs:
         folder.mkdir(parents=True, exist_ok=True)
         metadata = {"reference": self.fingerprint}
         write_whole(folder / REFERENCE_FILE, lambda file: mx.save_safetensors(file, arrays, metadata=metadata))
-        self._saved = count
+        self._saved = (folder, count)
 
     def load(self, folder: Path) -> None:
         """Take over what a run in `folder` measured with the same reference; pass over anything else."""
@@ -83,12 +84,12 @@ class ReferenceLogprobs:
         if not path.is_file():
             return
         try:
-            loaded: Any = mx.load(str(path), return_metadata=True)
-            self._take(*loaded)
+            arrays, metadata = typing.cast(Any, mx.load(str(path), return_metadata=True))
+            self._take(arrays, metadata, folder)
         except (RuntimeError, ValueError, KeyError):
             return  # torn or foreign: it will be measured again and replaced
 
-    def _take(self, arrays: Mapping[str, mx.array], metadata: Mapping[str, str]) -> None:
+    def _take(self, arrays: Mapping[str, mx.array], metadata: Mapping[str, str], folder: Path) -> None:
         if metadata.get("reference") != self.fingerprint:
             return
         values = np.array(arrays["logprobs"])
@@ -96,4 +97,4 @@ class ReferenceLogprobs:
         digests = np.array(arrays["digests"])
         for digest, part in zip(digests, np.split(values, ends[:-1])):
             self._known.setdefault(digest.tobytes(), part)
-        self._saved = len(self._known)
+        self._saved = (folder, len(self._known))

@@ -66,6 +66,7 @@ class RolloutFeed:
         # A KL that weighs nothing in the loss is not worth a forward pass of the reference.
         self._reference = reference if options_for(config).get("beta", 1.0) else None
         self._width_multiple = width_multiple
+        self._columns = tuple(dict.fromkeys(name for example in examples for name in example.columns))
         self._plan = BatchPlan([example.length for example in examples], config.batch_size, config.seed)
         self.batches_per_epoch = self._plan.batches_per_epoch
         self.updates_per_batch = config.updates_per_rollout
@@ -130,7 +131,7 @@ class RolloutFeed:
         seconds = time.perf_counter() - started
         examples = [prompts[completion.prompt_index] for completion in completions]
         batch = completion_batch(
-            examples, [one.text for one in completions], [one.tokens.tolist() for one in completions]
+            examples, [one.text for one in completions], [one.tokens.tolist() for one in completions], self._columns
         )
         scoring = score_completions(self._rewards, config.reward_weights, batch, timeout=config.reward_timeout)
         scores = yield from self._scoring(scoring, step)

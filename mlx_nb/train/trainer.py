@@ -131,6 +131,7 @@ class Trainer:
         self._due: deque[tuple[str, str]] = deque()
         self._started = False
         self._break_off = False
+        self._in_hand: list[TokenBatch] = []  # the batches of an update, while it is computed
         self._memory_limit = memory_limit
         self._sampler = sampler
         self._reference = reference
@@ -198,6 +199,7 @@ class Trainer:
             paused = yield from self._read_requests()
             if paused:
                 return
+            self._in_hand = []
             try:
                 if self._due:
                     event = yield from self._do_next()
@@ -214,11 +216,34 @@ class Trainer:
                 yield RunPaused(self.state.step, _disk_trouble(self.folder, error))
                 return
             except TrainingError as error:
-                yield RunFailed(
-                    self.state.step, error.reason, f"{error} {advice(type(error))}", error.rows, error.largest_gradients
-                )
+                yield self._failed(error)
+                return
+            except (MemoryError, RuntimeError) as error:
+                yield self._failed(self._out_of_memory(error))
                 return
             yield event
+
+    def _failed(self, error: TrainingError) -> RunFailed:
+        return RunFailed(
+            self.state.step, error.reason, f"{error} {advice(type(error))}", error.rows, error.largest_gradients
+        )
+
+    def _out_of_memory(self, error: MemoryError | RuntimeError) -> OutOfMemory:
+        """What mlx's error means, with the rows in hand. Any other RuntimeError is raised again."""
+        if isinstance(error, RuntimeError) and "allocate" not in str(error) and "memory" not in str(error):
+            raise error
+        rows = tuple(dict.fromkeys(row for batch in self._in_hand for row in batch.rows))
+        where = "outside an update, while rows were measured or completions sampled"
+        if rows:
+            longest = max(length for batch in self._in_hand for length in batch.lengths)
+            where = f"in a batch with rows {', '.join(map(str, rows))}, the longest of {longest} tokens"
+        said = OutOfMemory(
+            f"memory ran out ({error}) {where}. A new run with a lower batch_size and more "
+            "grad_accumulation_steps, or a lower max_seq_length, needs less.",
+            rows,
+        )
+        said.__cause__ = error
+        return said
 
     def _polled(self, work: Generator[Event, None, Any]) -> Generator[Event, None, Any]:
         """`work`, broken off where that was asked for."""
@@ -251,7 +276,7 @@ class Trainer:
             case "save":
                 return self._save(how), []
             case "test":
-                return (yield from self._evaluating("test")), []
+                return (yield from self._test()), []
             case "memory":
                 return MemoryLow(self.state.step, mx.get_peak_memory(), int(how)), []
             case _:
@@ -298,6 +323,8 @@ class Trainer:
         self._due = deque((what, how) for what, how in checkpoint.state["due"])
         self._go_on_if_longer()
         self._started = checkpoint.state["started"]
+        # What was to be left out was the batch after another update.
+        self._pending = deque(request for request in self._pending if not isinstance(request, Skip))
 
     def _start(self) -> RunStarted:
         return RunStarted(
@@ -401,28 +428,17 @@ class Trainer:
     def _update(self) -> StepCompleted:
         config, state = self.config, self.state
         started = time.perf_counter()
-        batches = self.next_batches()
+        self._in_hand = batches = self.next_batches()
         rows = tuple(row for batch in batches for row in batch.rows)
         learning_rate = learning_rate_at(config, self.iters, state.step)
-        try:
-            update = self.stepper.update(
-                [target_inputs(batch, *self._multiples) for batch in batches],
-                learning_rate=learning_rate,
-                grad_clip=config.grad_clip,
-                seed=seed_for(config.seed, "dropout", state.step),
-                rows=tuple(dict.fromkeys(rows)),
-                judge=lambda loss, norm: refusal(loss, norm, state.recent_losses, config.loss_spike),
-            )
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "allocate" not in str(error) and "memory" not in str(error):
-                raise
-            named = tuple(dict.fromkeys(rows))
-            raise OutOfMemory(
-                f"memory ran out ({error}) in a batch with rows {', '.join(map(str, named))}, the longest of "
-                f"{max(max(batch.lengths) for batch in batches)} tokens. A new run with a lower batch_size and more "
-                "grad_accumulation_steps, or a lower max_seq_length, needs less.",
-                named,
-            ) from error
+        update = self.stepper.update(
+            [target_inputs(batch, *self._multiples) for batch in batches],
+            learning_rate=learning_rate,
+            grad_clip=config.grad_clip,
+            seed=seed_for(config.seed, "dropout", state.step),
+            rows=tuple(dict.fromkeys(rows)),
+            judge=lambda loss, norm: refusal(loss, norm, state.recent_losses, config.loss_spike),
+        )
         seconds = time.perf_counter() - started
         tokens = sum(sum(batch.lengths) for batch in batches)
         metrics = {**update.metrics, **self.feed.metrics()}
@@ -506,9 +522,16 @@ class Trainer:
             self.state = replace(state, evaluations_without_best=state.evaluations_without_best + 1)
         follow_up = [("save", "best")] if best and state.step > 0 else []
         patience = self.config.early_stopping_patience
-        if patience is not None and self.state.evaluations_without_best >= patience and state.step < self.iters:
+        given_up = patience is not None and self.state.evaluations_without_best >= patience
+        if given_up and self.finished is None and state.step < self.iters:
             self._due += self._ending("early stopping")
         return replace(result, best=best), follow_up
+
+    def _test(self) -> Generator[Event, None, Event]:
+        try:
+            return (yield from self._evaluating("test"))
+        except NoReward as error:
+            return RequestRefused(self.state.step, f"test: {error}")
 
     def _save(self, kind: str) -> CheckpointSaved:
         folder = self.folder / BEST_FOLDER if kind == "best" else self.folder
