@@ -57,7 +57,7 @@ def settings_for(method, folder, tiny_folder, **changes):
         "batch_size": 2,
         "grad_accumulation_steps": 2,
         "learning_rate": 1e-3,
-        "lora_parameters": {"rank": 4, "scale": 4.0, "dropout": 0.1},
+        "lora_parameters": {"rank": 4, "scale": 4.0, "dropout": 0.0 if method == "grpo" else 0.1},
         "steps_per_eval": 4,
         "val_batches": 1,
         "save_every": -1,

@@ -111,6 +111,15 @@ def test_a_method_of_ones_own_trains_under_its_name(own_methods):
         RunConfig(method="mine", beta=0.1)
 
 
+def test_dropout_is_refused_by_a_method_of_ones_own_that_draws_completions(own_methods):
+    @register_objective("drawn", rows="prompts")
+    def drawn(completions):
+        return -completions.logprob_S * completions.advantage_S
+
+    with pytest.raises(ConfigError, match=r"`lora_parameters.dropout` cannot be 0.2 with `method: drawn`"):
+        RunConfig.from_dict({"method": "drawn", "rewards": ["length"], "lora_parameters": {"dropout": 0.2}})
+
+
 def test_the_name_of_a_built_in_method_is_taken():
     with pytest.raises(ConfigError, match="'dpo' is a method of mlx_nb"):
         register_objective("dpo")
