@@ -79,6 +79,12 @@ def _check_rollouts(config: Any) -> None:
             ("reward_weights",),
             f"`reward_weights` has {len(config.reward_weights)} numbers for {len(config.rewards)} rewards.",
         )
+    if config.lora_parameters.dropout:
+        raise SettingError(
+            ("lora_parameters", "dropout"),
+            f"`lora_parameters.dropout` cannot be {config.lora_parameters.dropout:g} with `method: {config.method}`: "
+            "completions are drawn without dropout, and with it their ratios would not start at 1. Set it to 0.",
+        )
 
 
 def _check_length(config: Any) -> None:

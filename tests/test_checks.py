@@ -219,6 +219,16 @@ def test_each_finding_about_judged_rows_names_its_row(kind, tokenizer):
     assert {row for other in result.findings for row in other.rows} <= {30}
 
 
+def test_a_pair_that_the_cut_makes_the_same_is_a_pair_of_identical_answers(tokenizer):
+    same = pair(50, "no " * 200 + "yes", "no " * 201)
+    result = check(tokenizer, [*(pair(k) for k in range(30)), same], kind="pairs", max_seq_length=200)
+    item = found(result, "identical_answers")
+    assert (item.rows, item.count) == ((30,), 1)
+    assert "raise max_seq_length" in item.next
+    assert "chosen and rejected are the same within max_seq_length=200" in str(result.splits[0].left_out)
+    assert "reply_cut_away" not in kinds(result)
+
+
 def test_pairs_that_teach_length_are_pointed_out_with_their_share(tokenizer):
     longer = [pair(2 * k, chosen="a much longer answer than the other one") for k in range(27)]
     result = check(tokenizer, [*longer, *(pair(k, "no") for k in (100, 102, 104))], kind="pairs")

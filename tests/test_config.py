@@ -20,6 +20,11 @@ BAD_YAML = {
     "number out of bounds": ("batch_size: 0", "line 1", "at least 1"),
     "negative rate": ("learning_rate: -1e-4", "line 1", "above 0"),
     "dropout of one": ("lora_parameters: {dropout: 1.0}", "line 1", "below 1"),
+    "dropout with completions": (
+        "method: grpo\nrewards: [a]\nlora_parameters: {rank: 4, dropout: 0.1}",
+        "line 3, column 37",
+        "Set it to 0",
+    ),
     "fraction for a count": ("iters: 2.5", "line 1", "a whole number"),
     "unknown choice": ("fine_tune_type: qlora", "line 1", "lora, dora, full"),
     "on is not true": ("test: on", "line 1", "true or false"),
@@ -136,6 +141,10 @@ def test_help_names_every_setting():
         ({"group_size": 8}, "`group_size` has no effect"),
         ({"method": "grpo"}, "needs `rewards`"),
         ({"method": "grpo", "rewards": ["a"], "reward_weights": [1, 2]}, "2 numbers for 1 rewards"),
+        (
+            {"method": "grpo", "rewards": ["a"], "lora_parameters": {"dropout": 0.1}},
+            "`lora_parameters.dropout` cannot be 0.1 with `method: grpo`: completions are drawn without dropout",
+        ),
         ({"method": "kto", "reference_free": True}, "`reference_free` and `method: kto` exclude each other"),
         ({"method": "dpo", "loss_on": "all"}, "`loss_on: all` trains prompts"),
         ({"method": "dpo", "loss": "robust", "label_smoothing": 0.5}, "below 0.5"),

@@ -48,7 +48,7 @@ KINDS = {
     "cpo": Kind(f"method: cpo\n{ADAPTER}", "tiny_pairs"),
     "orpo": Kind(f"method: orpo\n{ADAPTER}", "tiny_pairs"),
     "kto": Kind(f"method: kto\n{ADAPTER}", "tiny_labels"),
-    "grpo": Kind(f"method: grpo\n{ROLLOUTS}{ADAPTER}", "tiny_prompts", interrupts=60, iters=20),
+    "grpo": Kind(f"method: grpo\n{ROLLOUTS}lora_parameters: {{rank: 4}}", "tiny_prompts", interrupts=60, iters=20),
 }
 # Slow enough that interrupts strike inside the reward too.
 REWARD = """

@@ -60,7 +60,7 @@ def settings_for(method, folder, tiny_folder, **changes):
         "batch_size": 2,
         "grad_accumulation_steps": 2,
         "learning_rate": 1e-3,
-        "lora_parameters": {"rank": 4, "scale": 4.0, "dropout": 0.1},
+        "lora_parameters": {"rank": 4, "scale": 4.0, "dropout": 0.0 if method == "grpo" else 0.1},
         "steps_per_eval": 4,
         "val_batches": 1,
         "save_every": -1,
@@ -160,6 +160,33 @@ def test_grpo_raises_the_reward_and_keeps_the_kl_bounded(tmp_path, tiny_folder):
     assert max(one["kl"] for one in steps) < 10
     assert any(one["clipped"] > 0 for one in steps[1::2])
     assert all(one["clipped"] < 1e-3 for one in steps[::2])
+
+
+def test_validation_of_kto_is_the_same_whatever_the_batch_size(tmp_path, tiny_folder):
+    run_of("kto", tmp_path / "trained", tiny_folder, learning_rate=1e-2, iters=12).run()
+
+    def validated(batch_size):
+        run = run_of(
+            "kto",
+            tmp_path / str(batch_size),
+            tiny_folder,
+            batch_size=batch_size,
+            resume_adapter_file=str(tmp_path / "trained"),
+            reference_adapter="none",
+            val_set_size=16,
+            val_batches=-1,
+        )
+        return run.evaluate(), [event for event in run.events(1) if isinstance(event, Progress)]
+
+    (small, progress), (large, _) = validated(2), validated(8)
+    assert large.loss == pytest.approx(small.loss, abs=1e-4)
+    assert large.metrics == pytest.approx(small.metrics, abs=1e-4)
+    assert dict(large.row_losses) == pytest.approx(dict(small.row_losses), abs=1e-4)
+    assert small.metrics["kl_estimate"] > 0.1
+    assert [(event.what, event.done, event.total) for event in progress[:16]] == [
+        *(("valid kl", done, 8) for done in range(8)),
+        *(("valid loss", done, 8) for done in range(8)),
+    ]
 
 
 # The reference

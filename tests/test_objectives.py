@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlx_nb import Run, check_objective, register_objective
 from mlx_nb.config import RunConfig
 from mlx_nb.errors import ConfigError
 from mlx_nb.methods import METHODS, options_of
-from mlx_nb.objectives.binding import options_for
+from mlx_nb.model.logprobs import TargetInputs
+from mlx_nb.objectives.binding import objective_for, options_for
 from tiny import tiny_labels, tiny_prompts, tiny_rows
 
 VARIANTS = [(method.name, loss) for method in METHODS.values() for loss in method.losses]
@@ -51,6 +55,49 @@ def test_sequence_ratios_pass_the_battery():
     check_objective("grpo", importance_sampling_level="sequence", epsilon=0.05)
 
 
+COMPLETION_LOSSES = [{"method": "grpo", "loss": loss} for loss in METHODS["grpo"].losses]
+
+
+@pytest.mark.parametrize(
+    "settings", [*COMPLETION_LOSSES, {"method": "grpo", "importance_sampling_level": "sequence"}, {"method": "raw"}]
+)
+def test_padding_whose_token_is_all_but_impossible_changes_nothing(settings, own_methods):
+    @register_objective("raw", rows="prompts", reference=True)
+    def raw(completions):
+        ratio_S = mx.exp(completions.reference_S - completions.logprob_S)
+        return ratio_S - mx.exp(completions.logprob_S - completions.behaviour_S) * completions.advantage_S
+
+    counted, targets, vocabulary = 5, 8, 4
+    logits_SV = np.random.default_rng(0).normal(size=(targets, vocabulary)).astype(np.float32)
+    logits_SV[counted:, 0] = -1000.0  # of the padding, whose target is token 0
+
+    def inputs(size):
+        def padded(values, dtype=np.float32):
+            return mx.array(np.pad(np.array(values, dtype), (0, size - counted)))
+
+        rows = {"advantage": mx.array([1.0, -0.5]), "counts": mx.ones(2)}
+        drawn = {"behaviour": padded([-1.0, -2, -1, -1.5, -1]), "reference": padded([-1.5, -1, -1, -2, -1.2])}
+        position_S, target_S = padded([0, 1, 2, 3, 4], np.int32), padded([1, 2, 3, 1, 2], np.int32)
+        return TargetInputs(mx.zeros((2, 3), mx.int32), position_S, target_S, padded([1.0] * 5), rows, drawn)
+
+    def measured(size):
+        def total(logits_SV):
+            sums = objective_for(config)(SimpleNamespace(logits=lambda _: logits_SV), inputs(size))
+            return sums.total, sums
+
+        (_, sums), gradient_SV = mx.value_and_grad(total)(mx.array(logits_SV[:size]))
+        numbers = [sums.total, sums.units, *sums.row_total_R.tolist()]
+        numbers += [part for metric in sums.metrics.values() for part in metric]
+        return np.array([float(number) for number in numbers]), np.array(gradient_SV)
+
+    config = RunConfig.from_dict({**settings, "rewards": ["length"], "temperature": 0.1})
+    (plain, slope), (padded, padded_slope) = measured(counted), measured(targets)
+    assert np.isfinite(padded).all()
+    assert padded == pytest.approx(plain, rel=1e-6)
+    assert padded_slope[:counted] == pytest.approx(slope, rel=1e-6)
+    assert not padded_slope[counted:].any()
+
+
 def test_a_method_of_ones_own_trains_under_its_name(own_methods):
     @register_objective("mine", rows="pairs", reference=True, metrics={"gap": "difference of log-ratios"})
     def mine(pairs, *, slope=1.0):
@@ -62,6 +109,15 @@ def test_a_method_of_ones_own_trains_under_its_name(own_methods):
         RunConfig(method="mine", method_options={"slop": 1})
     with pytest.raises(ConfigError, match="`beta` has no effect with `method: mine`"):
         RunConfig(method="mine", beta=0.1)
+
+
+def test_dropout_is_refused_by_a_method_of_ones_own_that_draws_completions(own_methods):
+    @register_objective("drawn", rows="prompts")
+    def drawn(completions):
+        return -completions.logprob_S * completions.advantage_S
+
+    with pytest.raises(ConfigError, match=r"`lora_parameters.dropout` cannot be 0.2 with `method: drawn`"):
+        RunConfig.from_dict({"method": "drawn", "rewards": ["length"], "lora_parameters": {"dropout": 0.2}})
 
 
 def test_the_name_of_a_built_in_method_is_taken():

@@ -135,6 +135,23 @@ def test_extreme_margins_stay_finite_with_finite_gradients():
         assert mx.isfinite(gradient).all(), mean
 
 
+@pytest.mark.parametrize("chosen", [0.0, -1e-7, -2.0])
+@pytest.mark.parametrize("rejected", [0.0, -1e-7, -3.0])
+def test_orpo_is_finite_with_a_finite_gradient_for_answers_that_are_certain(chosen, rejected):
+    zeros, threes = mx.zeros(1), mx.array([3.0])
+
+    def loss(chosen_P, rejected_P):
+        pairs = PairLogprobs(chosen_P, rejected_P, zeros, zeros, threes, threes, zeros)
+        losses_P, metrics = orpo.orpo(pairs, beta=0.1)
+        return losses_P.sum(), metrics
+
+    arguments = mx.array([chosen]), mx.array([rejected])
+    (total, metrics), gradients = mx.value_and_grad(loss, argnums=(0, 1))(*arguments)
+    assert all(mx.isfinite(array).all() for array in (total, *gradients, *metrics.values()))
+    assert metrics["nll"].item() == pytest.approx(-chosen / 3, rel=1e-6)  # the bound is of the odds alone
+    assert gradients[0].item() <= -1 / 3 + 1e-6
+
+
 @pytest.mark.parametrize("beta", [0.1, 0.5])
 def test_a_margin_moves_the_reward_at_which_ipo_is_0(beta):
     zeros, ones = mx.zeros(1), mx.ones(1)

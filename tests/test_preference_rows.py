@@ -315,6 +315,35 @@ def test_a_pair_with_an_answer_that_cannot_be_trained_is_left_out(truncate, limi
     assert len(view.conversations) == 2
 
 
+SAME_BEGINNING = {"prompt": "Ahoy?", "chosen": "no " * 40 + "yes", "rejected": "no " * 45}
+SAME_END = {"prompt": "Ahoy?", "chosen": "yes " + "no " * 40, "rejected": "maybe " + "no " * 40}
+
+
+@pytest.mark.parametrize(("row", "truncate", "other"), [(SAME_BEGINNING, "right", "left"), (SAME_END, "left", "right")])
+def test_a_pair_of_answers_that_only_the_cut_makes_the_same_is_left_out(row, truncate, other, tokenizer):
+    kept, (out,) = made([TEXTS, row], tokenizer, limit=60, truncate=truncate)
+    assert [example.row for example in kept] == [0]
+    assert out.reason == (
+        "row 1: chosen and rejected are the same within max_seq_length=60: there is nothing to prefer. "
+        f"Raise max_seq_length, set truncate to {other} or drop, or drop the row."
+    )
+    view = examples([TEXTS, row], tokenizer, limit=60, truncate=truncate).view(1)
+    assert (view.error, view.example) == (out.reason, None)
+    (pair,), nothing = made([row], tokenizer, limit=60, truncate=other)
+    assert nothing == []
+    assert not np.array_equal(pair.chosen.tokens, pair.rejected.tokens)
+    _, (dropped,) = made([row], tokenizer, limit=60, truncate="drop")
+    assert "`truncate: drop` leaves it out" in dropped.reason
+
+
+def test_answers_that_the_template_renders_as_the_same_tokens_are_left_out(tokenizer):
+    trims = copy.deepcopy(tokenizer)
+    trims.chat_template = tokenizer.chat_template.replace("['content']", "['content'] | trim")
+    kept, (out,) = made([{**TEXTS, "rejected": "Arr. "}], trims)
+    assert kept == []
+    assert out.reason == "row 0: chosen and rejected are the same tokens: there is nothing to prefer. Drop the row."
+
+
 def test_a_long_answer_stops_a_run_with_truncate_error(tokenizer):
     with pytest.raises(TooLong, match=r"row 1: rejected: .* over max_seq_length=60"):
         list(examples([TEXTS, LONG], tokenizer, limit=60, truncate="error").tokenize_all())

@@ -22,7 +22,9 @@ class Kind:
 KINDS: dict[str, Kind] = {
     "unreadable": Kind(ERROR, "rows that cannot be read", "Fix or delete them: they are left out."),
     "identical_answers": Kind(
-        WARNING, "pairs whose two answers are the same, left out", "Correct one of the answers, or delete the row."
+        WARNING,
+        "pairs whose two answers are the same, left out",
+        "Correct one of the answers, or delete the row; raise max_seq_length where the cut made them the same.",
     ),
     "too_long": Kind(
         ERROR,

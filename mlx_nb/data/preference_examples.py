@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mlx_nb.data.chat_template import TokenizedConversation, tokenize_conversation, tokenize_prompt_completion
-from mlx_nb.data.preference_rows import LabelledRow, PreferenceRow, said_by
+from mlx_nb.data.preference_rows import LabelledRow, NothingToPrefer, PreferenceRow, said_by
 from mlx_nb.data.prompt_examples import has_chat_template
 from mlx_nb.data.row_values import Messages
 from mlx_nb.data.token_examples import ExampleSettings, LeftOut, TokenizedExample, cut_to_length
@@ -123,12 +123,30 @@ def preference_example(
     row: int,
     settings: ExampleSettings,
 ) -> PreferenceExample:
-    """The example of a pair, both answers within `max_seq_length`. Raises DataError, naming the answer."""
+    """The example of a pair, both answers within `max_seq_length`.
+
+    Raises DataError, naming the answer, and NothingToPrefer where both have become the same tokens.
+    """
     with _named("chosen"):
         chosen = cut_to_length(pair[0], row, settings)
     with _named("rejected"):
         rejected = cut_to_length(pair[1], row, settings)
+    _require_difference(chosen, rejected, settings)
     return PreferenceExample(chosen, rejected, _shared_prompt(chosen, rejected), row, content.margin, content.weight)
+
+
+def _require_difference(chosen: TokenizedExample, rejected: TokenizedExample, settings: ExampleSettings) -> None:
+    """A pair of the same tokens would be trained without effect: the loss of DPO stays at ln 2."""
+    same = np.array_equal(chosen.tokens, rejected.tokens) and np.array_equal(chosen.loss_mask, rejected.loss_mask)
+    if not same:
+        return
+    if chosen.dropped_tokens or rejected.dropped_tokens:
+        other = "left" if settings.truncate == "right" else "right"
+        raise NothingToPrefer(
+            f"chosen and rejected are the same within max_seq_length={settings.max_seq_length}: there is nothing to "
+            f"prefer. Raise max_seq_length, set truncate to {other} or drop, or drop the row."
+        )
+    raise NothingToPrefer("chosen and rejected are the same tokens: there is nothing to prefer. Drop the row.")
 
 
 def labelled_example(

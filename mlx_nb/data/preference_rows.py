@@ -54,7 +54,7 @@ class LabelledRow:
 
 
 class NothingToPrefer(DataError):
-    """The chosen and the rejected answer of a row are the same."""
+    """The chosen and the rejected answer of a row are the same, as they stand or as the tokens that are trained."""
 
 
 def preference_row(record: Mapping[str, Any], columns: Columns) -> PreferenceRow:

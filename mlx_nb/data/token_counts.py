@@ -12,6 +12,7 @@ import numpy as np
 
 from mlx_nb.data.examples import Conversations, Example, examples_of, tokenize_as
 from mlx_nb.data.findings import Collector, RowTally
+from mlx_nb.data.preference_rows import NothingToPrefer
 from mlx_nb.data.row_kinds import recognise_as
 from mlx_nb.data.sources import RowSource
 from mlx_nb.data.token_examples import ExampleSettings, TooLong
@@ -144,7 +145,9 @@ def _collect_refusal(error: DataError, row: int, counts: TokenCounts, collector:
 
 
 def _why_left_out(error: DataError, kind: str, settings: ExampleSettings) -> str:
-    """The kind of finding that a row too long for an example is."""
+    """The kind of finding that a row which makes no example is: too long, or a pair of the same tokens."""
+    if isinstance(error, NothingToPrefer):
+        return "identical_answers"
     if isinstance(error, TooLong):
         return "too_long"
     if settings.truncate == "drop":

@@ -26,7 +26,8 @@ _SEQUENCE_EPSILON, _SEQUENCE_EPSILON_HIGH = 3e-4, 4e-4
 class Completions(NamedTuple):
     """N completions as their S tokens.
 
-    logprob_S    under the policy;  behaviour_S  when they were sampled;  reference_S  under the reference (constants)
+    logprob_S    under the policy;  behaviour_S  when they were sampled;  reference_S  under the reference (constants;
+                 the policy's own where weight_S is 0)
     advantage_S  of the completion that each token is in
     weight_S     1 for a token that counts, 0 for padding and for completions that are masked
     row_S        which completion each token is in, and `length_S` how many counted tokens that one has, at least 1
@@ -64,8 +65,12 @@ def completion_objective(
         row_S = row_of_target(inputs)
         weight_S = inputs.weight_S * inputs.row_values["counts"][row_S]
         length_S = mx.maximum(sum_by_row(inputs, weight_S), 1.0)[row_S]
-        behaviour_S = inputs.token_values["behaviour"]
-        reference_S = inputs.token_values.get("reference", mx.stop_gradient(logprob_S))
+        # The target of padding is token 0, which at a low temperature can be e^-88 and less likely: against the
+        # policy itself its log-ratios are 0, where exp(log-ratio) would overflow and inf * 0 be NaN.
+        own_S = mx.stop_gradient(logprob_S)
+        behaviour_S, reference_S = (
+            mx.where(weight_S > 0, inputs.token_values.get(name, own_S), own_S) for name in ("behaviour", "reference")
+        )
         completions = Completions(
             logprob_S,
             behaviour_S,

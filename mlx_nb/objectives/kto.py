@@ -16,8 +16,8 @@ class LabelledLogprobs(NamedTuple):
 
     Those of the reference are constants, and 0 for a method without one.
 
-    `kl_estimate_B` is the z0 of the loss: the mean log-ratio of mismatched answers over the whole update, at least 0,
-    the same number for every answer, without gradient.
+    `kl_estimate_B` is the z0 of the loss: the mean log-ratio of mismatched answers over the whole update (of all rows
+    in validation), at least 0, the same number for every answer, without gradient.
     """
 
     logprob_B: mx.array

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
@@ -96,6 +96,7 @@ class RowFeed:
         self._rows = method_named(config.method).rows
         self._scorer = scorer
         self._reference = reference
+        self._kl_reference = reference if self._rows == "labels" else None
         self._width_multiple = width_multiple
         self._plan = BatchPlan([example.length for example in examples], config.batch_size, config.seed)
         self.batches_per_epoch = self._plan.batches_per_epoch
@@ -110,7 +111,8 @@ class RowFeed:
 
     def batches(self, first: int) -> list[TokenBatch]:
         """The batches of the next update, one for each micro-batch."""
-        return self._collate(self._next(first))
+        groups = self._next(first)
+        return self._collate(groups, _kl_estimate(self._mismatched_sum(group) for group in groups))
 
     def _next(self, first: int) -> list[list[Any]]:
         count = self._config.grad_accumulation_steps
@@ -132,12 +134,20 @@ class RowFeed:
         """Loss and metrics of a fixed set of rows."""
         lengths = [example.length for example in examples]
         chosen = evaluation_batches(lengths, self._config.batch_size, limit, self._config.seed)
+        groups = [[examples[position] for position in positions] for positions in chosen]
+        sums = []
+        if self._kl_reference is not None:
+            # Once over all rows: estimated and cut at 0 batch by batch, it would depend on their size.
+            for number, group in enumerate(groups):
+                yield Progress(step, f"{split} kl", number, len(groups))
+                sums.append(self._mismatched_sum(group))
+        kl_estimate = _kl_estimate(sums)
         total = units = 0.0
         row_losses: list[tuple[int, float]] = []
         metrics: dict[str, tuple[float, float]] = {}
-        for number, positions in enumerate(chosen):
-            yield Progress(step, f"{split} loss", number, len(chosen))
-            (batch,) = self._collate([[examples[position] for position in positions]])
+        for number, group in enumerate(groups):
+            yield Progress(step, f"{split} loss", number, len(groups))
+            (batch,) = self._collate([group], kl_estimate)
             measured = loss_of(batch)
             total, units = total + measured.total, units + measured.units
             add_metrics(metrics, measured.metrics)
@@ -148,29 +158,21 @@ class RowFeed:
         """Nothing is sampled."""
         return []
 
-    def _collate(self, groups: list[list[Any]]) -> list[TokenBatch]:
+    def _collate(self, groups: list[list[Any]], kl_estimate: float) -> list[TokenBatch]:
         batches = [_COLLATE[self._rows](group, self._width_multiple) for group in groups]
         if self._reference is not None:
             batches = [self._reference.fill(batch) for batch in batches]
         if self._rows == "labels":
-            estimate = self._kl_estimate(groups)
-            batches = [_with_row_value(batch, "kl_estimate", estimate) for batch in batches]
+            batches = [_with_row_value(batch, "kl_estimate", kl_estimate) for batch in batches]
         return batches
 
-    def _kl_estimate(self, groups: list[list[Any]]) -> float:
-        """z0 of KTO: mean log(pi / pi_ref) of mismatched answers over the whole update, at least 0."""
-        if self._reference is None:
-            return 0.0
-        total = count = 0.0
-        for group in groups:
-            mismatched = pad_mismatched(group, self._width_multiple)
-            if mismatched is None:
-                continue
-            inputs = target_inputs(self._reference.fill(mismatched))
-            ratio_S = (self._scorer.logprobs(inputs) - inputs.token_values["reference"]) * inputs.weight_S
-            total += float(np.array(ratio_S.sum()))
-            count += len(group)
-        return max(0.0, total / count) if count else 0.0
+    def _mismatched_sum(self, group: list[Any]) -> tuple[float, int]:
+        """Sum of log(pi / pi_ref) over the mismatched answers of labelled rows, and their number; (0, 0) of others."""
+        if self._kl_reference is None or (mismatched := pad_mismatched(group, self._width_multiple)) is None:
+            return 0.0, 0
+        inputs = target_inputs(self._kl_reference.fill(mismatched))
+        ratio_S = (self._scorer.logprobs(inputs) - inputs.token_values["reference"]) * inputs.weight_S
+        return float(np.array(ratio_S.sum())), len(group)
 
     def snapshot(self) -> dict[str, Any]:
         """The position is all there is."""
@@ -178,6 +180,14 @@ class RowFeed:
 
     def restore(self, arrays: dict[str, mx.array], state: Any) -> None:
         """Nothing to go back to."""
+
+
+def _kl_estimate(sums: Iterable[tuple[float, int]]) -> float:
+    """z0 of KTO: mean log(pi / pi_ref) of the mismatched answers, at least 0; from their sums and numbers."""
+    total = count = 0.0
+    for ratios, answers in sums:
+        total, count = total + ratios, count + answers
+    return max(0.0, total / count) if count else 0.0
 
 
 def _with_row_value(batch: TokenBatch, name: str, value: float) -> TokenBatch:
