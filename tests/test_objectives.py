@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import mlx.core as mx
 import pytest
 
@@ -10,6 +12,7 @@ from mlx_nb.config import RunConfig
 from mlx_nb.errors import ConfigError
 from mlx_nb.methods import METHODS, options_of
 from mlx_nb.objectives.binding import options_for
+from mlx_nb.objectives.grpo import TokenLosses
 from tiny import tiny_labels, tiny_prompts, tiny_rows
 
 VARIANTS = [(method.name, loss) for method in METHODS.values() for loss in method.losses]
@@ -25,7 +28,11 @@ def own_methods():
 
 @pytest.mark.parametrize(("method", "loss"), VARIANTS)
 def test_every_objective_passes_the_battery(method, loss):
-    assert len(check_objective(method, loss)) == 7
+    laws = check_objective(method, loss)
+    untried = METHODS[method].reference + METHODS[method].losses[loss].stops_gradient
+    assert len(laws) == 8 - untried
+    assert all("\n" not in law for law in laws)
+    assert any("finite differences" in law for law in laws) != METHODS[method].losses[loss].stops_gradient
 
 
 @pytest.mark.parametrize(("method", "loss"), VARIANTS)
@@ -102,6 +109,14 @@ def test_the_battery_catches_what_breaks_a_law(own_methods):
     def silent(pairs):
         return -pairs.chosen_P, {"secret": pairs.chosen_P}
 
+    @register_objective("unasked", rows="pairs")
+    def unasked(pairs):
+        return pairs.reference_chosen_P - pairs.chosen_P
+
+    @register_objective("unasked_tokens")
+    def unasked_tokens(targets):
+        return mx.square(targets.logprob_S - targets.reference_S)
+
     for name, words in {
         "stateful": "keeps state",
         "remembers": "remembers what it saw",
@@ -110,9 +125,73 @@ def test_the_battery_catches_what_breaks_a_law(own_methods):
         "infinite": "not finite",
         "detached": "finite differences give",
         "silent": "'secret' is not described",
+        "unasked": "Register it with `reference=True`",
+        "unasked_tokens": "Register it with `reference=True`",
     }.items():
         with pytest.raises(ConfigError, match=words):
             check_objective(name)
+
+
+WRONG_RESULTS = {
+    "pairs": [
+        (lambda pairs: -mx.stack([pairs.chosen_P] * 2), "one loss for each pair: an array of shape (P,), not one of"),
+        (lambda pairs: -pairs.chosen_P.mean(), "not one of shape ()"),
+        (lambda pairs: None, "one loss for each pair: an array of shape (P,), not None."),
+        (lambda pairs: (-pairs.chosen_P, None), "may return {name: values}, not None"),
+        (lambda pairs: (-pairs.chosen_P, {"loss": pairs.chosen_P}), "the metric 'loss' is called like a column"),
+        (lambda pairs: (-pairs.chosen_P, {"seconds": pairs.chosen_P}), "the metric 'seconds' is called like a column"),
+        (lambda pairs: (-pairs.chosen_P, {"x": pairs.chosen_P.sum()}), "the metric 'x' must have one value for each"),
+        (lambda pairs: (-pairs.chosen_P, {}, {}), "not a value of type tuple"),
+    ],
+    "tokens": [(lambda targets: targets.logits_SV, "one loss for each target"), (lambda targets: 0.0, "type float")],
+    "labels": [(lambda answers: answers.logprob_B[:, None], "one loss for each answer")],
+    "prompts": [
+        (lambda completions: None, "one loss for each token"),
+        (
+            lambda completions: TokenLosses(
+                -completions.logprob_S, mx.array(1.0), mx.array(2.0), mx.zeros_like(completions.logprob_S)
+            ),
+            "TokenLosses.share_S must have a number for each token",
+        ),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("rows", "loss", "words"), [(rows, *case) for rows in WRONG_RESULTS for case in WRONG_RESULTS[rows]]
+)
+def test_a_result_that_is_not_one_number_each_is_refused_in_one_line(own_methods, rows, loss, words):
+    register_objective("wrong", rows=rows)(loss)
+    with pytest.raises(ConfigError, match=f"^wrong: .*{re.escape(words.replace('(P,)', '(6,)'))}") as caught:
+        check_objective("wrong")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (lambda targets: None, "must return one loss for each target"),
+        (lambda targets: -mx.stack([targets.logprob_S] * 2), "must return one loss for each target"),
+        (
+            lambda targets: (-targets.logprob_S, {"loss": targets.logprob_S}),
+            "the metric 'loss' is called like a column",
+        ),
+    ],
+)
+def test_training_stops_at_such_a_result_too(own_methods, tmp_path, tiny_folder, result, words):
+    register_objective("wrong")(result)
+    run = Run(
+        RunConfig(method="wrong", model=str(tiny_folder), data=tiny_rows(12), adapter_path=str(tmp_path), iters=2)
+    )
+    with pytest.raises(ConfigError, match=words):
+        run.step()
+
+
+def test_options_must_be_keyword_only(own_methods):
+    with pytest.raises(ConfigError, match=re.escape("wrong: its function is called with `pairs` alone")) as caught:
+        register_objective("wrong", rows="pairs")(lambda pairs, beta, tau=1.0: pairs)
+    assert "`(pairs, *, beta=..., tau=...)`" in str(caught.value)
+    assert "wrong" not in METHODS
 
 
 def test_what_a_method_of_ones_own_may_leave_out_or_add(own_methods, tmp_path, tiny_folder):
