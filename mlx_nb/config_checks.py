@@ -5,11 +5,14 @@ Every check takes a RunConfig whose single values are already of the right kind 
 
 from __future__ import annotations
 
+import math
+import numbers
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
 from mlx_nb.errors import ConfigError, did_you_mean
-from mlx_nb.methods import is_built_in, method_named
+from mlx_nb.methods import Loss, is_built_in, method_named, options_of
 from mlx_nb.settings import SettingError
 
 
@@ -43,6 +46,7 @@ def _check_method(config: Any) -> None:
             )
         if hasattr(config, name) and is_built_in(method.name):
             raise SettingError(("method_options", name), f"`{name}` is a setting of its own: write `{name}: ...`.")
+    _check_option_kinds(config.method_options, method.loss(config.loss))
     _check_references(config)
     if method.rows in ("pairs", "labels") and config.loss_on == "all":
         raise SettingError(
@@ -58,6 +62,20 @@ def _check_method(config: Any) -> None:
         raise SettingError(("label_smoothing",), "`loss: robust` needs a `label_smoothing` below 0.5.")
     if method.rows == "prompts":
         _check_rollouts(config)
+
+
+def _check_option_kinds(given: Mapping[str, Any], loss: Loss) -> None:
+    """Each option is of the kind of its default: a number, true or false, or text."""
+    defaults = options_of(loss.function()) if given else {}
+    for name, value in given.items():
+        kind = next((kind for kind in _OPTION_KINDS if isinstance(defaults[name], kind)), None)
+        if kind is None:
+            continue
+        words, fits = _OPTION_KINDS[kind]
+        if not fits(value):
+            raise SettingError(
+                ("method_options", name), f"`method_options.{name}` cannot be {value!r}. It takes {words}."
+            )
 
 
 def _check_references(config: Any) -> None:
@@ -153,6 +171,15 @@ def _check_validation(config: Any) -> None:
             raise SettingError((name,), f"`{name}` cannot be 0. Use -1 to switch it off, or a positive number.")
 
 
+# The kind of a default, what an option with it takes, and whether a value is that. A bool is a number in Python.
+_OPTION_KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
+    bool: ("true or false", lambda value: isinstance(value, bool)),
+    numbers.Real: (
+        "a finite number",
+        lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value),
+    ),
+    str: ("text", lambda value: isinstance(value, str)),
+}
 _ARGUMENT_COUNTS = {
     "constant": (1, 1),
     "cosine_decay": (2, 3),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlx_nb import Run, check_objective, register_objective
@@ -67,8 +68,36 @@ def test_a_method_of_ones_own_trains_under_its_name(own_methods):
     assert len(check_objective("mine", method_options={"slope": 0.3})) == 7
     with pytest.raises(ConfigError, match="Its options: slope"):
         RunConfig(method="mine", method_options={"slop": 1})
+    for text in ("method: mine\nslope: 0.3", "slope: 0.3\nmethod: mine"):
+        with pytest.raises(ConfigError, match=re.escape("write `method_options: {slope: 0.3}`.")):
+            RunConfig.from_yaml(text)
     with pytest.raises(ConfigError, match="`beta` has no effect with `method: mine`"):
         RunConfig(method="mine", beta=0.1)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("slope: high", "line 3, column 10: `method_options.slope` cannot be 'high'. It takes a finite number."),
+        ("slope: true", "cannot be True. It takes a finite number."),
+        ("slope: .nan", "cannot be nan. It takes a finite number."),
+        ("slope: null", "cannot be None. It takes a finite number."),
+        ("count: few", "cannot be 'few'. It takes a finite number."),
+        ("squared: 1", "cannot be 1. It takes true or false."),
+        ("side: 3", "cannot be 3. It takes text."),
+    ],
+)
+def test_an_option_is_of_the_kind_of_its_default(own_methods, given, words):
+    @register_objective("mine")
+    def mine(targets, *, slope=1.0, count=2, squared=False, side="left", other=None):
+        return -targets.logprob_S
+
+    RunConfig(
+        method="mine",
+        method_options={"slope": np.float32(2), "count": 1.5, "squared": True, "side": "right", "other": [1]},
+    )
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        RunConfig.from_yaml(f"method: mine\nmethod_options:\n  {given}")
 
 
 def test_the_name_of_a_built_in_method_is_taken():
