@@ -35,8 +35,13 @@ def _check_method(config: Any) -> None:
         kinds = only_for if isinstance(only_for, tuple) else (only_for,)
         if not effective.isdisjoint(kinds) or name in options or getattr(config, name) == declared.default:
             continue
-        variant = f", `loss: {config.loss}`" if config.loss else ""
-        raise SettingError((name,), f"`{name}` has no effect with `method: {method.name}`{variant}. Remove it.")
+        variant = f", `loss: {config.loss or next(iter(method.losses))}`" if len(method.losses) > 1 else ""
+        takers = [f"`loss: {other}`" for other, loss in method.losses.items() if name in loss.options]
+        raise SettingError(
+            (name,),
+            f"`{name}` has no effect with `method: {method.name}`{variant}. "
+            + (f"It needs {' or '.join(takers)}. Set that, or remove it." if takers else "Remove it."),
+        )
     for name in config.method_options:
         if name not in options:
             known = f"Its options: {', '.join(options)}." if options else "It has no options."

@@ -132,6 +132,13 @@ def test_help_names_every_setting():
         ({"method": "dpo", "loss": "hing"}, "Did you mean 'hinge'"),
         ({"beta": 0.1}, "`beta` has no effect with `method: sft`"),
         ({"method": "dpo", "loss": "hinge", "delta": 3}, "`delta` has no effect with `method: dpo`, `loss: hinge`"),
+        (
+            {"method": "dpo", "delta": 3},
+            "`method: dpo`, `loss: sigmoid`. It needs `loss: dpop`. Set that, or remove it.",
+        ),
+        ({"method": "cpo", "simpo_gamma": 1}, "It needs `loss: simpo`."),
+        ({"method": "dpo", "loss": "ipo", "label_smoothing": 0.1}, "It needs `loss: sigmoid` or `loss: robust`."),
+        ({"method": "kto", "simpo_gamma": 1}, "`simpo_gamma` has no effect with `method: kto`. Remove it."),
         ({"method": "orpo", "reference_model": "x"}, "`reference_model` has no effect with `method: orpo`"),
         ({"group_size": 8}, "`group_size` has no effect"),
         ({"method": "grpo"}, "needs `rewards`"),
