@@ -102,6 +102,8 @@ def _check_rollouts(config: Any) -> None:
             ("reward_weights",),
             f"`reward_weights` has {len(config.reward_weights)} numbers for {len(config.rewards)} rewards.",
         )
+    if config.stop and "" in config.stop:
+        raise SettingError(("stop",), "`stop` has an empty text, which would end every completion at once. Remove it.")
 
 
 def _check_length(config: Any) -> None:
