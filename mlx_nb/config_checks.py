@@ -88,6 +88,12 @@ def _check_references(config: Any) -> None:
     if config.reference_free and (given or method_named(config.method).rows != "pairs"):
         what = f"`{given[0]}`" if given else f"`method: {config.method}`"
         raise SettingError(("reference_free",), f"`reference_free` and {what} exclude each other. Remove one of them.")
+    if config.reference_free and config.loss == "dpop":
+        raise SettingError(
+            ("reference_free",),
+            "`reference_free` and `loss: dpop` exclude each other: its penalty compares with the "
+            "reference. Remove one of them.",
+        )
 
 
 def _check_rollouts(config: Any) -> None:

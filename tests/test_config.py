@@ -145,6 +145,7 @@ def test_help_names_every_setting():
         ({"method": "grpo"}, "needs `rewards`"),
         ({"method": "grpo", "rewards": ["a"], "reward_weights": [1, 2]}, "2 numbers for 1 rewards"),
         ({"method": "kto", "reference_free": True}, "`reference_free` and `method: kto` exclude each other"),
+        ({"method": "dpo", "loss": "dpop", "reference_free": True}, "`reference_free` and `loss: dpop` exclude"),
         ({"method": "dpo", "loss_on": "all"}, "`loss_on: all` trains prompts"),
         ({"method": "dpo", "loss": "robust", "label_smoothing": 0.5}, "below 0.5"),
         ({"method": "dpo", "method_options": {"beta": 1}}, "`beta` is a setting of its own"),
