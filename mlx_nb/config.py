@@ -7,6 +7,7 @@ Keys are those of mlx-lm's and mlx-lm-lora's YAML where they have one; `iters` c
 from __future__ import annotations
 
 import dataclasses
+import json
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -15,6 +16,7 @@ from typing import Any, ClassVar, Literal
 
 from mlx_nb.config_checks import EFFECT_CHECKS
 from mlx_nb.errors import ConfigError, did_you_mean
+from mlx_nb.methods import METHODS
 from mlx_nb.settings import SettingError, coerce, setting
 from mlx_nb.yaml_loader import Document, load_mapping
 
@@ -422,7 +424,8 @@ class RunConfig:
         place = document.place if document else lambda *_: ""
         for key in values:
             if key not in SETTINGS:
-                raise ConfigError(_located(place(key), f"unknown setting `{key}`.{_nearest(key)}"))
+                hint = _option_hint(key, values) or _nearest(key)
+                raise ConfigError(_located(place(key), f"unknown setting `{key}`.{hint}"))
         try:
             return cls(**values)
         except SettingError as error:
@@ -499,6 +502,15 @@ def _located(place: str, message: str) -> str:
 
 def _looks_like_path(source: str) -> bool:
     return "\n" not in source and ":" not in source[2:] and source.strip().endswith((".yaml", ".yml"))
+
+
+def _option_hint(key: str, values: Mapping[str, Any]) -> str:
+    """Where an option of a method of one's own goes; empty for anything else."""
+    method = METHODS.get(str(values.get("method")))
+    if method is None or all(key not in loss.options for loss in method.losses.values()):
+        return ""
+    value = json.dumps(values[key], default=str)
+    return f" It is an option of `method: {method.name}`: write `method_options: {{{key}: {value}}}`."
 
 
 def _nearest(key: str) -> str:

@@ -5,11 +5,14 @@ Every check takes a RunConfig whose single values are already of the right kind 
 
 from __future__ import annotations
 
+import math
+import numbers
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
 from mlx_nb.errors import ConfigError, did_you_mean
-from mlx_nb.methods import is_built_in, method_named
+from mlx_nb.methods import Loss, is_built_in, method_named, options_of
 from mlx_nb.settings import SettingError
 
 
@@ -32,8 +35,13 @@ def _check_method(config: Any) -> None:
         kinds = only_for if isinstance(only_for, tuple) else (only_for,)
         if not effective.isdisjoint(kinds) or name in options or getattr(config, name) == declared.default:
             continue
-        variant = f", `loss: {config.loss}`" if config.loss else ""
-        raise SettingError((name,), f"`{name}` has no effect with `method: {method.name}`{variant}. Remove it.")
+        variant = f", `loss: {config.loss or next(iter(method.losses))}`" if len(method.losses) > 1 else ""
+        takers = [f"`loss: {other}`" for other, loss in method.losses.items() if name in loss.options]
+        raise SettingError(
+            (name,),
+            f"`{name}` has no effect with `method: {method.name}`{variant}. "
+            + (f"It needs {' or '.join(takers)}. Set that, or remove it." if takers else "Remove it."),
+        )
     for name in config.method_options:
         if name not in options:
             known = f"Its options: {', '.join(options)}." if options else "It has no options."
@@ -43,6 +51,7 @@ def _check_method(config: Any) -> None:
             )
         if hasattr(config, name) and is_built_in(method.name):
             raise SettingError(("method_options", name), f"`{name}` is a setting of its own: write `{name}: ...`.")
+    _check_option_kinds(config.method_options, method.loss(config.loss))
     _check_references(config)
     if method.rows in ("pairs", "labels") and config.loss_on == "all":
         raise SettingError(
@@ -60,11 +69,31 @@ def _check_method(config: Any) -> None:
         _check_rollouts(config)
 
 
+def _check_option_kinds(given: Mapping[str, Any], loss: Loss) -> None:
+    """Each option is of the kind of its default: a number, true or false, or text."""
+    defaults = options_of(loss.function()) if given else {}
+    for name, value in given.items():
+        kind = next((kind for kind in _OPTION_KINDS if isinstance(defaults[name], kind)), None)
+        if kind is None:
+            continue
+        words, fits = _OPTION_KINDS[kind]
+        if not fits(value):
+            raise SettingError(
+                ("method_options", name), f"`method_options.{name}` cannot be {value!r}. It takes {words}."
+            )
+
+
 def _check_references(config: Any) -> None:
     given = [name for name in ("reference_model", "reference_adapter") if getattr(config, name) is not None]
     if config.reference_free and (given or method_named(config.method).rows != "pairs"):
         what = f"`{given[0]}`" if given else f"`method: {config.method}`"
         raise SettingError(("reference_free",), f"`reference_free` and {what} exclude each other. Remove one of them.")
+    if config.reference_free and config.loss == "dpop":
+        raise SettingError(
+            ("reference_free",),
+            "`reference_free` and `loss: dpop` exclude each other: its penalty compares with the "
+            "reference. Remove one of them.",
+        )
 
 
 def _check_rollouts(config: Any) -> None:
@@ -85,6 +114,8 @@ def _check_rollouts(config: Any) -> None:
             f"`lora_parameters.dropout` cannot be {config.lora_parameters.dropout:g} with `method: {config.method}`: "
             "completions are drawn without dropout, and with it their ratios would not start at 1. Set it to 0.",
         )
+    if config.stop and "" in config.stop:
+        raise SettingError(("stop",), "`stop` has an empty text, which would end every completion at once. Remove it.")
 
 
 def _check_length(config: Any) -> None:
@@ -159,6 +190,15 @@ def _check_validation(config: Any) -> None:
             raise SettingError((name,), f"`{name}` cannot be 0. Use -1 to switch it off, or a positive number.")
 
 
+# The kind of a default, what an option with it takes, and whether a value is that. A bool is a number in Python.
+_OPTION_KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
+    bool: ("true or false", lambda value: isinstance(value, bool)),
+    numbers.Real: (
+        "a finite number",
+        lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value),
+    ),
+    str: ("text", lambda value: isinstance(value, str)),
+}
 _ARGUMENT_COUNTS = {
     "constant": (1, 1),
     "cosine_decay": (2, 3),

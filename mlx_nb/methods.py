@@ -203,7 +203,8 @@ def register_objective(
     What the function takes and gives depends on `rows`; `mlx_nb.objectives.base` says it for each kind. Its
     keyword-only parameters are its options: settings of the same name, or entries of `method_options`. It must be
     pure; `mlx_nb.check_objective(name)` tries that and more. `metrics` (name: what it says) documents what it adds.
-    Registering a name again replaces it. Raises ConfigError for the name of a built-in method or an unknown kind.
+    Registering a name again replaces it. Raises ConfigError for the name of a built-in method, an unknown kind, or a
+    function that takes something else.
     """
     if name in _BUILT_IN:
         raise ConfigError(f"{name!r} is a method of mlx_nb. Give yours another name.")
@@ -213,6 +214,13 @@ def register_objective(
         )
 
     def register(loss: Callable[..., Any]) -> Callable[..., Any]:
+        positional = _positional(loss)
+        if len(positional) > 1:
+            options = ", ".join(f"{option}=..." for option in positional[1:])
+            raise ConfigError(
+                f"{name}: its function is called with `{positional[0]}` alone. Make what follows keyword-only, with "
+                f"defaults: `({positional[0]}, *, {options})`."
+            )
         for option, default in options_of(loss).items():
             if default is inspect.Parameter.empty:
                 raise ConfigError(f"{name}: its option `{option}` has no default. Give it one.")
@@ -223,6 +231,12 @@ def register_objective(
         return loss
 
     return register
+
+
+def _positional(loss: Callable[..., Any]) -> list[str]:
+    """The parameters of a loss function that are not its options."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [one.name for one in inspect.signature(loss).parameters.values() if one.kind in kinds]
 
 
 def options_of(loss: Callable[..., Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -65,7 +66,8 @@ def coerce(value: Any, declared: dataclasses.Field, hint: Any, parent: tuple[str
     known = synonyms.get(value, value) if isinstance(value, str) else value
     result = _CONVERSIONS[typing.get_origin(kind) or kind](known, kind)
     if result is _WRONG:
-        raise SettingError(path, f"`{label}` cannot be {value!r}. {_expected(options, synonyms)}")
+        shown = "an empty list" if isinstance(value, (list, tuple)) and not value else repr(value)
+        raise SettingError(path, f"`{label}` cannot be {shown}. {_expected(options, synonyms)}")
     for word, limit in declared.metadata["bounds"].items():
         if not _BOUNDS[word](result, limit):
             raise SettingError(path, f"`{label}` must be {word} {limit:g}, not {result:g}.")
@@ -102,7 +104,8 @@ def _to_int(value: Any, _kind: Any) -> Any:
 
 
 def _to_float(value: Any, _kind: Any) -> Any:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else _WRONG
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number and math.isfinite(value) else _WRONG
 
 
 def _to_choice(value: Any, kind: Any) -> Any:
@@ -126,6 +129,13 @@ _CONVERSIONS: dict[Any, Callable[[Any, Any], Any]] = {
     Literal: _to_choice,
     tuple: _to_tuple,
 }
+# What a kind of value is called: one of them, and several.
+_WORDS = {
+    int: ("a whole number", "whole numbers"),
+    float: ("a finite number", "finite numbers"),
+    bool: ("true or false", "true or false"),
+    str: ("text", "texts"),
+}
 _BOUNDS: dict[str, Callable[[float, float], bool]] = {
     "at least": lambda value, limit: value >= limit,
     "above": lambda value, limit: value > limit,
@@ -139,8 +149,7 @@ def _expected(options: tuple[Any, ...], synonyms: Mapping[str, str] = types.Mapp
     if typing.get_origin(kind) is Literal:
         text = f"Choose one of: {', '.join(str(choice) for choice in [*typing.get_args(kind), *synonyms])}."
     elif typing.get_origin(kind) is tuple:
-        text = "It takes a list."
+        text = f"It takes a list of {_WORDS[typing.get_args(kind)[0]][1]}, one at least."
     else:
-        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        text = f"It takes {words.get(kind, 'a value')}."
+        text = f"It takes {_WORDS[kind][0]}."
     return text + (" null is allowed." if type(None) in options else "")

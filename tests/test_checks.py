@@ -422,6 +422,18 @@ def test_the_epoch_is_what_the_trainer_would_do(tiny_folder):
     assert epoch.trained_tokens == sum(int((example.loss_mask > 0).sum()) for example in examples)
 
 
+def test_the_epoch_counts_the_pieces_of_split_texts(tiny_folder):
+    rows = [{"text": "red green blue " * (3 + 4 * number)} for number in range(9)]
+    settings = {"truncate": "split", "max_seq_length": 16, "batch_size": 2, "val_set_size": 0}
+    run = Run(RunConfig(model=str(tiny_folder), data="rows", **settings), namespace={"rows": rows})
+    result = run.check()
+    pieces = result.epoch.examples
+    assert result.epoch.rows == 9
+    assert pieces == len(run.trainer.examples.train)
+    assert result.epoch.updates == result.epoch.run_updates == run.trainer.iters > 9
+    assert f"{result.epoch.updates} updates of 2 pieces ({pieces} pieces of 9 rows)" in render_text(result)
+
+
 def test_the_check_loads_no_weights(tiny_folder):
     run = Run(RunConfig(model=str(tiny_folder), data="rows"), namespace={"rows": tiny_rows()})
     run.check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -16,7 +17,7 @@ BAD_YAML = {
     "a word from elsewhere": ("model: x\nlr: 1e-4", "line 2", "`learning_rate`"),
     "nested key at the top": ("rank: 4", "line 1", "lora_parameters: {rank: ...}"),
     "unknown nested key": ("lora_parameters: {rnk: 3}", "line 1", "Did you mean 'rank'?"),
-    "word for a number": ("learning_rate: fast", "line 1, column 16", "It takes a number"),
+    "word for a number": ("learning_rate: fast", "line 1, column 16", "It takes a finite number"),
     "number out of bounds": ("batch_size: 0", "line 1", "at least 1"),
     "negative rate": ("learning_rate: -1e-4", "line 1", "above 0"),
     "dropout of one": ("lora_parameters: {dropout: 1.0}", "line 1", "below 1"),
@@ -137,6 +138,13 @@ def test_help_names_every_setting():
         ({"method": "dpo", "loss": "hing"}, "Did you mean 'hinge'"),
         ({"beta": 0.1}, "`beta` has no effect with `method: sft`"),
         ({"method": "dpo", "loss": "hinge", "delta": 3}, "`delta` has no effect with `method: dpo`, `loss: hinge`"),
+        (
+            {"method": "dpo", "delta": 3},
+            "`method: dpo`, `loss: sigmoid`. It needs `loss: dpop`. Set that, or remove it.",
+        ),
+        ({"method": "cpo", "simpo_gamma": 1}, "It needs `loss: simpo`."),
+        ({"method": "dpo", "loss": "ipo", "label_smoothing": 0.1}, "It needs `loss: sigmoid` or `loss: robust`."),
+        ({"method": "kto", "simpo_gamma": 1}, "`simpo_gamma` has no effect with `method: kto`. Remove it."),
         ({"method": "orpo", "reference_model": "x"}, "`reference_model` has no effect with `method: orpo`"),
         ({"group_size": 8}, "`group_size` has no effect"),
         ({"method": "grpo"}, "needs `rewards`"),
@@ -146,6 +154,7 @@ def test_help_names_every_setting():
             "`lora_parameters.dropout` cannot be 0.1 with `method: grpo`: completions are drawn without dropout",
         ),
         ({"method": "kto", "reference_free": True}, "`reference_free` and `method: kto` exclude each other"),
+        ({"method": "dpo", "loss": "dpop", "reference_free": True}, "`reference_free` and `loss: dpop` exclude"),
         ({"method": "dpo", "loss_on": "all"}, "`loss_on: all` trains prompts"),
         ({"method": "dpo", "loss": "robust", "label_smoothing": 0.5}, "below 0.5"),
         ({"method": "dpo", "method_options": {"beta": 1}}, "`beta` is a setting of its own"),
@@ -159,6 +168,31 @@ def test_help_names_every_setting():
 def test_a_setting_without_effect_on_the_method_is_an_error(settings, words):
     with pytest.raises(ConfigError, match=re.escape(words)):
         RunConfig.from_dict(settings)
+
+
+GRPO = {"method": "grpo", "rewards": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({**GRPO, "stop": [""]}, "`stop` has an empty text, which would end every completion at once."),
+        ({**GRPO, "stop": [3]}, "`stop` cannot be [3]. It takes a list of texts, one at least. null is allowed."),
+        ({**GRPO, "stop": []}, "`stop` cannot be an empty list. It takes a list of texts, one at least."),
+        (
+            {**GRPO, "reward_weights": [1, "a"]},
+            "`reward_weights` cannot be [1, 'a']. It takes a list of finite numbers",
+        ),
+        ({**GRPO, "reward_weights": [math.inf]}, "`reward_weights` cannot be [inf]. It takes a list of finite numbers"),
+        ({"method": "dpo", "beta": math.inf}, "`beta` cannot be inf. It takes a finite number. null is allowed."),
+        ({"learning_rate": math.nan}, "`learning_rate` cannot be nan. It takes a finite number."),
+        ({"lora_parameters": {"scale": math.inf}}, "`lora_parameters.scale` cannot be inf. It takes a finite number."),
+    ],
+)
+def test_what_a_setting_takes_is_said_in_one_line(settings, words):
+    with pytest.raises(ConfigError, match=re.escape(words)) as caught:
+        RunConfig.from_dict(settings)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_reward_function_stays_a_function_when_a_setting_changes():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ from mlx_nb.errors import ConfigError
 from mlx_nb.methods import METHODS, options_of
 from mlx_nb.model.logprobs import TargetInputs
 from mlx_nb.objectives.binding import objective_for, options_for
+from mlx_nb.objectives.grpo import TokenLosses
 from tiny import tiny_labels, tiny_prompts, tiny_rows
 
 VARIANTS = [(method.name, loss) for method in METHODS.values() for loss in method.losses]
@@ -29,7 +31,11 @@ def own_methods():
 
 @pytest.mark.parametrize(("method", "loss"), VARIANTS)
 def test_every_objective_passes_the_battery(method, loss):
-    assert len(check_objective(method, loss)) == 7
+    laws = check_objective(method, loss)
+    untried = METHODS[method].reference + METHODS[method].losses[loss].stops_gradient
+    assert len(laws) == 8 - untried
+    assert all("\n" not in law for law in laws)
+    assert any("finite differences" in law for law in laws) != METHODS[method].losses[loss].stops_gradient
 
 
 @pytest.mark.parametrize(("method", "loss"), VARIANTS)
@@ -107,6 +113,9 @@ def test_a_method_of_ones_own_trains_under_its_name(own_methods):
     assert len(check_objective("mine", method_options={"slope": 0.3})) == 7
     with pytest.raises(ConfigError, match="Its options: slope"):
         RunConfig(method="mine", method_options={"slop": 1})
+    for text in ("method: mine\nslope: 0.3", "slope: 0.3\nmethod: mine"):
+        with pytest.raises(ConfigError, match=re.escape("write `method_options: {slope: 0.3}`.")):
+            RunConfig.from_yaml(text)
     with pytest.raises(ConfigError, match="`beta` has no effect with `method: mine`"):
         RunConfig(method="mine", beta=0.1)
 
@@ -118,6 +127,31 @@ def test_dropout_is_refused_by_a_method_of_ones_own_that_draws_completions(own_m
 
     with pytest.raises(ConfigError, match=r"`lora_parameters.dropout` cannot be 0.2 with `method: drawn`"):
         RunConfig.from_dict({"method": "drawn", "rewards": ["length"], "lora_parameters": {"dropout": 0.2}})
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("slope: high", "line 3, column 10: `method_options.slope` cannot be 'high'. It takes a finite number."),
+        ("slope: true", "cannot be True. It takes a finite number."),
+        ("slope: .nan", "cannot be nan. It takes a finite number."),
+        ("slope: null", "cannot be None. It takes a finite number."),
+        ("count: few", "cannot be 'few'. It takes a finite number."),
+        ("squared: 1", "cannot be 1. It takes true or false."),
+        ("side: 3", "cannot be 3. It takes text."),
+    ],
+)
+def test_an_option_is_of_the_kind_of_its_default(own_methods, given, words):
+    @register_objective("mine")
+    def mine(targets, *, slope=1.0, count=2, squared=False, side="left", other=None):
+        return -targets.logprob_S
+
+    RunConfig(
+        method="mine",
+        method_options={"slope": np.float32(2), "count": 1.5, "squared": True, "side": "right", "other": [1]},
+    )
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        RunConfig.from_yaml(f"method: mine\nmethod_options:\n  {given}")
 
 
 def test_the_name_of_a_built_in_method_is_taken():
@@ -158,6 +192,14 @@ def test_the_battery_catches_what_breaks_a_law(own_methods):
     def silent(pairs):
         return -pairs.chosen_P, {"secret": pairs.chosen_P}
 
+    @register_objective("unasked", rows="pairs")
+    def unasked(pairs):
+        return pairs.reference_chosen_P - pairs.chosen_P
+
+    @register_objective("unasked_tokens")
+    def unasked_tokens(targets):
+        return mx.square(targets.logprob_S - targets.reference_S)
+
     for name, words in {
         "stateful": "keeps state",
         "remembers": "remembers what it saw",
@@ -166,9 +208,73 @@ def test_the_battery_catches_what_breaks_a_law(own_methods):
         "infinite": "not finite",
         "detached": "finite differences give",
         "silent": "'secret' is not described",
+        "unasked": "Register it with `reference=True`",
+        "unasked_tokens": "Register it with `reference=True`",
     }.items():
         with pytest.raises(ConfigError, match=words):
             check_objective(name)
+
+
+WRONG_RESULTS = {
+    "pairs": [
+        (lambda pairs: -mx.stack([pairs.chosen_P] * 2), "one loss for each pair: an array of shape (P,), not one of"),
+        (lambda pairs: -pairs.chosen_P.mean(), "not one of shape ()"),
+        (lambda pairs: None, "one loss for each pair: an array of shape (P,), not None."),
+        (lambda pairs: (-pairs.chosen_P, None), "may return {name: values}, not None"),
+        (lambda pairs: (-pairs.chosen_P, {"loss": pairs.chosen_P}), "the metric 'loss' is called like a column"),
+        (lambda pairs: (-pairs.chosen_P, {"seconds": pairs.chosen_P}), "the metric 'seconds' is called like a column"),
+        (lambda pairs: (-pairs.chosen_P, {"x": pairs.chosen_P.sum()}), "the metric 'x' must have one value for each"),
+        (lambda pairs: (-pairs.chosen_P, {}, {}), "not a value of type tuple"),
+    ],
+    "tokens": [(lambda targets: targets.logits_SV, "one loss for each target"), (lambda targets: 0.0, "type float")],
+    "labels": [(lambda answers: answers.logprob_B[:, None], "one loss for each answer")],
+    "prompts": [
+        (lambda completions: None, "one loss for each token"),
+        (
+            lambda completions: TokenLosses(
+                -completions.logprob_S, mx.array(1.0), mx.array(2.0), mx.zeros_like(completions.logprob_S)
+            ),
+            "TokenLosses.share_S must have a number for each token",
+        ),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("rows", "loss", "words"), [(rows, *case) for rows in WRONG_RESULTS for case in WRONG_RESULTS[rows]]
+)
+def test_a_result_that_is_not_one_number_each_is_refused_in_one_line(own_methods, rows, loss, words):
+    register_objective("wrong", rows=rows)(loss)
+    with pytest.raises(ConfigError, match=f"^wrong: .*{re.escape(words.replace('(P,)', '(6,)'))}") as caught:
+        check_objective("wrong")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (lambda targets: None, "must return one loss for each target"),
+        (lambda targets: -mx.stack([targets.logprob_S] * 2), "must return one loss for each target"),
+        (
+            lambda targets: (-targets.logprob_S, {"loss": targets.logprob_S}),
+            "the metric 'loss' is called like a column",
+        ),
+    ],
+)
+def test_training_stops_at_such_a_result_too(own_methods, tmp_path, tiny_folder, result, words):
+    register_objective("wrong")(result)
+    run = Run(
+        RunConfig(method="wrong", model=str(tiny_folder), data=tiny_rows(12), adapter_path=str(tmp_path), iters=2)
+    )
+    with pytest.raises(ConfigError, match=words):
+        run.step()
+
+
+def test_options_must_be_keyword_only(own_methods):
+    with pytest.raises(ConfigError, match=re.escape("wrong: its function is called with `pairs` alone")) as caught:
+        register_objective("wrong", rows="pairs")(lambda pairs, beta, tau=1.0: pairs)
+    assert "`(pairs, *, beta=..., tau=...)`" in str(caught.value)
+    assert "wrong" not in METHODS
 
 
 def test_what_a_method_of_ones_own_may_leave_out_or_add(own_methods, tmp_path, tiny_folder):

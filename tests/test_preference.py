@@ -91,7 +91,7 @@ CASES = {
 
 
 def losses(name, pairs):
-    return with_metrics(CASES[name][0](pairs))[0]
+    return with_metrics(CASES[name][0](pairs), pairs.chosen_P, "pair")[0]
 
 
 @pytest.mark.parametrize("name", CASES)

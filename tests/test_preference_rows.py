@@ -116,6 +116,13 @@ def test_every_shape_of_a_labelled_answer_is_recognised(name):
     assert recognise_as("labels", record) == expected
 
 
+@pytest.mark.parametrize("kind", [np.bool_, np.int64, np.uint8, np.float32])
+def test_a_label_may_be_a_number_of_numpy(kind):
+    for said in (True, False):
+        record = {"prompt": "Ahoy?", "completion": "Arr.", "label": kind(said)}
+        assert recognise_as("labels", record) == LabelledRow("Ahoy?", "Arr.", said)
+
+
 def test_columns_go_by_the_names_they_are_given():
     record = {"q": "Ahoy?", "better": "Arr.", "worse": "Hello.", "score": 3, "ok": 1, "prompt": "other"}
     columns = Columns(prompt="q", chosen="better", rejected="worse", preference_score="score")
@@ -154,6 +161,9 @@ BAD_ROWS = [
         "`label` must be true or false (or 1 or 0), not 'good'",
     ),
     ("labels", {"prompt": "x", "completion": "y", "label": 2}, "`label` must be true or false"),
+    ("labels", {"prompt": "x", "completion": "y", "label": np.int64(2)}, "`label` must be true or false"),
+    ("labels", {"prompt": "x", "completion": "y", "label": float("nan")}, "`label` must be true or false"),
+    ("labels", {"prompt": "x", "completion": "y", "label": [1]}, "`label` must be true or false"),
     ("labels", {"prompt": "x", "completion": [USER, GOOD], "label": 1}, "`completion` begins with the user"),
     ("labels", {"messages": [GOOD], "label": 1}, "`messages` has no message from the user"),
     ("labels", {"messages": [USER, GOOD, AGAIN], "label": 1}, "no answer after the last user message"),

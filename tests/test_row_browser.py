@@ -11,6 +11,7 @@ from mlx_nb.data.row_finder import FILTERS, RowFinder
 from mlx_nb.errors import CommandError
 from mlx_nb.notebook.commands import run_line
 from mlx_nb.notebook.session import Session
+from tiny import tiny_labels, tiny_pairs, tiny_prompts
 
 
 def chat(user: str, answer: str) -> dict:
@@ -192,6 +193,33 @@ def test_top_loss_lists_the_hardest_rows_of_a_split(run):
     rows = [int(line.split()[1]) for line in text.splitlines()[1:]]
     assert rows == list(run.row_losses())[:2]
     assert "after update 0" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "(nats a trained token)"),
+        ({"loss": "dft"}, "(mean of its trained tokens)"),
+        ({"method": "dpo", "data": tiny_pairs(3)}, "(of the pair)"),
+        ({"method": "kto", "data": tiny_labels(3)}, "(of the answer)"),
+        (
+            {
+                "method": "grpo",
+                "data": tiny_prompts(3),
+                "rewards": [{"length": {"max": 200}}],
+                "max_completion_length": 4,
+            },
+            "(minus the mean reward where measured,",
+        ),
+    ],
+)
+def test_top_loss_says_what_the_loss_of_a_row_is(tiny_folder, tmp_path, settings, words):
+    session = Session()
+    plain = {"model": str(tiny_folder), "data": ROWS, "val_set_size": 0, "iters": 1, "adapter_path": str(tmp_path)}
+    session.add(Run(RunConfig(**{**plain, **settings}), name="rows"))
+    text = str(run_line(session, "rows --top-loss 2 --measure"))
+    assert text.startswith(f"highest loss {words}")
+    assert len(text.splitlines()) == 3
 
 
 def test_a_far_row_is_shown_without_reading_those_before_it(tmp_path, tiny_folder):

@@ -33,7 +33,8 @@ class SplitCheck:
 
     shapes         rows by shape: chat, prompt + completion, text; pair of texts, labelled text, prompt as text, ...
     labels         of labelled answers, how many are "true" and "false"
-    trainable      of the checked rows, those that become examples, with `tokens` and `trained_tokens` in all
+    trainable      of the checked rows, those that become `examples`, with `tokens` and `trained_tokens` in all; as many
+                   examples as rows, or more with `truncate: split`
     longer_chosen  of the pairs whose answers differ in length, the share in which the chosen one is longer
     near_groups    numbers of rows that are nearly the same, each like another of its group; the first groups
     """
@@ -49,6 +50,7 @@ class SplitCheck:
     checked: int
     lengths: LengthSummary | None
     trainable: int
+    examples: int
     tokens: int
     trained_tokens: int
     longer_chosen: float | None
@@ -65,9 +67,10 @@ class SplitCheck:
 @dataclass(frozen=True)
 class EpochEstimate:
     """One pass over the training rows with these settings, and what the whole run is. Counted, or scaled up from
-    the checked rows where `estimated`."""
+    the checked rows where `estimated`. `examples` are the rows, or their pieces with `truncate: split`."""
 
     rows: int
+    examples: int
     updates: int
     tokens: int
     trained_tokens: int
@@ -219,6 +222,7 @@ def _split_check(reading: SplitReading, counts: TokenCounts, max_seq_length: int
         checked=counts.checked,
         lengths=length_summary(counts.lengths, max_seq_length),
         trainable=counts.trainable,
+        examples=counts.examples,
         tokens=counts.tokens,
         trained_tokens=counts.trained_tokens,
         longer_chosen=_share(counts.longer_chosen, counts.longer_rejected),
@@ -264,12 +268,13 @@ def _epoch(train: SplitCheck, config: RunConfig) -> EpochEstimate | None:
     if not train.trainable:
         return None
     scale = train.rows / train.checked
-    rows = round(train.trainable * scale)
-    batches = math.ceil(rows / config.batch_size)
+    examples = round(train.examples * scale)
+    batches = math.ceil(examples / config.batch_size)
     accumulated = config.grad_accumulation_steps
     run_updates = config.iters or max(1, math.ceil((config.epochs or 1.0) * batches / accumulated))
     return EpochEstimate(
-        rows=rows,
+        rows=round(train.trainable * scale),
+        examples=examples,
         updates=math.ceil(batches / accumulated),
         tokens=round(train.tokens * scale),
         trained_tokens=round(train.trained_tokens * scale),

@@ -24,7 +24,7 @@ from mlx_nb.errors import DataError
 PAIR_FORMATS = "prompt + chosen + rejected, or chosen + rejected as whole conversations"
 LABEL_FORMATS = "prompt + completion + label, or messages + label"
 
-_LABELS = {"true": True, "false": False, "1": True, "0": False}
+_LABELS: dict[str | float, bool] = {"true": True, "false": False, "1": True, "0": False, 1.0: True, 0.0: False}
 
 
 @dataclass(frozen=True)
@@ -232,9 +232,11 @@ def _number(record: Mapping[str, Any], named: str | None, usual: str, default: f
 
 
 def _label(value: Any, name: str) -> bool:
-    if isinstance(value, (bool, int, float)) and value in (0, 1):
-        return bool(value)
-    known = _LABELS.get(value.strip().lower()) if isinstance(value, str) else None
+    """True or false, as a word, a bool or a number; also of numpy and pandas, whose kinds all become a float."""
+    try:
+        known = _LABELS.get(value.strip().lower() if isinstance(value, str) else float(value))
+    except (TypeError, ValueError):
+        known = None
     if known is None:
         raise DataError(f"`{name}` must be true or false (or 1 or 0), not {value!r}.")
     return known

@@ -175,6 +175,8 @@ def _unknown_shape(record: Mapping[str, Any]) -> str:
 
 def _nearest_fix(record: Mapping[str, Any]) -> str:
     """The setting or the renaming that would most likely make this row readable."""
+    if "chosen" in record and "rejected" in record:
+        return "These are pairs, for `method: dpo`, `method: cpo` or `method: orpo`."
     for column, value in record.items():
         first = value[0] if isinstance(value, (list, tuple)) and value else None
         if isinstance(first, Mapping) and {"role", "from"} & set(first):
@@ -184,7 +186,8 @@ def _nearest_fix(record: Mapping[str, Any]) -> str:
     if prompt and completion:
         settings = [f"prompt_feature: {prompt}"] if prompt != "prompt" else []
         settings += [f"completion_feature: {completion}"] if completion != "completion" else []
-        return f"Set {' and '.join(settings)}."
+        kto = " With `label` it is a row for `method: kto`." if "label" in record else ""
+        return f"Set {' and '.join(settings)}.{kto}"
     standard = dict.fromkeys(column for needed, _ in _SHAPES for column in needed)
     for column in map(str, record):
         near = did_you_mean(column.lower(), standard)

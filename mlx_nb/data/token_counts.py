@@ -59,12 +59,14 @@ class TokenCounts:
     """What tokenising the chosen rows of one split gives. `lengths` are before, the other numbers after cutting.
 
     Of pairs, `lengths` has both answers, each with its prompt. `longer_chosen` and `longer_rejected` count the pairs
-    in which that answer has more trained tokens, before cutting.
+    in which that answer has more trained tokens, before cutting. A trainable row is one of the `examples`, or several
+    with `truncate: split`.
     """
 
     checked: int
     lengths: list[int] = field(default_factory=list)
     trainable: int = 0
+    examples: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     longer_chosen: int = 0
@@ -110,6 +112,7 @@ def count_tokens(
             collector.add(_why_left_out(error, kind, settings), row, str(error))
             continue
         counts.trainable += 1
+        counts.examples += len(examples)
         _count_examples(examples, row, counts, collector)
     return counts
 

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from mlx_nb.config import LIVE_SETTINGS
 from mlx_nb.errors import CommandError, did_you_mean
 from mlx_nb.events import Pause, Stop
+from mlx_nb.methods import method_named
 from mlx_nb.notebook.session import Session
 from mlx_nb.run import SPLITS, Run
 from mlx_nb.view.history import visits_text
@@ -286,9 +287,25 @@ def _top_loss(run: Run, split: str, count: int, measure: bool) -> _Text:
             f"%finetune rows: no row of {split} has a known loss yet. Add --measure to pass over all of them now."
         )
     visits = run.history.row_losses(split)
-    lines = [f"highest loss (nats a trained token) of {len(losses)} rows of {split}:"]
+    lines = [f"highest loss ({_row_loss_is(run)}) of {len(losses)} rows of {split}:"]
     lines += [f"  row {row:>6}  {loss:7.3f}   {visits_text(visits[row])}" for row, loss in list(losses.items())[:count]]
     return _Text("\n".join(lines))
+
+
+def _row_loss_is(run: Run) -> str:
+    """What the loss of a row measures with the method of the run."""
+    method = method_named(run.config.method)
+    if method.rows != "tokens":
+        return _ROW_LOSSES[method.rows]
+    loss = run.config.loss or next(iter(method.losses))
+    return "nats a trained token" if (method.name, loss) == ("sft", "nll") else "mean of its trained tokens"
+
+
+_ROW_LOSSES = {
+    "pairs": "of the pair",
+    "labels": "of the answer",
+    "prompts": "minus the mean reward where measured, of the completions where trained",
+}
 
 
 def _batch(session: Session, arguments: argparse.Namespace) -> Any:

@@ -14,13 +14,19 @@ loss. That of prompts may return `TokenLosses`.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from dataclasses import fields
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 
+from mlx_nb.errors import ConfigError
+from mlx_nb.events import EvaluationCompleted, StepCompleted
 from mlx_nb.model.logprobs import TargetInputs, TargetScorer
 
 Metrics = dict[str, tuple[mx.array, mx.array]]
+
+# A metric of that name would take the place of a column in the history of a run.
+_COLUMNS = frozenset(one.name for event in (StepCompleted, EvaluationCompleted) for one in fields(event))
 
 
 class LossSum(NamedTuple):
@@ -55,9 +61,33 @@ def row_of_target(inputs: TargetInputs) -> mx.array:
     return inputs.position_S // inputs.tokens_BT.shape[1]
 
 
-def with_metrics(result: mx.array | tuple[mx.array, dict[str, mx.array]]) -> tuple[mx.array, dict[str, mx.array]]:
-    """What a loss function returned: its losses, and the metrics of its own."""
-    return result if isinstance(result, tuple) else (result, {})
+def with_metrics(result: Any, like: mx.array, each: str) -> tuple[mx.array, dict[str, mx.array]]:
+    """What a loss function returned: its losses, one for `each` and so shaped as `like`, and the metrics of its own.
+
+    Raises ConfigError for anything else, also for a metric called like a column of the history.
+    """
+    losses, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+    losses = require_shape(losses, like, f"the loss function must return one loss for each {each}")
+    if not isinstance(metrics, dict):
+        raise ConfigError(f"beside its losses the loss function may return {{name: values}}, not {_found(metrics)}.")
+    for name, values in metrics.items():
+        if name in _COLUMNS:
+            raise ConfigError(f"the metric {name!r} is called like a column of the history. Give it another name.")
+        require_shape(values, like, f"the metric {name!r} must have one value for each {each}")
+    return losses, metrics
+
+
+def require_shape(value: Any, like: mx.array, promise: str) -> mx.array:
+    """The value, an array of the shape of `like`. Raises ConfigError: the promise, and what there is."""
+    if isinstance(value, mx.array) and value.shape == like.shape:
+        return value
+    raise ConfigError(f"{promise}: an array of shape {like.shape}, not {_found(value)}.")
+
+
+def _found(value: Any) -> str:
+    if isinstance(value, mx.array):
+        return f"one of shape {value.shape}"
+    return "None" if value is None else f"a value of type {type(value).__name__}"
 
 
 def k3(reference: mx.array, policy: mx.array) -> mx.array:

@@ -54,10 +54,20 @@ def check_objective(name: str, loss: str | None = None, **settings: Any) -> tupl
     with random_stream(0):
         scorer = TargetScorer(_model())
     trial = Trial(config, objective_for(config), scorer, _MAKERS[method.rows], method, method.loss(loss))
+    tried = []
     for law in _LAWS:
-        if trouble := law(trial):
+        try:
+            trouble = law(trial)
+        except ConfigError as error:
+            trouble = str(error)
+        if trouble:
             raise ConfigError(f"{name}: {trouble}")
-    return tuple(law.__doc__ or "" for law in _LAWS)
+        if trouble is not None:
+            tried.append((law.__doc__ or "").splitlines()[0])
+    return tuple(tried)
+
+
+# A law returns what is wrong, an empty string where it holds, or None where it is not tried.
 
 
 def _finite(trial: Trial) -> str:
@@ -74,6 +84,21 @@ def _pure(trial: Trial) -> str:
     inputs = trial.inputs()
     first, second = (_number(trial.objective(trial.scorer, inputs).total) for _ in range(2))
     return "" if first == second else f"the same batch gave {first} and then {second}: the loss keeps state or draws."
+
+
+def _reference_is_asked_for(trial: Trial) -> str | None:
+    """A loss that reads log-probabilities of a reference asks for them by `reference=True`."""
+    if trial.method.reference:
+        return None
+    batch = trial.make(trial.scorer, range(ROWS), 1)
+    others = {name: values for name, values in batch.token_values.items() if name != "reference"}
+    totals = [
+        _number(trial.objective(trial.scorer, target_inputs(one)).total)
+        for one in (batch, batch._replace(token_values=others))
+    ]
+    if totals[0] == totals[1]:
+        return ""
+    return "the loss reads log-probabilities of a reference and is given none. Register it with `reference=True`."
 
 
 def _padding_is_inert(trial: Trial) -> str:
@@ -119,13 +144,13 @@ def _resuming_is_exact(trial: Trial) -> str:
     return ""
 
 
-def _gradient_is_that_of_the_loss(trial: Trial) -> str:
+def _gradient_is_that_of_the_loss(trial: Trial) -> str | None:
     """The gradient equals finite differences along its own direction.
 
     A loss that holds something constant by `mx.stop_gradient` says so, and is not tried.
     """
     if trial.loss.stops_gradient:
-        return ""
+        return None
     inputs = trial.inputs()
     scorer, parameters = trial.scorer, trial.scorer.model.trainable_parameters()
     _, gradient = _gradient(trial, inputs)
@@ -162,6 +187,7 @@ def _metrics_are_documented(trial: Trial) -> str:
 _LAWS = (
     _finite,
     _pure,
+    _reference_is_asked_for,
     _padding_is_inert,
     _micro_batches_are_one_batch,
     _resuming_is_exact,
@@ -255,7 +281,8 @@ def _noisy(scorer: TargetScorer, batch: TokenBatch, seed: int, size: float) -> n
 
 
 def _tokens(scorer: TargetScorer, rows: Sequence[int], width: int) -> TokenBatch:
-    return pad([_example(row, 1) for row in rows], width)
+    batch = pad([_example(row, 1) for row in rows], width)
+    return batch._replace(token_values={"reference": _noisy(scorer, batch, 3, 0.5)})
 
 
 def _pairs(scorer: TargetScorer, rows: Sequence[int], width: int) -> TokenBatch:

@@ -17,7 +17,16 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlx_nb.model.logprobs import TargetInputs, TargetScorer, accurate_logsumexp, accurate_target_logprobs
-from mlx_nb.objectives.base import LossSum, Metrics, Objective, k3, row_of_target, sum_by_row, with_metrics
+from mlx_nb.objectives.base import (
+    LossSum,
+    Metrics,
+    Objective,
+    k3,
+    require_shape,
+    row_of_target,
+    sum_by_row,
+    with_metrics,
+)
 
 # GSPO, section 5.1: ratios of whole completions vary far less than those of tokens.
 _SEQUENCE_EPSILON, _SEQUENCE_EPSILON_HIGH = 3e-4, 4e-4
@@ -84,8 +93,11 @@ def completion_objective(
         )
         result = loss(completions)
         extra: dict[str, mx.array] = {}
-        if not isinstance(result, TokenLosses):
-            loss_S, extra = with_metrics(result)
+        if isinstance(result, TokenLosses):
+            for name in ("loss_S", "share_S", "clipped_S"):
+                require_shape(getattr(result, name), logprob_S, f"TokenLosses.{name} must have a number for each token")
+        else:
+            loss_S, extra = with_metrics(result, logprob_S, "token")
             result = TokenLosses(loss_S, 1 / length_S, _count(completions), mx.zeros_like(loss_S))
         counted_S = result.loss_S * result.share_S * weight_S
         entropy_S = mx.stop_gradient(_entropy(logits_SV))

@@ -38,7 +38,7 @@ def label_objective(loss: Callable[[LabelledLogprobs], Any], beta: float) -> Obj
             inputs.row_values["label"],
             inputs.row_values["kl_estimate"],
         )
-        loss_B, extra = with_metrics(loss(answers))
+        loss_B, extra = with_metrics(loss(answers), answers.logprob_B, "answer")
         ones_B = mx.ones_like(loss_B)
         good_B, ratio_B = answers.label_B, answers.logprob_B - answers.reference_B
         right_B = (ratio_B > answers.kl_estimate_B) == (good_B > 0)

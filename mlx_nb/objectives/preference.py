@@ -44,7 +44,7 @@ def pair_objective(loss: Callable[[PairLogprobs], Any], beta: float) -> Objectiv
         lengths = _halves(inputs, mx.ones_like(logprob_S))
         weight_P = inputs.row_values["weight"]
         pairs = PairLogprobs(chosen_P, rejected_P, *reference, *lengths, inputs.row_values["margin"])
-        loss_P, extra = with_metrics(loss(pairs))
+        loss_P, extra = with_metrics(loss(pairs), chosen_P, "pair")
         values = {**_measured(pairs, beta), **extra}
         metrics: Metrics = {name: ((value_P * weight_P).sum(), weight_P.sum()) for name, value_P in values.items()}
         if reference_S is not None:

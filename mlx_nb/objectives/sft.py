@@ -35,7 +35,7 @@ def token_objective(loss: Callable[[Targets], Any]) -> Objective:
         logits_SV = scorer.logits(inputs).astype(mx.float32)
         logprob_S = target_logprobs(logits_SV, inputs.target_S)
         reference_S = inputs.token_values.get("reference", mx.zeros_like(logprob_S))
-        loss_S, extra = with_metrics(loss(Targets(logits_SV, logprob_S, reference_S)))
+        loss_S, extra = with_metrics(loss(Targets(logits_SV, logprob_S, reference_S)), logprob_S, "target")
         weighted_S, units = loss_S * inputs.weight_S, inputs.weight_S.sum()
         return LossSum(
             weighted_S.sum(),

@@ -116,8 +116,11 @@ def epoch_rows(check: DataCheck) -> list[tuple[str, str]]:
     about = "about " if epoch.estimated else ""
     trained = "of prompts" if check.kind == "prompts" else f"{count(epoch.trained_tokens)} of them trained"
     passes = f"{epoch.run_epochs:.3g} epoch{'s' * (epoch.run_epochs != 1)}"
+    unit, amount = "rows", f"{epoch.rows:,} rows"
+    if check.truncate == "split":
+        unit, amount = "pieces", f"{epoch.examples:,} pieces of {amount}"
     return [
-        ("one epoch", f"{about}{epoch.updates:,} updates of {epoch.batch_rows} rows ({about}{epoch.rows:,} rows)"),
+        ("one epoch", f"{about}{epoch.updates:,} updates of {epoch.batch_rows} {unit} ({about}{amount})"),
         ("its tokens", f"{about}{count(epoch.tokens)}, {trained}"),
         ("the run", f"{epoch.run_updates:,} updates, {passes}"),
     ]

@@ -136,7 +136,8 @@ class History:
     def row_losses(self, split: str = "train") -> dict[int, list[tuple[int, float]]]:
         """{row: [(step, loss), ...]} for every row of `split` that was trained on or evaluated, in order.
 
-        Losses are means over the row's target tokens, in nats; in training, those before the update.
+        Losses are the method's own, for `sft` means over the row's target tokens in nats; in training, those before the
+        update. With `grpo` one that was evaluated is minus the reward.
         """
         visits: dict[int, list[tuple[int, float]]] = {}
         for event in self.standing:
