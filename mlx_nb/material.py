@@ -160,7 +160,8 @@ class Material:
         for split, left_out in self.left_out.items():
             if left_out:
                 first = "; ".join(row.reason for row in left_out[:3])
-                notes.append(f"{len(left_out)} rows of {split} are left out. {first}")
+                rows = "1 row" if len(left_out) == 1 else f"{len(left_out)} rows"
+                notes.append(f"Left out of {split}: {rows}. {first}")
             if split == "train":
                 cut = sum(1 for example in examples.train if example.dropped_tokens)
                 if cut:

@@ -38,6 +38,7 @@ from mlx_nb.events import (
     RunFailed,
     RunFinished,
     RunPaused,
+    RunStarted,
     Skip,
     StateChanged,
     StepCompleted,
@@ -463,7 +464,12 @@ class Run:
         other = Run(self.config.replace(**{"adapter_path": None, **changes}), name=name)
         other.material = self.material.twin(other.config)
         other.trainer.restore(for_other_settings(self.trainer.snapshot(), self.config, other.config))
-        other.history = History(self.history.events)
+        # Its own length and folder are other ones.
+        own = (event for event in self.history.events if not isinstance(event, RunFinished))
+        iters = other.trainer.iters
+        other.history = History(
+            dataclasses.replace(one, name=name, iters=iters) if isinstance(one, RunStarted) else one for one in own
+        )
         return other
 
     def checkpoint(self, kind: str = "step") -> Path:

@@ -632,3 +632,16 @@ def test_rows_in_memory_stay_out_of_what_is_saved_beside_the_adapter(tmp_path, t
     listed = run_of("sft", tmp_path / "list", tiny_folder, steps_per_eval=-1, iters=1)
     listed.run()
     assert "data" not in json.loads((tmp_path / "list" / "adapter_config.json").read_text())["mlx_nb"]["settings"]
+
+
+def test_the_summary_of_a_fork_and_of_a_longer_run_is_about_themselves(tmp_path, tiny_folder):
+    run = run_of("sft", tmp_path / "run", tiny_folder, iters=2)
+    run.run()
+    fork = run.fork(iters=5, adapter_path=str(tmp_path / "fork"))
+    fork.step()
+    assert "3 of 5" in fork.status()
+    assert str(tmp_path / "run") not in fork.status()
+    run.set(iters=6)
+    run.step()
+    assert "run: paused" in run.status()
+    assert "3 of 6" in run.status()

@@ -16,18 +16,22 @@ from mlx_nb.errors import DataError
 
 USER, ASSISTANT = {"role": "user", "content": "Ahoy?"}, {"role": "assistant", "content": "Arr."}
 SYSTEM = {"role": "system", "content": "Be a pirate."}
+TALK = [USER, ASSISTANT, USER]
 TOOL = {"type": "function", "function": {"name": "sail", "parameters": {}}}
 
 GOOD = {
-    "text": ({"prompt": "Ahoy?"}, PromptRow("Ahoy?")),
-    "text and answer": ({"prompt": "Ahoy?", "answer": 7}, PromptRow("Ahoy?", 7)),
+    "text": ({"prompt": "Ahoy?"}, PromptRow("Ahoy?", as_given="Ahoy?")),
+    "text and answer": ({"prompt": "Ahoy?", "answer": 7}, PromptRow("Ahoy?", 7, as_given="Ahoy?")),
     "all other columns": (
         {"prompt": "Ahoy?", "answer": None, "tests": ["a"], "level": 3},
-        PromptRow("Ahoy?", None, {"tests": ["a"], "level": 3}),
+        PromptRow("Ahoy?", None, {"tests": ["a"], "level": 3}, as_given="Ahoy?"),
     ),
-    "messages": ({"prompt": [USER, ASSISTANT, USER]}, PromptRow([USER, ASSISTANT, USER])),
-    "system": ({"prompt": "Ahoy?", "system": "Be a pirate."}, PromptRow([SYSTEM, USER])),
-    "tools": ({"prompt": "Ahoy?", "tools": [TOOL]}, PromptRow([USER], tools=[TOOL])),
+    "messages": ({"prompt": TALK}, PromptRow(TALK, as_given=TALK)),
+    "system": (
+        {"prompt": "Ahoy?", "system": "Be a pirate."},
+        PromptRow([SYSTEM, USER], None, {"system": "Be a pirate."}, as_given="Ahoy?"),
+    ),
+    "tools": ({"prompt": "Ahoy?", "tools": [TOOL]}, PromptRow([USER], None, {"tools": [TOOL]}, [TOOL], "Ahoy?")),
 }
 
 
@@ -40,7 +44,8 @@ def test_every_shape_of_a_prompt_is_recognised(name):
 def test_columns_go_by_the_names_they_are_given():
     record = {"question": "Ahoy?", "solution": "Arr.", "answer": "long", "prompt": "other"}
     columns = Columns(prompt="question", answer="solution")
-    assert recognise_as("prompts", record, columns) == PromptRow("Ahoy?", "Arr.", {"answer": "long", "prompt": "other"})
+    others = {"answer": "long", "prompt": "other"}
+    assert recognise_as("prompts", record, columns) == PromptRow("Ahoy?", "Arr.", others, as_given="Ahoy?")
 
 
 BAD = [
@@ -89,7 +94,7 @@ def test_a_prompt_ends_where_the_answer_begins(name, tokenizer):
     rendered = "".join(f"<|{message['role']}|>{message['content']}<|end|>\n" for message in messages)
     assert tokenizer.decode(example.prompt_tokens) == f"{rendered}<|assistant|>"
     assert example.prompt_tokens.dtype == np.int32
-    assert (example.prompt, example.answer, example.columns) == (row.prompt, row.answer, row.columns)
+    assert (example.prompt, example.answer, example.columns) == (row.as_given, row.answer, row.columns)
     assert example.length == len(example.prompt_tokens)
 
 

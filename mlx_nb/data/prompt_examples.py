@@ -95,7 +95,7 @@ def prompt_example(
     kept = kept_part(length, settings)
     return PromptExample(
         conversation.tokens[kept],
-        content.prompt,
+        content.as_given,
         content.answer,
         content.columns,
         row,

@@ -15,12 +15,16 @@ PROMPT_FORMATS = "prompt (+ answer and any other columns)"
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A prompt, as text or messages; the right answer, if the row has one; and all other columns of the row."""
+    """A prompt, as text or messages; the right answer, if the row has one; and all other columns of the row.
+
+    `prompt` is what the model is asked, with the row's system prompt; `as_given` is what the row has in its column.
+    """
 
     prompt: str | Messages
     answer: Any = None
     columns: dict[str, Any] = field(default_factory=dict)
     tools: list[dict[str, Any]] | None = None
+    as_given: str | Messages = ""
 
 
 def prompt_row(record: Mapping[str, Any], columns: Columns) -> PromptRow:
@@ -32,13 +36,13 @@ def prompt_row(record: Mapping[str, Any], columns: Columns) -> PromptRow:
         raise DataError(missing_column(record, (name,)) + fix)
     if columns.answer and answer_name not in record:
         raise DataError(f"{missing_column(record, (answer_name,))} A row without an answer needs null there.")
-    prompt, _, tools = with_context(read_said(record[name], name), (), record, columns)
+    as_given = read_said(record[name], name)
+    prompt, _, tools = with_context(as_given, (), record, columns)
     if isinstance(prompt, str) and not prompt.strip():
         raise DataError(f"`{name}` is empty: nothing is asked. Drop the row.")
     if not isinstance(prompt, str) and prompt[-1]["role"] in ("assistant", "system"):
         raise DataError(
             f"`{name}` ends with the {prompt[-1]['role']}: nothing is asked. Let it end with the user's message."
         )
-    used = {name, answer_name, columns.system or "system", columns.tools or "tools"}
-    others = {column: value for column, value in record.items() if column not in used}
-    return PromptRow(prompt, record.get(answer_name), others, tools)
+    others = {column: value for column, value in record.items() if column not in (name, answer_name)}
+    return PromptRow(prompt, record.get(answer_name), others, tools, as_given)

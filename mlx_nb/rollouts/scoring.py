@@ -158,7 +158,8 @@ def _read_again(
         reading.failures.clear()
         reading.remarks.append(f"{reason}, and {misshapen[0]}. {_RIGHT_SHAPE}")
     elif not reading.failures:
-        reading.remarks.append(f"{reason} for {count} completions at once; called for one at a time it gave numbers")
+        at_once = "" if isinstance(reason, _WrongShape) else f" for {count} completions at once"
+        reading.remarks.append(f"{reason}{at_once}; called for one at a time it gave numbers")
 
 
 def _value(outcome: Outcome | None, reward: Reward, timeout: float) -> Any:

@@ -15,6 +15,7 @@ from mlx_nb.events import (
     RolloutCompleted,
     RunFinished,
     RunStarted,
+    SettingChanged,
     StepCompleted,
 )
 
@@ -155,6 +156,14 @@ class History:
     @property
     def started(self) -> RunStarted | None:
         return next(self._of(RunStarted), None)
+
+    @property
+    def iters(self) -> int | None:
+        """Updates in the run, as was last said."""
+        lengths = [event.new for event in self._of(SettingChanged) if event.name == "iters"]
+        if lengths and lengths[-1] is not None:
+            return lengths[-1]
+        return self.started.iters if self.started else None
 
     @property
     def last_step(self) -> StepCompleted | None:

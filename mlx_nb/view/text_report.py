@@ -170,7 +170,7 @@ def summary_rows(history: History) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     if started:
         trained = f"{count(started.trainable_parameters)} of {count(started.total_parameters)}"
-        rows.append(("updates", f"{last.step if last else 0} of {started.iters}"))
+        rows.append(("updates", f"{last.step if last else 0} of {history.iters}"))
         rows.append(("rows", f"{started.train_rows} training, {started.valid_rows} validation"))
         rows.append(("trained parameters", trained))
     if last:
@@ -193,7 +193,7 @@ def summary_rows(history: History) -> list[tuple[str, str]]:
             change = f"{headline(first)[1]:.4f} → {value:.4f}" if len(evaluations) > 1 else f"{value:.4f}"
             measured = asides(final, history.evaluation_metrics)
             rows.append((f"{label} {name}", f"{change} ({measured})" if measured else change))
-    if finished:
+    if finished and last and finished.step >= last.step:
         if finished.best_step is not None:
             rows.append(("best validation", f"{_best(history, finished)} at update {finished.best_step}"))
         rows.append(("adapter", str(finished.path)))
