@@ -177,7 +177,10 @@ _BUILT_IN = frozenset(METHODS)
 def method_named(name: str) -> Method:
     """The method of that name. Raises ConfigError naming the nearest."""
     if name not in METHODS:
-        raise ConfigError(f"`method` cannot be {name!r}.{did_you_mean(name, METHODS)} There are: {', '.join(METHODS)}.")
+        raise ConfigError(
+            f"`method` cannot be {name!r}.{did_you_mean(name, METHODS)} There are: {', '.join(METHODS)}. "
+            "One of your own comes first: run the cell with its `register_objective`."
+        )
     return METHODS[name]
 
 
