@@ -7,7 +7,6 @@ Keys are those of mlx-lm's and mlx-lm-lora's YAML where they have one; `iters` c
 from __future__ import annotations
 
 import dataclasses
-import json
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from mlx_nb.config_checks import EFFECT_CHECKS
-from mlx_nb.errors import ConfigError, did_you_mean
-from mlx_nb.methods import METHODS
+from mlx_nb.config_hints import unknown_setting_hint
+from mlx_nb.errors import ConfigError
 from mlx_nb.settings import SettingError, coerce, setting
 from mlx_nb.yaml_loader import Document, load_mapping
 
@@ -424,7 +423,8 @@ class RunConfig:
         place = document.place if document else lambda *_: ""
         for key in values:
             if key not in SETTINGS:
-                hint = _option_hint(key, values) or _nearest(key)
+                inner = [declared.name for declared in fields(LoraParameters)]
+                hint = unknown_setting_hint(key, values, SETTINGS, inner)
                 raise ConfigError(_located(place(key), f"unknown setting `{key}`.{hint}"))
         try:
             return cls(**values)
@@ -502,50 +502,6 @@ def _located(place: str, message: str) -> str:
 
 def _looks_like_path(source: str) -> bool:
     return "\n" not in source and ":" not in source[2:] and source.strip().endswith((".yaml", ".yml"))
-
-
-def _option_hint(key: str, values: Mapping[str, Any]) -> str:
-    """Where an option of a method of one's own goes; empty for anything else."""
-    method = METHODS.get(str(values.get("method")))
-    if method is None or all(key not in loss.options for loss in method.losses.values()):
-        return ""
-    value = json.dumps(values[key], default=str)
-    return f" It is an option of `method: {method.name}`: write `method_options: {{{key}: {value}}}`."
-
-
-def _nearest(key: str) -> str:
-    synonyms = {
-        "lr": "`learning_rate`",
-        "gradient_accumulation_steps": "`grad_accumulation_steps`",
-        "train_type": "`fine_tune_type`",
-        "max_steps": "`iters`",
-        "steps": "`iters`",
-        "num_epochs": "`epochs`",
-        "dataset": "`data`",
-        "hf_dataset": "`data`",
-        "mask_prompt": "`loss_on: assistant` (the default) or `loss_on: all`",
-        "lora_alpha": "`lora_parameters: {scale: ...}` (alpha / rank)",
-        "patience": "`early_stopping_patience`",
-        "max_seq_len": "`max_seq_length`",
-        "warmup_steps": "`warmup`",
-        "train_mode": "`method`",
-        "dpo_cpo_loss_type": "`loss`",
-        "dpo_loss_type": "`loss`",
-        "grpo_loss_type": "`loss`",
-        "loss_type": "`loss`",
-        "reference_model_path": "`reference_model`",
-        "reward_functions": "`rewards`",
-        "reward_funcs": "`rewards`",
-        "num_generations": "`group_size`",
-        "num_iterations": "`updates_per_rollout`",
-        "load_in_4bits": "`load_in_bits: 4`",
-        "load_in_8bits": "`load_in_bits: 8`",
-    }
-    if key in synonyms:
-        return f" Here it is {synonyms[key]}."
-    if key in {declared.name for declared in fields(LoraParameters)}:
-        return f" It belongs inside: `lora_parameters: {{{key}: ...}}`."
-    return did_you_mean(key, SETTINGS) or " `%%finetune?` lists all settings."
 
 
 def _merge_synonyms(config: RunConfig) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_nb.config import SETTINGS, RunConfig
-from mlx_nb.errors import CheckpointError, CommandError
+from mlx_nb.errors import CheckpointError, CommandError, ConfigError
 from mlx_nb.events import (
     CheckpointSaved,
     Event,
@@ -119,6 +119,30 @@ class Keeper:
                 return "final"
             case _:
                 return None
+
+
+def refuse_own_folder(config: RunConfig, folder: Path) -> None:
+    """Raise ConfigError for a setting that names something in the run's own folder, which is moved when it starts."""
+    from mlx_nb.model.reference import BARE
+
+    for setting in ("resume_adapter_file", "reference_adapter"):
+        path = getattr(config, setting)
+        if path not in (None, BARE) and Path(path).expanduser().resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(
+                f"{setting}: {path} lies in {folder}, which this run would write over. Give the run another "
+                "`--name`, or another adapter_path."
+            )
+
+
+def set_aside_earlier(folder: Path) -> Path | None:
+    """Move a folder that already holds an adapter out of the way: nothing trained is ever overwritten."""
+    if not (folder / "adapters.safetensors").exists() and not (folder / CHECKPOINTS).exists():
+        return None
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.previous-{number}")).exists():
+        number += 1
+    folder.rename(target)
+    return target
 
 
 def history_of(checkpoint: Checkpoint) -> History:

@@ -50,6 +50,8 @@ from mlx_nb.keeper import (
     differences,
     for_other_settings,
     history_of,
+    refuse_own_folder,
+    set_aside_earlier,
     settings_to_resume,
 )
 from mlx_nb.material import SPLITS, Material, Rows
@@ -160,7 +162,7 @@ class Run:
         from mlx_nb.model.backend import is_cpu, memory_limit
         from mlx_nb.train.trainer import Trainer
 
-        self._refuse_own_folder()
+        refuse_own_folder(self.config, self.folder)
         reference = self.material.reference
         trainer = Trainer(
             self.config,
@@ -178,7 +180,7 @@ class Run:
         )
         # Last, when nothing of the run itself can go wrong any more.
         try:
-            set_aside = None if self._resumed else _set_aside(self.folder)
+            set_aside = None if self._resumed else set_aside_earlier(self.folder)
         except OSError:
             trainer.close()
             raise
@@ -187,18 +189,6 @@ class Run:
         if reference is not None:  # an earlier run here may have measured the same one
             reference.load(set_aside or self.folder)
         return trainer
-
-    def _refuse_own_folder(self) -> None:
-        """The run's folder is moved aside when it starts, so nothing that it needs may lie there."""
-        from mlx_nb.model.reference import BARE
-
-        for setting in ("resume_adapter_file", "reference_adapter"):
-            path = getattr(self.config, setting)
-            if path not in (None, BARE) and Path(path).expanduser().resolve().is_relative_to(self.folder.resolve()):
-                raise ConfigError(
-                    f"{setting}: {path} lies in {self.folder}, which this run would write over. Give the run another "
-                    "`--name`, or another adapter_path."
-                )
 
     # Looking
 
@@ -737,14 +727,3 @@ def raise_failure(event: Event | None) -> None:
     """Raise the TrainingError of a RunFailed; pass over every other event."""
     if isinstance(event, RunFailed):
         raise TRAINING_ERRORS.get(event.reason, TrainingError)(event.error, event.rows, event.largest_gradients)
-
-
-def _set_aside(folder: Path) -> Path | None:
-    """Move a folder that already holds an adapter out of the way: nothing trained is ever overwritten."""
-    if not (folder / "adapters.safetensors").exists() and not (folder / CHECKPOINTS).exists():
-        return None
-    number = 1
-    while (target := folder.with_name(f"{folder.name}.previous-{number}")).exists():
-        number += 1
-    folder.rename(target)
-    return target

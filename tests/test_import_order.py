@@ -18,6 +18,7 @@ ORDER = [
     "settings",
     "methods",
     "config_checks",
+    "config_hints",
     "config",
     "config_help",
     "events",

@@ -16,7 +16,7 @@ from mlx.utils import tree_unflatten
 
 from mlx_nb.config import RunConfig
 from mlx_nb.data.batches import TokenBatch
-from mlx_nb.errors import CheckpointError, DataError, OutOfMemory, TrainingError
+from mlx_nb.errors import CheckpointError, DataError, TrainingError
 from mlx_nb.events import (
     BatchSkipped,
     ChangeSetting,
@@ -54,7 +54,7 @@ from mlx_nb.train.optimizer import build_optimizer, learning_rate_at
 from mlx_nb.train.reference import ReferenceLogprobs
 from mlx_nb.train.rollout_feed import NoReward, RolloutFeed
 from mlx_nb.train.step import Evaluation, Stepper
-from mlx_nb.train.tripwires import RECENT_LOSSES, advice, refusal
+from mlx_nb.train.tripwires import RECENT_LOSSES, advice, out_of_memory, refusal
 
 BEST_FOLDER = "best"
 ITERS_REACHED = "iters reached"
@@ -131,7 +131,6 @@ class Trainer:
         self._due: deque[tuple[str, str]] = deque()
         self._started = False
         self._break_off = False
-        self._in_hand: list[TokenBatch] = []  # the batches of an update, while it is computed
         self._memory_limit = memory_limit
         self._sampler = sampler
         self._reference = reference
@@ -199,7 +198,6 @@ class Trainer:
             paused = yield from self._read_requests()
             if paused:
                 return
-            self._in_hand = []
             try:
                 if self._due:
                     event = yield from self._do_next()
@@ -219,7 +217,7 @@ class Trainer:
                 yield self._failed(error)
                 return
             except (MemoryError, RuntimeError) as error:
-                yield self._failed(self._out_of_memory(error))
+                yield self._failed(out_of_memory(error, ()))
                 return
             yield event
 
@@ -227,23 +225,6 @@ class Trainer:
         return RunFailed(
             self.state.step, error.reason, f"{error} {advice(type(error))}", error.rows, error.largest_gradients
         )
-
-    def _out_of_memory(self, error: MemoryError | RuntimeError) -> OutOfMemory:
-        """What mlx's error means, with the rows in hand. Any other RuntimeError is raised again."""
-        if isinstance(error, RuntimeError) and "allocate" not in str(error) and "memory" not in str(error):
-            raise error
-        rows = tuple(dict.fromkeys(row for batch in self._in_hand for row in batch.rows))
-        where = "outside an update, while rows were measured or completions sampled"
-        if rows:
-            longest = max(length for batch in self._in_hand for length in batch.lengths)
-            where = f"in a batch with rows {', '.join(map(str, rows))}, the longest of {longest} tokens"
-        said = OutOfMemory(
-            f"memory ran out ({error}) {where}. A new run with a lower batch_size and more "
-            "grad_accumulation_steps, or a lower max_seq_length, needs less.",
-            rows,
-        )
-        said.__cause__ = error
-        return said
 
     def _polled(self, work: Generator[Event, None, Any]) -> Generator[Event, None, Any]:
         """`work`, broken off where that was asked for."""
@@ -428,17 +409,20 @@ class Trainer:
     def _update(self) -> StepCompleted:
         config, state = self.config, self.state
         started = time.perf_counter()
-        self._in_hand = batches = self.next_batches()
+        batches = self.next_batches()
         rows = tuple(row for batch in batches for row in batch.rows)
         learning_rate = learning_rate_at(config, self.iters, state.step)
-        update = self.stepper.update(
-            [target_inputs(batch, *self._multiples) for batch in batches],
-            learning_rate=learning_rate,
-            grad_clip=config.grad_clip,
-            seed=seed_for(config.seed, "dropout", state.step),
-            rows=tuple(dict.fromkeys(rows)),
-            judge=lambda loss, norm: refusal(loss, norm, state.recent_losses, config.loss_spike),
-        )
+        try:
+            update = self.stepper.update(
+                [target_inputs(batch, *self._multiples) for batch in batches],
+                learning_rate=learning_rate,
+                grad_clip=config.grad_clip,
+                seed=seed_for(config.seed, "dropout", state.step),
+                rows=tuple(dict.fromkeys(rows)),
+                judge=lambda loss, norm: refusal(loss, norm, state.recent_losses, config.loss_spike),
+            )
+        except (MemoryError, RuntimeError) as error:
+            raise out_of_memory(error, batches) from error
         seconds = time.perf_counter() - started
         tokens = sum(sum(batch.lengths) for batch in batches)
         metrics = {**update.metrics, **self.feed.metrics()}

@@ -1,4 +1,4 @@
-"""What an update must not be: not a number, or a loss far above those before it. Pure functions."""
+"""What an update must not be: not a number, a loss far above those before it, or too large. Pure functions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from mlx_nb.errors import LossSpike, NonFiniteLoss, TrainingError
+from mlx_nb.data.batches import TokenBatch
+from mlx_nb.errors import LossSpike, NonFiniteLoss, OutOfMemory, TrainingError
 
 RECENT_LOSSES = 32  # updates that a loss is compared with
 FEWEST_LOSSES = 8  # before so many there is nothing to compare with
@@ -45,4 +46,23 @@ def advice(kind: type[TrainingError]) -> str:
     return (
         "The update was not applied. `%finetune skip` leaves this batch out, `%finetune rewind 10` goes back, "
         f"`%finetune set learning_rate=...` lowers the rate{again}; then `%finetune run`."
+    )
+
+
+def out_of_memory(error: MemoryError | RuntimeError, batches: Sequence[TokenBatch]) -> OutOfMemory:
+    """What mlx's error means; `batches` are those of the update, none outside of one.
+
+    Raises any other RuntimeError again.
+    """
+    if isinstance(error, RuntimeError) and "allocate" not in str(error) and "memory" not in str(error):
+        raise error
+    rows = tuple(dict.fromkeys(row for batch in batches for row in batch.rows))
+    where = "outside an update, while rows were measured or completions sampled"
+    if batches:
+        longest = max(length for batch in batches for length in batch.lengths)
+        where = f"in a batch with rows {', '.join(map(str, rows))}, the longest of {longest} tokens"
+    return OutOfMemory(
+        f"memory ran out ({error}) {where}. A new run with a lower batch_size and more "
+        "grad_accumulation_steps, or a lower max_seq_length, needs less.",
+        rows,
     )
