@@ -38,8 +38,6 @@ def main() -> None:
 
 def report(chosen: argparse.Namespace) -> dict:
     """Take turns, and return the medians and their ratios."""
-    from mlx_nb.model.logprobs import target_inputs
-
     makers = {
         "plain": partial(plain_step, compiled=False),
         "plain, compiled": partial(plain_step, compiled=True),
@@ -52,12 +50,12 @@ def report(chosen: argparse.Namespace) -> dict:
         turns = {name: make(runs[name]) for name, make in makers.items()}
         first = runs["transactional"]
         for round_number in range(chosen.rounds + WARM_UP_ROUNDS):
-            inputs = target_inputs(first.trainer.next_batches()[0])
+            batch = first.trainer.next_batches()[0]
             order = list(turns)[round_number % len(turns) :] + list(turns)[: round_number % len(turns)]
             for name in order:
                 if name.endswith("compiled"):
-                    turns[name](inputs)
-                seconds[name].append(timed(partial(turns[name], inputs)))
+                    turns[name](batch)
+                seconds[name].append(timed(partial(turns[name], batch)))
             first.trainer.state.batches += 1
             seconds["checkpoint"].append(timed(first.checkpoint))
     seconds = {name: values[WARM_UP_ROUNDS:] for name, values in seconds.items()}
@@ -89,15 +87,15 @@ def new_run(chosen: argparse.Namespace, folder: str):
 
 
 def transactional_step(run, *, compiled: bool):
-    """`Stepper.update` on the batch that it is given."""
+    """`Stepper.update` on the batch that it is given, in one lane."""
     from mlx_nb.objectives.sft import sft_loss
     from mlx_nb.train.optimizer import build_optimizer
     from mlx_nb.train.step import Stepper
 
     trainer = run.trainer
     stepper = Stepper(trainer.model, build_optimizer(run.config), sft_loss, trainer.scorer, compiled=compiled)
-    return lambda inputs: stepper.update(
-        [inputs], learning_rate=1e-4, grad_clip=1.0, seed=0, rows=(), judge=lambda loss, norm: None
+    return lambda batch: stepper.update(
+        [batch], learning_rate=1e-4, grad_clip=1.0, seed=0, rows=(), judge=lambda loss, norm: None
     )
 
 
@@ -105,6 +103,7 @@ def plain_step(run, *, compiled: bool):
     """The same update in place."""
     import mlx.core as mx
 
+    from mlx_nb.model.logprobs import target_inputs
     from mlx_nb.objectives.sft import sft_loss
     from mlx_nb.train.optimizer import build_optimizer, clip, gradient_norm
 
@@ -125,9 +124,11 @@ def plain_step(run, *, compiled: bool):
 
     act = mx.compile(step, inputs=state, outputs=state) if compiled else step
 
-    def turn(inputs):
+    multiples = (64, 32) if compiled else (1, 1)
+
+    def turn(batch):
         model.train()
-        value = act(inputs)
+        value = act(target_inputs(batch, *multiples))
         mx.eval(state, value)
         model.eval()
         return value.item()

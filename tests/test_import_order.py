@@ -50,6 +50,7 @@ ORDER = [
     "data.checks",
     "model.cache",
     "model.backend",
+    "model.lanes",
     "model.randomness",
     "model.trees",
     "model.gguf_tokenizer",

@@ -15,7 +15,7 @@ from mlx_lm.tuner.utils import load_adapters
 from mlx_nb.config import RunConfig
 from mlx_nb.data.batches import TokenBatch
 from mlx_nb.model import adapters
-from mlx_nb.model.logprobs import TargetScorer, target_inputs
+from mlx_nb.model.logprobs import TargetScorer
 from mlx_nb.model.randomness import random_stream
 from mlx_nb.objectives.sft import sft_loss
 from mlx_nb.train.optimizer import build_optimizer
@@ -65,7 +65,7 @@ def assert_parity(model, fine_tune_type, rows, batch_size=4):
     compared = 0
     for batch, lengths in iterate_batches(rows, batch_size, max_seq_length=512):
         (loss, tokens), gradients = theirs(model, batch, lengths - mx.array([[0, 1]]))
-        ours, our_loss, units, *_ = stepper.gradients([target_inputs(our_batch(batch, lengths))], seed=0)
+        ours, our_loss, units, *_ = stepper.gradients([our_batch(batch, lengths)], seed=0)
         assert units == tokens.item()
         assert our_loss == pytest.approx(loss.item(), rel=1e-5)
         their_flat = dict(tree_flatten(gradients))

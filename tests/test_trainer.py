@@ -146,8 +146,8 @@ def test_a_model_that_changes_its_logits_is_run_whole():
 def test_micro_batches_give_the_gradient_of_one_big_batch():
     examples = random_examples(9)
     stepper = stepper_for(tiny_model())
-    whole, loss, units, *_ = stepper.gradients([target_inputs(pad(examples))], seed=0)
-    parts = [target_inputs(pad(examples[start:stop])) for start, stop in ((0, 1), (1, 5), (5, 9))]
+    whole, loss, units, *_ = stepper.gradients([pad(examples)], seed=0)
+    parts = [pad(examples[start:stop]) for start, stop in ((0, 1), (1, 5), (5, 9))]
     split, split_loss, split_units, *_ = stepper.gradients(parts, seed=0)
     assert units == split_units
     assert loss == pytest.approx(split_loss, rel=1e-6)
@@ -164,7 +164,7 @@ def test_an_update_in_which_no_completion_counts_has_no_gradient(loss):
     )
     stepper = stepper_for(tiny_model())
     stepper.objective = completion_objective(loss, temperature=1.0, max_completion_length=8)
-    gradients, mean, units, *_ = stepper.gradients([target_inputs(batch)], seed=0)
+    gradients, mean, units, *_ = stepper.gradients([batch], seed=0)
     assert (mean, units) == (0.0, 0.0)
     assert all(not array.any().item() for _, array in tree_flatten(gradients))
 
@@ -178,9 +178,9 @@ def test_padding_width_and_content_change_neither_loss_nor_gradient():
     for index, length in enumerate(wide.lengths):
         tokens[index, length:] = 7
     filled = TokenBatch(tokens, wide.loss_mask_BT, wide.rows, wide.lengths)
-    results = [
-        stepper.gradients([target_inputs(batch, multiple)], 0) for batch, multiple in ((narrow, 1), (filled, 32))
-    ]
+    results = [stepper.gradients([narrow], 0)]
+    stepper._multiples = (32, 64)
+    results.append(stepper.gradients([filled], 0))
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-6)
     assert results[0][2] == results[1][2]
     for (name, one), (_, other) in zip(tree_flatten(results[0][0]), tree_flatten(results[1][0])):
@@ -189,8 +189,8 @@ def test_padding_width_and_content_change_neither_loss_nor_gradient():
 
 def test_gradient_equals_finite_differences():
     stepper = stepper_for(tiny_model())
-    inputs = target_inputs(pad(random_examples(3)))
-    gradients, *_ = stepper.gradients([inputs], 0)
+    batch = pad(random_examples(3))
+    gradients, *_ = stepper.gradients([batch], 0)
     name, gradient = max(tree_flatten(gradients), key=lambda item: mx.abs(item[1]).max().item())
     parameter = adapters.adapter_weights(stepper.model)[name]
     index = int(mx.argmax(mx.abs(gradient)).item())
@@ -200,7 +200,7 @@ def test_gradient_equals_finite_differences():
         flat = np.array(parameter).ravel()
         flat[index] += sign * step
         stepper.model.load_weights([(name, mx.array(flat.reshape(parameter.shape)))], strict=False)
-        total, units, *_ = stepper.evaluate(inputs)
+        total, units, *_ = stepper.evaluate(batch)
         values.append(total / units)
     measured = (values[0] - values[1]) / (2 * step)
     assert measured == pytest.approx(gradient.reshape(-1)[index].item(), rel=2e-2)
@@ -375,7 +375,7 @@ def test_validation_is_weighted_by_token_and_changes_nothing(tmp_path):
     list(trainer.events(2))
     before = weights(trainer)
     first, second = trainer.evaluate(), trainer.evaluate()
-    totals = [trainer.stepper.evaluate(target_inputs(pad([example]))) for example in valid]
+    totals = [trainer.stepper.evaluate(pad([example])) for example in valid]
     assert first.loss == second.loss
     assert first.loss == pytest.approx(sum(one.total for one in totals) / sum(one.units for one in totals), rel=1e-5)
     assert dict(first.row_losses) == pytest.approx(

@@ -107,6 +107,28 @@ def pad_pairs(examples: Sequence[PreferenceExample], pad_to_multiple: int = 1) -
     return pad(answers, pad_to_multiple)._replace(rows=rows, row_values=values)
 
 
+def split_rows(batch: TokenBatch, parts: int) -> list[TokenBatch]:
+    """The batch in at most `parts` batches of whole rows, in the same order. Both answers of a pair stay together."""
+    count = len(batch.rows)
+    if parts == 1 or count == 1:
+        return [batch]
+    lines_each = len(batch.lengths) // count
+    found = []
+    for rows in np.array_split(np.arange(count), min(parts, count)):
+        lines = np.concatenate([rows + block * count for block in range(lines_each)])
+        found.append(
+            TokenBatch(
+                batch.tokens_BT[lines],
+                batch.loss_mask_BT[lines],
+                tuple(batch.rows[row] for row in rows),
+                tuple(batch.lengths[line] for line in lines),
+                {name: value_R[rows] for name, value_R in batch.row_values.items()},
+                {name: value_BT[lines] for name, value_BT in batch.token_values.items()},
+            )
+        )
+    return found
+
+
 def pad_labelled(examples: Sequence[LabelledExample], pad_to_multiple: int = 1) -> TokenBatch:
     """P labelled answers as one padded batch; the row value `label` is 1 for a good answer, else 0, (P,)."""
     labels = np.array([example.label for example in examples], np.float32)

@@ -10,6 +10,8 @@ import ctypes
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
@@ -19,14 +21,21 @@ from mlx_nb.model.cache import cache_folder
 
 _GPU_PACKAGES = ("mlx-cuda-12", "mlx-cuda-13", "mlx-cuda")
 _DEBIAN_BLAS = "openblas-pthread/libblas.so.3"
+# mlx puts operations in the order in which they are wanted, but for those that are further apart than this.
+_ORDERED_AT_ONCE = "100000"
 
 
 @dataclass(frozen=True)
 class Blas:
-    """The BLAS that was loaded (`path`, None when none was) and what a person should know about it."""
+    """The BLAS that was loaded, None when none was, and what a person should know about it.
+
+    `threads` is how many a matrix product takes, as the library found them: OPENBLAS_NUM_THREADS, or one a core.
+    """
 
     path: str | None
     note: str
+    library: ctypes.CDLL | None = None
+    threads: int = 1
 
 
 _prepared: Blas | None = None
@@ -50,11 +59,14 @@ def _load_blas() -> Blas:
     failures = []
     for candidate in _candidates():
         try:
-            _load(candidate)
+            library = _load(candidate)
         except OSError as error:
             failures.append(f"{candidate.name}: {error}")
             continue
-        return Blas(str(candidate), "OpenBLAS")
+        # Read by mlx once. By its own 20 it hands out all work of one stream before that of the next (model/lanes.py).
+        os.environ.setdefault("MLX_BFS_MAX_WIDTH", _ORDERED_AT_ONCE)
+        counted = hasattr(library, "openblas_get_num_threads")
+        return Blas(str(candidate), "OpenBLAS", library, library.openblas_get_num_threads() if counted else 1)
     reason = f" ({'; '.join(failures)})" if failures else ""
     return Blas(None, f'no OpenBLAS found{reason}. Run: pip install "mlx-nb[cpu]", or install libopenblas0-pthread')
 
@@ -77,14 +89,14 @@ def _candidates() -> list[Path]:
     return found
 
 
-def _load(library: Path) -> None:
+def _load(library: Path) -> ctypes.CDLL:
     try:
-        ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+        return ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
     except OSError as error:
         if "libgfortran.so.5" not in str(error):
             raise
         _provide_gfortran()
-        ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+        return ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
 
 
 def _provide_gfortran() -> None:
@@ -110,6 +122,21 @@ def _provide_gfortran() -> None:
         if name.startswith("libquadmath-"):
             ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(renamed))
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Matrix products take one thread while inside, so that others can go on beside them."""
+    blas = prepare_backend()
+    if blas.library is None or blas.threads == 1:
+        yield
+        return
+    before = blas.library.openblas_get_num_threads()
+    blas.library.openblas_set_num_threads(1)
+    try:
+        yield
+    finally:
+        blas.library.openblas_set_num_threads(before)
 
 
 def is_cpu() -> bool:

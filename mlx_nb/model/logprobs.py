@@ -7,7 +7,8 @@ the largest matrix product of a small model, and none of its memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import platform
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -15,9 +16,12 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_nb.data.batches import TokenBatch
+from mlx_nb.model import backend
+from mlx_nb.model.lanes import in_lanes
 
 _TARGETS_AT_ONCE = 512
 _SUMMED_AT_ONCE = 512
+_IS_X86 = platform.machine() in ("x86_64", "AMD64")
 
 
 class TargetInputs(NamedTuple):
@@ -64,6 +68,17 @@ def target_inputs(batch: TokenBatch, targets_to_multiple: int = 1, width_to_mult
         {name: mx.array(value_R.astype(np.float32)) for name, value_R in batch.row_values.items()},
         {name: padded(value_BT[row_S, column_S + 1], np.float32) for name, value_BT in batch.token_values.items()},
     )
+
+
+def target_values(parts: Sequence[TokenBatch], function: Callable[[TargetInputs], mx.array]) -> list[np.ndarray]:
+    """What `function` gives for the targets of each part, (S,) float32 in their order; parts are computed in lanes.
+
+    The numbers of a part do not depend on what it is computed beside.
+    """
+    found = in_lanes(lambda part: function(target_inputs(part)), parts)
+    with backend.one_blas_thread():
+        mx.eval(found)
+    return [np.array(value_S, dtype=np.float32) for value_S in found]
 
 
 class TargetScorer:
@@ -116,13 +131,13 @@ class TargetScorer:
 
 
 def target_logprobs(logits_SV: mx.array, target_S: mx.array) -> mx.array:
-    """(S,) float32: log-softmax of each row of logits at its target, by mlx's own sum."""
+    """(S,) float32: log-softmax of each row of logits at its target, with the terms added up as mlx adds them."""
     logits_SV = logits_SV.astype(mx.float32)
-    return _at_target(logits_SV, target_S) - mx.logsumexp(logits_SV, axis=-1)
+    return _at_target(logits_SV, target_S) - _logsumexp(logits_SV)
 
 
 def accurate_target_logprobs(logits_SV: mx.array, target_S: mx.array) -> mx.array:
-    """The same for ratios of probabilities, where the fourth decimal counts; the backward pass costs more."""
+    """The same for ratios of probabilities, where the fourth decimal counts."""
     logits_SV = logits_SV.astype(mx.float32)
     return _at_target(logits_SV, target_S) - accurate_logsumexp(logits_SV)
 
@@ -134,8 +149,17 @@ def accurate_logsumexp(logits_SV: mx.array) -> mx.array:
     """
     block = math.gcd(logits_SV.shape[-1], _SUMMED_AT_ONCE)
     if block == 1:
-        return mx.logsumexp(logits_SV, axis=-1)
-    return mx.logsumexp(mx.logsumexp(mx.unflatten(logits_SV, -1, (-1, block)), axis=-1), axis=-1)
+        return _logsumexp(logits_SV)
+    return mx.logsumexp(_logsumexp(mx.unflatten(logits_SV, -1, (-1, block))), axis=-1)
+
+
+def _logsumexp(logits: mx.array) -> mx.array:
+    """log sum exp over the last axis. On x86 mlx takes a third of the time for a power of 2 as for an exponential."""
+    if not (_IS_X86 and backend.is_cpu()):
+        return mx.logsumexp(logits, axis=-1)
+    largest = mx.stop_gradient(logits.max(axis=-1, keepdims=True))
+    terms = mx.power(2.0, (logits - largest) * math.log2(math.e))
+    return largest.squeeze(-1) + mx.log(terms.sum(axis=-1))
 
 
 def _at_target(logits_SV: mx.array, target_S: mx.array) -> mx.array:

@@ -14,6 +14,7 @@ loss. That of prompts may return `TokenLosses`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple, Protocol
 
@@ -43,6 +44,23 @@ class LossSum(NamedTuple):
     metrics: Metrics
     row_total_R: mx.array
     row_units_R: mx.array
+
+
+def joined(parts: Sequence[LossSum]) -> LossSum:
+    """The sums of one batch from those of its parts, in the order of its rows. Those of a sum have the same metrics."""
+    if len(parts) == 1:
+        return parts[0]
+    metrics = {}
+    for name in parts[0].metrics:
+        totals, divisors = zip(*(part.metrics[name] for part in parts))
+        metrics[name] = (sum(totals[1:], totals[0]), sum(divisors[1:], divisors[0]))
+    return LossSum(
+        sum((part.total for part in parts[1:]), parts[0].total),
+        sum((part.units for part in parts[1:]), parts[0].units),
+        metrics,
+        mx.concatenate([part.row_total_R for part in parts]),
+        mx.concatenate([part.row_units_R for part in parts]),
+    )
 
 
 class Objective(Protocol):

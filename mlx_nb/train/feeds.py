@@ -9,10 +9,19 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_nb.config import RunConfig
-from mlx_nb.data.batches import BatchPlan, TokenBatch, evaluation_batches, pad, pad_labelled, pad_mismatched, pad_pairs
+from mlx_nb.data.batches import (
+    BatchPlan,
+    TokenBatch,
+    evaluation_batches,
+    pad,
+    pad_labelled,
+    pad_mismatched,
+    pad_pairs,
+)
 from mlx_nb.events import Event, Progress
 from mlx_nb.methods import method_named
-from mlx_nb.model.logprobs import TargetScorer, target_inputs
+from mlx_nb.model.lanes import lane_count, lanes_of
+from mlx_nb.model.logprobs import TargetInputs, TargetScorer, target_values
 from mlx_nb.train.reference import ReferenceLogprobs
 from mlx_nb.train.step import Evaluation, add_metrics, mean_metrics
 
@@ -170,9 +179,11 @@ class RowFeed:
         """Sum of log(pi / pi_ref) over the mismatched answers of labelled rows, and their number; (0, 0) of others."""
         if self._kl_reference is None or (mismatched := pad_mismatched(group, self._width_multiple)) is None:
             return 0.0, 0
-        inputs = target_inputs(self._kl_reference.fill(mismatched))
-        ratio_S = (self._scorer.logprobs(inputs) - inputs.token_values["reference"]) * inputs.weight_S
-        return float(np.array(ratio_S.sum())), len(group)
+        parts = lanes_of(self._kl_reference.fill(mismatched), lane_count())
+        return float(sum(ratio_S.sum() for ratio_S in target_values(parts, self._log_ratio))), len(group)
+
+    def _log_ratio(self, inputs: TargetInputs) -> mx.array:
+        return (self._scorer.logprobs(inputs) - inputs.token_values["reference"]) * inputs.weight_S
 
     def snapshot(self) -> dict[str, Any]:
         """The position is all there is."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from mlx_nb.data.batches import TokenBatch
 from mlx_nb.model.adapters import write_whole
-from mlx_nb.model.logprobs import TargetScorer, target_inputs
+from mlx_nb.model.logprobs import TargetScorer, target_values
 
 REFERENCE_FILE = "reference_logprobs.safetensors"
 
@@ -48,20 +48,16 @@ class ReferenceLogprobs:
         return len(self._known)
 
     def fill(self, batch: TokenBatch) -> TokenBatch:
-        """The batch with `token_values["reference"]` (B, T), 0 where nothing is trained."""
+        """The batch with `token_values["reference"]` (B, T), 0 where nothing is trained. Measures what is not known."""
+        rows = {_digest(row): row for row in _rows_alone(batch)}
+        missing = {digest: row for digest, row in rows.items() if digest not in self._known}
+        if missing:
+            self._known.update(zip(missing, target_values(list(missing.values()), self.scorer.logprobs)))
         reference_BT = np.zeros(batch.tokens_BT.shape, np.float32)
-        for index, length in enumerate(batch.lengths):
-            tokens, loss_mask = batch.tokens_BT[index, :length], batch.loss_mask_BT[index, :length]
-            reference_BT[index, :length][loss_mask != 0] = self.logprobs(tokens, loss_mask)
+        for index, row in enumerate(_rows_alone(batch)):
+            values_T = reference_BT[index, : row.lengths[0]]
+            values_T[row.loss_mask_BT[0] != 0] = self._known[_digest(row)]
         return batch._replace(token_values={**batch.token_values, "reference": reference_BT})
-
-    def logprobs(self, tokens: np.ndarray, loss_mask: np.ndarray) -> np.ndarray:
-        """(trained tokens,) float32 of one row, measured now or before."""
-        key = hashlib.sha256(tokens.astype("<i4").tobytes() + (loss_mask != 0).tobytes()).digest()
-        if key not in self._known:
-            row = TokenBatch(tokens[None], (loss_mask != 0).astype(np.float32)[None], (0,), (len(tokens),))
-            self._known[key] = np.array(self.scorer.logprobs(target_inputs(row)), dtype=np.float32)
-        return self._known[key]
 
     def save(self, folder: Path) -> None:
         """Write what is known beside the run, unless nothing is new. Raises OSError."""
@@ -98,3 +94,15 @@ class ReferenceLogprobs:
         for digest, part in zip(digests, np.split(values, ends[:-1])):
             self._known.setdefault(digest.tobytes(), part)
         self._saved = (folder, len(self._known))
+
+
+def _rows_alone(batch: TokenBatch) -> list[TokenBatch]:
+    """Each line of the batch as a batch of its own, without padding and without the weights of its tokens."""
+    return [
+        TokenBatch(tokens[None, :length], (loss_mask[None, :length] != 0).astype(np.float32), (0,), (length,))
+        for tokens, loss_mask, length in zip(batch.tokens_BT, batch.loss_mask_BT, batch.lengths)
+    ]
+
+
+def _digest(row: TokenBatch) -> bytes:
+    return hashlib.sha256(row.tokens_BT.astype("<i4").tobytes() + (row.loss_mask_BT != 0).tobytes()).digest()

@@ -18,7 +18,8 @@ from mlx_nb.data.examples import PromptExample, TokenizedExample
 from mlx_nb.errors import DataError
 from mlx_nb.events import Event, Progress, RolloutCompleted
 from mlx_nb.methods import method_named
-from mlx_nb.model.logprobs import TargetScorer, accurate_target_logprobs, target_inputs
+from mlx_nb.model.lanes import lane_count, lanes_of
+from mlx_nb.model.logprobs import TargetInputs, TargetScorer, accurate_target_logprobs, target_values
 from mlx_nb.model.randomness import seed_for
 from mlx_nb.objectives.binding import options_for
 from mlx_nb.rollouts.advantages import Advantages, group_advantages
@@ -172,11 +173,19 @@ class RolloutFeed:
 
     def _with_reference(self, batch: TokenBatch, scorer: TargetScorer) -> TokenBatch:
         """At the sampling temperature, as the policy's."""
-        inputs = target_inputs(batch)
-        logits_SV = scorer.logits(inputs).astype(mx.float32) / self._config.temperature
-        reference_BT = np.zeros(batch.tokens_BT.shape, np.float32)
-        reference_BT[batch.loss_mask_BT != 0] = np.array(accurate_target_logprobs(logits_SV, inputs.target_S))
-        return batch._replace(token_values={**batch.token_values, "reference": reference_BT})
+        return batch._replace(token_values={**batch.token_values, "reference": self._logprobs(batch, scorer)})
+
+    def _logprobs(self, batch: TokenBatch, scorer: TargetScorer) -> np.ndarray:
+        """(B, T) at the sampling temperature, 0 where nothing is trained."""
+
+        def logprobs(inputs: TargetInputs) -> mx.array:
+            logits_SV = scorer.logits(inputs).astype(mx.float32) / self._config.temperature
+            return accurate_target_logprobs(logits_SV, inputs.target_S)
+
+        logprobs_BT = np.zeros(batch.tokens_BT.shape, np.float32)
+        parts = lanes_of(batch, lane_count())
+        logprobs_BT[batch.loss_mask_BT != 0] = np.concatenate(target_values(parts, logprobs))
+        return logprobs_BT
 
     def _measured(self, sampled: Sampled) -> dict[str, float]:
         rewards_NF, total_N = sampled.scores.rewards_NF, sampled.scores.total_N
@@ -235,11 +244,7 @@ class RolloutFeed:
         """(row, tokens, log(policy now / policy that sampled)) of each completion of the last rollout, used or not."""
         found = []
         for batch in self._batches:
-            inputs = target_inputs(batch)
-            logits_SV = self._scorer.logits(inputs).astype(mx.float32) / self._config.temperature
-            ratio_BT = np.zeros(batch.tokens_BT.shape, np.float32)
-            now_S = accurate_target_logprobs(logits_SV, inputs.target_S)
-            ratio_BT[batch.loss_mask_BT != 0] = np.array(now_S - inputs.token_values["behaviour"])
+            ratio_BT = self._logprobs(batch, self._scorer) - batch.token_values["behaviour"]
             for index, row in enumerate(batch.rows):
                 said = batch.loss_mask_BT[index] != 0
                 found.append((row, batch.tokens_BT[index][said], ratio_BT[index][said]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -12,15 +12,20 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 from mlx.utils import tree_map
 
+from mlx_nb.data.batches import TokenBatch
 from mlx_nb.errors import TrainingError
-from mlx_nb.model.logprobs import TargetInputs, TargetScorer
+from mlx_nb.model.backend import one_blas_thread
+from mlx_nb.model.lanes import in_lanes, lanes_of
+from mlx_nb.model.logprobs import TargetInputs, TargetScorer, target_inputs
 from mlx_nb.model.randomness import random_stream
 from mlx_nb.model.trees import named_arrays
-from mlx_nb.objectives.base import LossSum, Objective
+from mlx_nb.objectives.base import LossSum, Objective, joined
 from mlx_nb.train.optimizer import clip, gradient_norm, scalar
 from mlx_nb.train.vectors import form_for
 
 LARGEST_SHOWN = 3
+# Compiled functions are traced once per shape, so there shapes are rounded up to fewer of them.
+COMPILED_WIDTHS, _COMPILED_TARGETS = 32, 64
 Judge = Callable[[float, float], tuple[type[TrainingError], str] | None]
 
 
@@ -59,7 +64,8 @@ class Evaluation(NamedTuple):
 class Stepper:
     """Updates one model's trainable parameters with one optimizer and one objective.
 
-    `poll` is called before each forward pass, and may raise to break off what is being done.
+    `poll` is called before each forward pass, and may raise to break off what is being done. A batch of enough
+    tokens is computed in up to `lanes` parts at the same time (model/lanes.py).
     """
 
     def __init__(
@@ -70,6 +76,7 @@ class Stepper:
         scorer: TargetScorer,
         *,
         compiled: bool,
+        lanes: int = 1,
         poll: Callable[[], None] = lambda: None,
     ) -> None:
         self.model = model
@@ -77,6 +84,8 @@ class Stepper:
         self.optimizer = optimizer
         self.objective = objective
         self.scorer = scorer
+        self.lanes = lanes
+        self._multiples = (_COMPILED_TARGETS, COMPILED_WIDTHS) if compiled else (1, 1)
         self._metric_names: tuple[str, ...] = ()
         self._form = form_for(type(optimizer).__name__.lower(), model.trainable_parameters())
         optimizer.init(self._form.join(model.trainable_parameters()))
@@ -85,21 +94,27 @@ class Stepper:
             state = [mx.random.state]
             self._gradients = mx.compile(self._sum_and_gradients, inputs=state, outputs=state)
 
-    def _sum_and_gradients(self, parameters: Any, inputs: TargetInputs) -> tuple[Any, Any]:
+    def _parts(self, batch: TokenBatch) -> tuple[TargetInputs, ...]:
+        return tuple(target_inputs(part, *self._multiples) for part in lanes_of(batch, self.lanes))
+
+    def _sum(self, parts: tuple[TargetInputs, ...]) -> LossSum:
+        return joined(in_lanes(lambda inputs: self.objective(self.scorer, inputs), parts))
+
+    def _sum_and_gradients(self, parameters: Any, parts: tuple[TargetInputs, ...]) -> tuple[Any, Any]:
         def total(parameters: Any) -> tuple[mx.array, mx.array]:
             self.model.update(parameters)
-            sums = self.objective(self.scorer, inputs)
+            sums = self._sum(parts)
             self._metric_names = tuple(sums.metrics)
             return sums.total, _packed(sums)
 
         return mx.value_and_grad(total)(parameters)
 
-    def gradients(self, micro_batches: Sequence[TargetInputs], seed: int) -> Gradients:
+    def gradients(self, micro_batches: Sequence[TokenBatch], seed: int) -> Gradients:
         """Gradients of the mean loss over all micro-batches, as a tree, and what was measured on the way."""
-        joined = self._joined_gradients(micro_batches, seed)
-        return joined._replace(gradients=self._form.split(joined.gradients))
+        found = self._joined_gradients(micro_batches, seed)
+        return found._replace(gradients=self._form.split(found.gradients))
 
-    def _joined_gradients(self, micro_batches: Sequence[TargetInputs], seed: int) -> Gradients:
+    def _joined_gradients(self, micro_batches: Sequence[TokenBatch], seed: int) -> Gradients:
         """The same in the form that the optimizer takes.
 
         The model's parameters, its mode and the user's random stream are as before, whatever happens.
@@ -111,13 +126,14 @@ class Stepper:
         row_losses: list[float] = []
         try:
             with random_stream(seed), training_mode(self.model):
-                for inputs in micro_batches:
+                for batch in micro_batches:
                     self.poll()
-                    (value, packed), gradients = self._gradients(parameters, inputs)
+                    parts = self._parts(batch)
+                    (value, packed), gradients = self._gradients(parameters, parts)
                     sums = _unpacked(value, packed, self._metric_names)
-                    joined = self._form.join(gradients)
-                    summed = joined if summed is None else tree_map(mx.add, summed, joined)
-                    mx.eval(summed, sums)
+                    joined_gradients = self._form.join(gradients)
+                    summed = joined_gradients if summed is None else tree_map(mx.add, summed, joined_gradients)
+                    _evaluate(parts, summed, sums)
                     total += scalar(sums.total)
                     units += scalar(sums.units)
                     row_losses += _row_losses(sums)
@@ -131,7 +147,7 @@ class Stepper:
 
     def update(
         self,
-        micro_batches: Sequence[TargetInputs],
+        micro_batches: Sequence[TokenBatch],
         *,
         learning_rate: float,
         grad_clip: float | None,
@@ -162,10 +178,11 @@ class Stepper:
         self.model.update(parameters)
         return Update(loss, units, norm, metrics, row_losses)
 
-    def evaluate(self, inputs: TargetInputs) -> Evaluation:
+    def evaluate(self, batch: TokenBatch) -> Evaluation:
         """The loss of one batch without dropout and without gradients."""
-        sums = self.objective(self.scorer, inputs)
-        mx.eval(sums)
+        parts = self._parts(batch)
+        sums = self._sum(parts)
+        _evaluate(parts, sums)
         return Evaluation(scalar(sums.total), scalar(sums.units), _row_losses(sums), measured(sums))
 
 
@@ -197,6 +214,11 @@ def add_metrics(metrics: dict[str, tuple[float, float]], more: dict[str, tuple[f
 def mean_metrics(metrics: dict[str, tuple[float, float]]) -> dict[str, float]:
     """Sum over divisor; what nothing was measured of is left out."""
     return {name: total / divisor for name, (total, divisor) in metrics.items() if divisor}
+
+
+def _evaluate(parts: tuple[TargetInputs, ...], *arrays: Any) -> None:
+    with one_blas_thread() if len(parts) > 1 else nullcontext():
+        mx.eval(*arrays)
 
 
 def _packed(sums: LossSum) -> mx.array:

@@ -43,7 +43,8 @@ from mlx_nb.events import (
 )
 from mlx_nb.methods import method_named
 from mlx_nb.model import adapters
-from mlx_nb.model.logprobs import TargetScorer, target_inputs
+from mlx_nb.model.lanes import lane_count
+from mlx_nb.model.logprobs import TargetScorer
 from mlx_nb.model.randomness import random_stream, seed_for
 from mlx_nb.model.trees import named_arrays
 from mlx_nb.objectives.binding import objective_for
@@ -53,7 +54,7 @@ from mlx_nb.train.feeds import Feed, RowFeed
 from mlx_nb.train.optimizer import build_optimizer, learning_rate_at
 from mlx_nb.train.reference import ReferenceLogprobs
 from mlx_nb.train.rollout_feed import NoReward, RolloutFeed
-from mlx_nb.train.step import Evaluation, Stepper
+from mlx_nb.train.step import COMPILED_WIDTHS, Stepper
 from mlx_nb.train.tripwires import RECENT_LOSSES, advice, out_of_memory, refusal
 
 BEST_FOLDER = "best"
@@ -134,9 +135,7 @@ class Trainer:
         self._memory_limit = memory_limit
         self._sampler = sampler
         self._reference = reference
-        # Compiled functions are traced once per shape, so there shapes are rounded up to fewer of them.
-        width_multiple = 32 if compiled else 1
-        self._multiples = (64 if compiled else 1, width_multiple)
+        width_multiple = COMPILED_WIDTHS if compiled else 1
         try:
             with random_stream(seed_for(config.seed, "adapter")):
                 self.keys = adapters.attach_adapter(model, config)
@@ -146,7 +145,13 @@ class Trainer:
             model.eval()
             self.scorer = TargetScorer(model)
             self.stepper = Stepper(
-                model, build_optimizer(config), objective_for(config), self.scorer, compiled=compiled, poll=self._poll
+                model,
+                build_optimizer(config),
+                objective_for(config),
+                self.scorer,
+                compiled=compiled,
+                lanes=lane_count(),
+                poll=self._poll,
             )
         except BaseException:
             self.close()
@@ -414,7 +419,7 @@ class Trainer:
         learning_rate = learning_rate_at(config, self.iters, state.step)
         try:
             update = self.stepper.update(
-                [target_inputs(batch, *self._multiples) for batch in batches],
+                batches,
                 learning_rate=learning_rate,
                 grad_clip=config.grad_clip,
                 seed=seed_for(config.seed, "dropout", state.step),
@@ -476,7 +481,9 @@ class Trainer:
             raise DataError(f"there are no rows in the {split} split to evaluate.")
         started = time.perf_counter()
         limit = -1 if all_rows else config.test_batches if split == "test" else config.val_batches
-        measured = yield from self._polled(self.feed.measure(self.state.step, split, examples, limit, self._loss_of))
+        measured = yield from self._polled(
+            self.feed.measure(self.state.step, split, examples, limit, self.stepper.evaluate)
+        )
         nll = measured.metrics.get("nll", measured.loss)
         return EvaluationCompleted(
             self.state.step,
@@ -489,9 +496,6 @@ class Trainer:
             row_losses=measured.row_losses,
             metrics=measured.metrics,
         )
-
-    def _loss_of(self, batch: TokenBatch) -> Evaluation:
-        return self.stepper.evaluate(target_inputs(batch, *self._multiples))
 
     def _validate(self) -> Generator[Event, None, tuple[Event, list[Due]]]:
         try:
