@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -57,7 +58,10 @@ def run_child(chosen: argparse.Namespace, side: str) -> dict:
     command = [python, __file__, str(chosen.folder), "--child", side]
     for name in ("model", "pairs", "batch_size", "updates"):
         command += [f"--{name.replace('_', '-')}", str(getattr(chosen, name))]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    # The peer has mlx's own order of work: mlx_nb, which loads its model, sets another one for its lanes.
+    environment = {**os.environ, "MLX_BFS_MAX_WIDTH": "20"} if side == "peer" else None
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def read_pairs(chosen: argparse.Namespace) -> list[dict]:

@@ -107,10 +107,14 @@ def _key_and_value(word: str) -> tuple[str, str]:
 
 def _config_for_check(chosen: argparse.Namespace, settings: Mapping[str, str]) -> RunConfig:
     from mlx_nb.config import RunConfig
+    from mlx_nb.methods import METHODS
     from mlx_nb.yaml_loader import load_mapping
 
     values = load_mapping("\n".join(f"{key}: {value}" for key, value in settings.items()), "the settings").values
     given = {"data": chosen.data} | ({"model": chosen.model} if chosen.model else {})
+    method = METHODS.get(str(values.get("method")))
+    if method is not None and method.rows == "prompts":
+        values.setdefault("rewards", ["number_match"])  # a run needs some; rows are read the same whatever they are
     return RunConfig.from_dict({**values, **given})
 
 

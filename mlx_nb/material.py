@@ -119,6 +119,11 @@ class Material:
     def tokenize(self, split: str) -> list[Any]:
         """The rows of one split that can be trained."""
         if getattr(self.splits, split) is None:
+            if split == "test" and self.config.test:
+                raise DataError(
+                    "`test: true`, but these data have no test split. Add one (test.jsonl in the folder, a dict with "
+                    "`test`, `test_split` of a hub dataset), or leave `test` out."
+                )
             return []
         kept, left_out = split_examples(list(self.rows(split).examples.tokenize_all()))
         self.left_out[split] = left_out
@@ -171,8 +176,12 @@ class Material:
     @cached_property
     def fingerprints(self) -> dict[str, Any]:
         """What the numbers of a run depend on besides its settings, by name."""
+        from mlx_nb.model import backend
+        from mlx_nb.model.lanes import lane_count
+
         sources = [source for split in SPLITS if (source := getattr(self.splits, split)) is not None]
         found = fingerprints(sources, self.tokenizer, self.loaded.folder)
+        found["device"] = f"CPU, lanes: {lane_count()}" if backend.is_cpu() else backend.device_name()
         return found if self.reference is None else {**found, "reference": self.reference.fingerprint}
 
     def token_losses(self, row: RowView, *, base: bool, rejected: bool = False) -> Any:

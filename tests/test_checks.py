@@ -89,6 +89,8 @@ FINDINGS = {
     "refused": (chat("only a question"), {}, "warning"),
     "mixed_shapes": ({"text": "plain"}, {}, "note"),
     "mask_problem": (chat("a blank one", " "), {}, "warning"),
+    "two_systems": ({"system": "Be brief.", **chat(("system", "Be kind."), ("user", "hi"), "yes")}, {}, "warning"),
+    "labelled_bad": ({"label": False, **chat("is this good", "no")}, {}, "warning"),
     "exact_duplicates": (tiny_rows()[2], {}, "warning"),
 }
 
@@ -111,6 +113,20 @@ def test_a_row_without_findings_is_never_named(tokenizer):
     result = check(tokenizer, [*rows[:10], *(bad for bad, _, _ in FINDINGS.values()), *rows[10:]], max_seq_length=1500)
     good = {*range(10), *range(10 + len(FINDINGS), 24 + len(FINDINGS))}
     assert not good & {row for item in result.findings for row in item.rows}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"system": "Be kind.", **chat(("system", "Be kind."), ("user", "hi"), "yes")},
+        {"system": " ", **chat(("system", "Be kind."), ("user", "hi"), "yes")},
+        {"system": "Be brief.", **chat("hi", "yes")},
+        {"label": 0, **chat("which class", "the first")},
+        {"label": "true", **chat("is this good", "yes")},
+    ],
+)
+def test_columns_that_say_nothing_else_are_no_finding(row, tokenizer):
+    assert not {"two_systems", "labelled_bad"} & kinds(check(tokenizer, [*tiny_rows(), row]))
 
 
 def test_reasons_are_listed_by_number_and_counted_beyond_the_list(tokenizer):
@@ -595,6 +611,12 @@ def test_rows_are_printed_as_training_sees_them(folder, tiny_folder, capsys, tok
     assert any("no token is trained" in problem for problem in refused["problems"])
     assert len(cut["tokens"]) == len(cut["loss_mask"]) == 60
     assert cut["problems"][-1].endswith("tokens were cut at max_seq_length=60.")
+
+
+def test_prompts_are_checked_without_rewards(folder, tiny_folder, capsys):
+    data = folder([{"prompt": f"add 1 to {number}", "answer": str(number + 1)} for number in range(6)])
+    assert main(["check", data, "--model", str(tiny_folder), "val_set_size=0", "method=grpo"]) == 0
+    assert "6 rows" in capsys.readouterr().out
 
 
 def test_rows_that_would_stop_a_run_fail_the_command(folder, tiny_folder, capsys):

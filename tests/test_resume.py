@@ -143,6 +143,16 @@ def test_what_changed_since_is_named_and_allowed_only_when_asked(tmp_path, tiny_
         Run.resume(tmp_path / "nowhere")
 
 
+def test_a_machine_with_other_lanes_is_named(tmp_path, tiny_folder, monkeypatch):
+    run = rows_run(tmp_path, tiny_folder)
+    run.run(until=2)
+    run.checkpoint()
+    monkeypatch.setattr("mlx_nb.model.lanes.lane_count", lambda: 64)
+    with pytest.raises(CheckpointError, match="changed since the checkpoint of step 2: device"):
+        Run.resume(tmp_path / "a")
+    assert Run.resume(tmp_path / "a", allow_changed=["device"]).run().step == 6
+
+
 def test_rows_that_were_an_object_are_passed_again(tmp_path, tiny_folder):
     run = rows_run(tmp_path, tiny_folder, data=tiny_rows())
     run.run(until=2)

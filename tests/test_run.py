@@ -176,6 +176,12 @@ def test_the_test_split_is_measured_on_request(tiny_folder, tmp_path):
     assert isinstance(run.evaluate("valid"), EvaluationCompleted)
 
 
+def test_a_test_without_rows_for_it_is_refused_before_training(tiny_folder, tmp_path):
+    run = make_run(tiny_folder, tmp_path, test=True)
+    with pytest.raises(DataError, match="`test: true`, but these data have no test split"):
+        run.step()
+
+
 def test_a_run_that_explodes_raises_and_names_rows(tiny_folder, tmp_path):
     run = make_run(tiny_folder, tmp_path, optimizer="sgd", learning_rate=1e30, grad_clip=None, warmup=0, iters=20)
     with pytest.raises(NonFiniteLoss, match="rows"):

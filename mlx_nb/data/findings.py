@@ -83,6 +83,16 @@ KINDS: dict[str, Kind] = {
         "most labels are the same",
         "Set desirable_weight and undesirable_weight so that both sides weigh about the same.",
     ),
+    "two_systems": Kind(
+        WARNING,
+        "rows whose `system` column is not used, because their messages begin with another system prompt",
+        "Remove one of the two. `system_feature: system` refuses such rows.",
+    ),
+    "labelled_bad": Kind(
+        WARNING,
+        "rows whose `label` says that the answer is bad",
+        "Set `method: kto`, which learns from it, or drop them: as it is, the answer is imitated.",
+    ),
     "mixed_shapes": Kind(
         NOTE, "rows of another shape than the first row", "Check that the columns mean the same in all of them."
     ),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 from mlx_nb.data.duplicates import NEAR, Groups, NearIndex, common_sequences, prompt_digest, row_digest, spoken_text
 from mlx_nb.data.findings import LISTED_ROWS, Collector, RowTally
@@ -85,13 +86,18 @@ class _Rows:
     def __len__(self) -> int:
         return self._length
 
+    def read(self, split: str, row: int) -> tuple[Mapping[str, Any], AnyRow | DataError]:
+        """The columns of a row, none where the file is broken there; and the row, or why it cannot be read."""
+        source, record = self.sources[split], {}
+        try:
+            record = source[row]
+            return record, recognise_as(self.kind, record, self.columns, location=source.location(row))
+        except DataError as error:
+            return record, error
+
     def recognised(self, split: str, row: int) -> AnyRow | DataError:
         """The row, or why it cannot be read."""
-        source = self.sources[split]
-        try:
-            return recognise_as(self.kind, source[row], self.columns, location=source.location(row))
-        except DataError as error:
-            return error
+        return self.read(split, row)[1]
 
     def place(self, number: int) -> tuple[str, int]:
         split = next(name for name in reversed(self.starts) if self.starts[name] <= number)
@@ -111,7 +117,7 @@ def _read(reading: SplitReading, train: SplitReading, rows: _Rows, index: NearIn
     long_turn = _CHARACTERS_PER_TOKEN * settings.max_seq_length
     first_shape = ""
     for row in range(reading.rows):
-        content = rows.recognised(reading.split, row)
+        record, content = rows.read(reading.split, row)
         if isinstance(content, DataError):
             reason = str(content)
             reading.unreadable.add(row, reason)
@@ -131,6 +137,8 @@ def _read(reading: SplitReading, train: SplitReading, rows: _Rows, index: NearIn
             reading.collector.add("missing_answers", row)
         for kind, remark in _turn_remarks(content, long_turn).items():
             reading.collector.add(kind, row, remark)
+        for kind in _unused_columns(record, content, rows):
+            reading.collector.add(kind, row)
         if not _seen_before(content, row, reading, train):
             index.add(rows.starts[reading.split] + row, spoken_text(content))
 
@@ -191,6 +199,17 @@ def _overlap(reading: SplitReading, near: dict[int, tuple[int, float]]) -> Overl
     pairs = [(row, int(train_row), 1.0) for row, train_row in reading.shared_exactly.rows]
     pairs += [(row, train_row, similarity) for row, (train_row, similarity) in sorted(near.items())]
     return Overlap(reading.split, reading.shared_exactly.count, len(near), tuple(pairs[:LISTED_ROWS]))
+
+
+def _unused_columns(record: Mapping[str, Any], content: AnyRow, rows: _Rows) -> Iterator[str]:
+    """What a row says in columns that its method, or its own messages, leave unread."""
+    system = record.get("system") if rows.columns.system is None else None
+    _, first = next(turns(content), ("", {}))
+    if isinstance(system, str) and system.strip() and first.get("role") == "system" and first.get("content") != system:
+        yield "two_systems"
+    # Not the number 0, which can be a class as well.
+    if rows.kind == "tokens" and str(record.get("label")).strip().lower() == "false":
+        yield "labelled_bad"
 
 
 def _turn_remarks(content: AnyRow, long_turn: int) -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +22,9 @@ from mlx_nb.model.cache import cache_folder
 
 _GPU_PACKAGES = ("mlx-cuda-12", "mlx-cuda-13", "mlx-cuda")
 _DEBIAN_BLAS = "openblas-pthread/libblas.so.3"
-# mlx puts operations in the order in which they are wanted, but for those that are further apart than this.
-_ORDERED_AT_ONCE = "100000"
+# mlx hands out operations breadth first, but for those that are further apart than this: by its own 20, all work of
+# one lane (model/lanes.py) would come before that of the next. mlx reads the variable once.
+ORDER_VARIABLE, _ORDERED_AT_ONCE = "MLX_BFS_MAX_WIDTH", "100000"
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,18 @@ class Blas:
     """The BLAS that was loaded, None when none was, and what a person should know about it.
 
     `threads` is how many a matrix product takes, as the library found them: OPENBLAS_NUM_THREADS, or one a core.
+    `sets_order` where mlx was told in which order to compute, by a variable of the environment.
     """
 
     path: str | None
     note: str
     library: ctypes.CDLL | None = None
     threads: int = 1
+    sets_order: bool = False
 
 
 _prepared: Blas | None = None
+_single, _counting = 0, threading.Lock()  # how many are inside `one_blas_thread`
 
 
 def prepare_backend() -> Blas:
@@ -63,10 +68,12 @@ def _load_blas() -> Blas:
         except OSError as error:
             failures.append(f"{candidate.name}: {error}")
             continue
-        # Read by mlx once. By its own 20 it hands out all work of one stream before that of the next (model/lanes.py).
-        os.environ.setdefault("MLX_BFS_MAX_WIDTH", _ORDERED_AT_ONCE)
         counted = hasattr(library, "openblas_get_num_threads")
-        return Blas(str(candidate), "OpenBLAS", library, library.openblas_get_num_threads() if counted else 1)
+        threads = library.openblas_get_num_threads() if counted else 1
+        sets_order = threads > 1 and ORDER_VARIABLE not in os.environ
+        if sets_order:
+            os.environ[ORDER_VARIABLE] = _ORDERED_AT_ONCE
+        return Blas(str(candidate), "OpenBLAS", library, threads, sets_order)
     reason = f" ({'; '.join(failures)})" if failures else ""
     return Blas(None, f'no OpenBLAS found{reason}. Run: pip install "mlx-nb[cpu]", or install libopenblas0-pthread')
 
@@ -127,16 +134,28 @@ def _provide_gfortran() -> None:
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
     """Matrix products take one thread while inside, so that others can go on beside them."""
+    global _single
     blas = prepare_backend()
     if blas.library is None or blas.threads == 1:
         yield
         return
-    before = blas.library.openblas_get_num_threads()
-    blas.library.openblas_set_num_threads(1)
     try:
+        with _counting:
+            _single += 1
+            blas.library.openblas_set_num_threads(1)
         yield
     finally:
-        blas.library.openblas_set_num_threads(before)
+        with _counting:
+            _single -= 1
+            if not _single:
+                blas.library.openblas_set_num_threads(blas.threads)
+
+
+def forget_order() -> None:
+    """Take the order for lanes out of the environment, for the processes that come after. Call it when mlx has it."""
+    blas = prepare_backend()
+    if blas.sets_order:
+        os.environ.pop(ORDER_VARIABLE, None)
 
 
 def is_cpu() -> bool:

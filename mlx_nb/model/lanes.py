@@ -1,8 +1,8 @@
 """Parts of a batch computed at the same time on a CPU.
 
 mlx computes what is on one stream one operation after another, and on a CPU each but a matrix product takes one core.
-A lane is a part of the batch on a stream of its own, with its matrix products on one thread: all cores stay busy, and
-no number is computed otherwise than it is for a smaller batch.
+A lane is a part of the batch on a stream of its own, with its matrix products on one thread: other cores stay busy,
+and no number is computed otherwise than it is for a smaller batch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx_nb.data.batches import TokenBatch, split_rows
 from mlx_nb.model import backend
 
-# A graph takes as long to build for few tokens as for many: below this the parts take longer than the whole.
+# A graph takes as long to build for few tokens as for many: with fewer in a part, parts take longer than the whole.
 _TOKENS_IN_A_LANE = 64
 
 Part = TypeVar("Part")
@@ -27,20 +27,21 @@ _mine = threading.local()
 
 
 def lane_count() -> int:
-    """How many parts of a batch can be computed at the same time: one for each core on a CPU, 1 on a GPU."""
+    """How many parts of a batch are computed at the same time: as many as BLAS has threads on a CPU, 1 on a GPU."""
     return backend.prepare_backend().threads if backend.is_cpu() else 1
 
 
 def lanes_of(batch: TokenBatch, most: int) -> list[TokenBatch]:
-    """The batch in at most `most` parts, fewer where it has few tokens."""
+    """The batch in at most `most` parts of whole rows, of 64 tokens or more on average, padding counted."""
     return split_rows(batch, max(1, min(most, batch.tokens_BT.size // _TOKENS_IN_A_LANE)))
 
 
 def in_lanes(function: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
     """`function` of each part, as graphs on one stream each; evaluate them under `backend.one_blas_thread`."""
-    if len(parts) == 1:
-        return [function(parts[0])]
-    streams = _streams(min(len(parts), lane_count()))
+    count = min(len(parts), lane_count())
+    if count == 1:
+        return [function(part) for part in parts]
+    streams = _streams(count)
     results = []
     for index, part in enumerate(parts):
         with mx.stream(streams[index % len(streams)]):
@@ -50,6 +51,9 @@ def in_lanes(function: Callable[[Part], Result], parts: Sequence[Part]) -> list[
 
 def _streams(count: int) -> list[mx.Stream]:
     streams: list[mx.Stream] = _mine.__dict__.setdefault("streams", [])
+    if not streams:
+        mx.eval(mx.array(0.0) + 1)
+        backend.forget_order()
     while len(streams) < count:
         streams.append(mx.new_stream(mx.cpu) if streams else mx.default_stream(mx.cpu))
     return streams[:count]

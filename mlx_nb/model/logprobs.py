@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from mlx_nb.data.batches import TokenBatch
+from mlx_nb.errors import DataError
 from mlx_nb.model import backend
 from mlx_nb.model.lanes import in_lanes
 
@@ -47,9 +48,12 @@ def target_inputs(batch: TokenBatch, targets_to_multiple: int = 1, width_to_mult
 
     Columns after the last position that predicts a target are cut: in a causal model they change nothing. What is
     left is rounded up to `width_to_multiple`, as far as the batch goes, and the targets to `targets_to_multiple`.
+    Raises DataError for a batch without any target.
     """
     row_S, column_S = np.nonzero(batch.loss_mask_BT[:, 1:])
-    width = int(column_S.max()) + 1 if len(column_S) else 1
+    if not len(row_S):
+        raise DataError(f"rows {', '.join(map(str, batch.rows))}: no token is trained. Leave them out.")
+    width = int(column_S.max()) + 1
     width = min(-(-width // width_to_multiple) * width_to_multiple, batch.tokens_BT.shape[1])
     tokens_BT = batch.tokens_BT[:, :width]
     weight_S = batch.loss_mask_BT[row_S, column_S + 1]
@@ -157,9 +161,24 @@ def _logsumexp(logits: mx.array) -> mx.array:
     """log sum exp over the last axis. On x86 mlx takes a third of the time for a power of 2 as for an exponential."""
     if not (_IS_X86 and backend.is_cpu()):
         return mx.logsumexp(logits, axis=-1)
-    largest = mx.stop_gradient(logits.max(axis=-1, keepdims=True))
-    terms = mx.power(2.0, (logits - largest) * math.log2(math.e))
-    return largest.squeeze(-1) + mx.log(terms.sum(axis=-1))
+    lane = mx.default_stream(mx.cpu)
+
+    @mx.custom_function
+    def sums(logits: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        largest = logits.max(axis=-1, keepdims=True)
+        largest = mx.where(mx.isfinite(largest), largest, 0.0)
+        terms = mx.power(2.0, (logits - largest) * math.log2(math.e))
+        total = terms.sum(axis=-1)
+        return largest.squeeze(-1) + mx.log(total), terms, total
+
+    @sums.vjp
+    def _gradient(_logits: mx.array, cotangents: Any, found: Any) -> mx.array:
+        _, terms, total = found
+        with mx.stream(lane):
+            return terms * mx.where(total > 0, cotangents[0] / total, 0.0)[..., None]
+
+    found: Any = sums(logits)
+    return found[0]
 
 
 def _at_target(logits_SV: mx.array, target_S: mx.array) -> mx.array:

@@ -47,16 +47,17 @@ class LossSum(NamedTuple):
 
 
 def joined(parts: Sequence[LossSum]) -> LossSum:
-    """The sums of one batch from those of its parts, in the order of its rows. Those of a sum have the same metrics."""
+    """The sums of one batch from those of its parts, in the order of its rows."""
     if len(parts) == 1:
         return parts[0]
-    metrics = {}
-    for name in parts[0].metrics:
-        totals, divisors = zip(*(part.metrics[name] for part in parts))
-        metrics[name] = (sum(totals[1:], totals[0]), sum(divisors[1:], divisors[0]))
+    metrics: Metrics = {}
+    for part in parts:
+        for name, (total, divisor) in part.metrics.items():
+            before = metrics.get(name)
+            metrics[name] = (total, divisor) if before is None else (before[0] + total, before[1] + divisor)
     return LossSum(
-        sum((part.total for part in parts[1:]), parts[0].total),
-        sum((part.units for part in parts[1:]), parts[0].units),
+        mx.stack([part.total for part in parts]).sum(),
+        mx.stack([part.units for part in parts]).sum(),
         metrics,
         mx.concatenate([part.row_total_R for part in parts]),
         mx.concatenate([part.row_units_R for part in parts]),

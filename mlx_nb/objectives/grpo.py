@@ -101,7 +101,7 @@ def completion_objective(
             result = TokenLosses(loss_S, 1 / length_S, _count(completions), mx.zeros_like(loss_S))
         counted_S = result.loss_S * result.share_S * weight_S
         entropy_S = mx.stop_gradient(_entropy(logits_SV))
-        tokens = mx.maximum(weight_S.sum(), 1.0)
+        tokens = weight_S.sum()  # 0 where all completions are masked: then there is nothing to measure
         metrics: Metrics = {
             "entropy": ((entropy_S * weight_S).sum(), tokens),
             "clipped": ((result.clipped_S * weight_S).sum(), tokens),

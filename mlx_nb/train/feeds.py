@@ -9,15 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_nb.config import RunConfig
-from mlx_nb.data.batches import (
-    BatchPlan,
-    TokenBatch,
-    evaluation_batches,
-    pad,
-    pad_labelled,
-    pad_mismatched,
-    pad_pairs,
-)
+from mlx_nb.data.batches import BatchPlan, TokenBatch, evaluation_batches, pad, pad_labelled, pad_mismatched, pad_pairs
 from mlx_nb.events import Event, Progress
 from mlx_nb.methods import method_named
 from mlx_nb.model.lanes import lane_count, lanes_of

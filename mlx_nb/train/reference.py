@@ -17,6 +17,7 @@ import numpy as np
 
 from mlx_nb.data.batches import TokenBatch
 from mlx_nb.model.adapters import write_whole
+from mlx_nb.model.lanes import lane_count
 from mlx_nb.model.logprobs import TargetScorer, target_values
 
 REFERENCE_FILE = "reference_logprobs.safetensors"
@@ -49,15 +50,23 @@ class ReferenceLogprobs:
 
     def fill(self, batch: TokenBatch) -> TokenBatch:
         """The batch with `token_values["reference"]` (B, T), 0 where nothing is trained. Measures what is not known."""
-        rows = {_digest(row): row for row in _rows_alone(batch)}
-        missing = {digest: row for digest, row in rows.items() if digest not in self._known}
-        if missing:
-            self._known.update(zip(missing, target_values(list(missing.values()), self.scorer.logprobs)))
+        lines = _lines(batch)
+        digests = [_digest(line) for line in lines]
+        missing = {digest: line for digest, line in zip(digests, lines) if digest not in self._known}
+        self._measure(missing)
         reference_BT = np.zeros(batch.tokens_BT.shape, np.float32)
-        for index, row in enumerate(_rows_alone(batch)):
-            values_T = reference_BT[index, : row.lengths[0]]
-            values_T[row.loss_mask_BT[0] != 0] = self._known[_digest(row)]
+        for index, (digest, line) in enumerate(zip(digests, lines)):
+            values_T = reference_BT[index, : line.lengths[0]]
+            values_T[line.loss_mask_BT[0] != 0] = self._known[digest]
         return batch._replace(token_values={**batch.token_values, "reference": reference_BT})
+
+    def _measure(self, lines: Mapping[bytes, TokenBatch]) -> None:
+        """As many at the same time as there are lanes, those of like length together."""
+        by_length = sorted(lines, key=lambda digest: lines[digest].lengths)
+        at_once = lane_count()
+        for start in range(0, len(by_length), at_once):
+            chosen = by_length[start : start + at_once]
+            self._known.update(zip(chosen, target_values([lines[key] for key in chosen], self.scorer.logprobs)))
 
     def save(self, folder: Path) -> None:
         """Write what is known beside the run, unless nothing is new. Raises OSError."""
@@ -96,7 +105,7 @@ class ReferenceLogprobs:
         self._saved = (folder, len(self._known))
 
 
-def _rows_alone(batch: TokenBatch) -> list[TokenBatch]:
+def _lines(batch: TokenBatch) -> list[TokenBatch]:
     """Each line of the batch as a batch of its own, without padding and without the weights of its tokens."""
     return [
         TokenBatch(tokens[None, :length], (loss_mask[None, :length] != 0).astype(np.float32), (0,), (length,))
@@ -104,5 +113,5 @@ def _rows_alone(batch: TokenBatch) -> list[TokenBatch]:
     ]
 
 
-def _digest(row: TokenBatch) -> bytes:
-    return hashlib.sha256(row.tokens_BT.astype("<i4").tobytes() + (row.loss_mask_BT != 0).tobytes()).digest()
+def _digest(line: TokenBatch) -> bytes:
+    return hashlib.sha256(line.tokens_BT.astype("<i4").tobytes() + (line.loss_mask_BT != 0).tobytes()).digest()

@@ -171,7 +171,9 @@ class Stepper:
             self.optimizer.learning_rate = learning_rate
             before = self._form.join(self.model.trainable_parameters())
             parameters = self._form.split(self.optimizer.apply_gradients(gradients, before))
-            mx.eval(parameters, self.optimizer.state)
+            for _, array in named_arrays(parameters):  # one after the other, for the memory of what is in between
+                mx.eval(array)
+            mx.eval(self.optimizer.state)
         except BaseException:
             self.optimizer.state = optimizer_before
             raise
