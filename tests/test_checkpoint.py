@@ -500,6 +500,7 @@ def fresh_copies(two, tmp_path):
         shutil.rmtree(folder.parent, ignore_errors=True)
 
 
+@pytest.mark.faults
 def test_an_interrupt_before_any_line_of_save_leaves_the_newest_or_the_one_before(two, tmp_path):
     def interrupt():
         raise KeyboardInterrupt
@@ -524,6 +525,7 @@ def test_an_interrupt_before_any_line_of_save_leaves_the_newest_or_the_one_befor
     assert number > 100
 
 
+@pytest.mark.faults
 def test_a_folder_deleted_before_any_line_of_save_is_a_checkpoint_error_or_a_save(two, tmp_path):
     for number, store in fresh_copies(two, tmp_path):
         try:
@@ -574,6 +576,7 @@ def test_a_fault_at_any_system_call_of_save_leaves_the_newest_or_the_one_before(
     assert number > 1
 
 
+@pytest.mark.faults
 def test_a_writer_killed_at_any_moment_leaves_the_newest_or_the_one_before(tmp_path):
     store, moments = CheckpointStore(tmp_path / "checkpoints", keep=2), random.Random(0)
     last = 0

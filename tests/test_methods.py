@@ -85,10 +85,10 @@ def happened(events):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_resumed_at_any_step_is_the_run_that_was_never_stopped(method, tmp_path, tiny_folder):
-    whole = run_of(method, tmp_path / "whole", tiny_folder)
+    whole = run_of(method, tmp_path / "whole", tiny_folder, iters=6)
     whole.run()
-    stopped = run_of(method, tmp_path / "stopped", tiny_folder, keep=8)
-    for step in range(1, 8):
+    stopped = run_of(method, tmp_path / "stopped", tiny_folder, iters=6, keep=6)
+    for step in range(1, 6):
         stopped.step()
         stopped.checkpoint("pause")
         folder = shutil.copytree(tmp_path / "stopped", tmp_path / str(step))

@@ -52,7 +52,7 @@ def arrays_of(trainer):
 @pytest.mark.parametrize(
     ("settings", "every"),
     [
-        ({}, 7),
+        ({}, 13),
         pytest.param({}, 1, marks=pytest.mark.faults),
         pytest.param({"fine_tune_type": "dora"}, 7, marks=pytest.mark.faults),
         pytest.param({"fine_tune_type": "full", "lora_parameters": {}}, 7, marks=pytest.mark.faults),

@@ -171,8 +171,7 @@ class Stepper:
             self.optimizer.learning_rate = learning_rate
             before = self._form.join(self.model.trainable_parameters())
             parameters = self._form.split(self.optimizer.apply_gradients(gradients, before))
-            for _, array in named_arrays(parameters):  # one after the other, for the memory of what is in between
-                mx.eval(array)
+            self._form.evaluate(parameters)
             mx.eval(self.optimizer.state)
         except BaseException:
             self.optimizer.state = optimizer_before

@@ -47,15 +47,24 @@ class ParameterVectors:
             arrays += [(name, part.reshape(shape)) for (name, shape), part in zip(group, parts)]
         return tree_unflatten(arrays)
 
+    def evaluate(self, tree: Any) -> None:
+        """Compute the arrays of `tree`."""
+        mx.eval(tree)
+
 
 class WholeTrees:
-    """Leaves trees as they are: for optimizers that look at the shape of an array."""
+    """Leaves trees as they are: for large arrays, and for optimizers that look at the shape of an array."""
 
     def join(self, tree: Any) -> Any:
         return tree
 
     def split(self, tree: Any) -> Any:
         return tree
+
+    def evaluate(self, tree: Any) -> None:
+        """Compute the arrays of `tree` one after the other, for the memory of what is in between."""
+        for _, array in named_arrays(tree):
+            mx.eval(array)
 
 
 def form_for(optimizer: str, parameters: Any) -> ParameterVectors | WholeTrees:
