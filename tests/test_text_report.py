@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from mlx_nb.events import EvaluationCompleted, Progress, RolloutCompleted, RunFinished, RunStarted, StepCompleted
@@ -17,6 +19,10 @@ def update(step: int, loss: float = 1.0, **metrics: float) -> StepCompleted:
 
 def evaluation(step: int, loss: float, perplexity: float | None = None, **metrics: float) -> EvaluationCompleted:
     return EvaluationCompleted(step, "valid", loss, perplexity, 40.0, 4, 0.2, metrics=metrics)
+
+
+def best(measured: EvaluationCompleted) -> EvaluationCompleted:
+    return dataclasses.replace(measured, best=True)
 
 
 def completion(reward: float | None = 1.0, finished: bool = True, **changed) -> dict:
@@ -72,7 +78,7 @@ def test_the_summary_tells_the_methods_metrics_and_the_best_reward():
             update(1, reward=0.1, kl=0.0),
             rollout(1, [completion()], seconds=4.0),
             update(2, reward=0.4, kl=0.02),
-            evaluation(4, -0.75, reward=0.75, kl=0.1),
+            best(evaluation(4, -0.75, reward=0.75, kl=0.1)),
             finished,
         ]
     )
@@ -85,6 +91,13 @@ def test_the_summary_tells_the_methods_metrics_and_the_best_reward():
     plain = dict(summary_rows(History([update(1), evaluation(1, 1.0, 2.718)])))
     assert plain["validation loss"] == "1.0000 (perplexity 2.72)"
     assert not {"sampling time", "training reward"} & set(plain)
+
+
+def test_a_run_that_is_not_over_tells_its_best_validation_too():
+    history = History([best(evaluation(0, 2.0)), update(1), best(evaluation(1, 1.0)), update(2), evaluation(2, 1.5)])
+    rows = dict(summary_rows(history))
+    assert rows["best validation"] == "1.0000 at update 1"
+    assert "adapter" not in rows
 
 
 def test_a_rollout_is_counted_in_one_line_and_its_problems_are_told_beside():

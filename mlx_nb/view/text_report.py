@@ -193,20 +193,14 @@ def summary_rows(history: History) -> list[tuple[str, str]]:
             change = f"{headline(first)[1]:.4f} → {value:.4f}" if len(evaluations) > 1 else f"{value:.4f}"
             measured = asides(final, history.evaluation_metrics)
             rows.append((f"{label} {name}", f"{change} ({measured})" if measured else change))
+    best = [row for row in history.evaluations("valid") if row["best"]]
+    if best:
+        name, value = headline(best[-1])
+        told = f"{value:.4f}" if name == "loss" else f"{name} {value:.4f}"
+        rows.append(("best validation", f"{told} at update {best[-1]['step']}"))
     if finished and last and finished.step >= last.step:
-        if finished.best_step is not None:
-            rows.append(("best validation", f"{_best(history, finished)} at update {finished.best_step}"))
         rows.append(("adapter", str(finished.path)))
     return rows
-
-
-def _best(history: History, finished: RunFinished) -> str:
-    """The best validation, as a loss or as a reward."""
-    for row in history.evaluations("valid"):
-        name, value = headline(row)
-        if row["step"] == finished.best_step and name != "loss":
-            return f"{name} {value:.4f}"
-    return f"{finished.best_loss:.4f}"
 
 
 def summary_text(history: History, title: str) -> str:
