@@ -43,7 +43,8 @@ class Blas:
 
 
 _prepared: Blas | None = None
-_single, _counting = 0, threading.Lock()  # how many are inside `one_blas_thread`
+_inside: set[object] = set()  # who is in `one_blas_thread`
+_counting = threading.Lock()
 
 
 def prepare_backend() -> Blas:
@@ -134,20 +135,19 @@ def _provide_gfortran() -> None:
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
     """Matrix products take one thread while inside, so that others can go on beside them."""
-    global _single
-    blas = prepare_backend()
+    blas, me = prepare_backend(), object()
     if blas.library is None or blas.threads == 1:
         yield
         return
     try:
         with _counting:
-            _single += 1
+            _inside.add(me)
             blas.library.openblas_set_num_threads(1)
         yield
     finally:
         with _counting:
-            _single -= 1
-            if not _single:
+            _inside.discard(me)
+            if not _inside:
                 blas.library.openblas_set_num_threads(blas.threads)
 
 
