@@ -322,7 +322,7 @@ class RunConfig:
     warmup: int | None = setting(None, "Another word for lr_schedule.warmup.", group="optimizer", at_least=0)
     weight_decay: float = setting(
         0.01,
-        "Decoupled weight decay (adamw, lion, muon) or L2 penalty (sgd, adafactor).",
+        "Decoupled weight decay (adamw, lion, muon, adafactor) or L2 penalty (sgd); adam has none.",
         group="optimizer",
         at_least=0,
     )

@@ -57,8 +57,9 @@ def arrays_of(trainer):
         pytest.param({"fine_tune_type": "dora"}, 7, marks=pytest.mark.faults),
         pytest.param({"fine_tune_type": "full", "lora_parameters": {}}, 7, marks=pytest.mark.faults),
         pytest.param({"optimizer": "adafactor"}, 7, marks=pytest.mark.faults),
+        ({"optimizer": "muon", "weight_decay": 0.1}, 20),
     ],
-    ids=["lora", "lora at every step", "dora", "full", "adafactor"],
+    ids=["lora", "lora at every step", "dora", "full", "adafactor", "muon"],
 )
 def test_a_run_resumed_at_any_step_is_the_run_that_was_never_stopped(tmp_path, settings, every):
     kept = {**SETTINGS, **settings}

@@ -14,12 +14,36 @@ from mlx_nb.config import RunConfig
 from mlx_nb.errors import ConfigError
 from mlx_nb.model.trees import named_arrays
 
+
+class Muon(optimizers.Muon):
+    """mlx's Muon with decoupled weight decay: w <- (1 - rate * weight_decay) * w - rate * orthogonalized momentum.
+
+    mlx adds the decay to the gradient, where orthogonalization makes a full-size step of it however small it is.
+    """
+
+    def __init__(
+        self,
+        learning_rate: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.01,
+        nesterov: bool = True,
+        ns_steps: int = 5,
+    ) -> None:
+        super().__init__(learning_rate, momentum=momentum, weight_decay=0.0, nesterov=nesterov, ns_steps=ns_steps)
+        self.decoupled_weight_decay = weight_decay
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
+        """The new value of one parameter; `state` is replaced."""
+        rate = self.learning_rate.astype(parameter.dtype)
+        return super().apply_single(gradient, parameter * (1 - rate * self.decoupled_weight_decay), state)
+
+
 _OPTIMIZERS: dict[str, Any] = {
     "adam": optimizers.Adam,
     "adamw": optimizers.AdamW,
     "sgd": optimizers.SGD,
     "adafactor": optimizers.Adafactor,
-    "muon": optimizers.Muon,
+    "muon": Muon,
     "lion": optimizers.Lion,
 }
 
