@@ -23,7 +23,7 @@ class RowSource:
         self,
         name: str,
         length: int,
-        read: Callable[[int], Mapping[str, Any]],
+        read: Callable[[int], Any],
         locate: Callable[[int], str],
         digest: Callable[[], str],
     ) -> None:
@@ -40,9 +40,7 @@ class RowSource:
     def __getitem__(self, row: int) -> dict[str, Any]:
         position = self._position(row)
         record = self._read(position)
-        if not isinstance(record, Mapping):
-            raise DataError(f"{self._locate(position)}: a row must be a dict of columns, not {type(record).__name__}.")
-        return dict(record)
+        return dict(record) if isinstance(record, Mapping) else as_record(record, self._locate(position))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[row] for row in range(self._length))
@@ -66,8 +64,27 @@ class RowSource:
         return int(row) % self._length
 
 
-def gathered(sources: Sequence[RowSource], source_ids: np.ndarray, row_ids: np.ndarray) -> RowSource:
-    """Rows `row_ids[i]` of `sources[source_ids[i]]`, in this order."""
+def is_of_messages(value: Any) -> bool:
+    """Whether a value is a list of messages: objects that say who speaks."""
+    return (
+        isinstance(value, (list, tuple))
+        and bool(value)
+        and all(isinstance(item, Mapping) and not {"role", "from"}.isdisjoint(item) for item in value)
+    )
+
+
+def as_record(value: Any, location: str) -> dict[str, Any]:
+    """A row as its columns; a list of messages is a row with nothing else. Raises DataError for anything else."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if is_of_messages(value):
+        return {"messages": list(value)}
+    fix = ' Plain text is {"text": ...}.' if isinstance(value, str) else ""
+    raise DataError(f"{location}: a row must be a dict of columns, not {type(value).__name__}.{fix}")
+
+
+def gathered(sources: Sequence[RowSource], source_ids: np.ndarray, row_ids: np.ndarray, name: str = "") -> RowSource:
+    """Rows `row_ids[i]` of `sources[source_ids[i]]`, in this order. Without a name it has those of its sources."""
 
     def at(row: int) -> tuple[RowSource, int]:
         return sources[source_ids[row]], int(row_ids[row])
@@ -86,14 +103,14 @@ def gathered(sources: Sequence[RowSource], source_ids: np.ndarray, row_ids: np.n
         content.update(row_ids.astype("<i8").tobytes())
         return content.hexdigest()
 
-    name = " + ".join(dict.fromkeys(source.name for source in sources))
+    name = name or " + ".join(dict.fromkeys(source.name for source in sources))
     return RowSource(name, len(row_ids), read, locate, digest)
 
 
-def joined(sources: Sequence[RowSource]) -> RowSource | None:
-    """All rows of all sources, one source after the other; None without sources."""
+def joined(sources: Sequence[RowSource], name: str = "") -> RowSource | None:
+    """All rows of all sources, one source after the other, under their names or this one; None without sources."""
     if len(sources) < 2:
         return sources[0] if sources else None
     lengths = [len(source) for source in sources]
     source_ids = np.repeat(np.arange(len(sources), dtype=np.int32), lengths)
-    return gathered(sources, source_ids, np.concatenate([np.arange(length) for length in lengths]))
+    return gathered(sources, source_ids, np.concatenate([np.arange(length) for length in lengths]), name)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -11,24 +9,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
-from mlx_nb.data.files import READERS, open_file, without_nested_none
+from mlx_nb.data.compression import bare_name
+from mlx_nb.data.files import holds_rows, open_file
+from mlx_nb.data.folders import (
+    TEST_NAMES,
+    TRAIN_NAMES,
+    VALID_NAMES,
+    is_saved_dataset,
+    is_saved_dict,
+    part_note,
+    split_files,
+    visible,
+    whole_split,
+)
 from mlx_nb.data.mixtures import SourceSpec, SplitWords, hold_out, mixed, mixture_specs, renamed
 from mlx_nb.data.row_source import RowSource, joined
+from mlx_nb.data.tables import KNOWN_KINDS, could_be_rows, saved_dataset, table_in_memory
 from mlx_nb.errors import DataError, did_you_mean
 
 _Item = TypeVar("_Item")
 
-_TRAIN_NAMES = ("train",)
-_VALID_NAMES = ("valid", "validation", "val", "dev")
-_TEST_NAMES = ("test",)
 _ROWS_LOOKED_AT = 3
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_KNOWN_KINDS = (
-    "Data is a folder, a .jsonl, .json, .parquet or .csv file, a hub id owner/name, a list of dicts, "
-    "a pandas DataFrame, a datasets.Dataset, or a dict of splits."
-)
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,11 @@ def open_splits(
 ) -> Splits:
     """The train, valid and test rows of whatever a person calls data.
 
-    data: a folder with train, valid (or validation, val, dev) and test files; one .jsonl, .json, .parquet or
-    .csv file; a variable of `namespace` by name; a hub id `owner/name`; a list of dicts, DataFrame or
-    datasets.Dataset; a DatasetDict or dict of splits. An existing path wins over a variable, a variable over
-    a hub id.
+    data: a folder with train, valid (or validation, val, dev) and test files, shards or folders of files; a folder
+    that `save_to_disk` wrote; one .jsonl, .json, .parquet, .tsv or .csv file, also compressed; a variable of
+    `namespace` by name; a hub id `owner/name`; a list of dicts (or of conversations), DataFrame or datasets.Dataset;
+    a DatasetDict or dict of splits, also in a .json file. An existing path wins over a variable, a variable over a
+    hub id.
 
     Hold-out: without a validation split, `val_set_size` of the training rows are drawn by `seed` and taken
     out of train. Below 1 it is a share (at least 1 row, at most 200, never all), from 1 on a number of rows.
@@ -104,10 +107,10 @@ def _look_up(data: object, namespace: Mapping[str, object] | None) -> tuple[obje
     text = os.fspath(data)
     path = Path(text).expanduser()
     variables = {name: value for name, value in (namespace or {}).items() if not name.startswith("_")}
-    if isinstance(data, str) and text in variables and not _could_be_rows(variables[text]):
+    if isinstance(data, str) and text in variables and not could_be_rows(variables[text]):
         if not path.exists():
             kind = type(variables[text]).__name__
-            raise DataError(f"variable `{text}` is of type {kind}, which holds no rows. {_KNOWN_KINDS}")
+            raise DataError(f"variable `{text}` is of type {kind}, which holds no rows. {KNOWN_KINDS}")
         variables.pop(text)
     if text and path.exists():
         if text not in variables:
@@ -117,33 +120,24 @@ def _look_up(data: object, namespace: Mapping[str, object] | None) -> tuple[obje
     if isinstance(data, str) and text in variables:
         value = variables[text]
         return (Path(value).expanduser() if isinstance(value, os.PathLike) else value), text, ()
-    near_a_path = bool(did_you_mean(path.name, _names_in(path.parent))) or path.suffix in READERS
+    near_a_path = bool(did_you_mean(path.name, _names_in(path.parent))) or holds_rows(path)
     if isinstance(data, str) and _HUB_ID.fullmatch(text) and not near_a_path:
         return text, text, ()
     raise DataError(_not_found(text, path, variables))
 
 
-def _could_be_rows(value: object) -> bool:
-    if isinstance(value, (list, tuple, Mapping, os.PathLike, RowSource)):
-        return True
-    return type(value).__module__.split(".")[0] in ("pandas", "datasets")
-
-
 def _names_in(folder: Path) -> list[str]:
-    try:
-        return sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
-    except OSError:
-        return []
+    return [entry.name for entry in visible(folder)]
 
 
 def _not_found(text: str, path: Path, variables: Mapping[str, object]) -> str:
     if not text.strip():
-        return f"`data` is empty. {_KNOWN_KINDS}"
+        return f"`data` is empty. {KNOWN_KINDS}"
     near = did_you_mean(path.name, _names_in(path.parent))
     if near and path.parent != Path("."):
         near += f" (in {path.parent})"
     if text.isidentifier():
-        near = did_you_mean(text, [name for name in variables if _could_be_rows(variables[name])]) or near
+        near = did_you_mean(text, [name for name in variables if could_be_rows(variables[name])]) or near
         return f"no file, folder or variable {text!r}.{near} A hub id has the form owner/name."
     if not path.parent.is_dir():
         above = path.parent
@@ -155,42 +149,73 @@ def _open(found: object, label: str, words: SplitWords, namespace: Mapping[str, 
     if isinstance(found, str):
         return _open_hub(found, words)
     words.refuse(("subset",), "only hub datasets have subsets")
-    if isinstance(found, Path) and found.is_dir():
-        return _open_folder(found, words)
+    notes: tuple[str, ...] = ()
+    if isinstance(found, Path):
+        notes = part_note(found)
+        found = _read_path(found, words)
+    if isinstance(found, Splits):
+        return found
     if isinstance(found, Mapping):
         return _open_mapping(found, label, words, namespace)
     words.refuse(("train_split", "valid_split", "test_split"), f"{label} has no splits")
-    return Splits(_open_table(found, label), None, None)
+    return Splits(_open_table(found, label), None, None, notes)
+
+
+def _read_path(path: Path, words: SplitWords) -> object:
+    """A table or a dict of tables: of a file, of a dataset that was saved to disk; or the splits of a folder."""
+    if not path.is_dir():
+        return open_file(path)
+    if is_saved_dict(path) or is_saved_dataset(path):
+        return saved_dataset(path)
+    return _open_folder(path, words)
+
+
+def _joined(tables: Sequence[RowSource], name: str) -> RowSource:
+    """The rows of the parts of one table. A part may be empty, as shards that were filtered are."""
+    whole = joined([table for table in tables if len(table)] or tables[:1], name)
+    assert whole is not None
+    return whole
 
 
 def _open_folder(folder: Path, words: SplitWords) -> Splits:
-    files: dict[str, list[Path]] = {}
-    for name in _names_in(folder):
-        if Path(name).suffix in READERS:
-            files.setdefault(Path(name).stem, []).append(folder / name)
+    files = split_files(folder, words.train_split, holds_rows)
     if not files:
         inside = ", ".join(_names_in(folder)[:8]) or "nothing"
         raise DataError(f"folder {folder} has no .jsonl, .json, .parquet or .csv file; it holds: {inside}.")
 
-    def opened(paths: list[Path]) -> RowSource:
-        if len(paths) > 1:
-            names = " and ".join(path.name for path in paths)
-            raise DataError(f"folder {folder} has {names}: which one? Remove one, or give the path of a file.")
-        return _open_table(paths[0], paths[0].name)
+    def opened(item: tuple[str, list[Path]]) -> RowSource:
+        split, paths = item
+        paths = whole_split(folder, split, paths)
+        if len(paths) == 1:
+            return _open_table(paths[0], paths[0].name)
+        tables = [_table(path, path.name) for path in paths]
+        return _open_table(_joined(tables, f"{split} ({len(tables)} files)"), split)
 
-    return _pick_splits(files, words, f"folder {folder}", opened)
+    return _pick_splits({name: (name, paths) for name, paths in files.items()}, words, f"folder {folder}", opened)
 
 
 def _open_mapping(
     found: Mapping[Any, Any], label: str, words: SplitWords, namespace: Mapping[str, object] | None
 ) -> Splits:
     named = {str(name): (str(name), value) for name, value in found.items()}
+    columns = [
+        isinstance(value, (list, tuple)) and value and not isinstance(value[0], Mapping) for value in found.values()
+    ]
+    if columns and all(columns) and not {words.train_split, *TRAIN_NAMES} & set(named):
+        raise DataError(
+            f"the dict {label} holds columns ({', '.join(list(named)[:8])}), not splits. "
+            f"Make rows of it: datasets.Dataset.from_dict({label})."
+        )
 
     def opened(item: tuple[str, object]) -> RowSource:
         name, value = item
+        here = f"{label}[{name!r}]"
+        if isinstance(value, (list, tuple)) and value and all(isinstance(part, (str, os.PathLike)) for part in value):
+            tables = [_open_table(_look_up(part, namespace)[0], here) for part in value]
+            return _joined(tables, here)
         if isinstance(value, (str, os.PathLike)):
             value, _, _ = _look_up(value, namespace)
-        return _open_table(value, f"{label}[{name!r}]")
+        return _open_table(value, here)
 
     return _pick_splits(named, words, f"the dict {label}", opened)
 
@@ -224,7 +249,7 @@ def _pick_splits(
 ) -> Splits:
     def pick(asked: str | None, usual: Sequence[str], setting: str) -> RowSource | None:
         if asked is not None:
-            name = asked if asked in available else Path(asked).stem
+            name = asked if asked in available else bare_name(Path(asked))
             if name not in available:
                 raise DataError(
                     f"{where} has no split {asked!r} (`{setting}`).{did_you_mean(asked, available)} {found}"
@@ -234,11 +259,11 @@ def _pick_splits(
         return opened(available[name]) if name else None
 
     found = f"It has: {', '.join(list(available)[:8]) or 'nothing'}."
-    train = pick(words.train_split, _TRAIN_NAMES, "train_split")
+    train = pick(words.train_split, TRAIN_NAMES, "train_split")
     if train is None:
         raise DataError(f"{where} has no train split. {found} Name one of them with train_split, or give its path.")
-    valid = pick(words.valid_split, _VALID_NAMES, "valid_split")
-    return Splits(train, valid, pick(words.test_split, _TEST_NAMES, "test_split"))
+    valid = pick(words.valid_split, VALID_NAMES, "valid_split")
+    return Splits(train, valid, pick(words.test_split, TEST_NAMES, "test_split"))
 
 
 def _open_spec(spec: SourceSpec, namespace: Mapping[str, object] | None) -> Splits:
@@ -249,7 +274,7 @@ def _open_spec(spec: SourceSpec, namespace: Mapping[str, object] | None) -> Spli
         train = renamed(train, spec.columns)
         valid = renamed(valid, spec.columns) if valid else None
         test = renamed(test, spec.columns) if test else None
-    return Splits(train, valid, test, notes)
+    return Splits(train, valid, test, (*notes, *splits.notes))
 
 
 def _open_table(value: object, label: str) -> RowSource:
@@ -266,50 +291,11 @@ def _table(value: object, label: str) -> RowSource:
     if isinstance(value, RowSource):
         return value
     if isinstance(value, Path):
-        return open_file(value)
-    if isinstance(value, (list, tuple)):
-        return _in_memory(list(value), label)
-    library, kind = type(value).__module__.split(".")[0], type(value).__name__
-    if library == "pandas" and kind == "DataFrame":
-        frame: Any = value
-        return _in_memory([_plain(record) for record in frame.to_dict("records")], label)
-    if library == "datasets" and kind == "Dataset":
-        dataset: Any = value
-        return _lazy_table(label, len(dataset), lambda row: without_nested_none(dataset[row]))
-    if library == "datasets" and kind == "IterableDataset":
-        raise DataError(f"{label} is a streaming dataset, which has no rows by number. Use list({label}.take(1000)).")
-    raise DataError(f"{label} is of type {kind}, which holds no rows. {_KNOWN_KINDS}")
-
-
-def _in_memory(records: Sequence[Any], label: str) -> RowSource:
-    return _lazy_table(label, len(records), records.__getitem__, lambda row: f"{label}[{row}]")
-
-
-def _lazy_table(
-    label: str,
-    length: int,
-    read: Callable[[int], Mapping[str, Any]],
-    locate: Callable[[int], str] | None = None,
-) -> RowSource:
-    def digest() -> str:
-        content = hashlib.sha256()
-        for row in range(length):
-            record = json.dumps(read(row), sort_keys=True, default=str)
-            content.update(record.encode() + b"\n")
-        return content.hexdigest()
-
-    return RowSource(label, length, read, locate or (lambda row: f"{label} row {row}"), digest)
-
-
-def _plain(value: Any) -> Any:
-    """numpy and pandas values as JSON would hold them; a missing value is None."""
+        return _table(_read_path(value, SplitWords()), str(value))
+    if isinstance(value, Splits):
+        return value.train
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return [_plain(item) for item in value.tolist()]
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    missing = (isinstance(value, float) and value != value) or type(value).__name__ in ("NAType", "NaTType")
-    return None if missing else value
+        raise DataError(
+            f"{label} holds splits of its own: {', '.join(map(str, list(value)[:8]))}. Use it alone as data."
+        )
+    return table_in_memory(value, label)
