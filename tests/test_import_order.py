@@ -56,6 +56,7 @@ ORDER = [
     "model.lanes",
     "model.randomness",
     "model.trees",
+    "model.finite",
     "model.gguf_tokenizer",
     "model.gguf",
     "model.loading",

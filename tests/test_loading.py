@@ -246,6 +246,62 @@ def test_folders_and_files_that_are_no_model_are_refused(tiny_folder, tmp_path):
     assert "tokenizer" in refusal(load_model, str(wordless))
 
 
+def spoiled(model_folder_of, target, name, value, dtype=None):
+    """A copy of a model folder with one value of one tensor replaced."""
+    shutil.copytree(model_folder_of, target)
+    weights = mx.load(str(target / "model.safetensors"))
+    array = weights[name].astype(dtype or weights[name].dtype)
+    flat = array.reshape(-1)
+    flat[flat.size // 2] = value
+    mx.save_safetensors(str(target / "model.safetensors"), {**weights, name: flat.reshape(array.shape)})
+    return target
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", None),
+        ("model.norm.weight", mx.float16),
+        ("model.embed_tokens.weight", mx.bfloat16),
+    ],
+)
+def test_weights_that_are_no_numbers_are_named_at_load(tiny_folder, tmp_path, name, dtype, value):
+    folder = spoiled(tiny_folder, tmp_path / "spoiled", name, value, dtype)
+    for bits in (None, 4):
+        message = refusal(load_model, str(folder), load_in_bits=bits)
+        assert f"{name} (1 of " in message
+        assert str(folder) in message
+        assert "skip" not in message
+
+
+@pytest.mark.parametrize(("mode", "part", "value"), [("affine", "scales", mx.nan), ("affine", "biases", mx.inf)])
+def test_scales_and_biases_that_are_no_numbers_are_named(tiny_folder, tmp_path, mode, part, value):
+    model, _ = mlx_lm.load(str(tiny_folder))
+    nn.quantize(model, group_size=32, bits=4, mode=mode)
+    packed = edited(tiny_folder, tmp_path / "packed", quantization={"group_size": 32, "bits": 4, "mode": mode})
+    mx.save_safetensors(str(packed / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    name = f"model.layers.0.self_attn.q_proj.{part}"
+    assert f"{name} (1 of " in refusal(load_model, str(spoiled(packed, tmp_path / "spoiled", name, value)))
+
+
+def test_a_microscaling_scale_that_is_no_number_is_named(tiny_folder, tmp_path):
+    model, _ = mlx_lm.load(str(tiny_folder))
+    nn.quantize(model, group_size=32, bits=4, mode="mxfp4")
+    packed = edited(tiny_folder, tmp_path / "packed", quantization={"group_size": 32, "bits": 4, "mode": "mxfp4"})
+    mx.save_safetensors(str(packed / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    name = "model.layers.0.mlp.down_proj.scales"
+    assert f"{name} (1 of " in refusal(load_model, str(spoiled(packed, tmp_path / "spoiled", name, 255)))
+
+
+def test_finite_weights_whose_sum_overflows_are_not_refused(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "large")
+    weights = mx.load(str(tmp_path / "large" / "model.safetensors"))
+    weights["model.norm.weight"] = mx.full((32,), 60000.0, mx.float16)
+    mx.save_safetensors(str(tmp_path / "large" / "model.safetensors"), weights)
+    assert load_model(str(tmp_path / "large")).model is not None
+
+
 def test_a_cache_that_cannot_be_written_is_named(gguf_file, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MLX_NB_CACHE", str(tmp_path / "file"))

@@ -19,8 +19,10 @@ from mlx.utils import tree_map, tree_unflatten
 from mlx_nb.errors import ModelError, did_you_mean
 from mlx_nb.model.backend import is_cpu
 from mlx_nb.model.cache import cache_folder
+from mlx_nb.model.finite import not_finite
 from mlx_nb.model.gguf import convert_gguf
 from mlx_nb.model.randomness import random_stream
+from mlx_nb.model.trees import named_arrays
 
 _BITS = (2, 3, 4, 5, 6, 8)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -60,11 +62,17 @@ def load_model(model: str, *, load_in_bits: int | None = None, chat_template: st
     `load_in_bits` (2, 3, 4, 5, 6 or 8) quantises a float base on load, all matrices but the embedding. On a CPU the
     base, quantised or not, is then held in float32 with the values it had, and a note says so: mlx's other CPU
     kernels are tens of times slower. `chat_template`, Jinja text or the path of a file with it, replaces the
-    tokenizer's. Raises ModelError in one line when something is missing, cannot be read or is quantised already.
+    tokenizer's. Raises ModelError in one line when something is missing, cannot be read or is quantised already, and
+    for weights that are NaN or infinite, naming the tensor.
     """
     folder = model_folder(model)
     with random_stream(0):  # mlx draws start values for every module, only to overwrite them
         network, tokenizer, config = _load_folder(folder)
+    if bad := not_finite(dict(named_arrays(network.parameters()))):
+        raise ModelError(
+            f"the weights in {folder} are damaged: {bad}. No rows and no setting can mend that: download or convert "
+            "the model again."
+        )
     bits = (config.get("quantization") or {}).get("bits")
     notes: list[str] = []
     if load_in_bits is not None:
