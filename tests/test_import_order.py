@@ -30,6 +30,7 @@ ORDER = [
     "data.mixtures",
     "data.sources",
     "data.row_values",
+    "data.row_forms",
     "data.rows",
     "data.preference_rows",
     "data.prompt_rows",

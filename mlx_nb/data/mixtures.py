@@ -62,6 +62,7 @@ _ROW_COLUMNS = {
     "prompt",
     "completion",
     "output",
+    "response",
     "text",
     "chosen",
     "rejected",

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_nb.data.row_forms import (
+    CONVERSATION_COLUMNS,
+    answer_column,
+    chosen_column,
+    conversation_column,
+    dialog,
+    from_json,
+    label_column,
+    looks_like,
+    question,
+    question_column,
+    read_said,
+    rejected_column,
+)
 from mlx_nb.data.row_values import (
     Columns,
     Messages,
-    decoded,
     kind_of_value,
     missing_column,
     read_messages,
     read_system,
-    read_text,
     read_tools,
 )
-from mlx_nb.data.rows import chat_row
+from mlx_nb.data.rows import chat_row, said_by
 from mlx_nb.errors import DataError
 
 PAIR_FORMATS = "prompt + chosen + rejected, or chosen + rejected as whole conversations"
@@ -60,12 +72,19 @@ class NothingToPrefer(DataError):
 def preference_row(record: Mapping[str, Any], columns: Columns) -> PreferenceRow:
     """The pair in a row: texts, answers as messages, or whole conversations (the part they share is the prompt).
 
-    `{"messages": [...]}` counts as the list in it. Raises NothingToPrefer for two answers that are the same, and
-    DataError for everything else that is no pair.
+    `{"messages": [...]}` counts as the list in it, and a whole conversation in `messages` beside a rejected answer as
+    what was chosen. Raises NothingToPrefer for two answers that are the same, and DataError for everything else that
+    is no pair.
     """
-    names = (columns.chosen or "chosen", columns.rejected or "rejected")
-    _require(record, names, PAIR_FORMATS)
+    record = _unpacked(record)
+    chosen_name = columns.chosen or chosen_column(record) or "chosen"
+    names = (chosen_name, columns.rejected or rejected_column(record) or "rejected")
+    _require(record, names, PAIR_FORMATS, looks_like)
     chosen, rejected = (read_said(record[name], name) for name in names)
+    asked: Messages | None = None
+    if names[0] in CONVERSATION_COLUMNS and not _whole(rejected):
+        asked, chosen = _last_answer(chosen, names[0])
+        rejected = said_by("assistant", rejected)
     if isinstance(chosen, str) != isinstance(rejected, str):
         kinds = [kind_of_value(answer) for answer in (chosen, rejected)]
         raise DataError(f"`{names[0]}` is {kinds[0]} and `{names[1]}` is {kinds[1]}. Make both of the same kind.")
@@ -73,9 +92,11 @@ def preference_row(record: Mapping[str, Any], columns: Columns) -> PreferenceRow
         raise NothingToPrefer(f"`{names[0]}` and `{names[1]}` are the same: there is nothing to prefer. Drop the row.")
     if _whole(chosen) or _whole(rejected):
         prompt, chosen, rejected = _parted(chosen, rejected, names)
-        _check_asked(record, columns, prompt)
+        if not all(_is_object(record[name]) for name in names):
+            _check_asked(record, columns, prompt)
     else:
-        prompt = _prompt(record, columns, PAIR_FORMATS)
+        prompt = asked or _prompt(record, columns, PAIR_FORMATS)
+        chosen, rejected = (_after(record, columns, answer) for answer in (chosen, rejected))
     prompt, (chosen, rejected), tools = with_context(prompt, (chosen, rejected), record, columns)
     weight = _number(record, columns.preference_score, "preference_score", 1.0)
     if weight == 0:
@@ -89,36 +110,26 @@ def labelled_row(record: Mapping[str, Any], columns: Columns) -> LabelledRow:
 
     Raises DataError for everything that is neither.
     """
-    name = columns.label or "label"
-    _require(record, (name,), LABEL_FORMATS)
+    name = columns.label or label_column(record) or "label"
+    _require(record, (name,), LABEL_FORMATS, looks_like)
     label = _label(record[name], name)
-    talk = columns.messages or "messages"
-    if columns.messages or (record.get(talk) is not None and not (columns.prompt or columns.completion)):
+    talk = columns.messages or conversation_column(record) or "messages"
+    asked = columns.prompt or columns.completion or (talk != "messages" and record.get("completion") is not None)
+    completion: str | Messages
+    if columns.messages or (record.get(talk) is not None and not asked):
         _require(record, (talk,), LABEL_FORMATS)
         prompt, completion = _last_answer(read_messages(record[talk], talk), talk)
     else:
-        answer_name = columns.completion or "completion"
+        answer_name = columns.completion or answer_column(record) or "completion"
         prompt = _prompt(record, columns, LABEL_FORMATS)
         _require(record, (answer_name,), LABEL_FORMATS)
         completion = read_said(record[answer_name], answer_name)
-        if _whole(completion):
+        if not isinstance(completion, str) and completion[0]["role"] != "assistant":
             first = completion[0]["role"]
             raise DataError(f"`{answer_name}` begins with the {first}; it must begin with the assistant's answer.")
+        completion = _after(record, columns, completion)
     prompt, (completion,), tools = with_context(prompt, (completion,), record, columns)
     return LabelledRow(prompt, completion, label, tools)
-
-
-def read_said(value: Any, column: str) -> Any:
-    """A text, or messages: a list of them, an object with `messages`, or either as JSON text."""
-    if isinstance(value, str):
-        value = _as_messages(value)
-    if isinstance(value, Mapping) and "messages" in value:
-        return read_messages(value["messages"], f"{column}.messages")
-    if isinstance(value, (list, tuple)):
-        return read_messages(value, column)
-    if not isinstance(value, str):
-        raise DataError(f"`{column}` must be text or a list of messages, not {kind_of_value(value)}.")
-    return read_text(value, f"`{column}`")
 
 
 def with_context(
@@ -133,22 +144,6 @@ def with_context(
         return prompt, tuple(answers), None
     asked = chat_row(said_by("user", prompt), record, columns)
     return asked.messages, tuple(said_by("assistant", answer) for answer in answers), asked.tools
-
-
-def said_by(role: str, said: str | Messages) -> Messages:
-    """The messages themselves, or a text as one message of this role."""
-    return [{"role": role, "content": said}] if isinstance(said, str) else said
-
-
-def _as_messages(text: str) -> Any:
-    """The messages in a JSON text; the text itself where it is anything else, such as an answer in JSON."""
-    try:
-        value = decoded(text, "")
-    except DataError:
-        return text
-    items = value.get("messages") if isinstance(value, Mapping) else value
-    spoken = isinstance(items, list) and all(isinstance(item, Mapping) for item in items)
-    return value if items and spoken and all({"role", "from"} & set(item) for item in items) else text
 
 
 def _whole(said: str | Messages) -> bool:
@@ -195,8 +190,38 @@ def _spoken(message: Mapping[str, Any]) -> tuple[str, str]:
 
 def _prompt(record: Mapping[str, Any], columns: Columns, formats: str) -> Any:
     name = columns.prompt or "prompt"
+    other = question_column(record) if record.get(name) is None and not columns.prompt else None
+    if other in CONVERSATION_COLUMNS:
+        asked = read_messages(record[other], other)
+        if asked[-1]["role"] == "assistant":
+            raise DataError(f"`{other}` ends with the assistant: nothing is asked. Let it end with the user's message.")
+        return asked
+    if other:
+        return question(record, other)
     _require(record, (name,), formats)
     return read_said(record[name], name)
+
+
+def _after(record: Mapping[str, Any], columns: Columns, answer: str | Messages) -> str | Messages:
+    """An answer; without the white space around it where it goes on a dialog that is one text."""
+    prompt = record.get(columns.prompt or "prompt")
+    return answer.strip() if isinstance(answer, str) and isinstance(prompt, str) and dialog(prompt) else answer
+
+
+def _unpacked(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row with the prompt and the tools of its `input: {messages, tools}` (OpenAI) as columns."""
+    given = record.get("input")
+    if isinstance(given, str):
+        given = from_json(given)
+    if not isinstance(given, Mapping) or given.get("messages") is None or record.get("prompt") is not None:
+        return record
+    tools = {"tools": given["tools"]} if given.get("tools") is not None else {}
+    return {**{name: value for name, value in record.items() if name != "input"}, "prompt": given["messages"], **tools}
+
+
+def _is_object(value: Any) -> bool:
+    """Whether a value is an object, or the JSON text of one."""
+    return isinstance(value, Mapping) or (isinstance(value, str) and value.lstrip().startswith("{"))
 
 
 def _last_answer(messages: Messages, column: str) -> tuple[Messages, Messages]:
@@ -209,9 +234,14 @@ def _last_answer(messages: Messages, column: str) -> tuple[Messages, Messages]:
     return messages[:until], messages[until:]
 
 
-def _require(record: Mapping[str, Any], names: tuple[str, ...], formats: str) -> None:
+def _require(
+    record: Mapping[str, Any],
+    names: tuple[str, ...],
+    formats: str,
+    hint: Callable[[Mapping[str, Any]], str] = lambda _: "",
+) -> None:
     if any(record.get(name) is None for name in names):
-        raise DataError(f"{missing_column(record, names)} Known: {formats}.")
+        raise DataError(f"{missing_column(record, names)} Known: {formats}. {hint(record)}".rstrip())
 
 
 def _number(record: Mapping[str, Any], named: str | None, usual: str, default: float) -> float:

@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_nb.data.preference_rows import read_said, with_context
-from mlx_nb.data.row_values import Columns, Messages, missing_column
+from mlx_nb.data.preference_rows import with_context
+from mlx_nb.data.row_forms import conversation_column, looks_like, read_said
+from mlx_nb.data.row_values import Columns, Messages, missing_column, read_messages
 from mlx_nb.errors import DataError
 
 PROMPT_FORMATS = "prompt (+ answer and any other columns)"
+
+_QUESTION_WORDS = ("question", "problem", "query", "instruction", "input")
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,7 @@ def prompt_row(record: Mapping[str, Any], columns: Columns) -> PromptRow:
     """The question in a row. Raises DataError where nothing is asked."""
     name, answer_name = columns.prompt or "prompt", columns.answer or "answer"
     if record.get(name) is None:
-        words = next((word for word in ("question", "problem", "query") if record.get(word) is not None), None)
-        fix = f" Set prompt_feature: {words}." if words and not columns.prompt else f" Known: {PROMPT_FORMATS}."
-        raise DataError(missing_column(record, (name,)) + fix)
+        raise DataError(f"{missing_column(record, (name,))} {_fix(record, columns)}")
     if columns.answer and answer_name not in record:
         raise DataError(f"{missing_column(record, (answer_name,))} A row without an answer needs null there.")
     as_given = read_said(record[name], name)
@@ -46,3 +47,15 @@ def prompt_row(record: Mapping[str, Any], columns: Columns) -> PromptRow:
         )
     others = {column: value for column, value in record.items() if column not in (name, answer_name)}
     return PromptRow(prompt, record.get(answer_name), others, tools, as_given)
+
+
+def _fix(record: Mapping[str, Any], columns: Columns) -> str:
+    """The setting that would make a row without a prompt readable, or what it is instead."""
+    known = f"Known: {PROMPT_FORMATS}."
+    if columns.prompt:
+        return known
+    talk = conversation_column(record)
+    if talk and read_messages(record[talk], talk)[-1]["role"] != "assistant":
+        return f"Set prompt_feature: {talk}."
+    asking = next((word for word in _QUESTION_WORDS if record.get(word) is not None), None)
+    return f"Set prompt_feature: {asking}." if asking else f"{known} {looks_like(record)}".rstrip()

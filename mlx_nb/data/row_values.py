@@ -26,6 +26,7 @@ _ROLES = {
     "function": "function",
     "ipython": "ipython",
 }
+KNOWN_ROLES = frozenset(_ROLES)
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ def read_tools(record: Mapping[str, Any], columns: Columns) -> list[dict[str, An
     value = decoded(record.get(column), column)
     if value is None or value == "":
         return None
+    if isinstance(value, (list, tuple)):
+        value = [decoded(tool, f"{column}[{index}]") for index, tool in enumerate(value)]
     if not isinstance(value, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in value):
         raise DataError(f"`{column}` must be a list of tool descriptions (objects), not {kind_of_value(value)}.")
     return [dict(tool) for tool in value] or None
@@ -138,12 +141,19 @@ def _read_role(role: Any, message: Mapping[str, Any], where: str) -> str:
     return _ROLES[role]
 
 
+# What the APIs that messages come from call a part that is text.
+_TEXT_PARTS = ("text", "input_text", "output_text")
+
+
 def _read_content(content: Any, where: str) -> str:
     if not isinstance(content, (list, tuple)):
         return read_text(content, where)
     texts = []
     for part in content:
-        if not isinstance(part, Mapping) or part.get("type", "text") != "text":
+        if isinstance(part, str):
+            texts.append(read_text(part, f"text part in {where}"))
+            continue
+        if not isinstance(part, Mapping) or part.get("type", "text") not in _TEXT_PARTS:
             shown = repr(part.get("type")) if isinstance(part, Mapping) else kind_of_value(part)
             raise DataError(f"{where} has a part that is not text ({shown}). Only text can be trained.")
         texts.append(read_text(part.get("text"), f"text part in {where}"))

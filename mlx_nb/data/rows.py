@@ -6,6 +6,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_nb.data.row_forms import (
+    ASKING_COLUMNS,
+    CONVERSATION_COLUMNS,
+    asking_columns,
+    chosen_column,
+    dialog,
+    looks_like,
+    question,
+    read_said,
+    rejected_column,
+)
 from mlx_nb.data.row_values import (
     AUTOMATIC,
     Columns,
@@ -62,10 +73,11 @@ def recognise(
 
     messages                        ChatRow, also from a JSON string; `from`/`value` count as `role`/`content`
     conversations, conversation     the same (ShareGPT)
-    prompt + completion             PromptCompletionRow; ChatRow if both are message lists (the prompt's with
+    prompt + completion             PromptCompletionRow; ChatRow if both are messages (the prompt's with
                                     `train: False`) or if the row has a `system` or `tools` column
-    instruction (+ input) + output  ChatRow of a user and an assistant message (Alpaca)
-    text                            TextRow
+    instruction (+ input) + output  ChatRow of a user and an assistant message (Alpaca), after those of a `history`;
+                                    also query, context and response (Dolly, ms-swift)
+    text                            TextRow; ChatRow if the text is a dialog of `Human:` and `Assistant:` (HH-RLHF)
 
     A `system` column becomes the first message, unless the conversation already starts with one. `record` is
     not changed. `row` and `location` name the row in errors. Raises DataError: one line, what is wrong.
@@ -104,26 +116,34 @@ def _chat_from(column: str) -> _Builder:
 
 def _prompt_completion(record: Mapping[str, Any], columns: Columns) -> Row:
     prompt_column, completion_column = columns.prompt or "prompt", columns.completion or "completion"
-    prompt, completion = record[prompt_column], record[completion_column]
-    if isinstance(prompt, (list, tuple)) and isinstance(completion, (list, tuple)):
-        asked = [{**message, "train": False} for message in read_messages(prompt, prompt_column)]
-        return chat_row(asked + read_messages(completion, completion_column), record, columns)
-    if isinstance(prompt, (list, tuple)) or isinstance(completion, (list, tuple)):
+    prompt, completion = (_said(record[column], column) for column in (prompt_column, completion_column))
+    if isinstance(completion, str) and isinstance(record[prompt_column], str) and dialog(record[prompt_column]):
+        completion = said_by("assistant", completion.strip())
+    if isinstance(prompt, list) and isinstance(completion, list):
+        asked = [{**message, "train": False} for message in prompt]
+        return chat_row(asked + completion, record, columns)
+    if isinstance(prompt, list) or isinstance(completion, list):
         raise DataError(
             f"`{prompt_column}` is {kind_of_value(prompt)} and `{completion_column}` is {kind_of_value(completion)}. "
             "Make both text, or both lists of messages."
         )
-    prompt, completion = read_text(prompt, f"`{prompt_column}`"), read_text(completion, f"`{completion_column}`")
     if read_system(record, columns) or read_tools(record, columns):
         return chat_row(_turn(prompt, completion), record, columns)
     return PromptCompletionRow(prompt, completion)
 
 
+def _said(value: Any, column: str) -> Any:
+    if isinstance(value, (list, tuple, Mapping)):
+        return read_said(value, column)
+    return read_said(read_text(value, f"`{column}`"), column)
+
+
 def _alpaca(record: Mapping[str, Any], columns: Columns) -> Row:
-    asked = read_text(record["instruction"], "`instruction`")
-    if record.get("input"):
-        asked = f"{asked}\n\n{read_text(record['input'], '`input`')}"
-    return chat_row(_turn(asked, read_text(record["output"], "`output`")), record, columns)
+    asking, answering = asking_columns(record) or ("instruction", "output")
+    asked, answered = question(record, asking), read_text(record[answering], f"`{answering}`")
+    if isinstance(asked, str):
+        return chat_row(_turn(asked, answered), record, columns)
+    return chat_row([*asked, *said_by("assistant", answered)], record, columns)
 
 
 def _text_row(record: Mapping[str, Any], columns: Columns) -> Row:
@@ -133,21 +153,29 @@ def _text_row(record: Mapping[str, Any], columns: Columns) -> Row:
     text = read_text(record[column], f"`{column}`")
     if not text:
         raise DataError(f"`{column}` is empty. Drop the row.")
-    return TextRow(text)
+    if columns.text:
+        return TextRow(text)
+    if {"role", "parent_id"} <= set(record):
+        raise DataError(looks_like(record))
+    talk = dialog(text)
+    return chat_row(talk, record, columns) if talk else TextRow(text)
 
 
 _SHAPES: tuple[tuple[tuple[str, ...], _Builder], ...] = (
-    (("messages",), _chat_from("messages")),
-    (("conversations",), _chat_from("conversations")),
-    (("conversation",), _chat_from("conversation")),
+    *(((column,), _chat_from(column)) for column in CONVERSATION_COLUMNS),
     (("prompt", "completion"), _prompt_completion),
-    (("instruction", "output"), _alpaca),
+    *(((asking, answering), _alpaca) for asking in ASKING_COLUMNS for answering in ("output", "response")),
     (("text",), _text_row),
 )
 
 
 def _turn(asked: str, answered: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+
+
+def said_by(role: str, said: str | Messages) -> Messages:
+    """The messages themselves, or a text as one message of this role."""
+    return [{"role": role, "content": said}] if isinstance(said, str) else said
 
 
 def chat_row(messages: Messages, record: Mapping[str, Any], columns: Columns) -> ChatRow:
@@ -175,8 +203,8 @@ def _unknown_shape(record: Mapping[str, Any]) -> str:
 
 def _nearest_fix(record: Mapping[str, Any]) -> str:
     """The setting or the renaming that would most likely make this row readable."""
-    if "chosen" in record and "rejected" in record:
-        return "These are pairs, for `method: dpo`, `method: cpo` or `method: orpo`."
+    if chosen_column(record) and rejected_column(record):
+        return looks_like(record)
     for column, value in record.items():
         first = value[0] if isinstance(value, (list, tuple)) and value else None
         if isinstance(first, Mapping) and {"role", "from"} & set(first):
@@ -188,6 +216,9 @@ def _nearest_fix(record: Mapping[str, Any]) -> str:
         settings += [f"completion_feature: {completion}"] if completion != "completion" else []
         kto = " With `label` it is a row for `method: kto`." if "label" in record else ""
         return f"Set {' and '.join(settings)}.{kto}"
+    known = looks_like(record)
+    if known:
+        return known
     standard = dict.fromkeys(column for needed, _ in _SHAPES for column in needed)
     for column in map(str, record):
         near = did_you_mean(column.lower(), standard)
