@@ -349,7 +349,11 @@ class RunConfig:
         live=True,
     )
     epochs: float | None = setting(
-        None, "Passes over the training rows. null = 1 when iters is not given.", group="training", above=0
+        None,
+        "Passes over the training rows. null = 1 when iters is not given.",
+        group="training",
+        above=0,
+        live=True,
     )
     batch_size: int = setting(4, "Rows, pairs or prompts in one forward pass.", group="training", at_least=1)
     grad_accumulation_steps: int = setting(
@@ -450,8 +454,8 @@ class RunConfig:
     def with_live(self, name: str, value: Any) -> RunConfig:
         """A copy with one setting changed; a new `learning_rate` also becomes the start of the schedule's arguments."""
         changes = {name: value}
-        if name == "iters":
-            changes["epochs"] = None
+        if name in ("iters", "epochs") and value is not None:
+            changes["epochs" if name == "iters" else "iters"] = None
         if name == "learning_rate" and self.lr_schedule.arguments:
             schedule = dataclasses.asdict(self.lr_schedule)
             changes["lr_schedule"] = {**schedule, "arguments": [value, *self.lr_schedule.arguments[1:]]}

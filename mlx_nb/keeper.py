@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_nb.config import SETTINGS, RunConfig
+from mlx_nb.data.batches import ORDER
 from mlx_nb.errors import CheckpointError, CommandError, ConfigError
 from mlx_nb.events import (
     CheckpointSaved,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from mlx_nb.train.trainer import Trainer
 
 CHECKPOINTS = "checkpoints"
+_LENGTHS = {"iters", "epochs"}
 RECENT_BYTES = 512 * 1024**2  # of the last steps, kept in memory to rewind to
 
 
@@ -151,17 +153,11 @@ def history_of(checkpoint: Checkpoint) -> History:
 
 
 def for_other_settings(snapshot: Checkpoint, before: RunConfig, after: RunConfig) -> Checkpoint:
-    """A snapshot for a fork: the same place in the epoch, and no completions that other settings would have made."""
+    """A snapshot for a fork: no completions that other settings would have made."""
     arrays, state = snapshot.arrays, snapshot.state
     of_rollouts = [name for name in SETTINGS if SETTINGS[name].metadata["group"] == "rollouts"]
-    if any(
-        getattr(before, name) != getattr(after, name)
-        for name in (*of_rollouts, "loss", "batch_size", "grad_accumulation_steps")
-    ):
+    if any(getattr(before, name) != getattr(after, name) for name in (*of_rollouts, "loss")):
         arrays, state = {**arrays, "feed": {}}, {**state, "feed": None}
-    if before.batch_size != after.batch_size:
-        batches = round(state["trainer"]["batches"] * before.batch_size / after.batch_size)
-        state = {**state, "trainer": {**state["trainer"], "batches": batches}}
     return replace(snapshot, arrays=arrays, state=state)
 
 
@@ -191,7 +187,9 @@ def settings_to_resume(checkpoint: Checkpoint, folder: Path, config: RunConfig |
     """
     values = dict(checkpoint.state["config"])
     if config is not None:
-        values = {**config.to_dict(), **_live_changes(checkpoint), "rewards": config.rewards}
+        for event in _live_changes(checkpoint):
+            config = config.with_live(event.name, event.new)
+        values = {**config.to_dict(), "rewards": config.rewards}
     values["adapter_path"] = str(folder)
     if data is not None:
         values["data"] = data
@@ -209,7 +207,7 @@ def changes_since(
     """
     made_from = checkpoint.state["made_from"]
     changed = _changed_settings(config, checkpoint) if config else []
-    changed += [what for what in made_from if made_from[what] != fingerprints[what] and what not in changed]
+    changed += [what for what in fingerprints if made_from.get(what) != fingerprints[what] and what not in changed]
     refused = [what for what in changed if what not in allowed]
     if refused:
         raise CheckpointError(
@@ -226,17 +224,19 @@ def _changed_settings(config: RunConfig, checkpoint: Checkpoint) -> list[str]:
     Where something is saved changes no number, so those settings do not count.
     """
     began_with = dict(checkpoint.state["config"])
-    for event in reversed(history_of(checkpoint).events):
-        if isinstance(event, SettingChanged):
-            began_with[event.name] = event.old
+    changes = _live_changes(checkpoint)
+    for event in reversed(changes):
+        began_with[event.name] = event.old
+    if not _LENGTHS.isdisjoint(event.name for event in changes):  # either takes the place of the other
+        began_with = {name: value for name, value in began_with.items() if name not in _LENGTHS}
     now = json.loads(json.dumps(config.to_dict(), default=str))
     counted = [name for name in began_with if name in now and SETTINGS[name].metadata["group"] != "saving"]
     return [name for name in counted if began_with[name] != now[name]]
 
 
-def _live_changes(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The settings that were changed while the run of `checkpoint` went on, as they are now."""
-    return {event.name: event.new for event in history_of(checkpoint).events if isinstance(event, SettingChanged)}
+def _live_changes(checkpoint: Checkpoint) -> list[SettingChanged]:
+    """The settings that were changed while the run of `checkpoint` went on, in order."""
+    return [event for event in history_of(checkpoint).events if isinstance(event, SettingChanged)]
 
 
 def fingerprints(sources: Iterable[Any], tokenizer: Any, model_folder: Path) -> dict[str, Any]:
@@ -252,6 +252,7 @@ def fingerprints(sources: Iterable[Any], tokenizer: Any, model_folder: Path) -> 
         "tokenizer": _digest(tokenizer.backend_tokenizer.to_str()),
         "model": weights_fingerprint(model_folder),
         "mlx version": version("mlx"),
+        "row order": ORDER,
     }
 
 

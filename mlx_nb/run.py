@@ -548,6 +548,8 @@ class Run:
         for event in self.events(n):
             raise_failure(event)
             last = event if isinstance(event, StepCompleted) else last
+        if last is None and self.finished:
+            raise CommandError(f"{self.name} is finished: no update is left after {self.step_count}.")
         if last is None:
             raise CommandError(f"{self.name} was asked to pause before its next update.")
         return last

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_nb.data.batches import BatchPlan, evaluation_batches, pad, pad_labelled, pad_mismatched, pad_pairs
+from mlx_nb.data.batches import (
+    BatchPlan,
+    evaluation_batches,
+    pad,
+    pad_labelled,
+    pad_mismatched,
+    pad_pairs,
+    updates_until,
+)
 from mlx_nb.data.preference_examples import LabelledExample, PreferenceExample
 from tiny import random_examples
 
@@ -115,3 +123,74 @@ def test_a_batch_of_tokens_has_no_values_that_another_could_change():
     assert dict(batch.row_values) == dict(batch.token_values) == {}
     with pytest.raises(TypeError):
         batch.row_values["weight"] = 1
+
+
+def batch_sets(plan, epoch):
+    first = epoch * plan.batches_per_epoch
+    return {frozenset(plan.batch(first + index).tolist()) for index in range(plan.batches_per_epoch)}
+
+
+@pytest.mark.parametrize(("rows", "batch_size"), [(12, 4), (24, 4), (64, 4), (128, 8), (500, 32), (1000, 4)])
+def test_rows_meet_other_rows_in_every_epoch_however_few_they_are(rows, batch_size):
+    plan = BatchPlan(np.random.default_rng(0).permutation(rows) + 20, batch_size, seed=0)
+    epochs = [batch_sets(plan, epoch) for epoch in range(6)]
+    again = [len(one & other) / len(one) for k, one in enumerate(epochs) for other in epochs[:k]]
+    assert np.mean(again) < 0.1
+
+
+@pytest.mark.parametrize(("rows", "batch_size", "most"), [(64, 4, 1.12), (200, 4, 1.08), (500, 32, 1.15)])
+def test_few_rows_are_bucketed_by_length_too(rows, batch_size, most):
+    lengths = np.random.default_rng(0).integers(10, 500, rows)
+    plan = BatchPlan(lengths, batch_size, seed=0)
+    batches = [plan.batch(index) for index in range(4 * plan.batches_per_epoch)]
+    assert sum(len(rows) * lengths[rows].max() for rows in batches) / (4 * lengths.sum()) < most
+
+
+@pytest.mark.parametrize("rows", [10, 60, 61, 203])
+@pytest.mark.parametrize("bad_share", [2, 4])
+def test_every_batch_has_rows_of_each_label_where_there_are_enough(rows, bad_share):
+    labels = np.arange(rows) % bad_share != 0
+    lengths = np.where(labels, 90, 30) + np.arange(rows) % 10  # good answers are longer, as they usually are
+    plan = BatchPlan(lengths, 4, seed=0, labels=labels)
+    for index in range(3 * plan.batches_per_epoch):
+        found = labels[plan.batch(index)]
+        if len(found) == 4 and bad_share == 2:
+            assert found.sum() == 2
+        elif len(found) == 4:
+            assert 2 <= found.sum() <= 4
+    assert sorted(np.concatenate([plan.batch(index) for index in range(plan.batches_per_epoch)])) == list(range(rows))
+
+
+@given(
+    rows=st.integers(1, 60),
+    sizes=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 12)), min_size=1, max_size=5),
+    seed=st.integers(0, 3),
+)
+def test_another_batch_size_in_the_middle_of_an_epoch_leaves_no_row_out_and_repeats_none(rows, sizes, seed):
+    lengths = np.random.default_rng(seed).integers(1, 100, rows)
+    visits = []
+    place = BatchPlan(lengths, 1, seed).place(0)
+    for batch_size, batches in [*sizes, (2, 2 * rows + 1)]:
+        plan = BatchPlan(lengths, batch_size, seed)
+        index = plan.find(place)
+        assert plan.place(index).rows == place.rows % rows
+        for _ in range(batches):
+            visits += plan.batch(index).tolist()
+            index += 1
+        place = plan.place(index)
+        assert plan.epochs(index) == pytest.approx(len(visits) / rows)
+    for epoch in range(len(visits) // rows):
+        assert sorted(visits[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
+
+
+def test_an_update_ends_with_the_epoch_and_epochs_are_counted_in_such_updates():
+    plan = BatchPlan([5] * 10, 4, seed=0)  # 3 batches: 4, 4 and 2 rows
+    assert [len(rows) for rows in plan.update(0, 8)] == [4, 4, 2]
+    assert [len(rows) for rows in plan.update(2, 8)] == [2]
+    assert [len(rows) for rows in plan.update(3, 2)] == [4, 4]
+    assert updates_until(1, 3, 8) == 1
+    assert updates_until(3, 3, 2) == 6
+    assert updates_until(2.5, 4, 1) == 10
+    assert updates_until(2.5, 3, 2) == 5  # a half of 3 batches is 2, one update
+    assert updates_until(0.01, 30, 4) == 1
+    assert [updates_until(2, 3, 2, first) for first in range(7)] == [4, 3, 3, 2, 1, 1, 0]

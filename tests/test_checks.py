@@ -433,7 +433,8 @@ def test_the_epoch_is_what_the_trainer_would_do(tiny_folder):
     epoch = run.check().epoch
     examples = [run.rows()[row].example for row in range(23)]
     assert (epoch.updates, epoch.rows, epoch.estimated) == (3, 23, False)
-    assert epoch.run_updates == run.trainer.iters == 5
+    assert epoch.run_updates == run.trainer.iters == 6
+    assert epoch.run_epochs == 2.0
     assert epoch.tokens == sum(len(example.tokens) for example in examples)
     assert epoch.trained_tokens == sum(int((example.loss_mask > 0).sum()) for example in examples)
 

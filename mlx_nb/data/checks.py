@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_nb.config import RunConfig
+from mlx_nb.data.batches import updates_until
 from mlx_nb.data.chat_template import TokenizedConversation
 from mlx_nb.data.examples import ExampleSettings, RowView
 from mlx_nb.data.findings import ERROR, LISTED_ROWS, SEVERITIES, Collector, Finding, RowList, finding, in_order
@@ -264,14 +265,16 @@ def _template_findings(template: TemplateCheck | None) -> list[Finding]:
 
 
 def _epoch(train: SplitCheck, config: RunConfig) -> EpochEstimate | None:
-    """As the trainer counts: batches a pass, rounded up; updates of a run of `epochs` passes, rounded up."""
+    """As the trainer counts: batches in a pass and updates in a pass, rounded up; an update stays within a pass."""
     if not train.trainable:
         return None
     scale = train.rows / train.checked
     examples = round(train.examples * scale)
     batches = math.ceil(examples / config.batch_size)
     accumulated = config.grad_accumulation_steps
-    run_updates = config.iters or max(1, math.ceil((config.epochs or 1.0) * batches / accumulated))
+    again = config.updates_per_rollout
+    run_updates = config.iters or updates_until(config.epochs or 1.0, batches, accumulated) * again
+    passes, rest = divmod(run_updates / again, math.ceil(batches / accumulated))
     return EpochEstimate(
         rows=round(train.trainable * scale),
         examples=examples,
@@ -279,7 +282,7 @@ def _epoch(train: SplitCheck, config: RunConfig) -> EpochEstimate | None:
         tokens=round(train.tokens * scale),
         trained_tokens=round(train.trained_tokens * scale),
         run_updates=run_updates,
-        run_epochs=round(run_updates * accumulated / batches, 3),
+        run_epochs=round(passes + rest * accumulated / batches, 3),
         batch_rows=config.batch_size * accumulated,
         estimated=train.checked < train.rows,
     )

@@ -9,7 +9,16 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_nb.config import RunConfig
-from mlx_nb.data.batches import BatchPlan, TokenBatch, evaluation_batches, pad, pad_labelled, pad_mismatched, pad_pairs
+from mlx_nb.data.batches import (
+    BatchPlan,
+    TokenBatch,
+    evaluation_batches,
+    pad,
+    pad_labelled,
+    pad_mismatched,
+    pad_pairs,
+    updates_until,
+)
 from mlx_nb.events import Event, Progress
 from mlx_nb.methods import method_named
 from mlx_nb.model.lanes import lane_count, lanes_of
@@ -32,11 +41,12 @@ class Measured(NamedTuple):
 class Feed(Protocol):
     """What a trainer asks for batches. Positions count micro-batches from 0, across epochs.
 
+    An update has `grad_accumulation_steps` of them, or what is left of the epoch: it never reaches into the next.
     `interruptible` says that a function of the person's own is running: an interrupt may strike right there.
     """
 
+    plan: BatchPlan
     batches_per_epoch: int
-    updates_per_batch: int
     interruptible: bool
 
     @property
@@ -52,11 +62,14 @@ class Feed(Protocol):
     def batches(self, first: int) -> list[TokenBatch]:
         """The batches of the next update."""
 
-    def used(self) -> int:
-        """The update is done. How many micro-batches the run has moved on by."""
+    def used(self, first: int) -> int:
+        """The update from `first` on is done. Where the next one begins."""
 
-    def drop(self) -> int:
-        """Leave out the next batches. How many the run has moved on by."""
+    def drop(self, first: int) -> int:
+        """Leave out the next batches, from `first` on. Where the next update begins."""
+
+    def updates_until(self, first: int, epochs: float) -> int:
+        """Updates from `first` until `epochs` passes over the rows are done, 0 where they are."""
 
     def metrics(self) -> dict[str, float]:
         """What was measured besides the loss, for the next update."""
@@ -72,14 +85,13 @@ class Feed(Protocol):
     def snapshot(self) -> dict[str, Any]:
         """What `batches` depends on besides the position: {"arrays": {name: array}, "state": plain values}."""
 
-    def restore(self, arrays: dict[str, mx.array], state: Any) -> None:
-        """Go back to a snapshot."""
+    def restore(self, arrays: dict[str, mx.array], state: Any, first: int) -> None:
+        """Go back to a snapshot, as far as it is of the batches from `first` on."""
 
 
 class RowFeed:
     """Batches of rows: conversations, texts, pairs of answers, labelled answers."""
 
-    updates_per_batch = 1
     interruptible = False
     ready = True
 
@@ -99,8 +111,9 @@ class RowFeed:
         self._reference = reference
         self._kl_reference = reference if self._rows == "labels" else None
         self._width_multiple = width_multiple
-        self._plan = BatchPlan([example.length for example in examples], config.batch_size, config.seed)
-        self.batches_per_epoch = self._plan.batches_per_epoch
+        labels = [example.label for example in examples] if self._rows == "labels" else None
+        self.plan = BatchPlan([example.length for example in examples], config.batch_size, config.seed, labels)
+        self.batches_per_epoch = self.plan.batches_per_epoch
 
     def prepare(self, step: int, first: int) -> Generator[Event, None, Event]:
         raise AssertionError("rows are always ready")
@@ -116,14 +129,18 @@ class RowFeed:
         return self._collate(groups, _kl_estimate(self._mismatched_sum(group) for group in groups))
 
     def _next(self, first: int) -> list[list[Any]]:
-        count = self._config.grad_accumulation_steps
-        return [[self._examples[position] for position in self._plan.batch(first + index)] for index in range(count)]
+        chosen = self.plan.update(first, self._config.grad_accumulation_steps)
+        return [[self._examples[position] for position in positions] for positions in chosen]
 
-    def used(self) -> int:
+    def used(self, first: int) -> int:
         """One update, one set of micro-batches."""
-        return self._config.grad_accumulation_steps
+        return first + len(self.plan.update(first, self._config.grad_accumulation_steps))
 
     drop = used
+
+    def updates_until(self, first: int, epochs: float) -> int:
+        """Updates from `first` until `epochs` passes over the rows are done, 0 where they are."""
+        return updates_until(epochs, self.batches_per_epoch, self._config.grad_accumulation_steps, first)
 
     def metrics(self) -> dict[str, float]:
         """Nothing is measured but the loss."""
@@ -181,7 +198,7 @@ class RowFeed:
         """The position is all there is."""
         return {"arrays": {}, "state": None}
 
-    def restore(self, arrays: dict[str, mx.array], state: Any) -> None:
+    def restore(self, arrays: dict[str, mx.array], state: Any, first: int) -> None:
         """Nothing to go back to."""
 
 

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_nb.config import RunConfig
-from mlx_nb.data.batches import BatchPlan, TokenBatch, evaluation_batches, pad
+from mlx_nb.data.batches import BatchPlan, TokenBatch, evaluation_batches, pad, updates_until
 from mlx_nb.data.examples import PromptExample, TokenizedExample
 from mlx_nb.errors import DataError
 from mlx_nb.events import Event, Progress, RolloutCompleted
@@ -68,9 +68,8 @@ class RolloutFeed:
         self._reference = reference if options_for(config).get("beta", 1.0) else None
         self._width_multiple = width_multiple
         self._columns = tuple(dict.fromkeys(name for example in examples for name in example.columns))
-        self._plan = BatchPlan([example.length for example in examples], config.batch_size, config.seed)
-        self.batches_per_epoch = self._plan.batches_per_epoch
-        self.updates_per_batch = config.updates_per_rollout
+        self.plan = BatchPlan([example.length for example in examples], config.batch_size, config.seed)
+        self.batches_per_epoch = self.plan.batches_per_epoch
         self._batches: list[TokenBatch] = []
         self._metrics: dict[str, float] = {}
         self._updates_left = 0
@@ -83,8 +82,8 @@ class RolloutFeed:
 
     def _prompts(self, first: int) -> list[list[PromptExample]]:
         """The prompts of each micro-batch."""
-        count = self._config.grad_accumulation_steps
-        return [[self._examples[position] for position in self._plan.batch(first + index)] for index in range(count)]
+        chosen = self.plan.update(first, self._config.grad_accumulation_steps)
+        return [[self._examples[position] for position in positions] for positions in chosen]
 
     def rows(self, first: int) -> tuple[int, ...]:
         """The rows of the next update, sampled or not."""
@@ -104,7 +103,7 @@ class RolloutFeed:
             yield Progress(step, "reference", start, len(sampled.completions))
             batches.append(self._batch(sampled, advantages, slice(start, end)))
             start = end
-        self._batches, self._updates_left = batches, self.updates_per_batch
+        self._batches, self._updates_left = batches, config.updates_per_rollout
         self._metrics = {
             **self._measured(sampled),
             "reward_spread": _spread(sampled.scores.total_N, config.group_size),
@@ -226,15 +225,22 @@ class RolloutFeed:
         """The completions, a batch for each micro-batch of prompts."""
         return self._batches
 
-    def used(self) -> int:
+    def used(self, first: int) -> int:
         """After the last update on these completions the run moves on."""
         self._updates_left -= 1
-        return 0 if self.ready else self._config.grad_accumulation_steps
+        return first if self.ready else first + len(self._prompts(first))
 
-    def drop(self) -> int:
+    def drop(self, first: int) -> int:
         """Leave these prompts behind, with whatever was sampled."""
         self._updates_left = 0
-        return self._config.grad_accumulation_steps
+        return first + len(self._prompts(first))
+
+    def updates_until(self, first: int, epochs: float) -> int:
+        """Updates from `first` until `epochs` passes over the prompts are done, 0 where they are."""
+        config = self._config
+        rollouts = updates_until(epochs, self.batches_per_epoch, config.grad_accumulation_steps, first)
+        made = config.updates_per_rollout - self._updates_left if self.ready and rollouts else 0
+        return rollouts * config.updates_per_rollout - made
 
     def metrics(self) -> dict[str, float]:
         """Of the completions: rewards and lengths."""
@@ -288,10 +294,11 @@ class RolloutFeed:
             "state": {"batches": shapes, "updates_left": self._updates_left, "metrics": self._metrics},
         }
 
-    def restore(self, arrays: dict[str, mx.array], state: Any) -> None:
-        """Go on with the completions of a snapshot."""
+    def restore(self, arrays: dict[str, mx.array], state: Any, first: int) -> None:
+        """Go on with the completions of a snapshot, where they answer the prompts from `first` on, batch by batch."""
         self._batches, self._updates_left, self._metrics = [], 0, {}
-        if state is None:
+        asked = [[one.row for one in chosen for _ in range(self._config.group_size)] for chosen in self._prompts(first)]
+        if state is None or [list(shape["rows"]) for shape in state["batches"]] != asked:
             return
         self._updates_left, self._metrics = state["updates_left"], dict(state["metrics"])
         self._batches = [

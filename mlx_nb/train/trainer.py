@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_nb.config import RunConfig
-from mlx_nb.data.batches import TokenBatch
+from mlx_nb.data.batches import Place, TokenBatch
 from mlx_nb.errors import CheckpointError, DataError, TrainingError
 from mlx_nb.events import (
     BatchSkipped,
@@ -64,7 +64,10 @@ MEMORY_WARNING = 0.9  # of the device's memory
 
 @dataclass
 class TrainerState:
-    """Where a run is. `step` counts updates done, `batches` micro-batches consumed, `seconds` time in updates."""
+    """Where a run is. `step` counts updates done, `seconds` the time in them.
+
+    `batches` counts micro-batches of the run's batch size; at the end of an epoch it is a multiple of those in one.
+    """
 
     step: int = 0
     batches: int = 0
@@ -73,6 +76,7 @@ class TrainerState:
     seconds: float = 0.0
     best_loss: float | None = None
     best_step: int | None = None
+    validated_step: int | None = None
     evaluations_without_best: int = 0
     recent_losses: list[float] = field(default_factory=list)
 
@@ -80,6 +84,7 @@ class TrainerState:
 # prompt -> (answer, answer of the base) as they grow, token by token
 Sampler = Callable[[str], Iterator[tuple[str, str | None]]]
 Due = tuple[str, str]
+_VALIDATE, _TEST = ("validate", ""), ("test", "")
 
 
 class _BrokenOff(BaseException):
@@ -170,12 +175,19 @@ class Trainer:
             self.feed = RowFeed(
                 config, examples.train, scorer=self.scorer, reference=reference, width_multiple=width_multiple
             )
-        self.iters = config.iters or self._iters_for(config.epochs or 1.0)
+        self.iters = self._length()
         mx.reset_peak_memory()
 
-    def _iters_for(self, epochs: float) -> int:
-        batches = math.ceil(epochs * self.feed.batches_per_epoch / self.config.grad_accumulation_steps)
-        return max(1, batches * self.feed.updates_per_batch)
+    def _left(self) -> int:
+        """Updates that are left of the run."""
+        config, state = self.config, self.state
+        if config.iters is not None:
+            return max(0, config.iters - state.step)
+        return self.feed.updates_until(state.batches, config.epochs or 1.0)
+
+    def _length(self) -> int:
+        """Updates in the whole run. What is done is never taken back."""
+        return max(1, self.state.step + self._left())
 
     def request(self, request: Request) -> None:
         """Ask for something at the next step boundary. Safe from a signal handler or a widget callback."""
@@ -253,7 +265,7 @@ class Trainer:
         """The queue holds words, so that a checkpoint can keep it."""
         match what:
             case "start":
-                first = [("validate", "")] if self.validates else []
+                first = [_VALIDATE] if self.validates else []
                 return self._start(), [*first, *self._samples_due()]
             case "validate":
                 return (yield from self._validate())
@@ -279,6 +291,7 @@ class Trainer:
         state = {
             "feed": feed["state"],
             "trainer": asdict(self.state),
+            "place": list(self.feed.plan.place(self.state.batches)),
             "due": [list(item) for item in self._due],
             "started": self._started,
             "finished": self.finished and asdict(self.finished),
@@ -302,13 +315,15 @@ class Trainer:
                     )
         self.model.update(tree_unflatten(list(parameters.items())))
         self.stepper.optimizer.state = tree_unflatten(list(optimizer.items()))
-        self.feed.restore(checkpoint.arrays.get("feed", {}), checkpoint.state.get("feed"))
         self.state = TrainerState(**checkpoint.state["trainer"])
+        if (place := checkpoint.state.get("place")) is not None:
+            self.state.batches = self.feed.plan.find(Place(*place))
+        self.feed.restore(checkpoint.arrays.get("feed", {}), checkpoint.state.get("feed"), self.state.batches)
         finished = checkpoint.state["finished"]
         self.finished = None if finished is None else RunFinished(**finished)
         self._due = deque((what, how) for what, how in checkpoint.state["due"])
-        self._go_on_if_longer()
         self._started = checkpoint.state["started"]
+        self._end_where_due()
         # What was to be left out was the batch after another update.
         self._pending = deque(request for request in self._pending if not isinstance(request, Skip))
 
@@ -330,19 +345,27 @@ class Trainer:
 
     def _schedule_after_update(self) -> None:
         """Queue what is due at this boundary, so that it is done even if the caller pauses right after the update."""
-        step, last = self.state.step, self.state.step >= self.iters
+        step = self.state.step
         if self._memory_limit is not None and mx.get_peak_memory() > MEMORY_WARNING * self._memory_limit:
             self._due.append(("memory", str(self._memory_limit)))
             self._memory_limit = None  # said once
+        if not self._left():
+            self._due_at_the_end()
+            return
         every = self.config.steps_per_eval or max(1, self.iters // 5)
-        if self.validates and (last or step % every == 0):
-            self._due.append(("validate", ""))
-        if last or step % (self.config.sample_every or every) == 0:
+        if self.validates and step % every == 0:
+            self._due.append(_VALIDATE)
+        if step % (self.config.sample_every or every) == 0:
             self._due += self._samples_due()
-        if last:
-            self._due += self._ending(ITERS_REACHED)
-        elif self.config.save_every > 0 and step % self.config.save_every == 0:
+        if self.config.save_every > 0 and step % self.config.save_every == 0:
             self._due.append(("save", "step"))
+
+    def _due_at_the_end(self) -> None:
+        """All updates are done: what is due then, but no second validation after the same update."""
+        if self.state.validated_step != self.state.step and _VALIDATE not in self._due:
+            self._due += [_VALIDATE] if self.validates else []
+            self._due += self._samples_due()
+        self._due += self._ending(ITERS_REACHED)
 
     def _samples_due(self) -> list[Due]:
         prompts = self.config.sample_prompts if self._sampler is not None else None
@@ -358,7 +381,7 @@ class Trainer:
         return SampleGenerated(self.state.step, prompt, *answers)
 
     def _ending(self, reason: str) -> list[Due]:
-        test = [("test", "")] if self.config.test and self.examples.test else []
+        test = [_TEST] if self.config.test and self.examples.test else []
         return [("save", "last"), *test, ("finish", reason)]
 
     def _read_requests(self) -> Generator[Event, None, bool]:
@@ -375,7 +398,7 @@ class Trainer:
                 case Save():
                     self._due.append(("save", "last"))
                 case Evaluate():
-                    self._due.append(("validate", ""))
+                    self._due.append(_VALIDATE)
                 case Sample():
                     self._due += self._samples_due()
                 case ChangeSetting(name, value):
@@ -391,24 +414,28 @@ class Trainer:
 
     def _skip(self) -> BatchSkipped:
         rows = self.next_rows()
-        self.state.batches += self.feed.drop()
+        self.state = replace(self.state, batches=self.feed.drop(self.state.batches))
+        self._end_where_due()
         return BatchSkipped(self.state.step, rows)
 
-    def _lengthen(self) -> None:
-        """The new length of the run, but not shorter than what is done."""
-        self.iters = max(self.config.iters or self._iters_for(self.config.epochs or 1.0), self.state.step, 1)
-        self._go_on_if_longer()
-
-    def _go_on_if_longer(self) -> None:
-        if self.finished and self.finished.reason == ITERS_REACHED and self.state.step < self.iters:
-            self.finished = None
+    def _end_where_due(self) -> None:
+        """Measure the run anew: one that has become longer goes on, one with nothing left ends here."""
+        self.iters = self._length()
+        over = ("finish", ITERS_REACHED)
+        if self._left():
+            if self.finished and self.finished.reason == ITERS_REACHED:
+                self.finished = None
+            if over in self._due:
+                self._due = deque(item for item in self._due if item not in (over, _TEST))
+        elif self._started and self.finished is None and all(what != "finish" for what, _ in self._due):
+            self._due_at_the_end()
 
     def change(self, name: str, value: Any) -> SettingChanged:
-        """Change a live setting, at a step boundary. A longer `iters` wakes a run that had reached its end."""
+        """Change a live setting, at a step boundary. A run that gets longer goes on from its end."""
         old = getattr(self.config, name)
         self.config = self.config.with_live(name, value)
-        if name == "iters":
-            self._lengthen()
+        if name in ("iters", "epochs"):
+            self._end_where_due()
         return SettingChanged(self.state.step, name, old, getattr(self.config, name))
 
     def _update(self) -> StepCompleted:
@@ -434,7 +461,7 @@ class Trainer:
         self.state = state = replace(
             state,
             step=state.step + 1,
-            batches=state.batches + self.feed.used(),
+            batches=self.feed.used(state.batches),
             tokens=state.tokens + tokens,
             target_tokens=state.target_tokens + update.units,
             seconds=state.seconds + seconds,
@@ -450,7 +477,7 @@ class Trainer:
             tokens=tokens,
             seconds=seconds,
             peak_memory=mx.get_peak_memory(),
-            epoch=state.batches / self.feed.batches_per_epoch,
+            epoch=self.feed.plan.epochs(state.batches),
             rows=tuple(dict.fromkeys(rows)),
             metrics=metrics,
             row_losses=tuple(zip(rows, update.row_losses)),
@@ -502,7 +529,7 @@ class Trainer:
             result = yield from self._evaluating("valid")
         except NoReward as error:
             return RequestRefused(self.state.step, f"validation: {error}"), []
-        state = self.state
+        state = self.state = replace(self.state, validated_step=self.state.step)
         best = state.best_loss is None or result.loss < state.best_loss
         if best:
             self.state = replace(state, best_loss=result.loss, best_step=state.step, evaluations_without_best=0)
