@@ -29,6 +29,7 @@ ORDER = [
     "data.tables",
     "data.mixtures",
     "data.sources",
+    "data.message_lists",
     "data.row_values",
     "data.row_forms",
     "data.rows",

@@ -77,6 +77,21 @@ FORMS: dict[str, tuple[str, dict[str, Any], Any]] = {
         {"prompt": USER, "completion": GOOD},
         ChatRow([UNSEEN, GOOD]),
     ),
+    "messages as columns": (
+        "tokens",
+        {"messages": {"role": ["user", "assistant"], "content": ["Ahoy?", "Arr."]}},
+        ChatRow([USER, GOOD]),
+    ),
+    "turns of a question and an answer": (
+        "tokens",
+        {"conversation": [{"input": "Ahoy?", "output": "Hello."}, {"input": "And?", "output": "Arr."}]},
+        ChatRow([USER, BAD, AGAIN, GOOD]),
+    ),
+    "turns with a system prompt": (
+        "tokens",
+        {"conversation": [{"system": "Be a pirate.", "input": "Ahoy?", "output": "Arr."}]},
+        ChatRow([SYSTEM, USER, GOOD]),
+    ),
     "a completion in JSON": (
         "tokens",
         {"prompt": "Ahoy?", "completion": '{"role": 1}'},

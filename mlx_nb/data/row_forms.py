@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_nb.data.row_source import is_of_messages
-from mlx_nb.data.row_values import KNOWN_ROLES, Messages, decoded, kind_of_value, read_messages, read_text
+from mlx_nb.data.row_values import Messages, decoded, kind_of_value, read_messages, read_text
 from mlx_nb.errors import DataError
 
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
@@ -23,6 +23,8 @@ _BETTER = ("chosen", "preferred", "accepted", "better")
 _WORSE = ("rejected", "dispreferred", "non_preferred", "nonpreferred", "unpreferred", "worse")
 _NOUNS = ("response", "answer", "output", "completion", "reply", "text", "message", "messages", "conversation")
 
+# Of an object alone in a JSON text, only these roles say that it is a message and not an answer in JSON.
+_ANSWERING_ROLES = ("assistant", "gpt", "user", "human")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
@@ -76,7 +78,7 @@ def from_json(text: str) -> Any:
 
 def _speaks(item: Mapping[str, Any]) -> bool:
     role = item.get("role", item.get("from"))
-    return isinstance(role, str) and role in KNOWN_ROLES and bool({"content", "value", "tool_calls"} & set(item))
+    return isinstance(role, str) and role in _ANSWERING_ROLES and bool({"content", "value", "tool_calls"} & set(item))
 
 
 # --- questions ------------------------------------------------------------------------------------------------------

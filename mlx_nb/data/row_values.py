@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_nb.data.message_lists import spread
 from mlx_nb.errors import DataError, did_you_mean
 
 Messages = list[dict[str, Any]]
@@ -26,7 +27,6 @@ _ROLES = {
     "function": "function",
     "ipython": "ipython",
 }
-KNOWN_ROLES = frozenset(_ROLES)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def read_tools(record: Mapping[str, Any], columns: Columns) -> list[dict[str, An
 
 def read_messages(value: Any, column: str) -> Messages:
     """A list of messages, also from JSON text; at least one, each with the keys `role` and `content`."""
-    value = decoded(value, column)
+    value = spread(decoded(value, column))
     if not isinstance(value, (list, tuple)):
         raise DataError(
             f"`{column}` must be a list of messages such as {{role: user, content: ...}}, not {kind_of_value(value)}."
