@@ -28,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return chosen.act(chosen)
     except MlxNbError as error:
-        print(f"mlx-nb: {error}", file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"mlx-nb: {line}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("mlx-nb: interrupted", file=sys.stderr)

@@ -7,17 +7,21 @@ Keys are those of mlx-lm's and mlx-lm-lora's YAML where they have one; `iters` c
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, ClassVar, Literal
 
-from mlx_nb.config_checks import EFFECT_CHECKS
-from mlx_nb.config_hints import unknown_setting_hint
+from mlx_nb.config_checks import problems_of
+from mlx_nb.config_commands import read_command
+from mlx_nb.config_hints import foreign_settings, value_hint
+from mlx_nb.config_optimizers import arguments_of
 from mlx_nb.errors import ConfigError
-from mlx_nb.settings import SettingError, coerce, setting
-from mlx_nb.yaml_loader import Document, load_mapping
+from mlx_nb.methods import METHODS
+from mlx_nb.settings import SettingError, SettingErrors, coerce, plain, setting, shown
+from mlx_nb.yaml_loader import Document, load_mapping, read_yaml_file
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class LrSchedule:
     warmup_init: float = setting(0.0, "Learning rate at update 0 of the warm-up.", group="optimizer", at_least=0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class RunConfig:
     """Everything that decides a run. Frozen; `replace` gives a changed, checked copy.
 
@@ -362,7 +366,9 @@ class RunConfig:
         group="training",
         at_least=1,
     )
-    seed: int = setting(0, "Decides row order, adapter start and dropout.", group="training", at_least=0)
+    seed: int = setting(
+        0, "Decides row order, adapter start and dropout.", group="training", at_least=0, at_most=2**63 - 1
+    )
     steps_per_eval: int | None = setting(
         None,
         "Validate every N updates, besides at the start and the end. null = five times a run, -1 = never.",
@@ -410,42 +416,76 @@ class RunConfig:
         None, "Folder for the adapter. null = adapters/<name of the run>.", group="saving"
     )
 
-    def __post_init__(self) -> None:
+    def __init__(self, **values: Any) -> None:
         kinds = typing.get_type_hints(RunConfig)
-        for declared in fields(self):
-            value = coerce(getattr(self, declared.name), declared, kinds[declared.name])
-            object.__setattr__(self, declared.name, value)
-        _merge_synonyms(self)
-        if self.rewards is not None and not isinstance(self.rewards, (list, tuple)):
-            object.__setattr__(self, "rewards", (self.rewards,))
-        for check in EFFECT_CHECKS:
-            check(self)
+        foreign = list(foreign_settings(values, SETTINGS, _GROUPS, _fits))
+        errors, refused = [one.error for one in foreign], set()
+        # A setting under another program's name counts in what the others are checked with.
+        meant = {one.meant: one.value for one in foreign if one.meant and one.meant not in values}
+        named = {one.meant: one.error.path for one in foreign if one.meant in meant}
+        if str(values.get("fine_tune_type")) in METHODS and "method" not in values:
+            meant["method"] = values["fine_tune_type"]
+        for name, declared in SETTINGS.items():
+            value, default = values.get(name, _MISSING), _default_of(declared)
+            if name in meant:
+                fits = meant[name] is not None and _fits(name, meant[name])
+                value = meant[name] if fits else _MISSING
+                refused |= set() if fits else {name}
+            try:
+                taken = default if value is _MISSING else _taken(name, value, declared, kinds[name])
+            except SettingErrors as several:
+                errors += several.errors
+            except SettingError as error:
+                errors.append(SettingError(error.path, f"{error}{value_hint(name, value)}"))
+            else:
+                object.__setattr__(self, name, taken)
+                continue
+            refused.add(name)
+            object.__setattr__(self, name, default)
+        errors += [
+            SettingError(named.get(problem.path[0], problem.path), str(problem))
+            for problem in (*_merge_synonyms(self), *problems_of(self, refused))
+        ]
+        if errors:
+            order = {key: index for index, key in enumerate(map(str, values))}
+            errors.sort(key=lambda error: order.get(error.path[0], len(order)))
+            raise errors[0] if len(errors) == 1 else SettingErrors(errors)
+        _settle(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], document: Document | None = None) -> RunConfig:
-        """From flat settings. Unknown keys raise ConfigError naming the nearest known one and its line."""
-        place = document.place if document else lambda *_: ""
-        for key in values:
-            if key not in SETTINGS:
-                inner = [declared.name for declared in fields(LoraParameters)]
-                hint = unknown_setting_hint(key, values, SETTINGS, inner)
-                raise ConfigError(_located(place(key), f"unknown setting `{key}`.{hint}"))
+    def from_dict(cls, values: Mapping[Any, Any], document: Document | None = None) -> RunConfig:
+        """From flat settings. Raises ConfigError with one line for each that is unknown or wrong.
+
+        `document` is the text that they were read from: each line begins with its file, line and column.
+        """
+        document = document or Document({})
+        problems: list[tuple[tuple[int, int] | None, str]] = list(document.problems)
+        unnamed = [key for key in values if not isinstance(key, str)]
+        problems += [(document.mark(str(key)), f"the name of a setting is text, not {shown(key)}.") for key in unnamed]
         try:
-            return cls(**values)
-        except SettingError as error:
-            raise ConfigError(_located(place(*error.path), str(error))) from None
+            config = cls(**{key: value for key, value in values.items() if isinstance(key, str)})
+        except (SettingError, SettingErrors) as error:
+            errors = error.errors if isinstance(error, SettingErrors) else (error,)
+            problems += [(_mark_of(document, one.path), str(one)) for one in errors]
+        if problems:
+            problems.sort(key=lambda problem: problem[0] or _AT_THE_END)
+            raise ConfigError("\n".join(document.located(mark, message) for mark, message in problems))
+        return config
 
     @classmethod
     def from_yaml(cls, source: str | Path, **overrides: Any) -> RunConfig:
-        """From YAML text or the path of a YAML file; `overrides` win over the file."""
-        name = "the YAML"
+        """From YAML text or the path of a YAML file; `overrides` win over the file.
+
+        Raises ConfigError in one line for a text that is no YAML, else in one line for each thing that is wrong.
+        """
+        name = ""
         if isinstance(source, Path) or _looks_like_path(source):
             path = Path(source).expanduser()
-            if not path.is_file():
-                raise ConfigError(f"no such file: {path}. Give the path of a YAML file, or YAML text.")
-            source, name = path.read_text(encoding="utf-8"), str(path)
-        document = load_mapping(str(source), name)
-        return cls.from_dict({**document.values, **overrides}, document)
+            source, name = read_yaml_file(path), str(path)
+        document = read_command(source, name) or load_mapping(source, name)
+        marks = {path: mark for path, mark in document.marks.items() if path[0] not in overrides}
+        given = {key: value for key, value in document.values.items() if key not in overrides}
+        return cls.from_dict({**given, **overrides}, dataclasses.replace(document, marks=marks))
 
     def replace(self, **changes: Any) -> RunConfig:
         """A changed, checked copy."""
@@ -456,6 +496,8 @@ class RunConfig:
         changes = {name: value}
         if name in ("iters", "epochs") and value is not None:
             changes["epochs" if name == "iters" else "iters"] = None
+        if name == "sample_prompts" and value is None:
+            changes |= {other: SETTINGS[other].default for other in ("sample_every", "sample_tokens")}
         if name == "learning_rate" and self.lr_schedule.arguments:
             schedule = dataclasses.asdict(self.lr_schedule)
             changes["lr_schedule"] = {**schedule, "arguments": [value, *self.lr_schedule.arguments[1:]]}
@@ -492,28 +534,95 @@ def reward_name(function: Any) -> str:
 def _names_files(data: Any) -> bool:
     """Whether it is the name of something, or a mixture of such names."""
     if isinstance(data, list):
-        return all(isinstance(one, str) or (isinstance(one, Mapping) and "path" in one) for one in data)
+        return all(isinstance(one, str) or (_is_source(one) and isinstance(one["path"], str)) for one in data)
     return isinstance(data, str)
+
+
+def _is_source(one: Any) -> bool:
+    """Whether it is {path: ..., weight: ...}, a source of a mixture, and no row with a column `path`."""
+    return isinstance(one, Mapping) and "path" in one and all(key in _SOURCE_KEYS for key in one)
+
+
+def _taken(name: str, value: Any, declared: dataclasses.Field, kind: Any) -> Any:
+    """The value of a setting as it is kept. Raises SettingError or SettingErrors."""
+    if name == "data":
+        return _data(value)
+    if name == "rewards" and value is not None:
+        return _rewards(value)
+    return coerce(value, declared, kind)
+
+
+def _data(value: Any) -> Any:
+    """`data` with its names as text and its weights as numbers; objects with rows are left alone."""
+    if isinstance(value, str | PurePath):
+        return plain(value, ("data",))
+    if value is None or isinstance(value, bool | int | float):
+        raise SettingError(("data",), f"`data` cannot be {shown(value)}. It takes a name, or rows.")
+    if not isinstance(value, list | tuple) or not all(
+        isinstance(one, str | PurePath) or _is_source(one) for one in value
+    ):
+        return value
+    sources: list[Any] = []
+    for index, one in enumerate(value):
+        path = ("data", str(index))
+        if not isinstance(one, Mapping):
+            sources.append(plain(one, path))
+            continue
+        rows = one["path"]
+        rows = plain(rows, (*path, "path")) if isinstance(rows, str | PurePath) else rows
+        sources.append({"path": rows, **plain({key: one[key] for key in one if key != "path"}, path)})
+    return sources
+
+
+def _rewards(value: Any) -> Any:
+    """`rewards` as a list or tuple of names, functions and mappings of one name to plain values."""
+    entries = value if isinstance(value, list | tuple) else (value,)
+    for entry in entries:
+        named = isinstance(entry, str) or (isinstance(entry, Mapping) and len(entry) == 1)
+        if not named and not callable(entry):
+            raise SettingError(
+                ("rewards",),
+                f"`rewards` cannot hold {shown(entry)}. It takes names, functions, and mappings with one key.",
+            )
+    return type(entries)(
+        entry if callable(entry) else plain(entry, ("rewards", str(index))) for index, entry in enumerate(entries)
+    )
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Whether the setting `name` takes `value`."""
+    try:
+        _taken(name, value, SETTINGS[name], typing.get_type_hints(RunConfig)[name])
+    except ConfigError:
+        return False
+    return True
+
+
+def _default_of(declared: dataclasses.Field) -> Any:
+    if declared.default_factory is not dataclasses.MISSING:
+        return declared.default_factory()
+    return declared.default
+
+
+def _mark_of(document: Document, path: tuple[str, ...]) -> tuple[int, int] | None:
+    """Where a setting is in the text, under either of its names."""
+    return document.mark(*path) or document.mark(*_OTHER_NAMES.get(path, ()))
 
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _located(place: str, message: str) -> str:
-    return f"{place}: {message}" if place else message
-
-
 def _looks_like_path(source: str) -> bool:
     return "\n" not in source and ":" not in source[2:] and source.strip().endswith((".yaml", ".yml"))
 
 
-def _merge_synonyms(config: RunConfig) -> None:
+def _merge_synonyms(config: RunConfig) -> Iterator[SettingError]:
     """`target_modules` and `warmup` are second words: fold them into the setting they stand for."""
     if config.target_modules is not None:
         keys = config.lora_parameters.keys
         if keys is not None and keys != config.target_modules:
-            raise SettingError(
+            yield SettingError(
                 ("target_modules",), "`target_modules` and `lora_parameters.keys` differ. Give one of them."
             )
         merged = dataclasses.replace(config.lora_parameters, keys=config.target_modules)
@@ -521,10 +630,39 @@ def _merge_synonyms(config: RunConfig) -> None:
         object.__setattr__(config, "target_modules", None)
     if config.warmup is not None:
         if config.lr_schedule.warmup not in (None, config.warmup):
-            raise SettingError(("warmup",), "`warmup` and `lr_schedule.warmup` differ. Give one of them.")
+            yield SettingError(("warmup",), "`warmup` and `lr_schedule.warmup` differ. Give one of them.")
         object.__setattr__(config, "lr_schedule", dataclasses.replace(config.lr_schedule, warmup=config.warmup))
         object.__setattr__(config, "warmup", None)
 
 
+def _settle(config: RunConfig) -> None:
+    """What the settings that were found good say together: one rate, one decay, the arguments of one optimizer."""
+    if config.lr_schedule.arguments is not None:
+        object.__setattr__(config, "learning_rate", config.lr_schedule.arguments[0])
+    arguments = dict(arguments_of(config.optimizer, config.optimizer_config))
+    if "weight_decay" in arguments:
+        object.__setattr__(config, "weight_decay", float(arguments.pop("weight_decay")))
+    object.__setattr__(config, "optimizer_config", arguments)
+
+
 SETTINGS: dict[str, dataclasses.Field] = {declared.name: declared for declared in fields(RunConfig)}
 LIVE_SETTINGS: tuple[str, ...] = tuple(name for name, declared in SETTINGS.items() if declared.metadata["live"])
+RunConfig.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_default_of(declared))
+        for name, declared in SETTINGS.items()
+    ]
+)
+_MISSING = object()
+_AT_THE_END = (2**31, 0)
+_OTHER_NAMES: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("warmup",): ("lr_schedule", "warmup"),
+    ("target_modules",): ("lora_parameters", "keys"),
+}
+_GROUPS = {
+    "lora_parameters": tuple(declared.name for declared in fields(LoraParameters)),
+    "lr_schedule": tuple(declared.name for declared in fields(LrSchedule)),
+}
+_SOURCE_KEYS = frozenset(
+    {"path", "weight", "subset"} | {name for name in SETTINGS if name.endswith(("_split", "_feature"))}
+)

@@ -20,10 +20,10 @@ from difflib import get_close_matches
 
 
 class MlxNbError(Exception):
-    """Base of all errors raised on purpose. In IPython it shows as one line, without a traceback."""
+    """Base of all errors raised on purpose. In IPython it shows as one line for each problem, without a traceback."""
 
     def _render_traceback_(self) -> list[str]:
-        return [f"{type(self).__name__}: {self}"]
+        return f"{type(self).__name__}: {self}".splitlines()
 
 
 class ConfigError(MlxNbError):

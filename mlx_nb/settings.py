@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import field, fields
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any, Literal
 
-from mlx_nb.errors import ConfigError, did_you_mean
+from mlx_nb.errors import ConfigError
 
 
 def setting(
@@ -39,13 +40,26 @@ def setting(
 
 
 class SettingError(ConfigError):
+    """What is wrong with one setting, and the path of its key."""
+
     def __init__(self, path: tuple[str, ...], message: str) -> None:
         super().__init__(message)
         self.path = path
 
 
+class SettingErrors(ConfigError):
+    """What is wrong with several settings, one line each."""
+
+    def __init__(self, errors: Sequence[SettingError]) -> None:
+        super().__init__("\n".join(map(str, errors)))
+        self.errors = tuple(errors)
+
+
 def coerce(value: Any, declared: dataclasses.Field, hint: Any, parent: tuple[str, ...] = ()) -> Any:
-    """`value` as the declared type, inside its bounds. Raises SettingError with the path of the setting."""
+    """`value` as the declared type, inside its bounds: of plain Python types that JSON can hold.
+
+    Raises SettingError with the path of the setting, SettingErrors for several inside a group.
+    """
     path = (*parent, declared.name)
     label = ".".join(path)
     if hint is Any:
@@ -60,18 +74,28 @@ def coerce(value: Any, declared: dataclasses.Field, hint: Any, parent: tuple[str
         return _coerce_group(value, typing.cast(type, kind), path)
     if kind is dict or typing.get_origin(kind) is dict:
         if not isinstance(value, Mapping):
-            raise SettingError(path, f"`{label}` must be a mapping such as {{eps: 1e-8}}, not {value!r}.")
-        return dict(value)
+            raise SettingError(path, f"`{label}` must be a mapping such as {{eps: 1e-8}}, not {shown(value)}.")
+        return plain(value, path)
     synonyms = declared.metadata["synonyms"]
+    value = _of_python(value)
     known = synonyms.get(value, value) if isinstance(value, str) else value
     result = _CONVERSIONS[typing.get_origin(kind) or kind](known, kind)
     if result is _WRONG:
-        shown = "an empty list" if isinstance(value, (list, tuple)) and not value else repr(value)
-        raise SettingError(path, f"`{label}` cannot be {shown}. {_expected(options, synonyms)}")
-    for word, limit in declared.metadata["bounds"].items():
+        wrong = "an empty list" if isinstance(value, (list, tuple)) and not value else shown(value)
+        quote = f" Put it in quotes: '{value}'." if kind is str and isinstance(value, (int, float)) else ""
+        raise SettingError(path, f"`{label}` cannot be {wrong}. {_expected(options, synonyms)}{quote}")
+    for word, limit in _limits(declared, kind):
         if not _BOUNDS[word](result, limit):
-            raise SettingError(path, f"`{label}` must be {word} {limit:g}, not {result:g}.")
+            raise SettingError(path, f"`{label}` must be {word} {limit:.10g}, not {shown(result)}.")
     return result
+
+
+def _limits(declared: dataclasses.Field, kind: Any) -> list[tuple[str, float]]:
+    """The bounds of a number: those it declares, and for a count what an array can be measured in."""
+    bounds = dict(declared.metadata["bounds"])
+    if kind is int:
+        bounds.setdefault("at most", _LARGEST_INT)
+    return list(bounds.items())
 
 
 def _coerce_group(value: Any, kind: type, path: tuple[str, ...]) -> Any:
@@ -81,20 +105,111 @@ def _coerce_group(value: Any, kind: type, path: tuple[str, ...]) -> Any:
         value = {kind.short_form: value}
     if not isinstance(value, Mapping):
         names = ", ".join(declared.name for declared in fields(kind))
-        raise SettingError(path, f"`{path[0]}` must be a mapping with some of: {names}; not {value!r}.")
+        raise SettingError(path, f"`{path[0]}` must be a mapping with some of: {names}; not {shown(value)}.")
     known = {declared.name: declared for declared in fields(kind)}
-    for key in value:
-        if key not in known:
-            names = ", ".join(known)
-            raise SettingError(
-                (*path, str(key)),
-                f"unknown setting `{path[0]}.{key}`.{did_you_mean(str(key), known)} Known: {names}.",
-            )
     hints = typing.get_type_hints(kind)
-    return kind(**{key: coerce(item, known[key], hints[key], path) for key, item in value.items()})
+    errors: list[SettingError] = []
+    converted = {}
+    for key, item in value.items():
+        if key not in known:
+            near = typo_of(str(key), known)
+            suggestion = f" Did you mean {near!r}?" if near else ""
+            message = f"unknown setting `{path[0]}.{key}`.{suggestion} Known: {', '.join(known)}."
+            errors.append(SettingError((*path, str(key)), message))
+            continue
+        try:
+            converted[key] = coerce(item, known[key], hints[key], path)
+        except SettingError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0] if len(errors) == 1 else SettingErrors(errors)
+    return kind(**converted)
+
+
+def plain(value: Any, path: tuple[str, ...], depth: int = 0) -> Any:
+    """`value` with paths as text, numpy's numbers and arrays as Python's, tuples as lists: what JSON can hold.
+
+    Raises SettingError for what it cannot: other objects, names that are no text, endless nesting, NaN.
+    """
+    label, value = ".".join(path), _of_python(value)
+    if depth > _DEEPEST:
+        raise SettingError(path[:1], f"`{path[0]}` is nested more than {_DEEPEST} levels deep.")
+    if isinstance(value, Mapping):
+        wrong = [key for key in value if _to_text(key, str) is _WRONG]
+        if wrong:
+            raise SettingError(path, f"`{label}` has the key {shown(wrong[0])}. Keys are text.")
+        return {str(key): plain(item, (*path, str(key)), depth + 1) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item, (*path, str(index)), depth + 1) for index, item in enumerate(value)]
+    if value is None or isinstance(value, bool):
+        return value
+    converted = (_to_text if isinstance(value, (str, PurePath)) else _to_number)(value, None)
+    if converted is _WRONG:
+        raise SettingError(path, f"`{label}` cannot be {shown(value)}. It takes numbers, texts, lists and mappings.")
+    return converted
+
+
+def shown(value: Any) -> str:
+    """`repr` of a value on one line of at most 80 characters, whatever the value is."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # of an int of more than 4,300 digits, or of an object of somebody else's
+        text = f"a huge {type(value).__name__}" if isinstance(value, int) else f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def typo_of(word: str, known: Iterable[str]) -> str | None:
+    """The known name that `word` is a misspelling of: one slip in at most two of the words that it is made of.
+
+    A short word with another letter in it is another word: `min` and `max`, `text` and `test`.
+    """
+    parts = word.lower().replace("-", "_").split("_")
+    for name in known:
+        others = name.split("_")
+        if len(parts) == len(others):
+            slips = [(one, other) for one, other in zip(parts, others) if one != other]
+            if len(slips) <= 2 and all(_one_slip(one, other, len(other) > 5) for one, other in slips):
+                return name
+        elif _one_slip("".join(parts), "".join(others), False):
+            return name
+    return None
+
+
+def _one_slip(one: str, other: str, other_letter: bool) -> bool:
+    """Equal but for a letter too many, too few, swapped with the next or, if `other_letter`, another one."""
+    if one == other:
+        return True
+    short, long = sorted((one, other), key=len)
+    if len(long) - len(short) == 1:
+        return any(long[:place] + long[place + 1 :] == short for place in range(len(long)))
+    if len(long) != len(short):
+        return False
+    places = [place for place, (a, b) in enumerate(zip(one, other)) if a != b]
+    if len(places) == 1:
+        return other_letter
+    first, last = places[0], places[-1]
+    return len(places) == 2 and last == first + 1 and one[first] == other[last] and one[last] == other[first]
 
 
 _WRONG = object()
+_DEEPEST = 32
+_LARGEST_INT = 2**31 - 1  # what arrays are measured in
+_LARGEST_FLOAT = 3.4e38  # what they hold
+
+
+def _of_python(value: Any) -> Any:
+    """A number of numpy or another library as Python's, an array as a list; anything else as it is."""
+    if not hasattr(value, "shape") or isinstance(value, type):
+        return value
+    convert = getattr(value, "item" if value.shape == () else "tolist", None)
+    return convert() if callable(convert) else value
+
+
+def _to_number(value: Any, _kind: Any) -> Any:
+    """A finite number of a size that prints."""
+    if isinstance(value, int):
+        return value if abs(value) < 2**64 else _WRONG
+    return _to_float(value, None)
 
 
 def _to_int(value: Any, _kind: Any) -> Any:
@@ -104,8 +219,19 @@ def _to_int(value: Any, _kind: Any) -> Any:
 
 
 def _to_float(value: Any, _kind: Any) -> Any:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else _WRONG
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return _WRONG
+    try:
+        number = float(value)
+    except OverflowError:
+        return _WRONG
+    return number if math.isfinite(number) and abs(number) <= _LARGEST_FLOAT else _WRONG
+
+
+def _to_text(value: Any, _kind: Any) -> Any:
+    """Text that can be written to a file: without NUL and halves of surrogate pairs."""
+    text = str(value) if isinstance(value, (str, PurePath)) else "\0"
+    return text if "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text) else _WRONG
 
 
 def _to_choice(value: Any, kind: Any) -> Any:
@@ -113,11 +239,11 @@ def _to_choice(value: Any, kind: Any) -> Any:
 
 
 def _to_tuple(value: Any, kind: Any) -> Any:
-    items = [value] if isinstance(value, str) else value
+    items = [value] if isinstance(value, (str, PurePath)) else value
     if not isinstance(items, (list, tuple)) or not items:
         return _WRONG
     item_kind = typing.get_args(kind)[0]
-    converted = [_CONVERSIONS[item_kind](item, item_kind) for item in items]
+    converted = [_CONVERSIONS[item_kind](_of_python(item), item_kind) for item in items]
     return _WRONG if any(item is _WRONG for item in converted) else tuple(converted)
 
 
@@ -125,7 +251,7 @@ _CONVERSIONS: dict[Any, Callable[[Any, Any], Any]] = {
     int: _to_int,
     float: _to_float,
     bool: lambda value, _kind: value if isinstance(value, bool) else _WRONG,
-    str: lambda value, _kind: value if isinstance(value, str) else str(value) if isinstance(value, Path) else _WRONG,
+    str: _to_text,
     Literal: _to_choice,
     tuple: _to_tuple,
 }

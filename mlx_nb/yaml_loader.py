@@ -1,88 +1,242 @@
-"""YAML as people mean it: 1e-5 is a number, `on` is a word, a repeated key is an error, every value has a place.
+"""YAML as people mean it: 1e-5 is a number, `on` is a word, a repeated key is an error, every key has a place.
 
-PyYAML follows YAML 1.1, which reads `1e-5` as a string, `on` as True and `012` as 10.
+PyYAML follows YAML 1.1, which reads `1e-5` as a string, `on` as True and `012` as 10. What it would run out of memory,
+recursion or digits with is refused in one line here.
 """
 
 from __future__ import annotations
 
+import codecs
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mlx_nb.errors import ConfigError
 
+_DEEPEST = 32  # levels of nesting
+_MOST_VALUES = 100_000  # with every alias written out
+
 
 @dataclass(frozen=True)
 class Document:
-    """The mapping of one YAML text. `places` gives `line N, column M` (counted from 1) for each key path."""
+    """The mapping of one YAML text. `marks` has (line, column) of each key, counted from 1, by key path.
+
+    `name` is that of its file, and empty for a text. `problems` are the keys that are given twice: (mark, message).
+    """
 
     values: dict[str, Any]
-    places: dict[tuple[str, ...], str] = field(default_factory=dict)
+    marks: dict[tuple[str, ...], tuple[int, int]] = field(default_factory=dict)
+    name: str = ""
+    problems: tuple[tuple[tuple[int, int], str], ...] = ()
 
-    def place(self, *path: str) -> str:
-        return self.places.get(path, "")
+    def mark(self, *path: str) -> tuple[int, int] | None:
+        """(line, column) of a key, or of the nearest one around it; None for a key that is not in the text."""
+        while path and path not in self.marks:
+            path = path[:-1]
+        return self.marks.get(path)
+
+    def located(self, mark: tuple[int, int] | None, message: str) -> str:
+        """The message with the file, line and column in front."""
+        where = [self.name] if self.name else []
+        if mark is not None:
+            where.append(f"line {mark[0]}, column {mark[1]}")
+        return f"{', '.join(where)}: {message}" if where else message
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the scalars of the YAML 1.2 core schema."""
+    """SafeLoader with the scalars and tags of the YAML 1.2 core schema, of bounded depth."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.depth += 1
+        if self.depth > _DEEPEST:
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, f"nested more than {_DEEPEST} levels deep", mark)
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
 
 
-_Loader.yaml_implicit_resolvers = {}
-_RESOLVERS = (
-    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("tag:yaml.org,2002:int", r"[-+]?[0-9][0-9_]*", list("-+0123456789")),
+def _scalar(pattern: str, what: str, make: Callable[[str], Any]) -> Callable[[yaml.SafeLoader, Any], Any]:
+    """A constructor of a scalar that matches `pattern`; `what` is the name of its kind."""
+    whole = re.compile(pattern)
+
+    def construct(loader: yaml.SafeLoader, node: Any) -> Any:
+        text = loader.construct_scalar(node)
+        reason = f"{text[:40]!r} is not {what}"
+        if whole.fullmatch(text):
+            try:
+                return make(text)
+            except ValueError:  # Python converts no more than 4,300 digits
+                reason = f"a number of {len(text):,} digits is too long"
+        raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark)
+
+    return construct
+
+
+def _text(loader: yaml.SafeLoader, node: Any) -> str:
+    """A text, in which the two halves of a character that JSON escapes as a surrogate pair are one character again."""
+    text = loader.construct_scalar(node)
+    return re.sub("[\ud800-\udbff][\udc00-\udfff]", lambda pair: _joined(pair.group()), text)
+
+
+def _joined(pair: str) -> str:
+    return pair.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+
+
+def _refuse_tag(_loader: yaml.SafeLoader, node: yaml.Node) -> Any:
+    tag = node.tag.replace(_TAG, "!!")
+    raise yaml.constructor.ConstructorError(None, None, f"the tag {tag} has no meaning here", node.start_mark)
+
+
+_TAG = "tag:yaml.org,2002:"
+_NULL, _BOOL, _INT = r"~|null|Null|NULL|", r"true|True|TRUE|false|False|FALSE", r"[-+]?[0-9][0-9_]*"
+_FLOAT = r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+_SCALARS: tuple[tuple[str, str, str, str, Callable[[str], Any]], ...] = (
+    ("null", _NULL, "~nN", "null", lambda text: None),
+    ("bool", _BOOL, "tTfF", "true or false", lambda text: text.lower() == "true"),
+    ("int", _INT, "-+0123456789", "a whole number", lambda text: int(text.replace("_", ""))),
     (
-        "tag:yaml.org,2002:float",
-        r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        list("-+.0123456789"),
+        "float",
+        _FLOAT,
+        "-+.0123456789",
+        "a number",
+        lambda text: float(text.replace("_", "").lower().replace(".inf", "inf").replace(".nan", "nan")),
     ),
 )
-for _tag, _pattern, _first in _RESOLVERS:
-    _Loader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), _first)
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value.replace("_", "")))
+_Loader.yaml_implicit_resolvers = {}
+_Loader.yaml_constructors = {
+    _TAG + "str": _text,
+    _TAG + "seq": yaml.SafeLoader.construct_yaml_seq,
+    _TAG + "map": yaml.SafeLoader.construct_yaml_map,
+    None: _refuse_tag,
+}
+for _name, _pattern, _first, _what, _make in _SCALARS:
+    _resolved = [*_first, ""] if _name == "null" else list(_first)
+    _Loader.add_implicit_resolver(_TAG + _name, re.compile(rf"^(?:{_pattern})$"), _resolved)
+    _Loader.add_constructor(_TAG + _name, _scalar(_pattern, _what, _make))
 
 
-def load_mapping(text: str, name: str = "the YAML") -> Document:
-    """Read a YAML mapping. Raises ConfigError with line and column when it is not one."""
-    loader = _Loader(text)
+def read_yaml_file(path: Path) -> str:
+    """The text of a YAML file, which is UTF-8, or UTF-16 with its mark. Raises ConfigError."""
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder. Give the path of a YAML file.")
     try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise ConfigError(f"no such file: {path}. Give the path of a YAML file, or YAML text.") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return content.decode("utf-16" if utf_16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path} cannot be read at line {line}: it is not UTF-8. Save it as UTF-8.") from None
+
+
+def load_mapping(text: str, name: str = "") -> Document:
+    """Read a YAML mapping; `name` is that of its file. Raises ConfigError with line and column when it is not one."""
+    named = name or "the YAML"
+    loader = None
+    try:
+        loader = _Loader(text)
         root = loader.get_single_node()
         if root is None:
-            return Document({})
+            return Document({}, name=name)
         if not isinstance(root, yaml.MappingNode):
-            raise ConfigError(f"{name} is not a list of `key: value` lines. Write for example `model: smollm2-135m`.")
-        places: dict[tuple[str, ...], str] = {}
-        _record_places(root, (), places)
-        return Document(loader.construct_document(root), places)
+            raise ConfigError(f"{named} is not a list of `key: value` lines. Write for example `model: smollm2-135m`.")
+        if _size(root, {}) > _MOST_VALUES:
+            raise ConfigError(f"{named} holds more than {_MOST_VALUES:,} values once its aliases are written out.")
+        marks: dict[tuple[str, ...], tuple[int, int]] = {}
+        problems: list[tuple[tuple[int, int], str]] = []
+        _record_marks(root, (), marks, problems)
+        return Document(loader.construct_document(root), marks, name, tuple(problems))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        reason = error.problem or "cannot be read"
-        raise ConfigError(f"{name} cannot be read{where}: {reason}.{_hint(text, mark)}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name} cannot be read: {' '.join(str(error).split())}") from None
+        reason = _REASONS.get(error.problem or "", error.problem or "it is no YAML")
+        raise ConfigError(f"{named} cannot be read{where}: {reason}.{_hint(text, mark)}") from None
+    except yaml.reader.ReaderError as error:
+        before = re.split(_LINE_BREAK, text[: error.position])
+        where = f"line {len(before)}, column {len(before[-1]) + 1}"
+        character = f"U+{error.character:04X}" if isinstance(error.character, int) else repr(error.character)
+        raise ConfigError(f"{named} cannot be read at {where}: it has the character {character}. Remove it.") from None
+    except (ValueError, OverflowError):  # of chr(), for "\UFFFFFFFF"
+        line = loader.get_mark().line + 1 if loader else 1
+        raise ConfigError(f"{named} cannot be read at line {line}: there is no such character.") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
-def _record_places(node: yaml.Node, path: tuple[str, ...], places: dict[tuple[str, ...], str]) -> None:
+def read_value(text: str) -> Any:
+    """The value of a `key=value` word: a number, true, false, null, a quoted text, a list or mapping, else the text.
+
+    Unlike in a YAML line, `#` and `: ` in it are just characters. Raises ConfigError for an unclosed list.
+    """
+    if text.lstrip()[:1] in ("[", "{", '"', "'"):
+        return load_mapping(f"value: {text}", f"the value {text[:80]}").values["value"]
+    for name, pattern, _, _, make in _SCALARS:
+        if re.fullmatch(pattern, text.strip()) and name != "null":
+            return make(text.strip())
+    return None if re.fullmatch(_NULL, text.strip()) else text
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values `node` holds with its aliases written out. Raises ComposerError when it holds itself."""
+    size = known.get(id(node))
+    if size == 0:
+        raise yaml.composer.ComposerError(None, None, "an anchor that holds itself", node.start_mark)
+    if size is None:
+        known[id(node)] = 0
+        children = node.value if isinstance(node, yaml.CollectionNode) else ()
+        parts = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
+        size = known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return size
+
+
+def _record_marks(
+    node: yaml.Node,
+    path: tuple[str, ...],
+    marks: dict[tuple[str, ...], tuple[int, int]],
+    problems: list[tuple[tuple[int, int], str]],
+) -> None:
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            _record_marks(item, (*path, str(index)), marks, problems)
     if not isinstance(node, yaml.MappingNode):
         return
     seen: dict[str, int] = {}
     for key_node, value_node in node.value:
-        key, line = str(key_node.value), key_node.start_mark.line + 1
+        key, mark = str(key_node.value), (key_node.start_mark.line + 1, key_node.start_mark.column + 1)
         if key in seen:
-            raise ConfigError(f"line {line}: `{key}` is given twice, first on line {seen[key]}. Keep one of them.")
-        seen[key] = line
-        places[(*path, key)] = f"line {line}, column {value_node.start_mark.column + 1}"
-        _record_places(value_node, (*path, key), places)
+            problems.append((mark, f"`{key}` is given twice, first on line {seen[key]}. Keep one of them."))
+        else:
+            seen[key] = mark[0]
+        if key == "<<" and key_node.style is None:
+            raise yaml.composer.ComposerError(None, None, "`<<` does not merge here", key_node.start_mark)
+        marks[(*path, key)] = mark
+        _record_marks(value_node, (*path, key), marks, problems)
+
+
+_LINE_BREAK = "\r\n|[\n\r\x85\u2028\u2029]"
+# What PyYAML says, in the words of somebody who wrote settings.
+_REASONS = {
+    "found unhashable key": "a list or mapping cannot be a key; put a text with braces in quotes",
+    "found duplicate anchor": "an anchor is given twice",
+    "but found another document": "there is a second document after `---`; keep one",
+}
 
 
 def _hint(text: str, mark: yaml.Mark | None) -> str:
-    lines = text.splitlines()
+    lines = re.split(_LINE_BREAK, text)
     if mark is None or mark.line >= len(lines):
         return ""
     line = lines[mark.line]

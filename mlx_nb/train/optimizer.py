@@ -11,7 +11,6 @@ import mlx.optimizers as optimizers
 from mlx.utils import tree_map
 
 from mlx_nb.config import RunConfig
-from mlx_nb.errors import ConfigError
 from mlx_nb.model.trees import named_arrays
 
 
@@ -49,20 +48,17 @@ _OPTIMIZERS: dict[str, Any] = {
 
 
 def build_optimizer(config: RunConfig) -> optimizers.Optimizer:
-    """The optimizer of mlx with the settings' arguments. Raises ConfigError for an argument it does not take."""
+    """The optimizer of mlx with the settings' arguments, which the configuration has checked."""
     arguments: dict[str, Any] = {"learning_rate": config.learning_rate, **config.optimizer_config}
     if config.optimizer != "adam":
-        arguments.setdefault("weight_decay", config.weight_decay)
+        arguments["weight_decay"] = config.weight_decay
     if config.optimizer == "adafactor":
         # With the rate of the schedule, not adafactor's own relative one.
         arguments = {"relative_step": False, "scale_parameter": False, **arguments}
     if config.optimizer == "adam" or config.optimizer == "adamw":
         # Without bias correction mlx's Adam takes its first steps about three times too long.
         arguments.setdefault("bias_correction", True)
-    try:
-        return _OPTIMIZERS[config.optimizer](**arguments)
-    except TypeError as error:
-        raise ConfigError(f"`optimizer_config` for {config.optimizer}: {error}") from None
+    return _OPTIMIZERS[config.optimizer](**arguments)
 
 
 def warmup_updates(config: RunConfig, iters: int) -> int:

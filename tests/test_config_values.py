@@ -1,0 +1,233 @@
+"""Values are checked and made plain when they are configured: what is kept can be written into a checkpoint."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlx_nb import Run
+from mlx_nb.config import SETTINGS, RunConfig
+from mlx_nb.config_optimizers import OPTIMIZER_ARGUMENTS
+from mlx_nb.errors import ConfigError
+from mlx_nb.settings import typo_of
+from mlx_nb.train.optimizer import _OPTIMIZERS, build_optimizer
+from tiny import tiny_rows
+
+# What a person may give, and what is kept of it.
+PLAIN = [
+    ({"iters": np.int64(3)}, 3),
+    ({"iters": np.array(3)}, 3),
+    ({"iters": 3.0}, 3),
+    ({"learning_rate": np.float32(0.5)}, 0.5),
+    ({"learning_rate": Fraction(1, 4)}, 0.25),
+    ({"test": np.bool_(True)}, True),
+    ({"load_in_bits": np.int32(4)}, 4),
+    ({"model": Path("a/b")}, "a/b"),
+    ({"model": np.str_("a")}, "a"),
+    ({"target_modules": np.array(["q_proj"])}, None),
+    ({"data": Path("t.jsonl")}, "t.jsonl"),
+    ({"data": [Path("t.jsonl"), "u.jsonl"]}, ["t.jsonl", "u.jsonl"]),
+    ({"data": [{"path": Path("t.jsonl"), "weight": np.float64(2)}]}, [{"path": "t.jsonl", "weight": 2.0}]),
+    ({"optimizer_config": {"betas": np.array([0.5, 0.75])}}, {"betas": [0.5, 0.75]}),
+    ({"optimizer_config": {"eps": np.float32(0.5)}}, {"eps": 0.5}),
+    ({"method_options": {}}, {}),
+]
+
+
+@pytest.mark.parametrize(("given", "kept"), PLAIN)
+def test_numbers_of_other_libraries_and_paths_become_plain_values(given, kept):
+    config = RunConfig.from_dict(given)
+    described = config.described()
+    assert described[next(iter(given))] == kept
+    assert type(described[next(iter(given))]) is type(kept)
+    assert json.loads(json.dumps(described)) == described
+
+
+def _endless():
+    inner: list = []
+    inner.append(inner)
+    return inner
+
+
+REFUSED = [
+    ({"iters": 10**5000}, "`iters` must be at most 2147483647, not a huge int."),
+    ({"iters": 2**31}, "`iters` must be at most 2147483647, not 2147483648."),
+    ({"lora_parameters": {"rank": 2**40}}, "`lora_parameters.rank` must be at most 2147483647"),
+    ({"learning_rate": 10**400}, "`learning_rate` cannot be"),
+    ({"learning_rate": 1e300}, "`learning_rate` cannot be 1e+300. It takes a finite number."),
+    ({"model": "a\0b"}, "`model` cannot be 'a\\x00b'. It takes text"),
+    ({"model": "\ud800"}, "`model` cannot be '\\ud800'. It takes text"),
+    ({"model": 123}, "`model` cannot be 123. It takes text. Put it in quotes: '123'."),
+    ({"model": b"a"}, "`model` cannot be b'a'."),
+    ({"data": 3}, "`data` cannot be 3. It takes a name, or rows."),
+    ({"optimizer_config": {"eps": object()}}, "`optimizer_config.eps` cannot be <object object"),
+    ({"optimizer_config": {1: 2}}, "`optimizer_config` has the key 1. Keys are text."),
+    ({"optimizer_config": {"betas": _endless()}}, "`optimizer_config` is nested more than 32 levels deep."),
+    ({"method_options": {"x": float("nan")}}, "`method_options.x` cannot be nan."),
+    ({"method": "grpo", "rewards": [3]}, "`rewards` cannot hold 3."),
+    ({"method": "grpo", "rewards": ["a"], "reward_weights": [0]}, "`reward_weights` are all 0"),
+    ({1: 2}, "the name of a setting is text, not 1."),
+    ({"stop": {"a": 1}}, "`stop` cannot be {'a': 1}."),
+]
+
+
+@pytest.mark.parametrize(("given", "words"), REFUSED)
+def test_what_cannot_be_kept_is_refused_when_it_is_configured(given, words):
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_dict(given)
+    lines = str(caught.value).splitlines()
+    assert words in lines[0]
+    assert all(len(line) < 300 for line in lines)
+
+
+def test_a_run_with_values_of_numpy_and_paths_writes_its_checkpoints(tmp_path, tiny_folder):
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, tiny_rows(8))))
+    run = Run(
+        RunConfig(
+            model=tiny_folder,
+            data=[{"path": tmp_path / "t.jsonl", "weight": np.float32(1)}],
+            optimizer_config={"betas": np.array([0.9, 0.99])},
+            iters=np.int64(2),
+            save_every=1,
+            val_set_size=0,
+            adapter_path=tmp_path / "out",
+        )
+    )
+    assert run.run().step == 2
+    assert Run.resume(tmp_path / "out", step=1).run().step == 2
+
+
+# Optimizers
+
+
+@pytest.mark.parametrize("name", OPTIMIZER_ARGUMENTS)
+def test_the_table_of_optimizer_arguments_is_that_of_mlx(name):
+    taken = dict(inspect.signature(_OPTIMIZERS[name].__init__).parameters)
+    for ours in ("self", "learning_rate", "weight_decay"):
+        taken.pop(ours, None)
+    assert list(OPTIMIZER_ARGUMENTS[name]) == list(taken)
+    for argument, parameter in taken.items():
+        if argument not in ("relative_step", "warmup_init"):
+            default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
+            assert OPTIMIZER_ARGUMENTS[name][argument].fits(default), argument
+
+
+OTHER = {
+    "betas": [0.5, 0.75],
+    "momentum": 0.5,
+    "nesterov": False,
+    "bias_correction": False,
+    "clip_threshold": 0.5,
+    "decay_rate": -0.5,
+    "beta_1": 0.5,
+    "scale_parameter": True,
+    "ns_steps": 2,
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZER_ARGUMENTS)
+def test_every_argument_of_an_optimizer_arrives(name):
+    for argument in OPTIMIZER_ARGUMENTS[name]:
+        value = OTHER.get(argument, [1e-20, 1e-2] if name == "adafactor" else 1e-3)
+        given = {argument: value}
+        if argument in ("relative_step", "warmup_init"):
+            continue
+        if (name, argument) in (("sgd", "dampening"), ("sgd", "nesterov")):
+            given = {"momentum": 0.5, argument: value}
+        flat = build_optimizer(RunConfig.from_dict({"optimizer": name, "optimizer_config": given}))
+        nested = RunConfig.from_dict(
+            {"optimizer": name, "optimizer_config": {name: given, "adam": {}, "sgd": None} | {name: given}}
+        )
+        for optimizer in (flat, build_optimizer(nested)):
+            assert getattr(optimizer, argument) == value, argument
+        assert nested.optimizer_config == given
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"optimizer_config": {"learning_rate": 5}}, "the rate is `learning_rate`, with `lr_schedule`. Set that."),
+        ({"optimizer_config": {"betas": [0.9]}}, "`optimizer_config.betas` cannot be [0.9]. It takes two numbers"),
+        ({"optimizer_config": {"betas": [0.9, 1]}}, "It takes two numbers of at least 0 and below 1"),
+        ({"optimizer_config": {"eps": "small"}}, "`optimizer_config.eps` cannot be 'small'. It takes a number"),
+        ({"optimizer_config": {"esp": 1}}, "`optimizer_config.esp` is no argument of adamw. Did you mean 'eps'?"),
+        ({"optimizer_config": {"momentum": 0.9}}, "no argument of adamw. It is one of `sgd`, `muon`. It takes: betas"),
+        (
+            {"optimizer_config": {"sgd": {"momentum": 0.9}}},
+            "`optimizer_config.sgd` has no effect with `optimizer: adamw`.",
+        ),
+        ({"optimizer_config": {"adamw": 3}}, "`optimizer_config.adamw` must be a mapping, not 3."),
+        (
+            {"optimizer_config": {"adamw": {}, "eps": 1}},
+            "`optimizer_config.eps` is no optimizer. Put it inside `adamw`.",
+        ),
+        (
+            {"weight_decay": 0.3, "optimizer_config": {"weight_decay": 0.1}},
+            "`weight_decay` and `optimizer_config.weight_decay` differ. Give one of them.",
+        ),
+        ({"optimizer": "adam", "optimizer_config": {"weight_decay": 0.1}}, "Use `optimizer: adamw`."),
+        (
+            {"optimizer": "adafactor", "optimizer_config": {"relative_step": True}},
+            "`optimizer_config.relative_step` would take the place of `learning_rate` and `lr_schedule`. Remove it.",
+        ),
+        (
+            {"optimizer": "adafactor", "optimizer_config": {"warmup_init": True}},
+            "`optimizer_config.warmup_init` has no effect without `relative_step`. Use `warmup`.",
+        ),
+        ({"optimizer": "sgd", "optimizer_config": {"nesterov": True}}, "has no effect without `momentum`."),
+        (
+            {"optimizer": "sgd", "optimizer_config": {"momentum": 0.9, "nesterov": True, "dampening": 0.1}},
+            "exclude each other",
+        ),
+        ({"optimizer": "muon", "optimizer_config": {"ns_steps": 2**40}}, "It takes a whole number from 1 to 100."),
+    ],
+)
+def test_a_wrong_or_ineffective_argument_of_the_optimizer_is_refused_when_it_is_configured(settings, words):
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_dict(settings)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_decay_of_mlx_lms_form_is_the_weight_decay():
+    config = RunConfig.from_yaml("optimizer: adamw\noptimizer_config:\n  adamw: {weight_decay: 0.5, eps: 1e-6}\n")
+    assert (config.weight_decay, config.optimizer_config) == (0.5, {"eps": 1e-6})
+    assert build_optimizer(config).weight_decay == 0.5
+    assert RunConfig.from_dict(config.to_dict()) == config
+
+
+# Names
+
+
+def test_a_suggestion_is_a_slip_of_the_pen_and_no_other_word():
+    known = list(SETTINGS)
+    slips = {
+        "modle": "model",
+        "lerning_rate": "learning_rate",
+        "learningrate": "learning_rate",
+        "learning-rate": "learning_rate",
+        "batchsize": "batch_size",
+        "iter": "iters",
+        "epoch": "epochs",
+        "lr_scheduler": "lr_schedule",
+        "sample_prompt": "sample_prompts",
+        "max_seq_lenght": "max_seq_length",
+    }
+    assert {word: typo_of(word, known) for word in slips} == slips
+    others = ("text", "min_seq_length", "loss_fn", "top_n", "num_layer_groups", "report", "memory", "bits", "step")
+    assert {word: typo_of(word, known) for word in others} == dict.fromkeys(others)
+
+
+def test_an_unknown_keyword_in_python_is_answered_as_one_in_yaml():
+    with pytest.raises(ConfigError) as caught:
+        RunConfig(lr=1e-3, iters=0)
+    assert str(caught.value).splitlines() == [
+        "unknown setting `lr`. Here it is `learning_rate`: write `learning_rate: 0.001`.",
+        "`iters` must be at least 1, not 0.",
+    ]
+    assert list(inspect.signature(RunConfig).parameters) == list(SETTINGS)
