@@ -281,6 +281,19 @@ class RunConfig:
         "user message, or everything.",
         group="rows",
     )
+    prompt_format: Literal["chat", "raw"] | None = setting(
+        None,
+        "How strings are written for the model, in rows with prompts and completions and whenever it is asked: as a "
+        "user and an assistant turn of the chat template (chat), or as they are, one behind the other (raw). "
+        "null = chat where there is a template; a model trained on plain text is asked with raw text.",
+        group="rows",
+    )
+    special_tokens_in_text: Literal["keep", "text"] = setting(
+        "keep",
+        "What control tokens such as <|im_end|> become where they stand in a text: control tokens, as in mlx-lm "
+        "(keep), or ordinary characters (text).",
+        group="rows",
+    )
     max_seq_length: int = setting(2048, "Longest row in tokens; see truncate.", group="rows", at_least=2)
     truncate: Literal["right", "left", "drop", "error", "split"] = setting(
         "right",

@@ -8,7 +8,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mlx_nb.config import RunConfig
-from mlx_nb.data.examples import Examples, ExampleSettings, LeftOut, RowView, split_examples
+from mlx_nb.data.examples import Examples, ExampleSettings, LeftOut, RowView, split_examples, trains_plain_text
+from mlx_nb.data.rendering import CHAT, RAW, Rendering, has_chat_template
 from mlx_nb.data.sources import Splits, open_splits
 from mlx_nb.errors import CommandError, DataError, did_you_mean
 from mlx_nb.keeper import fingerprints
@@ -81,6 +82,21 @@ class Material:
     def tokenizer(self) -> Any:
         """The tokenizer, with its chat template. Loaded alone when the model is not needed yet."""
         return self.loaded.tokenizer if "loaded" in self.__dict__ else self._tokenizer_alone
+
+    @cached_property
+    def asking(self) -> Rendering:
+        """How a text that the model is asked is written: as its training rows are.
+
+        Raises DataError for `prompt_format: chat` without a chat template.
+        """
+        rendering = Rendering.of(self.config)
+        if rendering.prompt_format or rendering.is_raw(self.tokenizer):
+            return rendering.resolved(self.tokenizer)
+        try:
+            raw = trains_plain_text(self.rows("train").examples)
+        except DataError:
+            raw = False
+        return dataclasses.replace(rendering, prompt_format=RAW if raw else CHAT)
 
     @cached_property
     def splits(self) -> Splits:
@@ -161,6 +177,15 @@ class Material:
     def notes(self) -> list[str]:
         """What a person should know about model and rows before training."""
         notes = [*self.loaded.notes, *self.splits.notes]
+        if (
+            self.config.prompt_format is None
+            and self.asking.is_raw(self.tokenizer)
+            and has_chat_template(self.tokenizer)
+        ):
+            notes.append(
+                "The training rows are plain text, so the model is asked with raw text too. "
+                "`prompt_format: chat` asks through the chat template."
+            )
         examples = self.examples
         for split, left_out in self.left_out.items():
             if left_out:
@@ -203,13 +228,13 @@ class Material:
         from mlx_nb.rollouts.generation import stream_text
 
         asked, answer = (prompt, max_tokens), ""
-        for answer in stream_text(self.loaded.model, self.tokenizer, *asked):
+        for answer in stream_text(self.loaded.model, self.tokenizer, *asked, self.asking):
             yield answer, None
         if self.config.fine_tune_type == "full":
             return
         if asked not in self._base_answers:
             base_answer = ""
-            for base_answer in stream_text(self.base_model, self.tokenizer, *asked):
+            for base_answer in stream_text(self.base_model, self.tokenizer, *asked, self.asking):
                 yield answer, base_answer
             self._base_answers[asked] = base_answer
         yield answer, self._base_answers[asked]
@@ -220,7 +245,11 @@ class Material:
 
         model = self.base_model if question.base else self.loaded.model
         yield ""
-        yield from stream_text(model, self.tokenizer, question.messages, question.max_tokens)
+        asked = question.messages
+        if not isinstance(asked, str) and self.asking.is_raw(self.tokenizer):
+            # Raw text has no turns: what was said so far goes on.
+            asked = "".join(message["content"] for message in asked)
+        yield from stream_text(model, self.tokenizer, asked, question.max_tokens, self.asking)
 
 
 class Rows(Sequence[RowView]):

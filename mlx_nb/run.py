@@ -651,8 +651,10 @@ class Run:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> Any:
-        """The model's answer, now. `prompt` is a user message or a list of messages; a list of prompts gives a list.
+        """The model's answer, now. `prompt` is a text or a list of messages; a list of prompts gives a list.
 
+        A text is asked as the training rows are written: as a user message, or as raw text that goes on (see
+        `prompt_format`).
         `base` answers with the adapter switched off. Temperature 0 is greedy. The run and the user's random stream
         are left as they were.
         """
@@ -669,6 +671,7 @@ class Run:
             max_tokens=max_tokens,
             temperature=temperature,
             seed=seed,
+            rendering=self.material.asking,
         )
         return answers if several else answers[0]
 

@@ -9,19 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from mlx_nb.data.template_facts import Message, RenderFailed, TemplateFacts, study_template
+from mlx_nb.data.control_tokens import Written
+from mlx_nb.data.rendering import AS_USUAL, Rendering
+from mlx_nb.data.template_facts import Message, RenderFailed
+from mlx_nb.data.template_render import ChatTemplate, encode_raw, fast_tokenizer, plain_messages, unwrapped
 from mlx_nb.data.template_spans import Located, Turn, locate_messages
 from mlx_nb.data.template_tags import REASONING_FIELDS, Unproved
 from mlx_nb.errors import MaskRefused, did_you_mean
 
-_FACTS: dict[tuple[str, tuple[tuple[str, str], ...], bool], TemplateFacts] = {}
 LOSS_ON = ("assistant", "final", "completion", "all")
-_FLAGS = ("train", "weight")
-# For templates that render only with tools.
-_SOME_TOOL = {
-    "type": "function",
-    "function": {"name": "f", "description": "f", "parameters": {"type": "object", "properties": {}}},
-}
 
 
 @dataclass(frozen=True)
@@ -48,6 +44,7 @@ class TokenizedConversation:
     offsets    (T, 2) int32, the characters of `text` that each token covers
     spans      where each message's text lies, in order; weight > 0 where trained
     problems   what a person should know about this mask; empty when there is nothing to say
+    written    the control tokens that stand written out in the row's own texts, in order
     """
 
     tokens: np.ndarray
@@ -56,6 +53,7 @@ class TokenizedConversation:
     offsets: np.ndarray
     spans: tuple[Span, ...]
     problems: tuple[str, ...] = ()
+    written: tuple[Written, ...] = ()
 
 
 def tokenize_conversation(
@@ -64,6 +62,7 @@ def tokenize_conversation(
     *,
     tools: Sequence[Any] | None = None,
     loss_on: str = "assistant",
+    rendering: Rendering = AS_USUAL,
 ) -> TokenizedConversation:
     """Render a conversation once with the tokenizer's chat template, and find the tokens to train.
 
@@ -74,6 +73,7 @@ def tokenize_conversation(
     loss_on    "assistant": every assistant turn, its end-of-turn included; "completion": the assistant's turns after
                the last user message, tool calls included; "final": the last message, which must be the
                assistant's; "all": every token but the first
+    rendering  what becomes of control tokens that stand in the texts
 
     Raises MaskRefused, saying why and what next, when the template does not render the conversation or when the
     mask cannot be proved.
@@ -87,9 +87,10 @@ def tokenize_conversation(
             f"nothing to train: loss_on='final' trains the last message, and it is from {messages[-1].get('role')!r}. "
             "Use loss_on='assistant', or drop the messages after the last answer."
         )
+    fast_tokenizer(tokenizer)
     weights = _weights(messages, loss_on)
     plain = plain_messages(messages)
-    template = _ChatTemplate(tokenizer, tools)
+    template = ChatTemplate(tokenizer, tools)
     try:
         text = template.render(plain, False)
     except RenderFailed as error:
@@ -97,18 +98,22 @@ def tokenize_conversation(
             f"the chat template does not render this conversation: {error}. Change the messages, or set "
             "`chat_template:` to a template that takes them."
         ) from error
-    tokens, offsets = template.tokenize(text)
-    problems = _token_problems(tokens, template.tokenizer)
+    encoded = template.encode(plain, text, False, rendering)
+    tokens, offsets = encoded.tokens, encoded.offsets
+    if len(tokens) == 0:
+        raise MaskRefused("the chat template renders this conversation to nothing. Drop the row.")
+    problems = [*encoded.problems, *_token_problems(tokens, template.tokenizer)]
     try:
         located = locate_messages(plain, text, template.render, template.facts(), template.eos_ranges(tokens, offsets))
         _agree_with_text_prefixes(located, plain, text, template)
     except Unproved as error:
         if loss_on == "all" and set(weights) == {1.0}:
             problems.append(f"the messages cannot be told apart in the text: {error}.")
-            return TokenizedConversation(tokens, _all_but_first(tokens, template), text, offsets, (), tuple(problems))
+            loss_mask = _all_but_first(tokens, template)
+            return TokenizedConversation(tokens, loss_mask, text, offsets, (), tuple(problems), encoded.written)
         raise MaskRefused(
             f"no trustworthy loss mask with this chat template: {error}. Set `chat_template:` to another template, "
-            "use loss_on='all', or give the row as prompt and completion."
+            "use loss_on='all', or give the row as prompt and completion with `prompt_format: raw`."
         ) from error
     spans = _spans(located, plain, weights)
     problems += _span_problems(located, plain, weights)
@@ -119,18 +124,13 @@ def tokenize_conversation(
     else:
         loss_mask = _trained_spans_only(offsets, spans)
         problems += [p for span in spans if span.weight > 0 for p in _straddle_problems(offsets, span, text)]
-    return TokenizedConversation(tokens, loss_mask, text, offsets, spans, tuple(problems))
-
-
-def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The messages as a template gets them: without nulls, and without the marks for training."""
-    return [{k: v for k, v in m.items() if v is not None and k not in _FLAGS} for m in messages]
+    return TokenizedConversation(tokens, loss_mask, text, offsets, spans, tuple(problems), encoded.written)
 
 
 def tokenize_prompt_completion(
-    prompt: str, completion: str, tokenizer: Any, *, end_of_turn: bool = True
+    prompt: str, completion: str, tokenizer: Any, *, end_of_turn: bool = True, rendering: Rendering = AS_USUAL
 ) -> TokenizedConversation:
-    """Tokenise prompt and completion as one text; train the tokens that touch the completion.
+    """Tokenise prompt and completion as one raw text; train the tokens that touch the completion.
 
     A token across the boundary is trained, with a note in `problems`. With `end_of_turn` the end-of-sequence token
     is appended and trained. The beginning-of-sequence token comes first where the tokenizer adds one, never twice.
@@ -141,26 +141,25 @@ def tokenize_prompt_completion(
         Span(0, boundary, "prompt", 0, 0.0),
         Span(boundary, boundary + len(completion), "completion", 1, 1.0),
     )
-    return _tokenize_strings(prompt + completion, spans, tokenizer, end_of_turn)
+    return _tokenize_strings(prompt + completion, spans, tokenizer, end_of_turn, rendering)
 
 
-def tokenize_text(text: str, tokenizer: Any) -> TokenizedConversation:
+def tokenize_text(text: str, tokenizer: Any, rendering: Rendering = AS_USUAL) -> TokenizedConversation:
     """Tokenise a text and train all of it but position 0; an end-of-sequence token is appended and trained.
 
     Raises MaskRefused for a tokenizer without character offsets, and for an empty text.
     """
-    return _tokenize_strings(text, (Span(0, len(text), "text", 0, 1.0),), tokenizer, True)
+    return _tokenize_strings(text, (Span(0, len(text), "text", 0, 1.0),), tokenizer, True, rendering)
 
 
-def _tokenize_strings(text: str, spans: tuple[Span, ...], tokenizer: Any, end: bool) -> TokenizedConversation:
+def _tokenize_strings(
+    text: str, spans: tuple[Span, ...], tokenizer: Any, end: bool, rendering: Rendering
+) -> TokenizedConversation:
     if not text:
         raise MaskRefused("the row is empty: there is nothing to train. Drop the row.")
-    unwrapped = fast_tokenizer(tokenizer)
-    tokens, offsets = encode_with_offsets(unwrapped, text)
-    bos, eos = unwrapped.bos_token_id, unwrapped.eos_token_id
-    if bos is not None and _adds_bos(unwrapped) and (len(tokens) == 0 or tokens[0] != bos):
-        tokens, offsets = np.insert(tokens, 0, bos), np.insert(offsets, 0, 0, axis=0)
-    problems = _token_problems(tokens, unwrapped)
+    encoded = encode_raw(text, tokenizer, rendering)
+    tokens, offsets, eos = encoded.tokens, encoded.offsets, unwrapped(tokenizer).eos_token_id
+    problems = _token_problems(tokens, unwrapped(tokenizer))
     loss_mask = _trained_spans_only(offsets, spans)
     for span in spans:
         if span.weight > 0:
@@ -175,90 +174,7 @@ def _tokenize_strings(text: str, spans: tuple[Span, ...], tokenizer: Any, end: b
     if not loss_mask[1:].any():
         raise MaskRefused("no token is trained: the completion is empty and no end of sequence is added. Drop the row.")
     loss_mask[0] = 0
-    return TokenizedConversation(tokens, loss_mask, text, offsets, spans, tuple(problems))
-
-
-# --- tokenizer and template -----------------------------------------------------------------------------------------
-
-
-class _ChatTemplate:
-    """The chat template of a tokenizer, always called with the same arguments."""
-
-    def __init__(self, tokenizer: Any, tools: Sequence[Any] | None) -> None:
-        self.tokenizer = fast_tokenizer(tokenizer)
-        self.tools = list(tools) if tools else None
-        try:
-            self.source: str = self.tokenizer.get_chat_template(tools=self.tools)
-        except ValueError as error:
-            raise MaskRefused(
-                "the tokenizer has no chat template for this row. Set `chat_template:` to one, "
-                "or give the row as prompt and completion."
-            ) from error
-        # transformers answers `eos_token_ids` with its one eos token; mlx-lm's wrapper knows the model's whole set.
-        known = () if tokenizer is self.tokenizer else getattr(tokenizer, "eos_token_ids", ())
-        self.eos_ids = {i for i in (*known, self.tokenizer.eos_token_id) if i is not None}
-
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        return self._render(messages, add_generation_prompt, self.tools)
-
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool, tools: Sequence[Any] | None) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(
-                list(messages),
-                tools=tools,
-                chat_template=self.source,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-            )
-        except Exception as error:  # a template is a program of its own and raises what it likes
-            raise RenderFailed(f"{type(error).__name__}: {error}".rstrip(".")) from error
-
-    def tokenize(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        tokens, offsets = encode_with_offsets(self.tokenizer, text)
-        if len(tokens) == 0:
-            raise MaskRefused("the chat template renders this conversation to nothing. Drop the row.")
-        return tokens, offsets
-
-    def facts(self) -> TemplateFacts:
-        """What the template does whatever the conversation, studied once for each template."""
-        special = tuple(sorted((name, str(token)) for name, token in self.tokenizer.special_tokens_map.items()))
-        key = (self.source, special, self.tools is not None)
-        if key not in _FACTS:
-            facts = study_template(self.source, lambda messages, prompt: self._render(messages, prompt, None))
-            if facts.header is None and self.tools:
-                with_tool = [_SOME_TOOL]
-                facts = study_template(self.source, lambda messages, prompt: self._render(messages, prompt, with_tool))
-            _FACTS[key] = facts
-        return _FACTS[key]
-
-    def eos_ranges(self, tokens: np.ndarray, offsets: np.ndarray) -> list[tuple[int, int]]:
-        """The characters of each end-of-sequence token, in order."""
-        return [(int(a), int(b)) for a, b in offsets[np.isin(tokens, list(self.eos_ids))]]
-
-
-def fast_tokenizer(tokenizer: Any) -> Any:
-    """The transformers tokenizer inside mlx-lm's wrapper. Raises MaskRefused for one that gives no offsets."""
-    unwrapped = getattr(tokenizer, "_tokenizer", tokenizer)
-    # A fast tokenizer of transformers has a `_tokenizer` of its own, which knows no chat template.
-    unwrapped = unwrapped if hasattr(unwrapped, "apply_chat_template") else tokenizer
-    if not getattr(unwrapped, "is_fast", False):
-        raise MaskRefused(
-            f"{type(unwrapped).__name__} does not say which characters a token covers. "
-            "Load the model with a fast tokenizer (tokenizer.json)."
-        )
-    return unwrapped
-
-
-def encode_with_offsets(tokenizer: Any, text: str, *, special: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """(T,) int32 tokens and (T, 2) int32 characters they cover. `special` adds what the tokenizer puts around texts."""
-    encoding = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
-    offsets = np.asarray(encoding["offset_mapping"], np.int32).reshape(-1, 2)
-    return np.asarray(encoding["input_ids"], np.int32), offsets
-
-
-def _adds_bos(tokenizer: Any) -> bool:
-    ids = tokenizer("a", verbose=False)["input_ids"]
-    return bool(ids) and ids[0] == tokenizer.bos_token_id
+    return TokenizedConversation(tokens, loss_mask, text, offsets, spans, tuple(problems), encoded.written)
 
 
 # --- weights, spans, mask --------------------------------------------------------------------------------------------
@@ -300,7 +216,7 @@ def _trained_spans_only(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarra
     return loss_mask
 
 
-def _all_but_first(tokens: np.ndarray, template: _ChatTemplate) -> np.ndarray:
+def _all_but_first(tokens: np.ndarray, template: ChatTemplate) -> np.ndarray:
     loss_mask = np.ones(len(tokens), np.float32)
     loss_mask[0] = 0
     if len(tokens) > 1 and tokens[0] == tokens[1] == template.tokenizer.bos_token_id:
@@ -308,9 +224,7 @@ def _all_but_first(tokens: np.ndarray, template: _ChatTemplate) -> np.ndarray:
     return loss_mask
 
 
-def _agree_with_text_prefixes(
-    located: Located, messages: Sequence[Message], text: str, template: _ChatTemplate
-) -> None:
+def _agree_with_text_prefixes(located: Located, messages: Sequence[Message], text: str, template: ChatTemplate) -> None:
     """Raise Unproved where the plain prefix method applies and says something else.
 
     It applies to a turn when the render of the messages before it, with a generation prompt, is a beginning of the
@@ -332,7 +246,7 @@ def _agree_with_text_prefixes(
             raise Unproved(f"two ways to find the end of message {turn.message} (assistant) disagree")
 
 
-def _prefix(messages: Sequence[Message], add_generation_prompt: bool, template: _ChatTemplate) -> str | None:
+def _prefix(messages: Sequence[Message], add_generation_prompt: bool, template: ChatTemplate) -> str | None:
     try:
         return template.render(messages, add_generation_prompt)
     except RenderFailed:
@@ -340,6 +254,25 @@ def _prefix(messages: Sequence[Message], add_generation_prompt: bool, template: 
 
 
 # --- what a person should know ---------------------------------------------------------------------------------------
+
+
+def row_remarks(conversation: TokenizedConversation) -> list[str]:
+    """All that a person should know about a row: its problems, and the control tokens in its own text."""
+    return [*conversation.problems, *written_sentences(conversation)]
+
+
+def written_sentences(conversation: TokenizedConversation) -> list[str]:
+    """A sentence for each control token that the row's own text spells: where it stands, and whether it is trained."""
+    sentences: dict[str, None] = {}
+    for one in conversation.written:
+        at = next((span for span in conversation.spans if span.start <= one.start < span.end), None)
+        where = "" if at is None or at.role == "text" else f" of the {at.role}"
+        if at and at.role not in ("prompt", "completion", "text"):
+            where = f" of message {at.message} ({at.role})"
+        here = (conversation.offsets[:, 0] <= one.start) & (conversation.offsets[:, 1] >= one.end)
+        trained = ", trained" if conversation.loss_mask[here].any() else ""
+        sentences[f"{one.spelled!r} in the text{where} is a control token{trained}."] = None
+    return list(sentences)
 
 
 def _token_problems(tokens: np.ndarray, tokenizer: Any) -> list[str]:

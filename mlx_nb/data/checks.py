@@ -13,10 +13,11 @@ from typing import Any
 
 from mlx_nb.config import RunConfig
 from mlx_nb.data.batches import updates_until
-from mlx_nb.data.chat_template import TokenizedConversation
+from mlx_nb.data.chat_template import TokenizedConversation, row_remarks
 from mlx_nb.data.examples import ExampleSettings, RowView
 from mlx_nb.data.findings import ERROR, LISTED_ROWS, SEVERITIES, Collector, Finding, RowList, finding, in_order
 from mlx_nb.data.preference_rows import LabelledRow
+from mlx_nb.data.rendering import CHAT, FORMAT_WORDS
 from mlx_nb.data.row_reading import Overlap, SplitReading, read_splits
 from mlx_nb.data.sources import Splits
 from mlx_nb.data.template_probes import TemplateCheck, probe_template
@@ -33,6 +34,7 @@ class SplitCheck:
     """One split. `rows` were read and `checked` of them tokenised; what follows `checked` is about those.
 
     shapes         rows by shape: chat, prompt + completion, text; pair of texts, labelled text, prompt as text, ...
+    formats        rows by how they are written for the model: "chat template", "raw text"
     labels         of labelled answers, how many are "true" and "false"
     trainable      of the checked rows, those that become `examples`, with `tokens` and `trained_tokens` in all; as many
                    examples as rows, or more with `truncate: split`
@@ -43,6 +45,7 @@ class SplitCheck:
     split: str
     rows: int
     shapes: dict[str, int]
+    formats: dict[str, int]
     labels: dict[str, int]
     unreadable: RowList
     exact_duplicates: int
@@ -124,10 +127,11 @@ def check_data(
     kind  what the training method takes: tokens, pairs, labels or prompts
     rows  how many rows of each split are tokenised; None = all. Everything else looks at every row.
 
-    Never raises for a bad row. Raises DataError when the data change while they are read.
+    Never raises for a bad row. Raises DataError when the data change while they are read, and for `prompt_format: chat`
+    without a chat template.
     """
     sources = {name: source for name in _SPLITS if (source := getattr(splits, name)) is not None}
-    settings = ExampleSettings.of(config)
+    settings = ExampleSettings.of(config).resolved(tokenizer)
     readings, overlaps = read_splits(sources, settings, kind)
     findings: list[Finding] = []
     checks: list[SplitCheck] = []
@@ -141,7 +145,7 @@ def check_data(
         if name == "train" and not counts.trainable:
             findings.append(finding("nothing_to_train", name))
     template = probe_template(tokenizer)
-    if any(reading.conversations for reading in readings.values()) or (kind != "tokens" and template):
+    if any(reading.formats[FORMAT_WORDS[CHAT]] for reading in readings.values()):
         findings += _template_findings(template)
     return DataCheck(
         model=config.model,
@@ -175,12 +179,16 @@ def row_record(view: RowView, settings: ExampleSettings) -> dict[str, Any]:
     `tokens` and `loss_mask` null and the reason among `problems`. A pair has these of its chosen answer, and
     `rejected` with the other's; a labelled answer has its `label` besides.
     """
-    problems = list(view.conversation.problems) if view.conversation else []
-    problems += [f"rejected: {problem}" for problem in view.rejected.problems] if view.rejected else []
+    problems = row_remarks(view.conversation) if view.conversation else []
+    problems += [f"rejected: {problem}" for problem in row_remarks(view.rejected)] if view.rejected else []
     problems += [view.error] if view.error else []
     if view.dropped_tokens:
         problems.append(f"{view.dropped_tokens} tokens were cut at max_seq_length={settings.max_seq_length}.")
-    record = {"row": view.row, **_sequence_record(view.conversation, view.error is None), "problems": problems}
+    record = {
+        "row": view.row,
+        **_sequence_record(view.conversation, view.error is None),
+        "problems": problems,
+    }
     if view.rejected:
         record["rejected"] = _sequence_record(view.rejected, view.error is None)
     if isinstance(view.content, LabelledRow):
@@ -215,6 +223,7 @@ def _split_check(reading: SplitReading, counts: TokenCounts, max_seq_length: int
         split=reading.split,
         rows=reading.rows,
         shapes=dict(reading.shapes.most_common()),
+        formats=dict(reading.formats.most_common()),
         labels={str(label).lower(): reading.labels[label] for label in sorted(reading.labels, reverse=True)},
         unreadable=reading.unreadable.listed(),
         exact_duplicates=reading.exact_duplicates,

@@ -13,12 +13,15 @@ from mlx_nb.data.preference_examples import (
     PreferenceExample,
     labelled_example,
     preference_example,
-    tokenize_answer,
+    tokenize_labelled,
     tokenize_pair,
     with_mismatched,
 )
 from mlx_nb.data.prompt_examples import PromptExample, prompt_example, tokenize_prompt
+from mlx_nb.data.rendering import Rendering
 from mlx_nb.data.row_kinds import AnyRow, recognise_as
+from mlx_nb.data.row_turns import format_of
+from mlx_nb.data.rows import TextRow
 from mlx_nb.data.sources import RowSource
 from mlx_nb.data.token_examples import (
     ExampleSettings,
@@ -33,6 +36,7 @@ from mlx_nb.errors import DataError
 
 Example = TokenizedExample | PreferenceExample | LabelledExample | PromptExample
 Result = Example | LeftOut
+_FIRST_ROWS = 100
 Conversations = tuple[TokenizedConversation, ...]
 
 
@@ -40,14 +44,14 @@ Conversations = tuple[TokenizedConversation, ...]
 class _Kind:
     """How rows of one kind become examples. `complete` is for what an example takes from other rows."""
 
-    tokenize: Callable[[Any, Any, str], Conversations]
+    tokenize: Callable[[Any, Any, str, Rendering], Conversations]
     cut: Callable[[Any, Any, int, ExampleSettings], Sequence[Example]]
     complete: Callable[[Any, ExampleSettings], Iterable[Result]] = lambda results, _settings: results
 
 
 _KINDS = {
     "tokens": _Kind(
-        lambda content, tokenizer, loss_on: (tokenize_row(content, tokenizer, loss_on),),
+        lambda *row: (tokenize_row(*row),),
         lambda content, said, row, settings: cut_row(content, said[0], row, settings),
     ),
     "pairs": _Kind(
@@ -55,14 +59,12 @@ _KINDS = {
         lambda content, said, row, settings: [preference_example(content, said, row, settings)],
     ),
     "labels": _Kind(
-        lambda content, tokenizer, loss_on: (
-            tokenize_answer(content.prompt, content.completion, content.tools, tokenizer, loss_on),
-        ),
+        lambda *row: (tokenize_labelled(*row),),
         lambda content, said, row, settings: [labelled_example(content, said[0], row, settings)],
         with_mismatched,
     ),
     "prompts": _Kind(
-        lambda content, tokenizer, _loss_on: (tokenize_prompt(content, tokenizer),),
+        lambda content, tokenizer, _loss_on, rendering: (tokenize_prompt(content, tokenizer, rendering),),
         lambda content, said, row, settings: [prompt_example(content, said[0], row, settings)],
     ),
 }
@@ -73,6 +75,7 @@ class RowView:
     """A row to look at: what it says, what the model will see, what is trained.
 
     `conversation` holds the tokens that truncation left; of a pair the chosen answer's, and `rejected` the other's.
+    `format` says how its strings are written: "chat template" or "raw text"; empty for a row that cannot be read.
     `error` says why the row cannot be trained; then `example` is None, and `conversation` too unless the row could
     be tokenised. Of a prompt nothing is trained, so `example` is None without an error.
     """
@@ -85,6 +88,7 @@ class RowView:
     error: str | None = None
     rejected: TokenizedConversation | None = None
     dropped_tokens: int = 0
+    format: str = ""
 
     @property
     def conversations(self) -> Conversations:
@@ -101,7 +105,7 @@ class Examples:
     def __init__(self, source: RowSource, tokenizer: object, settings: ExampleSettings, kind: str = "tokens") -> None:
         self.source = source
         self.tokenizer = tokenizer
-        self.settings = settings
+        self.settings = settings.resolved(tokenizer)
         self.kind = kind
 
     def __len__(self) -> int:
@@ -114,7 +118,7 @@ class Examples:
         said: Conversations = ()
         try:
             content = recognise_as(self.kind, self.source[row], self.settings.columns, row=row, location=location)
-            said = tokenize_as(self.kind, content, self.tokenizer, self.settings.loss_on)
+            said = tokenize_as(self.kind, content, self.tokenizer, self.settings)
             examples = examples_of(self.kind, content, said, row, self.settings)
         except DataError as error:
             return self._seen(row, content, said, error=_row_error(row, error))
@@ -137,7 +141,9 @@ class Examples:
         dropped_tokens: int = 0,
     ) -> RowView:
         first, rejected = (*said, None, None)[:2]
-        return RowView(row, self.source.location(row), content, first, example, error, rejected, dropped_tokens)
+        written_as = format_of(content, self.settings.rendering) if content else ""
+        location = self.source.location(row)
+        return RowView(row, location, content, first, example, error, rejected, dropped_tokens, written_as)
 
     def tokenize_all(self) -> Iterator[Result]:
         """Every row in order, as an example (a split text as several) or as left out with the reason.
@@ -151,7 +157,7 @@ class Examples:
             location = self.source.location(row)
             try:
                 content = recognise_as(self.kind, self.source[row], self.settings.columns, row=row, location=location)
-                said = tokenize_as(self.kind, content, self.tokenizer, self.settings.loss_on)
+                said = tokenize_as(self.kind, content, self.tokenizer, self.settings)
                 yield from examples_of(self.kind, content, said, row, self.settings)
             except TooLong as error:
                 raise TooLong(_row_error(row, error)) from None
@@ -159,12 +165,21 @@ class Examples:
                 yield LeftOut(row, _row_error(row, error))
 
 
-def tokenize_as(kind: str, content: AnyRow, tokenizer: Any, loss_on: str) -> Conversations:
+def trains_plain_text(examples: Examples) -> bool:
+    """Whether the first row that can be read is plain text; not if it was written as a chat before it came here."""
+    if examples.kind != "tokens":
+        return False
+    views = (examples.view(row) for row in range(min(len(examples), _FIRST_ROWS)))
+    first = next((view for view in views if view.conversation is not None), None)
+    return first is not None and isinstance(first.content, TextRow) and not first.conversations[0].written
+
+
+def tokenize_as(kind: str, content: AnyRow, tokenizer: Any, settings: ExampleSettings) -> Conversations:
     """What the model reads of a row before anything is cut: of a pair the chosen, then the rejected answer.
 
     Raises MaskRefused when no trustworthy mask exists, DataError when the template does not render the row.
     """
-    return _KINDS[kind].tokenize(content, tokenizer, loss_on)
+    return _KINDS[kind].tokenize(content, tokenizer, settings.loss_on, settings.rendering)
 
 
 def examples_of(

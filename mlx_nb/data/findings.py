@@ -96,6 +96,21 @@ KINDS: dict[str, Kind] = {
     "mixed_shapes": Kind(
         NOTE, "rows of another shape than the first row", "Check that the columns mean the same in all of them."
     ),
+    "mixed_formats": Kind(
+        WARNING,
+        "rows written in another format than the first: raw text beside the chat template",
+        "The model learns two formats and is asked in one. Set `prompt_format`, or make the rows alike.",
+    ),
+    "control_tokens": Kind(
+        WARNING,
+        "rows with a control token in their own text",
+        "It becomes the real token. Remove it, or set `special_tokens_in_text: text`, which makes ordinary text of it.",
+    ),
+    "markers": Kind(
+        NOTE,
+        "rows with a marker of the model in their own text",
+        "Fine where it is meant so; `special_tokens_in_text: text` makes ordinary text of it.",
+    ),
     "empty_turns": Kind(
         WARNING, "rows with an empty turn", "Fill the turn or drop the row. An empty reply teaches to say nothing."
     ),

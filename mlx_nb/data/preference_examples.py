@@ -12,8 +12,9 @@ import numpy as np
 
 from mlx_nb.data.chat_template import TokenizedConversation, tokenize_conversation, tokenize_prompt_completion
 from mlx_nb.data.preference_rows import LabelledRow, NothingToPrefer, PreferenceRow, said_by
-from mlx_nb.data.prompt_examples import has_chat_template
+from mlx_nb.data.rendering import AS_USUAL, Rendering
 from mlx_nb.data.row_values import Messages
+from mlx_nb.data.rows import refuse_context
 from mlx_nb.data.token_examples import ExampleSettings, LeftOut, TokenizedExample, cut_to_length
 from mlx_nb.errors import DataError, MaskRefused
 
@@ -83,13 +84,14 @@ class LabelledExample:
 
 
 def tokenize_pair(
-    content: PreferenceRow, tokenizer: Any, loss_on: str
+    content: PreferenceRow, tokenizer: Any, loss_on: str, rendering: Rendering = AS_USUAL
 ) -> tuple[TokenizedConversation, TokenizedConversation]:
     """The prompt with the chosen, and with the rejected answer. Raises MaskRefused, naming the answer."""
+    _refuse_raw_context(content, tokenizer, rendering)
     with _named("chosen"):
-        chosen = tokenize_answer(content.prompt, content.chosen, content.tools, tokenizer, loss_on)
+        chosen = tokenize_answer(content.prompt, content.chosen, content.tools, tokenizer, loss_on, rendering)
     with _named("rejected"):
-        rejected = tokenize_answer(content.prompt, content.rejected, content.tools, tokenizer, loss_on)
+        rejected = tokenize_answer(content.prompt, content.rejected, content.tools, tokenizer, loss_on, rendering)
     until = _first_trained(chosen.loss_mask), _first_trained(rejected.loss_mask)
     if not np.array_equal(chosen.tokens[: until[0]], rejected.tokens[: until[1]]):
         problem = "chosen and rejected: the tokens before the two answers are not the same, though the prompt is."
@@ -97,13 +99,31 @@ def tokenize_pair(
     return chosen, rejected
 
 
+def tokenize_labelled(
+    content: LabelledRow, tokenizer: Any, loss_on: str, rendering: Rendering = AS_USUAL
+) -> TokenizedConversation:
+    """The prompt with the answer that is judged. Raises as `tokenize_answer`."""
+    _refuse_raw_context(content, tokenizer, rendering)
+    return tokenize_answer(content.prompt, content.completion, content.tools, tokenizer, loss_on, rendering)
+
+
+def _refuse_raw_context(content: PreferenceRow | LabelledRow, tokenizer: Any, rendering: Rendering) -> None:
+    if content.from_texts and not isinstance(content.prompt, str) and rendering.is_raw(tokenizer):
+        refuse_context(content.prompt, content.tools)
+
+
 def tokenize_answer(
-    prompt: str | Messages, answer: str | Messages, tools: Sequence[Any] | None, tokenizer: Any, loss_on: str
+    prompt: str | Messages,
+    answer: str | Messages,
+    tools: Sequence[Any] | None,
+    tokenizer: Any,
+    loss_on: str,
+    rendering: Rendering = AS_USUAL,
 ) -> TokenizedConversation:
     """A prompt and an answer, of which only the answer is trained.
 
-    Texts are a user and an assistant message; with a tokenizer without a chat template the answer continues the
-    prompt. Raises MaskRefused when no trustworthy mask exists, and for loss_on='all'.
+    Texts are a user and an assistant message, or raw text, in which the answer continues the prompt.
+    Raises MaskRefused when no trustworthy mask exists, and for loss_on='all'.
     """
     if loss_on == "all":
         raise MaskRefused(
@@ -111,10 +131,11 @@ def tokenize_answer(
             "Set loss_on to assistant, completion or final."
         )
     if isinstance(prompt, str) and isinstance(answer, str):
-        if not has_chat_template(tokenizer):
-            return tokenize_prompt_completion(prompt, answer, tokenizer)
+        if rendering.is_raw(tokenizer):
+            return tokenize_prompt_completion(prompt, answer, tokenizer, rendering=rendering)
     asked = [{**message, "train": False} for message in said_by("user", prompt)]
-    return tokenize_conversation([*asked, *said_by("assistant", answer)], tokenizer, tools=tools, loss_on=loss_on)
+    said = [*asked, *said_by("assistant", answer)]
+    return tokenize_conversation(said, tokenizer, tools=tools, loss_on=loss_on, rendering=rendering)
 
 
 def preference_example(

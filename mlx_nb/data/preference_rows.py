@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_nb.data.row_forms import (
@@ -43,8 +43,9 @@ _LABELS: dict[str | float, bool] = {"true": True, "false": False, "1": True, "0"
 class PreferenceRow:
     """Two answers to one prompt, the first better. All three are texts, or all three are messages.
 
-    weight  how much the pair counts (`preference_score`)
-    margin  by how much the first is better
+    weight      how much the pair counts (`preference_score`)
+    margin      by how much the first is better
+    from_texts  the messages are texts with the row's system prompt or tools
     """
 
     prompt: str | Messages
@@ -53,16 +54,21 @@ class PreferenceRow:
     tools: list[dict[str, Any]] | None = None
     weight: float = 1.0
     margin: float = 0.0
+    from_texts: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
 class LabelledRow:
-    """An answer to a prompt, and whether it is a good one. Both are texts, or both are messages."""
+    """An answer to a prompt, and whether it is a good one. Both are texts, or both are messages.
+
+    `from_texts`: the messages are texts with the row's system prompt or tools.
+    """
 
     prompt: str | Messages
     completion: str | Messages
     label: bool
     tools: list[dict[str, Any]] | None = None
+    from_texts: bool = field(default=False, compare=False)
 
 
 class NothingToPrefer(DataError):
@@ -97,12 +103,14 @@ def preference_row(record: Mapping[str, Any], columns: Columns) -> PreferenceRow
     else:
         prompt = asked or _prompt(record, columns, PAIR_FORMATS)
         chosen, rejected = (_after(record, columns, answer) for answer in (chosen, rejected))
+    from_texts = all_texts(prompt, chosen, rejected)
     prompt, (chosen, rejected), tools = with_context(prompt, (chosen, rejected), record, columns)
     weight = _number(record, columns.preference_score, "preference_score", 1.0)
     if weight == 0:
         name = columns.preference_score or "preference_score"
         raise DataError(f"`{name}` is the weight of the pair and must be above 0. Drop the row.")
-    return PreferenceRow(prompt, chosen, rejected, tools, weight, _number(record, None, "margin", 0.0))
+    margin = _number(record, None, "margin", 0.0)
+    return PreferenceRow(prompt, chosen, rejected, tools, weight, margin, from_texts)
 
 
 def labelled_row(record: Mapping[str, Any], columns: Columns) -> LabelledRow:
@@ -128,8 +136,9 @@ def labelled_row(record: Mapping[str, Any], columns: Columns) -> LabelledRow:
             first = completion[0]["role"]
             raise DataError(f"`{answer_name}` begins with the {first}; it must begin with the assistant's answer.")
         completion = _after(record, columns, completion)
+    from_texts = all_texts(prompt, completion)
     prompt, (completion,), tools = with_context(prompt, (completion,), record, columns)
-    return LabelledRow(prompt, completion, label, tools)
+    return LabelledRow(prompt, completion, label, tools, from_texts)
 
 
 def with_context(
@@ -139,11 +148,15 @@ def with_context(
 
     Texts become messages beside messages, and where there is a system prompt or there are tools.
     """
-    texts = all(isinstance(said, str) for said in (prompt, *answers))
-    if texts and not read_system(record, columns) and not read_tools(record, columns):
+    if all_texts(prompt, *answers) and not read_system(record, columns) and not read_tools(record, columns):
         return prompt, tuple(answers), None
     asked = chat_row(said_by("user", prompt), record, columns)
     return asked.messages, tuple(said_by("assistant", answer) for answer in answers), asked.tools
+
+
+def all_texts(*parts: str | Messages) -> bool:
+    """Whether none of them is messages."""
+    return all(isinstance(part, str) for part in parts)
 
 
 def _whole(said: str | Messages) -> bool:

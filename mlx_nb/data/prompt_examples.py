@@ -8,15 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from mlx_nb.data.chat_template import (
-    Span,
-    TokenizedConversation,
-    encode_with_offsets,
-    fast_tokenizer,
-    plain_messages,
-)
+from mlx_nb.data.chat_template import Span, TokenizedConversation
 from mlx_nb.data.prompt_rows import PromptRow
+from mlx_nb.data.rendering import AS_USUAL, Rendering, has_chat_template
 from mlx_nb.data.row_values import Messages
+from mlx_nb.data.rows import refuse_context
+from mlx_nb.data.template_facts import RenderFailed
+from mlx_nb.data.template_render import ChatTemplate, Encoded, encode_raw, plain_messages, unwrapped
 from mlx_nb.data.token_examples import ExampleSettings, TokenizedExample, kept_part
 from mlx_nb.errors import DataError
 
@@ -52,34 +50,39 @@ class PromptExample:
         return len(self.prompt_tokens)
 
 
-def has_chat_template(tokenizer: Any) -> bool:
-    """Whether texts go through a chat template as messages."""
-    return getattr(tokenizer, "chat_template", None) is not None
-
-
 def prompt_tokens(
-    tokenizer: Any, prompt: str | Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None
+    tokenizer: Any,
+    prompt: str | Sequence[Mapping[str, Any]],
+    tools: Sequence[Any] | None = None,
+    rendering: Rendering = AS_USUAL,
 ) -> list[int]:
     """The tokens of a prompt with the template's generation prompt at the end.
 
-    A text is a user message; with a tokenizer without a chat template it is continued instead, from a beginning-of-
-    sequence token where the tokenizer adds one. Raises DataError when the template does not render the prompt.
+    A text is a user message. Where strings are raw text it is continued instead, from a beginning-of-sequence token
+    where the tokenizer adds one. Raises DataError when the template does not render the prompt.
     """
-    text, special = _prompt_text(tokenizer, prompt, tools)
-    return list(tokenizer.encode(text, add_special_tokens=special))
+    asked = _asked(tokenizer, prompt, tools, rendering)
+    if not getattr(unwrapped(tokenizer), "is_fast", False) and not rendering.as_text:
+        return list(tokenizer.encode(asked.text, add_special_tokens=asked.template is None))
+    return asked.encode(tokenizer, rendering).tokens.tolist()
 
 
-def tokenize_prompt(content: PromptRow, tokenizer: Any) -> TokenizedConversation:
+def tokenize_prompt(content: PromptRow, tokenizer: Any, rendering: Rendering = AS_USUAL) -> TokenizedConversation:
     """`prompt_tokens` of a row with the characters they cover; nothing is trained.
 
     Raises DataError when the template does not render the prompt, MaskRefused for a tokenizer without offsets.
     """
-    text, special = _prompt_text(tokenizer, content.prompt, content.tools)
-    tokens, offsets = encode_with_offsets(fast_tokenizer(tokenizer), text, special=special)
-    if len(tokens) == 0:
+    if content.from_texts and not isinstance(content.prompt, str) and rendering.is_raw(tokenizer):
+        refuse_context(content.prompt, content.tools)
+    asked = _asked(tokenizer, content.prompt, content.tools, rendering)
+    text, encoded = asked.text, asked.encode(tokenizer, rendering)
+    if len(encoded.tokens) == 0:
         raise DataError("the prompt has no tokens. Drop the row.")
-    asked = Span(0, len(text), "prompt", 0, 0.0)
-    return TokenizedConversation(tokens, np.zeros(len(tokens), np.float32), text, offsets, (asked,))
+    untrained = np.zeros(len(encoded.tokens), np.float32)
+    span = Span(0, len(text), "prompt", 0, 0.0)
+    return TokenizedConversation(
+        encoded.tokens, untrained, text, encoded.offsets, (span,), encoded.problems, encoded.written
+    )
 
 
 def prompt_example(
@@ -103,19 +106,31 @@ def prompt_example(
     )
 
 
-def _prompt_text(
-    tokenizer: Any, prompt: str | Sequence[Mapping[str, Any]], tools: Sequence[Any] | None
-) -> tuple[str, bool]:
-    """The text of a prompt, and whether the tokenizer should add its special tokens to it."""
+@dataclass(frozen=True)
+class _Asked:
+    """The text that the model is given, with the messages and the template that made it; raw text has none."""
+
+    text: str
+    template: ChatTemplate | None = None
+    messages: Sequence[Mapping[str, Any]] = ()
+
+    def encode(self, tokenizer: Any, rendering: Rendering) -> Encoded:
+        if self.template is None:
+            return encode_raw(self.text, tokenizer, rendering)
+        return self.template.encode(self.messages, self.text, True, rendering)
+
+
+def _asked(
+    tokenizer: Any, prompt: str | Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, rendering: Rendering
+) -> _Asked:
     if isinstance(prompt, str):
-        if not has_chat_template(tokenizer):
-            return prompt, True
+        if rendering.is_raw(tokenizer):
+            return _Asked(prompt)
         prompt = [{"role": "user", "content": prompt}]
-    given = {"tools": list(tools)} if tools else {}
+    elif not has_chat_template(tokenizer):
+        raise DataError("the tokenizer has no chat template for messages. Set `chat_template:` to one, or give a text.")
+    template, messages = ChatTemplate(tokenizer, tools), plain_messages(prompt)
     try:
-        text = tokenizer.apply_chat_template(
-            plain_messages(prompt), add_generation_prompt=True, tokenize=False, **given
-        )
-    except Exception as error:  # a template is a program of its own and raises what it likes
-        raise DataError(f"the chat template does not render this prompt: {type(error).__name__}: {error}") from error
-    return text, False
+        return _Asked(template.render(messages, True), template, messages)
+    except RenderFailed as error:
+        raise DataError(f"the chat template does not render this prompt: {error}") from error

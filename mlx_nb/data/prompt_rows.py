@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_nb.data.preference_rows import with_context
+from mlx_nb.data.preference_rows import all_texts, with_context
 from mlx_nb.data.row_forms import conversation_column, looks_like, read_said
 from mlx_nb.data.row_values import Columns, Messages, missing_column, read_messages
 from mlx_nb.errors import DataError
@@ -21,6 +21,7 @@ class PromptRow:
     """A prompt, as text or messages; the right answer, if the row has one; and all other columns of the row.
 
     `prompt` is what the model is asked, with the row's system prompt; `as_given` is what the row has in its column.
+    `from_texts`: the messages are a text with the row's system prompt or tools.
     """
 
     prompt: str | Messages
@@ -28,6 +29,7 @@ class PromptRow:
     columns: dict[str, Any] = field(default_factory=dict)
     tools: list[dict[str, Any]] | None = None
     as_given: str | Messages = ""
+    from_texts: bool = field(default=False, compare=False)
 
 
 def prompt_row(record: Mapping[str, Any], columns: Columns) -> PromptRow:
@@ -46,7 +48,7 @@ def prompt_row(record: Mapping[str, Any], columns: Columns) -> PromptRow:
             f"`{name}` ends with the {prompt[-1]['role']}: nothing is asked. Let it end with the user's message."
         )
     others = {column: value for column, value in record.items() if column not in (name, answer_name)}
-    return PromptRow(prompt, record.get(answer_name), others, tools, as_given)
+    return PromptRow(prompt, record.get(answer_name), others, tools, as_given, all_texts(as_given))
 
 
 def _fix(record: Mapping[str, Any], columns: Columns) -> str:

@@ -13,7 +13,7 @@ from mlx_nb.data.findings import LISTED_ROWS, Collector, RowTally
 from mlx_nb.data.preference_rows import LabelledRow, NothingToPrefer
 from mlx_nb.data.prompt_rows import PromptRow
 from mlx_nb.data.row_kinds import AnyRow, recognise_as
-from mlx_nb.data.row_turns import is_of_messages, role_sequences, shape, turns
+from mlx_nb.data.row_turns import format_of, role_sequences, shape, turns
 from mlx_nb.data.sources import RowSource
 from mlx_nb.data.template_tags import REASONING_FIELDS
 from mlx_nb.data.token_counts import sampled_rows
@@ -39,7 +39,8 @@ class Overlap:
 class SplitReading:
     """What reading all rows of one split gives. `near` joins the rows that are nearly the same.
 
-    conversations         how many rows are made of messages
+    formats               how many rows are written in which format
+    first_format          that of the first row
     first_with            the first row with a digest; `first_asking` the first with a digest of its prompt
     labels                how many answers are labelled True and False
     """
@@ -48,7 +49,8 @@ class SplitReading:
     rows: int
     collector: Collector
     shapes: Counter[str] = field(default_factory=Counter)
-    conversations: int = 0
+    formats: Counter[str] = field(default_factory=Counter)
+    first_format: str = ""
     labels: Counter[bool] = field(default_factory=Counter)
     unreadable: RowTally = field(default_factory=RowTally)
     exact_duplicates: int = 0
@@ -128,7 +130,7 @@ def _read(reading: SplitReading, train: SplitReading, rows: _Rows, index: NearIn
         found = shape(content)
         first_shape = first_shape or found
         reading.shapes[found] += 1
-        reading.conversations += is_of_messages(content)
+        _count_format(reading, train, row, format_of(content, settings.rendering))
         if found != first_shape:
             reading.collector.add("mixed_shapes", row, f"{found}; the first row is {first_shape}")
         if isinstance(content, LabelledRow):
@@ -141,6 +143,17 @@ def _read(reading: SplitReading, train: SplitReading, rows: _Rows, index: NearIn
             reading.collector.add(kind, row)
         if not _seen_before(content, row, reading, train):
             index.add(rows.starts[reading.split] + row, spoken_text(content))
+
+
+def _count_format(reading: SplitReading, train: SplitReading, row: int, written_as: str) -> None:
+    """Count the format of a row; one that differs from the first row, or from the first training row, is collected."""
+    reading.first_format = reading.first_format or written_as
+    reading.formats[written_as] += 1
+    first = reading.first_format
+    if written_as != first:
+        reading.collector.add("mixed_formats", row, f"{written_as}; the first row is {first}")
+    elif train.first_format not in ("", written_as):
+        reading.collector.add("mixed_formats", row, f"{written_as}; the first training row is {train.first_format}")
 
 
 def _seen_before(content: AnyRow, row: int, reading: SplitReading, train: SplitReading) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from mlx_nb.data.preference_rows import LabelledRow, PreferenceRow
 from mlx_nb.data.prompt_rows import PromptRow
+from mlx_nb.data.rendering import CHAT, FORMAT_WORDS, RAW, Rendering
 from mlx_nb.data.row_kinds import AnyRow
 from mlx_nb.data.row_values import Messages
 from mlx_nb.data.rows import ChatRow, PromptCompletionRow, TextRow
@@ -30,8 +31,17 @@ def shape(content: AnyRow) -> str:
             return "prompt as messages" if as_messages else "prompt as text"
 
 
+def format_of(content: AnyRow, rendering: Rendering) -> str:
+    """How a row is written for the model, in words: "chat template" or "raw text". `rendering` is resolved."""
+    if isinstance(content, TextRow):
+        return FORMAT_WORDS[RAW]
+    return FORMAT_WORDS[CHAT if is_of_messages(content) else rendering.prompt_format or CHAT]
+
+
 def is_of_messages(content: AnyRow) -> bool:
     """Whether a row is made of messages, which only a chat template turns into text."""
+    if not isinstance(content, PromptCompletionRow | TextRow) and content.from_texts:
+        return False
     return any(not isinstance(said, str) for said in _parts(content).values())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_nb.data.row_forms import (
@@ -40,15 +40,19 @@ _COMPLETION_WORDS = ("completion", "chosen", "answer", "response", "output", "re
 
 @dataclass(frozen=True)
 class ChatRow:
-    """A conversation. `messages` have `role` and `content`; `train: False` marks one never trained."""
+    """A conversation. `messages` have `role` and `content`; `train: False` marks one never trained.
+
+    `from_texts`: the row has a prompt and a completion as strings, perhaps with a system prompt or tools.
+    """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
+    from_texts: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
 class PromptCompletionRow:
-    """A prompt and the text that should follow it."""
+    """A prompt and its completion, as strings."""
 
     prompt: str
     completion: str
@@ -128,7 +132,7 @@ def _prompt_completion(record: Mapping[str, Any], columns: Columns) -> Row:
             "Make both text, or both lists of messages."
         )
     if read_system(record, columns) or read_tools(record, columns):
-        return chat_row(_turn(prompt, completion), record, columns)
+        return chat_row(_turn(prompt, completion), record, columns, from_texts=True)
     return PromptCompletionRow(prompt, completion)
 
 
@@ -142,7 +146,7 @@ def _alpaca(record: Mapping[str, Any], columns: Columns) -> Row:
     asking, answering = asking_columns(record) or ("instruction", "output")
     asked, answered = question(record, asking), read_text(record[answering], f"`{answering}`")
     if isinstance(asked, str):
-        return chat_row(_turn(asked, answered), record, columns)
+        return chat_row(_turn(asked, answered), record, columns, from_texts=True)
     return chat_row([*asked, *said_by("assistant", answered)], record, columns)
 
 
@@ -178,7 +182,7 @@ def said_by(role: str, said: str | Messages) -> Messages:
     return [{"role": role, "content": said}] if isinstance(said, str) else said
 
 
-def chat_row(messages: Messages, record: Mapping[str, Any], columns: Columns) -> ChatRow:
+def chat_row(messages: Messages, record: Mapping[str, Any], columns: Columns, *, from_texts: bool = False) -> ChatRow:
     """The messages with the row's system prompt in front, unless they start with one, and with its tools."""
     system = read_system(record, columns)
     if system and messages[0]["role"] == "system":
@@ -189,7 +193,24 @@ def chat_row(messages: Messages, record: Mapping[str, Any], columns: Columns) ->
             )
     elif system:
         messages = [{"role": "system", "content": system}, *messages]
-    return ChatRow(messages, read_tools(record, columns))
+    return ChatRow(messages, read_tools(record, columns), from_texts)
+
+
+def raw_strings(row: ChatRow) -> PromptCompletionRow:
+    """The prompt and the completion of a row `from_texts`. Raises DataError for one with a system prompt or tools."""
+    refuse_context(row.messages, row.tools)
+    asked, answered = row.messages
+    return PromptCompletionRow(asked["content"], answered["content"])
+
+
+def refuse_context(messages: Messages, tools: list[dict[str, Any]] | None) -> None:
+    """Raise DataError for a system prompt or tools beside strings that are to be raw text."""
+    what = "its system prompt" if messages[0]["role"] == "system" else "its tools" if tools else ""
+    if what:
+        raise DataError(
+            f"the row's strings are raw text, in which {what} cannot be told apart. Put it into the prompt, remove it, "
+            "or use a chat template with `prompt_format: chat`."
+        )
 
 
 def _unknown_shape(record: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlx_nb.data.chat_template import tokenize_conversation
+from mlx_nb.data.template_render import ChatTemplate
 from mlx_nb.data.template_tags import REASONING_FIELDS
 from mlx_nb.errors import MaskRefused
 
@@ -69,7 +70,7 @@ def probe_template(tokenizer: Any) -> TemplateCheck | None:
     if getattr(bare, "chat_template", None) is None:
         return None
     rendered = _render(bare, [_USER, _ASSISTANT]) or ""
-    end_of_turn, ends_generation, problem = _end_of_turn(tokenizer, bare)
+    end_of_turn, ends_generation, problem = _end_of_turn(tokenizer)
     first = bare("a", verbose=False)["input_ids"][:1]
     reasoning, kept = _reasoning(bare)
     calling: list[Mapping[str, Any]] = [_USER, {"role": "assistant", "content": "", "tool_calls": [_CALL]}]
@@ -121,7 +122,7 @@ def _fate(bare: Any, word: str, messages: Sequence[Mapping[str, Any]], tools: Se
     return WRITTEN if word in rendered else LEFT_OUT
 
 
-def _end_of_turn(tokenizer: Any, bare: Any) -> tuple[tuple[str, ...] | None, bool, str]:
+def _end_of_turn(tokenizer: Any) -> tuple[tuple[str, ...] | None, bool, str]:
     try:
         conversation = tokenize_conversation([_USER, _ASSISTANT], tokenizer)
     except MaskRefused as error:
@@ -129,7 +130,7 @@ def _end_of_turn(tokenizer: Any, bare: Any) -> tuple[tuple[str, ...] | None, boo
     after = conversation.text.rindex(_REPLY) + len(_REPLY)
     trained = np.flatnonzero((conversation.offsets[:, 0] >= after) & (conversation.loss_mask > 0))
     texts = tuple(conversation.text[a:b] for a, b in conversation.offsets[trained])
-    stops = {bare.eos_token_id, *(getattr(tokenizer, "eos_token_ids", None) or ())} - {None}
+    stops = ChatTemplate(tokenizer, None).eos_ids
     return texts, bool(stops & set(conversation.tokens[trained].tolist())), ""
 
 

@@ -10,11 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from mlx_nb.data.chat_template import written_sentences
+from mlx_nb.data.control_tokens import control_tokens
 from mlx_nb.data.examples import Conversations, Example, examples_of, tokenize_as
 from mlx_nb.data.findings import Collector, RowTally
 from mlx_nb.data.preference_rows import NothingToPrefer
-from mlx_nb.data.row_kinds import recognise_as
+from mlx_nb.data.row_kinds import AnyRow, recognise_as
+from mlx_nb.data.rows import TextRow
 from mlx_nb.data.sources import RowSource
+from mlx_nb.data.template_render import fast_tokenizer
 from mlx_nb.data.token_examples import ExampleSettings, TooLong
 from mlx_nb.errors import DataError, MaskRefused
 
@@ -95,12 +99,13 @@ def count_tokens(
         except DataError:
             continue
         try:
-            said = tokenize_as(kind, content, tokenizer, settings.loss_on)
+            said = tokenize_as(kind, content, tokenizer, settings)
         except DataError as error:
             _collect_refusal(error, row, counts, collector)
             continue
         counts.lengths += [len(conversation.tokens) for conversation in said]
         _compare_answers(said, counts)
+        _collect_written(content, said, row, tokenizer, collector)
         _collect_problems([problem for conversation in said for problem in conversation.problems], row, collector)
         try:
             examples = examples_of(kind, content, said, row, settings)
@@ -134,6 +139,15 @@ def _compare_answers(said: Conversations, counts: TokenCounts) -> None:
         chosen, rejected = (int(np.count_nonzero(answer.loss_mask)) for answer in said)
         counts.longer_chosen += chosen > rejected
         counts.longer_rejected += chosen < rejected
+
+
+def _collect_written(content: AnyRow, said: Conversations, row: int, tokenizer: Any, collector: Collector) -> None:
+    """A row whose text spells control tokens; of plain text it is a note, for it may have been written as a chat."""
+    sentences = [sentence for conversation in said for sentence in written_sentences(conversation)]
+    if sentences:
+        special = control_tokens(fast_tokenizer(tokenizer)).special
+        plain = isinstance(content, TextRow) or not any(one.token in special for c in said for one in c.written)
+        collector.add("markers" if plain else "control_tokens", row, sentences[0])
 
 
 def _collect_problems(problems: Sequence[str], row: int, collector: Collector) -> None:

@@ -14,7 +14,9 @@ from mlx_nb.data.chat_template import (
     tokenize_prompt_completion,
     tokenize_text,
 )
-from mlx_nb.data.rows import ChatRow, Columns, PromptCompletionRow, Row, TextRow
+from mlx_nb.data.rendering import AS_USUAL, Rendering
+from mlx_nb.data.row_values import Columns
+from mlx_nb.data.rows import ChatRow, PromptCompletionRow, Row, TextRow, raw_strings
 from mlx_nb.errors import DataError, MaskRefused
 
 
@@ -61,6 +63,7 @@ class ExampleSettings:
     truncate: str
     columns: Columns
     stride: int = 0
+    rendering: Rendering = AS_USUAL
 
     @classmethod
     def of(cls, config: RunConfig) -> ExampleSettings:
@@ -76,23 +79,38 @@ class ExampleSettings:
             answer=config.answer_feature,
             preference_score=config.preference_score_feature,
         )
-        return cls(config.loss_on, config.max_seq_length, config.truncate, columns, config.stride)
+        rendering = Rendering.of(config)
+        return cls(config.loss_on, config.max_seq_length, config.truncate, columns, config.stride, rendering)
+
+    def resolved(self, tokenizer: object) -> ExampleSettings:
+        """With the format of strings decided for this tokenizer. Raises DataError as `Rendering.resolved`."""
+        return dataclasses.replace(self, rendering=self.rendering.resolved(tokenizer))
 
 
 class TooLong(DataError):
     """A row is longer than max_seq_length and `truncate: error` forbids cutting it."""
 
 
-def tokenize_row(content: Row, tokenizer: object, loss_on: str) -> TokenizedConversation:
-    """The tokens and loss mask of one recognised row. Raises MaskRefused when no trustworthy mask exists."""
+def tokenize_row(
+    content: Row, tokenizer: object, loss_on: str, rendering: Rendering = AS_USUAL
+) -> TokenizedConversation:
+    """The tokens and loss mask of one recognised row.
+
+    Raises MaskRefused when no trustworthy mask exists, DataError for strings that cannot be raw text.
+    """
+    if isinstance(content, ChatRow) and content.from_texts and rendering.is_raw(tokenizer):
+        content = raw_strings(content)
     match content:
-        case ChatRow():
-            return tokenize_conversation(content.messages, tokenizer, tools=content.tools, loss_on=loss_on)
-        case PromptCompletionRow():
-            conversation = tokenize_prompt_completion(content.prompt, content.completion, tokenizer)
+        case ChatRow(messages, tools):
+            return tokenize_conversation(messages, tokenizer, tools=tools, loss_on=loss_on, rendering=rendering)
+        case PromptCompletionRow(prompt, completion) if rendering.is_raw(tokenizer):
+            conversation = tokenize_prompt_completion(prompt, completion, tokenizer, rendering=rendering)
             return _all_trained(conversation) if loss_on == "all" else conversation
-        case TextRow():
-            return tokenize_text(content.text, tokenizer)
+        case PromptCompletionRow(prompt, completion):
+            said = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+            return tokenize_conversation(said, tokenizer, loss_on=loss_on, rendering=rendering)
+        case TextRow(text):
+            return tokenize_text(text, tokenizer, rendering)
 
 
 def _all_trained(conversation: TokenizedConversation) -> TokenizedConversation:

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.nn as nn
 
 from mlx_nb.data.prompt_examples import prompt_tokens
+from mlx_nb.data.rendering import AS_USUAL, Rendering
 from mlx_nb.model.adapters import without_adapters
 from mlx_nb.model.randomness import random_stream, seed_for
 
@@ -22,7 +23,7 @@ _ROWS_AT_ONCE = 32
 
 @dataclass(frozen=True)
 class Question:
-    """What a person asks the live model: messages (or a user message), and who is told the answer as it grows.
+    """What a person asks the live model: a text, or the texts of a chat, and who is told the answer as it grows.
 
     `told(text so far, whether it is complete)` is called after each token.
     """
@@ -42,10 +43,11 @@ def generate_texts(
     max_tokens: int,
     temperature: float,
     seed: int,
+    rendering: Rendering = AS_USUAL,
 ) -> list[str]:
     """One answer per prompt, through mlx-lm's generators: one prompt alone, several side by side.
 
-    A prompt is a user message or a list of messages; a tokenizer without a chat template continues its text instead.
+    A prompt is a list of messages, or a text: a user message, or where `rendering` says raw a text to be continued.
     `base` switches the adapter off. The model's adapter and the user's random stream are as before afterwards.
     """
     from mlx_lm import generate
@@ -53,7 +55,7 @@ def generate_texts(
     from mlx_lm.sample_utils import make_sampler
 
     model.eval()
-    tokens = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
+    tokens = [prompt_tokens(tokenizer, prompt, rendering=rendering) for prompt in prompts]
     sampler = make_sampler(temp=temperature)
     with without_adapters(model) if base else nullcontext(), random_stream(seed_for(seed, "generate")):
         if len(tokens) == 1:
@@ -69,11 +71,14 @@ def generate_texts(
         ).texts
 
 
-def stream_text(model: nn.Module, tokenizer: Any, prompt: Prompt, max_tokens: int) -> Iterator[str]:
+def stream_text(
+    model: nn.Module, tokenizer: Any, prompt: Prompt, max_tokens: int, rendering: Rendering = AS_USUAL
+) -> Iterator[str]:
     """The greedy answer to one prompt as it grows: all of it so far, after each token."""
     from mlx_lm import stream_generate
 
     text = ""
-    for part in stream_generate(model, tokenizer, prompt_tokens(tokenizer, prompt), max_tokens=max_tokens):
+    tokens = prompt_tokens(tokenizer, prompt, rendering=rendering)
+    for part in stream_generate(model, tokenizer, tokens, max_tokens=max_tokens):
         text += part.text
         yield text

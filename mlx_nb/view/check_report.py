@@ -78,6 +78,7 @@ def checked_words(split: SplitCheck) -> str:
 def length_rows(split: SplitCheck, check: DataCheck) -> list[tuple[str, str]]:
     """The split in numbers, as (label, value)."""
     rows = [("shapes", ", ".join(f"{number:,} {shape}" for shape, number in split.shapes.items()) or "none")]
+    rows.append(("written in", ", ".join(f"{number:,} {form}" for form, number in split.formats.items()) or "none"))
     lengths = split.lengths
     if lengths:
         measured = sum(lengths.histogram_counts)

@@ -83,7 +83,7 @@ class RowDisplay:
     ) -> None:
         self.view = view
         self._tokenizer = tokenizer
-        self._title = f"{split} row {view.row} ({view.location})"
+        self._title = " · ".join([f"{split} row {view.row} ({view.location})", *filter(None, [view.format])])
         self._per_token = per_token
         self._page = page
         self._show_mask = show_mask

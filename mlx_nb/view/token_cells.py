@@ -24,7 +24,8 @@ class Cell:
 
     kind is "text", "special" (bordered), or "unseen" (characters that no token covers; first == stop).
     `loss` and `base_loss` are in nats, summed over the cell, NaN where unknown. `message` is -1 outside
-    messages. `differs`: the other answer of a pair says something else there.
+    messages. `differs`: the other answer of a pair says something else there. `written`: a control token that the
+    row's own text spells.
     """
 
     first: int
@@ -37,6 +38,7 @@ class Cell:
     loss: float = math.nan
     base_loss: float = math.nan
     differs: bool = False
+    written: bool = False
 
     @property
     def weight(self) -> float:
@@ -80,6 +82,7 @@ def row_cells(
     losses = checked_loss("token_loss", token_loss, len(tokens))
     base_losses = checked_loss("token_loss_base", token_loss_base, len(tokens))
     added = added_tokens(tokenizer)
+    written = {(one.start, one.end) for one in conversation.written}
     spans = conversation.spans
     span_starts = [one.start for one in spans]
 
@@ -118,6 +121,7 @@ def row_cells(
                 tuple(weights[first:stop]),
                 float(losses[first:stop].sum()),
                 float(base_losses[first:stop].sum()),
+                written=(start, end) in written,
             )
         )
         covered, first = max(covered, end), stop
@@ -141,11 +145,11 @@ def _join_template_to_messages(cells: list[Cell]) -> list[Cell]:
             previous = message
             continue
         following = groups[index + 1][0] if index + 1 < len(groups) else -1
-        specials = [place for place, cell in enumerate(group) if cell.kind == "special"]
+        specials = [place for place, cell in enumerate(group) if _of_template(cell)]
         # Where a turn that ends in this group is followed by the special token that opens another one.
         turns = [after for place, after in pairwise(specials) if group[place].text == end]
         # A message that holds its own end token leaves only what opens the next one.
-        ends_here = any(cell.kind == "special" for cell in joined[-1:]) and not any(
+        ends_here = any(_of_template(cell) for cell in joined[-1:]) and not any(
             group[place].text == end for place in specials[:1]
         )
         if following < 0:
@@ -168,8 +172,13 @@ def _end_of_turn(groups: Sequence[tuple[int, list[Cell]]]) -> str:
     ends: Counter[str] = Counter()
     for (message, group), (_, following) in pairwise([*groups, (-1, [])]):
         if message >= 0:
-            ends.update([cell.text for cell in (group[-1], *following) if cell.kind == "special"][:1])
+            ends.update([cell.text for cell in (group[-1], *following) if _of_template(cell)][:1])
     return ends.most_common(1)[0][0] if ends else ""
+
+
+def _of_template(cell: Cell) -> bool:
+    """Whether it is a special token that the row's own text does not spell."""
+    return cell.kind == "special" and not cell.written
 
 
 def merged_runs(cells: Iterable[Cell], per_token: bool) -> Iterator[Cell]:

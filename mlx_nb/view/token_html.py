@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlx_nb.data.chat_template import TokenizedConversation
+from mlx_nb.data.chat_template import TokenizedConversation, row_remarks
 from mlx_nb.errors import DataError
 from mlx_nb.view import theme
 from mlx_nb.view.theme import BLUE, GREY, ORANGE, ROLE_COLOURS, one_line, span, tint, visible_html
@@ -31,6 +31,7 @@ from mlx_nb.view.token_cells import (
 _MOST_BYTES = 600_000
 _SMALL = "font-size:.85em"
 QUIET = f"{_SMALL};opacity:.8"
+_WRITTEN = f"border:2px dashed {tint(ORANGE, 1)};border-radius:3px;padding:0 2px"
 _SPECIAL = f"border:1px solid {tint(GREY, 0.8)};border-radius:3px;padding:0 2px"
 PAGE_TOKENS = 2000
 _UNSEEN = f"opacity:{theme.DIM};text-decoration:line-through"
@@ -58,7 +59,7 @@ def _trained_style(weight: float) -> str:
 def _style(cell: Cell, look: Look) -> str:
     if cell.kind == "unseen":
         return _UNSEEN
-    styles = [_SPECIAL] if cell.kind == "special" else []
+    styles = [_WRITTEN] if cell.written else [_SPECIAL] if cell.kind == "special" else []
     if look.per_token and cell.kind == "text":
         styles.append(f"border-right:1px solid {tint(GREY, 0.45)}")
     if not cell.loss_known:
@@ -93,6 +94,8 @@ def _title(cell: Cell, tokens: np.ndarray) -> str:
         parts.append(f"loss {cell.loss:.3f} nats, probability {math.exp(-cell.loss):.3g}")
     if not math.isnan(cell.base_loss):
         parts.append(f"base model {cell.base_loss:.3f} nats, probability {math.exp(-cell.base_loss):.3g}")
+    if cell.written:
+        parts.append("a control token that the row's own text spells")
     if cell.differs:
         parts.append("differs from the other answer")
     return " · ".join(parts)
@@ -179,6 +182,8 @@ def samples_html(loss_mask: np.ndarray, cells: list[Cell], *, losses: int = 0) -
         entries.append(_sample_html("differs from the other answer", _DIFFERS_BAR if losses else _DIFFERS))
     if any(cell.kind == "special" for cell in cells):
         entries.append(_sample_html("special token", _SPECIAL))
+    if any(cell.written for cell in cells):
+        entries.append(_sample_html("control token in the row's own text", _WRITTEN))
     if any(cell.kind == "unseen" for cell in cells):
         entries.append(_sample_html("never seen", _UNSEEN))
     entries.append("⏎&nbsp;newline&ensp;⇥&nbsp;tab&ensp;·&nbsp;space&ensp;‹U+…›&nbsp;hidden&nbsp;character")
@@ -201,7 +206,7 @@ def notes_html(conversation: TokenizedConversation, cells: list[Cell], token_los
             f"mean loss of the trained tokens {means[0]:.3f} nats, base model {means[1]:.3f}: "
             f"{'better' if means[1] >= means[0] else 'worse'} by {abs(means[1] - means[0]):.3f}"
         )
-    lines += [f"⚠ {escape(one_line(problem), quote=True)}" for problem in conversation.problems]
+    lines += [f"⚠ {escape(one_line(problem), quote=True)}" for problem in row_remarks(conversation)]
     return "".join(f'<div style="{QUIET};line-height:1.7">{line}</div>' for line in lines)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_nb.data.chat_template import TokenizedConversation
+from mlx_nb.data.chat_template import TokenizedConversation, row_remarks
 from mlx_nb.view.theme import one_line, visible_parts
 from mlx_nb.view.token_cells import (
     TEMPLATE,
@@ -203,7 +203,7 @@ def note_lines(
         lines.append(f"loss in nats {scale}")
     means = mean_losses(conversation, (token_loss,))
     lines += [f"mean loss of the trained tokens {mean:.3f} nats" for mean in means]
-    return lines + [f"⚠ {one_line(problem)}" for problem in conversation.problems]
+    return lines + [f"⚠ {one_line(problem)}" for problem in row_remarks(conversation)]
 
 
 def block_lines(cells: Iterable[Cell], width: int, *, color: bool) -> list[str]:

@@ -1,0 +1,179 @@
+"""A conversation to text by its chat template, and texts to tokens: the same in training and whenever it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mlx_nb.data.control_tokens import Written, encode_as_text, from_content, written_out
+from mlx_nb.data.rendering import AS_USUAL, Rendering
+from mlx_nb.data.template_facts import Message, RenderFailed, TemplateFacts, study_template
+from mlx_nb.data.template_tags import Unproved
+from mlx_nb.errors import MaskRefused
+
+_FACTS: dict[tuple[str, tuple[tuple[str, str], ...], bool], TemplateFacts] = {}
+_FLAGS = ("train", "weight")
+# For templates that render only with tools.
+_SOME_TOOL = {
+    "type": "function",
+    "function": {"name": "f", "description": "f", "parameters": {"type": "object", "properties": {}}},
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A text as tokens.
+
+    tokens    (T,) int32
+    offsets   (T, 2) int32, the characters of the text that each token covers
+    written   the control tokens that the text's own author wrote out, not the chat template
+    problems  what a person should know about them
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    written: tuple[Written, ...] = ()
+    problems: tuple[str, ...] = ()
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer, always called with the same arguments, those that mlx-lm gives it.
+
+    Raises MaskRefused for a tokenizer without a template.
+    """
+
+    def __init__(self, tokenizer: Any, tools: Sequence[Any] | None) -> None:
+        self.tokenizer = unwrapped(tokenizer)
+        self.tools = list(tools) if tools else None
+        # mlx-lm's wrapper adds arguments of its own (enable_thinking), and renders some models without a template.
+        self._renderer = tokenizer if hasattr(tokenizer, "apply_chat_template") else self.tokenizer
+        self._own_code = getattr(tokenizer, "_chat_template", None) is not None
+        try:
+            self.source: str = "" if self._own_code else self.tokenizer.get_chat_template(tools=self.tools)
+        except ValueError as error:
+            raise MaskRefused(
+                "the tokenizer has no chat template for this row. Set `chat_template:` to one, "
+                "or give the row as prompt and completion."
+            ) from error
+        # transformers answers `eos_token_ids` with its one eos token; mlx-lm's wrapper knows the model's whole set.
+        known = () if tokenizer is self.tokenizer else getattr(tokenizer, "eos_token_ids", ())
+        self.eos_ids = {i for i in (*known, self.tokenizer.eos_token_id) if i is not None}
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """The text of a conversation. Raises RenderFailed."""
+        return self._render(messages, add_generation_prompt, self.tools)
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool, tools: Sequence[Any] | None) -> str:
+        given: dict[str, Any] = {} if self._own_code else {"chat_template": self.source}
+        if tools:
+            given["tools"] = list(tools)
+        try:
+            return self._renderer.apply_chat_template(
+                list(messages), add_generation_prompt=add_generation_prompt, tokenize=False, **given
+            )
+        except Exception as error:  # a template is a program of its own and raises what it likes
+            raise RenderFailed(f"{type(error).__name__}: {error}".rstrip(".")) from error
+
+    def encode(
+        self, messages: Sequence[Message], text: str, add_generation_prompt: bool, rendering: Rendering = AS_USUAL
+    ) -> Encoded:
+        """The tokens of `text`, which is `render(messages, add_generation_prompt)`.
+
+        Raises MaskRefused where control tokens are to be plain text and cannot be told from the template's own.
+        """
+        fast = fast_tokenizer(self.tokenizer)
+        tokens, offsets = encode_with_offsets(fast, text)
+        found = written_out(tokens, offsets, text, fast)
+
+        def render(said: Any) -> str:
+            return self._render(said[0], add_generation_prompt, said[1])
+
+        try:
+            written = from_content(found, text, (messages, self.tools), render, lambda: self.facts().constants)
+        except Unproved as error:
+            if rendering.as_text:
+                raise MaskRefused(
+                    f"the control tokens in its texts cannot be told from the template's own: {error}. Remove them, "
+                    "or set `special_tokens_in_text: keep`."
+                ) from error
+            problem = f"control tokens are written in the messages, and become control tokens: {error}."
+            return Encoded(tokens, offsets, problems=(problem,))
+        if written and rendering.as_text:
+            genuine = [one for one in found if one not in written]
+            return Encoded(*encode_as_text(text, genuine, fast))
+        return Encoded(tokens, offsets, written)
+
+    def facts(self) -> TemplateFacts:
+        """What the template does whatever the conversation, studied once for each template."""
+        special = tuple(sorted((name, str(token)) for name, token in self.tokenizer.special_tokens_map.items()))
+        key = (self.source or str(self._renderer._chat_template), special, self.tools is not None)
+        if key not in _FACTS:
+            facts = study_template(self.source, lambda messages, prompt: self._render(messages, prompt, None))
+            if facts.header is None and self.tools:
+                with_tool = [_SOME_TOOL]
+                facts = study_template(self.source, lambda messages, prompt: self._render(messages, prompt, with_tool))
+            _FACTS[key] = facts
+        return _FACTS[key]
+
+    def eos_ranges(self, tokens: np.ndarray, offsets: np.ndarray) -> list[tuple[int, int]]:
+        """The characters of each end-of-sequence token, in order."""
+        return [(int(a), int(b)) for a, b in offsets[np.isin(tokens, list(self.eos_ids))]]
+
+
+def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The messages as a template gets them: without nulls, and without the marks for training."""
+    return [{k: v for k, v in m.items() if v is not None and k not in _FLAGS} for m in messages]
+
+
+def encode_raw(text: str, tokenizer: Any, rendering: Rendering = AS_USUAL) -> Encoded:
+    """The tokens of a text that no template is put around, after what the tokenizer begins every text with.
+
+    That is mostly a beginning-of-sequence token, and never twice. Raises MaskRefused for a tokenizer without offsets.
+    """
+    fast = fast_tokenizer(tokenizer)
+    tokens, offsets = encode_with_offsets(fast, text)
+    written = written_out(tokens, offsets, text, fast)
+    if written and rendering.as_text:
+        tokens, offsets = encode_as_text(text, (), fast)
+        written = ()
+    first = np.array(leading_tokens(fast), np.int32)
+    if len(first) and not np.array_equal(tokens[: len(first)], first):
+        tokens = np.concatenate([first, tokens])
+        offsets = np.concatenate([np.zeros((len(first), 2), np.int32), offsets])
+    return Encoded(tokens, offsets, written)
+
+
+def leading_tokens(tokenizer: Any) -> list[int]:
+    """What a tokenizer puts in front of a text by itself."""
+    whole = list(tokenizer("a", verbose=False)["input_ids"])
+    alone = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
+    starts = (k for k in range(len(whole)) if whole[k : k + len(alone)] == alone)
+    return whole[: next(starts, 0)]
+
+
+def unwrapped(tokenizer: Any) -> Any:
+    """The transformers tokenizer inside mlx-lm's wrapper."""
+    inner = getattr(tokenizer, "_tokenizer", tokenizer)
+    # A fast tokenizer of transformers has a `_tokenizer` of its own, which knows no chat template.
+    return inner if hasattr(inner, "apply_chat_template") else tokenizer
+
+
+def fast_tokenizer(tokenizer: Any) -> Any:
+    """The transformers tokenizer inside mlx-lm's wrapper. Raises MaskRefused for one that gives no offsets."""
+    inner = unwrapped(tokenizer)
+    if not getattr(inner, "is_fast", False):
+        raise MaskRefused(
+            f"{type(inner).__name__} does not say which characters a token covers. "
+            "Load the model with a fast tokenizer (tokenizer.json)."
+        )
+    return inner
+
+
+def encode_with_offsets(tokenizer: Any, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """(T,) int32 tokens and (T, 2) int32 characters they cover, without what the tokenizer puts around texts."""
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    offsets = np.asarray(encoding["offset_mapping"], np.int32).reshape(-1, 2)
+    return np.asarray(encoding["input_ids"], np.int32), offsets
