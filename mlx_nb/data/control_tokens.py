@@ -257,7 +257,7 @@ def _made_plain_copy(tokenizer: Any, plane: int) -> _PlainCopy:
     if "merges" in model:
         model["merges"] = [merge for merge in model["merges"] if not _makes(merge, private)]
     copy = Tokenizer.from_str(json.dumps(made))
-    ids = {copy.token_to_id(private[text]): index for index, text in spelled.items()}
+    ids = {own: index for index, text in spelled.items() if (own := copy.token_to_id(private[text])) is not None}
     stripped = {text.strip(): characters.strip() for text, characters in private.items()}
     return _PlainCopy(copy, stripped, ids)
 
