@@ -163,7 +163,10 @@ class Rewound(Event):
 
 @dataclass(frozen=True)
 class RunFinished(Event):
-    """The run is over. `reason` is `iters reached`, `early stopping` or `stopped`."""
+    """The run is over. `reason` is `iters reached`, `early stopping` or `stopped`.
+
+    `learned` is False when no update of the run had anything to learn from: the adapter says what it said before.
+    """
 
     reason: str
     seconds: float
@@ -172,6 +175,7 @@ class RunFinished(Event):
     best_loss: float | None
     best_step: int | None
     path: str | None
+    learned: bool = True
 
 
 @dataclass(frozen=True)
@@ -195,6 +199,13 @@ class BatchSkipped(Event):
     """The batch that would have been next was left out; `rows` are the numbers of its training rows."""
 
     rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class NothingLearned(Event):
+    """The last `updates` updates had nothing to learn from: a gradient of 0, or equal rewards in every group."""
+
+    updates: int
 
 
 @dataclass(frozen=True)
@@ -223,6 +234,7 @@ EVENT_TYPES: dict[str, type[Event]] = {
         RunFinished,
         RunFailed,
         BatchSkipped,
+        NothingLearned,
         MemoryLow,
     )
 }

@@ -345,16 +345,19 @@ def test_a_reward_that_raises_returns_nan_or_is_slow_never_ends_the_run(tmp_path
     assert all(math.isfinite(loss) for loss in run.history["loss"])
 
 
-def test_a_reward_that_always_raises_is_said_and_the_run_still_ends_by_itself(tmp_path, tiny_folder):
+def test_a_reward_that_always_raises_pauses_the_run_before_anything_is_trained(tmp_path, tiny_folder):
     def broken(completion):
         raise KeyError("score")
 
     run = run_of("grpo", tmp_path, tiny_folder, rewards=[broken], lora_parameters={"rank": 4})
-    refused = [event for event in run.events() if isinstance(event, RequestRefused)]
-    assert run.state == "finished"
-    assert run.step_count == 8
+    before = run.adapter_bytes()
+    *events, ended = run.events()
+    refused = [event for event in events if isinstance(event, RequestRefused)]
     assert "validation: no completion got a reward. reward broken: completion 0 of row" in refused[0].error
-    assert all("KeyError" in event.problems[0] for event in rollouts(run))
+    assert isinstance(ended, RunPaused)
+    assert "no completion got a reward. reward broken: completion 0 of row" in ended.reason
+    assert "KeyError" in ended.reason
+    assert (run.state, run.step_count, run.adapter_bytes()) == ("paused", 0, before)
     with pytest.raises(DataError, match="no completion got a reward"):
         run.evaluate()
 
@@ -567,10 +570,15 @@ def test_a_row_without_a_column_that_others_have_gives_none(tmp_path, tiny_folde
 
 
 def test_a_test_without_any_reward_does_not_keep_the_run_from_its_end(tmp_path, tiny_folder):
-    def broken(completion):
-        raise KeyError("nothing")
+    def broken(completion, exam):
+        if exam:
+            raise KeyError("nothing")
+        return e_share(completion)
 
-    rows = {"train": tiny_prompts(8), "test": tiny_prompts(4)}
+    rows = {
+        split: [{**row, "exam": split == "test"} for row in tiny_prompts(count)]
+        for split, count in (("train", 8), ("test", 4))
+    }
     run = run_of("grpo", tmp_path, tiny_folder, rewards=[broken], data=rows, test=True, steps_per_eval=-1, iters=2)
     refused = [event for event in run.events() if isinstance(event, RequestRefused)]
     assert run.state == "finished"

@@ -12,6 +12,7 @@ from mlx_nb.events import (
     CheckpointSaved,
     Event,
     MemoryLow,
+    NothingLearned,
     Progress,
     RolloutCompleted,
     RunFailed,
@@ -131,7 +132,7 @@ class _LiveDisplay:
             if remark not in self._remarked:
                 self._remarked.add(remark)
                 print(remark)
-        if isinstance(event, MemoryLow):
+        if isinstance(event, MemoryLow | NothingLearned):
             print(text_report.describe(event))
         since = time.monotonic() - self._shown_at
         if not self._in_notebook:

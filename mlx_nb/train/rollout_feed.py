@@ -32,7 +32,7 @@ from mlx_nb.train.step import Evaluation
 
 
 class NoReward(DataError):
-    """No completion of an evaluation got a number from the reward functions."""
+    """No completion of a rollout or an evaluation got a number from the reward functions."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,11 +90,15 @@ class RolloutFeed:
         return tuple(prompt.row for prompts in self._prompts(first) for prompt in prompts)
 
     def prepare(self, step: int, first: int) -> Generator[Event, None, Event]:
-        """Sample and score the completions of the next update's prompts. Nothing changes before it has ended."""
+        """Sample and score the completions of the next update's prompts. Nothing changes before it has ended.
+
+        Raises NoReward when not one of them got a reward.
+        """
         config = self._config
         prompts = self._prompts(first)
         seed = seed_for(config.seed, "rollout", first)
         sampled = yield from self._sample(step, [one for chosen in prompts for one in chosen], config.group_size, seed)
+        self._require_reward(sampled.scores)
         scale = config.scale_rewards or method_named(config.method).loss(config.loss).scale_rewards
         advantages = group_advantages(sampled.scores.total_N, config.group_size, scale=scale)
         batches, start = [], 0
@@ -136,6 +140,14 @@ class RolloutFeed:
         scoring = score_completions(self._rewards, config.reward_weights, batch, timeout=config.reward_timeout)
         scores = yield from self._scoring(scoring, step)
         return Sampled(examples, completions, scores, seconds)
+
+    def _require_reward(self, scores: Scores) -> None:
+        """Raise NoReward where no completion has a total, with the first problem of a function that gave no number."""
+        if np.isfinite(scores.total_N).any():
+            return
+        silent = [reward.name for reward, none in zip(self._rewards, np.isnan(scores.rewards_NF).all(axis=0)) if none]
+        problem = next(one for one in scores.problems if not silent or one.function in silent)
+        raise NoReward(f"no completion got a reward. {problem.error}")
 
     def _scoring(self, scoring: Generator[Any, None, Scores], step: int) -> Generator[Event, None, Scores]:
         try:
@@ -273,10 +285,9 @@ class RolloutFeed:
         chosen = evaluation_batches(lengths, config.batch_size, limit, config.seed)
         prompts = [examples[position] for positions in chosen for position in positions]
         sampled = yield from self._sample(step, prompts, 1, seed_for(config.seed, "evaluation"))
+        self._require_reward(sampled.scores)
         rewards = sampled.scores.total_N
         losses = [(example.row, -float(reward)) for example, reward in zip(prompts, rewards) if math.isfinite(reward)]
-        if not losses:
-            raise NoReward(f"no completion got a reward. {sampled.scores.problems[0].error}")
         mean = sum(loss for _, loss in losses) / len(losses)
         return Measured(mean, float(len(losses)), tuple(losses), self._measured(sampled))
 

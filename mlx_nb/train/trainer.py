@@ -25,6 +25,7 @@ from mlx_nb.events import (
     EvaluationCompleted,
     Event,
     MemoryLow,
+    NothingLearned,
     Pause,
     Progress,
     Request,
@@ -54,18 +55,20 @@ from mlx_nb.train.feeds import Feed, RowFeed
 from mlx_nb.train.optimizer import build_optimizer, learning_rate_at
 from mlx_nb.train.reference import ReferenceLogprobs
 from mlx_nb.train.rollout_feed import NoReward, RolloutFeed
-from mlx_nb.train.step import COMPILED_WIDTHS, Stepper
+from mlx_nb.train.step import COMPILED_WIDTHS, Stepper, Update
 from mlx_nb.train.tripwires import RECENT_LOSSES, advice, out_of_memory, refusal
 
 BEST_FOLDER = "best"
 ITERS_REACHED = "iters reached"
 MEMORY_WARNING = 0.9  # of the device's memory
+IDLE_UPDATES = 10  # in a row without anything to learn from, until that is said
 
 
 @dataclass
 class TrainerState:
     """Where a run is. `step` counts updates done, `seconds` the time in them.
 
+    `learned_step` is the last update that had something to learn from, 0 = none.
     `batches` counts micro-batches of the run's batch size; at the end of an epoch it is a multiple of those in one.
     """
 
@@ -77,6 +80,7 @@ class TrainerState:
     best_loss: float | None = None
     best_step: int | None = None
     validated_step: int | None = None
+    learned_step: int = 0
     evaluations_without_best: int = 0
     recent_losses: list[float] = field(default_factory=list)
 
@@ -85,6 +89,12 @@ class TrainerState:
 Sampler = Callable[[str], Iterator[tuple[str, str | None]]]
 Due = tuple[str, str]
 _VALIDATE, _TEST = ("validate", ""), ("test", "")
+
+
+_REWARD_ADVICE = (
+    "Nothing has changed. `%finetune run` tries again, `%finetune skip` leaves these prompts out, and a fork "
+    "(`%finetune fork rewards=...`) takes a function that you have mended."
+)
 
 
 class _BrokenOff(BaseException):
@@ -227,6 +237,9 @@ class Trainer:
                     done += 1
             except _BrokenOff:
                 continue  # the Pause that broke it off is the next request
+            except NoReward as error:
+                yield RunPaused(self.state.step, f"{error} {_REWARD_ADVICE}")
+                return
             except OSError as error:
                 yield RunPaused(self.state.step, _disk_trouble(self.folder, error))
                 return
@@ -277,6 +290,8 @@ class Trainer:
                 return (yield from self._test()), []
             case "memory":
                 return MemoryLow(self.state.step, mx.get_peak_memory(), int(how)), []
+            case "idle":
+                return NothingLearned(self.state.step, int(how)), []
             case _:
                 return self._finish(how), []
 
@@ -349,6 +364,8 @@ class Trainer:
         if self._memory_limit is not None and mx.get_peak_memory() > MEMORY_WARNING * self._memory_limit:
             self._due.append(("memory", str(self._memory_limit)))
             self._memory_limit = None  # said once
+        if step - self.state.learned_step == IDLE_UPDATES:
+            self._due.append(("idle", str(IDLE_UPDATES)))
         if not self._left():
             self._due_at_the_end()
             return
@@ -464,6 +481,7 @@ class Trainer:
             batches=self.feed.used(state.batches),
             tokens=state.tokens + tokens,
             target_tokens=state.target_tokens + update.units,
+            learned_step=state.step + 1 if _teaches(update, metrics, learning_rate) else state.learned_step,
             seconds=state.seconds + seconds,
             recent_losses=[*state.recent_losses, update.loss][-RECENT_LOSSES:],
         )
@@ -569,6 +587,7 @@ class Trainer:
             state.best_loss,
             state.best_step,
             str(self.folder),
+            learned=state.learned_step > 0,
         )
         return self.finished
 
@@ -576,6 +595,11 @@ class Trainer:
         """Take the adapter out of the model: it is again what was loaded."""
         adapters.detach_adapter(self.model)
         self.model.unfreeze()
+
+
+def _teaches(update: Update, metrics: dict[str, float], learning_rate: float) -> bool:
+    """Whether an update had something to learn from. Without a difference between rewards only rounding is left."""
+    return learning_rate > 0 and update.gradient_norm > 0 and metrics.get("zero_variance_groups", 0.0) < 1
 
 
 def perplexity_of(loss: float) -> float:

@@ -12,6 +12,7 @@ from mlx_nb.events import (
     EvaluationCompleted,
     Event,
     MemoryLow,
+    NothingLearned,
     Progress,
     RequestRefused,
     Rewound,
@@ -27,6 +28,8 @@ from mlx_nb.events import (
 )
 from mlx_nb.view.history import History, evaluation_row
 from mlx_nb.view.quantities import SECONDS, asides, headline, main_metrics, metric_words, number
+
+_NOTHING = "All gradients were 0, or all completions of each prompt got the same reward. Look at rewards and rows"
 
 
 def describe(event: Event) -> str:
@@ -80,10 +83,15 @@ def describe(event: Event) -> str:
                 f"update {event.step}: memory is nearly full, {event.peak / 1e9:.1f} of {event.limit / 1e9:.1f} GB. "
                 "A lower batch_size or max_seq_length needs less"
             )
+        case NothingLearned():
+            return f"update {event.step}: the last {event.updates} updates had nothing to learn from. {_NOTHING}"
         case RunPaused():
             return f"paused after update {event.step}: {event.reason}"
         case RunFinished():
-            return f"finished after update {event.step} ({event.reason}), {duration(event.seconds)} of training"
+            learned = "" if event.learned else f". Nothing was learned. {_NOTHING}"
+            return (
+                f"finished after update {event.step} ({event.reason}), {duration(event.seconds)} of training{learned}"
+            )
         case RunFailed():
             return f"stopped after update {event.step}: {event.error}"
     return type(event).__name__
@@ -198,6 +206,8 @@ def summary_rows(history: History) -> list[tuple[str, str]]:
         name, value = headline(best[-1])
         told = f"{value:.4f}" if name == "loss" else f"{name} {value:.4f}"
         rows.append(("best validation", f"{told} at update {best[-1]['step']}"))
+    if finished and not finished.learned:
+        rows.append(("learned", f"nothing. {_NOTHING}"))
     if finished and last and finished.step >= last.step:
         rows.append(("adapter", str(finished.path)))
     return rows
