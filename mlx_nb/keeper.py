@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 CHECKPOINTS = "checkpoints"
 _LENGTHS = {"iters", "epochs"}
+_READABLE = ("device", "mlx version")  # fingerprints that are words and not digests
 RECENT_BYTES = 512 * 1024**2  # of the last steps, kept in memory to rewind to
 
 
@@ -210,12 +211,26 @@ def changes_since(
     changed += [what for what in fingerprints if made_from.get(what) != fingerprints[what] and what not in changed]
     refused = [what for what in changed if what not in allowed]
     if refused:
+        named = [_with_values(what, made_from, fingerprints) for what in refused]
         raise CheckpointError(
-            f"changed since the checkpoint of step {checkpoint.step}: {', '.join(refused)}. "
+            f"changed since the checkpoint of step {checkpoint.step}: {', '.join(named)}. {_why(refused)}"
             f"Bring back what it was, or go on all the same with allow_changed={refused!r} "
             f"(`--allow-changed {' '.join(shlex.quote(what) for what in refused)}` in a notebook)."
         )
     return changed
+
+
+def _with_values(what: str, before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What changed, with both values where a person can read them."""
+    return f"{what} ({before[what]} then, {now[what]} now)" if what in _READABLE and what in before else what
+
+
+def _why(refused: Collection[str]) -> str:
+    """What is wrong with this kernel where that made the device another one, else nothing."""
+    from mlx_nb.model.backend import prepare_backend
+
+    warning = prepare_backend().warning if "device" in refused else None
+    return f"{warning} " if warning else ""
 
 
 def _changed_settings(config: RunConfig, checkpoint: Checkpoint) -> list[str]:

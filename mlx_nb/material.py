@@ -176,7 +176,10 @@ class Material:
 
     def notes(self) -> list[str]:
         """What a person should know about model and rows before training."""
-        notes = [*self.loaded.notes, *self.splits.notes]
+        from mlx_nb.model.backend import prepare_backend
+
+        warning = prepare_backend().warning
+        notes = [*([warning] if warning else []), *self.loaded.notes, *self.splits.notes]
         if (
             self.config.prompt_format is None
             and self.asking.is_raw(self.tokenizer)

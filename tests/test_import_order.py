@@ -60,6 +60,7 @@ ORDER = [
     "data.row_reading",
     "data.checks",
     "model.cache",
+    "model.blas_symbols",
     "model.backend",
     "model.lanes",
     "model.randomness",

@@ -1,7 +1,8 @@
-"""Device, BLAS and speed of this machine. `prepare_backend` must run before `mlx.core` is imported.
+"""Device, BLAS and speed of this machine.
 
 On Linux CPUs mlx's wheel brings the reference BLAS: a few GFLOP/s. An OpenBLAS that is loaded first, with its symbols
-visible to all, answers mlx's calls instead, at tens of times the speed.
+visible to all, answers mlx's calls instead, at tens of times the speed. `prepare_backend` sees to that, and redirects
+the calls where `mlx.core` was imported before it.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from types import ModuleType
 
+from mlx_nb.model.blas_symbols import redirect_products
 from mlx_nb.model.cache import cache_folder
 
 _GPU_PACKAGES = ("mlx-cuda-12", "mlx-cuda-13", "mlx-cuda")
+_REFERENCE_PACKAGE = "mlx-cpu"  # mlx's wheel with the reference BLAS
 _DEBIAN_BLAS = "openblas-pthread/libblas.so.3"
 # mlx hands out operations breadth first, but for those that are further apart than this: by its own 20, all work of
 # one lane (model/lanes.py) would come before that of the next. mlx reads the variable once.
@@ -32,7 +35,8 @@ class Blas:
     """The BLAS that was loaded, None when none was, and what a person should know about it.
 
     `threads` is how many a matrix product takes, as the library found them: OPENBLAS_NUM_THREADS, or one a core.
-    `sets_order` where mlx was told in which order to compute, by a variable of the environment.
+    `sets_order` where mlx was told in which order to compute, by a variable of the environment. `warning` is one line
+    with reason and cure where mlx computes tens of times slower than this CPU can, else None.
     """
 
     path: str | None
@@ -40,6 +44,7 @@ class Blas:
     library: ctypes.CDLL | None = None
     threads: int = 1
     sets_order: bool = False
+    warning: str | None = None
 
 
 _prepared: Blas | None = None
@@ -48,7 +53,7 @@ _counting = threading.Lock()
 
 
 def prepare_backend() -> Blas:
-    """Load a fast BLAS before mlx on Linux CPUs; elsewhere, and the second time, do nothing. Imports no mlx."""
+    """Have mlx use a fast BLAS on Linux CPUs; elsewhere, and the second time, do nothing. Imports no mlx."""
     global _prepared
     if _prepared is None:
         _prepared = _load_blas()
@@ -60,8 +65,6 @@ def _load_blas() -> Blas:
         return Blas(None, "this system's own")
     if any(_installed(package) for package in _GPU_PACKAGES):
         return Blas(None, "not needed: mlx computes on the GPU")
-    if "mlx.core" in sys.modules:
-        return Blas(None, "mlx was imported before mlx_nb, so a faster BLAS could not be loaded. Load mlx_nb first.")
     failures = []
     for candidate in _candidates():
         try:
@@ -69,14 +72,32 @@ def _load_blas() -> Blas:
         except OSError as error:
             failures.append(f"{candidate.name}: {error}")
             continue
+        loaded = sys.modules.get("mlx.core")
+        try:
+            if loaded is not None:
+                redirect_products(loaded, library)
+        except OSError as error:
+            return _slow(
+                f"mlx was imported before mlx_nb, and {error}, so that no faster BLAS could be given to it",
+                "Restart the kernel and run `%load_ext mlx_nb` (or import mlx_nb.Run) before anything imports mlx",
+            )
         counted = hasattr(library, "openblas_get_num_threads")
         threads = library.openblas_get_num_threads() if counted else 1
         sets_order = threads > 1 and ORDER_VARIABLE not in os.environ
         if sets_order:
             os.environ[ORDER_VARIABLE] = _ORDERED_AT_ONCE
         return Blas(str(candidate), "OpenBLAS", library, threads, sets_order)
-    reason = f" ({'; '.join(failures)})" if failures else ""
-    return Blas(None, f'no OpenBLAS found{reason}. Run: pip install "mlx-nb[cpu]", or install libopenblas0-pthread')
+    if not failures and not _installed(_REFERENCE_PACKAGE):
+        return Blas(None, "what this build of mlx was made with")
+    reason = f"no OpenBLAS could be loaded ({'; '.join(failures)})" if failures else "no OpenBLAS was found"
+    install = f"{sys.executable} -m pip install cmeel-openblas"
+    return _slow(reason, f"Run `{install}`, or install Debian's libopenblas0-pthread, and restart the kernel")
+
+
+def _slow(reason: str, cure: str) -> Blas:
+    return Blas(
+        None, f"{reason}. {cure}.", warning=f"Training is 10 to 50 times slower than it need be: {reason}. {cure}."
+    )
 
 
 def _installed(package: str) -> bool:
@@ -113,7 +134,7 @@ def _provide_gfortran() -> None:
     That copy bears a mangled name, and OpenBLAS asks for the plain one: a private copy with the plain name in its
     header is loaded, from the cache.
     """
-    files = distribution("mlx-cpu").files or [] if _installed("mlx-cpu") else []
+    files = distribution(_REFERENCE_PACKAGE).files or [] if _installed(_REFERENCE_PACKAGE) else []
     by_name = {file.name: Path(str(file.locate())) for file in files if "mlx_cpu.libs" in str(file)}
     fortran = next((path for name, path in by_name.items() if name.startswith("libgfortran-")), None)
     if fortran is None:
@@ -247,6 +268,11 @@ def measured_gflops(dtype: object, size: int = 1024, seconds: float = 0.3) -> fl
 def _advice(speeds: dict[str, float]) -> str:
     if not is_cpu():
         return "the GPU is used; nothing to do"
+    warning = prepare_backend().warning
+    if warning is not None:
+        return warning
     if speeds["float32"] < 40:
-        return 'float32 is slow: run pip install "mlx-nb[cpu]", and load mlx_nb before mlx'
+        return (
+            "float32 is slow; other processes may be using the CPU, or OPENBLAS_NUM_THREADS or OPENBLAS_CORETYPE is set"
+        )
     return "models are computed in float32, the fast path of this CPU; saved adapters are the same either way"

@@ -19,7 +19,9 @@ def load(shell: InteractiveShell) -> None:
     """Register `%finetune` and `%%finetune` with Tab completion. Loading twice is loading once."""
     if getattr(shell, _MAGICS, None) is not None:
         unload(shell)
-    prepare_backend()
+    warning = prepare_backend().warning
+    if warning is not None:
+        print(f"mlx_nb: {warning}")
     magics = FinetuneMagics(shell)
     shell.register_magics(magics)
 

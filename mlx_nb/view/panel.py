@@ -30,7 +30,7 @@ from mlx_nb.events import (
     Stop,
 )
 from mlx_nb.methods import method_named
-from mlx_nb.model.backend import device_name
+from mlx_nb.model.backend import device_name, prepare_backend
 from mlx_nb.view.completions_tab import CompletionsTab
 from mlx_nb.view.curves import Curves
 from mlx_nb.view.panel_head import activity_text, head_html, progress_html
@@ -209,7 +209,7 @@ class Panel:
         run, history = self.run, self.run.history
         iters = run.trainer.iters if run.prepared else run.config.iters
         state = run.state
-        self.head.value = head_html(run, self._device)
+        self.head.value = head_html(run, self._device, prepare_backend().warning)
         tokens, seconds = (run.trainer.state.tokens, run.trainer.state.seconds) if run.prepared else (0, 0.0)
         self.progress.value = progress_html(history, iters, activity_text(self._progress), tokens, seconds)
         running, over = state == "running", state in ("finished", "stopped")

@@ -22,8 +22,8 @@ STATES: dict[str, tuple[str, Colour]] = {
 RECENT_UPDATES = 20
 
 
-def head_html(run: Any, device: str) -> str:
-    """Name, state, method, model, parameters, device and memory of a run in two lines."""
+def head_html(run: Any, device: str, warning: str | None = None) -> str:
+    """Name, state, method, model, parameters, device and memory of a run in two lines, and a `warning` below."""
     sign, colour = STATES[run.state]
     pill = (
         f'<span role="status" style="border:1px solid {tint(colour, 0.9)};background:{tint(colour, 0.18)};'
@@ -41,9 +41,10 @@ def head_html(run: Any, device: str) -> str:
     if last:
         facts.append(f"peak {last.peak_memory / 1e9:.2f} GB")
     line = "&ensp;·&ensp;".join(escape(fact) for fact in facts)
+    warned = f'<div role="note" style="font-size:.9em">⚠ {escape(warning)}</div>' if warning else ""
     return (
         f'<div style="{WRAP};line-height:1.5"><b style="font-size:1.1em">{escape(run.name)}</b>&ensp;{pill}'
-        f'<div style="font-size:.9em">{line}</div></div>'
+        f'<div style="font-size:.9em">{line}</div>{warned}</div>'
     )
 
 
