@@ -25,9 +25,10 @@ from mlx_nb.model.cache import cache_folder
 _GPU_PACKAGES = ("mlx-cuda-12", "mlx-cuda-13", "mlx-cuda")
 _REFERENCE_PACKAGE = "mlx-cpu"  # mlx's wheel with the reference BLAS
 _DEBIAN_BLAS = "openblas-pthread/libblas.so.3"
-# mlx hands out operations breadth first, but for those that are further apart than this: by its own 20, all work of
-# one lane (model/lanes.py) would come before that of the next. mlx reads the variable once.
-ORDER_VARIABLE, _ORDERED_AT_ONCE = "MLX_BFS_MAX_WIDTH", "100000"
+# mlx hands out operations breadth first, but no more of them than this at a time, 20 by itself: with fewer than 16 a
+# lane (model/lanes.py), all work of one lane would come before that of the next. It holds for every graph of the
+# process, and what is handed out takes memory: hence no more than needed. mlx reads the variable once.
+ORDER_VARIABLE, _AT_ONCE_IN_A_LANE, _AT_ONCE_IN_MLX = "MLX_BFS_MAX_WIDTH", 16, 20
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,10 @@ def _load_blas() -> Blas:
             )
         counted = hasattr(library, "openblas_get_num_threads")
         threads = library.openblas_get_num_threads() if counted else 1
-        sets_order = threads > 1 and ORDER_VARIABLE not in os.environ
+        at_once = threads * _AT_ONCE_IN_A_LANE
+        sets_order = threads > 1 and at_once > _AT_ONCE_IN_MLX and ORDER_VARIABLE not in os.environ
         if sets_order:
-            os.environ[ORDER_VARIABLE] = _ORDERED_AT_ONCE
+            os.environ[ORDER_VARIABLE] = str(at_once)
         return Blas(str(candidate), "OpenBLAS", library, threads, sets_order)
     if not failures and not _installed(_REFERENCE_PACKAGE):
         return Blas(None, "what this build of mlx was made with")

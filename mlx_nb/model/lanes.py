@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_nb.data.batches import TokenBatch, split_rows
 from mlx_nb.model import backend
@@ -47,6 +48,19 @@ def in_lanes(function: Callable[[Part], Result], parts: Sequence[Part]) -> list[
         with mx.stream(streams[index % len(streams)]):
             results.append(function(part))
     return results
+
+
+def one_by_one(tree: Any) -> Any:
+    """The same arrays, each to be computed after the one before it.
+
+    What is asked for at once is begun at once: hundreds of gradients would fill the room in which mlx finds work of
+    other lanes.
+    """
+    arrays = tree_flatten(tree)
+    chained: list[tuple[str, mx.array]] = []
+    for name, array in arrays:
+        chained.append((name, mx.depends(array, chained[-1][1]) if chained else array))
+    return tree_unflatten(chained)
 
 
 def _streams(count: int) -> list[mx.Stream]:

@@ -15,7 +15,7 @@ from mlx.utils import tree_map
 from mlx_nb.data.batches import TokenBatch
 from mlx_nb.errors import TrainingError
 from mlx_nb.model.backend import one_blas_thread
-from mlx_nb.model.lanes import in_lanes, lanes_of
+from mlx_nb.model.lanes import in_lanes, lanes_of, one_by_one
 from mlx_nb.model.logprobs import TargetInputs, TargetScorer, target_inputs
 from mlx_nb.model.randomness import random_stream
 from mlx_nb.model.trees import named_arrays
@@ -131,7 +131,7 @@ class Stepper:
                     parts = self._parts(batch)
                     (value, packed), gradients = self._gradients(parameters, parts)
                     sums = _unpacked(value, packed, self._metric_names)
-                    joined_gradients = self._form.join(gradients)
+                    joined_gradients = self._form.join(one_by_one(gradients) if len(parts) > 1 else gradients)
                     summed = joined_gradients if summed is None else tree_map(mx.add, summed, joined_gradients)
                     _evaluate(parts, summed, sums)
                     total += scalar(sums.total)
