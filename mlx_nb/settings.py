@@ -77,7 +77,7 @@ def coerce(value: Any, declared: dataclasses.Field, hint: Any, parent: tuple[str
             raise SettingError(path, f"`{label}` must be a mapping such as {{eps: 1e-8}}, not {shown(value)}.")
         return plain(value, path)
     synonyms = declared.metadata["synonyms"]
-    value = _of_python(value)
+    value = of_python(value)
     known = synonyms.get(value, value) if isinstance(value, str) else value
     result = _CONVERSIONS[typing.get_origin(kind) or kind](known, kind)
     if result is _WRONG:
@@ -131,7 +131,7 @@ def plain(value: Any, path: tuple[str, ...], depth: int = 0) -> Any:
 
     Raises SettingError for what it cannot: other objects, names that are no text, endless nesting, NaN.
     """
-    label, value = ".".join(path), _of_python(value)
+    label, value = ".".join(path), of_python(value)
     if depth > _DEEPEST:
         raise SettingError(path[:1], f"`{path[0]}` is nested more than {_DEEPEST} levels deep.")
     if isinstance(value, Mapping):
@@ -197,7 +197,7 @@ _LARGEST_INT = 2**31 - 1  # what arrays are measured in
 _LARGEST_FLOAT = 3.4e38  # what they hold
 
 
-def _of_python(value: Any) -> Any:
+def of_python(value: Any) -> Any:
     """A number of numpy or another library as Python's, an array as a list; anything else as it is."""
     if not hasattr(value, "shape") or isinstance(value, type):
         return value
@@ -243,7 +243,7 @@ def _to_tuple(value: Any, kind: Any) -> Any:
     if not isinstance(items, (list, tuple)) or not items:
         return _WRONG
     item_kind = typing.get_args(kind)[0]
-    converted = [_CONVERSIONS[item_kind](_of_python(item), item_kind) for item in items]
+    converted = [_CONVERSIONS[item_kind](of_python(item), item_kind) for item in items]
     return _WRONG if any(item is _WRONG for item in converted) else tuple(converted)
 
 

@@ -1,54 +1,223 @@
-"""`{name}` in a `%%finetune` body becomes the value of the notebook's variable `name`. Strict, and no evaluation."""
+"""`{name}` in a `%%finetune` body becomes the value of the notebook's variable `name`. Strict, and no evaluation.
+
+A value is always one value of the YAML, wherever it stands: a text stays a text, with `#`, `: `, quotes and line breaks
+in it, and a number stays a number. The body is scanned with a stand-in for each name; then the scalars that hold one
+are written anew, on as many lines as before.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from mlx_nb.errors import CommandError, did_you_mean
+import yaml
 
-_PLACE = re.compile(r"\{\{(?P<literal>[^{}\n]*)\}\}|\{(?P<name>[A-Za-z_]\w*)\}")
+from mlx_nb.errors import CommandError, ConfigError, did_you_mean
+from mlx_nb.settings import of_python
+from mlx_nb.yaml_loader import load_mapping
+
+# `{{ text }}` with spaces is Jinja, and left alone.
+_PLACE = re.compile(r"\{\{(?P<literal>(?! )[^{}\n]*(?<! ))\}\}|\{(?P<name>[A-Za-z_]\w*)\}")
+_MOST_VALUES = 10_000  # of a list or mapping that is written into the YAML
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A `{name}` or `{{literal}}` of the body, the line it is on, and the stand-in that it is scanned as."""
+
+    text: str
+    line: int
+    stand_in: str
+    name: str | None
+    literal: str | None
 
 
 def fill(body: str, namespace: Mapping[str, Any]) -> str:
-    """The body with every `{name}` replaced; `{{text}}` stands for `{text}`.
+    """The body with every `{name}` outside of comments replaced; `{{text}}` stands for `{text}`.
 
-    A YAML mapping such as `{rank: 8}` or `{length: {max: 80}}` is left alone. Raises CommandError for an undefined
-    name, with its line, and for a value that has no plain text form.
+    A YAML mapping such as `{rank: 8}` or `{length: {max: 80}}` is left alone. Raises CommandError for undefined names,
+    one line each, and for a value that has no form in YAML.
     """
+    begin, end = _unused(body)
+    places: dict[str, _Place] = {}
 
-    def replace(match: re.Match[str]) -> str:
-        name = match.group("name")
-        if name is None:
-            return f"{{{match.group('literal')}}}"
+    def stand_in(match: re.Match[str]) -> str:
+        text = f"{begin}{len(places)}{end}"
         line = body.count("\n", 0, match.start()) + 1
-        if name not in namespace:
-            names = [known for known in namespace if not known.startswith("_")]
-            raise CommandError(f"line {line}: {{{name}}} is not defined in the notebook.{did_you_mean(name, names)}")
-        return _as_yaml(namespace[name], name, line)
+        places[text] = _Place(match.group(), line, text, match.group("name"), match.group("literal"))
+        return text
 
-    return _PLACE.sub(replace, body)
+    scanned = _PLACE.sub(stand_in, body)
+    pattern = re.compile(f"{begin}[0-9]+{end}")
+    edits = list(_scalars(scanned, pattern))
+    named = [places[text] for start, stop, _, _ in edits for text in pattern.findall(scanned[start:stop])]
+    _refuse_undefined([place for place in named if place.name is not None], namespace)
+    parts, position = [], 0
+    for start, stop, token, is_key in edits:
+        parts += [scanned[position:start], _written(scanned[start:stop], token, is_key, pattern, places, namespace)]
+        position = stop
+    filled = "".join([*parts, scanned[position:]])
+    return pattern.sub(lambda match: _untouched(places[match.group()]), filled)
 
 
-def _as_yaml(value: Any, name: str, line: int) -> str:
+def _unused(body: str) -> tuple[str, str]:
+    """Two characters of the private use area that the body does not have."""
+    free = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in body)
+    return next(free), next(free)
+
+
+def _untouched(place: _Place) -> str:
+    """What stands where nothing was written anew: in a comment, or raw YAML in doubled braces."""
+    return place.text if place.literal is None else f"{{{place.literal}}}"
+
+
+def _scalars(scanned: str, pattern: re.Pattern[str]) -> Iterator[tuple[int, int, yaml.ScalarToken, bool]]:
+    """(start, stop, token, whether it is a key) of each scalar with a stand-in.
+
+    What cannot be scanned is left as it is: reading it will say what is wrong.
+    """
+    before: Any = None
+    try:
+        for token in yaml.scan(scanned, Loader=yaml.SafeLoader):
+            if isinstance(token, yaml.ScalarToken) and pattern.search(token.value):
+                yield token.start_mark.index, token.end_mark.index, token, isinstance(before, yaml.KeyToken)
+            before = token
+    except (yaml.YAMLError, ValueError, OverflowError):
+        return
+
+
+def _refuse_undefined(places: list[_Place], namespace: Mapping[str, Any]) -> None:
+    known = [name for name in namespace if not name.startswith("_")]
+    missing = [place for place in places if place.name not in namespace]
+    if missing:
+        raise CommandError(
+            "\n".join(
+                f"line {place.line}: {{{place.name}}} is not defined in the notebook."
+                f"{did_you_mean(str(place.name), known)}"
+                for place in missing
+            )
+        )
+
+
+def _written(
+    source: str,
+    token: yaml.ScalarToken,
+    is_key: bool,
+    pattern: re.Pattern[str],
+    places: Mapping[str, _Place],
+    namespace: Mapping[str, Any],
+) -> str:
+    """A scalar with the values of its names, as YAML. `source` is what stands in the body for it."""
+    alone = places.get(source) if token.plain else None
+    if alone is not None and alone.name is not None:
+        value = of_python(namespace[alone.name])
+        if is_key and isinstance(value, (list, tuple, Mapping)):
+            raise CommandError(f"line {alone.line}: {alone.text} is a {type(value).__name__} and cannot be a key.")
+        return _as_yaml(value, alone)
+    if all(places[text].name is None for text in pattern.findall(source)):
+        return source
+    inserted = {text: _inside(places[text], namespace) for text in pattern.findall(token.value)}
+    text = pattern.sub(lambda match: inserted[match.group()], token.value)
+    if token.plain and "\n" not in source and _stays_plain(text, source, pattern, places, namespace):
+        return text
+    # Written on one line, and then as many line breaks as it had: the lines after it keep their numbers.
+    return _quoted(text) + "\n" * source.count("\n")
+
+
+def _stays_plain(
+    text: str,
+    source: str,
+    pattern: re.Pattern[str],
+    places: Mapping[str, _Place],
+    namespace: Mapping[str, Any],
+) -> bool:
+    """Whether a text without quotes is read as itself, or, made of numbers alone, as the number that it spells."""
+    try:
+        read = load_mapping(f"k: [{text}]").values["k"]
+    except ConfigError:
+        return False
+    names = [places[one].name for one in pattern.findall(source)]
+    numbers = all(name is not None and not isinstance(namespace[name], (str, PurePath)) for name in names)
+    return read == [text] or (numbers and len(read) == 1 and isinstance(read[0], (int, float)))
+
+
+def _inside(place: _Place, namespace: Mapping[str, Any]) -> str:
+    """A value as a part of a text."""
+    if place.name is None:
+        return f"{{{place.literal}}}"
+    value = of_python(namespace[place.name])
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, (list, tuple, Mapping)):
+        kind = type(value).__name__
+        raise CommandError(f"line {place.line}: {place.text} is a {kind} and cannot be a part of a text.")
+    return _as_yaml(value, place)
+
+
+def _as_yaml(value: Any, place: _Place) -> str:
+    """A value of the notebook as one value of a YAML line. Raises CommandError for what has no such form."""
     if isinstance(value, (str, PurePath)):
-        text = str(value)
-        if "\n" not in text:
-            return text
-    elif isinstance(value, bool) or value is None:
-        return json.dumps(value)
-    elif isinstance(value, (int, float)) and math.isfinite(value):
-        return repr(value)
-    elif isinstance(value, (list, tuple, dict)):
-        try:
-            return json.dumps(value)
-        except TypeError:
-            pass
-    raise CommandError(
-        f"line {line}: {{{name}}} is a {type(value).__name__} and cannot be written into the YAML. "
-        f"To train on rows in a variable, write `data: {name}` without braces."
-    )
+        return _word(str(value) if isinstance(value, PurePath) else str.__str__(value))
+    try:
+        count, text = _flow(value)
+    except (TypeError, ValueError, RecursionError):
+        count, text = 0, None
+    if text is None or count > _MOST_VALUES:
+        kind = type(value).__name__
+        size = f" with {count} values" if count else ""
+        raise CommandError(
+            f"line {place.line}: {place.text} is a {kind}{size} and cannot be written into the YAML. "
+            f"To train on rows in a variable, write `data: {place.name}` without braces."
+        )
+    return text
+
+
+def _flow(value: Any) -> tuple[int, str]:
+    """How many values it holds, and the value in YAML's flow form. Raises TypeError or ValueError."""
+    value = of_python(value)
+    if value is None or isinstance(value, bool):
+        return 1, json.dumps(value)
+    if isinstance(value, int):
+        return 1, int.__repr__(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return 1, float.__repr__(value)
+    if isinstance(value, PurePath):
+        return 1, _quoted(str(value))
+    if isinstance(value, str):
+        return 1, _quoted(str.__str__(value))
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError("keys are text")
+        inner = [(key, *_flow(item)) for key, item in value.items()]
+        return sum(one[1] for one in inner), "{" + ", ".join(f"{_quoted(key)}: {text}" for key, _, text in inner) + "}"
+    if isinstance(value, (list, tuple)):
+        items = [_flow(item) for item in value]
+        return sum(count for count, _ in items), "[" + ", ".join(text for _, text in items) + "]"
+    raise TypeError(type(value).__name__)
+
+
+def _word(text: str) -> str:
+    """A text, in quotes unless it is read as itself without them."""
+    try:
+        return (
+            text
+            if re.fullmatch(r"[./~]*\w[\w./~-]*", text) and load_mapping(f"k: [{text}]").values["k"] == [text]
+            else _quoted(text)
+        )
+    except ConfigError:
+        return _quoted(text)
+
+
+def _quoted(text: str) -> str:
+    """A text in double quotes, on one line, with all that YAML does not print escaped."""
+    return _UNPRINTED.sub(lambda match: f"\\u{ord(match.group()):04x}", json.dumps(text, ensure_ascii=False))
+
+
+_UNPRINTED = re.compile("[\x7f-\xa0\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
