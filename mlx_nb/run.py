@@ -160,8 +160,10 @@ class Run:
                 f"{loaded.quantized_bits} bits. Use lora or dora, or a float version of the model."
             )
         from mlx_nb.model.backend import is_cpu, memory_limit
+        from mlx_nb.model.passes import refuse_cache_doubt
         from mlx_nb.train.trainer import Trainer
 
+        refuse_cache_doubt(loaded.model)
         refuse_own_folder(self.config, self.folder)
         reference = self.material.reference
         trainer = Trainer(

@@ -21,6 +21,7 @@ from mlx_nb.model.backend import is_cpu
 from mlx_nb.model.cache import cache_folder
 from mlx_nb.model.finite import not_finite
 from mlx_nb.model.gguf import convert_gguf
+from mlx_nb.model.passes import doubt_note
 from mlx_nb.model.randomness import random_stream
 from mlx_nb.model.trees import named_arrays
 
@@ -89,6 +90,8 @@ def load_model(model: str, *, load_in_bits: int | None = None, chat_template: st
         base = f"{bits}-bit base" if bits else "base"
         notes.append(f"On this CPU the {base} is held and computed in float32; saved adapters are the same either way.")
     mx.eval(network.parameters())
+    if (doubt := doubt_note(network)) is not None:
+        notes.append(doubt)
     return LoadedModel(network, tokenizer, folder, model, bits, tuple(notes))
 
 

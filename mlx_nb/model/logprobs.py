@@ -19,6 +19,7 @@ from mlx_nb.data.batches import TokenBatch
 from mlx_nb.errors import DataError
 from mlx_nb.model import backend
 from mlx_nb.model.lanes import in_lanes
+from mlx_nb.model.passes import refuse_cache_doubt
 
 _TARGETS_AT_ONCE = 512
 _SUMMED_AT_ONCE = 512
@@ -89,10 +90,12 @@ class TargetScorer:
     """Log-probabilities of targets under one model, live: it reads the model's parameters at each call.
 
     Hidden states and vocabulary projection are taken apart when that is PROVED to give the model's own logits, on a
-    probe; a model that does more to its logits (soft caps, scales) is run whole.
+    probe; a model that does more to its logits (soft caps, scales) is run whole. Raises ModelError for a family whose
+    pass without a cache, which is what is scored here, is not the one that answers take.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        refuse_cache_doubt(model)
         self.model = model
         self._split = _proven_split(model)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,14 +12,14 @@ import mlx.nn as nn
 
 from mlx_nb.data.prompt_examples import prompt_tokens
 from mlx_nb.data.rendering import AS_USUAL, Rendering
+from mlx_nb.errors import CommandError
 from mlx_nb.model.adapters import without_adapters
-from mlx_nb.model.randomness import random_stream, seed_for
+from mlx_nb.model.passes import doubt_note
+from mlx_nb.model.randomness import seed_for
+from mlx_nb.rollouts.sampling import SamplingSettings, sample_each
 
 Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Messages
-
-# Rows decoded side by side: enough to keep matrix products busy, few enough for a small machine's memory.
-_ROWS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -45,30 +46,33 @@ def generate_texts(
     seed: int,
     rendering: Rendering = AS_USUAL,
 ) -> list[str]:
-    """One answer per prompt, through mlx-lm's generators: one prompt alone, several side by side.
+    """One answer per prompt: those of a list are what each prompt alone gives, to rounding.
 
     A prompt is a list of messages, or a text: a user message, or where `rendering` says raw a text to be continued.
-    `base` switches the adapter off. The model's adapter and the user's random stream are as before afterwards.
+    `base` switches the adapter off. Above temperature 0 the first of a list is what its prompt alone gives, and a
+    prompt that is repeated gets other answers. The model's adapter, its modes and the user's random stream are as
+    before afterwards. Raises DataError for a prompt without tokens, CommandError for no tokens to say.
     """
-    from mlx_lm import generate
-    from mlx_lm.generate import batch_generate
-    from mlx_lm.sample_utils import make_sampler
+    from mlx_lm.generate import wired_limit
 
-    model.eval()
+    if max_tokens < 1:
+        raise CommandError(f"cannot answer in {max_tokens} tokens. Give max_tokens of 1 or more.")
     tokens = [prompt_tokens(tokenizer, prompt, rendering=rendering) for prompt in prompts]
-    sampler = make_sampler(temp=temperature)
-    with without_adapters(model) if base else nullcontext(), random_stream(seed_for(seed, "generate")):
-        if len(tokens) == 1:
-            return [generate(model, tokenizer, prompt=tokens[0], max_tokens=max_tokens, sampler=sampler)]
-        return batch_generate(
-            model,
-            tokenizer,
-            tokens,
-            max_tokens=max_tokens,
-            sampler=sampler,
-            completion_batch_size=_ROWS_AT_ONCE,
-            prefill_batch_size=_ROWS_AT_ONCE,
-        ).texts
+    _tell_doubt(model)
+    with without_adapters(model) if base else nullcontext(), wired_limit(model):
+        settings = SamplingSettings(max_tokens, temperature)
+        completions = sample_each(model, tokenizer, tokens, settings, seed_for(seed, "generate"))
+    return [_text(tokenizer, completion.tokens.tolist()) for completion in completions]
+
+
+def _text(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """The answer as `stream_text` ends: without the end token, in the words of mlx-lm's streaming detokenizer."""
+    detokenizer = tokenizer.detokenizer
+    for token in tokens:
+        if token not in tokenizer.eos_token_ids:
+            detokenizer.add_token(token)
+    detokenizer.finalize()
+    return detokenizer.text
 
 
 def stream_text(
@@ -77,8 +81,14 @@ def stream_text(
     """The greedy answer to one prompt as it grows: all of it so far, after each token."""
     from mlx_lm import stream_generate
 
+    _tell_doubt(model)
     text = ""
     tokens = prompt_tokens(tokenizer, prompt, rendering=rendering)
     for part in stream_generate(model, tokenizer, tokens, max_tokens=max_tokens):
         text += part.text
         yield text
+
+
+def _tell_doubt(model: nn.Module) -> None:
+    if (note := doubt_note(model)) is not None:
+        warnings.warn(note, stacklevel=4)  # the line that asked the run

@@ -1,15 +1,15 @@
-"""Groups of completions sampled from the live model, with the log-probability of each token as it was drawn.
+"""Completions sampled from the live model, with the log-probability of each token as it was drawn.
 
-Each prompt is read once; its keys and values start every row of its group. Rows of many prompts are decoded side by
-side through mlx-lm's batch caches, and a row that has ended makes room for the next.
+Each prompt is read once and alone; its keys and values start every row of its group. Rows are decoded side by side
+through mlx-lm's batch caches as far as the model is proved to bear it: rows of any length, where one that has ended
+makes room for the next; rows of equal length that begin together; or one row after another.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -18,7 +18,9 @@ import numpy as np
 
 from mlx_nb.errors import DataError, ModelError
 from mlx_nb.model.backend import is_cpu
+from mlx_nb.model.passes import SideBySide, evaluating, merged, side_by_side, unbatchable
 from mlx_nb.model.randomness import seed_for
+from mlx_nb.rollouts.completion_rows import Completion, Endings, Row, Waiting
 from mlx_nb.rollouts.drawing import draw_tokens
 
 _ROWS_AT_ONCE = 32
@@ -40,24 +42,6 @@ class SamplingSettings:
     stop: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
-class Completion:
-    """What the model said to one prompt.
-
-    tokens        (T,) int32, as drawn: with the end token, or with the tokens of the stop string
-    logprobs      (T,) float32, log-probability of each under the model that drew it, before top_k and top_p
-    text          without the end token; up to the stop string
-    finished      False when it was cut at max_tokens
-    prompt_index  which of the prompts it answers
-    """
-
-    tokens: np.ndarray
-    logprobs: np.ndarray
-    text: str
-    finished: bool
-    prompt_index: int
-
-
 def sample_groups(
     model: nn.Module,
     tokenizer: Any,
@@ -74,27 +58,64 @@ def sample_groups(
     token depends on the seed, the number of its completion and its place in it. The same seed, model and prompts give
     the same bits. Raises DataError for a prompt without tokens, ModelError for a model whose cache has no batch form.
     """
+    from mlx_lm.models.cache import make_prompt_cache
+
+    _refuse_empty(prompts)
+    if (name := unbatchable(make_prompt_cache(model))) is not None:
+        raise ModelError(
+            f"this model cannot be sampled in groups: mlx-lm's {name} has no batch form. "
+            "Use another model, or a method that needs no rollouts."
+        )
+    return (yield from _sample(model, tokenizer, prompts, group_size, settings, seed, rows_at_once))
+
+
+def sample_each(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], settings: SamplingSettings, seed: int
+) -> list[Completion]:
+    """One completion of each prompt, whatever its model's caches are. Raises DataError for a prompt without tokens."""
+    _refuse_empty(prompts)
+    sampling = _sample(model, tokenizer, prompts, 1, settings, seed, _ROWS_AT_ONCE)
+    while True:
+        try:
+            next(sampling)
+        except StopIteration as ended:
+            return ended.value
+
+
+def _refuse_empty(prompts: Sequence[Sequence[int]]) -> None:
     for index, prompt in enumerate(prompts):
         if not len(prompt):
             raise DataError(f"prompt {index} has no tokens: nothing can be sampled after it. Drop its row.")
-    rows = [_Row(number, index) for number, index in enumerate(np.repeat(np.arange(len(prompts)), group_size).tolist())]
-    waiting = deque(rows)
-    batch = _Batch(model, settings, _uniforms(seed, len(rows), settings.max_tokens), _Endings(tokenizer, settings.stop))
+
+
+def _sample(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    group_size: int,
+    settings: SamplingSettings,
+    seed: int,
+    rows_at_once: int,
+) -> Generator[int, None, list[Completion]]:
+    rows = [Row(number, index) for number, index in enumerate(np.repeat(np.arange(len(prompts)), group_size).tolist())]
+    together = side_by_side(model) if len(rows) > 1 else SideBySide.ONE_BY_ONE
+    waiting = Waiting(rows, [len(prompt) for prompt in prompts], together, rows_at_once)
+    uniforms = _uniforms(seed, len(rows), settings.max_tokens)
+    batch = _Batch(model, settings, uniforms, Endings(tokenizer, settings.stop), together)
     modules = model.modules()
     caches: dict[int, list[Any]] = {}
-    while waiting or batch.growing:
-        if waiting and batch.has_room(rows_at_once, len(waiting)):
-            joining = [waiting.popleft() for _ in range(min(len(waiting), rows_at_once - batch.growing))]
+    while waiting.rows or batch.growing:
+        if joining := waiting.next_rows(batch.growing):
             indices = dict.fromkeys(row.prompt_index for row in joining)
             for index in indices:
                 if index not in caches:
-                    with _evaluating(modules):
+                    with evaluating(modules):
                         caches[index] = _read_prompt(model, prompts[index])
                     yield batch.drawn
             batch.join(joining, caches, [int(prompts[row.prompt_index][-1]) for row in joining])
             # Only the last group can have rows still to come.
-            caches = {index: caches[index] for index in indices if waiting and waiting[0].prompt_index == index}
-        with _evaluating(modules):
+            caches = {index: caches[index] for index in indices if waiting.is_next(index)}
+        with evaluating(modules):
             batch.step()
         yield batch.drawn
     return [row.completion() for row in rows]
@@ -106,25 +127,11 @@ def _uniforms(seed: int, rows: int, max_tokens: int) -> np.ndarray:
     return random.integers(0, 1 << 23, (rows, max_tokens, 2), dtype=np.int32).astype(np.float32) / (1 << 23)
 
 
-@contextmanager
-def _evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Evaluation mode while inside; each module's own mode afterwards."""
-    training = [module for module in modules if module.training]
-    for module in training:
-        module._set_training_mode(False)
-    try:
-        yield
-    finally:
-        for module in training:
-            module._set_training_mode(True)
-
-
 def _read_prompt(model: nn.Module, prompt: Sequence[int]) -> list[Any]:
     """The model's caches after all tokens of a prompt but the last, which is each row's first input."""
     from mlx_lm.models.cache import make_prompt_cache
 
     caches = make_prompt_cache(model)
-    _refuse_unbatchable(caches)
     for start in range(0, len(prompt) - 1, _PROMPT_TOKENS_AT_ONCE):
         part = list(prompt[start : min(start + _PROMPT_TOKENS_AT_ONCE, len(prompt) - 1)])
         model(mx.array(part, dtype=mx.int32)[None], cache=caches)
@@ -132,74 +139,12 @@ def _read_prompt(model: nn.Module, prompt: Sequence[int]) -> list[Any]:
     return caches
 
 
-def _refuse_unbatchable(caches: Sequence[Any]) -> None:
-    """Raises ModelError for a cache of mlx-lm's that cannot hold rows of different length."""
-    for cache in caches:
-        _refuse_unbatchable(getattr(cache, "caches", ()))
-        if not hasattr(cache, "merge") or getattr(cache, "keep", 0) > 0:
-            raise ModelError(
-                f"this model cannot be sampled in groups: mlx-lm's {type(cache).__name__} has no batch form. "
-                "Use another model, or a method that needs no rollouts."
-            )
-
-
-@dataclass(eq=False)
-class _Row:
-    """One completion as it grows. `launched` counts the tokens asked of the device, `tokens` those that came."""
-
-    number: int
-    prompt_index: int
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    launched: int = 0
-    ended: bool = False
-    finished: bool = False
-    text: str = ""
-
-    def completion(self) -> Completion:
-        return Completion(
-            np.array(self.tokens, np.int32),
-            np.array(self.logprobs, np.float32),
-            self.text,
-            self.finished,
-            self.prompt_index,
-        )
-
-
 class _Drawn(NamedTuple):
     """A step's rows, and their tokens and log-probabilities where the device left them."""
 
-    rows: list[_Row]
+    rows: list[Row]
     token_B: Any
     logprob_B: Any
-
-
-class _Endings:
-    """Where a completion ends: an end token of the tokenizer, or a stop string in the text."""
-
-    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
-        self._tokenizer = tokenizer
-        self._stop = stop
-        # Every token but a special one is a byte or more; the spare ones keep the window's edge off the stop string.
-        self._window = max((len(text.encode()) for text in stop), default=0) + 4
-
-    def judge(self, row: _Row, max_tokens: int) -> None:
-        """After a new token: mark the row as ended when it is, and give it its text."""
-        if row.tokens[-1] in self._tokenizer.eos_token_ids:
-            row.ended = row.finished = True
-            row.text = self._tokenizer.decode(row.tokens[:-1])
-        elif self._stop and self._first_stop(self._tokenizer.decode(row.tokens[-self._window :])) is not None:
-            text = self._tokenizer.decode(row.tokens)
-            end = self._first_stop(text)
-            if end is not None:
-                row.ended = row.finished = True
-                row.text = text[:end]
-        if not row.ended and len(row.tokens) == max_tokens:
-            row.ended = True
-            row.text = self._tokenizer.decode(row.tokens)
-
-    def _first_stop(self, text: str) -> int | None:
-        return min((start for stop in self._stop if (start := text.find(stop)) >= 0), default=None)
 
 
 class _Batch:
@@ -209,13 +154,21 @@ class _Batch:
     once. On a CPU they would share the cores: each step is read at once, and drawn by NumPy.
     """
 
-    def __init__(self, model: nn.Module, settings: SamplingSettings, uniforms: np.ndarray, endings: _Endings) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: SamplingSettings,
+        uniforms: np.ndarray,
+        endings: Endings,
+        together: SideBySide,
+    ) -> None:
         self.drawn = 0
+        self._merges = together is not SideBySide.ONE_BY_ONE
         self._model = model
         self._settings = settings
         self._uniforms = uniforms
         self._endings = endings
-        self._rows: list[_Row] = []
+        self._rows: list[Row] = []
         self._caches: list[Any] = []
         self._inputs_B = mx.array([], dtype=mx.int32)
         self._unread: _Drawn | None = None
@@ -226,23 +179,16 @@ class _Batch:
         """Rows that have not ended."""
         return sum(not row.ended for row in self._rows)
 
-    def has_room(self, rows_at_once: int, waiting: int) -> bool:
-        """Whether enough rows have ended for others to join: moving the caches costs about a step."""
-        return rows_at_once - self.growing >= min(waiting, max(1, rows_at_once // 4))
-
-    def join(self, rows: list[_Row], caches: dict[int, list[Any]], last_tokens: list[int]) -> None:
+    def join(self, rows: list[Row], caches: dict[int, list[Any]], last_tokens: list[int]) -> None:
         """Take in rows whose prompts were read into `caches`, by prompt; rows that have ended leave."""
         self._drop_ended()
-        place_of = {prompt_index: place for place, prompt_index in enumerate(caches)}
-        places = [place_of[row.prompt_index] for row in rows]
-        joining = [layer[0].merge(layer) for layer in zip(*caches.values(), strict=True)]
-        for cache in joining:
-            cache.filter(places)  # one row of each prompt becomes one for each completion
-        if self._rows:
-            for cache, other in zip(self._caches, joining, strict=True):
+        if not self._merges:
+            self._caches = copy.deepcopy(caches[rows[0].prompt_index])
+        elif self._rows:
+            for cache, other in zip(self._caches, _for_rows(rows, caches), strict=True):
                 cache.extend(other)
         else:
-            self._caches = joining
+            self._caches = _for_rows(rows, caches)
         self._inputs_B = mx.concatenate([self._inputs_B, mx.array(last_tokens, dtype=mx.int32)])
         self._rows = self._rows + rows
 
@@ -281,8 +227,17 @@ class _Batch:
 
     def _drop_ended(self) -> None:
         keep = [place for place, row in enumerate(self._rows) if not row.ended]
-        if keep and len(keep) < len(self._rows):
+        if keep and len(keep) < len(self._rows):  # so the caches are merged ones
             for cache in self._caches:
                 cache.filter(keep)
         self._inputs_B = self._inputs_B[mx.array(keep, dtype=mx.int32)]
         self._rows = [self._rows[place] for place in keep]
+
+
+def _for_rows(rows: Sequence[Row], caches: dict[int, list[Any]]) -> list[Any]:
+    """The caches of prompts as one for each layer, with a row for each completion."""
+    place_of = {prompt_index: place for place, prompt_index in enumerate(caches)}
+    joining = merged(list(caches.values()))
+    for cache in joining:
+        cache.filter([place_of[row.prompt_index] for row in rows])
+    return joining

@@ -1,0 +1,117 @@
+"""Completions as rows that grow: which begin together, and where each ends."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mlx_nb.model.passes import SideBySide
+
+
+@dataclass(frozen=True, eq=False)
+class Completion:
+    """What the model said to one prompt.
+
+    tokens        (T,) int32, as drawn: with the end token, or with the tokens of the stop string
+    logprobs      (T,) float32, log-probability of each under the model that drew it, before top_k and top_p
+    text          without the end token; up to the stop string
+    finished      False when it was cut at max_tokens
+    prompt_index  which of the prompts it answers
+    """
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    text: str
+    finished: bool
+    prompt_index: int
+
+
+@dataclass(eq=False)
+class Row:
+    """One completion as it grows. `launched` counts the tokens asked of the device, `tokens` those that came."""
+
+    number: int
+    prompt_index: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    launched: int = 0
+    ended: bool = False
+    finished: bool = False
+    text: str = ""
+
+    def completion(self) -> Completion:
+        return Completion(
+            np.array(self.tokens, np.int32),
+            np.array(self.logprobs, np.float32),
+            self.text,
+            self.finished,
+            self.prompt_index,
+        )
+
+
+class Waiting:
+    """Rows that have not begun, in the order in which they will."""
+
+    def __init__(self, rows: Sequence[Row], lengths: Sequence[int], together: SideBySide, rows_at_once: int) -> None:
+        self._lengths = lengths
+        self._together = together
+        self._rows_at_once = 1 if together is SideBySide.ONE_BY_ONE else rows_at_once
+        by_length = together is SideBySide.EQUAL_LENGTHS
+        self.rows = deque(sorted(rows, key=lambda row: lengths[row.prompt_index]) if by_length else rows)
+
+    def is_next(self, prompt_index: int) -> bool:
+        """Whether the next row to begin answers this prompt."""
+        return bool(self.rows) and self.rows[0].prompt_index == prompt_index
+
+    def next_rows(self, growing: int) -> list[Row]:
+        """The rows that begin now, beside those that are growing.
+
+        Few never do while others grow: moving the caches costs about a step.
+        """
+        room = min(len(self.rows), self._rows_at_once - growing)
+        if self._together is SideBySide.ANY_LENGTHS:
+            if room < min(len(self.rows), max(1, self._rows_at_once // 4)):
+                return []
+        elif growing:
+            return []
+        joining: list[Row] = []
+        while len(joining) < room and self._fits(joining):
+            joining.append(self.rows.popleft())
+        return joining
+
+    def _fits(self, joining: list[Row]) -> bool:
+        if not joining or self._together is SideBySide.ANY_LENGTHS:
+            return True
+        return self._lengths[self.rows[0].prompt_index] == self._lengths[joining[0].prompt_index]
+
+
+class Endings:
+    """Where a completion ends: an end token of the tokenizer, or a stop string in the text."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._stop = stop
+        # Every token but a special one is a byte or more; the spare ones keep the window's edge off the stop string.
+        self._window = max((len(text.encode()) for text in stop), default=0) + 4
+
+    def judge(self, row: Row, max_tokens: int) -> None:
+        """After a new token: mark the row as ended when it is, and give it its text."""
+        if row.tokens[-1] in self._tokenizer.eos_token_ids:
+            row.ended = row.finished = True
+            row.text = self._tokenizer.decode(row.tokens[:-1])
+        elif self._stop and self._first_stop(self._tokenizer.decode(row.tokens[-self._window :])) is not None:
+            text = self._tokenizer.decode(row.tokens)
+            end = self._first_stop(text)
+            if end is not None:
+                row.ended = row.finished = True
+                row.text = text[:end]
+        if not row.ended and len(row.tokens) == max_tokens:
+            row.ended = True
+            row.text = self._tokenizer.decode(row.tokens)
+
+    def _first_stop(self, text: str) -> int | None:
+        return min((start for stop in self._stop if (start := text.find(stop)) >= 0), default=None)
