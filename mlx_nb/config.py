@@ -275,6 +275,17 @@ class RunConfig:
     )
     text_feature: str | None = setting(None, "Column with plain text. null = text.", group="rows", only_for="tokens")
     system_feature: str | None = setting(None, "Column with a system prompt. null = system.", group="rows")
+    roles: dict[str, str] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Your data's own words for who speaks, such as {speaker_a: user, speaker_b: assistant}.",
+            "group": "rows",
+            "live": False,
+            "synonyms": {},
+            "bounds": {},
+            "only_for": None,
+        },
+    )
     loss_on: Literal["assistant", "final", "completion", "all"] = setting(
         "assistant",
         "Which tokens are trained: every assistant turn, only the last message, the assistant's turns after the last "

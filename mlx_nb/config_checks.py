@@ -17,6 +17,10 @@ from mlx_nb.errors import ConfigError, did_you_mean
 from mlx_nb.methods import METHODS, Loss, is_built_in, method_named, options_of
 from mlx_nb.settings import SettingError, shown
 
+# Whose a message is; `function_call` is the assistant's, and its text is the JSON of a tool call.
+CALLING = "function_call"
+MESSAGE_ROLES = ("system", "developer", "user", "assistant", "tool", CALLING, "function", "ipython")
+
 
 class Readable:
     """A RunConfig in which the settings that were refused by themselves cannot be read.
@@ -193,6 +197,17 @@ def _check_rollouts(config: Readable) -> Iterator[SettingError]:
         yield SettingError(("stop",), "`stop` has an empty text, which would end every completion at once. Remove it.")
 
 
+def _check_roles(config: Readable) -> Iterator[SettingError]:
+    """Every word of the person's own stands for a role that is known."""
+    for word, role in config.roles.items():
+        if role not in MESSAGE_ROLES:
+            near = did_you_mean(str(role), MESSAGE_ROLES)
+            known = ", ".join(MESSAGE_ROLES)
+            yield SettingError(
+                ("roles", word), f"`roles.{word}` cannot be {shown(role)}.{near} Choose one of: {known}."
+            )
+
+
 def _check_length(config: Readable) -> Iterator[SettingError]:
     if config.iters is not None and config.epochs is not None:
         yield SettingError(("epochs",), "`iters` and `epochs` both set the length of the run. Give one of them.")
@@ -325,6 +340,7 @@ _EXAMPLE_ARGUMENTS = {
 EFFECT_CHECKS: tuple[Callable[[Readable], Iterator[SettingError]], ...] = (
     _check_method,
     _check_rows,
+    _check_roles,
     _check_smoothing,
     _check_references,
     _check_rewards,

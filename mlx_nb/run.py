@@ -652,11 +652,12 @@ class Run:
         max_tokens: int = 256,
         temperature: float = 0.0,
         seed: int = 0,
+        tools: Sequence[Any] | None = None,
     ) -> Any:
         """The model's answer, now. `prompt` is a text or a list of messages; a list of prompts gives a list.
 
         A text is asked as the training rows are written: as a user message, or as raw text that goes on (see
-        `prompt_format`).
+        `prompt_format`). Messages and `tools` are read and rendered like those of rows.
         `base` answers with the adapter switched off. Temperature 0 is greedy. The run and the user's random stream
         are left as they were.
         """
@@ -674,6 +675,8 @@ class Run:
             temperature=temperature,
             seed=seed,
             rendering=self.material.asking,
+            tools=tools,
+            roles=self.config.roles,
         )
         return answers if several else answers[0]
 

@@ -12,9 +12,10 @@ import numpy as np
 from mlx_nb.data.control_tokens import Written
 from mlx_nb.data.rendering import AS_USUAL, Rendering
 from mlx_nb.data.template_facts import Message, RenderFailed
-from mlx_nb.data.template_render import ChatTemplate, encode_raw, fast_tokenizer, plain_messages, unwrapped
+from mlx_nb.data.template_render import ChatTemplate, encode_raw, fast_tokenizer, unwrapped
 from mlx_nb.data.template_spans import Located, Turn, locate_messages
 from mlx_nb.data.template_tags import REASONING_FIELDS, Unproved
+from mlx_nb.data.tool_messages import shown_conversation
 from mlx_nb.errors import MaskRefused, did_you_mean
 
 LOSS_ON = ("assistant", "final", "completion", "all")
@@ -45,6 +46,7 @@ class TokenizedConversation:
     spans      where each message's text lies, in order; weight > 0 where trained
     problems   what a person should know about this mask; empty when there is nothing to say
     written    the control tokens that stand written out in the row's own texts, in order
+    notes      those of the problems that are only worth knowing: what tool calls and tools had changed by rule
     """
 
     tokens: np.ndarray
@@ -54,6 +56,7 @@ class TokenizedConversation:
     spans: tuple[Span, ...]
     problems: tuple[str, ...] = ()
     written: tuple[Written, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def tokenize_conversation(
@@ -89,8 +92,9 @@ def tokenize_conversation(
         )
     fast_tokenizer(tokenizer)
     weights = _weights(messages, loss_on)
-    plain = plain_messages(messages)
-    template = ChatTemplate(tokenizer, tools)
+    shown = shown_conversation(messages, tools, tokenizer)
+    plain = shown.messages
+    template = ChatTemplate(tokenizer, shown.tools)
     try:
         text = template.render(plain, False)
     except RenderFailed as error:
@@ -102,7 +106,7 @@ def tokenize_conversation(
     tokens, offsets = encoded.tokens, encoded.offsets
     if len(tokens) == 0:
         raise MaskRefused("the chat template renders this conversation to nothing. Drop the row.")
-    problems = [*encoded.problems, *_token_problems(tokens, template.tokenizer)]
+    problems = [*shown.problems, *shown.notes, *encoded.problems, *_token_problems(tokens, template.tokenizer)]
     try:
         located = locate_messages(plain, text, template.render, template.facts(), template.eos_ranges(tokens, offsets))
         _agree_with_text_prefixes(located, plain, text, template)
@@ -110,7 +114,9 @@ def tokenize_conversation(
         if loss_on == "all" and set(weights) == {1.0}:
             problems.append(f"the messages cannot be told apart in the text: {error}.")
             loss_mask = _all_but_first(tokens, template)
-            return TokenizedConversation(tokens, loss_mask, text, offsets, (), tuple(problems), encoded.written)
+            return TokenizedConversation(
+                tokens, loss_mask, text, offsets, (), tuple(problems), encoded.written, shown.notes
+            )
         raise MaskRefused(
             f"no trustworthy loss mask with this chat template: {error}. Set `chat_template:` to another template, "
             "use loss_on='all', or give the row as prompt and completion with `prompt_format: raw`."
@@ -124,7 +130,7 @@ def tokenize_conversation(
     else:
         loss_mask = _trained_spans_only(offsets, spans)
         problems += [p for span in spans if span.weight > 0 for p in _straddle_problems(offsets, span, text)]
-    return TokenizedConversation(tokens, loss_mask, text, offsets, spans, tuple(problems), encoded.written)
+    return TokenizedConversation(tokens, loss_mask, text, offsets, spans, tuple(problems), encoded.written, shown.notes)
 
 
 def tokenize_prompt_completion(

@@ -136,6 +136,11 @@ KINDS: dict[str, Kind] = {
         "Drop the messages after the last reply: they are never trained.",
     ),
     "mask_problem": Kind(WARNING, "loss mask", "Look at it token by token: `%finetune row {row}`."),
+    "tool_values": Kind(
+        NOTE,
+        "values in tool calls and tools",
+        "Nothing to do where a table wrote them. Else see what is trained: `%finetune row {row}`.",
+    ),
     "no_chat_template": Kind(
         ERROR,
         "conversations, but the tokenizer has no chat template",

@@ -86,7 +86,7 @@ def preference_row(record: Mapping[str, Any], columns: Columns) -> PreferenceRow
     chosen_name = columns.chosen or chosen_column(record) or "chosen"
     names = (chosen_name, columns.rejected or rejected_column(record) or "rejected")
     _require(record, names, PAIR_FORMATS, looks_like)
-    chosen, rejected = (read_said(record[name], name) for name in names)
+    chosen, rejected = (read_said(record[name], name, columns.roles) for name in names)
     asked: Messages | None = None
     if names[0] in CONVERSATION_COLUMNS and not _whole(rejected):
         asked, chosen = _last_answer(chosen, names[0])
@@ -126,12 +126,12 @@ def labelled_row(record: Mapping[str, Any], columns: Columns) -> LabelledRow:
     completion: str | Messages
     if columns.messages or (record.get(talk) is not None and not asked):
         _require(record, (talk,), LABEL_FORMATS)
-        prompt, completion = _last_answer(read_messages(record[talk], talk), talk)
+        prompt, completion = _last_answer(read_messages(record[talk], talk, columns.roles), talk)
     else:
         answer_name = columns.completion or answer_column(record) or "completion"
         prompt = _prompt(record, columns, LABEL_FORMATS)
         _require(record, (answer_name,), LABEL_FORMATS)
-        completion = read_said(record[answer_name], answer_name)
+        completion = read_said(record[answer_name], answer_name, columns.roles)
         if not isinstance(completion, str) and completion[0]["role"] != "assistant":
             first = completion[0]["role"]
             raise DataError(f"`{answer_name}` begins with the {first}; it must begin with the assistant's answer.")
@@ -189,7 +189,7 @@ def _check_asked(record: Mapping[str, Any], columns: Columns, shared: Messages) 
         _require(record, (name,), PAIR_FORMATS)
     if record.get(name) is None:
         return
-    asked = [_spoken(message) for message in said_by("user", read_said(record[name], name))]
+    asked = [_spoken(message) for message in said_by("user", read_said(record[name], name, columns.roles))]
     known = [_spoken(message) for message in shared]
     if not any(known[k : k + len(asked)] == asked for k in range(len(known))):
         raise DataError(
@@ -205,14 +205,14 @@ def _prompt(record: Mapping[str, Any], columns: Columns, formats: str) -> Any:
     name = columns.prompt or "prompt"
     other = question_column(record) if record.get(name) is None and not columns.prompt else None
     if other in CONVERSATION_COLUMNS:
-        asked = read_messages(record[other], other)
+        asked = read_messages(record[other], other, columns.roles)
         if asked[-1]["role"] == "assistant":
             raise DataError(f"`{other}` ends with the assistant: nothing is asked. Let it end with the user's message.")
         return asked
     if other:
-        return question(record, other)
+        return question(record, other, columns.roles)
     _require(record, (name,), formats)
-    return read_said(record[name], name)
+    return read_said(record[name], name, columns.roles)
 
 
 def _after(record: Mapping[str, Any], columns: Columns, answer: str | Messages) -> str | Messages:

@@ -11,11 +11,12 @@ import numpy as np
 from mlx_nb.data.chat_template import Span, TokenizedConversation
 from mlx_nb.data.prompt_rows import PromptRow
 from mlx_nb.data.rendering import AS_USUAL, Rendering, has_chat_template
-from mlx_nb.data.row_values import Messages
+from mlx_nb.data.row_values import AUTOMATIC, Messages, read_messages, read_tools
 from mlx_nb.data.rows import refuse_context
 from mlx_nb.data.template_facts import RenderFailed
-from mlx_nb.data.template_render import ChatTemplate, Encoded, encode_raw, plain_messages, unwrapped
+from mlx_nb.data.template_render import ChatTemplate, Encoded, encode_raw, unwrapped
 from mlx_nb.data.token_examples import ExampleSettings, TokenizedExample, kept_part
+from mlx_nb.data.tool_messages import ShownConversation, shown_conversation
 from mlx_nb.errors import DataError
 
 
@@ -55,12 +56,17 @@ def prompt_tokens(
     prompt: str | Sequence[Mapping[str, Any]],
     tools: Sequence[Any] | None = None,
     rendering: Rendering = AS_USUAL,
+    roles: Mapping[str, str] = AUTOMATIC.roles,
 ) -> list[int]:
     """The tokens of a prompt with the template's generation prompt at the end.
 
     A text is a user message. Where strings are raw text it is continued instead, from a beginning-of-sequence token
-    where the tokenizer adds one. Raises DataError when the template does not render the prompt.
+    where the tokenizer adds one. Messages, tools and `roles` are read like those of rows. Raises DataError for
+    messages that are none, and when the template does not render the prompt.
     """
+    if not isinstance(prompt, str):
+        prompt = read_messages(prompt, "prompt", roles)
+        tools = read_tools({"tools": tools}, AUTOMATIC)
     asked = _asked(tokenizer, prompt, tools, rendering)
     if not getattr(unwrapped(tokenizer), "is_fast", False) and not rendering.as_text:
         return list(tokenizer.encode(asked.text, add_special_tokens=asked.template is None))
@@ -80,8 +86,12 @@ def tokenize_prompt(content: PromptRow, tokenizer: Any, rendering: Rendering = A
         raise DataError("the prompt has no tokens. Drop the row.")
     untrained = np.zeros(len(encoded.tokens), np.float32)
     span = Span(0, len(text), "prompt", 0, 0.0)
+    problems: tuple[str, ...] = encoded.problems
+    notes: tuple[str, ...] = ()
+    if asked.shown:
+        problems, notes = (*asked.shown.problems, *asked.shown.notes, *encoded.problems), asked.shown.notes
     return TokenizedConversation(
-        encoded.tokens, untrained, text, encoded.offsets, (span,), encoded.problems, encoded.written
+        encoded.tokens, untrained, text, encoded.offsets, (span,), problems, encoded.written, notes
     )
 
 
@@ -108,16 +118,16 @@ def prompt_example(
 
 @dataclass(frozen=True)
 class _Asked:
-    """The text that the model is given, with the messages and the template that made it; raw text has none."""
+    """The text that the model is given, with the template that made it and what it was given; raw text has neither."""
 
     text: str
     template: ChatTemplate | None = None
-    messages: Sequence[Mapping[str, Any]] = ()
+    shown: ShownConversation | None = None
 
     def encode(self, tokenizer: Any, rendering: Rendering) -> Encoded:
-        if self.template is None:
+        if self.template is None or self.shown is None:
             return encode_raw(self.text, tokenizer, rendering)
-        return self.template.encode(self.messages, self.text, True, rendering)
+        return self.template.encode(self.shown.messages, self.text, True, rendering)
 
 
 def _asked(
@@ -129,8 +139,9 @@ def _asked(
         prompt = [{"role": "user", "content": prompt}]
     elif not has_chat_template(tokenizer):
         raise DataError("the tokenizer has no chat template for messages. Set `chat_template:` to one, or give a text.")
-    template, messages = ChatTemplate(tokenizer, tools), plain_messages(prompt)
+    shown = shown_conversation(prompt, tools, tokenizer)
+    template = ChatTemplate(tokenizer, shown.tools)
     try:
-        return _Asked(template.render(messages, True), template, messages)
+        return _Asked(template.render(shown.messages, True), template, shown)
     except RenderFailed as error:
         raise DataError(f"the chat template does not render this prompt: {error}") from error

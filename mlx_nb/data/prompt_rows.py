@@ -39,7 +39,7 @@ def prompt_row(record: Mapping[str, Any], columns: Columns) -> PromptRow:
         raise DataError(f"{missing_column(record, (name,))} {_fix(record, columns)}")
     if columns.answer and answer_name not in record:
         raise DataError(f"{missing_column(record, (answer_name,))} A row without an answer needs null there.")
-    as_given = read_said(record[name], name)
+    as_given = read_said(record[name], name, columns.roles)
     prompt, _, tools = with_context(as_given, (), record, columns)
     if isinstance(prompt, str) and not prompt.strip():
         raise DataError(f"`{name}` is empty: nothing is asked. Drop the row.")
@@ -57,7 +57,7 @@ def _fix(record: Mapping[str, Any], columns: Columns) -> str:
     if columns.prompt:
         return known
     talk = conversation_column(record)
-    if talk and read_messages(record[talk], talk)[-1]["role"] != "assistant":
+    if talk and read_messages(record[talk], talk, columns.roles)[-1]["role"] != "assistant":
         return f"Set prompt_feature: {talk}."
     asking = next((word for word in _QUESTION_WORDS if record.get(word) is not None), None)
     return f"Set prompt_feature: {asking}." if asking else f"{known} {looks_like(record)}".rstrip()

@@ -32,7 +32,7 @@ _SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 # --- values ---------------------------------------------------------------------------------------------------------
 
 
-def read_said(value: Any, column: str) -> Any:
+def read_said(value: Any, column: str, roles: Mapping[str, str]) -> Any:
     """A text, or messages: a list of them, one alone, an object with `messages`, any of them as JSON text, or a
     dialog as one text (see `dialog`)."""
     if isinstance(value, str):
@@ -42,11 +42,11 @@ def read_said(value: Any, column: str) -> Any:
     if isinstance(value, Mapping):
         inner = next((name for name in CONVERSATION_COLUMNS if name in value), None)
         if inner:
-            return read_messages(value[inner], f"{column}.{inner}")
+            return read_messages(value[inner], f"{column}.{inner}", roles)
         if is_of_messages([value]):
-            return read_messages([value], column)
+            return read_messages([value], column, roles)
     if isinstance(value, (list, tuple)):
-        return read_messages(value, column)
+        return read_messages(value, column, roles)
     if not isinstance(value, str):
         raise DataError(f"`{column}` must be text or a list of messages, not {kind_of_value(value)}.")
     return read_text(value, f"`{column}`")
@@ -84,13 +84,13 @@ def _speaks(item: Mapping[str, Any]) -> bool:
 # --- questions ------------------------------------------------------------------------------------------------------
 
 
-def question(record: Mapping[str, Any], column: str) -> Any:
+def question(record: Mapping[str, Any], column: str, roles: Mapping[str, str]) -> Any:
     """What a text column asks, with `input` or `context` below it; with a `history`, the messages up to it."""
     asked = read_text(record[column], f"`{column}`")
     about = next((name for name in _ASKED_ABOUT if name != column and record.get(name)), None)
     if about and column in ASKING_COLUMNS:
         asked = f"{asked}\n\n{read_text(record[about], f'`{about}`')}"
-    before = _history(record)
+    before = _history(record, roles)
     return [*before, {"role": "user", "content": asked}] if before else asked
 
 
@@ -109,11 +109,11 @@ def question_column(record: Mapping[str, Any]) -> str | None:
     return _only(_filled(record, _QUESTION_COLUMNS), "prompt")
 
 
-def _history(record: Mapping[str, Any]) -> Messages:
+def _history(record: Mapping[str, Any], roles: Mapping[str, str]) -> Messages:
     """Earlier turns: [question, answer] pairs, or messages."""
     turns = decoded(record.get("history"), "history") or []
     if is_of_messages(turns):
-        return read_messages(turns, "history")
+        return read_messages(turns, "history", roles)
     if isinstance(turns, str):
         return []
     messages: Messages = []

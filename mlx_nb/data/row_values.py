@@ -5,28 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from mlx_nb.config_checks import CALLING, MESSAGE_ROLES
 from mlx_nb.data.message_lists import spread
+from mlx_nb.data.plain_values import plain_value
+from mlx_nb.data.row_roles import calls_in_text, joined_calls, known_role, whole_call, whole_tool
 from mlx_nb.errors import DataError, did_you_mean
 
 Messages = list[dict[str, Any]]
-
-# The right side is the word of the chat templates; the left side adds the words of ShareGPT files.
-_ROLES = {
-    "system": "system",
-    "developer": "developer",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function": "function",
-    "ipython": "ipython",
-}
 
 
 @dataclass(frozen=True)
@@ -37,6 +25,8 @@ class Columns:
     `system_feature`, `chosen_feature`, `rejected_feature`, `label_feature`, `answer_feature` and
     `preference_score_feature`. Naming a column also chooses the shape: with `prompt` set, a row is read as
     prompt + completion even when it has a `messages` column too.
+
+    roles  the person's own words for who speaks, and what they stand for
     """
 
     messages: str | None = None
@@ -50,6 +40,7 @@ class Columns:
     label: str | None = None
     answer: str | None = None
     preference_score: str | None = None
+    roles: Mapping[str, str] = field(default_factory=dict)
 
 
 AUTOMATIC = Columns()
@@ -81,64 +72,83 @@ def read_system(record: Mapping[str, Any], columns: Columns) -> str | None:
 
 def read_tools(record: Mapping[str, Any], columns: Columns) -> list[dict[str, Any]] | None:
     """The descriptions of the tools that the row offers; None without any."""
-    column = columns.tools or "tools"
+    # Before there were tools, exports of OpenAI had functions.
+    usual = "functions" if record.get("tools") is None and record.get("functions") is not None else "tools"
+    column = columns.tools or usual
     if columns.tools and column not in record:
         raise DataError(f"{missing_column(record, (column,))} A row without tools needs null there.")
-    value = decoded(record.get(column), column)
+    value = plain_value(decoded(record.get(column), column))
     if value is None or value == "":
         return None
     if isinstance(value, (list, tuple)):
         value = [decoded(tool, f"{column}[{index}]") for index, tool in enumerate(value)]
     if not isinstance(value, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in value):
         raise DataError(f"`{column}` must be a list of tool descriptions (objects), not {kind_of_value(value)}.")
-    return [dict(tool) for tool in value] or None
+    return [whole_tool(tool) for tool in value] or None
 
 
-def read_messages(value: Any, column: str) -> Messages:
-    """A list of messages, also from JSON text; at least one, each with the keys `role` and `content`."""
-    value = spread(decoded(value, column))
+def read_messages(value: Any, column: str, roles: Mapping[str, str] = AUTOMATIC.roles) -> Messages:
+    """A list of messages, also from JSON text; at least one, each with the keys `role` and `content`.
+
+    Messages that are tool calls become part of the assistant's turn before them. `roles` as in Columns.
+    """
+    value = spread(plain_value(decoded(value, column)))
     if not isinstance(value, (list, tuple)):
         raise DataError(
             f"`{column}` must be a list of messages such as {{role: user, content: ...}}, not {kind_of_value(value)}."
         )
     if not value:
         raise DataError(f"`{column}` has no messages. Drop the row.")
-    return [_read_message(message, f"`{column}[{index}]`") for index, message in enumerate(value)]
+    return joined_calls([_read_message(message, f"`{column}[{index}]`", roles) for index, message in enumerate(value)])
 
 
-def _read_message(value: Any, where: str) -> dict[str, Any]:
+def _read_message(value: Any, where: str, roles: Mapping[str, str]) -> tuple[dict[str, Any], bool]:
+    """A message, and whether it is nothing but a tool call."""
     if not isinstance(value, Mapping):
         raise DataError(f"{where} must be an object with role and content, not {kind_of_value(value)}.")
     fields = {key: item for key, item in value.items() if item is not None}
     role_key = "role" if "role" in fields else "from"
     content_key = "content" if "content" in value or "value" not in value else "value"
-    role = _read_role(fields.pop(role_key, None), value, where)
+    given = fields.pop(role_key, None)
+    role = _read_role(given, value, where, roles)
     content = fields.pop(content_key, None)
-    if "tool_calls" in fields:
-        calls = decoded(fields.pop("tool_calls"), f"{where.strip('`')}.tool_calls")
-        if not isinstance(calls, (list, tuple)) or not all(isinstance(call, Mapping) for call in calls):
-            raise DataError(f"tool_calls of {where} must be a list of objects, not {kind_of_value(calls)}.")
-        if calls:
-            fields["tool_calls"] = [dict(call) for call in calls]
+    if calls := _read_calls(fields, where):
+        fields["tool_calls"] = calls
+    only_calls = role == CALLING
+    if only_calls:
+        role = "assistant"
+        if not calls:
+            content, fields["tool_calls"] = None, calls_in_text(content, given, where)
     if content is not None:
         content = _read_content(content, f"content of {where}")
     elif "tool_calls" not in fields:
         missing = "is null" if content_key in value else f"is missing (it has: {listed(value)})"
         raise DataError(f"content of {where} {missing}. Give it text, or drop the row.")
     _check_training_marks(fields, where)
-    return {"role": role, "content": content, **fields}
+    return {"role": role, "content": content, **fields}, only_calls
 
 
-def _read_role(role: Any, message: Mapping[str, Any], where: str) -> str:
-    known = ", ".join(dict.fromkeys(_ROLES.values()))
+def _read_calls(fields: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """The tool calls of a message, taken out of its fields; also the one that older exports have as function_call."""
+    older = decoded(fields.pop("function_call", None), f"{where.strip('`')}.function_call")
+    calls = decoded(fields.pop("tool_calls", None), f"{where.strip('`')}.tool_calls")
+    if older is not None and not isinstance(older, Mapping):
+        raise DataError(f"function_call of {where} must be an object, not {kind_of_value(older)}.")
+    if older is not None and calls:
+        raise DataError(f"{where} has both tool_calls and function_call. Remove one of them.")
+    calls = [older] if older is not None else [] if calls is None else calls
+    if not isinstance(calls, (list, tuple)) or not all(isinstance(call, Mapping) for call in calls):
+        raise DataError(f"tool_calls of {where} must be a list of objects, not {kind_of_value(calls)}.")
+    return [whole_call(call) for call in calls]
+
+
+def _read_role(role: Any, message: Mapping[str, Any], where: str, roles: Mapping[str, str]) -> str:
+    known = ", ".join(MESSAGE_ROLES)
     if role is None:
         raise DataError(f"{where} has no role (it has: {listed(message)}). Known roles: {known}.")
     if not isinstance(role, str):
         raise DataError(f"role of {where} must be text, not {kind_of_value(role)}. Known roles: {known}.")
-    if role not in _ROLES:
-        near = did_you_mean(role.lower(), _ROLES)
-        raise DataError(f"{where} has the unknown role {role!r}.{near} Known roles: {known}.")
-    return _ROLES[role]
+    return known_role(role, roles, where)
 
 
 # What the APIs that messages come from call a part that is text.

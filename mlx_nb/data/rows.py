@@ -113,14 +113,14 @@ def _builder(record: Mapping[str, Any], columns: Columns) -> _Builder:
 
 def _chat_from(column: str) -> _Builder:
     def build(record: Mapping[str, Any], columns: Columns) -> Row:
-        return chat_row(read_messages(record[column], column), record, columns)
+        return chat_row(read_messages(record[column], column, columns.roles), record, columns)
 
     return build
 
 
 def _prompt_completion(record: Mapping[str, Any], columns: Columns) -> Row:
     prompt_column, completion_column = columns.prompt or "prompt", columns.completion or "completion"
-    prompt, completion = (_said(record[column], column) for column in (prompt_column, completion_column))
+    prompt, completion = (_said(record[column], column, columns.roles) for column in (prompt_column, completion_column))
     if isinstance(completion, str) and isinstance(record[prompt_column], str) and dialog(record[prompt_column]):
         completion = said_by("assistant", completion.strip())
     if isinstance(prompt, list) and isinstance(completion, list):
@@ -136,15 +136,16 @@ def _prompt_completion(record: Mapping[str, Any], columns: Columns) -> Row:
     return PromptCompletionRow(prompt, completion)
 
 
-def _said(value: Any, column: str) -> Any:
+def _said(value: Any, column: str, roles: Mapping[str, str]) -> Any:
     if isinstance(value, (list, tuple, Mapping)):
-        return read_said(value, column)
-    return read_said(read_text(value, f"`{column}`"), column)
+        return read_said(value, column, roles)
+    return read_said(read_text(value, f"`{column}`"), column, roles)
 
 
 def _alpaca(record: Mapping[str, Any], columns: Columns) -> Row:
     asking, answering = asking_columns(record) or ("instruction", "output")
-    asked, answered = question(record, asking), read_text(record[answering], f"`{answering}`")
+    asked = question(record, asking, columns.roles)
+    answered = read_text(record[answering], f"`{answering}`")
     if isinstance(asked, str):
         return chat_row(_turn(asked, answered), record, columns, from_texts=True)
     return chat_row([*asked, *said_by("assistant", answered)], record, columns)

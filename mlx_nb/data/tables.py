@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mlx_nb.data.files import without_nested_none
+from mlx_nb.data.plain_values import is_missing, plain_value
 from mlx_nb.data.row_source import RowSource
 from mlx_nb.errors import DataError
 
@@ -31,14 +32,14 @@ def could_be_rows(value: object) -> bool:
 def table_in_memory(value: object, label: str) -> RowSource:
     """The rows of a list, DataFrame or Dataset. Raises DataError for anything else."""
     if isinstance(value, (list, tuple)):
-        return _in_memory(list(value), label)
+        return _in_memory([_with_plain_columns(record) for record in value], label)
     library, kind = type(value).__module__.split(".")[0], type(value).__name__
     if library == "pandas" and kind == "DataFrame":
         frame: Any = value
-        return _in_memory([_plain(record) for record in frame.to_dict("records")], label)
+        return _in_memory([plain_value(record) for record in frame.to_dict("records")], label)
     if library == "datasets" and kind == "Dataset":
         dataset: Any = value
-        return _lazy_table(label, len(dataset), lambda row: without_nested_none(dataset[row]))
+        return _lazy_table(label, len(dataset), lambda row: without_nested_none(_with_plain_columns(dataset[row])))
     if library == "datasets" and kind == "IterableDataset":
         raise DataError(f"{label} is a streaming dataset, which has no rows by number. Use list({label}.take(1000)).")
     raise DataError(f"{label} is of type {kind}, which holds no rows. {KNOWN_KINDS}")
@@ -56,6 +57,16 @@ def saved_dataset(folder: Path) -> Any:
             f"folder {folder} was written by save_to_disk, and is damaged or not whole: "
             f"{reason.rstrip('.')}. Save it again."
         ) from None
+
+
+def _with_plain_columns(record: Any) -> Any:
+    """A row whose columns may be arrays, and NaN where they have no value, as `to_dict` of pandas gives them."""
+    if not isinstance(record, Mapping):
+        return record
+    return {
+        key: plain_value(item) if isinstance(item, np.ndarray) or is_missing(item) else item
+        for key, item in record.items()
+    }
 
 
 def _in_memory(records: Sequence[Any], label: str) -> RowSource:
@@ -76,17 +87,3 @@ def _lazy_table(
         return content.hexdigest()
 
     return RowSource(label, length, read, locate or (lambda row: f"{label} row {row}"), digest)
-
-
-def _plain(value: Any) -> Any:
-    """numpy and pandas values as JSON would hold them; a missing value is None."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return [_plain(item) for item in value.tolist()]
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    missing = (isinstance(value, float) and value != value) or type(value).__name__ in ("NAType", "NaTType")
-    return None if missing else value

@@ -15,9 +15,8 @@ from mlx_nb.data.template_tags import Unproved
 from mlx_nb.errors import MaskRefused
 
 _FACTS: dict[tuple[str, tuple[tuple[str, str], ...], bool], TemplateFacts] = {}
-_FLAGS = ("train", "weight")
 # For templates that render only with tools.
-_SOME_TOOL = {
+SOME_TOOL = {
     "type": "function",
     "function": {"name": "f", "description": "f", "parameters": {"type": "object", "properties": {}}},
 }
@@ -113,7 +112,7 @@ class ChatTemplate:
         if key not in _FACTS:
             facts = study_template(self.source, lambda messages, prompt: self._render(messages, prompt, None))
             if facts.header is None and self.tools:
-                with_tool = [_SOME_TOOL]
+                with_tool = [SOME_TOOL]
                 facts = study_template(self.source, lambda messages, prompt: self._render(messages, prompt, with_tool))
             _FACTS[key] = facts
         return _FACTS[key]
@@ -121,11 +120,6 @@ class ChatTemplate:
     def eos_ranges(self, tokens: np.ndarray, offsets: np.ndarray) -> list[tuple[int, int]]:
         """The characters of each end-of-sequence token, in order."""
         return [(int(a), int(b)) for a, b in offsets[np.isin(tokens, list(self.eos_ids))]]
-
-
-def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The messages as a template gets them: without nulls, and without the marks for training."""
-    return [{k: v for k, v in m.items() if v is not None and k not in _FLAGS} for m in messages]
 
 
 def encode_raw(text: str, tokenizer: Any, rendering: Rendering = AS_USUAL) -> Encoded:

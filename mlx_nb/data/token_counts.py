@@ -106,7 +106,10 @@ def count_tokens(
         counts.lengths += [len(conversation.tokens) for conversation in said]
         _compare_answers(said, counts)
         _collect_written(content, said, row, tokenizer, collector)
-        _collect_problems([problem for conversation in said for problem in conversation.problems], row, collector)
+        notes = [note for conversation in said for note in conversation.notes]
+        problems = [problem for conversation in said for problem in conversation.problems if problem not in notes]
+        _collect("mask_problem", problems, row, collector)
+        _collect("tool_values", notes, row, collector)
         try:
             examples = examples_of(kind, content, said, row, settings)
         except MaskRefused as error:
@@ -150,10 +153,11 @@ def _collect_written(content: AnyRow, said: Conversations, row: int, tokenizer: 
         collector.add("markers" if plain else "control_tokens", row, sentences[0])
 
 
-def _collect_problems(problems: Sequence[str], row: int, collector: Collector) -> None:
-    first_of_kind = {kind_of(problem): problem for problem in reversed(problems)}
-    for kind, problem in sorted(first_of_kind.items()):
-        collector.add("mask_problem", row, problem, remark=kind)
+def _collect(finding: str, remarks: Sequence[str], row: int, collector: Collector) -> None:
+    """The first remark of each kind."""
+    first_of_kind = {kind_of(remark): remark for remark in reversed(remarks)}
+    for kind, remark in sorted(first_of_kind.items()):
+        collector.add(finding, row, remark, remark=kind)
 
 
 def _collect_refusal(error: DataError, row: int, counts: TokenCounts, collector: Collector) -> None:

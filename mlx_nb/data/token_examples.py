@@ -78,6 +78,7 @@ class ExampleSettings:
             label=config.label_feature,
             answer=config.answer_feature,
             preference_score=config.preference_score_feature,
+            roles=config.roles,
         )
         rendering = Rendering.of(config)
         return cls(config.loss_on, config.max_seq_length, config.truncate, columns, config.stride, rendering)

@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from mlx_nb.data.prompt_examples import prompt_tokens
 from mlx_nb.data.rendering import AS_USUAL, Rendering
+from mlx_nb.data.row_values import AUTOMATIC
 from mlx_nb.errors import CommandError
 from mlx_nb.model.adapters import without_adapters
 from mlx_nb.model.passes import doubt_note
@@ -45,19 +46,22 @@ def generate_texts(
     temperature: float,
     seed: int,
     rendering: Rendering = AS_USUAL,
+    tools: Sequence[Any] | None = None,
+    roles: Mapping[str, str] = AUTOMATIC.roles,
 ) -> list[str]:
     """One answer per prompt: those of a list are what each prompt alone gives, to rounding.
 
     A prompt is a list of messages, or a text: a user message, or where `rendering` says raw a text to be continued.
-    `base` switches the adapter off. Above temperature 0 the first of a list is what its prompt alone gives, and a
-    prompt that is repeated gets other answers. The model's adapter, its modes and the user's random stream are as
-    before afterwards. Raises DataError for a prompt without tokens, CommandError for no tokens to say.
+    Messages, `tools` and `roles` are read and rendered like those of rows. `base` switches the adapter off. Above
+    temperature 0 the first of a list is what its prompt alone gives, and a prompt that is repeated gets other answers.
+    The model's adapter, its modes and the user's random stream are as before afterwards. Raises DataError for a prompt
+    without tokens, CommandError for no tokens to say.
     """
     from mlx_lm.generate import wired_limit
 
     if max_tokens < 1:
         raise CommandError(f"cannot answer in {max_tokens} tokens. Give max_tokens of 1 or more.")
-    tokens = [prompt_tokens(tokenizer, prompt, rendering=rendering) for prompt in prompts]
+    tokens = [prompt_tokens(tokenizer, prompt, tools, rendering, roles) for prompt in prompts]
     _tell_doubt(model)
     with without_adapters(model) if base else nullcontext(), wired_limit(model):
         settings = SamplingSettings(max_tokens, temperature)
