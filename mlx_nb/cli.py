@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mlx_nb.errors import CommandError, DataError, MlxNbError
+from mlx_nb.errors import DataError, MlxNbError
+from mlx_nb.yaml_loader import read_words
 
 if TYPE_CHECKING:
     from mlx_nb.config import RunConfig
@@ -45,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     quickstart.set_defaults(act=_quickstart)
     train = commands.add_parser("train", help="run a YAML file to its end")
     train.add_argument("config", help="YAML file with the settings of a %%%%finetune cell")
+    train.add_argument("settings", nargs="*", metavar="key=value", help="settings that win over the file")
     train.add_argument("--name", default="run", help="name of the run")
     train.set_defaults(act=_train)
     check = commands.add_parser("check", help="what is wrong or odd with the rows, by number")
@@ -78,7 +80,8 @@ def _train(chosen: argparse.Namespace) -> int:
     from mlx_nb.notebook.driver import train_here
     from mlx_nb.run import Run
 
-    train_here(Run.from_yaml(Path(chosen.config), name=chosen.name))
+    settings = read_words(chosen.settings, "mlx-nb train", "run.yaml iters=100")
+    train_here(Run.from_yaml(Path(chosen.config), name=chosen.name, **settings))
     return 0
 
 
@@ -89,29 +92,21 @@ def _check(chosen: argparse.Namespace) -> int:
     from mlx_nb.run import Run
     from mlx_nb.view.check_report import render_text
 
-    settings = dict(_key_and_value(word) for word in chosen.settings)
+    settings = read_words(chosen.settings, "mlx-nb check", "data max_seq_length=1024")
     rows = settings.pop("rows", None)
     config = _config_for_check(chosen, settings)
     if chosen.rows:
-        return _print_rows(config, chosen.split, None if rows is None else read_row_count(rows))
-    check = Run(config).check(rows=SAMPLED_ROWS if rows is None else read_row_count(rows))
+        return _print_rows(config, chosen.split, None if rows is None else read_row_count(str(rows)))
+    check = Run(config).check(rows=SAMPLED_ROWS if rows is None else read_row_count(str(rows)))
     print(json.dumps(check.to_dict(), ensure_ascii=False, indent=1) if chosen.json else render_text(check))
     return 0 if check.ok else 1
 
 
-def _key_and_value(word: str) -> tuple[str, str]:
-    key, equals, value = word.partition("=")
-    if not equals or not value:
-        raise CommandError(f"check: {word!r} is not key=value. For example: mlx-nb check data max_seq_length=1024")
-    return key, value
-
-
-def _config_for_check(chosen: argparse.Namespace, settings: Mapping[str, str]) -> RunConfig:
+def _config_for_check(chosen: argparse.Namespace, settings: Mapping[str, Any]) -> RunConfig:
     from mlx_nb.config import RunConfig
     from mlx_nb.methods import METHODS
-    from mlx_nb.yaml_loader import load_mapping
 
-    values = load_mapping("\n".join(f"{key}: {value}" for key, value in settings.items()), "the settings").values
+    values = dict(settings)
     given = {"data": chosen.data} | ({"model": chosen.model} if chosen.model else {})
     method = METHODS.get(str(values.get("method")))
     if method is not None and method.rows == "prompts":

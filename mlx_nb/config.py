@@ -468,7 +468,7 @@ class RunConfig:
             object.__setattr__(self, name, default)
         errors += [
             SettingError(named.get(problem.path[0], problem.path), str(problem))
-            for problem in (*_merge_synonyms(self), *problems_of(self, refused))
+            for problem in (*_merge_synonyms(self), *problems_of(self, refused, set(values)))
         ]
         if errors:
             order = {key: index for index, key in enumerate(map(str, values))}
@@ -513,19 +513,31 @@ class RunConfig:
 
     def replace(self, **changes: Any) -> RunConfig:
         """A changed, checked copy."""
-        return RunConfig.from_dict({**self.to_dict(), "rewards": self.rewards, **changes})
+        kept = {**self.to_dict(), "rewards": self.rewards}
+        if "adam" in {self.optimizer, changes.get("optimizer")} and changes.get("optimizer") not in (
+            None,
+            self.optimizer,
+        ):
+            del kept["weight_decay"]  # adam has none, and that is no choice for another optimizer
+        return RunConfig.from_dict({**kept, **changes})
 
-    def with_live(self, name: str, value: Any) -> RunConfig:
-        """A copy with one setting changed; a new `learning_rate` also becomes the start of the schedule's arguments."""
-        changes = {name: value}
-        if name in ("iters", "epochs") and value is not None:
-            changes["epochs" if name == "iters" else "iters"] = None
-        if name == "sample_prompts" and value is None:
-            changes |= {other: SETTINGS[other].default for other in ("sample_every", "sample_tokens")}
-        if name == "learning_rate" and self.lr_schedule.arguments:
+    def with_live(self, **changes: Any) -> RunConfig:
+        """A copy with live settings changed, and what goes with them.
+
+        A new `learning_rate` also becomes the start of the schedule's arguments; of `iters` and `epochs` one takes the
+        place of the other; without `sample_prompts` the settings about them are back at their defaults.
+        """
+        further: dict[str, Any] = {}
+        for name, other in (("iters", "epochs"), ("epochs", "iters")):
+            if changes.get(name) is not None:
+                further[other] = None
+        if "sample_prompts" in changes and changes["sample_prompts"] is None:
+            further |= {name: SETTINGS[name].default for name in ("sample_every", "sample_tokens")}
+        if "learning_rate" in changes and self.lr_schedule.arguments:
             schedule = dataclasses.asdict(self.lr_schedule)
-            changes["lr_schedule"] = {**schedule, "arguments": [value, *self.lr_schedule.arguments[1:]]}
-        return self.replace(**changes)
+            arguments = [changes["learning_rate"], *self.lr_schedule.arguments[1:]]
+            further["lr_schedule"] = {**schedule, "arguments": arguments}
+        return self.replace(**{**further, **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for YAML or JSON; `from_dict` reads them back."""
@@ -622,6 +634,11 @@ def _fits(name: str, value: Any) -> bool:
     return True
 
 
+def unknown_settings(values: Mapping[str, Any]) -> list[SettingError]:
+    """One error for each name in `values` that is no setting."""
+    return [one.error for one in foreign_settings(values, SETTINGS, _GROUPS, _fits)]
+
+
 def _default_of(declared: dataclasses.Field) -> Any:
     if declared.default_factory is not dataclasses.MISSING:
         return declared.default_factory()
@@ -661,6 +678,8 @@ def _merge_synonyms(config: RunConfig) -> Iterator[SettingError]:
 
 def _settle(config: RunConfig) -> None:
     """What the settings that were found good say together: one rate, one decay, the arguments of one optimizer."""
+    if config.optimizer == "adam":
+        object.__setattr__(config, "weight_decay", 0.0)
     if config.lr_schedule.arguments is not None:
         object.__setattr__(config, "learning_rate", config.lr_schedule.arguments[0])
     arguments = dict(arguments_of(config.optimizer, config.optimizer_config))

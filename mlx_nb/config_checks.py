@@ -23,23 +23,23 @@ MESSAGE_ROLES = ("system", "developer", "user", "assistant", "tool", CALLING, "f
 
 
 class Readable:
-    """A RunConfig in which the settings that were refused by themselves cannot be read.
+    """A RunConfig in which the settings that were refused by themselves cannot be read. `given` are names of settings.
 
     What depends on one of them is not checked: it would be one more message about the same mistake.
     """
 
-    def __init__(self, config: Any, refused: Collection[str]) -> None:
-        self._config, self._refused = config, refused
+    def __init__(self, config: Any, refused: Collection[str], given: Collection[str]) -> None:
+        self._config, self.refused, self.given = config, refused, given
 
     def __getattr__(self, name: str) -> Any:
-        if name in self._refused:
+        if name in self.refused:
             raise _Refused
         return getattr(self._config, name)
 
     def declarations(self, wanted: Callable[[Field], bool]) -> Iterator[Field]:
         """Of the settings that are wanted, those that were not refused and are not at their default."""
         for declared in filter(wanted, fields(self._config)):
-            if declared.name not in self._refused and getattr(self._config, declared.name) != declared.default:
+            if declared.name not in self.refused and getattr(self._config, declared.name) != declared.default:
                 yield declared
 
 
@@ -47,9 +47,12 @@ class _Refused(Exception):
     """A setting that a check reads was refused."""
 
 
-def problems_of(config: Any, refused: Collection[str]) -> list[SettingError]:
-    """What of `config` has no effect or cannot go together, all of it. `refused` are settings that are wrong anyway."""
-    readable, problems = Readable(config, refused), []
+def problems_of(config: Any, refused: Collection[str], given: Collection[str]) -> list[SettingError]:
+    """What of `config` has no effect or cannot go together, all of it.
+
+    `refused` are settings that are wrong anyway; `given` are those that were given, be it at their default.
+    """
+    readable, problems = Readable(config, refused, given), []
     for check in EFFECT_CHECKS:
         try:
             for problem in check(readable):
@@ -248,12 +251,13 @@ def _check_optimizer(config: Readable) -> Iterator[SettingError]:
 
 
 def _check_decay(config: Readable) -> Iterator[SettingError]:
-    default = _declared(config)["weight_decay"].default
-    if config.optimizer == "adam" and config.weight_decay not in (default, 0.0):
+    if "weight_decay" not in config.given:
+        return
+    if config.optimizer == "adam" and config.weight_decay:
         yield SettingError(("weight_decay",), "`weight_decay` has no effect with `optimizer: adam`. Use adamw.")
     inner = arguments_of(config.optimizer, config.optimizer_config)
-    given = inner.get("weight_decay") if isinstance(inner, Mapping) else None
-    if given is not None and config.weight_decay not in (default, given):
+    other = inner.get("weight_decay") if isinstance(inner, Mapping) else None
+    if other not in (None, config.weight_decay):
         yield SettingError(
             ("weight_decay",), "`weight_decay` and `optimizer_config.weight_decay` differ. Give one of them."
         )
@@ -278,7 +282,7 @@ def _check_schedule(config: Readable) -> Iterator[SettingError]:
         )
     elif schedule.arguments[0] <= 0:
         yield SettingError(("lr_schedule", "arguments"), "the first of `lr_schedule.arguments` must be above 0.")
-    elif config.learning_rate not in (_declared(config)["learning_rate"].default, schedule.arguments[0]):
+    elif "learning_rate" in config.given and config.learning_rate != schedule.arguments[0]:
         yield SettingError(
             ("learning_rate",),
             f"`learning_rate: {config.learning_rate:g}` has no effect: `lr_schedule.arguments` starts at "

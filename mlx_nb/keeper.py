@@ -187,9 +187,11 @@ def settings_to_resume(checkpoint: Checkpoint, folder: Path, config: RunConfig |
     Raises CheckpointError when the rows were an object and are not given again.
     """
     values = dict(checkpoint.state["config"])
+    if values["optimizer"] == "adam":
+        values["weight_decay"] = 0.0  # it has none; a checkpoint may have been written with the default of others
     if config is not None:
         for event in _live_changes(checkpoint):
-            config = config.with_live(event.name, event.new)
+            config = config.with_live(**{event.name: event.new})
         values = {**config.to_dict(), "rewards": config.rewards}
     values["adapter_path"] = str(folder)
     if data is not None:

@@ -109,6 +109,10 @@ SAME = {
 
 # Another setting does it in another way: that setting, and what to write.
 INSTEAD: dict[str, tuple[str, str]] = {
+    "adapter": (
+        "fine_tune_type",
+        "Here it is `fine_tune_type: lora`, or `resume_adapter_file` for the path of one to start from.",
+    ),
     "hf_dataset": ("data", "Here it is `data`: its path is `data: ...`, its config is `subset: ...`."),
     "datasets": ("data", "Here it is `data`: a name, or a list of `{path: ..., weight: ...}` to mix."),
     "mask_prompt": ("loss_on", "Here it is `loss_on: assistant` (the default) or `loss_on: all`."),
@@ -122,6 +126,10 @@ INSTEAD: dict[str, tuple[str, str]] = {
         "Here it is `loss_on: assistant` (true, the default) or `loss_on: all` (false).",
     ),
     "train_on_responses_only": ("loss_on", "Here it is `loss_on: assistant`, which is the default. Remove it."),
+    "use_chat_template": (
+        "prompt_format",
+        "Conversations always get the chat template. For strings it is `prompt_format: chat` or `prompt_format: raw`.",
+    ),
     "use_dora": ("fine_tune_type", "Here it is `fine_tune_type: dora`."),
     "full_finetuning": ("fine_tune_type", "Here it is `fine_tune_type: full`."),
     "load_in_4bits": ("load_in_bits", "Here it is `load_in_bits: 4`."),
@@ -161,7 +169,6 @@ NEEDLESS = {
     "logging_steps": "Every update is reported.",
     "per_device_eval_batch_size": "Validation takes `batch_size`.",
     "eval_batch_size": "Validation takes `batch_size`.",
-    "use_chat_template": "Conversations always get the model's chat template, or `chat_template`.",
     "precompute_ref_log_probs": "They are measured once.",
     "task_type": "It is always a causal language model.",
     "peft_type": "`fine_tune_type` says what is trained.",

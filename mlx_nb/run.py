@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_nb.background import Background
-from mlx_nb.config import LIVE_SETTINGS, SETTINGS, RunConfig
+from mlx_nb.config import LIVE_SETTINGS, SETTINGS, RunConfig, unknown_settings
 from mlx_nb.data.checks import SAMPLED_ROWS, DataCheck, check_data
 from mlx_nb.data.examples import LeftOut, RowView
 from mlx_nb.data.sources import Splits
@@ -22,7 +22,6 @@ from mlx_nb.errors import (
     MlxNbError,
     ModelError,
     TrainingError,
-    did_you_mean,
 )
 from mlx_nb.events import (
     BatchSkipped,
@@ -70,6 +69,7 @@ if TYPE_CHECKING:
     from mlx_nb.view.panel import Panel
 
 
+_FORK_KEEPS_GROUPS = ("model", "rows", "adapter")
 _FORK_KEEPS = ("method", "reference_model", "reference_adapter", "reference_free")
 
 
@@ -446,10 +446,15 @@ class Run:
         It shares the base's memory and the rows with this one, and neither touches the other. Model, rows and
         adapter cannot change. Raises ConfigError for those, CommandError when the name is this run's own.
         """
-        for setting in changes:
-            group = SETTINGS[setting].metadata["group"] if setting in SETTINGS else None
-            if group in ("model", "rows", "adapter") or setting in _FORK_KEEPS:
-                raise ConfigError(f"a fork keeps its `{setting}`. Start a new run with %%finetune to change it.")
+        kept = [
+            name
+            for name in changes
+            if name in _FORK_KEEPS or (name in SETTINGS and SETTINGS[name].metadata["group"] in _FORK_KEEPS_GROUPS)
+        ]
+        problems = [f"a fork keeps its `{name}`. Start a new run with %%finetune to change it." for name in kept]
+        problems += [str(error) for error in unknown_settings(changes)]
+        if problems:
+            raise ConfigError("\n".join(problems))
         name = name or f"{self.name}-fork"
         if name == self.name:
             raise CommandError(f"a fork of {name} needs another name.")
@@ -615,17 +620,16 @@ class Run:
 
     def set(self, **changes: Any) -> None:
         """Change live settings, such as learning_rate, from the next update on. Raises ConfigError for others."""
+        problems = [str(error) for error in unknown_settings(changes)]
         for name in changes:
-            if name not in SETTINGS:
-                raise ConfigError(f"unknown setting `{name}`.{did_you_mean(name, LIVE_SETTINGS)}")
-            if name not in LIVE_SETTINGS and self._trainer is not None:
-                raise ConfigError(
+            if name in SETTINGS and name not in LIVE_SETTINGS and self._trainer is not None:
+                problems.append(
                     f"`{name}` cannot change during a run. These can: {', '.join(LIVE_SETTINGS)}. "
                     "Or start a new run with %%finetune."
                 )
-        checked = self.config
-        for name, value in changes.items():
-            checked = checked.with_live(name, value)
+        if problems:
+            raise ConfigError("\n".join(problems))
+        checked = self.config.with_live(**changes)
         self.config = checked
         if self._trainer is None:
             self.material = self.material.for_settings(checked)

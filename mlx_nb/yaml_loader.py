@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mlx_nb.errors import ConfigError
+from mlx_nb.errors import CommandError, ConfigError
 
 _DEEPEST = 32  # levels of nesting
 _MOST_VALUES = 100_000  # with every alias written out
@@ -187,6 +187,26 @@ def read_value(text: str) -> Any:
         if re.fullmatch(pattern, text.strip()) and name != "null":
             return make(text.strip())
     return None if re.fullmatch(_NULL, text.strip()) else text
+
+
+def read_words(words: Sequence[str], command: str, example: str) -> dict[str, Any]:
+    """The settings that `key=value` words of a command line give. Raises CommandError, one line for each wrong word."""
+    values: dict[str, Any] = {}
+    problems = []
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key or not text:
+            problems.append(f"{command}: {word!r} is not key=value. For example: {command} {example}")
+        elif key in values:
+            problems.append(f"{command}: `{key}` is given twice. Keep one of them.")
+        else:
+            try:
+                values[key] = read_value(text)
+            except ConfigError as error:
+                problems.append(f"{command}: {error}")
+    if problems:
+        raise CommandError("\n".join(problems))
+    return values
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:

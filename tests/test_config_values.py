@@ -231,3 +231,69 @@ def test_an_unknown_keyword_in_python_is_answered_as_one_in_yaml():
         "`iters` must be at least 1, not 0.",
     ]
     assert list(inspect.signature(RunConfig).parameters) == list(SETTINGS)
+
+
+# Second words
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"optimizer": "adam", "weight_decay": 0.01}, "`weight_decay` has no effect with `optimizer: adam`."),
+        (
+            {"learning_rate": 1e-4, "lr_schedule": {"name": "cosine", "arguments": [1e-5, 10]}},
+            "`learning_rate: 0.0001` has no effect",
+        ),
+    ],
+)
+def test_a_setting_that_is_given_at_its_default_and_has_no_effect_is_refused(settings, words):
+    with pytest.raises(ConfigError, match=words.replace(".", r"\.")):
+        RunConfig.from_dict(settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "adam"},
+        {"optimizer": "adam", "weight_decay": 0},
+        {"lr_schedule": {"name": "cosine", "arguments": [1e-5, 10]}},
+        {"optimizer_config": {"weight_decay": 0.3, "eps": 1e-6}},
+        {"data": [{"path": "a", "weight": 2}]},
+        {"method": "grpo", "rewards": [{"length": {"max": 80}}], "beta": 0},
+    ],
+)
+def test_what_is_kept_of_settings_is_read_back_as_the_same(settings):
+    config = RunConfig.from_dict(settings)
+    assert RunConfig.from_dict(config.to_dict()) == config
+    assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_another_optimizer_takes_its_own_decay():
+    adam = RunConfig(optimizer="adam")
+    assert adam.replace(optimizer="adamw").weight_decay == 0.01
+    assert RunConfig(weight_decay=0.3).replace(optimizer="adam").weight_decay == 0
+    assert RunConfig(weight_decay=0.3).replace(optimizer="lion").weight_decay == 0.3
+
+
+def test_all_live_changes_are_answered_at_once_and_taken_together():
+    run = Run(RunConfig(iters=5))
+    with pytest.raises(ConfigError) as caught:
+        run.set(lr=1e-3, max_grad_norm=1)
+    assert str(caught.value).splitlines() == [
+        "unknown setting `lr`. Here it is `learning_rate`: write `learning_rate: 0.001`.",
+        "unknown setting `max_grad_norm`. Here it is `grad_clip`: write `grad_clip: 1`.",
+    ]
+    run.set(sample_every=2, sample_prompts=["a"], epochs=2)
+    assert (run.config.sample_every, run.config.sample_prompts, run.config.epochs, run.config.iters) == (
+        2,
+        ("a",),
+        2,
+        None,
+    )
+    run.set(sample_prompts=None)
+    assert (run.config.sample_every, run.config.sample_prompts) == (None, None)
+    with pytest.raises(ConfigError, match="`sample_tokens` has no effect without `sample_prompts`"):
+        run.set(sample_tokens=3)
+    with pytest.raises(ConfigError) as caught:
+        run.fork(model="x", data="y", lr=3)
+    assert len(str(caught.value).splitlines()) == 3

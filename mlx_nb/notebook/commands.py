@@ -18,7 +18,7 @@ from mlx_nb.notebook.session import Session
 from mlx_nb.run import SPLITS, Run
 from mlx_nb.view.history import visits_text
 from mlx_nb.view.quantities import headline
-from mlx_nb.yaml_loader import load_mapping
+from mlx_nb.yaml_loader import read_words
 
 CELL_OPTIONS = {
     "--name": "name of the run (default: run); also its folder in adapters/",
@@ -29,6 +29,9 @@ CELL_OPTIONS = {
     "--resume": "go on from the newest checkpoint of this name, if there is one",
     "--allow-changed": "with --resume: go on although this changed since (a setting, data, template, model, ...)",
 }
+
+
+_EXAMPLE = "learning_rate=5e-5"
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,7 @@ def _generate(session: Session, arguments: argparse.Namespace) -> _Text:
 
 def _set(session: Session, arguments: argparse.Namespace) -> _Text:
     run = session.get(arguments.name)
-    run.set(**_read_changes("set", arguments.changes))
+    run.set(**read_words(arguments.changes, "%finetune set", _EXAMPLE))
     return _Text(f"{run.name}: from the next update on, " + ", ".join(arguments.changes).replace("=", ": "))
 
 
@@ -237,22 +240,9 @@ def _skip(session: Session, arguments: argparse.Namespace) -> _Text:
 
 def _fork(session: Session, arguments: argparse.Namespace) -> _Text:
     run = session.get(arguments.name)
-    fork = run.fork(name=arguments.as_name, **_read_changes("fork", arguments.changes))
+    fork = run.fork(name=arguments.as_name, **read_words(arguments.changes, "%finetune fork", _EXAMPLE))
     session.add(fork)
     return _Text(f"{fork!r}\n`%finetune run` moves the fork; `%finetune use {run.name}` goes back to {run.name}.")
-
-
-def _read_changes(command: str, changes: list[str]) -> dict[str, Any]:
-    """key=value words as settings."""
-    text = []
-    for change in changes:
-        key, equals, value = change.partition("=")
-        if not equals or not value:
-            raise CommandError(
-                f"%finetune {command}: {change!r} is not key=value. For example: %finetune {command} learning_rate=5e-5"
-            )
-        text.append(f"{key}: {value}")
-    return load_mapping("\n".join(text), "the settings").values if text else {}
 
 
 def _resume(session: Session, arguments: argparse.Namespace) -> _Text:

@@ -450,7 +450,7 @@ class Trainer:
     def change(self, name: str, value: Any) -> SettingChanged:
         """Change a live setting, at a step boundary. A run that gets longer goes on from its end."""
         old = getattr(self.config, name)
-        self.config = self.config.with_live(name, value)
+        self.config = self.config.with_live(**{name: value})
         if name in ("iters", "epochs"):
             self._end_where_due()
         return SettingChanged(self.state.step, name, old, getattr(self.config, name))

@@ -16,7 +16,7 @@ from mlx_nb.view.history import losses_by_row
 from mlx_nb.view.row_display import RowDisplay, measured_losses
 from mlx_nb.view.text_report import describe, remarks
 from mlx_nb.view.theme import BLUE, GREY, ORANGE, WRAP, one_line, tint, visible_html
-from mlx_nb.yaml_loader import load_mapping
+from mlx_nb.yaml_loader import read_value
 
 WRAPPED_ROW = {"flex_flow": "row wrap", "align_items": "center"}
 LINES_OF_LOG = 200
@@ -268,7 +268,7 @@ class SettingsTab:
             return
         old = getattr(self._run.config, name)
         try:
-            value = load_mapping(f"{name}: {self.fields[name].value}", "the setting").values[name]
+            value = read_value(self.fields[name].value)
             if value == old:
                 return
             self._run.set(**{name: value})
