@@ -19,6 +19,7 @@ from mlx_nb.errors import (
     CheckpointError,
     CommandError,
     ConfigError,
+    DataError,
     MlxNbError,
     ModelError,
     TrainingError,
@@ -404,10 +405,12 @@ class Run:
         """Answer questions and go back, at this boundary. What cannot be done is said and changes nothing."""
         while self._questions:
             question = self._questions.pop(0)
-            answering = self.material.stream(question)
-            for tokens, text in enumerate(answering):
-                question.told(text, False)
-                yield Progress(self.step_count, "answer", tokens, question.max_tokens)
+            try:
+                for tokens, text in enumerate(self.material.stream(question)):
+                    question.told(text, False)
+                    yield Progress(self.step_count, "answer", tokens, question.max_tokens)
+            except DataError as error:
+                text = f"not asked: {error}"
             question.told(text, True)
         while self._rewind_requests:
             try:

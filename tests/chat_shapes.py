@@ -118,18 +118,24 @@ SHAPES = {
         _GPT_OSS, ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"), "<|return|>", "<|startoftext|>"
     ),
 }
-_TEXTS = ("the quick brown fox says arr to a small dog, it is 4! yes no\n\nNamed colors: blue green red system user",)
+# How models since Llama 3 part words: a run of line breaks stays whole, whatever follows it.
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_TEXTS = (
+    "\n\n and \n\n again \n\n ",
+    "the quick brown fox says arr to a small dog, it is 4! yes no\n\nNamed colors: blue green red system user",
+)
 
 
 @cache
 def shaped_tokenizer(name: str) -> Any:
     """A fast tokenizer with the template and the tokens of this shape."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     shape = SHAPES[name]
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_WORDS), "isolated"), as_bytes])
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     backend.train_from_iterator(

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_nb.data.prompt_examples import prompt_tokens
 from mlx_nb.errors import ModelError
 from mlx_nb.model import loading
 from mlx_nb.model.backend import is_cpu
@@ -173,6 +174,21 @@ def test_a_chat_template_gives_a_base_model_one(tiny_folder, tmp_path):
     (bare / "chat_template.jinja").unlink()
     assert not load_model(str(bare)).tokenizer.has_chat_template
     assert load_model(str(bare), chat_template="{{ messages }}").tokenizer.has_chat_template
+
+
+def test_a_chat_template_goes_before_the_rendering_code_that_mlx_lm_has_for_a_model(tiny_folder, tmp_path):
+    folder = tmp_path / "own_code"
+    shutil.copytree(tiny_folder, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template_type": "deepseek_v32"}))
+    messages = [{"role": "user", "content": "hello"}]
+    own = load_model(str(folder)).tokenizer
+    assert own.apply_chat_template(messages, tokenize=False) != "[hello]"
+    assert own.decode(prompt_tokens(own, "hello")) == own.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+    given = load_model(str(folder), chat_template="[{{ messages[0].content }}]").tokenizer
+    assert given.apply_chat_template(messages, tokenize=False) == "[hello]"
 
 
 def test_a_chat_template_file_that_is_missing_is_named(tiny_folder):

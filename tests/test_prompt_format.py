@@ -231,6 +231,22 @@ def test_the_notes_of_a_run_on_plain_text_say_how_it_is_asked(tiny_folder, tmp_p
         assert not any(text.startswith(note) for text in notes)
 
 
+def test_a_question_that_cannot_be_written_is_answered_with_the_reason_and_the_run_goes_on(tiny_folder, tmp_path):
+    picky = (
+        "{% for m in messages %}{% if 'boom' in m.content %}{{ raise_exception('no boom') }}{% endif %}"
+        "<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    run = run_of(STRING_ROWS, tiny_folder, tmp_path, chat_template=picky, iters=2)
+    run.step()
+    said = []
+    run.ask(Question("boom?", lambda text, done: said.append((text, done))))
+    run.run()
+    assert run.finished
+    text, done = said[-1]
+    assert text.startswith("not asked: the chat template does not render this prompt: ")
+    assert ("no boom" in text, done) == (True, True)
+
+
 def test_rollouts_are_asked_as_the_prompts_are_written(tiny_folder, tmp_path):
     for setting in ("chat", "raw"):
         rows = [{"prompt": PROMPT, "answer": "4"}]

@@ -141,6 +141,25 @@ def test_generate_answers_what_mlx_lm_answers_to_the_same_conversation(tiny_fold
         assert [*stream_text(model, tokenizer, messages, 8)][-1] == theirs
 
 
+def test_a_prompt_that_is_read_in_other_tokens_before_an_answer_is_named(tmp_path):
+    from tokenizers import pre_tokenizers
+
+    tokenizer = saved_tokenizer("llama3", tmp_path)
+    rows = [{"messages": [USER, ANSWER]}, {"prompt": "say red:\n\n", "completion": "redred"}]
+    formats = [{}, {"prompt_format": "raw"}]
+    for record, rendering in zip(rows, formats):
+        assert view_of(record, tokenizer, "tokens", **rendering).conversation.problems == ()
+    # As GPT-2 did: of two line breaks the second goes with the word that follows.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    for record, rendering in zip(rows, formats):
+        view = view_of(record, tokenizer, "tokens", **rendering)
+        asked = prompt_tokens(
+            tokenizer, [USER] if "messages" in record else record["prompt"], None, Rendering(**rendering)
+        )
+        assert prompt_of(view) != asked
+        assert any("before it has other tokens when the model is asked" in text for text in view.conversation.problems)
+
+
 def test_a_prompt_that_generation_writes_otherwise_is_named(tmp_path):
     tokenizer = saved_tokenizer("deepseek", tmp_path)
     tokenizer.chat_template = SHAPES["deepseek"].source.replace(

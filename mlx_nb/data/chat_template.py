@@ -9,10 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from mlx_nb.data.control_tokens import Written
+from mlx_nb.data.control_tokens import Written, written_out
 from mlx_nb.data.rendering import AS_USUAL, Rendering
 from mlx_nb.data.template_facts import Message, RenderFailed
-from mlx_nb.data.template_render import ChatTemplate, encode_raw, fast_tokenizer, unwrapped
+from mlx_nb.data.template_render import (
+    ChatTemplate,
+    Encoded,
+    encode_raw,
+    encode_with_offsets,
+    fast_tokenizer,
+    unwrapped,
+)
 from mlx_nb.data.template_spans import Located, Turn, locate_messages
 from mlx_nb.data.template_tags import REASONING_FIELDS, Unproved
 from mlx_nb.data.tool_messages import shown_conversation
@@ -123,6 +130,12 @@ def tokenize_conversation(
         ) from error
     spans = _spans(located, plain, weights)
     problems += _span_problems(located, plain, weights)
+    problems += [
+        f"message {turn.message} (assistant): {other}"
+        for turn in located.turns
+        if weights[turn.message] > 0 and turn.context_as_in_inference
+        if (other := _other_tokens_before(turn.start, text, encoded, template.tokenizer))
+    ]
     if loss_on == "all":
         loss_mask = _all_but_first(tokens, template)
         for span in spans:
@@ -169,6 +182,8 @@ def _tokenize_strings(
     loss_mask = _trained_spans_only(offsets, spans)
     for span in spans:
         if span.weight > 0:
+            if other := _other_tokens_before(span.start, text, encoded, unwrapped(tokenizer)):
+                problems.append(f"the {span.role}: {other}")
             problems += _straddle_problems(offsets, span, text)
             if not text[span.start : span.end].strip():
                 problems.append(f"the {span.role} is blank: only the end of the sequence is trained.")
@@ -314,6 +329,29 @@ def _turn_problems(turn: Turn, message: Message) -> list[str]:
         if not any(message.get(field) for field in ("tool_calls", *REASONING_FIELDS)):
             problems.append(f"{name} is blank: only its end is trained.")
     return problems
+
+
+def _other_tokens_before(start: int, text: str, encoded: Encoded, tokenizer: Any) -> str:
+    """What to say where the model, asked with the text before `start`, reads other tokens than the row has there.
+
+    Some tokenizers read a line break otherwise when something follows it. Control tokens part a text, so what comes
+    after the last one before `start` tells. A token across `start` is another remark, and so is none here.
+    """
+    offsets = encoded.offsets
+    if start == 0 or ((offsets[:, 0] < start) & (offsets[:, 1] > start)).any():
+        return ""
+    parted = [one for one in written_out(encoded.tokens, offsets, text, tokenizer) if one.end <= start]
+    begin = parted[-1].start if parted else 0
+    before = text[begin:start]
+    asked, covered = encode_with_offsets(tokenizer, before)
+    if len(written_out(asked, covered, before, tokenizer)) > len(parted[-1:]):
+        return ""  # control tokens that are ordinary characters in this row
+    own = encoded.tokens[(offsets[:, 0] >= begin) & (offsets[:, 1] <= start) & (offsets[:, 1] > begin)]
+    return (
+        ""
+        if np.array_equal(own, asked[covered[:, 1] > 0])
+        else f"{before[-8:]!r} before it has other tokens when the model is asked."
+    )
 
 
 def _first_of_each_field(lost: Sequence[tuple[int, str, int, int]]) -> list[tuple[int, str, int, int]]:

@@ -311,6 +311,8 @@ def _set_chat_template(tokenizer: Any, chat_template: str) -> None:
             ) from None
     getattr(tokenizer, "_tokenizer", tokenizer).chat_template = chat_template
     tokenizer.has_chat_template = True
+    # Rendering code of mlx-lm's own for this model would go before it.
+    tokenizer._chat_template = None
 
 
 def _shown(text: str) -> str:
