@@ -276,7 +276,7 @@ def test_a_family_that_computes_otherwise_without_a_cache_is_refused_before_anyt
     assert [entry.name for entry in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_it_is_named_at_load_and_to_who_asks_it(folders):
+def test_it_is_named_among_the_notes_and_to_who_asks_it(folders):
     loaded = load_model(folders("gemma3n"))
     [note] = [note for note in loaded.notes if "gemma3n" in note]
     assert "without a cache" in note

@@ -54,7 +54,13 @@ class LoadedModel:
     folder: Path
     source: str
     quantized_bits: int | None
-    notes: tuple[str, ...] = ()
+    loading_notes: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know of it; the first question tries the model on a few tokens."""
+        doubt = doubt_note(self.model)
+        return self.loading_notes if doubt is None else (*self.loading_notes, doubt)
 
 
 def load_model(model: str, *, load_in_bits: int | None = None, chat_template: str | None = None) -> LoadedModel:
@@ -90,8 +96,6 @@ def load_model(model: str, *, load_in_bits: int | None = None, chat_template: st
         base = f"{bits}-bit base" if bits else "base"
         notes.append(f"On this CPU the {base} is held and computed in float32; saved adapters are the same either way.")
     mx.eval(network.parameters())
-    if (doubt := doubt_note(network)) is not None:
-        notes.append(doubt)
     return LoadedModel(network, tokenizer, folder, model, bits, tuple(notes))
 
 
