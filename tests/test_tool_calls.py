@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+import mlx_nb
 from mlx_nb.config import RunConfig
 from mlx_nb.data.chat_template import TokenizedConversation, tokenize_conversation
 from mlx_nb.data.examples import Examples, ExampleSettings
@@ -19,7 +20,9 @@ from mlx_nb.data.prompt_examples import prompt_tokens
 from mlx_nb.data.row_kinds import recognise_as
 from mlx_nb.data.rows import Columns, recognise
 from mlx_nb.data.sources import open_splits
+from mlx_nb.data.template_probes import probe_template
 from mlx_nb.errors import ConfigError, DataError, MaskRefused
+from tiny import tiny_rows
 
 MARKERS = ["<|im_start|>", "<|im_end|>"]
 
@@ -223,6 +226,33 @@ def test_a_prompt_is_the_beginning_of_what_is_trained(template):
         assert prompt_tokens(tokenizer, rollout.prompt, rollout.tools) == asked
 
 
+def test_a_run_is_asked_with_tool_calls_as_its_rows_are_written(tiny_folder, tmp_path):
+    run = mlx_nb.Run.from_yaml(
+        f"model: {tiny_folder}\ndata: rows\niters: 2\nroles: {{me: user}}\nadapter_path: {tmp_path / 'a'}\n"
+        f"chat_template: {json.dumps(TEMPLATES['tojson'])}",
+        namespace={"rows": tiny_rows()},
+    )
+    tools = [{"name": "sail", "parameters": {"default": None}}]
+    older = {"role": "assistant", "content": None, "function_call": {"name": "sail", "arguments": '{"to":"Rome"}'}}
+    prompt = [{"role": "me", "content": "Where to?"}, older, {"role": "observation", "content": "done"}]
+    called = {"role": "assistant", "content": None, "tool_calls": [call({"to": "Rome", "at": None})]}
+    for call_ in called["tool_calls"]:
+        call_.pop("id")
+    standard = [{"role": "user", "content": "Where to?"}, called, {"role": "tool", "content": "done"}]
+    first, second = run.generate([prompt, standard], max_tokens=6, tools=tools)
+    assert first == second == run.generate(prompt, max_tokens=6, tools=tools)
+    row = recognise({"messages": [*standard, {"role": "assistant", "content": "There."}], "tools": tools})
+    trained = tokenize_conversation(row.messages, run.tokenizer, tools=row.tools).tokens.tolist()
+    asked = prompt_tokens(run.tokenizer, prompt, tools, roles=run.config.roles)
+    assert trained[: len(asked)] == asked
+
+
+def test_the_check_says_that_calls_are_written_whatever_form_the_template_wants():
+    for template in ("tojson", "items", "text", "text within"):
+        assert probe_template(tokenizer_of(template)).tool_calls == "written"
+    assert probe_template(tokenizer_of("none at all")).tool_calls == "left out"
+
+
 # --- the dialects of files --------------------------------------------------------------------------------------------
 
 WEATHER = {"name": "sail", "description": "d", "parameters": {"type": "object", "properties": {}}}
@@ -283,6 +313,7 @@ DIALECTS = {
         "messages": [USER, {**CALLING, "tool_calls": [json.loads(FUNCTION_CALL)]}, RESULT, REPLY]
     },
     "calls as text": {"messages": [USER, {**CALLING, "tool_calls": f"[{FUNCTION_CALL}]"}, RESULT, REPLY]},
+    "each call as text": {"messages": [USER, {**CALLING, "tool_calls": [FUNCTION_CALL]}, RESULT, REPLY]},
     "other words": {
         "conversation": [
             {"from": "Human", "value": "Where to?"},

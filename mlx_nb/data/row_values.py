@@ -137,6 +137,8 @@ def _read_calls(fields: dict[str, Any], where: str) -> list[dict[str, Any]]:
     if older is not None and calls:
         raise DataError(f"{where} has both tool_calls and function_call. Remove one of them.")
     calls = [older] if older is not None else [] if calls is None else calls
+    if isinstance(calls, (list, tuple)):
+        calls = [decoded(call, f"{where.strip('`')}.tool_calls[{index}]") for index, call in enumerate(calls)]
     if not isinstance(calls, (list, tuple)) or not all(isinstance(call, Mapping) for call in calls):
         raise DataError(f"tool_calls of {where} must be a list of objects, not {kind_of_value(calls)}.")
     return [whole_call(call) for call in calls]

@@ -11,6 +11,7 @@ import numpy as np
 from mlx_nb.data.chat_template import tokenize_conversation
 from mlx_nb.data.template_render import ChatTemplate
 from mlx_nb.data.template_tags import REASONING_FIELDS
+from mlx_nb.data.tool_messages import shown_conversation
 from mlx_nb.errors import MaskRefused
 
 # Words that no template writes by itself, and that none looks for.
@@ -115,8 +116,9 @@ def _render(
 
 
 def _fate(bare: Any, word: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> str:
-    """What becomes of a word that only the part in question holds."""
-    rendered = _render(bare, messages, tools=tools)
+    """What becomes of a word that only the part in question holds, as rows are rendered."""
+    shown = shown_conversation(messages, tools, bare)
+    rendered = _render(bare, shown.messages, tools=shown.tools)
     if rendered is None:
         return REFUSED
     return WRITTEN if word in rendered else LEFT_OUT
