@@ -11,7 +11,7 @@ from mlx_nb.config import RunConfig
 from mlx_nb.data.examples import Examples, ExampleSettings, LeftOut, RowView, split_examples, trains_plain_text
 from mlx_nb.data.rendering import CHAT, RAW, Rendering, has_chat_template
 from mlx_nb.data.sources import Splits, open_splits
-from mlx_nb.errors import CommandError, DataError, did_you_mean
+from mlx_nb.errors import CommandError, DataError, MlxNbError, did_you_mean
 from mlx_nb.keeper import fingerprints
 from mlx_nb.methods import method_named
 from mlx_nb.view.row_display import ShownRow
@@ -94,7 +94,7 @@ class Material:
             return rendering.resolved(self.tokenizer)
         try:
             raw = trains_plain_text(self.rows("train").examples)
-        except DataError:
+        except MlxNbError:  # no rows to go by: the model can be asked all the same
             raw = False
         return dataclasses.replace(rendering, prompt_format=RAW if raw else CHAT)
 
