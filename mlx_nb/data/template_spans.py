@@ -215,7 +215,9 @@ def _end(scene: _Scene, i: int, last_run: int) -> tuple[int, bool]:
         content = len(rest) if frame[:shared].startswith(rest) else 0
     if not frame[content:shared].strip() and i + 1 < len(tagged.tags.messages):
         shared = max(shared, _closing_before_prompt(scene, i, frame))
-    origin, limit = tagged.in_real(run.end + content), tagged.in_real(run.end + shared)
+    # A template may refuse a conversation that ends with a tool call: then the first end after the text is its own.
+    closed_by = following if closed is None and not shared else run.end + shared
+    origin, limit = tagged.in_real(run.end + content), tagged.in_real(closed_by)
     for start, end in scene.eos_ranges:
         if origin <= start and end <= limit:
             return end, True
