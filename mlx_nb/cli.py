@@ -48,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", help="YAML file with the settings of a %%%%finetune cell")
     train.add_argument("settings", nargs="*", metavar="key=value", help="settings that win over the file")
     train.add_argument("--name", default="run", help="name of the run")
+    train.add_argument(
+        "--allow-changed", nargs="+", metavar="WHAT", default=(), help="model: start from an adapter of another base"
+    )
     train.set_defaults(act=_train)
     check = commands.add_parser("check", help="what is wrong or odd with the rows, by number")
     check.add_argument("data", help="folder, file or hub id, as the setting `data`")
@@ -81,7 +84,7 @@ def _train(chosen: argparse.Namespace) -> int:
     from mlx_nb.run import Run
 
     settings = read_words(chosen.settings, "mlx-nb train", "run.yaml iters=100")
-    train_here(Run.from_yaml(Path(chosen.config), name=chosen.name, **settings))
+    train_here(Run.from_yaml(Path(chosen.config), name=chosen.name, allow_changed=chosen.allow_changed, **settings))
     return 0
 
 

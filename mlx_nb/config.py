@@ -20,12 +20,12 @@ from mlx_nb.config_hints import foreign_settings, value_hint
 from mlx_nb.config_optimizers import arguments_of
 from mlx_nb.errors import ConfigError
 from mlx_nb.methods import METHODS
-from mlx_nb.settings import SettingError, SettingErrors, coerce, plain, setting, shown
+from mlx_nb.settings import SettingError, SettingErrors, Settings, coerce, names_given, plain, setting, shown
 from mlx_nb.yaml_loader import Document, load_mapping, read_yaml_file
 
 
 @dataclass(frozen=True)
-class LoraParameters:
+class LoraParameters(Settings):
     """Shape of the adapter. `scale` multiplies the adapter's output and is never divided by the rank."""
 
     rank: int = setting(8, "Inner dimension R of the adapter matrices.", group="adapter", at_least=1)
@@ -42,7 +42,7 @@ class LoraParameters:
 
 
 @dataclass(frozen=True)
-class LrSchedule:
+class LrSchedule(Settings):
     """Shape of the learning rate over updates, before warm-up is put in front of it."""
 
     short_form: ClassVar[str] = "name"
@@ -66,7 +66,7 @@ class LrSchedule:
 
 
 @dataclass(frozen=True, init=False)
-class RunConfig:
+class RunConfig(Settings):
     """Everything that decides a run. Frozen; `replace` gives a changed, checked copy.
 
     Raises ConfigError when a setting is unknown, of the wrong kind, out of bounds, or would have no effect.
@@ -321,11 +321,16 @@ class RunConfig:
     fine_tune_type: Literal["lora", "dora", "full"] = setting(
         "lora", "Train low-rank adapters, weight-decomposed ones, or the weights themselves.", group="adapter"
     )
-    num_layers: int = setting(-1, "Train the last N layers. -1 = all.", group="adapter", at_least=-1)
+    num_layers: int = setting(
+        -1, "Train the last N layers. -1 = all; with full, embeddings, norm and head too.", group="adapter", at_least=-1
+    )
     lora_parameters: LoraParameters = setting(LoraParameters(), "Shape of the adapter.", group="adapter")
     target_modules: tuple[str, ...] | None = setting(None, "Another word for lora_parameters.keys.", group="adapter")
     resume_adapter_file: str | None = setting(
-        None, "Start from the weights of this adapters.safetensors (or its folder).", group="adapter"
+        None,
+        "Start from this adapter, a folder or its adapters.safetensors. Settings of this group that are not given are "
+        "then the adapter's own.",
+        group="adapter",
     )
     optimizer: Literal["adam", "adamw", "sgd", "adafactor", "muon", "lion"] = setting(
         "adamw", "An optimizer of mlx.optimizers.", group="optimizer"
@@ -440,6 +445,11 @@ class RunConfig:
         None, "Folder for the adapter. null = adapters/<name of the run>.", group="saving"
     )
 
+    @property
+    def given(self) -> frozenset[str]:
+        """Names of the settings that were given, second words as the settings they stand for."""
+        return frozenset(".".join(_OTHER_NAMES.get((name,), (name,))) for name in super().given)
+
     def __init__(self, **values: Any) -> None:
         kinds = typing.get_type_hints(RunConfig)
         foreign = list(foreign_settings(values, SETTINGS, _GROUPS, _fits))
@@ -512,14 +522,15 @@ class RunConfig:
         return cls.from_dict({**given, **overrides}, dataclasses.replace(document, marks=marks))
 
     def replace(self, **changes: Any) -> RunConfig:
-        """A changed, checked copy."""
+        """A changed, checked copy. Given are what was given before and the changes."""
         kept = {**self.to_dict(), "rewards": self.rewards}
         if "adam" in {self.optimizer, changes.get("optimizer")} and changes.get("optimizer") not in (
             None,
             self.optimizer,
         ):
             del kept["weight_decay"]  # adam has none, and that is no choice for another optimizer
-        return RunConfig.from_dict({**kept, **changes})
+        given = {name for name in self.given if name.partition(".")[0] not in changes} | names_given(changes)
+        return RunConfig.from_dict({**kept, **changes}).with_given(given)
 
     def with_live(self, **changes: Any) -> RunConfig:
         """A copy with live settings changed, and what goes with them.

@@ -24,7 +24,10 @@ class Event:
 
 @dataclass(frozen=True)
 class RunStarted(Event):
-    """Training begins or goes on. `trainable_parameters` and `total_parameters` count numbers, not arrays."""
+    """Training begins or goes on. `trainable_parameters` and `total_parameters` count numbers, not arrays.
+
+    `trained` says in words what is trained and what is frozen.
+    """
 
     name: str
     iters: int
@@ -33,6 +36,7 @@ class RunStarted(Event):
     train_rows: int
     valid_rows: int
     notes: tuple[str, ...] = ()
+    trained: str = ""
 
 
 @dataclass(frozen=True)

@@ -126,9 +126,10 @@ class Keeper:
 
 def refuse_own_folder(config: RunConfig, folder: Path) -> None:
     """Raise ConfigError for a setting that names something in the run's own folder, which is moved when it starts."""
+    from mlx_nb.model.adapter_files import REFERENCE, START
     from mlx_nb.model.reference import BARE
 
-    for setting in ("resume_adapter_file", "reference_adapter"):
+    for setting in (START, REFERENCE):
         path = getattr(config, setting)
         if path not in (None, BARE) and Path(path).expanduser().resolve().is_relative_to(folder.resolve()):
             raise ConfigError(
@@ -190,6 +191,7 @@ def settings_to_resume(checkpoint: Checkpoint, folder: Path, config: RunConfig |
     if values["optimizer"] == "adam":
         values["weight_decay"] = 0.0  # it has none; a checkpoint may have been written with the default of others
     if config is not None:
+        config = with_shape_of(checkpoint, config)
         for event in _live_changes(checkpoint):
             config = config.with_live(**{event.name: event.new})
         values = {**config.to_dict(), "rewards": config.rewards}
@@ -201,6 +203,17 @@ def settings_to_resume(checkpoint: Checkpoint, folder: Path, config: RunConfig |
     return RunConfig.from_dict(values)
 
 
+def with_shape_of(checkpoint: Checkpoint, config: RunConfig) -> RunConfig:
+    """`config`, which starts from an adapter, with the shape that the run of `checkpoint` took from it."""
+    from mlx_nb.model.adapter_files import filled
+
+    began_with = checkpoint.state["config"]
+    if config.resume_adapter_file is None or began_with.get("resume_adapter_file") is None:
+        return config
+    lora = {f"lora_parameters.{name}": value for name, value in began_with["lora_parameters"].items()}
+    return filled(config, {name: began_with[name] for name in ("fine_tune_type", "num_layers")} | lora)
+
+
 def changes_since(
     checkpoint: Checkpoint, config: RunConfig | None, fingerprints: dict[str, Any], allowed: Collection[str]
 ) -> list[str]:
@@ -209,7 +222,7 @@ def changes_since(
     Raises CheckpointError when one of them is not `allowed` to change.
     """
     made_from = checkpoint.state["made_from"]
-    changed = _changed_settings(config, checkpoint) if config else []
+    changed = _changed_settings(with_shape_of(checkpoint, config), checkpoint) if config else []
     changed += [what for what in fingerprints if made_from.get(what) != fingerprints[what] and what not in changed]
     refused = [what for what in changed if what not in allowed]
     if refused:

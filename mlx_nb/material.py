@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -199,6 +199,26 @@ class Material:
                 cut = sum(1 for example in examples.train if example.dropped_tokens)
                 if cut:
                     notes.append(f"{cut} training rows were cut to max_seq_length={self.config.max_seq_length}.")
+        return notes
+
+    def adapter_notes(self, allow_changed: Collection[str]) -> list[str]:
+        """What a person should know about the adapters that the run starts from or is compared with.
+
+        Raises ModelError for one that was made on another base, unless `allow_changed` has "model".
+        """
+        from mlx_nb.model.adapter_files import REFERENCE, START, check_base, open_adapter
+        from mlx_nb.model.loading import model_folder
+        from mlx_nb.model.reference import BARE
+
+        config, notes = self.config, list[str]()
+        for setting in (START, REFERENCE):
+            source = getattr(config, setting)
+            if source in (None, BARE):
+                continue
+            other = config.reference_model if setting == REFERENCE else None
+            folder = model_folder(other) if other else self.loaded.folder
+            adapter = open_adapter(source, setting)
+            notes += check_base(adapter, other or config.model, folder, config.load_in_bits, allow_changed)
         return notes
 
     @cached_property

@@ -78,6 +78,7 @@ class Run:
     """A fine-tuning run: configured, then moved one step at a time.
 
     `name` decides the default adapter folder. `namespace` is where `data: name` looks for a variable.
+    `allow_changed=["model"]` starts from an adapter that was made on another base.
     Raises ConfigError, DataError or ModelError, each in one line, at the first use of what is wrong.
     """
 
@@ -87,8 +88,13 @@ class Run:
         *,
         name: str = "run",
         namespace: Mapping[str, Any] | None = None,
+        allow_changed: Collection[str] = (),
+        _from_checkpoint: bool = False,
     ) -> None:
-        self.config = config or RunConfig()
+        config = config or RunConfig()
+        self._from_checkpoint = _from_checkpoint
+        self._allow_changed = frozenset(allow_changed)
+        self.config = config if _from_checkpoint else _with_adapter_settings(config)
         self.name = name
         self.history = History()
         self.material = Material(self.config, namespace)
@@ -111,10 +117,12 @@ class Run:
         *,
         name: str = "run",
         namespace: Mapping[str, Any] | None = None,
+        allow_changed: Collection[str] = (),
         **overrides: Any,
     ) -> Run:
         """From YAML text or a YAML file; `overrides` are settings that win over it."""
-        return cls(RunConfig.from_yaml(source, **overrides), name=name, namespace=namespace)
+        config = RunConfig.from_yaml(source, **overrides)
+        return cls(config, name=name, namespace=namespace, allow_changed=allow_changed)
 
     # What the run stands on
 
@@ -161,11 +169,15 @@ class Run:
                 f"{loaded.quantized_bits} bits. Use lora or dora, or a float version of the model."
             )
         from mlx_nb.model.backend import is_cpu, memory_limit
+        from mlx_nb.model.fingerprint import base_identity
         from mlx_nb.model.passes import refuse_cache_doubt
         from mlx_nb.train.trainer import Trainer
 
         refuse_cache_doubt(loaded.model)
         refuse_own_folder(self.config, self.folder)
+        notes = self.material.notes()
+        if not self._from_checkpoint:
+            notes += self.material.adapter_notes(self._allow_changed)
         reference = self.material.reference
         trainer = Trainer(
             self.config,
@@ -173,13 +185,15 @@ class Run:
             self.material.examples,
             name=self.name,
             folder=self.folder,
-            notes=self.material.notes(),
+            notes=notes,
             compiled=not is_cpu(),
             memory_limit=memory_limit(),
             sampler=lambda prompt: self.material.answers(prompt, self.config.sample_tokens),
             reference=reference,
             tokenizer=loaded.tokenizer,
             rewards=self.material.rewards,
+            base=base_identity(loaded.folder, self.config.load_in_bits),
+            from_checkpoint=self._from_checkpoint,
         )
         # Last, when nothing of the run itself can go wrong any more.
         try:
@@ -461,7 +475,7 @@ class Run:
         name = name or f"{self.name}-fork"
         if name == self.name:
             raise CommandError(f"a fork of {name} needs another name.")
-        other = Run(self.config.replace(**{"adapter_path": None, **changes}), name=name)
+        other = Run(self.config.replace(**{"adapter_path": None, **changes}), name=name, _from_checkpoint=True)
         other.material = self.material.twin(other.config)
         other.trainer.restore(for_other_settings(self.trainer.snapshot(), self.config, other.config))
         # Its own length and folder are other ones.
@@ -535,7 +549,7 @@ class Run:
         folder = Path(path).expanduser()
         checkpoint, messages = CheckpointStore(folder / CHECKPOINTS).load(step)
         settings = settings_to_resume(checkpoint, folder, config, data)
-        run = cls(settings, name=checkpoint.state["name"], namespace=namespace)
+        run = cls(settings, name=checkpoint.state["name"], namespace=namespace, _from_checkpoint=True)
         changed = changes_since(checkpoint, config, run.material.fingerprints, allow_changed)
         run._resumed = True
         run.trainer.restore(checkpoint)
@@ -633,9 +647,10 @@ class Run:
         if problems:
             raise ConfigError("\n".join(problems))
         checked = self.config.with_live(**changes)
-        self.config = checked
+        started = self._trainer is not None or self._from_checkpoint
+        self.config = checked if started else _with_adapter_settings(checked)
         if self._trainer is None:
-            self.material = self.material.for_settings(checked)
+            self.material = self.material.for_settings(self.config)
             return
         for name in changes:
             if self.background.active:
@@ -693,11 +708,9 @@ class Run:
         A run that is paused because its own folder cannot be written moves to `path`: what it saves from now on,
         checkpoints too, goes there. Raises CheckpointError when the folder cannot be written.
         """
-        from mlx_nb.model.adapters import save_adapter
-
         folder = Path(path).expanduser() if path else self.folder
         try:
-            save_adapter(self.trainer.model, self.config, self.trainer.keys, folder)
+            self.trainer.save_adapter(folder)
         except OSError as error:
             raise CheckpointError(f"{folder} cannot be written: {error.strerror}. Give another folder.") from None
         if self._blocked and folder != self.folder:
@@ -738,6 +751,14 @@ class Run:
     def __repr__(self) -> str:
         done = f"{self.step_count} of {self._trainer.iters} updates" if self._trainer else "not started"
         return f"Run({self.name!r}, model={self.config.model!r}, {self.config.fine_tune_type}, {done})"
+
+
+def _with_adapter_settings(config: RunConfig) -> RunConfig:
+    if config.resume_adapter_file is None:
+        return config
+    from mlx_nb.model.adapter_files import with_adapter_settings
+
+    return with_adapter_settings(config)
 
 
 def raise_failure(event: Event | None) -> None:

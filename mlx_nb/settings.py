@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import numbers
@@ -37,6 +38,39 @@ def setting(
     metadata = {"help": help, "group": group, "live": live, "synonyms": dict(synonyms or {}), "only_for": only_for}
     metadata["bounds"] = {word: value for word, value in bounds.items() if value is not None}
     return field(default=default, metadata=metadata)
+
+
+class Settings:
+    """Base of a group of settings: remembers which of them were given, whatever their values.
+
+    A value that is the default may be a person's own choice, and then nothing else may decide it.
+    """
+
+    def __new__(cls, *values: Any, **named: Any) -> Any:
+        self = super().__new__(cls)
+        names = [declared.name for declared in fields(cls)]  # type: ignore[arg-type]
+        object.__setattr__(self, "_given", names_given({**dict(zip(names, values)), **named}))
+        return self
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Names of the settings that were given; of a group each one alone, as in `lora_parameters.rank`."""
+        return self.__dict__["_given"]
+
+    def with_given(self, given: Iterable[str]) -> Any:
+        """The same settings, as if those in `given` had been given."""
+        other = copy.copy(self)
+        object.__setattr__(other, "_given", frozenset(given))
+        return other
+
+
+def names_given(values: Mapping[str, Any]) -> frozenset[str]:
+    """The names of settings in a mapping of them, those of groups as `group.name`."""
+    names: set[str] = set()
+    for name, value in values.items():
+        inner = value.given if isinstance(value, Settings) else value if isinstance(value, Mapping) else None
+        names |= {name} if inner is None else {f"{name}.{key}" for key in inner}
+    return frozenset(names)
 
 
 class SettingError(ConfigError):

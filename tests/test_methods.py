@@ -531,10 +531,13 @@ def sft_adapter(folder, tiny_folder, **changes):
 
 
 def test_numbers_of_an_adapter_at_another_scale_are_not_read(tmp_path, tiny_folder):
-    start = sft_adapter(tmp_path / "sft", tiny_folder)
+    start = sft_adapter(tmp_path / "sft", tiny_folder, lora_parameters={"rank": 4, "scale": 4.0})
+    described = json.loads((tmp_path / "sft" / "adapter_config.json").read_text())
     for scale in (4.0, 20.0):
-        shape = {"rank": 4, "scale": scale}
-        run = run_of("dpo", tmp_path / "dpo", tiny_folder, resume_adapter_file=start, lora_parameters=shape)
+        described["lora_parameters"]["scale"] = scale
+        (tmp_path / "sft" / "adapter_config.json").write_text(json.dumps(described))
+        run = run_of("dpo", tmp_path / "dpo", tiny_folder, resume_adapter_file=start, lora_parameters={})
+        assert run.config.lora_parameters.scale == scale
         assert run.step().loss == pytest.approx(math.log(2), abs=1e-4), scale
 
 

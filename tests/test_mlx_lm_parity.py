@@ -26,8 +26,13 @@ KINDS = ["lora", "dora", "full"]
 
 
 def attach(model, fine_tune_type, keys=None):
-    """Attach as a run does, then give the second matrices values: with zeros half the gradients are zero."""
+    """Attach as a run does, then give the second matrices values: with zeros half the gradients are zero.
+
+    `full` with the number of all layers, which is what mlx-lm's trains: nothing outside of them.
+    """
     settings = {"fine_tune_type": fine_tune_type}
+    if fine_tune_type == "full":
+        settings["num_layers"] = len(model.layers)
     if fine_tune_type != "full":
         settings["lora_parameters"] = {"rank": 4, "scale": 2.0, "keys": keys}
     config = RunConfig.from_dict(settings)
@@ -58,8 +63,14 @@ def our_batch(batch, lengths):
     return TokenBatch(tokens_BT, loss_mask_BT, tuple(range(len(tokens_BT))), tuple(ends[:, 0].tolist()))
 
 
+def attach_every_weight(model):
+    config = RunConfig.from_dict({"fine_tune_type": "full"})
+    adapters.attach_adapter(model, config)
+    return config
+
+
 def assert_parity(model, fine_tune_type, rows, batch_size=4):
-    config, _ = attach(model, fine_tune_type)
+    config = attach_every_weight(model) if fine_tune_type == "every weight" else attach(model, fine_tune_type)[0]
     stepper = Stepper(model, build_optimizer(config), sft_loss, TargetScorer(model), compiled=False)
     theirs = nn.value_and_grad(model, default_loss)
     compared = 0
@@ -77,9 +88,10 @@ def assert_parity(model, fine_tune_type, rows, batch_size=4):
     assert compared > 0
 
 
-@pytest.mark.parametrize("fine_tune_type", KINDS)
-def test_loss_and_gradients_equal_mlx_lm(fine_tune_type):
-    assert_parity(tiny_model(), fine_tune_type, rows_of_tokens(VOCABULARY))
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("fine_tune_type", [*KINDS, "every weight"])
+def test_loss_and_gradients_equal_mlx_lm(fine_tune_type, tied):
+    assert_parity(tiny_model(tied=tied), fine_tune_type, rows_of_tokens(VOCABULARY))
 
 
 @pytest.mark.real_model

@@ -19,14 +19,15 @@ from mlx.utils import tree_unflatten
 
 from mlx_nb.config import RunConfig
 from mlx_nb.errors import ConfigError, ModelError, did_you_mean
+from mlx_nb.model.adapter_files import ADAPTER_FILE, CONFIG_FILE, AdapterFile
+from mlx_nb.model.finite import not_finite
 from mlx_nb.model.trees import named_arrays
-
-ADAPTER_FILE = "adapters.safetensors"
-CONFIG_FILE = "adapter_config.json"
 
 
 def attach_adapter(model: nn.Module, config: RunConfig) -> tuple[str, ...]:
     """Freeze the model and make what `config` names trainable. Returns the adapted module paths inside a layer.
+
+    `full` with `num_layers: -1` is every weight; with N it is those of the last N layers, as in mlx-lm.
 
     Adapter matrices are drawn from the current `mx.random` stream. Raises ConfigError when a key matches no module
     or `num_layers` exceeds the model, ModelError when `full` meets a quantised base.
@@ -39,12 +40,7 @@ def attach_adapter(model: nn.Module, config: RunConfig) -> tuple[str, ...]:
     chosen = layers[-config.num_layers :] if config.num_layers > 0 else layers
     model.freeze()
     if config.fine_tune_type == "full":
-        if any(isinstance(module, nn.QuantizedLinear) for module in model.modules()):
-            raise ModelError(
-                "`fine_tune_type: full` needs float weights, and this base is quantised. Use lora or dora."
-            )
-        for layer in chosen:
-            layer.unfreeze()
+        _unfreeze_weights([model] if config.num_layers == -1 else chosen)
         return ()
     parameters = config.lora_parameters
     keys = resolve_keys(model, parameters.keys)
@@ -57,6 +53,17 @@ def attach_adapter(model: nn.Module, config: RunConfig) -> tuple[str, ...]:
         settings["keys"] = set(keys)
     linear_to_lora_layers(model, config.num_layers, settings, use_dora=config.fine_tune_type == "dora")
     return keys
+
+
+def _unfreeze_weights(modules: list[nn.Module]) -> None:
+    """Make every float weight in `modules` trainable."""
+    every = [inner for module in modules for inner in module.modules()]
+    if any(type(module).__name__.startswith("Quantized") for module in every):
+        raise ModelError("`fine_tune_type: full` needs float weights, and this base is quantised. Use lora or dora.")
+    for module in every:
+        module.unfreeze(recurse=False)
+        own = [name for name, array in module.items() if isinstance(array, mx.array)]
+        module.freeze(recurse=False, keys=[name for name in own if not mx.issubdtype(module[name].dtype, mx.floating)])
 
 
 def resolve_keys(model: nn.Module, keys: tuple[str, ...] | None) -> tuple[str, ...]:
@@ -84,18 +91,6 @@ def resolve_keys(model: nn.Module, keys: tuple[str, ...] | None) -> tuple[str, .
 def _adaptable(module: nn.Module) -> bool:
     linear = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
     return isinstance(module, linear) or hasattr(module, "to_lora") or type(module).__name__.endswith("SwitchLinear")
-
-
-def trainable_count(model: nn.Module) -> int:
-    """Numbers (not arrays) that training changes."""
-    return sum(array.size for _, array in named_arrays(model.trainable_parameters()))
-
-
-def total_count(model: nn.Module) -> int:
-    """Numbers in the model, quantised weights counted unpacked, adapters included."""
-    from mlx_lm.utils import get_total_parameters
-
-    return int(get_total_parameters(model))
 
 
 def _wrapped_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -136,11 +131,17 @@ def adapter_weights(model: nn.Module) -> dict[str, mx.array]:
 
 
 def save_adapter(
-    model: nn.Module, config: RunConfig, keys: tuple[str, ...], folder: Path, file_name: str = ADAPTER_FILE
+    model: nn.Module,
+    config: RunConfig,
+    keys: tuple[str, ...],
+    folder: Path,
+    file_name: str = ADAPTER_FILE,
+    *,
+    base: dict[str, Any] | None = None,
 ) -> Path:
     """Write the adapter in mlx-lm's format, each file whole or not at all. Returns the weights' path.
 
-    `mlx_lm.load(model, adapter_path=folder)` reads it.
+    `mlx_lm.load(model, adapter_path=folder)` reads it. `base` is the `base_identity` of what it was trained on.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parameters = config.lora_parameters
@@ -152,7 +153,7 @@ def save_adapter(
         "fine_tune_type": config.fine_tune_type,
         "num_layers": config.num_layers,
         "lora_parameters": lora,
-        "mlx_nb": {"settings": config.changed()},
+        "mlx_nb": {"settings": config.changed(), "base": base},
     }
     text = json.dumps(description, indent=2, default=str).encode()
     write_whole(folder / CONFIG_FILE, lambda file: file.write(text))
@@ -175,32 +176,36 @@ def write_whole(path: Path, write: Any) -> None:
         partial.unlink(missing_ok=True)
 
 
-def load_adapter_weights(model: nn.Module, source: str) -> None:
-    """Load an `adapters.safetensors`, or the folder that holds it, into the attached adapter.
+def load_adapter_weights(model: nn.Module, adapter: AdapterFile) -> None:
+    """Load an adapter's weights into the attached one, in the dtypes that this one has.
 
-    Raises ModelError when the file is missing, or a tensor is missing, unknown or of another shape.
+    Raises ModelError when a tensor is missing, unknown, of another shape or no number, naming it.
     """
-    path = Path(source).expanduser()
-    path = path / ADAPTER_FILE if path.is_dir() else path
-    if not path.is_file():
-        raise ModelError(f"resume_adapter_file: no such file: {path}. Give an adapters.safetensors or its folder.")
+    what, path = adapter.setting, adapter.weights
     try:
         weights = typing.cast(dict[str, mx.array], mx.load(str(path)))
+        mx.eval(weights)
     except Exception as error:
-        raise ModelError(f"resume_adapter_file: {path} is not a readable safetensors file ({error}).") from None
+        raise ModelError(f"{what}: {path} is not a readable safetensors file ({error}).") from None
     expected = adapter_weights(model)
+    made_on = f" (it was made on {adapter.model})" if adapter.model else ""
+    hint = f"It was made for another base{made_on}, or its {CONFIG_FILE} is another adapter's."
+    if adapter.config is None:
+        hint = (
+            f"It has no {CONFIG_FILE}: give the fine_tune_type, num_layers and lora_parameters that it was made with."
+        )
     for name, array in weights.items():
         if name not in expected:
-            raise ModelError(
-                f"resume_adapter_file: {path} holds {name}, which this run does not train. Give the same "
-                "fine_tune_type, num_layers and lora_parameters.keys as the adapter was made with."
-            )
+            raise ModelError(f"{what}: {path} holds {name}, for which there is no place here. {hint}")
         if array.shape != expected[name].shape:
             raise ModelError(
-                f"resume_adapter_file: {name} is {tuple(array.shape)} in {path} and {tuple(expected[name].shape)} "
-                "here. Give the same lora_parameters.rank and model."
+                f"{what}: {name} is {tuple(array.shape)} in {path} and {tuple(expected[name].shape)} here. {hint}"
             )
+        if not mx.issubdtype(array.dtype, mx.floating):
+            raise ModelError(f"{what}: {name} in {path} is {array.dtype}, and weights are floats. {hint}")
     missing = sorted(set(expected) - set(weights))
     if missing:
-        raise ModelError(f"resume_adapter_file: {path} lacks {missing[0]} and {len(missing) - 1} more.")
-    model.load_weights(list(weights.items()), strict=False)
+        raise ModelError(f"{what}: {path} lacks {missing[0]} and {len(missing) - 1} more. {hint}")
+    if bad := not_finite(weights):
+        raise ModelError(f"{what}: {path} is damaged: {bad}. Give an earlier adapter.")
+    model.load_weights([(name, array.astype(expected[name].dtype)) for name, array in weights.items()], strict=False)

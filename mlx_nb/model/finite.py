@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Mapping
 
 import mlx.core as mx
@@ -19,12 +20,16 @@ def not_finite(arrays: Mapping[str, mx.array]) -> str:
     sums = {name: values.sum() for name, values in floats.items()}
     mx.eval(sums)
     suspects = [name for name, total in sums.items() if not mx.isfinite(total).item()]
-    bad = {name: count for name in suspects if (count := int((~mx.isfinite(floats[name])).sum().item()))}
+    bad = {name: count for name in suspects if (count := _count(~mx.isfinite(floats[name])))}
     if not bad:
         return ""
     name, count = next(iter(bad.items()))
     more = f"; {len(bad) - 1} more tensors have such values" if len(bad) > 1 else ""
     return f"{name} ({count} of {arrays[name].size} values are NaN or infinite{more})"
+
+
+def _count(which: mx.array) -> int:
+    return typing.cast(int, which.sum().item())
 
 
 def _floats(name: str, array: mx.array) -> mx.array | None:

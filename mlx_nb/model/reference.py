@@ -12,8 +12,9 @@ from typing import Any
 import mlx.nn as nn
 
 from mlx_nb.config import RunConfig
-from mlx_nb.errors import ModelError
+from mlx_nb.errors import ConfigError, ModelError
 from mlx_nb.model import adapters
+from mlx_nb.model.adapter_files import REFERENCE, START, AdapterFile, open_adapter, shape_of
 from mlx_nb.model.fingerprint import weights_fingerprint
 from mlx_nb.model.loading import LoadedModel, model_folder
 from mlx_nb.model.logprobs import TargetScorer
@@ -34,11 +35,10 @@ def reference_scorer(config: RunConfig, loaded: LoadedModel, start: nn.Module | 
     else:
         model = start if start is not None else twin(loaded).model
     if config.reference_adapter not in (None, BARE):
-        _wear(model, str(config.reference_adapter))
+        adapter = open_adapter(str(config.reference_adapter), REFERENCE)
+        _attach(model, shape_of(adapter), adapter)
     elif config.reference_adapter is None and config.reference_model is None and config.resume_adapter_file:
-        with random_stream(0):  # the matrices drawn here are overwritten
-            adapters.attach_adapter(model, config)
-        adapters.load_adapter_weights(model, config.resume_adapter_file)
+        _attach(model, config, open_adapter(config.resume_adapter_file, START))
     model.freeze()
     model.eval()
     return TargetScorer(model)
@@ -61,7 +61,8 @@ def _adapter_digest(adapter: str | None) -> list[str] | None:
     if adapter in (None, BARE):
         return None
     path = Path(str(adapter)).expanduser()
-    files = [path / adapters.ADAPTER_FILE, path / adapters.CONFIG_FILE] if path.is_dir() else [path]
+    weights = path / adapters.ADAPTER_FILE if path.is_dir() else path
+    files = [weights, weights.parent / adapters.CONFIG_FILE]
     return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
 
 
@@ -80,15 +81,10 @@ def _vocabulary(tokenizer: Any) -> dict[str, int]:
     return getattr(tokenizer, "_tokenizer", tokenizer).get_vocab()
 
 
-def _wear(model: nn.Module, adapter: str) -> None:
-    from mlx_lm.tuner.utils import load_adapters
-
-    folder = Path(adapter).expanduser()
-    for name in (adapters.CONFIG_FILE, adapters.ADAPTER_FILE):
-        if not (folder / name).is_file():
-            raise ModelError(f"reference_adapter: {folder} has no {name}. Give the folder of an adapter, or `none`.")
-    try:
-        with random_stream(0):
-            load_adapters(model, str(folder))
-    except ValueError as error:
-        raise ModelError(f"reference_adapter: {folder} does not fit this model: {error}") from None
+def _attach(model: nn.Module, shape: RunConfig, adapter: AdapterFile) -> None:
+    with random_stream(0):  # the matrices drawn here are overwritten
+        try:
+            adapters.attach_adapter(model, shape)
+        except ConfigError as error:
+            raise ModelError(f"{adapter.setting}: {adapter.weights} does not fit this model: {error}") from None
+    adapters.load_adapter_weights(model, adapter)

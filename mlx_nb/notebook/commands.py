@@ -27,7 +27,8 @@ CELL_OPTIONS = {
     "--wait": "stay in the cell until the run pauses or ends",
     "--background": "return at once and train in the background, whoever looks",
     "--resume": "go on from the newest checkpoint of this name, if there is one",
-    "--allow-changed": "with --resume: go on although this changed since (a setting, data, template, model, ...)",
+    "--allow-changed": "go on although this changed since (with --resume: a setting, data, template, model, ...; with "
+    "resume_adapter_file or reference_adapter: model)",
 }
 
 

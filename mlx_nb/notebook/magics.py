@@ -52,11 +52,12 @@ class FinetuneMagics(Magics):
         wait = wait_of(arguments)
         shell: Any = self.shell
         namespace = shell.user_ns
-        run = Run.from_yaml(fill(cell, namespace) + "\n", name=arguments.name, namespace=namespace)
+        allowed = tuple(arguments.allow_changed)
+        run = Run.from_yaml(
+            fill(cell, namespace) + "\n", name=arguments.name, namespace=namespace, allow_changed=allowed
+        )
         if arguments.resume and run.has_checkpoint:
-            run = Run.resume(
-                run.folder, config=run.config, namespace=namespace, allow_changed=tuple(arguments.allow_changed)
-            )
+            run = Run.resume(run.folder, config=run.config, namespace=namespace, allow_changed=allowed)
             print(f"{run.name} goes on from update {run.step_count}.")
         self.session.add(run)
         if arguments.output is not None:

@@ -44,9 +44,11 @@ from mlx_nb.events import (
 )
 from mlx_nb.methods import method_named
 from mlx_nb.model import adapters
+from mlx_nb.model.adapter_files import START, open_adapter, with_adapter_settings
 from mlx_nb.model.lanes import lane_count
 from mlx_nb.model.logprobs import TargetScorer
 from mlx_nb.model.randomness import random_stream, seed_for
+from mlx_nb.model.trained import total_count, trainable_count, trained_words
 from mlx_nb.model.trees import named_arrays
 from mlx_nb.objectives.binding import objective_for
 from mlx_nb.rollouts.rewards import Reward
@@ -114,7 +116,8 @@ class Trainer:
     """Trains `model` in place. `events()` yields what happens; control is the caller's between any two events.
 
     The adapter is attached here and taken out by `close`. Requests are read at step boundaries only.
-    Raises DataError without training rows.
+    `base` is the `base_identity` that saved adapters are to carry. `from_checkpoint` says that `restore` comes next, so
+    that the adapter in `resume_adapter_file` is not read again. Raises DataError without training rows.
     """
 
     def __init__(
@@ -132,11 +135,15 @@ class Trainer:
         reference: ReferenceLogprobs | None = None,
         tokenizer: Any = None,
         rewards: Sequence[Reward] = (),
+        base: dict[str, Any] | None = None,
+        from_checkpoint: bool = False,
     ) -> None:
         if not examples.train:
             raise DataError("no training row is left. `%finetune rows` shows why each one was left out.")
+        config = config if from_checkpoint else with_adapter_settings(config)
         self.config = config
         self.model = model
+        self._base = base
         self.examples = examples
         self.name = name
         self.folder = folder
@@ -155,8 +162,9 @@ class Trainer:
             with random_stream(seed_for(config.seed, "adapter")):
                 self.keys = adapters.attach_adapter(model, config)
                 mx.eval(model.parameters())
-            if config.resume_adapter_file:
-                adapters.load_adapter_weights(model, config.resume_adapter_file)
+            if config.resume_adapter_file and not from_checkpoint:
+                start = open_adapter(config.resume_adapter_file, START)
+                adapters.load_adapter_weights(model, start)
             model.eval()
             self.scorer = TargetScorer(model)
             self.stepper = Stepper(
@@ -347,11 +355,12 @@ class Trainer:
             self.state.step,
             self.name,
             self.iters,
-            adapters.trainable_count(self.model),
-            adapters.total_count(self.model),
+            trainable_count(self.model),
+            total_count(self.model),
             len(self.examples.train),
             len(self.examples.valid),
             self.notes,
+            trained_words(self.model, self.config, self.keys),
         )
 
     @property
@@ -570,11 +579,15 @@ class Trainer:
         folder = self.folder / BEST_FOLDER if kind == "best" else self.folder
         if kind == "step":
             name = f"{self.state.step:07d}_{adapters.ADAPTER_FILE}"
-            adapters.save_adapter(self.model, self.config, self.keys, folder, name)
-        path = adapters.save_adapter(self.model, self.config, self.keys, folder)
+            self.save_adapter(folder, name)
+        path = self.save_adapter(folder)
         if self._reference is not None:
             self._reference.save(self.folder)
         return CheckpointSaved(self.state.step, str(path), kind)
+
+    def save_adapter(self, folder: Path, file_name: str = adapters.ADAPTER_FILE) -> Path:
+        """Write the adapter as it is now. Returns the path of its weights."""
+        return adapters.save_adapter(self.model, self.config, self.keys, folder, file_name, base=self._base)
 
     def _finish(self, reason: str) -> RunFinished:
         state = self.state

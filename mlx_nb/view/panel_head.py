@@ -37,6 +37,7 @@ def head_html(run: Any, device: str, warning: str | None = None) -> str:
         facts.append(
             f"{count(started.trainable_parameters)} of {count(started.total_parameters)} parameters ({share:.2g}%)"
         )
+        facts += [started.trained] if started.trained else []
     facts.append(device)
     if last:
         facts.append(f"peak {last.peak_memory / 1e9:.2f} GB")

@@ -41,6 +41,7 @@ def describe(event: Event) -> str:
             return (
                 f"{event.name}: {event.iters} updates, {event.train_rows} training and {event.valid_rows} validation "
                 f"rows, {count(trained)} of {count(total)} parameters trained ({share:.2f}%)"
+                + (f": {event.trained}" if event.trained else "")
             )
         case StepCompleted():
             measured = metric_words({name: event.metrics[name] for name in main_metrics(event.metrics, 2)})
@@ -181,6 +182,7 @@ def summary_rows(history: History) -> list[tuple[str, str]]:
         rows.append(("updates", f"{last.step if last else 0} of {history.iters}"))
         rows.append(("rows", f"{started.train_rows} training, {started.valid_rows} validation"))
         rows.append(("trained parameters", trained))
+        rows += [("trained", started.trained)] if started.trained else []
     if last:
         tokens, seconds = sum(history["tokens"]), sum(history["seconds"])
         rows.append(("training loss", f"{history['loss'][0]:.4f} → {last.loss:.4f}"))

@@ -1,0 +1,274 @@
+"""An adapter on disk: where its weights are, what it says of its own shape and base, and what a run takes from it."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from mlx_nb.config import LoraParameters, RunConfig
+from mlx_nb.errors import ConfigError, ModelError
+from mlx_nb.methods import method_named
+from mlx_nb.model.fingerprint import base_identity, weights_fingerprint
+
+ADAPTER_FILE = "adapters.safetensors"
+CONFIG_FILE = "adapter_config.json"
+START, REFERENCE = "resume_adapter_file", "reference_adapter"
+SCALE = "lora_parameters.scale"
+_PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_HEADER_LIMIT = 100 * 1024**2  # bytes, by the definition of safetensors
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter in mlx-lm's format.
+
+    setting   the setting that names it, for messages
+    weights   its safetensors file;  config  its adapter_config.json, None for a bare file
+    shape     what the latter says, as flat settings: fine_tune_type, num_layers, lora_parameters.rank, ...
+    modules   paths, inside a layer or outside of all, of the modules that have low-rank matrices
+    layers    how many layers it changes
+    model     the model it was made on, by name;  base  its `base_identity`. None where it does not say
+    """
+
+    setting: str
+    weights: Path
+    config: Path | None
+    shape: dict[str, Any]
+    modules: tuple[str, ...]
+    layers: int
+    model: str | None
+    base: dict[str, Any] | None
+
+
+def open_adapter(source: str, setting: str) -> AdapterFile:
+    """The adapter in the folder or file `source`. Raises ModelError, in one line, for anything but mlx-lm's format."""
+    path = Path(source).expanduser()
+    try:
+        weights = path / ADAPTER_FILE if path.is_dir() else path
+        config = weights.parent / CONFIG_FILE
+        described = _described(config, setting) if config.is_file() else None
+        _refuse_peft(path, weights, described or {}, setting)
+        if described is None and setting == REFERENCE:
+            raise ModelError(f"{setting}: {path} has no {CONFIG_FILE}. Give the folder of an adapter, or `none`.")
+        if not weights.is_file():
+            saved = Path("adapters", source)
+            hint = f" Did you mean {str(saved)!r}?" if (saved / ADAPTER_FILE).is_file() else ""
+            raise ModelError(
+                f"{setting}: no such file: {weights}.{hint} Give an {ADAPTER_FILE} or the folder with one."
+            )
+        names = _tensor_names(weights, setting)
+    except OSError as error:
+        raise ModelError(f"{setting}: {path} cannot be read: {error.strerror or error}.") from None
+    places = [_place(name) for name in names]
+    layers = len({layer for layer, _ in places if layer is not None})
+    facts = described or {}
+    ours = facts.get("mlx_nb")
+    base = ours.get("base") if isinstance(ours, Mapping) else None
+    return AdapterFile(
+        setting,
+        weights,
+        None if described is None else config,
+        {} if described is None else _shape(facts, names, layers, all(layer is not None for layer, _ in places)),
+        tuple(dict.fromkeys(inner.removesuffix(".lora_a") for _, inner in places if inner.endswith(".lora_a"))),
+        layers,
+        facts["model"] if isinstance(facts.get("model"), str) else None,
+        dict(base) if isinstance(base, Mapping) else None,
+    )
+
+
+def _described(config: Path, setting: str) -> dict[str, Any]:
+    try:
+        content = json.loads(config.read_bytes())
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise ModelError(f"{setting}: {config} is not readable JSON, so nothing says how the adapter was made.")
+    return content
+
+
+def _refuse_peft(path: Path, weights: Path, described: Mapping[str, Any], setting: str) -> None:
+    kind = described.get("peft_type")
+    if kind is None and path.name not in _PEFT_FILES:
+        there = [name for name in _PEFT_FILES if (weights.parent / name).is_file()]
+        if weights.is_file() or not there:
+            return
+    raise ModelError(
+        f"{setting}: {path} is a PEFT adapter{f' ({kind})' if kind else ''}, and those are not read yet. Give one "
+        f"in mlx-lm's format: {ADAPTER_FILE} with its {CONFIG_FILE}."
+    )
+
+
+def _tensor_names(weights: Path, setting: str) -> list[str]:
+    """Names of the tensors in a safetensors file, by its header alone."""
+    try:
+        with weights.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(_HEADER_LIMIT, weights.stat().st_size):
+                raise ValueError("its header is cut off")
+            header = json.loads(file.read(length))
+        names = [name for name in header if name != "__metadata__"]
+    except (ValueError, TypeError, struct.error, RecursionError) as error:
+        raise ModelError(f"{setting}: {weights} is not a readable safetensors file ({error}).") from None
+    if not names:
+        raise ModelError(f"{setting}: {weights} holds no tensors.")
+    return names
+
+
+def _place(name: str) -> tuple[int | None, str]:
+    """(number of the layer or None, path inside it) of a tensor."""
+    parts = name.split(".")
+    for index in range(1, len(parts)):
+        if parts[index].isdecimal() and parts[index - 1] in ("layers", "h", "blocks"):
+            return int(parts[index]), ".".join(parts[index + 1 :])
+    return None, name
+
+
+def _shape(facts: Mapping[str, Any], names: Sequence[str], layers: int, only_layers: bool) -> dict[str, Any]:
+    """What an adapter_config.json says, as mlx-lm reads it, under the names of our settings."""
+    kind = facts.get("fine_tune_type") or facts.get("train_type")  # mlx-lm, mlx-lm-lora
+    if kind is None:
+        endings = {name.rsplit(".", 1)[-1] for name in names}
+        kind = "full" if "lora_a" not in endings else "dora" if "m" in endings else "lora"
+    shape: dict[str, Any] = {"fine_tune_type": kind}
+    if (count := facts.get("num_layers")) is not None:
+        every = isinstance(count, int) and count <= 0
+        # mlx-lm's `full` of all layers trains nothing outside of them.
+        shape["num_layers"] = (layers if kind == "full" and only_layers else -1) if every else count
+    lora = facts.get("lora_parameters")
+    if kind != "full" and isinstance(lora, Mapping):
+        known = {declared.name for declared in fields(LoraParameters)}
+        shape |= {f"lora_parameters.{name}": value for name, value in lora.items() if name in known}
+        shape.setdefault("lora_parameters.keys", None)
+    return shape
+
+
+def with_adapter_settings(config: RunConfig) -> RunConfig:
+    """`config` with the shape of the adapter that it starts from, in place of every setting that was not given.
+
+    Raises ModelError when the adapter cannot be read, when a given setting says otherwise (naming both values), and
+    when nothing says the scale.
+    """
+    if config.resume_adapter_file is None:
+        return config
+    adapter = open_adapter(config.resume_adapter_file, START)
+    shape = dict(adapter.shape)
+    if method_named(config.method).rows == "prompts":
+        shape.pop("lora_parameters.dropout", None)  # there completions are drawn without dropout
+    low_rank = shape.get("fine_tune_type", config.fine_tune_type) != "full"
+    if low_rank and SCALE not in shape and SCALE not in config.given:
+        raise _no_scale(adapter, f", or give {SCALE}")
+    described = _as_settings(adapter, shape)
+    given = [(name, _value(config, name), _value(described, name)) for name in shape if name in config.given]
+    conflicts = [
+        f"{name} is {_shown(theirs)} there and {_shown(ours)} here"
+        for name, ours, theirs in given
+        if not _agree(name, ours, theirs, adapter)
+    ]
+    if conflicts:
+        raise ModelError(
+            f"resume_adapter_file: {adapter.weights} was trained in another shape: {'; '.join(conflicts)}. It only "
+            "works in its own: remove these settings, and those of the adapter are used."
+        )
+    try:
+        return filled(config, {name: _value(described, name) for name in shape})
+    except ConfigError as error:
+        raise ModelError(f"resume_adapter_file: {adapter.config} does not go with this run: {error}") from None
+
+
+def filled(config: RunConfig, shape: Mapping[str, Any]) -> RunConfig:
+    """`config` with the flat settings of `shape` in place of those that were not given."""
+    changes: dict[str, Any] = {}
+    for name, value in shape.items():
+        if name in config.given:
+            continue
+        outer, _, inner = name.partition(".")
+        if inner:
+            group = changes.setdefault(outer, config.to_dict()[outer])
+            group[inner] = value
+        else:
+            changes[outer] = value
+    return config.replace(**changes).with_given(config.given) if changes else config
+
+
+def shape_of(adapter: AdapterFile) -> RunConfig:
+    """A configuration of the adapter's own shape, to attach it. Raises ModelError when it does not say enough."""
+    if adapter.shape.get("fine_tune_type") != "full" and SCALE not in adapter.shape:
+        raise _no_scale(adapter, "")
+    return _as_settings(adapter, adapter.shape)
+
+
+def _as_settings(adapter: AdapterFile, shape: Mapping[str, Any]) -> RunConfig:
+    try:
+        return filled(RunConfig(), shape)
+    except ConfigError as error:
+        raise ModelError(f"{adapter.setting}: {adapter.config}: {error}") from None
+
+
+def _no_scale(adapter: AdapterFile, otherwise: str) -> ModelError:
+    what = f"{adapter.config} does not say" if adapter.config else f"no {CONFIG_FILE} beside {adapter.weights} says"
+    return ModelError(
+        f"{adapter.setting}: {what} with which scale the adapter was trained, and with another it is another function. "
+        f"Put back its {CONFIG_FILE}{otherwise}."
+    )
+
+
+def _value(config: RunConfig, name: str) -> Any:
+    outer, _, inner = name.partition(".")
+    value = getattr(config, outer)
+    return getattr(value, inner) if inner else value
+
+
+def _agree(name: str, ours: Any, theirs: Any, adapter: AdapterFile) -> bool:
+    if name == "num_layers":
+        return ours in (theirs, adapter.layers)
+    if name != "lora_parameters.keys" or ours is None or ours == theirs:
+        return ours == theirs
+    matches = {
+        module: [key for key in ours if module == key or module.endswith(f".{key}")] for module in adapter.modules
+    }
+    return all(matches.values()) and {key for keys in matches.values() for key in keys} == set(ours)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "every linear layer"
+    return ", ".join(value) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def check_base(
+    adapter: AdapterFile, model: str, folder: Path, load_in_bits: int | None, allowed: Collection[str]
+) -> tuple[str, ...]:
+    """Notes about the base that an adapter was made on, against the one in `folder` that it is to be used on.
+
+    Raises ModelError when they differ and a change of `model` is not `allowed`: the shapes may fit all the same.
+    """
+    difference = _base_difference(adapter, model, folder, load_in_bits)
+    if not difference:
+        unknown = adapter.model is None and adapter.base is None
+        return (f"{adapter.setting}: nothing says which model {adapter.weights} was made on.",) if unknown else ()
+    if "model" not in allowed:
+        raise ModelError(
+            f"{adapter.setting}: {adapter.weights} was made on another base: {difference}. Give its own `model`, or go "
+            "on all the same with allow_changed=['model'] (`--allow-changed model` in a notebook)."
+        )
+    return (f"{adapter.setting}: {adapter.weights} was made on another base: {difference}.",)
+
+
+def _base_difference(adapter: AdapterFile, model: str, folder: Path, load_in_bits: int | None) -> str:
+    """How the bases differ, in words; "" where they are the same as far as one can know."""
+    names = f"`model: {adapter.model}` there, `model: {model}` here"
+    if adapter.base is not None:
+        if adapter.base.get("weights") != base_identity(folder, load_in_bits)["weights"]:
+            return names if adapter.model != model else f"`model: {model}` has other weights now than it had then"
+        bits = adapter.base.get("load_in_bits")
+        there, here = (f"`load_in_bits: {'null' if one is None else one}`" for one in (bits, load_in_bits))
+        return "" if bits == load_in_bits else f"{there} there, {here} here"
+    if adapter.model is None or adapter.model == model:
+        return ""
+    theirs = Path(adapter.model).expanduser()
+    same = theirs.is_dir() and weights_fingerprint(theirs) == weights_fingerprint(folder)
+    return "" if same else names

@@ -1,0 +1,61 @@
+"""Which weights of a model are trained, in numbers and in words."""
+
+from __future__ import annotations
+
+import mlx.nn as nn
+
+from mlx_nb.config import RunConfig
+from mlx_nb.model.trees import named_arrays
+
+_MOST_NAMES = 6
+
+
+def trainable_count(model: nn.Module) -> int:
+    """Numbers (not arrays) that training changes."""
+    return sum(array.size for _, array in named_arrays(model.trainable_parameters()))
+
+
+def total_count(model: nn.Module) -> int:
+    """Numbers in the model, quantised weights counted unpacked, adapters included."""
+    from mlx_lm.utils import get_total_parameters
+
+    return int(get_total_parameters(model))
+
+
+def trained_words(model: nn.Module, config: RunConfig, keys: tuple[str, ...]) -> str:
+    """What is trained and what is frozen, as a few words. `keys` are the adapted module paths, empty for all."""
+    layers = len(model.layers)
+    chosen = layers if config.num_layers == -1 else config.num_layers
+    which = f"all {layers} layers" if chosen == layers else f"the last{_number(chosen)} of {layers} layers"
+    if config.fine_tune_type != "full":
+        kind = {"lora": "LoRA", "dora": "DoRA"}[config.fine_tune_type]
+        shape = config.lora_parameters
+        modules = _listed([key.rsplit(".", 1)[-1] for key in keys]) if keys else "every linear module"
+        return f"{kind} of rank {shape.rank}, scale {shape.scale:g}, on {modules} of {which}; the base is frozen"
+    outside = _frozen_outside(model)
+    first = layers - chosen
+    frozen = [*outside, *([f"the first{_number(first)} layer{'s' if first > 1 else ''}"] if first else [])]
+    if not frozen:
+        return "all weights; none are frozen"
+    return f"the weights of {which}; frozen: {_listed(frozen)}"
+
+
+def _number(count: int) -> str:
+    return f" {count}" if count > 1 else ""
+
+
+def _frozen_outside(model: nn.Module) -> list[str]:
+    """Names of the modules outside the layers that have weights of their own and none that are trained."""
+    inside = {id(module) for layer in model.layers for module in layer.modules()}
+    names = []
+    for path, module in reversed(model.named_modules()):  # mlx lists the last first
+        own = [name for name, array in named_arrays(module.parameters()) if "." not in name]
+        if own and id(module) not in inside and not any(name in module.trainable_parameters() for name in own):
+            names.append(path.rsplit(".", 1)[-1])
+    return names
+
+
+def _listed(names: list[str]) -> str:
+    unique = list(dict.fromkeys(names))
+    shown = ", ".join(unique[:_MOST_NAMES])
+    return shown if len(unique) <= _MOST_NAMES else f"{shown} and {len(unique) - _MOST_NAMES} more"
