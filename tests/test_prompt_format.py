@@ -40,12 +40,16 @@ def tokenizer():
     return shaped_tokenizer("chatml")
 
 
-@pytest.fixture
-def bare():
-    """Without a chat template."""
+@pytest.fixture(params=["alone", "wrapped"])
+def bare(request):
+    """Without a chat template; also in mlx-lm's wrapper, which looked for one before it was taken away."""
     from copy import deepcopy
 
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
     other = deepcopy(shaped_tokenizer("chatml"))
+    if request.param == "wrapped":
+        other = TokenizerWrapper(other)
     other.chat_template = None
     return other
 

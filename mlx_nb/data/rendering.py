@@ -55,5 +55,9 @@ AS_USUAL = Rendering()
 
 def has_chat_template(tokenizer: Any) -> bool:
     """Whether messages can be rendered: by a template of the tokenizer, or by mlx-lm's own code for the model."""
-    template = getattr(tokenizer, "chat_template", None) is not None
-    return template or bool(getattr(tokenizer, "has_chat_template", False))
+    return getattr(tokenizer, "chat_template", None) is not None or has_own_code(tokenizer)
+
+
+def has_own_code(tokenizer: Any) -> bool:
+    """Whether mlx-lm's wrapper renders by its own code for the model, whatever template the tokenizer has."""
+    return getattr(tokenizer, "_chat_template", None) is not None

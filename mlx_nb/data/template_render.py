@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlx_nb.data.control_tokens import Written, encode_as_text, from_content, written_out
-from mlx_nb.data.rendering import AS_USUAL, Rendering
+from mlx_nb.data.rendering import AS_USUAL, Rendering, has_own_code
 from mlx_nb.data.template_facts import Message, RenderFailed, TemplateFacts, study_template
 from mlx_nb.data.template_tags import Unproved
 from mlx_nb.errors import MaskRefused
@@ -49,7 +49,7 @@ class ChatTemplate:
         self.tools = list(tools) if tools else None
         # mlx-lm's wrapper adds arguments of its own (enable_thinking), and renders some models without a template.
         self._renderer = tokenizer if hasattr(tokenizer, "apply_chat_template") else self.tokenizer
-        self._own_code = getattr(tokenizer, "_chat_template", None) is not None
+        self._own_code = has_own_code(tokenizer)
         try:
             self.source: str = "" if self._own_code else self.tokenizer.get_chat_template(tools=self.tools)
         except ValueError as error:
