@@ -35,10 +35,12 @@ from mlx_nb.events import (
     RequestRefused,
     Rewind,
     Rewound,
+    RolloutCompleted,
     RunFailed,
     RunFinished,
     RunPaused,
     RunStarted,
+    SampleGenerated,
     Skip,
     StateChanged,
     StepCompleted,
@@ -367,13 +369,16 @@ class Run:
         While it computes, a first SIGINT asks for a pause at the next step boundary, and a second one drops the
         update in hand as if it had never begun.
         """
+        from mlx_nb.model.memory import device_limits
+
         events = self._events(updates)
-        while True:
-            with self.interrupts():
-                event = next(events, None)
-            if event is None:
-                return
-            yield event
+        with device_limits():
+            while True:
+                with self.interrupts():
+                    event = next(events, None)
+                if event is None:
+                    return
+                yield event
 
     def interrupts(self, say: Callable[[str], None] | None = None) -> Interrupts:
         """A context in which SIGINT asks this run to pause. `say` (default: stderr) is told in words."""
@@ -388,6 +393,8 @@ class Run:
         return "Pausing once model and rows are loaded. Interrupt again to give up loading."
 
     def _events(self, updates: int | None) -> Iterator[Event]:
+        from mlx_nb.model.memory import clear_cache
+
         trainer = self.trainer
         if not self._keeper.remembers:
             self._keeper.remember(trainer, self.history)
@@ -400,6 +407,8 @@ class Run:
                 continue
             self._failed = isinstance(event, RunFailed)
             self._record(event)
+            if isinstance(event, EvaluationCompleted | SampleGenerated | RolloutCompleted | RunFailed):
+                clear_cache()
             if isinstance(event, StepCompleted | BatchSkipped):
                 self._keeper.remember(trainer, self.history)
             yield event

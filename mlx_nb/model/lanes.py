@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from mlx_nb.data.batches import TokenBatch, split_rows
 from mlx_nb.model import backend
+from mlx_nb.model.trees import named_arrays
 
 # A graph takes as long to build for few tokens as for many: with fewer in a part, parts take longer than the whole.
 _TOKENS_IN_A_LANE = 64
@@ -56,9 +57,8 @@ def one_by_one(tree: Any) -> Any:
     What is asked for at once is begun at once: hundreds of gradients would fill the room in which mlx finds work of
     other lanes.
     """
-    arrays = tree_flatten(tree)
-    chained: list[tuple[str, mx.array]] = []
-    for name, array in arrays:
+    chained: list[tuple[str, Any]] = []
+    for name, array in named_arrays(tree):
         chained.append((name, mx.depends(array, chained[-1][1]) if chained else array))
     return tree_unflatten(chained)
 

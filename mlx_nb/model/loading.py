@@ -16,11 +16,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map, tree_unflatten
 
-from mlx_nb.errors import ModelError, did_you_mean
+from mlx_nb.errors import ModelError, OutOfMemory, did_you_mean
 from mlx_nb.model.backend import is_cpu
 from mlx_nb.model.cache import cache_folder
 from mlx_nb.model.finite import not_finite
 from mlx_nb.model.gguf import convert_gguf
+from mlx_nb.model.memory import memory_errors, shortage
+from mlx_nb.model.mlx_lm_import import files_for_a_model, import_mlx_lm
 from mlx_nb.model.passes import doubt_note
 from mlx_nb.model.randomness import random_stream
 from mlx_nb.model.trees import named_arrays
@@ -63,6 +65,8 @@ class LoadedModel:
         return self.loading_notes if doubt is None else (*self.loading_notes, doubt)
 
 
+@files_for_a_model()
+@memory_errors("the model was loaded", "Close other programs and kernels, or take a smaller model.")
 def load_model(model: str, *, load_in_bits: int | None = None, chat_template: str | None = None) -> LoadedModel:
     """Load a model and tokenizer through mlx-lm. `model` is what `model_folder` takes.
 
@@ -70,7 +74,7 @@ def load_model(model: str, *, load_in_bits: int | None = None, chat_template: st
     base, quantised or not, is then held in float32 with the values it had, and a note says so: mlx's other CPU
     kernels are tens of times slower. `chat_template`, Jinja text or the path of a file with it, replaces the
     tokenizer's. Raises ModelError in one line when something is missing, cannot be read or is quantised already, and
-    for weights that are NaN or infinite, naming the tensor.
+    for weights that are NaN or infinite, naming the tensor; OutOfMemory where the model does not fit.
     """
     folder = model_folder(model)
     with random_stream(0):  # mlx draws start values for every module, only to overwrite them
@@ -92,7 +96,11 @@ def load_model(model: str, *, load_in_bits: int | None = None, chat_template: st
     if chat_template is not None:
         _set_chat_template(tokenizer, chat_template)
     if is_cpu():
+        given = {id(array) for _, array in named_arrays(network.parameters())}
         _compute_in_float32(network)
+        made = sum(array.nbytes for _, array in named_arrays(network.parameters()) if id(array) not in given)
+        if lacking := shortage(made):
+            raise OutOfMemory(f"{model} in float32, as this CPU computes, {lacking}. Take a smaller model.")
         base = f"{bits}-bit base" if bits else "base"
         notes.append(f"On this CPU the {base} is held and computed in float32; saved adapters are the same either way.")
     mx.eval(network.parameters())
@@ -128,6 +136,7 @@ def model_folder(model: str) -> Path:
 
 def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
     """The tokenizer of a model folder alone, in mlx-lm's wrapper."""
+    import_mlx_lm()
     from mlx_lm.utils import load_config
     from mlx_lm.utils import load_tokenizer as load_with_mlx_lm
 
@@ -142,6 +151,7 @@ def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
 
 
 def _load_folder(folder: Path) -> tuple[nn.Module, Any, dict[str, Any]]:
+    import_mlx_lm()
     from mlx_lm.utils import load_model as load_with_mlx_lm
 
     try:
@@ -181,6 +191,7 @@ def _fingerprint(path: Path) -> str:
 
 
 def _from_hub(model: str, hint: str) -> Path:
+    import_mlx_lm()
     from mlx_lm.utils import _download as download
     from mlx_lm.utils import hf_repo_to_path
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -18,6 +19,7 @@ import numpy as np
 from mlx_nb.data.batches import TokenBatch
 from mlx_nb.errors import DataError
 from mlx_nb.model import backend
+from mlx_nb.model.batch_memory import ModelSizes, refuse_beyond_memory
 from mlx_nb.model.lanes import in_lanes
 from mlx_nb.model.passes import refuse_cache_doubt
 
@@ -102,6 +104,15 @@ class TargetScorer:
     @property
     def projects_targets_only(self) -> bool:
         return self._split is not None
+
+    @cached_property
+    def sizes(self) -> ModelSizes:
+        """What the memory of a batch depends on."""
+        return ModelSizes.of(self.model, self._split[0] if self._split else None)
+
+    def refuse_beyond_memory(self, batch: TokenBatch, *, trained: bool = False) -> None:
+        """Raise OutOfMemory for a batch that cannot fit, `trained` with its gradient."""
+        refuse_beyond_memory(batch, self.sizes, trained=trained, targets_only=self.projects_targets_only)
 
     def logprobs(self, inputs: TargetInputs) -> mx.array:
         """(S,) float32: log p(target | the tokens before it)."""

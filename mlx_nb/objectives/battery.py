@@ -16,6 +16,7 @@ from mlx_nb.data.examples import LabelledExample, PreferenceExample, TokenizedEx
 from mlx_nb.errors import ConfigError
 from mlx_nb.methods import METHODS, Loss, Method, method_named
 from mlx_nb.model.logprobs import TargetInputs, TargetScorer, target_inputs
+from mlx_nb.model.mlx_lm_import import import_mlx_lm
 from mlx_nb.model.randomness import random_stream
 from mlx_nb.model.trees import named_arrays
 from mlx_nb.objectives.base import LossSum, Objective
@@ -241,6 +242,7 @@ def _is_padding(batch: TokenBatch) -> np.ndarray:
 
 def _model() -> nn.Module:
     """A llama of two layers."""
+    import_mlx_lm()
     from mlx_lm.models import llama
 
     model = llama.Model(

@@ -7,10 +7,13 @@ import typing
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optimizers
 from mlx.utils import tree_map
 
 from mlx_nb.config import RunConfig
+from mlx_nb.errors import OutOfMemory
+from mlx_nb.model.memory import shortage
 from mlx_nb.model.trees import named_arrays
 
 
@@ -45,6 +48,24 @@ _OPTIMIZERS: dict[str, Any] = {
     "muon": Muon,
     "lion": optimizers.Lion,
 }
+
+
+def refuse_beyond_memory(model: nn.Module, config: RunConfig) -> None:
+    """Raise OutOfMemory when what is trained, its gradient and the optimizer's state cannot fit.
+
+    The adapter of `model` is attached and not computed yet, so that its arrays have a size and take no memory.
+    """
+    parameters = model.trainable_parameters()
+    optimizer = build_optimizer(config)
+    optimizer.init(parameters)
+    trained, state = (sum(array.nbytes for _, array in named_arrays(tree)) for tree in (parameters, optimizer.state))
+    full = config.fine_tune_type == "full"
+    lacking = shortage((1 if full else 2) * trained + state)
+    if lacking is None:
+        return
+    what = "full fine-tuning" if full else f"an adapter of rank {config.lora_parameters.rank}"
+    lower = "num_layers, or fine_tune_type: lora," if full else "lora_parameters.rank or num_layers, or fewer keys,"
+    raise OutOfMemory(f"{what} with `optimizer: {config.optimizer}` {lacking}. A lower {lower} needs less.")
 
 
 def build_optimizer(config: RunConfig) -> optimizers.Optimizer:

@@ -193,6 +193,7 @@ class RolloutFeed:
             logits_SV = scorer.logits(inputs).astype(mx.float32) / self._config.temperature
             return accurate_target_logprobs(logits_SV, inputs.target_S)
 
+        scorer.refuse_beyond_memory(batch)
         logprobs_BT = np.zeros(batch.tokens_BT.shape, np.float32)
         parts = lanes_of(batch, lane_count())
         logprobs_BT[batch.loss_mask_BT != 0] = np.concatenate(target_values(parts, logprobs))

@@ -128,6 +128,7 @@ class Stepper:
             with random_stream(seed), training_mode(self.model):
                 for batch in micro_batches:
                     self.poll()
+                    self.scorer.refuse_beyond_memory(batch, trained=True)
                     parts = self._parts(batch)
                     (value, packed), gradients = self._gradients(parameters, parts)
                     sums = _unpacked(value, packed, self._metric_names)
@@ -181,6 +182,7 @@ class Stepper:
 
     def evaluate(self, batch: TokenBatch) -> Evaluation:
         """The loss of one batch without dropout and without gradients."""
+        self.scorer.refuse_beyond_memory(batch)
         parts = self._parts(batch)
         sums = self._sum(parts)
         _evaluate(parts, sums)

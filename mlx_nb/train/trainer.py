@@ -54,7 +54,7 @@ from mlx_nb.objectives.binding import objective_for
 from mlx_nb.rollouts.rewards import Reward
 from mlx_nb.train.checkpoint import Checkpoint
 from mlx_nb.train.feeds import Feed, RowFeed
-from mlx_nb.train.optimizer import build_optimizer, learning_rate_at
+from mlx_nb.train.optimizer import build_optimizer, learning_rate_at, refuse_beyond_memory
 from mlx_nb.train.reference import ReferenceLogprobs
 from mlx_nb.train.rollout_feed import NoReward, RolloutFeed
 from mlx_nb.train.step import COMPILED_WIDTHS, Stepper, Update
@@ -161,6 +161,7 @@ class Trainer:
         try:
             with random_stream(seed_for(config.seed, "adapter")):
                 self.keys = adapters.attach_adapter(model, config)
+                refuse_beyond_memory(model, config)
                 mx.eval(model.parameters())
             if config.resume_adapter_file and not from_checkpoint:
                 start = open_adapter(config.resume_adapter_file, START)
@@ -519,7 +520,10 @@ class Trainer:
         return self.feed.batches(self.state.batches) if self.feed.ready else []
 
     def evaluate(self, split: str = "valid", *, all_rows: bool = False) -> EvaluationCompleted:
-        """Loss over a fixed set of rows of `split`, or all, weighted by token. Changes nothing in the run."""
+        """Loss over a fixed set of rows of `split`, or all, weighted by token. Changes nothing in the run.
+
+        Raises OutOfMemory when a batch does not fit.
+        """
         evaluating = self._evaluating(split, all_rows)
         while True:
             try:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from mlx_nb.data.batches import TokenBatch
 from mlx_nb.errors import LossSpike, NonFiniteLoss, OutOfMemory, TrainingError
+from mlx_nb.model.memory import is_out_of_memory
 
 RECENT_LOSSES = 32  # updates that a loss is compared with
 FEWEST_LOSSES = 8  # before so many there is nothing to compare with
@@ -54,7 +55,7 @@ def out_of_memory(error: MemoryError | RuntimeError, batches: Sequence[TokenBatc
 
     Raises any other RuntimeError again.
     """
-    if isinstance(error, RuntimeError) and "allocate" not in str(error) and "memory" not in str(error):
+    if not is_out_of_memory(error):
         raise error
     rows = tuple(dict.fromkeys(row for batch in batches for row in batch.rows))
     where = "outside an update, while rows were measured or completions sampled"
@@ -62,7 +63,7 @@ def out_of_memory(error: MemoryError | RuntimeError, batches: Sequence[TokenBatc
         longest = max(length for batch in batches for length in batch.lengths)
         where = f"in a batch with rows {', '.join(map(str, rows))}, the longest of {longest} tokens"
     return OutOfMemory(
-        f"memory ran out ({error}) {where}. A new run with a lower batch_size and more "
+        f"memory ran out ({' '.join(str(error).split())}) {where}. A new run with a lower batch_size and more "
         "grad_accumulation_steps, or a lower max_seq_length, needs less.",
         rows,
     )

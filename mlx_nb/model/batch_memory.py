@@ -1,0 +1,59 @@
+"""What a batch takes at the least, before its arrays are made: on a CPU an allocation that fails ends the kernel."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_nb.data.batches import TokenBatch
+from mlx_nb.errors import OutOfMemory
+from mlx_nb.model.memory import available_memory, shortage
+
+_WORTH_A_LOOK = 256 * 1024**2  # bytes; less is there or the machine could not run at all
+
+
+class ModelSizes(NamedTuple):
+    """Columns of a model's logits and hidden states (0 where the backbone is not known), layers, bytes of a number."""
+
+    vocabulary: int
+    hidden: int
+    layers: int
+    itemsize: int
+
+    @classmethod
+    def of(cls, model: nn.Module, backbone: object = None) -> ModelSizes:
+        """From the shapes of a forward pass that is never computed."""
+        token = mx.array([[1]])
+        logits = model(token)
+        hidden = backbone(token) if callable(backbone) else None
+        layers = len(getattr(model, "layers", ()))
+        return cls(logits.shape[-1], hidden.shape[-1] if hidden is not None else 0, layers, logits.dtype.size)
+
+
+def least_bytes(batch: TokenBatch, sizes: ModelSizes, *, trained: bool, targets_only: bool) -> int:
+    """A lower bound of the memory that computing `batch` takes.
+
+    Logits in float32, twice for a gradient, at the positions that are projected; the hidden states of one layer, or
+    for a gradient of all.
+    """
+    columns = np.nonzero(batch.loss_mask_BT[:, 1:])[1]
+    positions = batch.tokens_BT.shape[0] * (int(columns.max(initial=0)) + 1)
+    logits = (len(columns) if targets_only else positions) * sizes.vocabulary * 4
+    hidden = positions * sizes.hidden * sizes.itemsize
+    return logits * 2 + hidden * sizes.layers if trained else logits + hidden
+
+
+def refuse_beyond_memory(batch: TokenBatch, sizes: ModelSizes, *, trained: bool, targets_only: bool) -> None:
+    """Raise OutOfMemory for a batch that cannot fit, naming what to lower."""
+    needed = least_bytes(batch, sizes, trained=trained, targets_only=targets_only)
+    if needed < _WORTH_A_LOOK or (lacking := shortage(needed, available_memory())) is None:
+        return
+    rows, longest = len(batch.lengths), max(batch.lengths)
+    raise OutOfMemory(
+        f"a batch of {rows:,} rows, the longest of {longest:,} tokens, {lacking}. A lower batch_size with more "
+        "grad_accumulation_steps, or a lower max_seq_length, needs less.",
+        tuple(dict.fromkeys(batch.rows)),
+    )

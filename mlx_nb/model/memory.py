@@ -1,0 +1,172 @@
+"""How much memory there is, what mlx says when there is none, and mlx's own limits while a run computes on a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_nb.errors import OutOfMemory
+from mlx_nb.model.backend import is_cpu, memory_limit
+
+# Of Metal, CUDA and mlx's allocators on any device.
+_WORDS = re.compile(
+    r"insufficient ?memory|out ?of ?memory|unable to allocate|attempting to allocate|failed to allocate"
+    r"|cannot allocate memory|memory ?allocation|bad_alloc",
+    re.IGNORECASE,
+)
+_CACHED_SHARE = 4  # freed arrays that mlx keeps for later take at most one part in so many of a GPU's memory
+
+_holding = threading.Lock()
+_holders = 0
+_limits_before: dict[str, int] = {}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this error of mlx means that an allocation failed."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_WORDS.search(str(error))))
+
+
+@contextmanager
+def memory_errors(doing: str, advice: str) -> Iterator[None]:
+    """An allocation that fails inside is an OutOfMemory that says what was being done and what needs less."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(f"memory ran out while {doing} ({' '.join(str(error).split())}). {advice}") from error
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes that could be allocated now: on a GPU what its limit leaves, on a CPU what machine, cgroup and ulimit do.
+
+    `root` is where /proc and /sys are looked for.
+    """
+    if not is_cpu():
+        return max(0, memory_limit() - mx.get_active_memory())
+    found = [_free_in_machine(root), *_free_in_groups(root), _free_in_address_space(root)]
+    return min([size for size in found if size is not None], default=memory_limit())
+
+
+def shortage(needed: int, available: int | None = None) -> str | None:
+    """`needed` bytes against those that are available, in words, when they are more; else None."""
+    there = available_memory() if available is None else available
+    if needed <= there:
+        return None
+    return f"needs at least {gigabytes(needed)}, and {gigabytes(there)} are available"
+
+
+def gigabytes(size: int) -> str:
+    """A number of bytes as a person reads it."""
+    return f"{size / 1e9:,.{1 if size >= 1e9 else 3}f} GB"
+
+
+def _free_in_machine(root: Path) -> int | None:
+    """What Linux can give without closing anything, and what it can swap out."""
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        sizes = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
+        return sizes["MemAvailable"] + sizes.get("SwapFree", 0)
+    except (OSError, ValueError, IndexError, KeyError):
+        return None
+
+
+def _free_in_groups(root: Path) -> Iterator[int]:
+    """What the limit of each control group leaves that this process is in: its own, and those around it."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, _, rest = line.partition(":")
+        kinds, _, path = rest.partition(":")
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / ("memory" if kinds else "")
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if kinds else ("memory.max", "memory.current")
+        # In a container the path is that of the host, and only the top is there.
+        inner = top / path.strip("/")
+        for folder in (inner, *inner.parents):
+            if (free := _free_in_group(folder, *names)) is not None:
+                yield free
+            if folder == top:
+                break
+
+
+def _free_in_group(folder: Path, limit: str, usage: str) -> int | None:
+    try:
+        most, used = int((folder / limit).read_text()), int((folder / usage).read_text())
+        counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None  # no such file, or "max"
+    given_back = sum(int(counts.get(name, 0)) for name in ("inactive_file", "active_file"))
+    return max(0, most - max(0, used - given_back))
+
+
+def _free_in_address_space(root: Path) -> int | None:
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return None
+    try:
+        pages = int((root / "proc/self/statm").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return None
+    return max(0, limit - pages * os.sysconf("SC_PAGE_SIZE"))
+
+
+@contextmanager
+def device_limits() -> Iterator[None]:
+    """While inside, on a GPU: the memory that Metal recommends stays resident, and mlx's cache has a limit.
+
+    What was set before is set again when the last of several runs is done; a lower cache limit of a person's own
+    stays. Does nothing on a CPU, where mlx has neither.
+    """
+    global _holders
+    if is_cpu():
+        yield
+        return
+    with _holding:
+        _holders += 1
+        if _holders == 1:
+            _set_limits()
+    try:
+        yield
+    finally:
+        with _holding:
+            _holders -= 1
+            if _holders == 0:
+                _give_back_limits()
+
+
+def _set_limits() -> None:
+    resident = mx.device_info().get("max_recommended_working_set_size")
+    if resident is not None:
+        _limits_before["wired"] = mx.set_wired_limit(int(resident))
+    ours = memory_limit() // _CACHED_SHARE
+    before = mx.set_cache_limit(ours)
+    if before < ours:
+        mx.set_cache_limit(before)
+    else:
+        _limits_before["cache"] = before
+
+
+def _give_back_limits() -> None:
+    mx.synchronize()
+    mx.clear_cache()
+    if "wired" in _limits_before:
+        mx.set_wired_limit(_limits_before.pop("wired"))
+    if "cache" in _limits_before:
+        mx.set_cache_limit(_limits_before.pop("cache"))
+
+
+def clear_cache() -> None:
+    """Give back what mlx keeps of freed arrays: after work whose sizes are not those of updates."""
+    if not is_cpu():
+        mx.clear_cache()

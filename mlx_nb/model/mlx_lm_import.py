@@ -1,0 +1,45 @@
+"""mlx-lm without what importing it changes in the whole process: how many files may be open."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_FILES_OF_A_MODEL = 2048  # what mlx-lm asks for: a large model has hundreds of files
+
+_importing = threading.Lock()
+
+
+def import_mlx_lm() -> None:
+    """Import mlx-lm; the limit of open files stays as it is.
+
+    mlx-lm lowers the hard limit, which only root could raise again afterwards: so it must not come to that.
+    """
+    with _importing:
+        if "mlx_lm.utils" in sys.modules:
+            return
+        real: Any = resource.setrlimit
+        try:
+            resource.setrlimit = lambda kind, limits: None if kind == resource.RLIMIT_NOFILE else real(kind, limits)
+            import mlx_lm.utils  # noqa: F401
+        finally:
+            resource.setrlimit = real
+
+
+@contextmanager
+def files_for_a_model() -> Iterator[None]:
+    """While inside, the files of a large model can be open at once; some systems allow 256."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES_OF_A_MODEL if hard == resource.RLIM_INFINITY else min(_FILES_OF_A_MODEL, hard)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        yield
+        return
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
