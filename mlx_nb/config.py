@@ -441,6 +441,13 @@ class RunConfig(Settings):
         live=True,
     )
     keep: int = setting(3, "How many exact checkpoints to keep, besides the best.", group="saving", at_least=1)
+    snapshot_memory: int = setting(
+        512,
+        "Memory for the last updates, kept to rewind to, in MB; on disk once the run ends. 0 = only checkpoints.",
+        group="saving",
+        at_least=0,
+        live=True,
+    )
     adapter_path: str | None = setting(
         None, "Folder for the adapter. null = adapters/<name of the run>.", group="saving"
     )

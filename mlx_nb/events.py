@@ -47,7 +47,8 @@ class StepCompleted(Event):
     learning_rate    the rate this update used
     gradient_norm    L2 norm before clipping
     target_tokens    units of the loss: target tokens, pairs, answers, completions;  tokens: all without padding
-    seconds          wall time of the update;  peak_memory in bytes
+    seconds          wall time of the update
+    peak_memory      bytes at most so far, without the updates that are kept to rewind to
     rows             numbers of the training rows in the update
     row_losses       (row, its mean loss) of each of them, before the update
     """

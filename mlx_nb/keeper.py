@@ -6,8 +6,8 @@ import hashlib
 import json
 import shlex
 import time
-from collections import deque
-from collections.abc import Collection, Iterable
+from collections import Counter, deque
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,12 +30,12 @@ from mlx_nb.view.quantities import headline
 
 if TYPE_CHECKING:
     from mlx_nb.train.checkpoint import Checkpoint, CheckpointStore
+    from mlx_nb.train.parking import Parking
     from mlx_nb.train.trainer import Trainer
 
 CHECKPOINTS = "checkpoints"
 _LENGTHS = {"iters", "epochs"}
 _READABLE = ("device", "mlx version")  # fingerprints that are words and not digests
-RECENT_BYTES = 512 * 1024**2  # of the last steps, kept in memory to rewind to
 
 
 class Keeper:
@@ -43,22 +43,63 @@ class Keeper:
 
     def __init__(self) -> None:
         self._recent: deque[Checkpoint] = deque()
+        self._parked: list[Parking] = []
+        self._holders: Counter[int] = Counter()  # how many of these each array is in, by its id
+        self._bytes = 0  # of all of them, each once
         self._lines: list[str] = []
         self._saved_at = time.monotonic()
         self.saved_step = 0
 
     def remember(self, trainer: Trainer, history: History) -> None:
-        """Keep this step in memory, as many of the last ones as the budget allows. Arrays are shared, not copied."""
+        """Keep this step in memory, and of those before it as many as `snapshot_memory` holds.
+
+        Arrays are shared, not copied: this step's are those of the run itself.
+        """
         snapshot = trainer.snapshot()
-        size = sum(array.nbytes for group in snapshot.arrays.values() for array in group.values())
         self._recent.append(replace(snapshot, state={**snapshot.state, "standing": len(history.standing)}))
-        while len(self._recent) > 1 and len(self._recent) * size > RECENT_BYTES:
-            self._recent.popleft()
+        self._count(snapshot, 1)
+        while len(self._recent) > 1 and self.held_bytes > trainer.config.snapshot_memory * 1024**2:
+            self._count(self._recent.popleft(), -1)
+        trainer.kept_memory = self.held_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """What the snapshots take besides the newest, which is the run as it stands; a shared array counts once."""
+        newest = {id(array): array.nbytes for array in _arrays(self._recent[-1])} if self._recent else {}
+        return self._bytes - sum(newest.values())
+
+    def _count(self, snapshot: Checkpoint, by: int) -> None:
+        """Take note of a snapshot that came (1) or went (-1)."""
+        for array in _arrays(snapshot):
+            before = self._holders[id(array)]
+            self._holders[id(array)] = after = before + by
+            if not (before and after):
+                self._bytes += by * array.nbytes
+            if not after:
+                del self._holders[id(array)]
+
+    def release(self, folder: Path) -> None:
+        """Give back the memory of all steps but the last, which is the run as it stands; they go to disk.
+
+        Where the disk has no room for them they are forgotten, and checkpoints alone are left to rewind to.
+        """
+        from mlx_nb.train.parking import Parking
+
+        if len(self._recent) < 2:
+            return
+        try:
+            self._parked.append(Parking(folder, list(self._recent)[:-1]))
+        except OSError:
+            pass
+        while len(self._recent) > 1:
+            self._count(self._recent.popleft(), -1)
 
     def forget_after(self, step: int) -> None:
-        """Drop what is in memory of the steps after `step`."""
+        """Drop what is kept of the steps after `step`, but for checkpoints."""
         while self._recent and self._recent[-1].step > step:
-            self._recent.pop()
+            self._count(self._recent.pop(), -1)
+        for parking in self._parked:
+            parking.forget_after(step)
 
     @property
     def remembers(self) -> bool:
@@ -66,10 +107,11 @@ class Keeper:
 
     def find(self, step: int, store: CheckpointStore, history: History, now: int) -> Checkpoint:
         """The state of update `step` on the way to update `now`, from memory or disk. Raises CommandError."""
-        recent = next((one for one in reversed(self._recent) if one.step == step), None)
+        recent = next((one for one in reversed(self._recent) if one.step == step), None) or self._find_parked(step)
         if recent is not None:
             return recent
-        there = sorted({info.step for info in store.list()} | {one.step for one in self._recent})
+        parked = {one for parking in self._parked for one in parking.steps}
+        there = sorted({info.step for info in store.list()} | {one.step for one in self._recent} | parked)
         try:
             checkpoint, _ = store.load(step)
         except CheckpointError:
@@ -79,6 +121,12 @@ class Keeper:
         if [event.to_json() for event in before] != [event.to_json() for event in history.standing[: len(before)]]:
             raise CommandError(f"the checkpoint of update {step} is of a branch that was left by a rewind.")
         return checkpoint
+
+    def _find_parked(self, step: int) -> Checkpoint | None:
+        try:
+            return next(filter(None, (parking.find(step) for parking in reversed(self._parked))), None)
+        except OSError:
+            return None
 
     def save(
         self,
@@ -122,6 +170,11 @@ class Keeper:
                 return "final"
             case _:
                 return None
+
+
+def _arrays(snapshot: Checkpoint) -> Iterator[Any]:
+    for group in snapshot.arrays.values():
+        yield from group.values()
 
 
 def refuse_own_folder(config: RunConfig, folder: Path) -> None:

@@ -413,6 +413,8 @@ class Run:
                 self._keeper.remember(trainer, self.history)
             yield event
             yield from self._answer_requests()
+            if isinstance(event, RunFinished):
+                self._keeper.release(self.folder)
             if kind := self._keeper.kind_due(event, self.config.autosave_minutes):
                 try:
                     self.checkpoint(kind)
@@ -692,23 +694,25 @@ class Run:
         `base` answers with the adapter switched off. Temperature 0 is greedy. The run and the user's random stream
         are left as they were.
         """
+        from mlx_nb.model.memory import memory_errors
         from mlx_nb.rollouts.generation import generate_texts
 
         self._refuse_base(base)
         several = not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], Mapping))
         prompts = list(prompt) if several else [prompt]
-        answers = generate_texts(
-            self.model,
-            self.tokenizer,
-            prompts,  # type: ignore[arg-type]
-            base=base,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            seed=seed,
-            rendering=self.material.asking,
-            tools=tools,
-            roles=self.config.roles,
-        )
+        with memory_errors("the model answered", "Fewer prompts at once, or a lower max_tokens, need less."):
+            answers = generate_texts(
+                self.model,
+                self.tokenizer,
+                prompts,  # type: ignore[arg-type]
+                base=base,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                seed=seed,
+                rendering=self.material.asking,
+                tools=tools,
+                roles=self.config.roles,
+            )
         return answers if several else answers[0]
 
     def save(self, path: str | Path | None = None) -> Path:

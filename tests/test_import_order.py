@@ -109,6 +109,7 @@ ORDER = [
     "train.tripwires",
     "train.interrupts",
     "train.checkpoint",
+    "train.parking",
     "train.reference",
     "train.feeds",
     "train.rollout_feed",

@@ -125,6 +125,7 @@ def test_an_update_evaluates_its_parts_with_one_thread_and_a_whole_batch_with_al
     (batch, *_), stepper = run.trainer.next_batches(), run.trainer.stepper
     threads, real = [], mx.eval
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lanes, "_TOKENS_IN_A_LANE", 1)
         patch.setattr(mx, "eval", lambda *arrays: (threads.append(library.threads), real(*arrays)))
         for stepper.lanes in (1, 2):
             stepper.gradients([batch], seed=0)

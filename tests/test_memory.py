@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -267,3 +268,12 @@ assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 299
 
 def test_loading_a_model_leaves_the_number_of_open_files_as_it_was(tiny_folder):
     subprocess.run([sys.executable, "-c", LIMITS, str(tiny_folder)], check=True, timeout=120)
+
+
+def test_looking_at_a_model_s_sizes_draws_nothing_from_the_random_stream():
+    model = tiny_model()
+    model.layers[0].mlp = nn.Sequential(model.layers[0].mlp, nn.Dropout(0.5))
+    model.train()
+    before = mx.random.state[0].tolist()
+    ModelSizes.of(model)
+    assert mx.random.state[0].tolist() == before

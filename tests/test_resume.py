@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -222,9 +223,8 @@ def test_a_rewind_and_another_rate_leave_the_old_branch_visible(tmp_path, tiny_f
     assert again.history.abandoned() == run.history.abandoned()
 
 
-def test_older_steps_are_fetched_from_disk_and_what_is_gone_is_said(tmp_path, tiny_folder, monkeypatch):
-    monkeypatch.setattr("mlx_nb.keeper.RECENT_BYTES", 0)
-    run = rows_run(tmp_path, tiny_folder)
+def test_older_steps_are_fetched_from_disk_and_what_is_gone_is_said(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder, snapshot_memory=0)
     run.run()
     losses = run.history["loss"]
     with pytest.raises(CommandError, match=r"update 3 was not kept\. These can be reached: .*2, 4"):
@@ -234,6 +234,73 @@ def test_older_steps_are_fetched_from_disk_and_what_is_gone_is_said(tmp_path, ti
     run.rewind(to=4)
     run.run()
     assert run.history["loss"] == losses
+
+
+def test_arrays_that_steps_share_count_once_and_those_of_the_run_itself_do_not(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder, iters=8)
+    run.step()
+    one = sum(array.nbytes for group in run.trainer.snapshot().arrays.values() for array in group.values())
+    run.step()
+    keeper = run._keeper
+    # Three steps are in memory: the start, update 1, and update 2, which is the run as it stands.
+    assert one < keeper.held_bytes <= 2 * one
+    distinct = {id(a): a.nbytes for s in list(keeper._recent)[:-1] for g in s.arrays.values() for a in g.values()}
+    newest = {id(array) for group in keeper._recent[-1].arrays.values() for array in group.values()}
+    assert keeper.held_bytes == sum(size for name, size in distinct.items() if name not in newest)
+    before = keeper.held_bytes
+    keeper.remember(run.trainer, run.history)  # the same arrays once more
+    assert keeper.held_bytes == before
+    run.rewind(to=0)
+    assert keeper.held_bytes == 0
+
+
+def test_steps_in_memory_stay_within_their_setting(tmp_path, tiny_folder):
+    data = {"lora_parameters": {"rank": 64, "scale": 1.0, "dropout": 0.0}, "steps_per_eval": -1, "save_every": -1}
+    run = rows_run(tmp_path, tiny_folder, iters=12, snapshot_memory=1, **data)
+    kept = []
+    for event in run.events():
+        if isinstance(event, StepCompleted):
+            kept.append(run._keeper.held_bytes)
+            assert run.trainer.kept_memory == kept[-1] <= 1024**2
+    assert max(kept) > 2 * 1024**2 // 3
+    assert run.step_count - run._keeper._recent[0].step < 12
+    run.set(snapshot_memory=0)  # at any time
+    assert run.config.snapshot_memory == 0
+
+
+def test_steps_in_memory_are_released_when_the_run_ends_and_can_still_be_reached(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder)
+    run.run(until=3)
+    at_three = run.adapter_bytes()
+    run.run()
+    assert run._keeper.held_bytes == 0
+    run.rewind(to=3)
+    assert run.adapter_bytes() == at_three
+    run.run()
+    assert run._keeper.held_bytes == 0
+    run.rewind(to=1)
+    assert run.step_count == 1
+
+
+def test_where_the_disk_has_no_room_for_steps_only_checkpoints_are_left(tmp_path, tiny_folder, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    run = rows_run(tmp_path, tiny_folder)
+    monkeypatch.setattr("mlx_nb.train.parking.tempfile.TemporaryFile", full)
+    run.run()
+    assert run._keeper.held_bytes == 0
+    with pytest.raises(CommandError, match=r"update 3 was not kept\. These can be reached: .*2, 4"):
+        run.rewind(to=3)
+    run.rewind(to=4)  # on disk
+    assert run.step_count == 4
+
+
+def test_peak_memory_is_that_of_training_without_the_steps_that_are_kept(tmp_path, tiny_folder, monkeypatch):
+    run = rows_run(tmp_path, tiny_folder, steps_per_eval=-1)
+    monkeypatch.setattr(mx, "get_peak_memory", lambda: 10**9 + run.trainer.kept_memory)
+    peaks = [event.peak_memory for event in run.events() if isinstance(event, StepCompleted)]
+    assert peaks == [10**9] * 6
 
 
 def test_the_rewind_command(tmp_path, tiny_folder):

@@ -11,6 +11,7 @@ import numpy as np
 from mlx_nb.data.batches import TokenBatch
 from mlx_nb.errors import OutOfMemory
 from mlx_nb.model.memory import available_memory, shortage
+from mlx_nb.model.randomness import random_stream
 
 _WORTH_A_LOOK = 256 * 1024**2  # bytes; less is there or the machine could not run at all
 
@@ -27,8 +28,9 @@ class ModelSizes(NamedTuple):
     def of(cls, model: nn.Module, backbone: object = None) -> ModelSizes:
         """From the shapes of a forward pass that is never computed."""
         token = mx.array([[1]])
-        logits = model(token)
-        hidden = backbone(token) if callable(backbone) else None
+        with random_stream(0):  # dropout would draw from the run's own
+            logits = model(token)
+            hidden = backbone(token) if callable(backbone) else None
         layers = len(getattr(model, "layers", ()))
         return cls(logits.shape[-1], hidden.shape[-1] if hidden is not None else 0, layers, logits.dtype.size)
 

@@ -47,6 +47,7 @@ from mlx_nb.model import adapters
 from mlx_nb.model.adapter_files import START, open_adapter, with_adapter_settings
 from mlx_nb.model.lanes import lane_count
 from mlx_nb.model.logprobs import TargetScorer
+from mlx_nb.model.memory import memory_errors
 from mlx_nb.model.randomness import random_stream, seed_for
 from mlx_nb.model.trained import total_count, trainable_count, trained_words
 from mlx_nb.model.trees import named_arrays
@@ -152,6 +153,8 @@ class Trainer:
         self.finished: RunFinished | None = None
         self._pending: deque[Request] = deque()
         self._due: deque[tuple[str, str]] = deque()
+        self._peaks = (0, 0)  # of all memory, and of what training itself took
+        self.kept_memory = 0  # bytes of earlier updates that are kept to rewind to
         self._started = False
         self._break_off = False
         self._memory_limit = memory_limit
@@ -504,12 +507,19 @@ class Trainer:
             target_tokens=update.units,
             tokens=tokens,
             seconds=seconds,
-            peak_memory=mx.get_peak_memory(),
+            peak_memory=self._peak_memory(),
             epoch=self.feed.plan.epochs(state.batches),
             rows=tuple(dict.fromkeys(rows)),
             metrics=metrics,
             row_losses=tuple(zip(rows, update.row_losses)),
         )
+
+    def _peak_memory(self) -> int:
+        """The most that training took so far, without the earlier updates that are kept to rewind to."""
+        highest, own = self._peaks
+        if (peak := mx.get_peak_memory()) > highest:
+            self._peaks = (peak, max(own, peak - self.kept_memory))
+        return self._peaks[1]
 
     def next_rows(self) -> tuple[int, ...]:
         """The rows of the next update, in the order of its batches."""
@@ -525,11 +535,12 @@ class Trainer:
         Raises OutOfMemory when a batch does not fit.
         """
         evaluating = self._evaluating(split, all_rows)
-        while True:
-            try:
-                next(evaluating)
-            except StopIteration as ended:
-                return ended.value
+        with memory_errors("rows were evaluated", "A lower batch_size or max_seq_length needs less."):
+            while True:
+                try:
+                    next(evaluating)
+                except StopIteration as ended:
+                    return ended.value
 
     def _evaluating(self, split: str, all_rows: bool = False) -> Generator[Event, None, EvaluationCompleted]:
         """The same, with a Progress before each batch."""
