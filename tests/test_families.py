@@ -27,7 +27,7 @@ from test_sampling import assert_training_agrees, sampled
 from tiny import tiny_model, tiny_pairs, tiny_prompts, tiny_rows
 
 EQUAL = ("afm7", "recurrent_gemma")
-TRAINABLE = [family for family in FAMILIES if family != "gemma3n"]
+TRAINABLE = [family for family in FAMILIES if family not in ("gemma3n", "plamo3")]
 # As strings of a tokenizer without much to merge: of one token, short, repeated, and longer than any window here.
 PROMPTS = ["say red", "say green and then blue, and white after that", "say red", "a", "say amber twice"]
 
@@ -274,6 +274,23 @@ def test_a_family_that_computes_otherwise_without_a_cache_is_refused_before_anyt
         assert "lora_a" not in dict(tree_flatten(run.model.parameters()))
     assert [(file.name, file.read_bytes()) for file in folder.iterdir()] == [("adapters.safetensors", b"mine")]
     assert [entry.name for entry in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_family_that_computes_otherwise_past_its_window_is_refused_for_rows_that_go_there(folders, tmp_path):
+    assert cache_doubt(family_model("plamo3")) is None
+    assert cache_doubt(family_model("plamo3"), 6) is None
+    assert cache_doubt(family_model("llama"), 100) is None
+    assert cache_doubt(family_model("plamo3"), 7).startswith("past 6 tokens, its sliding window, its logits")
+    settings = {"adapter_path": str(tmp_path / "adapter"), "batch_size": 1, "prompt_format": "raw"}
+    short = [{"prompt": "ab", "completion": "c"}] * 4
+    for method, rows in (("sft", tiny_rows(4)), ("dpo", tiny_pairs(4)), ("grpo", [{"prompt": "ab"}] * 4)):
+        own = {"rewards": [lambda completions, **_: [0.0 for _ in completions]]} if method == "grpo" else {}
+        with pytest.raises(ModelError, match=r"plamo3 cannot .* past 6 tokens.*max_seq_length"):
+            run_of(folders("plamo3"), method=method, data=rows, **own, **settings).step()
+        assert not (tmp_path / "adapter").exists()
+    run = run_of(folders("plamo3"), data=short, **settings)
+    run.step()
+    run.trainer.close()
 
 
 def test_it_is_named_among_the_notes_and_to_who_asks_it(folders):

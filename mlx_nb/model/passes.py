@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,6 +29,10 @@ _CACHE_TOLERANCE = (1e-3, 0.2)
 _DRAWS = 2
 _FEWEST_TOKENS = 8  # an embedding of fewer rows is not that of a vocabulary
 
+_FEW_TOKENS = 4
+_MOST_LOGITS = 1 << 26  # a quarter of a gigabyte: more is not spent on a window that few rows pass
+
+Asked = ParamSpec("Asked")
 Answer = TypeVar("Answer")
 
 
@@ -40,37 +44,67 @@ class SideBySide(Enum):
     ONE_BY_ONE = "one by one"
 
 
-def _once(question: Callable[[nn.Module], Answer]) -> Callable[[nn.Module], Answer]:
-    """`question`, asked once of each model; the answer is kept for as long as the model lives."""
-    answers: dict[int, tuple[weakref.ref[nn.Module], Answer]] = {}
+def _once(question: Callable[Asked, Answer]) -> Callable[Asked, Answer]:
+    """`question` about a model, asked once in each way; the answer is kept for as long as the model lives."""
+    answers: dict[tuple[Any, ...], tuple[weakref.ref[nn.Module], Answer]] = {}
 
-    def ask(model: nn.Module) -> Answer:
-        number = id(model)
-        if number not in answers:
+    def ask(*args: Asked.args, **kwargs: Asked.kwargs) -> Answer:
+        model: Any = args[0]
+        key = (id(model), *args[1:])
+        if key not in answers:
             with evaluating(model.modules()):
-                answer = question(model)
-            answers[number] = (weakref.ref(model, lambda _gone: answers.pop(number, None)), answer)
-        return answers[number][1]
+                answer = question(*args, **kwargs)
+            answers[key] = (weakref.ref(model, lambda _gone: answers.pop(key, None)), answer)
+        return answers[key][1]
 
     return ask
 
 
-@_once
-def cache_doubt(model: nn.Module) -> str | None:
+def cache_doubt(model: nn.Module, longest: int = 0) -> str | None:
     """In what the pass without a cache, which training takes, is not the pass with one, which answers take.
 
-    None when they agree, or when the model takes no cache. The model, its modes and `mx.random` stay as they are.
+    None when they agree on a few tokens, and past the smallest sliding window where rows of `longest` tokens go there;
+    also when the model takes no cache. The model, its modes and `mx.random` stay as they are.
     """
+    doubt = _doubt_over(model, _FEW_TOKENS)
+    if doubt is not None:
+        return doubt
+    window = _smallest_window(model)
+    if window is None or window >= longest or (window + 2) * _vocabulary(model) > _MOST_LOGITS:
+        return None
+    doubt = _doubt_over(model, window + 2)
+    return None if doubt is None else f"past {window} tokens, its sliding window, {doubt}"
+
+
+def doubt_note(model: nn.Module) -> str | None:
+    """One line for who asks such a model for answers, None when there is nothing to say."""
+    doubt = cache_doubt(model)
+    return None if doubt is None else f"{family_of(model)} answers, but cannot be trained with this mlx-lm: {doubt}."
+
+
+def refuse_cache_doubt(model: nn.Module, longest: int = 0) -> None:
+    """Raises ModelError, by the family's name, for a model whose training would not be of the model that answers."""
+    doubt = cache_doubt(model, longest)
+    if doubt is None:
+        return
+    advice = "Choose another model." if cache_doubt(model) else "Choose shorter rows (max_seq_length) or another model."
+    raise ModelError(f"{family_of(model)} cannot be trained with this mlx-lm: {doubt}. {advice}")
+
+
+@_once
+def _doubt_over(model: nn.Module, count: int) -> str | None:
+    """The same on rows of so many tokens, the last of which are read one after the other."""
     differences = []
     for draw in range(_DRAWS):
-        row = _random_tokens(model, 4, draw)
+        row = _random_tokens(model, count, draw)
         try:
             whole_TV = _logits(model(mx.array([row])))[0]
         except Exception as error:  # whatever a family's own code raises
             return f"a pass without a cache, as training needs it, fails ({_one_line(error)})"
         try:
             alone = _Alone(model)
-            cached_TV = np.concatenate([alone.read(row[:3]), alone.read(row[3:])])
+            singly = 1 if count == _FEW_TOKENS else 2
+            cached_TV = np.concatenate([alone.read(row[:-singly]), *(alone.read([token]) for token in row[-singly:])])
         except Exception:
             return None
         differences.append(_difference(cached_TV, whole_TV))
@@ -80,19 +114,6 @@ def cache_doubt(model: nn.Module) -> str | None:
         "its logits without a cache, as training computes them, are not those with one, as answers are computed "
         f"(they differ by {min(differences):.1%} of their spread)"
     )
-
-
-def doubt_note(model: nn.Module) -> str | None:
-    """One line for who asks such a model for answers, None when there is nothing to say."""
-    doubt = cache_doubt(model)
-    return None if doubt is None else f"{family_of(model)} answers, but cannot be trained with this mlx-lm: {doubt}."
-
-
-def refuse_cache_doubt(model: nn.Module) -> None:
-    """Raises ModelError, by the family's name, for a model whose training would not be of the model that answers."""
-    doubt = cache_doubt(model)
-    if doubt is not None:
-        raise ModelError(f"{family_of(model)} cannot be trained with this mlx-lm: {doubt}. Choose another model.")
 
 
 @_once
@@ -213,11 +234,37 @@ def _step_difference(model: nn.Module, beside: Sequence[_Row], caches: list[Any]
     return _difference(beside_BV, np.stack(alone_BV))
 
 
+def _smallest_window(model: nn.Module) -> int | None:
+    """How many tokens the model's narrowest cache holds, None where none forgets."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    def sizes(caches: Sequence[Any]) -> Iterator[int]:
+        for cache in caches:
+            yield from sizes(getattr(cache, "caches", ()))
+            size = getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None)
+            if size is not None:
+                yield int(size)
+
+    try:
+        return min(sizes(make_prompt_cache(model)), default=None)
+    except Exception:  # it takes no cache
+        return None
+
+
+def _vocabulary(model: nn.Module) -> int:
+    """The rows of its largest embedding."""
+    return max(_embedding_sizes(model), default=_FEWEST_TOKENS)
+
+
+def _embedding_sizes(model: nn.Module) -> list[int]:
+    kinds = (nn.Embedding, nn.QuantizedEmbedding)
+    return [module.weight.shape[0] for module in model.modules() if isinstance(module, kinds)]
+
+
 def _random_tokens(model: nn.Module, count: int, draw: int) -> list[int]:
     """Ids that every embedding of the model has, 0 left out: it is often a padding that models treat apart."""
-    kinds = (nn.Embedding, nn.QuantizedEmbedding)
-    sizes = [module.weight.shape[0] for module in model.modules() if isinstance(module, kinds)]
-    limit = min((size for size in sizes if size >= _FEWEST_TOKENS), default=_FEWEST_TOKENS)
+    sizes = [size for size in _embedding_sizes(model) if size >= _FEWEST_TOKENS]
+    limit = min(sizes, default=_FEWEST_TOKENS)
     return np.random.default_rng([draw, count]).integers(1, limit, count).tolist()
 
 

@@ -48,6 +48,7 @@ from mlx_nb.model.adapter_files import START, open_adapter, with_adapter_setting
 from mlx_nb.model.lanes import lane_count
 from mlx_nb.model.logprobs import TargetScorer
 from mlx_nb.model.memory import memory_errors
+from mlx_nb.model.passes import refuse_cache_doubt
 from mlx_nb.model.randomness import random_stream, seed_for
 from mlx_nb.model.trained import total_count, trainable_count, trained_words
 from mlx_nb.model.trees import named_arrays
@@ -113,12 +114,19 @@ class TrainerExamples:
     test: Sequence[Any] = ()
 
 
+def _longest(config: RunConfig, examples: Sequence[Any]) -> int:
+    """Tokens of the longest row, with the completion that a prompt may get."""
+    said = config.max_completion_length if method_named(config.method).rows == "prompts" else 0
+    return max(len(part.tokens) for example in examples for part in example.sequences) + said
+
+
 class Trainer:
     """Trains `model` in place. `events()` yields what happens; control is the caller's between any two events.
 
     The adapter is attached here and taken out by `close`. Requests are read at step boundaries only.
     `base` is the `base_identity` that saved adapters are to carry. `from_checkpoint` says that `restore` comes next, so
-    that the adapter in `resume_adapter_file` is not read again. Raises DataError without training rows.
+    that the adapter in `resume_adapter_file` is not read again. Raises DataError without training rows, ModelError for
+    a model whose pass in training is not the one of its answers.
     """
 
     def __init__(
@@ -142,6 +150,7 @@ class Trainer:
         if not examples.train:
             raise DataError("no training row is left. `%finetune rows` shows why each one was left out.")
         config = config if from_checkpoint else with_adapter_settings(config)
+        refuse_cache_doubt(model, _longest(config, examples.train))
         self.config = config
         self.model = model
         self._base = base
