@@ -17,9 +17,9 @@ from mlx_nb.data.batches import TokenBatch, pad
 from mlx_nb.errors import OutOfMemory
 from mlx_nb.events import RunFailed
 from mlx_nb.model import backend, batch_memory, loading, memory
-from mlx_nb.model.adapters import trainable_count
 from mlx_nb.model.batch_memory import ModelSizes, least_bytes
 from mlx_nb.model.logprobs import TargetScorer, target_inputs
+from mlx_nb.model.trained import trainable_count
 from mlx_nb.train.tripwires import out_of_memory
 from test_methods import run_of, settings_for
 from tiny import VOCABULARY, random_examples, tiny_model
