@@ -121,19 +121,15 @@ def _print_rows(config: RunConfig, split: str, wanted: int | None) -> int:
     import json
 
     from mlx_nb.data.checks import row_record, stops_a_run
-    from mlx_nb.data.examples import Examples, ExampleSettings
     from mlx_nb.data.token_counts import sampled_rows
-    from mlx_nb.methods import method_named
-    from mlx_nb.model.loading import load_tokenizer, model_folder
     from mlx_nb.run import Run
 
-    source = getattr(Run(config).splits, split)
-    if source is None:
+    run = Run(config)
+    if getattr(run.splits, split) is None:
         raise DataError(f"{config.data} has no {split} split. Give another --split, or val_set_size=0.1.")
-    tokenizer = load_tokenizer(model_folder(config.model), config.chat_template)
-    examples = Examples(source, tokenizer, ExampleSettings.of(config), method_named(config.method).rows)
+    examples = run.rows(split).examples
     stopped, trained = False, 0
-    for row in sampled_rows(len(source), wanted).tolist():
+    for row in sampled_rows(len(examples), wanted).tolist():
         view = examples.view(row)
         stopped = stopped or stops_a_run(view, examples.settings)
         trained += view.error is None

@@ -7,10 +7,14 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mlx_nb.config import RunConfig
 from mlx_nb.data.examples import Examples, ExampleSettings, LeftOut, RowView, split_examples, trains_plain_text
+from mlx_nb.data.limits import ModelLimits
 from mlx_nb.data.rendering import CHAT, RAW, Rendering, has_chat_template
 from mlx_nb.data.sources import Splits, open_splits
+from mlx_nb.data.token_counts import longest
 from mlx_nb.errors import CommandError, DataError, MlxNbError, did_you_mean
 from mlx_nb.keeper import fingerprints
 from mlx_nb.methods import method_named
@@ -44,6 +48,7 @@ class Material:
 
         other = Material(config, self.namespace)
         other.loaded, other.splits, other.left_out = twin(self.loaded), self.splits, self.left_out
+        other.limits = self.limits
         other.reference = self.reference
         other.examples = self.examples
         if config.test and not self.config.test:
@@ -84,6 +89,14 @@ class Material:
         return self.loaded.tokenizer if "loaded" in self.__dict__ else self._tokenizer_alone
 
     @cached_property
+    def limits(self) -> ModelLimits:
+        """What the model, and a reference model beside it, can read. Reads no weights."""
+        from mlx_nb.model.limits import limits_by_name
+
+        found, other = limits_by_name(self.config.model), self.config.reference_model
+        return found if other is None else found.within(limits_by_name(other))
+
+    @cached_property
     def asking(self) -> Rendering:
         """How a text that the model is asked is written: as its training rows are.
 
@@ -121,7 +134,7 @@ class Material:
         if source is None:
             raise DataError(f"these data have no {split} split.")
         kind = method_named(self.config.method).rows
-        return Rows(Examples(source, self.tokenizer, ExampleSettings.of(self.config), kind), split)
+        return Rows(Examples(source, self.tokenizer, ExampleSettings.of(self.config, self.limits), kind), split)
 
     @cached_property
     def examples(self) -> TrainerExamples:
@@ -199,6 +212,7 @@ class Material:
                 cut = sum(1 for example in examples.train if example.dropped_tokens)
                 if cut:
                     notes.append(f"{cut} training rows were cut to max_seq_length={self.config.max_seq_length}.")
+                notes += self._context_notes(examples.train)
         return notes
 
     def adapter_notes(self, allow_changed: Collection[str]) -> list[str]:
@@ -221,6 +235,18 @@ class Material:
             notes += check_base(adapter, other or config.model, folder, config.load_in_bits, allow_changed)
         return notes
 
+    def _context_notes(self, examples: Sequence[Any]) -> list[str]:
+        """That training rows are longer than the model was made for."""
+        context = self.limits.context
+        more = ExampleSettings.of(self.config).completion
+        beyond = [example for example in examples if context is not None and longest([example]) + more > context]
+        if not beyond:
+            return []
+        return [
+            f"{len(beyond)} training rows are longer than the {context} tokens that the model was made for, the first "
+            f"row {beyond[0].row}, the longest {longest(beyond) + more} tokens: lower max_seq_length."
+        ]
+
     @cached_property
     def fingerprints(self) -> dict[str, Any]:
         """What the numbers of a run depend on besides its settings, by name."""
@@ -242,6 +268,7 @@ class Material:
         said = row.rejected if rejected else row.conversation
         if said is None:
             raise DataError(f"{row.error or f'row {row.row} is no pair.'} It has no tokens to measure.")
+        self.limits.require(said.tokens, np.ones(len(said.tokens)), name=f"row {row.row}")
         model = self.base_model if base else self.loaded.model
         model.eval()
         return TargetScorer(model).token_losses(said.tokens)

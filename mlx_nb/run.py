@@ -238,7 +238,7 @@ class Run:
         All rows are read; `rows` of each split (None = all) are tokenised.
         """
         kind = method_named(self.config.method).rows
-        return check_data(self.splits, self.tokenizer, self.config, rows=rows, kind=kind)
+        return check_data(self.splits, self.tokenizer, self.config, rows=rows, kind=kind, limits=self.material.limits)
 
     @property
     def left_out(self) -> dict[str, list[LeftOut]]:
@@ -430,12 +430,14 @@ class Run:
         """Answer questions and go back, at this boundary. What cannot be done is said and changes nothing."""
         while self._questions:
             question = self._questions.pop(0)
+            text = ""
             try:
                 for tokens, text in enumerate(self.material.stream(question)):
                     question.told(text, False)
                     yield Progress(self.step_count, "answer", tokens, question.max_tokens)
             except DataError as error:
                 text = f"not asked: {error}"
+                self._tell(RequestRefused(self.step_count, text))
             question.told(text, True)
         while self._rewind_requests:
             try:

@@ -16,6 +16,7 @@ from mlx_nb.data.batches import updates_until
 from mlx_nb.data.chat_template import TokenizedConversation, row_remarks
 from mlx_nb.data.examples import ExampleSettings, RowView
 from mlx_nb.data.findings import ERROR, LISTED_ROWS, SEVERITIES, Collector, Finding, RowList, finding, in_order
+from mlx_nb.data.limits import UNLIMITED, ModelLimits
 from mlx_nb.data.preference_rows import LabelledRow
 from mlx_nb.data.rendering import CHAT, FORMAT_WORDS
 from mlx_nb.data.row_reading import Overlap, SplitReading, read_splits
@@ -120,18 +121,25 @@ class DataCheck:
 
 
 def check_data(
-    splits: Splits, tokenizer: Any, config: RunConfig, *, rows: int | None = SAMPLED_ROWS, kind: str = "tokens"
+    splits: Splits,
+    tokenizer: Any,
+    config: RunConfig,
+    *,
+    rows: int | None = SAMPLED_ROWS,
+    kind: str = "tokens",
+    limits: ModelLimits = UNLIMITED,
 ) -> DataCheck:
     """Check the rows of all splits as a run with these settings would see them.
 
-    kind  what the training method takes: tokens, pairs, labels or prompts
-    rows  how many rows of each split are tokenised; None = all. Everything else looks at every row.
+    kind    what the training method takes: tokens, pairs, labels or prompts
+    limits  what the model can read
+    rows    how many rows of each split are tokenised; None = all. Everything else looks at every row.
 
     Never raises for a bad row. Raises DataError when the data change while they are read, and for `prompt_format: chat`
     without a chat template.
     """
     sources = {name: source for name in _SPLITS if (source := getattr(splits, name)) is not None}
-    settings = ExampleSettings.of(config).resolved(tokenizer)
+    settings = ExampleSettings.of(config, limits).resolved(tokenizer)
     readings, overlaps = read_splits(sources, settings, kind)
     findings: list[Finding] = []
     checks: list[SplitCheck] = []

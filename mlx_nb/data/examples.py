@@ -187,9 +187,13 @@ def examples_of(
 ) -> Sequence[Example]:
     """The example of a row within `max_seq_length`, or those of a split text; without what comes from other rows.
 
-    Raises DataError when nothing is left to train on, TooLong with `truncate: error`. Neither names the row.
+    Raises DataError when nothing is left to train on, TooLong with `truncate: error`, OutsideVocabulary and
+    BeyondPositions for what the model cannot read. None names the row.
     """
-    return _KINDS[kind].cut(content, said, row, settings)
+    examples = _KINDS[kind].cut(content, said, row, settings)
+    for sequence in (sequence for example in examples for sequence in example.sequences):
+        settings.limits.require(sequence.tokens, sequence.loss_mask, more=settings.completion)
+    return examples
 
 
 def _row_error(row: int, error: DataError) -> str:

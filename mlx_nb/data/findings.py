@@ -31,6 +31,11 @@ KINDS: dict[str, Kind] = {
         "rows over max_seq_length, with `truncate: error`",
         "Raise max_seq_length, or set truncate to right, left or drop.",
     ),
+    "outside_vocabulary": Kind(
+        ERROR,
+        "rows with tokens that the model does not have, left out",
+        "Use the tokenizer that the model was trained with, or take the tokens out of the rows.",
+    ),
     "nothing_to_train": Kind(ERROR, "not one row can be trained", "See below why rows are refused or left out."),
     "refused": Kind(
         WARNING,
@@ -44,6 +49,16 @@ KINDS: dict[str, Kind] = {
     ),
     "long_left_out": Kind(
         WARNING, "rows over max_seq_length, left out", "Raise max_seq_length, or set another `truncate`."
+    ),
+    "beyond_positions": Kind(
+        WARNING,
+        "rows longer than the positions that the model has learned, left out",
+        "Lower max_seq_length to that number to cut them, or shorten the rows.",
+    ),
+    "beyond_context": Kind(
+        WARNING,
+        "rows longer than the model was made for",
+        "Lower max_seq_length, or set rope_scaling in the model's config.json: far positions are new to the model.",
     ),
     "dropped": Kind(
         NOTE, "rows over max_seq_length, left out by `truncate: drop`", "Raise max_seq_length to train them."

@@ -212,7 +212,8 @@ def _spliced(asked: LabelledExample, answered: LabelledExample, settings: Exampl
     own, other, start = asked.example, answered.example, answered.prompt_length
     tokens = np.concatenate([own.tokens[: asked.prompt_length], other.tokens[start:]])
     loss_mask = np.concatenate([np.zeros(asked.prompt_length, np.float32), other.loss_mask[start:]])
-    dropped = max(0, len(tokens) - settings.max_seq_length)
+    longest = min(settings.max_seq_length, settings.limits.positions or settings.max_seq_length)
+    dropped = max(0, len(tokens) - longest)
     kept = slice(dropped, None) if settings.truncate == "left" else slice(0, len(tokens) - dropped)
     tokens, loss_mask = tokens[kept], loss_mask[kept]
     loss_mask[0] = 0

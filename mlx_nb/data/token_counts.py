@@ -14,6 +14,7 @@ from mlx_nb.data.chat_template import written_sentences
 from mlx_nb.data.control_tokens import control_tokens
 from mlx_nb.data.examples import Conversations, Example, examples_of, tokenize_as
 from mlx_nb.data.findings import Collector, RowTally
+from mlx_nb.data.limits import BeyondPositions, OutsideVocabulary
 from mlx_nb.data.preference_rows import NothingToPrefer
 from mlx_nb.data.row_kinds import AnyRow, recognise_as
 from mlx_nb.data.rows import TextRow
@@ -23,6 +24,12 @@ from mlx_nb.data.token_examples import ExampleSettings, TooLong
 from mlx_nb.errors import DataError, MaskRefused
 
 _BARS = 24
+_KINDS_OF_ERRORS = {
+    NothingToPrefer: "identical_answers",
+    TooLong: "too_long",
+    OutsideVocabulary: "outside_vocabulary",
+    BeyondPositions: "beyond_positions",
+}
 _QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
 
 
@@ -122,6 +129,7 @@ def count_tokens(
         counts.trainable += 1
         counts.examples += len(examples)
         _count_examples(examples, row, counts, collector)
+        _collect_context(examples, row, settings, collector)
     return counts
 
 
@@ -135,6 +143,17 @@ def _count_examples(examples: Sequence[Example], row: int, counts: TokenCounts, 
         reason = f"{dropped:,} of {tokens + dropped:,} tokens are cut"
         counts.truncated.add(row, reason)
         collector.add("truncated", row, reason)
+
+
+def _collect_context(examples: Sequence[Example], row: int, settings: ExampleSettings, collector: Collector) -> None:
+    length, context = longest(examples) + settings.completion, settings.limits.context
+    if context is not None and length > context:
+        collector.add("beyond_context", row, f"{length:,} tokens", remark=f"it was made for {context:,}")
+
+
+def longest(examples: Sequence[Example]) -> int:
+    """Tokens of the longest sequence that the model reads for these examples; 0 without any."""
+    return max((len(sequence.tokens) for example in examples for sequence in example.sequences), default=0)
 
 
 def _compare_answers(said: Conversations, counts: TokenCounts) -> None:
@@ -167,10 +186,9 @@ def _collect_refusal(error: DataError, row: int, counts: TokenCounts, collector:
 
 def _why_left_out(error: DataError, kind: str, settings: ExampleSettings) -> str:
     """The kind of finding that a row which makes no example is: too long, or a pair of the same tokens."""
-    if isinstance(error, NothingToPrefer):
-        return "identical_answers"
-    if isinstance(error, TooLong):
-        return "too_long"
+    for raised, found in _KINDS_OF_ERRORS.items():
+        if isinstance(error, raised):
+            return found
     if settings.truncate == "drop":
         return "dropped"
     return "long_left_out" if settings.truncate == "split" or kind == "prompts" else "reply_cut_away"

@@ -14,10 +14,12 @@ from mlx_nb.data.chat_template import (
     tokenize_prompt_completion,
     tokenize_text,
 )
+from mlx_nb.data.limits import UNLIMITED, ModelLimits
 from mlx_nb.data.rendering import AS_USUAL, Rendering
 from mlx_nb.data.row_values import Columns
 from mlx_nb.data.rows import ChatRow, PromptCompletionRow, Row, TextRow, raw_strings
 from mlx_nb.errors import DataError, MaskRefused
+from mlx_nb.methods import method_named
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +58,10 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class ExampleSettings:
-    """The settings that decide how a row becomes an example."""
+    """The settings that decide how a row becomes an example.
+
+    `limits` are those of the model that reads it, and `completion` the most tokens that it then writes itself.
+    """
 
     loss_on: str
     max_seq_length: int
@@ -64,9 +69,11 @@ class ExampleSettings:
     columns: Columns
     stride: int = 0
     rendering: Rendering = AS_USUAL
+    limits: ModelLimits = UNLIMITED
+    completion: int = 0
 
     @classmethod
-    def of(cls, config: RunConfig) -> ExampleSettings:
+    def of(cls, config: RunConfig, limits: ModelLimits = UNLIMITED) -> ExampleSettings:
         columns = Columns(
             messages=config.chat_feature,
             prompt=config.prompt_feature,
@@ -81,7 +88,9 @@ class ExampleSettings:
             roles=config.roles,
         )
         rendering = Rendering.of(config)
-        return cls(config.loss_on, config.max_seq_length, config.truncate, columns, config.stride, rendering)
+        completion = config.max_completion_length if method_named(config.method).rows == "prompts" else 0
+        cut = (config.loss_on, config.max_seq_length, config.truncate)
+        return cls(*cut, columns, config.stride, rendering, limits, completion)
 
     def resolved(self, tokenizer: object) -> ExampleSettings:
         """With the format of strings decided for this tokenizer. Raises DataError as `Rendering.resolved`."""

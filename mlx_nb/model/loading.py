@@ -77,8 +77,8 @@ def load_model(model: str, *, load_in_bits: int | None = None, chat_template: st
     for weights that are NaN or infinite, naming the tensor; OutOfMemory where the model does not fit.
     """
     folder = model_folder(model)
-    with random_stream(0):  # mlx draws start values for every module, only to overwrite them
-        network, tokenizer, config = _load_folder(folder)
+    network, config = load_skeleton(folder)
+    tokenizer = load_tokenizer(folder)
     if bad := not_finite(dict(named_arrays(network.parameters()))):
         raise ModelError(
             f"the weights in {folder} are damaged: {bad}. No rows and no setting can mend that: download or convert "
@@ -150,15 +150,17 @@ def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
     return tokenizer
 
 
-def _load_folder(folder: Path) -> tuple[nn.Module, Any, dict[str, Any]]:
+def load_skeleton(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a folder, of which no weight was read yet, and its config.json. Raises ModelError."""
     import_mlx_lm()
     from mlx_lm.utils import load_model as load_with_mlx_lm
 
     try:
-        network, config = load_with_mlx_lm(folder, lazy=True)
+        with random_stream(0):  # mlx draws start values for every module, only to overwrite them
+            network, config = load_with_mlx_lm(folder, lazy=True)
     except Exception as error:
         raise ModelError(f"the model in {folder} cannot be loaded: {_one_line(error)}") from None
-    return network, load_tokenizer(folder), config
+    return network, config
 
 
 def _checked_folder(folder: Path) -> Path:

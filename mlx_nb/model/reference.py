@@ -13,9 +13,11 @@ import mlx.nn as nn
 
 from mlx_nb.config import RunConfig
 from mlx_nb.errors import ConfigError, ModelError
+from mlx_nb.methods import method_named
 from mlx_nb.model import adapters
 from mlx_nb.model.adapter_files import REFERENCE, START, AdapterFile, open_adapter, shape_of
 from mlx_nb.model.fingerprint import weights_fingerprint
+from mlx_nb.model.limits import limits_of
 from mlx_nb.model.loading import LoadedModel, model_folder
 from mlx_nb.model.logprobs import TargetScorer
 from mlx_nb.model.randomness import random_stream
@@ -74,6 +76,14 @@ def _other_model(config: RunConfig, loaded: LoadedModel) -> nn.Module:
             f"reference_model: {config.reference_model} has another vocabulary than {config.model} ({len(theirs)} and "
             f"{len(ours)} tokens), so their log-probabilities cannot be compared. Choose one with the same tokenizer."
         )
+    if method_named(config.method).rows == "prompts":
+        # Rows are checked one by one, but what the policy writes can be any token that it has a logit for.
+        known, written = limits_of(other.model).ids, limits_of(loaded.model).targets
+        if known is not None and written is not None and known < written:
+            raise ModelError(
+                f"reference_model: {config.reference_model} has embeddings for {known} tokens, and {config.model} can "
+                f"write {written}. Choose one of the same size."
+            )
     return other.model
 
 

@@ -32,10 +32,11 @@ class Completion:
 
 @dataclass(eq=False)
 class Row:
-    """One completion as it grows. `launched` counts the tokens asked of the device, `tokens` those that came."""
+    """One completion as it grows, to `most` tokens. `launched` counts those asked of the device, `tokens` what came."""
 
     number: int
     prompt_index: int
+    most: int
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     launched: int = 0
@@ -98,7 +99,7 @@ class Endings:
         # Every token but a special one is a byte or more; the spare ones keep the window's edge off the stop string.
         self._window = max((len(text.encode()) for text in stop), default=0) + 4
 
-    def judge(self, row: Row, max_tokens: int) -> None:
+    def judge(self, row: Row) -> None:
         """After a new token: mark the row as ended when it is, and give it its text."""
         if row.tokens[-1] in self._tokenizer.eos_token_ids:
             row.ended = row.finished = True
@@ -109,7 +110,7 @@ class Endings:
             if end is not None:
                 row.ended = row.finished = True
                 row.text = text[:end]
-        if not row.ended and len(row.tokens) == max_tokens:
+        if not row.ended and len(row.tokens) == row.most:
             row.ended = True
             row.text = self._tokenizer.decode(row.tokens)
 

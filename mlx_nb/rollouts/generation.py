@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.nn as nn
+import numpy as np
 
 from mlx_nb.data.prompt_examples import prompt_tokens
 from mlx_nb.data.rendering import AS_USUAL, Rendering
 from mlx_nb.data.row_values import AUTOMATIC
 from mlx_nb.errors import CommandError
 from mlx_nb.model.adapters import without_adapters
+from mlx_nb.model.limits import limits_of
 from mlx_nb.model.passes import doubt_note
 from mlx_nb.model.randomness import seed_for
 from mlx_nb.rollouts.sampling import SamplingSettings, sample_each
@@ -54,18 +56,20 @@ def generate_texts(
     A prompt is a list of messages, or a text: a user message, or where `rendering` says raw a text to be continued.
     Messages, `tools` and `roles` are read and rendered like those of rows. `base` switches the adapter off. Above
     temperature 0 the first of a list is what its prompt alone gives, and a prompt that is repeated gets other answers.
-    The model's adapter, its modes and the user's random stream are as before afterwards. Raises DataError for a prompt
-    without tokens, CommandError for no tokens to say.
+    The model's adapter, its modes and the user's random stream are as before afterwards. An answer ends where the
+    model's learned positions do. Raises DataError for a prompt without tokens or with what the model cannot read,
+    CommandError for no tokens to say.
     """
     from mlx_lm.generate import wired_limit
 
     if max_tokens < 1:
         raise CommandError(f"cannot answer in {max_tokens} tokens. Give max_tokens of 1 or more.")
     tokens = [prompt_tokens(tokenizer, prompt, tools, rendering, roles) for prompt in prompts]
+    room = _room(model, tokens, max_tokens)
     _tell_doubt(model)
     with without_adapters(model) if base else nullcontext(), wired_limit(model):
         settings = SamplingSettings(max_tokens, temperature)
-        completions = sample_each(model, tokenizer, tokens, settings, seed_for(seed, "generate"))
+        completions = sample_each(model, tokenizer, tokens, settings, seed_for(seed, "generate"), room)
     return [_text(tokenizer, completion.tokens.tolist()) for completion in completions]
 
 
@@ -82,13 +86,14 @@ def _text(tokenizer: Any, tokens: Sequence[int]) -> str:
 def stream_text(
     model: nn.Module, tokenizer: Any, prompt: Prompt, max_tokens: int, rendering: Rendering = AS_USUAL
 ) -> Iterator[str]:
-    """The greedy answer to one prompt as it grows: all of it so far, after each token."""
+    """The greedy answer to one prompt as it grows: all of it so far, after each token. Raises as `generate_texts`."""
     from mlx_lm import stream_generate
 
     _tell_doubt(model)
     text = ""
     tokens = prompt_tokens(tokenizer, prompt, rendering=rendering)
-    for part in stream_generate(model, tokenizer, tokens, max_tokens=max_tokens):
+    (room,) = _room(model, [tokens], max_tokens)
+    for part in stream_generate(model, tokenizer, tokens, max_tokens=room):
         text += part.text
         yield text
 
@@ -96,3 +101,13 @@ def stream_text(
 def _tell_doubt(model: nn.Module) -> None:
     if (note := doubt_note(model)) is not None:
         warnings.warn(note, stacklevel=4)  # the line that asked the run
+
+
+def _room(model: nn.Module, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[int]:
+    """How many tokens each answer may have: `max_tokens`, or as many as the model has positions left."""
+    limits = limits_of(model)
+    for number, tokens in enumerate(prompts):
+        limits.require(np.asarray(tokens), more=1, name="the prompt" if len(prompts) == 1 else f"prompt {number}")
+    if limits.positions is None:
+        return [max_tokens] * len(prompts)
+    return [min(max_tokens, limits.positions - len(tokens)) for tokens in prompts]

@@ -70,11 +70,19 @@ def sample_groups(
 
 
 def sample_each(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], settings: SamplingSettings, seed: int
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    settings: SamplingSettings,
+    seed: int,
+    room: Sequence[int] = (),
 ) -> list[Completion]:
-    """One completion of each prompt, whatever its model's caches are. Raises DataError for a prompt without tokens."""
+    """One completion of each prompt, whatever its model's caches are, none longer than its `room` if given.
+
+    Raises DataError for a prompt without tokens.
+    """
     _refuse_empty(prompts)
-    sampling = _sample(model, tokenizer, prompts, 1, settings, seed, _ROWS_AT_ONCE)
+    sampling = _sample(model, tokenizer, prompts, 1, settings, seed, _ROWS_AT_ONCE, room)
     while True:
         try:
             next(sampling)
@@ -96,8 +104,11 @@ def _sample(
     settings: SamplingSettings,
     seed: int,
     rows_at_once: int,
+    room: Sequence[int] = (),
 ) -> Generator[int, None, list[Completion]]:
-    rows = [Row(number, index) for number, index in enumerate(np.repeat(np.arange(len(prompts)), group_size).tolist())]
+    most = [min(settings.max_tokens, tokens) for tokens in room] or [settings.max_tokens] * len(prompts)
+    indices_of_rows = np.repeat(np.arange(len(prompts)), group_size).tolist()
+    rows = [Row(number, index, most[index]) for number, index in enumerate(indices_of_rows)]
     together = side_by_side(model) if len(rows) > 1 else SideBySide.ONE_BY_ONE
     waiting = Waiting(rows, [len(prompt) for prompt in prompts], together, rows_at_once)
     uniforms = _uniforms(seed, len(rows), settings.max_tokens)
@@ -203,7 +214,7 @@ class _Batch:
                 row.tokens.append(token)
                 row.logprobs.append(logprob)
                 self.drawn += 1
-                self._endings.judge(row, self._settings.max_tokens)
+                self._endings.judge(row)
         if self.growing <= 0.75 * len(self._rows):
             self._drop_ended()
 

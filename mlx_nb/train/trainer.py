@@ -304,7 +304,10 @@ class Trainer:
             case "validate":
                 return (yield from self._validate())
             case "sample":
-                return (yield from self._sample(how)), []
+                try:
+                    return (yield from self._sample(how)), []
+                except DataError as error:  # the prompt is one that the model cannot read
+                    return RequestRefused(self.state.step, f"sample {how!r}: {error}"), []
             case "save":
                 return self._save(how), []
             case "test":

@@ -1,0 +1,116 @@
+"""What a model can read, found by giving it a few tokens and looking at what reaches its embeddings.
+
+A table that gets the ids as they are is one of tokens, one that gets their places is one of positions. mlx is lazy, so
+nothing of the model itself is computed, and no weight is read from disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_unflatten
+
+from mlx_nb.data.limits import ModelLimits
+from mlx_nb.errors import ModelError
+from mlx_nb.model.loading import load_skeleton, model_folder
+
+_PROBE = (5, 2, 7, 3, 1)
+
+
+class _Witness(nn.Module):
+    """An embedding that tells which ids it was asked for, and reads no row that it does not have."""
+
+    def __init__(self, table: nn.Module, tell: Callable[[mx.array], None]) -> None:
+        super().__init__()
+        self.table = table
+        self._tell = tell
+
+    def __call__(self, ids: mx.array, *arguments: Any, **named: Any) -> mx.array:
+        self._tell(ids)
+        return self["table"](mx.clip(ids, 0, self["table"].weight.shape[0] - 1), *arguments, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self or "table" not in self:
+            return super().__getattr__(name)
+        return getattr(self["table"], name)
+
+
+def limits_of(model: nn.Module, description: Mapping[str, Any] | None = None) -> ModelLimits:
+    """What `model` can read; `description` is its config.json. The model is as before afterwards."""
+    tables = {path: module for path, module in model.named_modules() if _is_table(module)}
+    probe = np.array(_PROBE)
+    asked, logits = _asked(model, tables, probe)
+    rows = {path: tables[path].weight.shape[0] for path in tables}
+    of_tokens = [path for path, ids in asked.items() if np.array_equal(ids, probe)]
+    starts = {path: int(ids[0]) for path, ids in asked.items() if np.array_equal(ids - ids[0], np.arange(len(probe)))}
+    if len({rows[path] for path in of_tokens}) > 1:
+        # One with fewer rows may be meant for some ids alone: then the others never reach it.
+        largest = np.full(len(probe), max(rows[path] for path in of_tokens) - 1)
+        reached, _ = _asked(model, tables, largest)
+        of_tokens = [path for path in of_tokens if path in reached and np.array_equal(reached[path], largest)]
+    return ModelLimits(
+        ids=min((rows[path] for path in of_tokens), default=None),
+        targets=logits,
+        positions=min((rows[path] - start for path, start in starts.items()), default=None),
+        context=context_of(description or {}),
+    )
+
+
+def limits_by_name(model: str) -> ModelLimits:
+    """What the model that `model_folder` finds can read. Nothing is known of one that cannot be opened."""
+    try:
+        return limits_of(*load_skeleton(model_folder(model)))
+    except ModelError:
+        return ModelLimits()
+
+
+def context_of(description: Mapping[str, Any]) -> int | None:
+    """Tokens that a model was made for, by its config.json, with what its scaled rotary positions add."""
+    inner = description.get("text_config")
+    if isinstance(inner, Mapping):
+        return context_of({**inner, **{key: description[key] for key in ("rope_scaling",) if key in description}})
+    length = description.get("max_position_embeddings")
+    if not isinstance(length, int):
+        return None
+    scaling = description.get("rope_scaling") or description.get("rope_parameters")
+    if not isinstance(scaling, Mapping) or not isinstance(factor := scaling.get("factor"), int | float):
+        return length
+    return max(length, int(factor * (scaling.get("original_max_position_embeddings") or length)))
+
+
+def _is_table(module: nn.Module) -> bool:
+    return hasattr(module, "as_linear") and "weight" in module
+
+
+def _asked(
+    model: nn.Module, tables: Mapping[str, nn.Module], tokens: np.ndarray
+) -> tuple[dict[str, np.ndarray], int | None]:
+    """The ids that each table is asked for when the model gets `tokens`, and how many logits it gives."""
+    asked: dict[str, np.ndarray] = {}
+    logits: Any = None
+
+    def witness(path: str, table: nn.Module) -> _Witness:
+        def tell(ids: mx.array) -> None:
+            asked[path] = np.array(ids).reshape(-1)
+
+        return _Witness(table, tell)
+
+    witnesses = {path: witness(path, table) for path, table in tables.items()}
+    # A model is code of its own: what it raises here, it raises again where it is used.
+    with _replaced(model, witnesses, tables), contextlib.suppress(Exception):
+        logits = model(mx.array(tokens[None]))
+    return asked, logits.shape[-1] if isinstance(logits, mx.array) else None
+
+
+@contextlib.contextmanager
+def _replaced(model: nn.Module, modules: Mapping[str, nn.Module], before: Mapping[str, nn.Module]) -> Iterator[None]:
+    try:
+        model.update_modules(tree_unflatten(list(modules.items())))
+        yield
+    finally:
+        model.update_modules(tree_unflatten(list(before.items())))
