@@ -201,14 +201,15 @@ class RunConfig(Settings):
     )
     epsilon: float | None = setting(
         None,
-        "Ratios below 1 - epsilon are clipped. null = 0.2 (3e-4 for sequence ratios).",
+        "Ratios below 1 - epsilon are clipped, with updates_per_rollout of 2 or more. null = 0.2 (3e-4 for sequence "
+        "ratios).",
         group="rollouts",
         above=0,
         only_for="option",
     )
     epsilon_high: float | None = setting(
         None,
-        "Ratios above 1 + epsilon_high are clipped. null = as epsilon (dapo: 0.28; sequence ratios: 4e-4).",
+        "Ratios above 1 + epsilon_high are clipped, likewise. null = as epsilon (dapo: 0.28; sequence ratios: 4e-4).",
         group="rollouts",
         above=0,
         only_for="option",
@@ -338,7 +339,7 @@ class RunConfig(Settings):
     optimizer_config: dict[str, Any] = field(
         default_factory=dict,
         metadata={
-            "help": "Further arguments of the optimizer, such as betas or eps.",
+            "help": "Further arguments of the optimizer, such as {betas: [0.9, 0.98]}; also in mlx-lm's form, by name.",
             "group": "optimizer",
             "live": False,
             "bounds": {},

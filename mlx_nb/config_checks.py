@@ -196,6 +196,13 @@ def _check_rollouts(config: Readable) -> Iterator[SettingError]:
             f"`lora_parameters.dropout` cannot be {config.lora_parameters.dropout:g} with `method: {config.method}`: "
             "completions are drawn without dropout, and with it their ratios would not start at 1. Set it to 0.",
         )
+    for name in ("epsilon", "epsilon_high"):
+        if config.updates_per_rollout == 1 and getattr(config, name) is not None:
+            yield SettingError(
+                (name,),
+                f"`{name}` has no effect with `updates_per_rollout: 1`, where every ratio is 1. Raise that, or remove "
+                f"`{name}`.",
+            )
     if config.stop and "" in config.stop:
         yield SettingError(("stop",), "`stop` has an empty text, which would end every completion at once. Remove it.")
 
@@ -218,8 +225,13 @@ def _check_length(config: Readable) -> Iterator[SettingError]:
 
 def _check_warmup(config: Readable) -> Iterator[SettingError]:
     warmup = config.lr_schedule.warmup
-    if warmup == 0 and config.lr_schedule.warmup_init:
-        yield SettingError(("lr_schedule", "warmup_init"), "`lr_schedule.warmup_init` has no effect with `warmup: 0`.")
+    updates = math.ceil(_WARMUP_SHARE * config.iters) if warmup is None and config.iters is not None else warmup
+    if updates is not None and updates < 2 and config.lr_schedule.warmup_init:
+        yield SettingError(
+            ("lr_schedule", "warmup_init"),
+            f"`lr_schedule.warmup_init` has no effect: the warm-up has {updates} updates, the last at the peak. Set "
+            "`warmup` to 2 or more.",
+        )
     if config.iters is not None and warmup is not None and warmup > config.iters:
         yield SettingError(("warmup",), f"`warmup` ({warmup}) is longer than the run (`iters: {config.iters}`).")
 
@@ -240,9 +252,10 @@ def _check_adapter(config: Readable) -> Iterator[SettingError]:
 
 def _check_full(config: Readable) -> Iterator[SettingError]:
     if config.fine_tune_type == "full" and config.lora_parameters != type(config.lora_parameters)():
+        name = "lora_parameters" if "lora_parameters" in config.given else "target_modules"
         yield SettingError(
-            ("lora_parameters",),
-            "`lora_parameters` has no effect with `fine_tune_type: full`. Remove it, or use lora or dora.",
+            (name,),
+            f"`{name}` has no effect with `fine_tune_type: full`. Remove it, or use lora or dora.",
         )
 
 
@@ -318,6 +331,7 @@ def _check_zeros(config: Readable) -> Iterator[SettingError]:
 
 
 _NEVER_0 = ("steps_per_eval", "val_batches", "test_batches", "save_every")
+_WARMUP_SHARE = 0.05  # of the run, unless `warmup` is set
 # The kind of a default, what an option with it takes, and whether a value is that. A bool is a number in Python.
 _OPTION_KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
     bool: ("true or false", lambda value: isinstance(value, bool)),

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_nb.config import RunConfig
+from mlx_nb.config import SETTINGS, RunConfig
+from mlx_nb.data.effects import refuse_ineffective, refuse_loss_on
 from mlx_nb.data.examples import Examples, ExampleSettings, LeftOut, RowView, split_examples, trains_plain_text
 from mlx_nb.data.limits import ModelLimits
 from mlx_nb.data.rendering import CHAT, RAW, Rendering, has_chat_template
@@ -126,6 +127,20 @@ class Material:
             subset=config.subset,
         )
 
+    def check(self) -> None:
+        """Raise for what is wrong with the settings and can be known before a model is loaded."""
+        refuse_ineffective(self.config, self.splits)
+        if self.config.loss_on != SETTINGS["loss_on"].default:
+            refuse_loss_on(self.rows("train").examples, self.config.loss_on)
+        self.check_reward_names()
+
+    def check_reward_names(self) -> None:
+        """Raise ConfigError for a reward that is neither a function in the notebook nor built in."""
+        from mlx_nb.rollouts.rewards import resolve_rewards
+
+        if method_named(self.config.method).rows == "prompts":
+            resolve_rewards(self.config.rewards, self.namespace or {})
+
     def rows(self, split: str) -> Rows:
         """The rows of a split as the model will see them."""
         if split not in SPLITS:
@@ -148,11 +163,6 @@ class Material:
     def tokenize(self, split: str) -> list[Any]:
         """The rows of one split that can be trained."""
         if getattr(self.splits, split) is None:
-            if split == "test" and self.config.test:
-                raise DataError(
-                    "`test: true`, but these data have no test split. Add one (test.jsonl in the folder, a dict with "
-                    "`test`, `test_split` of a hub dataset), or leave `test` out."
-                )
             return []
         kept, left_out = split_examples(list(self.rows(split).examples.tokenize_all()))
         self.left_out[split] = left_out

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_nb.background import Background
 from mlx_nb.config import LIVE_SETTINGS, SETTINGS, RunConfig, unknown_settings
 from mlx_nb.data.checks import SAMPLED_ROWS, DataCheck, check_data
+from mlx_nb.data.effects import refuse_ineffective
 from mlx_nb.data.examples import LeftOut, RowView
 from mlx_nb.data.sources import Splits
 from mlx_nb.errors import (
@@ -124,7 +125,9 @@ class Run:
     ) -> Run:
         """From YAML text or a YAML file; `overrides` are settings that win over it."""
         config = RunConfig.from_yaml(source, **overrides)
-        return cls(config, name=name, namespace=namespace, allow_changed=allow_changed)
+        run = cls(config, name=name, namespace=namespace, allow_changed=allow_changed)
+        run.material.check_reward_names()
+        return run
 
     # What the run stands on
 
@@ -164,6 +167,7 @@ class Run:
         return self._trainer
 
     def _prepare(self) -> Trainer:
+        self.material.check()
         loaded = self.loaded
         if self.config.fine_tune_type == "full" and loaded.quantized_bits:
             raise ModelError(
@@ -660,6 +664,8 @@ class Run:
         if problems:
             raise ConfigError("\n".join(problems))
         checked = self.config.with_live(**changes)
+        if self._trainer is not None:
+            refuse_ineffective(checked, self.splits)
         started = self._trainer is not None or self._from_checkpoint
         self.config = checked if started else _with_adapter_settings(checked)
         if self._trainer is None:

@@ -108,7 +108,7 @@ def coerce(value: Any, declared: dataclasses.Field, hint: Any, parent: tuple[str
         return _coerce_group(value, typing.cast(type, kind), path)
     if kind is dict or typing.get_origin(kind) is dict:
         if not isinstance(value, Mapping):
-            raise SettingError(path, f"`{label}` must be a mapping such as {{eps: 1e-8}}, not {shown(value)}.")
+            raise SettingError(path, f"`{label}` must be a mapping such as {{name: value}}, not {shown(value)}.")
         return plain(value, path)
     synonyms = declared.metadata["synonyms"]
     value = of_python(value)

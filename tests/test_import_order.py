@@ -56,6 +56,7 @@ ORDER = [
     "data.prompt_examples",
     "data.preference_examples",
     "data.examples",
+    "data.effects",
     "data.row_finder",
     "data.batches",
     "data.duplicates",

@@ -100,7 +100,7 @@ def words_in_code(cell: str) -> list[str]:
 
 def accepting(method: Method, name: str) -> list[str]:
     """The variants of a method with which a setting may be given."""
-    needed = {"rewards": ["number_match"]} if method.rows == "prompts" else {}
+    needed = {"rewards": ["number_match"], "updates_per_rollout": 2} if method.rows == "prompts" else {}
     taking = []
     for variant in method.losses:
         try:

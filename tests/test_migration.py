@@ -269,6 +269,8 @@ mlx_lm.lora --model mlx-community/Llama-3.2-3B-Instruct-4bit \\
             f"line 3, column 5: {TRAIN}",
             "line 5, column 5: `fine_tune_type` cannot be 'grpo'. Choose one of: lora, dora, full. grpo is a method: "
             "write `method: grpo`.",
+            "line 8, column 5: `epsilon` has no effect with `updates_per_rollout: 1`, where every ratio is 1. Raise "
+            "that, or remove `epsilon`.",
             "line 10, column 5: unknown setting `reference_model_path`. Here it is `reference_model`: write "
             '`reference_model: "<optional_path_to_reference_model>"`.',
             "line 13, column 5: unknown setting `use_chat_template`. Conversations always get the chat template. For "

@@ -35,12 +35,16 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True)
 class Splits:
-    """The rows to train, validate and test on. `notes` say what was decided on the way, for the person."""
+    """The rows to train, validate and test on. `notes` say what was decided on the way, for the person.
+
+    `held_out` says that the validation rows were taken out of the training rows.
+    """
 
     train: RowSource
     valid: RowSource | None
     test: RowSource | None
     notes: tuple[str, ...] = ()
+    held_out: bool = False
 
 
 def open_splits(
@@ -91,13 +95,14 @@ def open_splits(
     test = joined([part.test for part in parts if part.test])
     trains = [part.train for part in parts]
     notes += tuple(note for part in parts for note in part.notes)
-    if valid is None:
+    held_out = valid is None
+    if held_out:
         trains, valid, note = hold_out(trains, val_set_size, seed)
         notes += (note,)
     if specs is None:
-        return Splits(trains[0], valid, test, notes)
+        return Splits(trains[0], valid, test, notes, held_out)
     train, note = mixed(trains, [spec.weight for spec in specs], seed)
-    return Splits(train, valid, test, (*notes, note))
+    return Splits(train, valid, test, (*notes, note), held_out)
 
 
 def _look_up(data: object, namespace: Mapping[str, object] | None) -> tuple[object, str, tuple[str, ...]]:

@@ -397,7 +397,8 @@ class Trainer:
         every = self.config.steps_per_eval or max(1, self.iters // 5)
         if self.validates and step % every == 0:
             self._due.append(_VALIDATE)
-        if step % (self.config.sample_every or every) == 0:
+        sampling = self.config.sample_every or every
+        if sampling > 0 and step % sampling == 0:
             self._due += self._samples_due()
         if self.config.save_every > 0 and step % self.config.save_every == 0:
             self._due.append(("save", "step"))
