@@ -65,6 +65,7 @@ ORDER = [
     "data.token_counts",
     "data.row_reading",
     "data.checks",
+    "model.files",
     "model.cache",
     "model.blas_symbols",
     "model.backend",

@@ -6,7 +6,6 @@ The modules are mlx-lm's own (`mlx_lm.tuner`), so what is saved here loads there
 from __future__ import annotations
 
 import json
-import os
 import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from mlx.utils import tree_unflatten
 from mlx_nb.config import RunConfig
 from mlx_nb.errors import ConfigError, ModelError, did_you_mean
 from mlx_nb.model.adapter_files import ADAPTER_FILE, CONFIG_FILE, AdapterFile
+from mlx_nb.model.files import write_whole
 from mlx_nb.model.finite import not_finite
 from mlx_nb.model.trees import named_arrays
 
@@ -161,19 +161,6 @@ def save_adapter(
     # Through Python's file, so that a full disk is an OSError with its reason.
     write_whole(folder / file_name, lambda file: mx.save_safetensors(file, weights, metadata={"format": "mlx"}))
     return folder / file_name
-
-
-def write_whole(path: Path, write: Any) -> None:
-    """Write beside `path`, flush to disk, then rename: a reader sees the old file or the new one, never half."""
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load_adapter_weights(model: nn.Module, adapter: AdapterFile) -> None:

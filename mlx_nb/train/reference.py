@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_nb.data.batches import TokenBatch
-from mlx_nb.model.adapters import write_whole
+from mlx_nb.model.files import write_whole
 from mlx_nb.model.lanes import lane_count
 from mlx_nb.model.logprobs import TargetScorer, target_values
 
