@@ -165,6 +165,7 @@ TABLE = {
     "save_every": (SFT, [100, 1]),
     "autosave_minutes": (SFT, [10.0, 1e-9]),
     "keep": ({**SFT, "save_every": 1, "iters": 4}, [3, 1]),
+    "snapshot_memory": ({**SFT, "steps_per_eval": -1}, [512, 0]),
     "adapter_path": (SFT, ["run", "elsewhere"]),
     "roles": (
         {
@@ -240,7 +241,17 @@ def outcome(settings, folder, monkeypatch):
         if hasattr(example, "loss_mask")
     ]
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    return json.dumps(events, default=str), str(rows), files, run.adapter_bytes()
+    reached = reaches(run, 1) if "snapshot_memory" in settings else None
+    return json.dumps(events, default=str), str(rows), files, run.adapter_bytes(), reached
+
+
+def reaches(run, step):
+    """Whether a run can go back to that update."""
+    try:
+        run.rewind(to=step)
+    except MlxNbError:
+        return False
+    return True
 
 
 _TIMES = (
