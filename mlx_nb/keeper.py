@@ -25,6 +25,7 @@ from mlx_nb.events import (
     StepCompleted,
     event_from_json,
 )
+from mlx_nb.history_file import HistoryFile, history_files, read_history
 from mlx_nb.view.history import History
 from mlx_nb.view.quantities import headline
 
@@ -46,7 +47,9 @@ class Keeper:
         self._parked: list[Parking] = []
         self._holders: Counter[int] = Counter()  # how many of these each array is in, by its id
         self._bytes = 0  # of all of them, each once
-        self._lines: list[str] = []
+        self._history = HistoryFile()
+        self._seen = 0  # events of the history that were looked at for live changes
+        self._live_changes: list[str] = []
         self._saved_at = time.monotonic()
         self.saved_step = 0
 
@@ -140,20 +143,40 @@ class Keeper:
         made_from: dict[str, Any],
     ) -> Path:
         """Write everything that the next update depends on. Returns the folder. Raises CheckpointError."""
+        from mlx_nb.train.checkpoint import save_error
+
         snapshot = trainer.snapshot()
-        # A line is made once: a long run has many.
-        self._lines += [event.to_json() for event in history.events[len(self._lines) :]]
+        new = history.events[self._seen :]
+        self._live_changes += [event.to_json() for event in new if isinstance(event, SettingChanged)]
+        self._seen += len(new)
+        try:
+            store.make_folder()
+            parts = self._history.save(history.events, store.folder)
+        except OSError as error:
+            raise save_error(store.folder, snapshot.step, None, error) from error
         state = {
             **snapshot.state,
             "name": name,
             "config": config.described(),
             "standing": len(history.standing),
             "made_from": made_from,
-            "history": list(self._lines),
+            "history": [],  # what an older mlx_nb looks for
+            "history_parts": parts,
+            "live_changes": list(self._live_changes),
         }
         folder = store.save(replace(snapshot, state=state), kind=kind)
         self._saved_at, self.saved_step = time.monotonic(), snapshot.step
+        _remove_left_histories(store)
         return folder
+
+    def go_on_from(self, checkpoint: Checkpoint, history: History, whole: bool) -> None:
+        """The run was resumed with the history of this checkpoint, or what is left of it where it is not `whole`."""
+        assert checkpoint.path is not None
+        parts = checkpoint.state.get("history_parts")
+        if parts and whole:
+            self._history = HistoryFile(checkpoint.path.parent, parts, len(history.events))
+        self._live_changes, self._seen = _live_change_lines(checkpoint), len(history.events)
+        self.saved_step = checkpoint.step
 
     def kind_due(self, event: Event, autosave_minutes: float | None) -> str | None:
         """The kind of checkpoint to write after `event`, or None."""
@@ -202,9 +225,35 @@ def set_aside_earlier(folder: Path) -> Path | None:
     return target
 
 
+def _remove_left_histories(store: CheckpointStore) -> None:
+    """Remove the history files that no checkpoint needs any more; all stay where that cannot be told."""
+    from mlx_nb.train.checkpoint import STATE_FILE
+
+    there = history_files(store.folder)
+    if len(there) < 2:
+        return
+    try:
+        for info in store.list():
+            state = json.loads((info.path / STATE_FILE).read_bytes())
+            there -= {part["file"] for part in state.get("history_parts", ())}
+        for name in there:
+            (store.folder / name).unlink(missing_ok=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, CheckpointError):
+        return
+
+
 def history_of(checkpoint: Checkpoint) -> History:
-    """The history that a checkpoint holds."""
-    return History(event_from_json(line) for line in checkpoint.state["history"])
+    """The history that a checkpoint holds or names."""
+    return read_history_of(checkpoint)[0]
+
+
+def read_history_of(checkpoint: Checkpoint) -> tuple[History, list[str]]:
+    """The same, and what is wrong with it, in words."""
+    lines, problems = checkpoint.state["history"], list[str]()
+    if parts := checkpoint.state.get("history_parts"):
+        assert checkpoint.path is not None
+        lines, problems = read_history(checkpoint.path.parent, parts)
+    return History(event_from_json(line) for line in lines), problems
 
 
 def for_other_settings(snapshot: Checkpoint, before: RunConfig, after: RunConfig) -> Checkpoint:
@@ -319,7 +368,14 @@ def _changed_settings(config: RunConfig, checkpoint: Checkpoint) -> list[str]:
 
 def _live_changes(checkpoint: Checkpoint) -> list[SettingChanged]:
     """The settings that were changed while the run of `checkpoint` went on, in order."""
-    return [event for event in history_of(checkpoint).events if isinstance(event, SettingChanged)]
+    changes = [event_from_json(line) for line in _live_change_lines(checkpoint)]
+    return [event for event in changes if isinstance(event, SettingChanged)]
+
+
+def _live_change_lines(checkpoint: Checkpoint) -> list[str]:
+    if (lines := checkpoint.state.get("live_changes")) is not None:
+        return list(lines)
+    return [event.to_json() for event in history_of(checkpoint).events if isinstance(event, SettingChanged)]
 
 
 def fingerprints(sources: Iterable[Any], tokenizer: Any, model_folder: Path) -> dict[str, Any]:

@@ -52,7 +52,7 @@ from mlx_nb.keeper import (
     changes_since,
     differences,
     for_other_settings,
-    history_of,
+    read_history_of,
     refuse_own_folder,
     set_aside_earlier,
     settings_to_resume,
@@ -570,9 +570,9 @@ class Run:
         changed = changes_since(checkpoint, config, run.material.fingerprints, allow_changed)
         run._resumed = True
         run.trainer.restore(checkpoint)
-        run.trainer.notes += (*messages, *(f"changed since the checkpoint: {what}" for what in changed))
-        run.history = history_of(checkpoint)
-        run._keeper.saved_step = checkpoint.step
+        run.history, damage = read_history_of(checkpoint)
+        run.trainer.notes += (*messages, *damage, *(f"changed since the checkpoint: {what}" for what in changed))
+        run._keeper.go_on_from(checkpoint, run.history, whole=not damage)
         return run
 
     def step(self, n: int = 1) -> StepCompleted:

@@ -66,6 +66,7 @@ ORDER = [
     "data.row_reading",
     "data.checks",
     "model.files",
+    "history_file",
     "model.cache",
     "model.blas_symbols",
     "model.backend",

@@ -61,10 +61,16 @@ def sync_folder(folder: Path) -> None:
 def _sync(path: Path, flags: int) -> None:
     descriptor = os.open(path, flags)
     try:
+        sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync(descriptor: int) -> None:
+    """Flush an open file or folder to disk."""
+    try:
         os.fsync(descriptor)
     except OSError as error:
         # Some network disks cannot flush folders; a write that failed says something else.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
-    finally:
-        os.close(descriptor)

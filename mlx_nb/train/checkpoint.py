@@ -1,6 +1,7 @@
 """Exact checkpoints in a folder: safetensors and JSON, whole or not at all, checked byte for byte when read.
 
     checkpoints/
+      history-0001.jsonl                events of the run (see history_file)
       latest                            name of the newest checkpoint and the SHA-256 of that name
       save-0008-step-0000120-best/      the eighth save of this folder, at step 120, of the kind `best`
         parameters.safetensors          one file for each group of arrays
@@ -30,7 +31,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_nb.errors import CheckpointError
-from mlx_nb.model.files import is_alive
+from mlx_nb.model.files import is_alive, sync, sync_folder
 
 FORMAT = 1
 BEST = "best"
@@ -107,7 +108,7 @@ class CheckpointStore:
         mx.eval(checkpoint.arrays)
         final = None
         try:
-            self._make_folder()
+            self.make_folder()
             self._remove_partial()
             number = max((info.save for info in self.list()), default=0) + 1
             final = self.folder / f"save-{number:04d}-step-{checkpoint.step:07d}-{kind}"
@@ -119,11 +120,11 @@ class CheckpointStore:
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
             self._point_latest_to(final.name)
             self._prune()
         except OSError as error:
-            raise _save_error(self.folder, checkpoint.step, final, error) from error
+            raise save_error(self.folder, checkpoint.step, final, error) from error
         return final
 
     def load(self, which: int | str | None = None) -> tuple[Checkpoint, list[str]]:
@@ -171,11 +172,12 @@ class CheckpointStore:
         except OSError as error:
             raise CheckpointError(f"{info.path} cannot be removed: {error.strerror}.") from error
 
-    def _make_folder(self) -> None:
+    def make_folder(self) -> None:
+        """Make the folder, flushed. Raises OSError."""
         missing = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in missing:
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
 
     def _partial(self, name: str) -> Path:
         return self.folder / f"{PARTIAL_PREFIX}{os.getpid()}-{name}"
@@ -199,7 +201,7 @@ class CheckpointStore:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
 
     def _prune(self) -> None:
         infos = self.list()[::-1]
@@ -229,7 +231,8 @@ def _latest_problems(folder: Path, names: set[str]) -> list[str]:
     return [] if name in names else [f"{LATEST_FILE}: names {name}, which is not there"]
 
 
-def _save_error(folder: Path, step: int, final: Path | None, error: OSError) -> CheckpointError:
+def save_error(folder: Path, step: int, final: Path | None, error: OSError) -> CheckpointError:
+    """What to say when a step could not be saved; `final` is its checkpoint, where that stands all the same."""
     reason = error.strerror or str(error)
     advice = ADVICE.get(error.errno or 0, "Look at the disk and the folder")
     if final is not None and final.exists():
@@ -277,7 +280,7 @@ def _write_file(path: Path, content: bytes | dict[str, mx.array]) -> dict[str, A
             except RuntimeError as error:
                 raise CheckpointError(f"{path.stem} cannot be saved as safetensors: {error}") from error
         file.flush()
-        _sync(file.fileno())
+        sync(file.fileno())
         return {"bytes": file.tell(), "sha256": file.sha256.hexdigest()}
 
 
@@ -286,7 +289,7 @@ def _write_folder(folder: Path, identity: dict[str, Any], arrays: dict[str, dict
     files = {f"{group}.safetensors": _write_file(folder / f"{group}.safetensors", arrays[group]) for group in arrays}
     files[STATE_FILE] = _write_file(folder / STATE_FILE, state)
     _write_file(folder / MANIFEST_FILE, _manifest_bytes({"format": FORMAT, **identity, "files": files}))
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def _manifest_bytes(content: dict[str, Any]) -> bytes:
@@ -359,20 +362,3 @@ def _read_manifest(info: CheckpointInfo) -> dict[str, Any]:
     if (content["save"], content["step"], content["kind"]) != (info.save, info.step, info.kind):
         raise CheckpointError(f"the folder was renamed: it is save {content['save']} at step {content['step']}")
     return content
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        _sync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync(descriptor: int) -> None:
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network disks cannot flush folders; a write that failed says something else.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
