@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import traceback
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -59,6 +60,7 @@ from mlx_nb.keeper import (
 )
 from mlx_nb.material import SPLITS, Material, Rows
 from mlx_nb.methods import method_named
+from mlx_nb.train.inbox import Inbox
 from mlx_nb.view.history import History, visits_text
 
 if TYPE_CHECKING:
@@ -109,9 +111,10 @@ class Run:
         self._rewind_requests: list[Rewind] = []
         self._questions: list[Question] = []
         self.background = Background(self)
-        self._early_requests: list[Request] = []
+        self._inbox = Inbox()
         self._trainer: Trainer | None = None
         self._listeners: list[Callable[[Event], None]] = []
+        self._reported: list[Callable[[Event], None]] = []  # listeners that raised
 
     @classmethod
     def from_yaml(
@@ -160,10 +163,7 @@ class Run:
     def trainer(self) -> Trainer:
         """The trainer: rows tokenised, adapter attached. Made at first use."""
         if self._trainer is None:
-            trainer = self._prepare()
-            while self._early_requests:
-                trainer.request(self._early_requests.pop(0))
-            self._trainer = trainer
+            self._trainer = self._prepare()
         return self._trainer
 
     def _prepare(self) -> Trainer:
@@ -200,6 +200,7 @@ class Run:
             rewards=self.material.rewards,
             base=base_identity(loaded.folder, self.config.load_in_bits),
             from_checkpoint=self._from_checkpoint,
+            inbox=self._inbox,
         )
         # Last, when nothing of the run itself can go wrong any more.
         try:
@@ -279,6 +280,11 @@ class Run:
     @property
     def finished(self) -> bool:
         return self._trainer is not None and self._trainer.finished is not None
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended and no update is left: one that was stopped, or stopped early, can go on."""
+        return self._trainer is not None and self._trainer.over
 
     def plot(self) -> Figure:
         """The run so far as a matplotlib Figure."""
@@ -495,6 +501,7 @@ class Run:
         other = Run(self.config.replace(**{"adapter_path": None, **changes}), name=name, _from_checkpoint=True)
         other.material = self.material.twin(other.config)
         other.trainer.restore(for_other_settings(self.trainer.snapshot(), self.config, other.config))
+        other.trainer.go_on()
         # Its own length and folder are other ones.
         own = (event for event in self.history.events if not isinstance(event, RunFinished))
         iters = other.trainer.iters
@@ -583,7 +590,7 @@ class Run:
         self._refuse_running("step")
         if n < 1:
             raise CommandError(f"cannot do {n} updates. Give a whole number of 1 or more.")
-        if self.finished:
+        if self.over:
             raise CommandError(f"{self.name} is finished: all {self.trainer.iters} updates are done.")
         last = None
         for event in self.events(n):
@@ -596,9 +603,12 @@ class Run:
         return last
 
     def run(self, until: int | None = None) -> RunFinished | RunPaused:
-        """To the end, or to update `until`. Returns how it ended. Raises TrainingError as `step` does."""
+        """To the end, or to update `until`. Returns how it ended. Raises TrainingError as `step` does.
+
+        A run that was stopped, or stopped early, goes on; one whose updates are all done returns how it ended.
+        """
         self._refuse_running("run")
-        if self._trainer is not None and self._trainer.finished is not None:
+        if self._trainer is not None and self._trainer.finished is not None and self._trainer.over:
             return self._trainer.finished
         updates = None if until is None else max(0, until - self.step_count)
         ended: RunFinished | RunPaused | None = None
@@ -643,10 +653,10 @@ class Run:
         elif self._trainer is not None:
             self._trainer.request(request)
         elif isinstance(request, Pause) and request.at_once:
-            self._early_requests.clear()
+            self._inbox.drop(Request)
             raise KeyboardInterrupt
         else:
-            self._early_requests.append(request)
+            self._inbox.put(request)
 
     def skip(self) -> None:
         """Leave out the next batch: what to do when a tripwire stopped the run at rows that are to blame."""
@@ -750,13 +760,14 @@ class Run:
         return {name: np.array(array).tobytes() for name, array in adapter_weights(self.trainer.model).items()}
 
     def listen(self, listener: Callable[[Event], None]) -> None:
-        """Call `listener` with every event. One that raises is dropped; training does not notice."""
+        """Call `listener` with every event. One that raises is named once on stderr; training does not notice."""
         self._listeners.append(listener)
 
     def unlisten(self, listener: Callable[[Event], None]) -> None:
         """Call it no more."""
-        if listener in self._listeners:
-            self._listeners.remove(listener)
+        for listeners in (self._listeners, self._reported):
+            if listener in listeners:
+                listeners.remove(listener)
 
     def _record(self, event: Event) -> None:
         self.history.append(event)
@@ -766,8 +777,20 @@ class Run:
         for listener in list(self._listeners):
             try:
                 listener(event)
-            except Exception:
-                self.unlisten(listener)
+            except Exception as error:
+                self._report_listener(listener, error)
+
+    def _report_listener(self, listener: Callable[[Event], None], error: Exception) -> None:
+        if listener in self._reported:
+            return
+        self._reported.append(listener)
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        print(
+            f"{self.name}: the listener {getattr(listener, '__qualname__', repr(listener))} raised "
+            f"{type(error).__name__}: {error} (line {where.lineno} of {where.name}). Training goes on, and the listener "
+            "is called again at the next event; this is said once.",
+            file=sys.stderr,
+        )
 
     def __repr__(self) -> str:
         done = f"{self.step_count} of {self._trainer.iters} updates" if self._trainer else "not started"

@@ -161,7 +161,7 @@ def _panel(session: Session, arguments: argparse.Namespace) -> None:
 
 
 def _refuse_finished(run: Run) -> None:
-    if run.finished:
+    if run.over:
         raise CommandError(f"{run.name} is finished after update {run.step_count}. A %%finetune cell starts a new run.")
 
 

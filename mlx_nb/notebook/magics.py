@@ -67,7 +67,7 @@ class FinetuneMagics(Magics):
                 show_panel(self.session, run)
             print(f"{run.name} is built. `%finetune step` does one update, `%finetune run` all of them.")
             return
-        if not run.finished:
+        if not run.over:
             train(self.session, run, wait=wait)
 
 

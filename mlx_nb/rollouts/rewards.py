@@ -11,6 +11,7 @@ One that takes `completion` is called once for every completion and returns a nu
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -114,29 +115,38 @@ class Reward:
     takes_all: bool
 
     def arguments(self, batch: CompletionBatch) -> dict[str, Any]:
-        """What it is called with for all completions of a batch. The lists are its own, to change as it likes."""
-        known = {name: list(values) for name, values in batch.columns.items()} | {
-            "prompts": list(batch.prompts),
-            "completions": list(batch.completions),
-            "answers": list(batch.answers),
-            "completion_tokens": [list(tokens) for tokens in batch.completion_tokens],
-            "prompt": list(batch.prompts),
-            "answer": list(batch.answers),
+        """What it is called with for all completions of a batch: copies, its own to change as it likes."""
+        known = dict(batch.columns) | {
+            "prompts": batch.prompts,
+            "completions": batch.completions,
+            "answers": batch.answers,
+            "completion_tokens": batch.completion_tokens,
+            "prompt": batch.prompts,
+            "answer": batch.answers,
         }
-        return self._taken(known)
+        # Item by item: the completions of a group share the values of their row, and a copy must not.
+        return {name: [_copy(value) for value in values] for name, values in self._taken(known).items()}
 
     def arguments_for_one(self, batch: CompletionBatch, k: int) -> dict[str, Any]:
-        """What it is called with for completion k, when it scores one."""
+        """What it is called with for completion k, when it scores one: copies as well."""
         known = {name: values[k] for name, values in batch.columns.items()} | {
             "prompt": batch.prompts[k],
             "completion": batch.completions[k],
             "answer": batch.answers[k],
-            "completion_tokens": list(batch.completion_tokens[k]),
+            "completion_tokens": batch.completion_tokens[k],
         }
-        return self._taken(known)
+        return {name: _copy(value) for name, value in self._taken(known).items()}
 
     def _taken(self, known: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in known.items() if self.takes_all or name in self.takes}
+
+
+def _copy(value: Any) -> Any:
+    """A deep copy; the value itself where it cannot be copied (an open file, a lock). Tuples of ids become lists."""
+    try:
+        return list(value) if isinstance(value, tuple) else copy.deepcopy(value)
+    except Exception:
+        return value
 
 
 def read_reward(name: str, function: Any) -> Reward:

@@ -56,6 +56,7 @@ from mlx_nb.objectives.binding import objective_for
 from mlx_nb.rollouts.rewards import Reward
 from mlx_nb.train.checkpoint import Checkpoint
 from mlx_nb.train.feeds import Feed, RowFeed
+from mlx_nb.train.inbox import Inbox
 from mlx_nb.train.optimizer import build_optimizer, learning_rate_at, refuse_beyond_memory
 from mlx_nb.train.reference import ReferenceLogprobs
 from mlx_nb.train.rollout_feed import NoReward, RolloutFeed
@@ -63,7 +64,7 @@ from mlx_nb.train.step import COMPILED_WIDTHS, Stepper, Update
 from mlx_nb.train.tripwires import RECENT_LOSSES, advice, out_of_memory, refusal
 
 BEST_FOLDER = "best"
-ITERS_REACHED = "iters reached"
+ITERS_REACHED, EARLY_STOPPING, STOPPED = "iters reached", "early stopping", "stopped"
 MEMORY_WARNING = 0.9  # of the device's memory
 IDLE_UPDATES = 10  # in a row without anything to learn from, until that is said
 
@@ -85,6 +86,7 @@ class TrainerState:
     best_step: int | None = None
     validated_step: int | None = None
     learned_step: int = 0
+    scheduled_best: float | None = None
     evaluations_without_best: int = 0
     recent_losses: list[float] = field(default_factory=list)
 
@@ -92,7 +94,9 @@ class TrainerState:
 # prompt -> (answer, answer of the base) as they grow, token by token
 Sampler = Callable[[str], Iterator[tuple[str, str | None]]]
 Due = tuple[str, str]
-_VALIDATE, _TEST = ("validate", ""), ("test", "")
+_VALIDATE, _VALIDATE_NOW, _TEST = ("validate", ""), ("validate", "asked"), ("test", "")
+_NO_VALIDATION = "there are no validation rows to measure. Give some (valid.jsonl, or val_set_size), or `%finetune eval train`."
+_NO_PROMPTS = "there are no prompts to sample. Set `sample_prompts` in a new run, or ask with `%finetune generate`."
 
 
 _REWARD_ADVICE = (
@@ -146,6 +150,7 @@ class Trainer:
         rewards: Sequence[Reward] = (),
         base: dict[str, Any] | None = None,
         from_checkpoint: bool = False,
+        inbox: Inbox | None = None,
     ) -> None:
         if not examples.train:
             raise DataError("no training row is left. `%finetune rows` shows why each one was left out.")
@@ -160,7 +165,7 @@ class Trainer:
         self.notes = tuple(notes)
         self.state = TrainerState()
         self.finished: RunFinished | None = None
-        self._pending: deque[Request] = deque()
+        self._inbox = inbox if inbox is not None else Inbox()
         self._due: deque[tuple[str, str]] = deque()
         self._peaks = (0, 0)  # of all memory, and of what training itself took
         self.kept_memory = 0  # bytes of earlier updates that are kept to rewind to
@@ -224,7 +229,7 @@ class Trainer:
         """Ask for something at the next step boundary. Safe from a signal handler or a widget callback."""
         if isinstance(request, Pause) and request.at_once:
             self._break_off = True
-        self._pending.append(request)
+        self._inbox.put(request)
         if self._break_off and self.feed.interruptible:
             raise _BrokenOff  # in the middle of a reward function, which nothing else could end
 
@@ -239,6 +244,8 @@ class Trainer:
         be done, because it was broken off or the disk was full, changed nothing and is tried again then.
         """
         done = 0
+        if updates != 0:
+            self.go_on()
         if not self._started:
             self._started = True
             self._due.append(("start", ""))
@@ -272,6 +279,17 @@ class Trainer:
                 return
             yield event
 
+    @property
+    def over(self) -> bool:
+        """Whether the run has ended and no update of it is left."""
+        return self.finished is not None and not self._left()
+
+    def go_on(self) -> None:
+        """Take back a stop or an early stop, so that the updates that are left are done after all."""
+        if self.finished is not None and self._left():
+            self.finished = None
+            self.state = replace(self.state, evaluations_without_best=0)
+
     def _failed(self, error: TrainingError) -> RunFailed:
         return RunFailed(
             self.state.step, error.reason, f"{error} {advice(type(error))}", error.rows, error.largest_gradients
@@ -302,7 +320,7 @@ class Trainer:
                 first = [_VALIDATE] if self.validates else []
                 return self._start(), [*first, *self._samples_due()]
             case "validate":
-                return (yield from self._validate())
+                return (yield from self._validate(scheduled=not how))
             case "sample":
                 try:
                     return (yield from self._sample(how)), []
@@ -364,7 +382,7 @@ class Trainer:
         self._started = checkpoint.state["started"]
         self._end_where_due()
         # What was to be left out was the batch after another update.
-        self._pending = deque(request for request in self._pending if not isinstance(request, Skip))
+        self._inbox.drop(Skip)
 
     def _start(self) -> RunStarted:
         return RunStarted(
@@ -429,19 +447,23 @@ class Trainer:
 
     def _read_requests(self) -> Generator[Event, None, bool]:
         """Carry out what was asked. The generator's value is True when training must not go on now."""
-        while self._pending:
-            match self._pending.popleft():
+        for request in self._inbox.take():
+            match request:
                 case Pause(reason):
-                    self._take_back_pauses()
+                    self.answer_pauses()
                     if self.finished is None:
                         yield RunPaused(self.state.step, reason)
                         return True
                 case Stop():
-                    self._due = deque(self._ending("stopped"))
+                    self._due = deque(self._ending(STOPPED))
                 case Save():
                     self._due.append(("save", "last"))
+                case Evaluate() if not self.examples.valid:
+                    yield RequestRefused(self.state.step, _NO_VALIDATION)
                 case Evaluate():
-                    self._due.append(_VALIDATE)
+                    self._due.append(_VALIDATE_NOW)
+                case Sample() if not self._samples_due():
+                    yield RequestRefused(self.state.step, _NO_PROMPTS)
                 case Sample():
                     self._due += self._samples_due()
                 case ChangeSetting(name, value):
@@ -450,9 +472,9 @@ class Trainer:
                     yield self._skip()
         return False
 
-    def _take_back_pauses(self) -> None:
+    def answer_pauses(self) -> None:
         """One pause answers all that were asked."""
-        self._pending = deque(request for request in self._pending if not isinstance(request, Pause))
+        self._inbox.drop(Pause)
         self._break_off = False
 
     def _skip(self) -> BatchSkipped:
@@ -479,6 +501,7 @@ class Trainer:
         self.config = self.config.with_live(**{name: value})
         if name in ("iters", "epochs"):
             self._end_where_due()
+            self.go_on()
         return SettingChanged(self.state.step, name, old, getattr(self.config, name))
 
     def _update(self) -> StepCompleted:
@@ -579,7 +602,8 @@ class Trainer:
             metrics=measured.metrics,
         )
 
-    def _validate(self) -> Generator[Event, None, tuple[Event, list[Due]]]:
+    def _validate(self, scheduled: bool) -> Generator[Event, None, tuple[Event, list[Due]]]:
+        """Early stopping counts the scheduled ones alone: looking more often must not end a run."""
         try:
             result = yield from self._evaluating("valid")
         except NoReward as error:
@@ -587,15 +611,21 @@ class Trainer:
         state = self.state = replace(self.state, validated_step=self.state.step)
         best = state.best_loss is None or result.loss < state.best_loss
         if best:
-            self.state = replace(state, best_loss=result.loss, best_step=state.step, evaluations_without_best=0)
-        else:
-            self.state = replace(state, evaluations_without_best=state.evaluations_without_best + 1)
+            self.state = replace(self.state, best_loss=result.loss, best_step=state.step)
         follow_up = [("save", "best")] if best and state.step > 0 else []
-        patience = self.config.early_stopping_patience
-        given_up = patience is not None and self.state.evaluations_without_best >= patience
-        if given_up and self.finished is None and state.step < self.iters:
-            self._due += self._ending("early stopping")
+        if scheduled:
+            self._count_for_early_stopping(result.loss)
         return replace(result, best=best), follow_up
+
+    def _count_for_early_stopping(self, loss: float) -> None:
+        state, patience = self.state, self.config.early_stopping_patience
+        if state.scheduled_best is None or loss < state.scheduled_best:
+            self.state = replace(state, scheduled_best=loss, evaluations_without_best=0)
+            return
+        self.state = replace(state, evaluations_without_best=state.evaluations_without_best + 1)
+        given_up = patience is not None and self.state.evaluations_without_best >= patience
+        if given_up and self.finished is None and self._left():
+            self._due += self._ending(EARLY_STOPPING)
 
     def _test(self) -> Generator[Event, None, Event]:
         try:

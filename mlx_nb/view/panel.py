@@ -213,10 +213,11 @@ class Panel:
         tokens, seconds = (run.trainer.state.tokens, run.trainer.state.seconds) if run.prepared else (0, 0.0)
         self.progress.value = progress_html(history, iters, activity_text(self._progress), tokens, seconds)
         running, over = state == "running", state in ("finished", "stopped")
+        can_move = not running and not run.over
         for one, useful in (
-            (self.run_button, state in MOVABLE),
-            (self.step, state in MOVABLE),
-            (self.step_10, state in MOVABLE),
+            (self.run_button, can_move),
+            (self.step, can_move),
+            (self.step_10, can_move),
             (self.pause, running),
             (self.stop, running or (state in MOVABLE and run.prepared)),
             (self.save, run.prepared),

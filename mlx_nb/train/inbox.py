@@ -1,0 +1,39 @@
+"""What was asked of a run and is not carried out yet, in the order it was asked."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+from mlx_nb.events import Request
+
+
+class Inbox:
+    """Requests from any thread and from signal handlers, taken by the thread that trains.
+
+    Only `append`, `popleft` and `extendleft` touch the deque: each is one step of the interpreter, so no lock is
+    needed, which a signal handler could find taken by the very code that it interrupts.
+    """
+
+    def __init__(self) -> None:
+        self._requests: deque[Request] = deque()
+
+    def put(self, request: Request) -> None:
+        """Add a request behind all others."""
+        self._requests.append(request)
+
+    def take(self) -> Iterator[Request]:
+        """The requests, each removed as it is given; ends when there are none."""
+        while True:
+            try:
+                yield self._requests.popleft()
+            except IndexError:
+                return
+
+    def drop(self, kind: type[Request]) -> None:
+        """Remove the requests of a kind; the others stay in their order, before what is asked meanwhile."""
+        kept = [request for request in self.take() if not isinstance(request, kind)]
+        self._requests.extendleft(reversed(kept))
+
+    def __contains__(self, kind: type[Request]) -> bool:
+        return any(isinstance(request, kind) for request in self._requests.copy())
