@@ -369,10 +369,17 @@ class RunConfig(Settings):
     )
     loss_spike: float | None = setting(
         10.0,
-        "Pause before an update whose loss is this many deviations (robust, at least 0.1 nats each) above the median "
-        "of the last 32. null = never.",
+        "Name an update whose loss is this many deviations (robust, at least 0.1 nats each) above the median of the "
+        "last 32 with rows of about its length; see spike_patience. null = never.",
         group="training",
         above=0,
+        live=True,
+    )
+    spike_patience: int = setting(
+        8,
+        "Pause before the update that would be this many spikes in a row. 1 = before the first.",
+        group="training",
+        at_least=1,
         live=True,
     )
     iters: int | None = setting(

@@ -207,6 +207,13 @@ class BatchSkipped(Event):
 
 
 @dataclass(frozen=True)
+class LossSpiked(Event):
+    """An update that was kept had a loss far above those of like rows; `words` says how far."""
+
+    words: str
+
+
+@dataclass(frozen=True)
 class NothingLearned(Event):
     """The last `updates` updates had nothing to learn from: a gradient of 0, or equal rewards in every group."""
 
@@ -239,6 +246,7 @@ EVENT_TYPES: dict[str, type[Event]] = {
         RunFinished,
         RunFailed,
         BatchSkipped,
+        LossSpiked,
         NothingLearned,
         MemoryLow,
     )

@@ -403,9 +403,15 @@ class Run:
         return "Pausing once model and rows are loaded. Interrupt again to give up loading."
 
     def _events(self, updates: int | None) -> Iterator[Event]:
+        trainer = self.trainer
+        try:
+            yield from self._moving(trainer, updates)
+        finally:
+            trainer.answer_pauses()  # what asked for a pause while this one was made has it
+
+    def _moving(self, trainer: Trainer, updates: int | None) -> Iterator[Event]:
         from mlx_nb.model.memory import clear_cache
 
-        trainer = self.trainer
         if not self._keeper.remembers:
             self._keeper.remember(trainer, self.history)
         self._failed, self._error = False, None
@@ -787,8 +793,8 @@ class Run:
         where = traceback.extract_tb(error.__traceback__)[-1]
         print(
             f"{self.name}: the listener {getattr(listener, '__qualname__', repr(listener))} raised "
-            f"{type(error).__name__}: {error} (line {where.lineno} of {where.name}). Training goes on, and the listener "
-            "is called again at the next event; this is said once.",
+            f"{type(error).__name__}: {error} (line {where.lineno} of {where.name}). Training goes on, and it is "
+            "called again at the next event; this is said once.",
             file=sys.stderr,
         )
 

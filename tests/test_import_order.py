@@ -111,6 +111,7 @@ ORDER = [
     "train.optimizer",
     "train.vectors",
     "train.step",
+    "train.inbox",
     "train.tripwires",
     "train.interrupts",
     "train.checkpoint",

@@ -11,6 +11,7 @@ from mlx_nb.errors import CommandError
 from mlx_nb.events import (
     CheckpointSaved,
     Event,
+    LossSpiked,
     MemoryLow,
     NothingLearned,
     Progress,
@@ -132,7 +133,7 @@ class _LiveDisplay:
             if remark not in self._remarked:
                 self._remarked.add(remark)
                 print(remark)
-        if isinstance(event, MemoryLow | NothingLearned):
+        if isinstance(event, LossSpiked | MemoryLow | NothingLearned):
             print(text_report.describe(event))
         since = time.monotonic() - self._shown_at
         if not self._in_notebook:

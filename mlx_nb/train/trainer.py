@@ -24,6 +24,7 @@ from mlx_nb.events import (
     Evaluate,
     EvaluationCompleted,
     Event,
+    LossSpiked,
     MemoryLow,
     NothingLearned,
     Pause,
@@ -61,7 +62,7 @@ from mlx_nb.train.optimizer import build_optimizer, learning_rate_at, refuse_bey
 from mlx_nb.train.reference import ReferenceLogprobs
 from mlx_nb.train.rollout_feed import NoReward, RolloutFeed
 from mlx_nb.train.step import COMPILED_WIDTHS, Stepper, Update
-from mlx_nb.train.tripwires import RECENT_LOSSES, advice, out_of_memory, refusal
+from mlx_nb.train.tripwires import REMEMBERED_LOSSES, SpikeWatch, advice, length_class, out_of_memory
 
 BEST_FOLDER = "best"
 ITERS_REACHED, EARLY_STOPPING, STOPPED = "iters reached", "early stopping", "stopped"
@@ -74,6 +75,7 @@ class TrainerState:
     """Where a run is. `step` counts updates done, `seconds` the time in them.
 
     `learned_step` is the last update that had something to learn from, 0 = none.
+    `recent_losses` are (length class, loss) of the last updates, `spikes` how many of the last were spikes in a row.
     `batches` counts micro-batches of the run's batch size; at the end of an epoch it is a multiple of those in one.
     """
 
@@ -88,14 +90,17 @@ class TrainerState:
     learned_step: int = 0
     scheduled_best: float | None = None
     evaluations_without_best: int = 0
-    recent_losses: list[float] = field(default_factory=list)
+    recent_losses: list[tuple[int, float]] = field(default_factory=list)
+    spikes: int = 0
 
 
 # prompt -> (answer, answer of the base) as they grow, token by token
 Sampler = Callable[[str], Iterator[tuple[str, str | None]]]
 Due = tuple[str, str]
 _VALIDATE, _VALIDATE_NOW, _TEST = ("validate", ""), ("validate", "asked"), ("test", "")
-_NO_VALIDATION = "there are no validation rows to measure. Give some (valid.jsonl, or val_set_size), or `%finetune eval train`."
+_NO_VALIDATION = (
+    "there are no validation rows to measure. Give some (valid.jsonl, or val_set_size), or `%finetune eval train`."
+)
 _NO_PROMPTS = "there are no prompts to sample. Set `sample_prompts` in a new run, or ask with `%finetune generate`."
 
 
@@ -332,6 +337,8 @@ class Trainer:
                 return (yield from self._test()), []
             case "memory":
                 return MemoryLow(self.state.step, mx.get_peak_memory(), int(how)), []
+            case "spike":
+                return LossSpiked(self.state.step, how), []
             case "idle":
                 return NothingLearned(self.state.step, int(how)), []
             case _:
@@ -373,6 +380,9 @@ class Trainer:
         self.model.update(tree_unflatten(list(parameters.items())))
         self.stepper.optimizer.state = tree_unflatten(list(optimizer.items()))
         self.state = TrainerState(**checkpoint.state["trainer"])
+        # JSON has no tuples; checkpoints from before had plain losses, which belong to no length.
+        pairs = [one for one in self.state.recent_losses if isinstance(one, list | tuple)]
+        self.state.recent_losses = [(length, loss) for length, loss in pairs]
         if (place := checkpoint.state.get("place")) is not None:
             self.state.batches = self.feed.plan.find(Place(*place))
         self.feed.restore(checkpoint.arrays.get("feed", {}), checkpoint.state.get("feed"), self.state.batches)
@@ -510,6 +520,10 @@ class Trainer:
         batches = self.next_batches()
         rows = tuple(row for batch in batches for row in batch.rows)
         learning_rate = learning_rate_at(config, self.iters, state.step)
+        tokens = sum(sum(batch.lengths) for batch in batches)
+        length = length_class(tokens, len(rows))
+        alike = [loss for of_length, loss in state.recent_losses if of_length == length]
+        watch = SpikeWatch(alike, state.spikes, config.loss_spike, config.spike_patience)
         try:
             update = self.stepper.update(
                 batches,
@@ -517,12 +531,11 @@ class Trainer:
                 grad_clip=config.grad_clip,
                 seed=seed_for(config.seed, "dropout", state.step),
                 rows=tuple(dict.fromkeys(rows)),
-                judge=lambda loss, norm: refusal(loss, norm, state.recent_losses, config.loss_spike),
+                judge=watch.judge,
             )
         except (MemoryError, RuntimeError) as error:
             raise out_of_memory(error, batches) from error
         seconds = time.perf_counter() - started
-        tokens = sum(sum(batch.lengths) for batch in batches)
         metrics = {**update.metrics, **self.feed.metrics()}
         self.state = state = replace(
             state,
@@ -532,8 +545,11 @@ class Trainer:
             target_tokens=state.target_tokens + update.units,
             learned_step=state.step + 1 if _teaches(update, metrics, learning_rate) else state.learned_step,
             seconds=state.seconds + seconds,
-            recent_losses=[*state.recent_losses, update.loss][-RECENT_LOSSES:],
+            recent_losses=[*state.recent_losses, (length, update.loss)][-REMEMBERED_LOSSES:],
+            spikes=watch.in_a_row,
         )
+        if watch.found is not None:
+            self._due.append(("spike", watch.found))
         self._schedule_after_update()
         return StepCompleted(
             step=state.step,

@@ -11,6 +11,7 @@ from mlx_nb.events import (
     CheckpointSaved,
     EvaluationCompleted,
     Event,
+    LossSpiked,
     MemoryLow,
     NothingLearned,
     Progress,
@@ -84,6 +85,8 @@ def describe(event: Event) -> str:
                 f"update {event.step}: memory is nearly full, {event.peak / 1e9:.1f} of {event.limit / 1e9:.1f} GB. "
                 "A lower batch_size or max_seq_length needs less"
             )
+        case LossSpiked():
+            return f"update {event.step}: {event.words}. The update was kept; a spike that lasts pauses the run"
         case NothingLearned():
             return f"update {event.step}: the last {event.updates} updates had nothing to learn from. {_NOTHING}"
         case RunPaused():
