@@ -49,6 +49,7 @@ ORDER = [
     "data.template_spans",
     "data.control_tokens",
     "data.template_render",
+    "data.token_edges",
     "data.tool_messages",
     "data.chat_template",
     "data.limits",

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from mlx_nb.data.control_tokens import Written, written_out
+from mlx_nb.data.control_tokens import Written
 from mlx_nb.data.rendering import AS_USUAL, Rendering
 from mlx_nb.data.template_facts import Message, RenderFailed
 from mlx_nb.data.template_render import (
     ChatTemplate,
-    Encoded,
     encode_raw,
-    encode_with_offsets,
     fast_tokenizer,
     unwrapped,
 )
 from mlx_nb.data.template_spans import Located, Turn, locate_messages
 from mlx_nb.data.template_tags import REASONING_FIELDS, Unproved
+from mlx_nb.data.token_edges import Edges, TokenOffsets
 from mlx_nb.data.tool_messages import shown_conversation
 from mlx_nb.errors import MaskRefused, did_you_mean
 
@@ -130,19 +130,20 @@ def tokenize_conversation(
         ) from error
     spans = _spans(located, plain, weights)
     problems += _span_problems(located, plain, weights)
+    edges = Edges(text, encoded, template.tokenizer)
     problems += [
         f"message {turn.message} (assistant): {other}"
         for turn in located.turns
         if weights[turn.message] > 0 and turn.context_as_in_inference
-        if (other := _other_tokens_before(turn.start, text, encoded, template.tokenizer))
+        if (other := edges.other_tokens_before(turn.start))
     ]
     if loss_on == "all":
         loss_mask = _all_but_first(tokens, template)
         for span in spans:
-            loss_mask[_touched(offsets, span)] *= span.weight
+            loss_mask[edges.offsets.touching(span.start, span.end)] *= span.weight
     else:
-        loss_mask = _trained_spans_only(offsets, spans)
-        problems += [p for span in spans if span.weight > 0 for p in _straddle_problems(offsets, span, text)]
+        loss_mask = _trained_spans_only(edges.offsets, spans)
+        problems += [p for span in spans if span.weight > 0 for p in _straddle_problems(edges, span)]
     return TokenizedConversation(tokens, loss_mask, text, offsets, spans, tuple(problems), encoded.written, shown.notes)
 
 
@@ -179,12 +180,13 @@ def _tokenize_strings(
     encoded = encode_raw(text, tokenizer, rendering)
     tokens, offsets, eos = encoded.tokens, encoded.offsets, unwrapped(tokenizer).eos_token_id
     problems = _token_problems(tokens, unwrapped(tokenizer))
-    loss_mask = _trained_spans_only(offsets, spans)
+    edges = Edges(text, encoded, unwrapped(tokenizer))
+    loss_mask = _trained_spans_only(edges.offsets, spans)
     for span in spans:
         if span.weight > 0:
-            if other := _other_tokens_before(span.start, text, encoded, unwrapped(tokenizer)):
+            if other := edges.other_tokens_before(span.start):
                 problems.append(f"the {span.role}: {other}")
-            problems += _straddle_problems(offsets, span, text)
+            problems += _straddle_problems(edges, span)
             if not text[span.start : span.end].strip():
                 problems.append(f"the {span.role} is blank: only the end of the sequence is trained.")
     if end and eos is None:
@@ -221,17 +223,13 @@ def _spans(located: Located, messages: Sequence[Message], weights: Sequence[floa
     return tuple(Span(a, b, str(messages[i].get("role")), i, weights[i]) for a, b, i in sorted(ranges) if a < b)
 
 
-def _touched(offsets: np.ndarray, span: Span) -> np.ndarray:
-    """Which tokens cover a character of the span, (T,) bool. A token without characters lies where it starts."""
-    starts, ends = offsets[:, 0], offsets[:, 1]
-    return (starts < span.end) & ((ends > span.start) | ((starts == ends) & (starts >= span.start)))
-
-
-def _trained_spans_only(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
+def _trained_spans_only(offsets: TokenOffsets, spans: Sequence[Span]) -> np.ndarray:
     """(T,) float32: the weight of the span that a token touches, the larger one of two; 0 at position 0."""
-    loss_mask = np.zeros(len(offsets), np.float32)
+    loss_mask = np.zeros(len(offsets.starts), np.float32)
     for span in spans:
-        touched = _touched(offsets, span)
+        if span.weight == 0:
+            continue
+        touched = offsets.touching(span.start, span.end)
         loss_mask[touched] = np.maximum(loss_mask[touched], span.weight)
     loss_mask[:1] = 0
     return loss_mask
@@ -285,12 +283,18 @@ def row_remarks(conversation: TokenizedConversation) -> list[str]:
 def written_sentences(conversation: TokenizedConversation) -> list[str]:
     """A sentence for each control token that the row's own text spells: where it stands, and whether it is trained."""
     sentences: dict[str, None] = {}
+    if not conversation.written:
+        return []
+    offsets, spans = TokenOffsets(conversation.offsets), conversation.spans
+    span_starts = [span.start for span in spans]
     for one in conversation.written:
-        at = next((span for span in conversation.spans if span.start <= one.start < span.end), None)
+        near = spans[max(bisect_right(span_starts, one.start) - 1, 0)] if spans else None
+        at = near if near and near.start <= one.start < near.end else None
         where = "" if at is None or at.role == "text" else f" of the {at.role}"
         if at and at.role not in ("prompt", "completion", "text"):
             where = f" of message {at.message} ({at.role})"
-        here = (conversation.offsets[:, 0] <= one.start) & (conversation.offsets[:, 1] >= one.end)
+        here = offsets.touching(one.start, one.end)
+        here = here[(offsets.starts[here] <= one.start) & (offsets.ends[here] >= one.end)]
         trained = ", trained" if conversation.loss_mask[here].any() else ""
         sentences[f"{one.spelled!r} in the text{where} is a control token{trained}."] = None
     return list(sentences)
@@ -331,29 +335,6 @@ def _turn_problems(turn: Turn, message: Message) -> list[str]:
     return problems
 
 
-def _other_tokens_before(start: int, text: str, encoded: Encoded, tokenizer: Any) -> str:
-    """What to say where the model, asked with the text before `start`, reads other tokens than the row has there.
-
-    Some tokenizers read a line break otherwise when something follows it. Control tokens part a text, so what comes
-    after the last one before `start` tells. A token across `start` is another remark, and so is none here.
-    """
-    offsets = encoded.offsets
-    if start == 0 or ((offsets[:, 0] < start) & (offsets[:, 1] > start)).any():
-        return ""
-    parted = [one for one in written_out(encoded.tokens, offsets, text, tokenizer) if one.end <= start]
-    begin = parted[-1].start if parted else 0
-    before = text[begin:start]
-    asked, covered = encode_with_offsets(tokenizer, before)
-    if len(written_out(asked, covered, before, tokenizer)) > len(parted[-1:]):
-        return ""  # control tokens that are ordinary characters in this row
-    own = encoded.tokens[(offsets[:, 0] >= begin) & (offsets[:, 1] <= start) & (offsets[:, 1] > begin)]
-    return (
-        ""
-        if np.array_equal(own, asked[covered[:, 1] > 0])
-        else f"{before[-8:]!r} before it has other tokens when the model is asked."
-    )
-
-
 def _first_of_each_field(lost: Sequence[tuple[int, str, int, int]]) -> list[tuple[int, str, int, int]]:
     totals: dict[tuple[int, str], tuple[int, int]] = {}
     for message, field, missing, given in lost:
@@ -367,17 +348,9 @@ def _lost_sentence(messages: Sequence[Mapping[str, Any]], message: int, field: s
     return f"message {message} ({messages[message].get('role')}): its {field} {what} by the chat template."
 
 
-def _straddle_problems(offsets: np.ndarray, span: Span, text: str) -> list[str]:
-    """A sentence for each trained token that also covers characters outside the span.
-
-    White space that a token takes along behind the end of a turn changes nothing and is not worth a sentence.
-    """
-    problems = []
-    for k in np.flatnonzero(_touched(offsets, span) & ((offsets[:, 0] < span.start) | (offsets[:, 1] > span.end))):
-        a, b = (int(offset) for offset in offsets[k])
-        if a < span.start or text[span.end : b].strip():
-            problems.append(
-                f"one token, {text[a:b]!r}, reaches across the edge of message {span.message} ({span.role}): "
-                "it is trained."
-            )
-    return problems
+def _straddle_problems(edges: Edges, span: Span) -> list[str]:
+    """A sentence for each trained token that also covers characters outside the span."""
+    return [
+        f"one token, {text!r}, reaches across the edge of message {span.message} ({span.role}): it is trained."
+        for text in edges.straddling(span.start, span.end)
+    ]

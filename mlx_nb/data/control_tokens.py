@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -33,14 +34,23 @@ _NEXT = str.maketrans({a: b for letters in _ASCII for a, b in zip(letters, lette
 class ControlTokens:
     """The tokens that mean more than their characters: `<|im_end|>`, `</s>`, `<think>`; not runs of spaces.
 
-    ids       (N,) int64
     spelled   the characters of each id
     special   the ids that the tokenizer itself calls special
     """
 
-    ids: np.ndarray
     spelled: Mapping[int, str]
     special: frozenset[int]
+
+    @cached_property
+    def _is_control(self) -> np.ndarray:
+        """(N,) bool by id; the last stands for all ids from there on."""
+        table = np.zeros(max(self.spelled, default=-1) + 2, bool)
+        table[list(self.spelled)] = True
+        return table
+
+    def positions(self, tokens: np.ndarray) -> np.ndarray:
+        """Where they are among (T,) tokens."""
+        return np.flatnonzero(self._is_control[np.minimum(tokens, len(self._is_control) - 1)])
 
 
 @dataclass(frozen=True)
@@ -73,15 +83,15 @@ def _read_control_tokens(tokenizer: Any) -> ControlTokens:
     spelled = {int(i): str(token.content) for i, token in added.items()}
     spelled |= {i: str(tokenizer.convert_ids_to_tokens(i)) for i in special - spelled.keys()}
     spelled = {i: text for i, text in spelled.items() if not _NO_WORD.fullmatch(text)}
-    return ControlTokens(np.array(sorted(spelled), np.int64), spelled, frozenset(special & spelled.keys()))
+    return ControlTokens(spelled, frozenset(special & spelled.keys()))
 
 
 def written_out(tokens: np.ndarray, offsets: np.ndarray, text: str, tokenizer: Any) -> tuple[Written, ...]:
     """The control tokens that the characters of `text` spell, in order; one that stands for unknown text is none."""
     control = control_tokens(tokenizer)
     found = []
-    for k in np.flatnonzero(np.isin(tokens, control.ids)).tolist():
-        (start, end), token = offsets[k].tolist(), int(tokens[k])
+    at = control.positions(tokens)
+    for token, (start, end) in zip(tokens[at].tolist(), offsets[at].tolist()):
         if text[start:end].strip() == control.spelled[token].strip():
             found.append(Written(start, end, token, control.spelled[token].strip()))
     return tuple(found)
@@ -180,12 +190,12 @@ def _strings(value: Any) -> Iterator[str]:
     """Every string in nested values, keys too, in the order in which they are changed."""
     if isinstance(value, str):
         yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _strings(item)
     elif isinstance(value, Mapping):
         for key, item in value.items():
             yield from _strings(key)
-            yield from _strings(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
             yield from _strings(item)
 
 

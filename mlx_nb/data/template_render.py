@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -28,12 +29,14 @@ class Encoded:
 
     tokens    (T,) int32
     offsets   (T, 2) int32, the characters of the text that each token covers
-    written   the control tokens that the text's own author wrote out, not the chat template
+    control   the control tokens that characters of the text spell, in order
+    written   those of them that the text's own author wrote out, not the chat template
     problems  what a person should know about them
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
+    control: tuple[Written, ...]
     written: tuple[Written, ...] = ()
     problems: tuple[str, ...] = ()
 
@@ -99,11 +102,11 @@ class ChatTemplate:
                     "or set `special_tokens_in_text: keep`."
                 ) from error
             problem = f"control tokens are written in the messages, and become control tokens: {error}."
-            return Encoded(tokens, offsets, problems=(problem,))
+            return Encoded(tokens, offsets, found, problems=(problem,))
         if written and rendering.as_text:
-            genuine = [one for one in found if one not in written]
-            return Encoded(*encode_as_text(text, genuine, fast))
-        return Encoded(tokens, offsets, written)
+            genuine = tuple(one for one in found if one not in written)
+            return Encoded(*encode_as_text(text, genuine, fast), genuine)
+        return Encoded(tokens, offsets, found, written)
 
     def facts(self) -> TemplateFacts:
         """What the template does whatever the conversation, studied once for each template."""
@@ -119,7 +122,10 @@ class ChatTemplate:
 
     def eos_ranges(self, tokens: np.ndarray, offsets: np.ndarray) -> list[tuple[int, int]]:
         """The characters of each end-of-sequence token, in order."""
-        return [(int(a), int(b)) for a, b in offsets[np.isin(tokens, list(self.eos_ids))]]
+        is_eos = np.zeros(len(tokens), bool)
+        for token in self.eos_ids:
+            is_eos |= tokens == token
+        return [(a, b) for a, b in offsets[is_eos].tolist()]
 
 
 def encode_raw(text: str, tokenizer: Any, rendering: Rendering = AS_USUAL) -> Encoded:
@@ -137,7 +143,7 @@ def encode_raw(text: str, tokenizer: Any, rendering: Rendering = AS_USUAL) -> En
     if len(first) and not np.array_equal(tokens[: len(first)], first):
         tokens = np.concatenate([first, tokens])
         offsets = np.concatenate([np.zeros((len(first), 2), np.int32), offsets])
-    return Encoded(tokens, offsets, written)
+    return Encoded(tokens, offsets, written, written)
 
 
 def leading_tokens(tokenizer: Any) -> list[int]:
@@ -168,6 +174,9 @@ def fast_tokenizer(tokenizer: Any) -> Any:
 
 def encode_with_offsets(tokenizer: Any, text: str) -> tuple[np.ndarray, np.ndarray]:
     """(T,) int32 tokens and (T, 2) int32 characters they cover, without what the tokenizer puts around texts."""
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    offsets = np.asarray(encoding["offset_mapping"], np.int32).reshape(-1, 2)
-    return np.asarray(encoding["input_ids"], np.int32), offsets
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation or backend.padding or backend.encode_special_tokens != tokenizer.split_special_tokens:
+        tokenizer("", add_special_tokens=False, verbose=False)  # a call of transformers sets them for itself
+    encoding = backend.encode(text, add_special_tokens=False)
+    offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int32).reshape(-1, 2)
+    return np.array(encoding.ids, np.int32), offsets

@@ -153,11 +153,13 @@ def _tag(messages: Sequence[Message], text: str, constants: Sequence[str], taggi
     first = _free_code_point(messages, text)
 
     def tagged(value: Any, message: int, path: tuple[str, ...]) -> Any:
-        if isinstance(value, Mapping):
-            return {key: tagged(item, message, (*path, str(key))) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [tagged(item, message, path) for item in value]
-        if not isinstance(value, str) or not _is_text(path, tagging):
+        if not isinstance(value, str):
+            if isinstance(value, (list, tuple)):
+                return [tagged(item, message, path) for item in value]
+            if isinstance(value, Mapping):
+                return {key: tagged(item, message, (*path, str(key))) for key, item in value.items()}
+            return value
+        if not _is_text(path, tagging):
             return value
         tag = chr(first + len(leaves))
         written = _replace_others(value, kept, tag)
@@ -207,11 +209,11 @@ def _free_code_point(messages: Sequence[Message], text: str) -> int:
 def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _strings(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
+            yield from _strings(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
             yield from _strings(item)
 
 
