@@ -221,6 +221,13 @@ class NothingLearned(Event):
 
 
 @dataclass(frozen=True)
+class DataChanged(Event):
+    """A file of rows is no longer what the run read from it; the run goes on with the rows as they were. Said once."""
+
+    path: str
+
+
+@dataclass(frozen=True)
 class MemoryLow(Event):
     """The most that mlx has used, `peak` bytes, is close to the `limit` of the device."""
 
@@ -248,6 +255,7 @@ EVENT_TYPES: dict[str, type[Event]] = {
         BatchSkipped,
         LossSpiked,
         NothingLearned,
+        DataChanged,
         MemoryLow,
     )
 }

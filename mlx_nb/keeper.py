@@ -378,18 +378,16 @@ def _live_change_lines(checkpoint: Checkpoint) -> list[str]:
     return [event.to_json() for event in history_of(checkpoint).events if isinstance(event, SettingChanged)]
 
 
-def fingerprints(sources: Iterable[Any], tokenizer: Any, model_folder: Path) -> dict[str, Any]:
+def fingerprints(sources: Iterable[Any], tokenizer: Any, weights: Iterable[Iterable[str]]) -> dict[str, Any]:
     """What a run's numbers depend on besides its settings, by name."""
     from importlib.metadata import version
-
-    from mlx_nb.model.fingerprint import weights_fingerprint
 
     tokenizer = getattr(tokenizer, "_tokenizer", tokenizer)
     return {
         "data": [source.fingerprint() for source in sources],
         "template": _digest(str(tokenizer.chat_template)),
         "tokenizer": _digest(tokenizer.backend_tokenizer.to_str()),
-        "model": weights_fingerprint(model_folder),
+        "model": [list(file) for file in weights],
         "mlx version": version("mlx"),
         "row order": ORDER,
     }

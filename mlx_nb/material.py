@@ -14,15 +14,17 @@ from mlx_nb.data.effects import refuse_ineffective, refuse_loss_on
 from mlx_nb.data.examples import Examples, ExampleSettings, LeftOut, RowView, split_examples, trains_plain_text
 from mlx_nb.data.limits import ModelLimits
 from mlx_nb.data.rendering import CHAT, RAW, Rendering, has_chat_template
+from mlx_nb.data.row_source import RowSource
 from mlx_nb.data.sources import Splits, open_splits
 from mlx_nb.data.token_counts import longest
-from mlx_nb.errors import CommandError, DataError, MlxNbError, did_you_mean
+from mlx_nb.errors import CommandError, DataError, MlxNbError, ModelError, did_you_mean
 from mlx_nb.keeper import fingerprints
 from mlx_nb.methods import method_named
 from mlx_nb.view.row_display import ShownRow
 
 if TYPE_CHECKING:
     from mlx_nb.model.loading import LoadedModel
+    from mlx_nb.model.logprobs import TargetScorer
     from mlx_nb.rollouts.generation import Question
     from mlx_nb.rollouts.rewards import Reward
     from mlx_nb.train.reference import ReferenceLogprobs
@@ -42,6 +44,7 @@ class Material:
         self.namespace = namespace
         self.left_out: dict[str, list[LeftOut]] = {}
         self._base_answers: dict[tuple[str, int], str] = {}
+        self._named_as_changed: set[str] = set()
 
     def twin(self, config: RunConfig) -> Material:
         """For a fork with other settings: the same rows, and the same base in modules of its own."""
@@ -153,12 +156,27 @@ class Material:
 
     @cached_property
     def examples(self) -> TrainerExamples:
-        """The rows of all splits, tokenised; those that cannot be trained are in `left_out`."""
+        """The rows of all splits, tokenised; those that cannot be trained are in `left_out`.
+
+        The rows are fingerprinted with it: what a person does to them later changes neither.
+        """
         from mlx_nb.train.trainer import TrainerExamples
 
-        return TrainerExamples(
+        found = TrainerExamples(
             **{split: self.tokenize(split) for split in SPLITS if split != "test" or self.config.test}
         )
+        for source in self._sources():
+            source.fingerprint()
+        return found
+
+    def _sources(self) -> list[RowSource]:
+        return [source for split in SPLITS if (source := getattr(self.splits, split)) is not None]
+
+    def changed_files(self) -> list[str]:
+        """The files of rows whose content is no longer what this run read, each named once."""
+        changed = {name for source in self._sources() for name in source.changed()} - self._named_as_changed
+        self._named_as_changed |= changed
+        return sorted(changed)
 
     def tokenize(self, split: str) -> list[Any]:
         """The rows of one split that can be trained."""
@@ -183,7 +201,18 @@ class Material:
             return None
         start = self.base_model if self.config.fine_tune_type == "full" else None
         fingerprint = reference_fingerprint(self.config, self.loaded)
-        return ReferenceLogprobs(lambda: reference_scorer(self.config, self.loaded, start), fingerprint)
+
+        def scorer() -> TargetScorer:
+            """Its files are read when it is first asked, which may be long after they were fingerprinted."""
+            found = reference_scorer(self.config, self.loaded, start)
+            if reference_fingerprint(self.config, self.loaded) != fingerprint:
+                raise ModelError(
+                    "the reference (reference_model, reference_adapter or resume_adapter_file) was changed after the "
+                    "run had begun and before it was read. Bring back what it was, or start a new run."
+                )
+            return found
+
+        return ReferenceLogprobs(scorer, fingerprint)
 
     @cached_property
     def rewards(self) -> tuple[Reward, ...]:
@@ -263,8 +292,7 @@ class Material:
         from mlx_nb.model import backend
         from mlx_nb.model.lanes import lane_count
 
-        sources = [source for split in SPLITS if (source := getattr(self.splits, split)) is not None]
-        found = fingerprints(sources, self.tokenizer, self.loaded.folder)
+        found = fingerprints(self._sources(), self.tokenizer, self.loaded.weights)
         found["device"] = f"CPU, lanes: {lane_count()}" if backend.is_cpu() else backend.device_name()
         return found if self.reference is None else {**found, "reference": self.reference.fingerprint}
 

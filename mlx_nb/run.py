@@ -29,6 +29,7 @@ from mlx_nb.errors import (
 from mlx_nb.events import (
     BatchSkipped,
     ChangeSetting,
+    DataChanged,
     EvaluationCompleted,
     Event,
     Pause,
@@ -198,10 +199,11 @@ class Run:
             reference=reference,
             tokenizer=loaded.tokenizer,
             rewards=self.material.rewards,
-            base=base_identity(loaded.folder, self.config.load_in_bits),
+            base=base_identity(loaded.weights, self.config.load_in_bits),
             from_checkpoint=self._from_checkpoint,
             inbox=self._inbox,
         )
+        _ = self.material.fingerprints  # of what was just read, and not of what will be there at the first checkpoint
         # Last, when nothing of the run itself can go wrong any more.
         try:
             set_aside = None if self._resumed else set_aside_earlier(self.folder)
@@ -441,6 +443,9 @@ class Run:
                     yield paused
                     return
                 self._blocked = False
+                for path in self.material.changed_files():
+                    self._record(changed := DataChanged(self.step_count, path))
+                    yield changed
 
     def _answer_requests(self) -> Iterator[Event]:
         """Answer questions and go back, at this boundary. What cannot be done is said and changes nothing."""

@@ -30,6 +30,7 @@ def open_file(path: Path) -> RowSource | dict[str, RowSource]:
     """The rows of one file; of a .json file `{"train": [...], "valid": [...]}`, the rows of each list by its name.
 
     A compressed file (.jsonl.gz, .csv.zst, ...) is read as what it is inside: its fingerprint is that of its content.
+    Fingerprints are taken here, so they are of the rows that were read, whatever happens to the file.
     Raises DataError when its ending or content is not that of rows.
     """
     ending, compression = row_endings(path)
@@ -37,6 +38,7 @@ def open_file(path: Path) -> RowSource | dict[str, RowSource]:
     if read is None:
         raise DataError(_unknown_ending(path, ending, compression))
     try:
+        stamp = _stamp(path)
         with path.open("rb") as file:
             start = file.read(64)
         if not start:
@@ -50,9 +52,48 @@ def open_file(path: Path) -> RowSource | dict[str, RowSource]:
             fault = _no_rows(start, path)
             if fault and not (ending == ".parquet" and start.startswith(b"PAR1")):
                 raise DataError(f"{path} is not a {ending} file: by its content it is {fault}.")
-            return read(path, content)
+            opened = read(path, content)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from None
+    tables = [opened] if isinstance(opened, RowSource) else list(opened.values())
+    read_as = [table.fingerprint() for table in tables]
+    watch = _Watch(path, stamp, read_as)
+    for table in tables:
+        table.changed = watch.changed
+    return opened
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """What changes with a file, most of the time; None when there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+class _Watch:
+    """Whether the file at a path still holds what was read from it. Only a file that was touched is read again."""
+
+    def __init__(self, path: Path, stamp: tuple[int, int, int] | None, read_as: list[str]) -> None:
+        self._path = path
+        self._stamp = stamp
+        self._read_as = read_as
+
+    def changed(self) -> list[str]:
+        """The path, when its content is another one now."""
+        stamp = _stamp(self._path)
+        if stamp == self._stamp:
+            return []
+        try:
+            opened = open_file(self._path)
+        except DataError:
+            return [str(self._path)]
+        tables = [opened] if isinstance(opened, RowSource) else list(opened.values())
+        if [table.fingerprint() for table in tables] != self._read_as:
+            return [str(self._path)]
+        self._stamp = stamp
+        return []
 
 
 def holds_rows(path: Path) -> bool:
@@ -107,11 +148,14 @@ class _JsonLines:
     def _index(self) -> tuple[np.ndarray, np.ndarray | None]:
         """Byte offset of each row and of the file's end, and line numbers if blank lines were skipped."""
         size, offset = self.state[0], 0
-        if os.pread(self.descriptor, 3, 0) == b"\xef\xbb\xbf":
+        self.content = hashlib.sha256()
+        if (mark := os.pread(self.descriptor, 3, 0)) == b"\xef\xbb\xbf":
             offset = 3
+            self.content.update(mark)
         found, perhaps_blank = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=bool)]
         at_line_start = True
         while block := os.pread(self.descriptor, _SCAN_BYTES, offset):
+            self.content.update(block)
             data = np.frombuffer(block, dtype=np.uint8)
             starts = np.flatnonzero(data == 0x0A) + 1
             if at_line_start:
@@ -155,13 +199,23 @@ class _JsonLines:
         return as_record(record, self.location(row))
 
     def digest(self) -> str:
-        self._check_unchanged()
-        with open(os.dup(self.descriptor), "rb") as file:
-            file.seek(0)
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        """Of the bytes that were indexed."""
+        return self.content.hexdigest()
 
     def _check_unchanged(self) -> None:
-        if self._current_state() != self.state:
+        """Raise DataError when the content is not what was indexed. A file that was only touched is as it was."""
+        state = self._current_state()
+        if state == self.state:
+            return
+        if state[0] == self.state[0]:
+            with open(os.dup(self.descriptor), "rb") as file:
+                file.seek(0)
+                same = hashlib.file_digest(file, "sha256").hexdigest() == self.digest()
+        else:
+            same = False
+        if same:
+            self.state = state
+        else:
             raise DataError(f"{self.path} was changed while it was open. Open the data again to read it anew.")
 
 

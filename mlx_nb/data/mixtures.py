@@ -168,7 +168,7 @@ def renamed(source: RowSource, columns: Mapping[str, str]) -> RowSource:
         return hashlib.sha256((source.fingerprint() + json.dumps(columns, sort_keys=True)).encode()).hexdigest()
 
     read(0)
-    return RowSource(source.name, len(source), read, source.location, digest)
+    return RowSource(source.name, len(source), read, source.location, digest, source.changed)
 
 
 def mixed(sources: Sequence[RowSource], weights: Sequence[float | None], seed: int) -> tuple[RowSource, str]:

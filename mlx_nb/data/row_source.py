@@ -15,7 +15,9 @@ class RowSource:
     """A sequence of rows: `len(source)`, `source[i] -> dict`, iteration. Rows are read when asked for.
 
     `name` is for messages. `location(i)` says where row i comes from, such as `train.jsonl line 18`.
-    `fingerprint()` is a sha256 over the content (of a file: over its bytes), the same in every process.
+    `fingerprint()` is a sha256 over the content (of a file: over its bytes), the same in every process. It is taken
+    once: of a file when it is opened, of what is in memory when it is first asked for.
+    `changed()` names the files whose content is no longer what was read.
     Reading a row that is broken raises DataError naming its location.
     """
 
@@ -26,12 +28,14 @@ class RowSource:
         read: Callable[[int], Any],
         locate: Callable[[int], str],
         digest: Callable[[], str],
+        changed: Callable[[], list[str]] = list,
     ) -> None:
         self.name = name
         self._length = length
         self._read = read
         self._locate = locate
         self._digest = digest
+        self.changed = changed
         self._fingerprint: str | None = None
 
     def __len__(self) -> int:
@@ -103,8 +107,11 @@ def gathered(sources: Sequence[RowSource], source_ids: np.ndarray, row_ids: np.n
         content.update(row_ids.astype("<i8").tobytes())
         return content.hexdigest()
 
+    def changed() -> list[str]:
+        return list(dict.fromkeys(name for source in sources for name in source.changed()))
+
     name = name or " + ".join(dict.fromkeys(source.name for source in sources))
-    return RowSource(name, len(row_ids), read, locate, digest)
+    return RowSource(name, len(row_ids), read, locate, digest, changed)
 
 
 def joined(sources: Sequence[RowSource], name: str = "") -> RowSource | None:

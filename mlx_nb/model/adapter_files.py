@@ -262,7 +262,7 @@ def _base_difference(adapter: AdapterFile, model: str, folder: Path, load_in_bit
     """How the bases differ, in words; "" where they are the same as far as one can know."""
     names = f"`model: {adapter.model}` there, `model: {model}` here"
     if adapter.base is not None:
-        if adapter.base.get("weights") != base_identity(folder, load_in_bits)["weights"]:
+        if adapter.base.get("weights") != base_identity(weights_fingerprint(folder), load_in_bits)["weights"]:
             return names if adapter.model != model else f"`model: {model}` has other weights now than it had then"
         bits = adapter.base.get("load_in_bits")
         there, here = (f"`load_in_bits: {'null' if one is None else one}`" for one in (bits, load_in_bits))

@@ -10,14 +10,17 @@ from typing import Any
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 1 << 16
 
 
-def weights_fingerprint(folder: Path) -> list[list[str]]:
-    """[file name, digest] of each safetensors file in a model's folder."""
-    return [[file.name, sampled_digest(file)] for file in sorted(folder.glob("*.safetensors"))]
+Weights = tuple[tuple[str, str], ...]
 
 
-def base_identity(folder: Path, load_in_bits: int | None) -> dict[str, Any]:
+def weights_fingerprint(folder: Path) -> Weights:
+    """(file name, digest) of each safetensors file in a model's folder."""
+    return tuple((file.name, sampled_digest(file)) for file in sorted(folder.glob("*.safetensors")))
+
+
+def base_identity(fingerprint: Weights, load_in_bits: int | None) -> dict[str, Any]:
     """What an adapter says of the base it was trained on: a digest of its weights, and how it was quantised on load."""
-    weights = hashlib.sha256(json.dumps(weights_fingerprint(folder)).encode()).hexdigest()
+    weights = hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()
     return {"weights": weights, "load_in_bits": load_in_bits}
 
 

@@ -19,6 +19,7 @@ from mlx.utils import tree_map, tree_unflatten
 from mlx_nb.errors import ModelError, OutOfMemory, did_you_mean
 from mlx_nb.model.backend import is_cpu
 from mlx_nb.model.cache import cache_folder, damage, made_once, mended_note
+from mlx_nb.model.fingerprint import Weights, weights_fingerprint
 from mlx_nb.model.finite import not_finite
 from mlx_nb.model.gguf import convert_gguf, write_model
 from mlx_nb.model.memory import memory_errors, shortage
@@ -49,7 +50,10 @@ ALIASES = {
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model ready to train. `quantized_bits` is that of the source, even where it was dequantised in memory."""
+    """A model ready to train. `quantized_bits` is that of the source, even where it was dequantised in memory.
+
+    `weights` is the `weights_fingerprint` of its files, taken when they were read.
+    """
 
     model: nn.Module
     tokenizer: Any
@@ -57,6 +61,7 @@ class LoadedModel:
     source: str
     quantized_bits: int | None
     loading_notes: tuple[str, ...] = ()
+    weights: Weights = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -104,7 +109,7 @@ def load_model(model: str, *, load_in_bits: int | None = None, chat_template: st
         base = f"{bits}-bit base" if bits else "base"
         notes.append(f"On this CPU the {base} is held and computed in float32; saved adapters are the same either way.")
     mx.eval(network.parameters())
-    return LoadedModel(network, tokenizer, folder, model, bits, tuple(notes))
+    return LoadedModel(network, tokenizer, folder, model, bits, tuple(notes), weights_fingerprint(folder))
 
 
 def model_folder(model: str) -> Path:

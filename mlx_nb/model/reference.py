@@ -48,11 +48,12 @@ def reference_scorer(config: RunConfig, loaded: LoadedModel, start: nn.Module | 
 
 def reference_fingerprint(config: RunConfig, loaded: LoadedModel) -> str:
     """Which reference that is, as a digest: its weights, adapter, quantisation and mlx's version."""
-    folder = loaded.folder if config.reference_model is None else model_folder(config.reference_model)
+    other = config.reference_model
+    weights = loaded.weights if other is None else weights_fingerprint(model_folder(other))
     chosen = config.reference_adapter
     if chosen is None and config.reference_model is None:
         chosen = config.resume_adapter_file
-    facts: list[Any] = [weights_fingerprint(folder), config.load_in_bits, version("mlx"), _adapter_digest(chosen)]
+    facts: list[Any] = [weights, config.load_in_bits, version("mlx"), _adapter_digest(chosen)]
     if chosen is not None and config.reference_adapter is None:  # it is worn in this run's own shape
         facts += [config.fine_tune_type, config.num_layers, dataclasses.asdict(config.lora_parameters)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

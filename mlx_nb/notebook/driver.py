@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_nb.errors import CommandError
 from mlx_nb.events import (
     CheckpointSaved,
+    DataChanged,
     Event,
     LossSpiked,
     MemoryLow,
@@ -133,7 +134,7 @@ class _LiveDisplay:
             if remark not in self._remarked:
                 self._remarked.add(remark)
                 print(remark)
-        if isinstance(event, LossSpiked | MemoryLow | NothingLearned):
+        if isinstance(event, DataChanged | LossSpiked | MemoryLow | NothingLearned):
             print(text_report.describe(event))
         since = time.monotonic() - self._shown_at
         if not self._in_notebook:

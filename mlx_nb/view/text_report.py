@@ -9,6 +9,7 @@ import statistics
 from mlx_nb.events import (
     BatchSkipped,
     CheckpointSaved,
+    DataChanged,
     EvaluationCompleted,
     Event,
     LossSpiked,
@@ -87,6 +88,11 @@ def describe(event: Event) -> str:
             )
         case LossSpiked():
             return f"update {event.step}: {event.words}. The update was kept; a spike that lasts pauses the run"
+        case DataChanged():
+            return (
+                f"update {event.step}: {event.path} was changed since it was read. The run goes on with the rows as "
+                "they were; only a later resume needs them back (or `--allow-changed data`)"
+            )
         case NothingLearned():
             return f"update {event.step}: the last {event.updates} updates had nothing to learn from. {_NOTHING}"
         case RunPaused():
