@@ -6,6 +6,7 @@ Keys are those of mlx-lm's and mlx-lm-lora's YAML where they have one; `iters` c
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import typing
@@ -69,8 +70,11 @@ class LrSchedule(Settings):
 class RunConfig(Settings):
     """Everything that decides a run. Frozen; `replace` gives a changed, checked copy.
 
+    `working_folder` is where the relative paths in it begin; None is wherever the process is.
     Raises ConfigError when a setting is unknown, of the wrong kind, out of bounds, or would have no effect.
     """
+
+    working_folder: ClassVar[Path | None] = None
 
     method: str = setting(
         "sft",
@@ -537,7 +541,7 @@ class RunConfig(Settings):
         return cls.from_dict({**given, **overrides}, dataclasses.replace(document, marks=marks))
 
     def replace(self, **changes: Any) -> RunConfig:
-        """A changed, checked copy. Given are what was given before and the changes."""
+        """A changed, checked copy, with the same working folder. Given are what was given before and the changes."""
         kept = {**self.to_dict(), "rewards": self.rewards}
         if "adam" in {self.optimizer, changes.get("optimizer")} and changes.get("optimizer") not in (
             None,
@@ -545,7 +549,17 @@ class RunConfig(Settings):
         ):
             del kept["weight_decay"]  # adam has none, and that is no choice for another optimizer
         given = {name for name in self.given if name.partition(".")[0] not in changes} | names_given(changes)
-        return RunConfig.from_dict({**kept, **changes}).with_given(given)
+        return RunConfig.from_dict({**kept, **changes}).with_given(given).at(self.working_folder)
+
+    def at(self, working_folder: Path | None) -> RunConfig:
+        """A copy whose relative paths begin in `working_folder`, wherever the process goes."""
+        other = copy.copy(self)
+        object.__setattr__(other, "working_folder", working_folder)
+        return other
+
+    def located(self, name: str) -> str | None:
+        """The setting `name`, made absolute where it is a relative path of something that exists."""
+        return located(getattr(self, name), self.working_folder)
 
     def with_live(self, **changes: Any) -> RunConfig:
         """A copy with live settings changed, and what goes with them.
@@ -585,6 +599,17 @@ class RunConfig(Settings):
         """The settings of `described` that differ from their defaults."""
         standard = RunConfig().to_dict()
         return {name: value for name, value in self.described().items() if value != standard[name]}
+
+
+def located(text: str | None, working_folder: Path | None) -> str | None:
+    """`text`, made absolute where it is a relative path of something that exists in `working_folder`."""
+    if not text or working_folder is None:
+        return text
+    try:
+        path = working_folder / Path(text).expanduser()
+        return str(path) if path.exists() else text
+    except (OSError, ValueError, RuntimeError):  # a template, or another text that cannot be a path
+        return text
 
 
 def reward_name(function: Any) -> str:
@@ -722,6 +747,7 @@ RunConfig.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         for name, declared in SETTINGS.items()
     ]
 )
+PATHS = ("data", "model", "resume_adapter_file", "reference_model", "reference_adapter", "chat_template")
 _MISSING = object()
 _AT_THE_END = (2**31, 0)
 _OTHER_NAMES: dict[tuple[str, ...], tuple[str, ...]] = {

@@ -10,6 +10,8 @@ MlxNbError
 │   ├── LossSpike       the loss is far above that of the updates before
 │   └── OutOfMemory     the update does not fit into memory
 ├── CheckpointError     a checkpoint cannot be written or read
+│   └── FolderError     a run's folder cannot be written, or holds a file in the way
+│       └── FolderTaken another run has the folder
 └── CommandError        a notebook command or command line was not understood
 """
 
@@ -83,6 +85,14 @@ TRAINING_ERRORS = {kind.reason: kind for kind in (NonFiniteLoss, LossSpike, OutO
 
 class CheckpointError(MlxNbError):
     """A checkpoint cannot be written or read. What is in memory, and the older ones on disk, are as they were."""
+
+
+class FolderError(CheckpointError):
+    """A run's folder cannot be written, or holds files of somebody else in the way."""
+
+
+class FolderTaken(FolderError):
+    """Another run has the folder: one that lives, or one that was started there since."""
 
 
 class CommandError(MlxNbError):

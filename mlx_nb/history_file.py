@@ -106,6 +106,16 @@ def history_files(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("history-*.jsonl") if HISTORY_FILE.fullmatch(path.name)}
 
 
+def is_history(path: Path) -> bool:
+    """Whether a file of such a name is a history, and not a person's: empty, or an event in its first line."""
+    try:
+        with path.open("rb") as file:
+            first = file.readline()
+    except OSError:
+        return False
+    return not first or bool(list(_readable(first)))
+
+
 def read_history(folder: Path, parts: Any) -> tuple[list[str], list[str]]:
     """The lines of the history that a checkpoint in `folder` names, and what is wrong with it, in words.
 

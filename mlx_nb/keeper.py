@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 import time
 from collections import Counter, deque
@@ -12,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_nb.config import SETTINGS, RunConfig
+from mlx_nb.config import PATHS, SETTINGS, RunConfig, located
 from mlx_nb.data.batches import ORDER
 from mlx_nb.errors import CheckpointError, CommandError, ConfigError
 from mlx_nb.events import (
@@ -25,7 +26,7 @@ from mlx_nb.events import (
     StepCompleted,
     event_from_json,
 )
-from mlx_nb.history_file import HistoryFile, history_files, read_history
+from mlx_nb.history_file import HistoryFile, history_files, is_history, read_history
 from mlx_nb.view.history import History
 from mlx_nb.view.quantities import headline
 
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from mlx_nb.train.parking import Parking
     from mlx_nb.train.trainer import Trainer
 
-CHECKPOINTS = "checkpoints"
 _LENGTHS = {"iters", "epochs"}
 _READABLE = ("device", "mlx version")  # fingerprints that are words and not digests
 
@@ -141,6 +141,7 @@ class Keeper:
         name: str,
         config: RunConfig,
         made_from: dict[str, Any],
+        run_folder: Path,
     ) -> Path:
         """Write everything that the next update depends on. Returns the folder. Raises CheckpointError."""
         from mlx_nb.train.checkpoint import save_error
@@ -163,6 +164,7 @@ class Keeper:
             "history": [],  # what an older mlx_nb looks for
             "history_parts": parts,
             "live_changes": list(self._live_changes),
+            "working_folder": _working_folder(config, run_folder),
         }
         folder = store.save(replace(snapshot, state=state), kind=kind)
         self._saved_at, self.saved_step = time.monotonic(), snapshot.step
@@ -206,23 +208,38 @@ def refuse_own_folder(config: RunConfig, folder: Path) -> None:
     from mlx_nb.model.reference import BARE
 
     for setting in (START, REFERENCE):
-        path = getattr(config, setting)
-        if path not in (None, BARE) and Path(path).expanduser().resolve().is_relative_to(folder.resolve()):
+        path = config.located(setting)
+        if path not in (None, BARE) and Path(str(path)).expanduser().resolve().is_relative_to(folder.resolve()):
             raise ConfigError(
-                f"{setting}: {path} lies in {folder}, which this run would write over. Give the run another "
-                "`--name`, or another adapter_path."
+                f"{setting}: {getattr(config, setting)} lies in {folder}, which this run would write over. Give the "
+                "run another `--name`, or another adapter_path."
             )
 
 
-def set_aside_earlier(folder: Path) -> Path | None:
-    """Move a folder that already holds an adapter out of the way: nothing trained is ever overwritten."""
-    if not (folder / "adapters.safetensors").exists() and not (folder / CHECKPOINTS).exists():
+def _working_folder(config: RunConfig, run_folder: Path) -> dict[str, str] | None:
+    """Where the relative paths of the settings begin: as a path, and as the way there from the run's folder."""
+    if config.working_folder is None:
         return None
-    number = 1
-    while (target := folder.with_name(f"{folder.name}.previous-{number}")).exists():
-        number += 1
-    folder.rename(target)
-    return target
+    way = os.path.relpath(config.working_folder, os.path.realpath(run_folder))
+    return {"path": str(config.working_folder), "from_run": way}
+
+
+def working_folder_of(checkpoint: Checkpoint, run_folder: Path) -> Path:
+    """Where the relative paths of a checkpoint's settings begin now.
+
+    When the whole project was copied, that is the copy. When the run's folder alone was, it is where it was; and the
+    working folder of the process where nothing of it is left.
+    """
+    recorded = checkpoint.state.get("working_folder") or {}
+    candidates = [Path(recorded["path"])] if "path" in recorded else []
+    if "from_run" in recorded:
+        candidates.insert(0, Path(os.path.realpath(run_folder / recorded["from_run"])))
+    config = checkpoint.state["config"]
+    names = [name for name in PATHS if isinstance(config.get(name), str)]
+    return max(
+        [*candidates, Path.cwd()],
+        key=lambda folder: sum(os.path.isabs(str(located(config[name], folder))) for name in names),
+    )
 
 
 def _remove_left_histories(store: CheckpointStore) -> None:
@@ -237,7 +254,8 @@ def _remove_left_histories(store: CheckpointStore) -> None:
             state = json.loads((info.path / STATE_FILE).read_bytes())
             there -= {part["file"] for part in state.get("history_parts", ())}
         for name in there:
-            (store.folder / name).unlink(missing_ok=True)
+            if is_history(store.folder / name):
+                (store.folder / name).unlink(missing_ok=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, CheckpointError):
         return
 
@@ -302,7 +320,8 @@ def settings_to_resume(checkpoint: Checkpoint, folder: Path, config: RunConfig |
         values["data"] = data
     if "data" not in values:
         raise CheckpointError(f"the rows of {folder} were an object in memory. Pass them again as `data`.")
-    return RunConfig.from_dict(values)
+    started_in = config.working_folder if config is not None else working_folder_of(checkpoint, folder)
+    return RunConfig.from_dict(values).at(started_in)
 
 
 def with_shape_of(checkpoint: Checkpoint, config: RunConfig) -> RunConfig:

@@ -83,9 +83,9 @@ class Material:
 
     @cached_property
     def _tokenizer_alone(self) -> Any:
-        from mlx_nb.model.loading import load_tokenizer, model_folder
+        from mlx_nb.model.loading import load_tokenizer, model_folder, model_named
 
-        return load_tokenizer(model_folder(self.config.model), self.config.chat_template)
+        return load_tokenizer(model_folder(model_named(self.config)), self.config.located("chat_template"))
 
     @property
     def tokenizer(self) -> Any:
@@ -96,9 +96,10 @@ class Material:
     def limits(self) -> ModelLimits:
         """What the model, and a reference model beside it, can read. Reads no weights."""
         from mlx_nb.model.limits import limits_by_name
+        from mlx_nb.model.loading import model_named
 
-        found, other = limits_by_name(self.config.model), self.config.reference_model
-        return found if other is None else found.within(limits_by_name(other))
+        found, other = limits_by_name(model_named(self.config)), self.config.reference_model
+        return found if other is None else found.within(limits_by_name(model_named(self.config, "reference_model")))
 
     @cached_property
     def asking(self) -> Rendering:
@@ -122,6 +123,7 @@ class Material:
         return open_splits(
             config.data,
             namespace=self.namespace,
+            working_folder=config.working_folder,
             val_set_size=config.val_set_size,
             seed=config.seed,
             train_split=config.train_split,
@@ -260,16 +262,16 @@ class Material:
         Raises ModelError for one that was made on another base, unless `allow_changed` has "model".
         """
         from mlx_nb.model.adapter_files import REFERENCE, START, check_base, open_adapter
-        from mlx_nb.model.loading import model_folder
+        from mlx_nb.model.loading import model_folder, model_named
         from mlx_nb.model.reference import BARE
 
         config, notes = self.config, list[str]()
         for setting in (START, REFERENCE):
-            source = getattr(config, setting)
-            if source in (None, BARE):
+            source = config.located(setting)
+            if source is None or getattr(config, setting) == BARE:
                 continue
             other = config.reference_model if setting == REFERENCE else None
-            folder = model_folder(other) if other else self.loaded.folder
+            folder = model_folder(model_named(config, "reference_model")) if other else self.loaded.folder
             adapter = open_adapter(source, setting)
             notes += check_base(adapter, other or config.model, folder, config.load_in_bits, allow_changed)
         return notes

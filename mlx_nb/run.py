@@ -22,6 +22,8 @@ from mlx_nb.errors import (
     CommandError,
     ConfigError,
     DataError,
+    FolderError,
+    FolderTaken,
     MlxNbError,
     ModelError,
     TrainingError,
@@ -48,21 +50,22 @@ from mlx_nb.events import (
     StateChanged,
     StepCompleted,
 )
+from mlx_nb.folder_lock import is_locked
 from mlx_nb.keeper import (
-    CHECKPOINTS,
     Keeper,
     changes_since,
     differences,
     for_other_settings,
     read_history_of,
     refuse_own_folder,
-    set_aside_earlier,
     settings_to_resume,
 )
 from mlx_nb.material import SPLITS, Material, Rows
 from mlx_nb.methods import method_named
+from mlx_nb.run_folder import RunFolder, check_name, folder_of, holder_here, same_folder, working_folder
 from mlx_nb.train.inbox import Inbox
 from mlx_nb.view.history import History, visits_text
+from mlx_nb.written_files import CHECKPOINTS, EXPORT, REPORT_FILE, RUN
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -83,9 +86,10 @@ _FORK_KEEPS = ("method", "reference_model", "reference_adapter", "reference_free
 class Run:
     """A fine-tuning run: configured, then moved one step at a time.
 
-    `name` decides the default adapter folder. `namespace` is where `data: name` looks for a variable.
+    `name` decides the default adapter folder. `namespace` is where `data: name` looks for a variable. Relative paths
+    begin in the folder that is the working folder when the run is made.
     `allow_changed=["model"]` starts from an adapter that was made on another base.
-    Raises ConfigError, DataError or ModelError, each in one line, at the first use of what is wrong.
+    Raises ConfigError, DataError, FolderError or ModelError, each in one line, at the first use of what is wrong.
     """
 
     def __init__(
@@ -97,7 +101,9 @@ class Run:
         allow_changed: Collection[str] = (),
         _from_checkpoint: bool = False,
     ) -> None:
+        check_name(name)
         config = config or RunConfig()
+        config = config if config.working_folder else config.at(working_folder())
         self._from_checkpoint = _from_checkpoint
         self._allow_changed = frozenset(allow_changed)
         self.config = config if _from_checkpoint else _with_adapter_settings(config)
@@ -106,6 +112,8 @@ class Run:
         self.material = Material(self.config, namespace)
         self._resumed = False
         self._keeper = Keeper()
+        self._home: RunFolder | None = None
+        self._forks = 0
         self._blocked = False
         self._failed = False
         self._error: BaseException | None = None
@@ -157,8 +165,24 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Where adapters are saved."""
-        return Path(self.config.adapter_path or f"adapters/{self.name}").expanduser()
+        """Where adapters are saved, as an absolute path."""
+        return folder_of(self.config.adapter_path or f"adapters/{self.name}", self.config.working_folder)
+
+    @property
+    def home(self) -> RunFolder:
+        """The same folder in the hands of this run: who may write there, and what was written."""
+        if self._home is None or self._home.path != self.folder:
+            self._home = RunFolder(
+                self.folder,
+                self.name,
+                None if self._home is None else self._home.run_id,
+                at_rest=self._at_rest,
+                let_go=self.release,
+            )
+        return self._home
+
+    def _at_rest(self) -> bool:
+        return not self.background.active and not self.unsaved_updates
 
     @property
     def trainer(self) -> Trainer:
@@ -168,6 +192,19 @@ class Run:
         return self._trainer
 
     def _prepare(self) -> Trainer:
+        """The trainer, in a folder that nobody else writes to. That is made sure of before anything is loaded."""
+        refuse_own_folder(self.config, self.folder)
+        if self._resumed:
+            return self._made_trainer()
+        try:
+            self.home.share()
+            self.home.refuse_foreign()
+            return self._made_trainer()
+        except BaseException:
+            self.home.release()
+            raise
+
+    def _made_trainer(self) -> Trainer:
         self.material.check()
         loaded = self.loaded
         if self.config.fine_tune_type == "full" and loaded.quantized_bits:
@@ -181,7 +218,6 @@ class Run:
         from mlx_nb.train.trainer import Trainer
 
         refuse_cache_doubt(loaded.model)
-        refuse_own_folder(self.config, self.folder)
         notes = self.material.notes()
         if not self._from_checkpoint:
             notes += self.material.adapter_notes(self._allow_changed)
@@ -202,12 +238,13 @@ class Run:
             base=base_identity(loaded.weights, self.config.load_in_bits),
             from_checkpoint=self._from_checkpoint,
             inbox=self._inbox,
+            write=self.home.write,
         )
         _ = self.material.fingerprints  # of what was just read, and not of what will be there at the first checkpoint
         # Last, when nothing of the run itself can go wrong any more.
         try:
-            set_aside = None if self._resumed else set_aside_earlier(self.folder)
-        except OSError:
+            set_aside = None if self._resumed else self.home.begin()
+        except FolderError:
             trainer.close()
             raise
         if set_aside:
@@ -299,7 +336,6 @@ class Run:
         """Write one HTML page with everything about the run (default: report.html in its folder). Returns its path."""
         from mlx_nb.view.report import report_html
 
-        path = Path(path).expanduser() if path else self.folder / "report.html"
         page = report_html(
             self.history,
             title=f"{self.name}: {self.state} after update {self.step_count}",
@@ -307,6 +343,11 @@ class Run:
             metrics=method_named(self.config.method).metrics,
             worst_rows=[(row, loss, self._excerpt(row)) for row, loss in list(self.row_losses().items())[:10]],
         )
+        if path is None:
+            with self.home.writing():
+                self.home.write(self.folder / REPORT_FILE, lambda file: file.write(page.encode()))
+            return self.folder / REPORT_FILE
+        path = working_folder() / Path(path).expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(page, encoding="utf-8")
         return path
@@ -414,6 +455,12 @@ class Run:
     def _moving(self, trainer: Trainer, updates: int | None) -> Iterator[Event]:
         from mlx_nb.model.memory import clear_cache
 
+        try:
+            self.home.check()
+        except FolderTaken:
+            raise
+        except FolderError:
+            pass  # a disk that takes nothing pauses the run at its next save
         if not self._keeper.remembers:
             self._keeper.remember(trainer, self.history)
         self._failed, self._error = False, None
@@ -430,6 +477,10 @@ class Run:
             if isinstance(event, StepCompleted | BatchSkipped):
                 self._keeper.remember(trainer, self.history)
             yield event
+            if self.home.lost:
+                yield (paused := RunPaused(self.step_count, self.home.lost))
+                self._record(paused)
+                return
             yield from self._answer_requests()
             if isinstance(event, RunFinished):
                 self._keeper.release(self.folder)
@@ -446,6 +497,8 @@ class Run:
                 for path in self.material.changed_files():
                     self._record(changed := DataChanged(self.step_count, path))
                     yield changed
+                if isinstance(event, RunFinished):
+                    self.home.release()
 
     def _answer_requests(self) -> Iterator[Event]:
         """Answer questions and go back, at this boundary. What cannot be done is said and changes nothing."""
@@ -506,10 +559,13 @@ class Run:
         problems += [str(error) for error in unknown_settings(changes)]
         if problems:
             raise ConfigError("\n".join(problems))
-        name = name or f"{self.name}-fork"
         if name == self.name:
             raise CommandError(f"a fork of {name} needs another name.")
-        other = Run(self.config.replace(**{"adapter_path": None, **changes}), name=name, _from_checkpoint=True)
+        config = self.config.replace(**{"adapter_path": None, **changes})
+        name = name or self._fork_name(config)
+        other = Run(config, name=name, _from_checkpoint=True)
+        if other.folder.resolve() == self.folder.resolve():
+            raise CommandError(f"a fork of {self.name} needs another folder than {self.folder}.")
         other.material = self.material.twin(other.config)
         other.trainer.restore(for_other_settings(self.trainer.snapshot(), self.config, other.config))
         other.trainer.go_on()
@@ -521,16 +577,42 @@ class Run:
         )
         return other
 
+    def _fork_name(self, config: RunConfig) -> str:
+        """A name that no earlier fork of this run has, and whose folder no run holds that lives."""
+        while True:
+            self._forks += 1
+            name = f"{self.name}-fork" if self._forks == 1 else f"{self.name}-fork-{self._forks}"
+            if config.adapter_path or not is_locked(folder_of(f"adapters/{name}", config.working_folder)):
+                return name
+
+    def release(self, reason: str = "") -> None:
+        """Write a checkpoint of the updates that are not saved, let go of the folder, and write there no more.
+
+        Another run can have the folder then. `reason` begins the message that a later attempt to write is answered
+        with. Raises CheckpointError when the checkpoint cannot be written; the folder is let go all the same.
+        """
+        try:
+            if self.unsaved_updates:
+                self.checkpoint("exit")
+        finally:
+            self.home.give_up(reason or f"{self.name} let go of {self.folder}")
+
     def checkpoint(self, kind: str = "step") -> Path:
         """Write everything that the run's next update depends on. Returns the folder. Raises CheckpointError."""
+        trainer = self.trainer
+        try:
+            self.home.check()
+        except FolderError as error:
+            raise type(error)(f"step {self.step_count} could not be saved: {error}") from None
         return self._keeper.save(
-            self.trainer,
+            trainer,
             self.history,
             self._store(),
             kind,
             name=self.name,
             config=self.config,
             made_from=self.material.fingerprints,
+            run_folder=self.folder,
         )
 
     def checkpoints(self) -> list[CheckpointInfo]:
@@ -538,7 +620,9 @@ class Run:
         return self._store().list()
 
     def delete_checkpoint(self, info: CheckpointInfo) -> None:
-        """Remove one. Raises CheckpointError."""
+        """Remove one. Raises CheckpointError, also when another run that lives holds the folder."""
+        if not self.home.held and is_locked(self.folder):
+            self.home.take()
         self._store().delete(info)
 
     def compare_checkpoint(self, info: CheckpointInfo) -> list[tuple[str, str]]:
@@ -581,17 +665,38 @@ class Run:
         """
         from mlx_nb.train.checkpoint import CheckpointStore
 
-        folder = Path(path).expanduser()
-        checkpoint, messages = CheckpointStore(folder / CHECKPOINTS).load(step)
-        settings = settings_to_resume(checkpoint, folder, config, data)
-        run = cls(settings, name=checkpoint.state["name"], namespace=namespace, _from_checkpoint=True)
-        changed = changes_since(checkpoint, config, run.material.fingerprints, allow_changed)
-        run._resumed = True
-        run.trainer.restore(checkpoint)
-        run.history, damage = read_history_of(checkpoint)
+        folder = folder_of(str(path), working_folder())
+        home = cls._home_to_resume(folder)
+        try:
+            checkpoint, messages = CheckpointStore(folder / CHECKPOINTS).load(step)
+            settings = settings_to_resume(checkpoint, folder, config, data)
+            run = cls(settings, name=checkpoint.state["name"], namespace=namespace, _from_checkpoint=True)
+            home.name, home.at_rest, home.let_go = run.name, run._at_rest, run.release
+            run._resumed, run._home = True, home
+            changed = changes_since(checkpoint, config, run.material.fingerprints, allow_changed)
+            run.trainer.restore(checkpoint)
+            run.history, damage = read_history_of(checkpoint)
+        except BaseException:
+            home.release()
+            raise
         run.trainer.notes += (*messages, *damage, *(f"changed since the checkpoint: {what}" for what in changed))
         run._keeper.go_on_from(checkpoint, run.history, whole=not damage)
         return run
+
+    @staticmethod
+    def _home_to_resume(folder: Path) -> RunFolder:
+        """The folder of a run that is to be resumed, before anything in it is read.
+
+        A run of this process that holds it and is not saved is saved, and writes there no more.
+        """
+        before = holder_here(folder)
+        if before is not None and not before.at_rest():
+            before.let_go(f"{folder} was taken over by the same run, resumed in this process")
+        home = RunFolder(folder, folder.name)
+        if (folder / CHECKPOINTS).is_dir():
+            home.adopt()
+            home.share()
+        return home
 
     def step(self, n: int = 1) -> StepCompleted:
         """Exactly `n` optimizer updates (fewer at the end of the run), then control is back. Returns the last one.
@@ -747,20 +852,51 @@ class Run:
     def save(self, path: str | Path | None = None) -> Path:
         """Write the adapter in mlx-lm's format to `path` (default: the run's folder). Returns the folder.
 
-        A run that is paused because its own folder cannot be written moves to `path`: what it saves from now on,
-        checkpoints too, goes there. Raises CheckpointError when the folder cannot be written.
+        A run whose own folder cannot be written, or has another run in it by now, moves to `path`: what it saves from
+        now on, checkpoints too, goes there. An adapter that was saved to `path` by an earlier run is moved to
+        `path.previous-1`. Raises FolderError when the folder is that of another run, when something in it was not
+        written by mlx_nb, and CheckpointError when it cannot be written.
         """
-        folder = Path(path).expanduser() if path else self.folder
-        try:
-            self.trainer.save_adapter(folder)
-        except OSError as error:
-            raise CheckpointError(f"{folder} cannot be written: {error.strerror}. Give another folder.") from None
-        if self._blocked and folder != self.folder:
+        trainer = self.trainer
+        folder = self.folder if path is None else folder_of(str(path), working_folder())
+        if same_folder(folder, self.folder):
+            with self.home.writing():
+                self._save_adapter(self.home)
+        elif self._blocked or not self._can_write():
+            self.home.release()
+            self._home = self._saved_to(folder, RUN)
             self.config = self.config.replace(adapter_path=str(folder))
-            self.trainer.folder = folder
+            trainer.folder, trainer.write = folder, self._home.write
             self.checkpoint("pause")
+        else:
+            self._saved_to(folder, EXPORT).release()
         self._blocked = False
         return folder
+
+    def _can_write(self) -> bool:
+        """Whether the run's own folder is still its own."""
+        try:
+            with self.home.writing():
+                return True
+        except FolderError:
+            return False
+
+    def _saved_to(self, path: Path, kind: str) -> RunFolder:
+        """The folder at `path`, held, with the adapter in it. Nothing of another run or of a person is written over."""
+        folder = RunFolder(path, self.name, self.home.run_id, kind=kind, at_rest=self._at_rest, let_go=self.release)
+        try:
+            folder.take_for_adapter()
+            self._save_adapter(folder)
+        except BaseException:
+            folder.release()
+            raise
+        return folder
+
+    def _save_adapter(self, folder: RunFolder) -> None:
+        try:
+            self.trainer.save_adapter(folder.path, write=folder.write)
+        except OSError as error:
+            raise CheckpointError(f"{folder.path} cannot be written: {error.strerror}. Give another folder.") from None
 
     def adapter_bytes(self) -> dict[str, bytes]:
         """The trainable parameters as they would be saved: raw little-endian bytes by name."""

@@ -136,6 +136,7 @@ def test_a_rewind_that_cannot_be_saved_is_said_and_the_run_goes_on(tmp_path, tin
 
 def blocked_folder(path):
     """A file where the folder ought to be: what a lost permission looks like to root as well."""
+    shutil.rmtree(path, ignore_errors=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("in the way")
 

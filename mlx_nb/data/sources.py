@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,6 +52,7 @@ def open_splits(
     data: object,
     *,
     namespace: Mapping[str, object] | None = None,
+    working_folder: Path | None = None,
     val_set_size: float = 0.1,
     seed: int = 0,
     train_split: str | None = None,
@@ -65,6 +67,9 @@ def open_splits(
     `namespace` by name; a hub id `owner/name`; a list of dicts (or of conversations), DataFrame or datasets.Dataset;
     a DatasetDict or dict of splits, also in a .json file. An existing path wins over a variable, a variable over a
     hub id.
+
+    Relative paths begin in `working_folder`; None is the one of the process. What is opened is found again by its
+    absolute path.
 
     Hold-out: without a validation split, `val_set_size` of the training rows are drawn by `seed` and taken
     out of train. Below 1 it is a share (at least 1 row, at most 200, never all), from 1 on a number of rows.
@@ -84,13 +89,16 @@ def open_splits(
     of each table are read here; a later broken row raises when it is read.
     """
     words = SplitWords(train_split, valid_split, test_split, subset)
-    found, label, notes = _look_up(data, namespace)
+    known = _Known({name: value for name, value in (namespace or {}).items() if not name.startswith("_")})
+    if working_folder is not None:
+        known = dataclasses.replace(known, folder=working_folder)
+    found, label, notes = _look_up(data, known)
     specs = mixture_specs(found)
     if specs is None:
-        parts = [_open(found, label, words, namespace)]
+        parts = [_open(found, label, words, known)]
     else:
         words.refuse(tuple(vars(words)), "data is a list of sources. Give it inside a source")
-        parts = [_open_spec(spec, namespace) for spec in specs]
+        parts = [_open_spec(spec, known) for spec in specs]
     valid = joined([part.valid for part in parts if part.valid])
     test = joined([part.test for part in parts if part.test])
     trains = [part.train for part in parts]
@@ -105,13 +113,24 @@ def open_splits(
     return Splits(train, valid, test, (*notes, note), held_out)
 
 
-def _look_up(data: object, namespace: Mapping[str, object] | None) -> tuple[object, str, tuple[str, ...]]:
+@dataclass(frozen=True)
+class _Known:
+    """What names can stand for: variables of the notebook, and paths that begin in `folder`."""
+
+    variables: Mapping[str, object]
+    folder: Path = field(default_factory=Path.cwd)
+
+    def path(self, text: str | os.PathLike[str]) -> Path:
+        return self.folder / Path(text).expanduser()
+
+
+def _look_up(data: object, known: _Known) -> tuple[object, str, tuple[str, ...]]:
     """What a name stands for: a Path, a hub id (str) or an object; with a label and notes."""
     if not isinstance(data, (str, os.PathLike)):
         return data, "data", ()
     text = os.fspath(data)
-    path = Path(text).expanduser()
-    variables = {name: value for name, value in (namespace or {}).items() if not name.startswith("_")}
+    path = known.path(text)
+    variables = dict(known.variables)
     if isinstance(data, str) and text in variables and not could_be_rows(variables[text]):
         if not path.exists():
             kind = type(variables[text]).__name__
@@ -124,33 +143,33 @@ def _look_up(data: object, namespace: Mapping[str, object] | None) -> tuple[obje
         return path, text, (f"`{text}` is a {kind} and a variable: the {kind} is used. Rename one of them.",)
     if isinstance(data, str) and text in variables:
         value = variables[text]
-        return (Path(value).expanduser() if isinstance(value, os.PathLike) else value), text, ()
+        return (known.path(value) if isinstance(value, os.PathLike) else value), text, ()
     near_a_path = bool(did_you_mean(path.name, _names_in(path.parent))) or holds_rows(path)
     if isinstance(data, str) and _HUB_ID.fullmatch(text) and not near_a_path:
         return text, text, ()
-    raise DataError(_not_found(text, path, variables))
+    raise DataError(_not_found(text, path, variables, known.folder))
 
 
 def _names_in(folder: Path) -> list[str]:
     return [entry.name for entry in visible(folder)]
 
 
-def _not_found(text: str, path: Path, variables: Mapping[str, object]) -> str:
+def _not_found(text: str, path: Path, variables: Mapping[str, object], folder: Path) -> str:
     if not text.strip():
         return f"`data` is empty. {KNOWN_KINDS}"
     near = did_you_mean(path.name, _names_in(path.parent))
-    if near and path.parent != Path("."):
-        near += f" (in {path.parent})"
+    if near and path.parent != folder:
+        near += f" (in {Path(text).expanduser().parent})"
     if text.isidentifier():
         near = did_you_mean(text, [name for name in variables if could_be_rows(variables[name])]) or near
         return f"no file, folder or variable {text!r}.{near} A hub id has the form owner/name."
     if not path.parent.is_dir():
-        above = path.parent
-        near = f" There is no folder {above}.{did_you_mean(above.name, _names_in(above.parent))}"
-    return f"no such file or folder: {text}.{near} Working folder: {Path.cwd()}."
+        above = Path(text).expanduser().parent
+        near = f" There is no folder {above}.{did_you_mean(above.name, _names_in(path.parent.parent))}"
+    return f"no such file or folder: {text}.{near} Working folder: {folder}."
 
 
-def _open(found: object, label: str, words: SplitWords, namespace: Mapping[str, object] | None) -> Splits:
+def _open(found: object, label: str, words: SplitWords, known: _Known) -> Splits:
     if isinstance(found, str):
         return _open_hub(found, words)
     words.refuse(("subset",), "only hub datasets have subsets")
@@ -161,7 +180,7 @@ def _open(found: object, label: str, words: SplitWords, namespace: Mapping[str, 
     if isinstance(found, Splits):
         return found
     if isinstance(found, Mapping):
-        return _open_mapping(found, label, words, namespace)
+        return _open_mapping(found, label, words, known)
     words.refuse(("train_split", "valid_split", "test_split"), f"{label} has no splits")
     return Splits(_open_table(found, label), None, None, notes)
 
@@ -199,9 +218,7 @@ def _open_folder(folder: Path, words: SplitWords) -> Splits:
     return _pick_splits({name: (name, paths) for name, paths in files.items()}, words, f"folder {folder}", opened)
 
 
-def _open_mapping(
-    found: Mapping[Any, Any], label: str, words: SplitWords, namespace: Mapping[str, object] | None
-) -> Splits:
+def _open_mapping(found: Mapping[Any, Any], label: str, words: SplitWords, known: _Known) -> Splits:
     named = {str(name): (str(name), value) for name, value in found.items()}
     columns = [
         isinstance(value, (list, tuple)) and value and not isinstance(value[0], Mapping) for value in found.values()
@@ -216,10 +233,10 @@ def _open_mapping(
         name, value = item
         here = f"{label}[{name!r}]"
         if isinstance(value, (list, tuple)) and value and all(isinstance(part, (str, os.PathLike)) for part in value):
-            tables = [_open_table(_look_up(part, namespace)[0], here) for part in value]
+            tables = [_open_table(_look_up(part, known)[0], here) for part in value]
             return _joined(tables, here)
         if isinstance(value, (str, os.PathLike)):
-            value, _, _ = _look_up(value, namespace)
+            value, _, _ = _look_up(value, known)
         return _open_table(value, here)
 
     return _pick_splits(named, words, f"the dict {label}", opened)
@@ -271,9 +288,9 @@ def _pick_splits(
     return Splits(train, valid, pick(words.test_split, TEST_NAMES, "test_split"))
 
 
-def _open_spec(spec: SourceSpec, namespace: Mapping[str, object] | None) -> Splits:
-    found, label, notes = _look_up(spec.path, namespace)
-    splits = _open(found, label, spec.words, namespace)
+def _open_spec(spec: SourceSpec, known: _Known) -> Splits:
+    found, label, notes = _look_up(spec.path, known)
+    splits = _open(found, label, spec.words, known)
     train, valid, test = splits.train, splits.valid, splits.test
     if spec.columns:
         train = renamed(train, spec.columns)

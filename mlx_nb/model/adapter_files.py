@@ -13,9 +13,8 @@ from mlx_nb.config import LoraParameters, RunConfig
 from mlx_nb.errors import ConfigError, ModelError
 from mlx_nb.methods import method_named
 from mlx_nb.model.fingerprint import base_identity, weights_fingerprint
+from mlx_nb.written_files import ADAPTER_FILE, CONFIG_FILE
 
-ADAPTER_FILE = "adapters.safetensors"
-CONFIG_FILE = "adapter_config.json"
 START, REFERENCE = "resume_adapter_file", "reference_adapter"
 SCALE = "lora_parameters.scale"
 _PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -154,7 +153,7 @@ def with_adapter_settings(config: RunConfig) -> RunConfig:
     """
     if config.resume_adapter_file is None:
         return config
-    adapter = open_adapter(config.resume_adapter_file, START)
+    adapter = open_adapter(str(config.located(START)), START)
     shape = dict(adapter.shape)
     if method_named(config.method).rows == "prompts":
         shape.pop("lora_parameters.dropout", None)  # there completions are drawn without dropout

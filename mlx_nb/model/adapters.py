@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,14 @@ from mlx.utils import tree_unflatten
 
 from mlx_nb.config import RunConfig
 from mlx_nb.errors import ConfigError, ModelError, did_you_mean
-from mlx_nb.model.adapter_files import ADAPTER_FILE, CONFIG_FILE, AdapterFile
+from mlx_nb.model.adapter_files import AdapterFile
 from mlx_nb.model.files import write_whole
 from mlx_nb.model.finite import not_finite
 from mlx_nb.model.trees import named_arrays
+from mlx_nb.written_files import ADAPTER_FILE, CONFIG_FILE
+
+# Writes a file whole or not at all: its path, and what writes into the open file.
+Write = Callable[[Path, Callable[[Any], Any]], None]
 
 
 def attach_adapter(model: nn.Module, config: RunConfig) -> tuple[str, ...]:
@@ -138,6 +142,7 @@ def save_adapter(
     file_name: str = ADAPTER_FILE,
     *,
     base: dict[str, Any] | None = None,
+    write: Write = write_whole,
 ) -> Path:
     """Write the adapter in mlx-lm's format, each file whole or not at all. Returns the weights' path.
 
@@ -156,10 +161,10 @@ def save_adapter(
         "mlx_nb": {"settings": config.changed(), "base": base},
     }
     text = json.dumps(description, indent=2, default=str).encode()
-    write_whole(folder / CONFIG_FILE, lambda file: file.write(text))
+    write(folder / CONFIG_FILE, lambda file: file.write(text))
     weights = adapter_weights(model)
     # Through Python's file, so that a full disk is an OSError with its reason.
-    write_whole(folder / file_name, lambda file: mx.save_safetensors(file, weights, metadata={"format": "mlx"}))
+    write(folder / file_name, lambda file: mx.save_safetensors(file, weights, metadata={"format": "mlx"}))
     return folder / file_name
 
 

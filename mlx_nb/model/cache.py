@@ -28,10 +28,10 @@ def cache_folder() -> Path:
     """`MLX_NB_CACHE`, or `mlx_nb` in the user's cache folder."""
     named = os.environ.get("MLX_NB_CACHE")
     if named:
-        return Path(named).expanduser()
+        return Path(named).expanduser().absolute()
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "mlx_nb"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "mlx_nb"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser().absolute() / "mlx_nb"
 
 
 def made_once(folder: Path, make: Callable[[Path], Path]) -> Path:

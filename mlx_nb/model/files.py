@@ -3,24 +3,46 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# Called with the finished file, its size in bytes and its SHA-256, before the file takes its place.
+BeforeReplacing = Callable[[int, str], None]
 
-def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
+
+class HashedFile(io.BufferedWriter):
+    """A new file that hashes what is written to it, in order. Raises FileExistsError where there is one."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "xb"))
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        return super().write(data)
+
+
+def write_whole(path: Path, write: Callable[[Any], Any], before_replacing: BeforeReplacing | None = None) -> None:
     """Write beside `path`, flush to disk, then rename: a reader sees the old file or the new one, never half.
 
-    What a process that was killed while it wrote the same file left behind is removed.
+    What a process that was killed while it wrote the same file left behind is removed. `before_replacing` may still
+    refuse by raising. Raises OSError.
     """
     _remove_leftovers(path)
     partial = path.with_name(f".{os.getpid()}.{path.name}")
+    partial.unlink(missing_ok=True)
     try:
-        with open(partial, "wb") as file:
+        with HashedFile(partial) as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+            size = file.tell()
+        if before_replacing is not None:
+            before_replacing(size, file.sha256.hexdigest())
         os.replace(partial, path)
         sync_folder(path.parent)
     finally:

@@ -14,8 +14,8 @@ Weights = tuple[tuple[str, str], ...]
 
 
 def weights_fingerprint(folder: Path) -> Weights:
-    """(file name, digest) of each safetensors file in a model's folder."""
-    return tuple((file.name, sampled_digest(file)) for file in sorted(folder.glob("*.safetensors")))
+    """(file name, digest) of each file with weights in a model's folder. An adapter that lies there is none."""
+    return tuple((file.name, sampled_digest(file)) for file in sorted(folder.glob("model*.safetensors")))
 
 
 def base_identity(fingerprint: Weights, load_in_bits: int | None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map, tree_unflatten
 
+from mlx_nb.config import RunConfig
 from mlx_nb.errors import ModelError, OutOfMemory, did_you_mean
 from mlx_nb.model.backend import is_cpu
 from mlx_nb.model.cache import cache_folder, damage, made_once, mended_note
@@ -112,8 +113,14 @@ def load_model(model: str, *, load_in_bits: int | None = None, chat_template: st
     return LoadedModel(network, tokenizer, folder, model, bits, tuple(notes), weights_fingerprint(folder))
 
 
+def model_named(config: RunConfig, setting: str = "model") -> str:
+    """What a setting calls a model. A path in it is absolute; an alias wins over a folder of the same name."""
+    name = getattr(config, setting)
+    return name if name in ALIASES else config.located(setting) or name
+
+
 def model_folder(model: str) -> Path:
-    """The mlx-lm folder of an alias, local folder, GGUF file or hub id `owner/name`.
+    """The mlx-lm folder of an alias, local folder, GGUF file or hub id `owner/name`, as an absolute path.
 
     What must be fetched or converted is kept in the cache folder. Text that starts with `.`, `/` or `~`, or names
     something that exists, is a path and never goes to the hub. Raises ModelError.
@@ -123,9 +130,9 @@ def model_folder(model: str) -> Path:
     try:
         path = Path(model).expanduser()
         if model and path.is_dir():
-            return _checked_folder(path)
+            return _checked_folder(path.absolute())
         if model and path.is_file():
-            return _converted(path)
+            return _converted(path.absolute())
         hint = did_you_mean(model, [*ALIASES, *_neighbours(path)])
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"model {_shown(model)} cannot be read: {_one_line(error)}") from None

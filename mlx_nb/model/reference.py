@@ -18,7 +18,7 @@ from mlx_nb.model import adapters
 from mlx_nb.model.adapter_files import REFERENCE, START, AdapterFile, open_adapter, shape_of
 from mlx_nb.model.fingerprint import weights_fingerprint
 from mlx_nb.model.limits import limits_of
-from mlx_nb.model.loading import LoadedModel, model_folder
+from mlx_nb.model.loading import LoadedModel, model_folder, model_named
 from mlx_nb.model.logprobs import TargetScorer
 from mlx_nb.model.randomness import random_stream
 from mlx_nb.model.sharing import load_base, twin
@@ -37,10 +37,10 @@ def reference_scorer(config: RunConfig, loaded: LoadedModel, start: nn.Module | 
     else:
         model = start if start is not None else twin(loaded).model
     if config.reference_adapter not in (None, BARE):
-        adapter = open_adapter(str(config.reference_adapter), REFERENCE)
+        adapter = open_adapter(str(config.located(REFERENCE)), REFERENCE)
         _attach(model, shape_of(adapter), adapter)
     elif config.reference_adapter is None and config.reference_model is None and config.resume_adapter_file:
-        _attach(model, config, open_adapter(config.resume_adapter_file, START))
+        _attach(model, config, open_adapter(str(config.located(START)), START))
     model.freeze()
     model.eval()
     return TargetScorer(model)
@@ -49,10 +49,12 @@ def reference_scorer(config: RunConfig, loaded: LoadedModel, start: nn.Module | 
 def reference_fingerprint(config: RunConfig, loaded: LoadedModel) -> str:
     """Which reference that is, as a digest: its weights, adapter, quantisation and mlx's version."""
     other = config.reference_model
-    weights = loaded.weights if other is None else weights_fingerprint(model_folder(other))
-    chosen = config.reference_adapter
+    weights = (
+        loaded.weights if other is None else weights_fingerprint(model_folder(model_named(config, "reference_model")))
+    )
+    chosen = BARE if config.reference_adapter == BARE else config.located("reference_adapter")
     if chosen is None and config.reference_model is None:
-        chosen = config.resume_adapter_file
+        chosen = config.located("resume_adapter_file")
     facts: list[Any] = [weights, config.load_in_bits, version("mlx"), _adapter_digest(chosen)]
     if chosen is not None and config.reference_adapter is None:  # it is worn in this run's own shape
         facts += [config.fine_tune_type, config.num_layers, dataclasses.asdict(config.lora_parameters)]

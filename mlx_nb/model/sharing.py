@@ -8,7 +8,7 @@ from weakref import WeakSet
 
 from mlx_nb.config import RunConfig
 from mlx_nb.model.adapters import without_adapters
-from mlx_nb.model.loading import LoadedModel, load_model, model_folder
+from mlx_nb.model.loading import LoadedModel, load_model, model_folder, model_named
 from mlx_nb.model.trees import named_arrays
 
 _live: dict[tuple, WeakSet[LoadedModel]] = {}
@@ -19,15 +19,16 @@ def load_base(config: RunConfig) -> LoadedModel:
 
     Raises ModelError as `load_model` does.
     """
-    folder = model_folder(config.model)
+    model, template = model_named(config), config.located("chat_template")
+    folder = model_folder(model)
     files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.iterdir())
-    key = (str(folder.resolve()), tuple(files), config.load_in_bits, config.chat_template)
+    key = (str(folder.resolve()), tuple(files), config.load_in_bits, template)
     holders = _live.setdefault(key, WeakSet())
     holder = next(iter(holders), None)
     if holder is not None:
         loaded = twin(holder)
     else:
-        loaded = load_model(config.model, load_in_bits=config.load_in_bits, chat_template=config.chat_template)
+        loaded = load_model(model, load_in_bits=config.load_in_bits, chat_template=template)
     if config.fine_tune_type != "full":
         holders.add(loaded)
     return loaded

@@ -25,11 +25,13 @@ class Session:
         self._shown: dict[str, tuple[Panel, Outcome]] = {}
 
     def add(self, run: Run) -> None:
-        """Keep `run` and make it current. A run of that name is paused and let go, its panel with it."""
+        """Keep `run` and make it current. A run of that name is saved and let go, its panel with it."""
         before = self.runs.pop(run.name, None)
         if before is not None and before is not run:
-            if before.background.active:
-                before.request(Pause("replaced by a new run"))
+            try:
+                before.release(f"{before.name} was replaced by a new run of that name")
+            except MlxNbError as error:
+                print(f"{before.name}: {error}", file=sys.stderr)
             self._close_shown(run.name)
         self.runs[run.name] = run
         self._current = run.name

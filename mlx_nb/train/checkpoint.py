@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import json
 import os
 import re
@@ -31,6 +30,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_nb.errors import CheckpointError
+from mlx_nb.model.files import HashedFile as _HashedFile
 from mlx_nb.model.files import is_alive, sync, sync_folder
 
 FORMAT = 1
@@ -41,6 +41,7 @@ STATE_FILE = "state.json"
 PARTIAL_PREFIX = ".tmp-"
 WORD = re.compile(r"[a-z][a-z_]*")
 FOLDER_NAME = re.compile(r"save-(\d{4,})-step-(\d{7,})-([a-z][a-z_]*)")
+PARTIAL_NAME = re.compile(rf"{re.escape(PARTIAL_PREFIX)}(\d+)-(?:latest|(?:old-)?{FOLDER_NAME.pattern})")
 ADVICE = {
     errno.ENOSPC: "Free some disk space",
     errno.EDQUOT: "Free some of your disk quota",
@@ -167,6 +168,8 @@ class CheckpointStore:
 
     def delete(self, info: CheckpointInfo) -> None:
         """Remove one checkpoint. Raises CheckpointError when that is not possible."""
+        if foreign := _foreign(info.path):
+            raise CheckpointError(f"{foreign[0]} was not written by mlx_nb, so {info.path} stays. Move it away first.")
         try:
             self._remove(info)
         except OSError as error:
@@ -185,8 +188,8 @@ class CheckpointStore:
     def _remove_partial(self) -> None:
         """Take away what dead writers left: a process saves one checkpoint at a time, so its own is dead too."""
         for path in self.folder.glob(f"{PARTIAL_PREFIX}*"):
-            pid = path.name.removeprefix(PARTIAL_PREFIX).split("-")[0]
-            if pid.isdecimal() and int(pid) != os.getpid() and is_alive(int(pid)):
+            partial = PARTIAL_NAME.fullmatch(path.name)
+            if partial is None or (int(partial[1]) != os.getpid() and is_alive(int(partial[1]))):
                 continue
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -209,7 +212,7 @@ class CheckpointStore:
         kept = [info for info in infos if newest_of_step[info.step] is info][: self.keep]
         kept += [info for info in infos if info.kind == BEST][:1]
         for info in infos:
-            if info not in kept:
+            if info not in kept and not _foreign(info.path):
                 self._remove(info)
 
     def _remove(self, info: CheckpointInfo) -> None:
@@ -217,6 +220,12 @@ class CheckpointStore:
         partial = self._partial(f"old-{info.path.name}")
         os.rename(info.path, partial)
         shutil.rmtree(partial)
+
+
+def _foreign(folder: Path) -> list[Path]:
+    """What a person put into the folder of a checkpoint."""
+    own = {MANIFEST_FILE, STATE_FILE}
+    return [path for path in folder.glob("*") if path.name not in own and path.suffix != ".safetensors"]
 
 
 def _latest_problems(folder: Path, names: set[str]) -> list[str]:
@@ -255,18 +264,6 @@ def _info(path: Path) -> CheckpointInfo | None:
         return None
     assert match is not None
     return CheckpointInfo(int(match[1]), int(match[2]), match[3], time, sum(sizes), path)
-
-
-class _HashedFile(io.BufferedWriter):
-    """A new file that hashes what is written to it, in order."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(io.FileIO(path, "xb"))
-        self.sha256 = hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        self.sha256.update(data)
-        return super().write(data)
 
 
 def _write_file(path: Path, content: bytes | dict[str, mx.array]) -> dict[str, Any]:

@@ -16,11 +16,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_nb.data.batches import TokenBatch
+from mlx_nb.model.adapters import Write
 from mlx_nb.model.files import write_whole
 from mlx_nb.model.lanes import lane_count
 from mlx_nb.model.logprobs import TargetScorer, target_values
-
-REFERENCE_FILE = "reference_logprobs.safetensors"
+from mlx_nb.written_files import REFERENCE_FILE
 
 
 class ReferenceLogprobs:
@@ -68,7 +68,7 @@ class ReferenceLogprobs:
             chosen = by_length[start : start + at_once]
             self._known.update(zip(chosen, target_values([lines[key] for key in chosen], self.scorer.logprobs)))
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, write: Write = write_whole) -> None:
         """Write what is known beside the run, unless nothing is new. Raises OSError."""
         count = len(self._known)
         if not count or self._saved == (folder, count):
@@ -80,7 +80,7 @@ class ReferenceLogprobs:
         }
         folder.mkdir(parents=True, exist_ok=True)
         metadata = {"reference": self.fingerprint}
-        write_whole(folder / REFERENCE_FILE, lambda file: mx.save_safetensors(file, arrays, metadata=metadata))
+        write(folder / REFERENCE_FILE, lambda file: mx.save_safetensors(file, arrays, metadata=metadata))
         self._saved = (folder, count)
 
     def load(self, folder: Path) -> None:

@@ -16,7 +16,7 @@ from mlx.utils import tree_unflatten
 
 from mlx_nb.config import RunConfig
 from mlx_nb.data.batches import Place, TokenBatch
-from mlx_nb.errors import CheckpointError, DataError, TrainingError
+from mlx_nb.errors import CheckpointError, DataError, FolderError, TrainingError
 from mlx_nb.events import (
     BatchSkipped,
     ChangeSetting,
@@ -46,6 +46,7 @@ from mlx_nb.events import (
 from mlx_nb.methods import method_named
 from mlx_nb.model import adapters
 from mlx_nb.model.adapter_files import START, open_adapter, with_adapter_settings
+from mlx_nb.model.files import write_whole
 from mlx_nb.model.lanes import lane_count
 from mlx_nb.model.logprobs import TargetScorer
 from mlx_nb.model.memory import memory_errors
@@ -63,8 +64,8 @@ from mlx_nb.train.reference import ReferenceLogprobs
 from mlx_nb.train.rollout_feed import NoReward, RolloutFeed
 from mlx_nb.train.step import COMPILED_WIDTHS, Stepper, Update
 from mlx_nb.train.tripwires import REMEMBERED_LOSSES, SpikeWatch, advice, length_class, out_of_memory
+from mlx_nb.written_files import BEST_FOLDER
 
-BEST_FOLDER = "best"
 ITERS_REACHED, EARLY_STOPPING, STOPPED = "iters reached", "early stopping", "stopped"
 MEMORY_WARNING = 0.9  # of the device's memory
 IDLE_UPDATES = 10  # in a row without anything to learn from, until that is said
@@ -156,6 +157,7 @@ class Trainer:
         base: dict[str, Any] | None = None,
         from_checkpoint: bool = False,
         inbox: Inbox | None = None,
+        write: adapters.Write = write_whole,
     ) -> None:
         if not examples.train:
             raise DataError("no training row is left. `%finetune rows` shows why each one was left out.")
@@ -167,6 +169,7 @@ class Trainer:
         self.examples = examples
         self.name = name
         self.folder = folder
+        self.write = write
         self.notes = tuple(notes)
         self.state = TrainerState()
         self.finished: RunFinished | None = None
@@ -186,7 +189,7 @@ class Trainer:
                 refuse_beyond_memory(model, config)
                 mx.eval(model.parameters())
             if config.resume_adapter_file and not from_checkpoint:
-                start = open_adapter(config.resume_adapter_file, START)
+                start = open_adapter(str(config.located(START)), START)
                 adapters.load_adapter_weights(model, start)
             model.eval()
             self.scorer = TargetScorer(model)
@@ -275,6 +278,9 @@ class Trainer:
                 return
             except OSError as error:
                 yield RunPaused(self.state.step, _disk_trouble(self.folder, error))
+                return
+            except FolderError as error:
+                yield RunPaused(self.state.step, str(error))
                 return
             except TrainingError as error:
                 yield self._failed(error)
@@ -656,12 +662,17 @@ class Trainer:
             self.save_adapter(folder, name)
         path = self.save_adapter(folder)
         if self._reference is not None:
-            self._reference.save(self.folder)
+            self._reference.save(self.folder, self.write)
         return CheckpointSaved(self.state.step, str(path), kind)
 
-    def save_adapter(self, folder: Path, file_name: str = adapters.ADAPTER_FILE) -> Path:
-        """Write the adapter as it is now. Returns the path of its weights."""
-        return adapters.save_adapter(self.model, self.config, self.keys, folder, file_name, base=self._base)
+    def save_adapter(
+        self, folder: Path, file_name: str = adapters.ADAPTER_FILE, write: adapters.Write | None = None
+    ) -> Path:
+        """Write the adapter as it is now, by `write` or as the run's own files. Returns the path of its weights."""
+        write = write or self.write
+        return adapters.save_adapter(
+            self.model, self.config, self.keys, folder, file_name, base=self._base, write=write
+        )
 
     def _finish(self, reason: str) -> RunFinished:
         state = self.state

@@ -1,0 +1,234 @@
+"""One writer for each run folder: a lock that the operating system takes back when its process dies.
+
+`.mlx_nb/lock` in the folder is locked with flock(2) and says who holds it. On a disk that cannot lock, the file alone
+is the lock, and it counts as long as the process that it names lives.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+import weakref
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+MARK = ".mlx_nb"  # the folder, inside the one of a run, with what mlx_nb has to know of it
+LOCK_FILE = "lock"
+_CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
+_TRIES = 50
+_WAIT_SECONDS = 0.01  # for a holder that has the lock and is about to write its name
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a folder. `started` tells a process from a later one with the same number; `since` is in UTC."""
+
+    run: str
+    pid: int
+    host: str
+    started: str | None
+    since: str
+
+    def __str__(self) -> str:
+        where = "" if self.host == socket.gethostname() else f" on {self.host}"
+        who = "this process" if self.is_this_process else f"process {self.pid}{where}"
+        return f"the run {self.run!r} of {who}, since {self.since}"
+
+    @property
+    def is_this_process(self) -> bool:
+        return self == _this_process(self.run, self.since)
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether its process is known to be gone. That of another machine never is."""
+        if self.host != socket.gethostname():
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except (ProcessLookupError, OverflowError):
+            return True
+        except PermissionError:
+            pass
+        return self.started is not None and self.started != process_start(self.pid)
+
+
+def process_start(pid: int) -> str | None:
+    """When a process of this machine started, in ticks since the machine did; None where that is not known."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return stat.rpartition(")")[2].split()[19]
+
+
+def _this_process(run: str, since: str | None = None) -> Holder:
+    since = since or time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    return Holder(run, os.getpid(), socket.gethostname(), process_start(os.getpid()), since)
+
+
+class FolderLock:
+    """The lock of one folder, for the run called `name`. Given back by `release`, or when nobody refers to it."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.path = folder / MARK / LOCK_FILE
+        self._name = name
+        self._descriptor = -1
+        self._give_back: weakref.finalize | None = None
+        self._made: list[Path] = []
+        _locks.add(self)
+
+    @property
+    def held(self) -> bool:
+        """Whether the folder at this path is still the one that was locked."""
+        return self.is_of(self.path.parent.parent)
+
+    def is_of(self, folder: Path) -> bool:
+        """Whether it is held and is the lock of `folder`, under whatever path that was taken."""
+        return self._descriptor >= 0 and _is_file(self._descriptor, folder / MARK / LOCK_FILE)
+
+    def take(self) -> Holder | None:
+        """Take the lock, making the folder if there is none. Returns who holds it if somebody else does.
+
+        Raises OSError where the folder cannot be made or written.
+        """
+        if self.held:
+            return None
+        self.release()
+        for left in reversed(range(_TRIES)):
+            try:
+                self._make_folders()
+                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            except FileNotFoundError:  # its last holder took the folder away in between
+                if left:
+                    continue
+                raise
+            try:
+                taken = _lock(descriptor, self.path, self._name)
+                holder = None if taken else _read(descriptor)
+            except BaseException:
+                os.close(descriptor)
+                raise
+            if taken:
+                self._keep(descriptor)
+                return None
+            os.close(descriptor)
+            if holder is not None:
+                return holder
+            time.sleep(_WAIT_SECONDS)
+        return Holder("?", 0, "an unknown machine", None, "an unknown time")
+
+    def _make_folders(self) -> None:
+        # The target of a link that leads nowhere yet is made, and the link stays.
+        folder = Path(os.path.realpath(self.path.parent))
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        self._made += [path for path in missing if path not in self._made]
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def _keep(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._give_back = weakref.finalize(self, _give_back, descriptor, self.path, os.getpid(), tuple(self._made))
+
+    def release(self) -> None:
+        """Give it back, if it is held; folders that were made for it and are empty go."""
+        if self._give_back is not None:
+            self._give_back()
+        else:
+            _remove_empty(self._made)
+        self._descriptor, self._give_back, self._made = -1, None, []
+
+    def forget(self) -> None:
+        """In a forked child: the lock is the parent's."""
+        if self._give_back is not None:
+            self._give_back.detach()
+            os.close(self._descriptor)
+        self._descriptor, self._give_back = -1, None
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process that lives, this one included, holds the lock of `folder`."""
+    try:
+        descriptor = os.open(folder / MARK / LOCK_FILE, os.O_RDWR)
+    except (OSError, ValueError):
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except OSError as error:
+        holder = _read(descriptor)
+        return error.errno not in _CANNOT_LOCK or (holder is not None and not holder.is_dead)
+    finally:
+        os.close(descriptor)
+
+
+def _give_back(descriptor: int, path: Path, pid: int, made: Sequence[Path]) -> None:
+    if os.getpid() != pid:
+        return
+    with suppress(OSError):
+        if _is_file(descriptor, path):
+            # While it is locked: who opened it in between will see that it is gone, and open the next one.
+            path.unlink()
+            _remove_empty([*made, path.parent])
+    os.close(descriptor)
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for folder in sorted(set(folders), key=lambda one: len(one.parts), reverse=True):
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _is_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except OSError:
+        return False
+
+
+def _lock(descriptor: int, path: Path, name: str) -> bool:
+    """Lock an open file and write down who did. False when somebody else holds it, or it is no longer at `path`."""
+    locks = True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _CANNOT_LOCK:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                return False
+            raise
+        locks = False
+        holder = _read(descriptor)
+        if holder is not None and not holder.is_dead:
+            return False
+    if not _is_file(descriptor, path):
+        return False
+    mine = _this_process(name)
+    text = json.dumps(asdict(mine)).encode()
+    os.pwrite(descriptor, text, 0)
+    os.ftruncate(descriptor, len(text))
+    if not locks:  # the last of several that came in the same instant has it
+        time.sleep(5 * _WAIT_SECONDS)
+    return locks or _read(descriptor) == mine
+
+
+def _read(descriptor: int) -> Holder | None:
+    """Who holds it; None when that is not written yet."""
+    try:
+        return Holder(**json.loads(os.pread(descriptor, 4096, 0)))
+    except (ValueError, TypeError):
+        return None
+
+
+_locks: weakref.WeakSet[FolderLock] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for lock in list(_locks):
+        lock.forget()
+
+
+os.register_at_fork(after_in_child=_forget_all)
