@@ -364,7 +364,6 @@ INEFFECTIVE = [
     ({**SFT, "warmup": 1}, "lr_schedule", {"warmup_init": 1e-5}),
     (SFT, "lr_schedule", {"warmup_init": 1e-5}),
     (NONE, "steps_per_eval", 2),
-    (NONE, "val_batches", 3),
     (NONE, "early_stopping_patience", 2),
     ({**SFT, "steps_per_eval": -1}, "early_stopping_patience", 2),
     (NONE, "test", True),

@@ -11,7 +11,7 @@ from mlx_nb.data.rows import TextRow
 from mlx_nb.data.sources import Splits
 from mlx_nb.errors import DataError
 
-_OF_VALIDATION = ("steps_per_eval", "val_batches", "early_stopping_patience")
+_OF_VALIDATION = ("steps_per_eval", "early_stopping_patience")  # val_batches also limits an evaluation of train
 
 
 def refuse_ineffective(config: RunConfig, splits: Splits) -> None:
