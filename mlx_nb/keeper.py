@@ -59,10 +59,13 @@ class Keeper:
         Arrays are shared, not copied: this step's are those of the run itself.
         """
         snapshot = trainer.snapshot()
-        self._recent.append(replace(snapshot, state={**snapshot.state, "standing": len(history.standing)}))
+        snapshot = replace(snapshot, state={**snapshot.state, "standing": len(history.standing)})
+        if _best_step(snapshot) in {one.step for one in self._recent}:
+            snapshot = _with_best(snapshot, None)
+        self._recent.append(snapshot)
         self._count(snapshot, 1)
         while len(self._recent) > 1 and self.held_bytes > trainer.config.snapshot_memory * 1024**2:
-            self._count(self._recent.popleft(), -1)
+            self._forget_oldest()
         trainer.kept_memory = self.held_bytes
 
     @property
@@ -70,6 +73,27 @@ class Keeper:
         """What the snapshots take besides the newest, which is the run as it stands; a shared array counts once."""
         newest = {id(array): array.nbytes for array in _arrays(self._recent[-1])} if self._recent else {}
         return self._bytes - sum(newest.values())
+
+    def _forget_oldest(self) -> None:
+        """The one after it takes over the best adapter that both know of, so that the oldest always has its own."""
+        oldest = self._recent.popleft()
+        after = self._recent[0]
+        best = oldest.arrays["parameters"] if _best_step(after) == oldest.step else oldest.arrays.get("best")
+        if best is not None and "best" not in after.arrays and _best_step(after) in (oldest.step, _best_step(oldest)):
+            self._count(after, -1)
+            self._recent[0] = _with_best(after, best)
+            self._count(self._recent[0], 1)
+        self._count(oldest, -1)
+
+    def _best_of(self, snapshot: Checkpoint) -> dict[str, Any] | None:
+        """The best adapter of a snapshot in memory; None where that is not in memory."""
+        step = _best_step(snapshot)
+        for one in self._recent:
+            if one.step == step:
+                return one.arrays["parameters"]
+            if _best_step(one) == step and "best" in one.arrays:
+                return one.arrays["best"]
+        return None
 
     def _count(self, snapshot: Checkpoint, by: int) -> None:
         """Take note of a snapshot that came (1) or went (-1)."""
@@ -112,7 +136,7 @@ class Keeper:
         """The state of update `step` on the way to update `now`, from memory or disk. Raises CommandError."""
         recent = next((one for one in reversed(self._recent) if one.step == step), None) or self._find_parked(step)
         if recent is not None:
-            return recent
+            return recent if "best" in recent.arrays else _with_best(recent, self._best_of(recent))
         parked = {one for parking in self._parked for one in parking.steps}
         there = sorted({info.step for info in store.list()} | {one.step for one in self._recent} | parked)
         try:
@@ -195,6 +219,16 @@ class Keeper:
                 return "final"
             case _:
                 return None
+
+
+def _best_step(snapshot: Checkpoint) -> int | None:
+    return snapshot.state["trainer"]["best_step"]
+
+
+def _with_best(snapshot: Checkpoint, best: dict[str, Any] | None) -> Checkpoint:
+    """The snapshot with this adapter as that of its best update, or without one."""
+    arrays = {name: group for name, group in snapshot.arrays.items() if name != "best"}
+    return replace(snapshot, arrays=arrays if best is None else {**arrays, "best": best})
 
 
 def _arrays(snapshot: Checkpoint) -> Iterator[Any]:

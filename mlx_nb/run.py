@@ -6,6 +6,7 @@ import dataclasses
 import sys
 import traceback
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -541,8 +542,21 @@ class Run:
         self.trainer.restore(checkpoint)
         self._keeper.forget_after(target)
         self._record(rewound)
+        self._find_best()
+        with suppress(OSError, FolderError):  # it is tried again, and said, when the run goes on
+            self.trainer.put_back_best()
         self.checkpoint("rewind")
         return rewound
+
+    def _find_best(self) -> None:
+        """Give the trainer the parameters of its best update, where it was restored without them."""
+        trainer = self.trainer
+        step = trainer.state.best_step
+        if trainer.best is None and step is not None:
+            with suppress(CommandError, CheckpointError):
+                trainer.best = self._keeper.find(step, self._store(), self.history, self.step_count).arrays[
+                    "parameters"
+                ]
 
     def fork(self, *, name: str | None = None, **changes: Any) -> Run:
         """A second run that goes on from here with other settings: `run.fork(learning_rate=1e-5)`.
@@ -681,6 +695,7 @@ class Run:
             raise
         run.trainer.notes += (*messages, *damage, *(f"changed since the checkpoint: {what}" for what in changed))
         run._keeper.go_on_from(checkpoint, run.history, whole=not damage)
+        run._find_best()
         return run
 
     @staticmethod

@@ -39,6 +39,7 @@ EXAMPLES = [
     events.RunFailed(3, "not finite", "loss is nan", (4, 7), (("a.lora_a", 1.5),)),
     events.BatchSkipped(3, (4, 7)),
     events.MemoryLow(3, 90, 100),
+    events.DataChanged(3, "data/train.jsonl"),
     events.LossSpiked(3, "loss is 9.000"),
     events.NothingLearned(10, 10),
     events.SampleGenerated(3, "Hello", "Hi", None),

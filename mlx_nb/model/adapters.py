@@ -143,10 +143,12 @@ def save_adapter(
     *,
     base: dict[str, Any] | None = None,
     write: Write = write_whole,
+    weights: dict[str, mx.array] | None = None,
 ) -> Path:
     """Write the adapter in mlx-lm's format, each file whole or not at all. Returns the weights' path.
 
-    `mlx_lm.load(model, adapter_path=folder)` reads it. `base` is the `base_identity` of what it was trained on.
+    `mlx_lm.load(model, adapter_path=folder)` reads it. `base` is the `base_identity` of what it was trained on, and
+    `weights` are those of another update than the model is at.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parameters = config.lora_parameters
@@ -162,7 +164,7 @@ def save_adapter(
     }
     text = json.dumps(description, indent=2, default=str).encode()
     write(folder / CONFIG_FILE, lambda file: file.write(text))
-    weights = adapter_weights(model)
+    weights = adapter_weights(model) if weights is None else weights
     # Through Python's file, so that a full disk is an OSError with its reason.
     write(folder / file_name, lambda file: mx.save_safetensors(file, weights, metadata={"format": "mlx"}))
     return folder / file_name

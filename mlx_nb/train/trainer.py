@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import typing
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -177,6 +178,9 @@ class Trainer:
         self._due: deque[tuple[str, str]] = deque()
         self._peaks = (0, 0)  # of all memory, and of what training itself took
         self.kept_memory = 0  # bytes of earlier updates that are kept to rewind to
+        # The adapter of `state.best_step`; None before there is one, and for `full`, where it would be a second model.
+        self.best: dict[str, mx.array] | None = None
+        self.best_is_due = False  # whether best/ may hold another than that
         self._started = False
         self._break_off = False
         self._memory_limit = memory_limit
@@ -262,6 +266,8 @@ class Trainer:
             if paused:
                 return
             try:
+                if self.best_is_due:
+                    self.put_back_best()
                 if self._due:
                     event = yield from self._do_next()
                 elif self.finished is not None or done == updates:
@@ -358,6 +364,8 @@ class Trainer:
             "optimizer": dict(named_arrays(self.stepper.optimizer.state)),
             "feed": feed["arrays"],
         }
+        if self.best is not None and self.state.best_step != self.state.step:
+            arrays["best"] = self.best
         state = {
             "feed": feed["state"],
             "trainer": asdict(self.state),
@@ -396,6 +404,9 @@ class Trainer:
         self.finished = None if finished is None else RunFinished(**finished)
         self._due = deque((what, how) for what, how in checkpoint.state["due"])
         self._started = checkpoint.state["started"]
+        if self.config.fine_tune_type != "full":
+            self.best = dict(parameters) if self.state.best_step == checkpoint.step else checkpoint.arrays.get("best")
+        self.best_is_due = self.state.best_step is not None
         self._end_where_due()
         # What was to be left out was the batch after another update.
         self._inbox.drop(Skip)
@@ -634,6 +645,8 @@ class Trainer:
         best = state.best_loss is None or result.loss < state.best_loss
         if best:
             self.state = replace(self.state, best_loss=result.loss, best_step=state.step)
+            if self.config.fine_tune_type != "full":
+                self.best = adapters.adapter_weights(self.model)
         follow_up = [("save", "best")] if best and state.step > 0 else []
         if scheduled:
             self._count_for_early_stopping(result.loss)
@@ -665,14 +678,28 @@ class Trainer:
             self._reference.save(self.folder, self.write)
         return CheckpointSaved(self.state.step, str(path), kind)
 
+    def put_back_best(self) -> None:
+        """After a restore: make best/ hold the adapter of the best update that the run knows of. Raises OSError and FolderError.
+
+        Nothing is written where that is there already, or where neither the run nor the folder has one.
+        """
+        folder, best = self.folder / BEST_FOLDER, self.best
+        there = (folder / adapters.ADAPTER_FILE).is_file()
+        if best is not None and (self.state.best_step or there) and not _holds(folder, best):
+            self._write_adapter(folder, weights=best)
+        self.best_is_due = False
+        if self.config.fine_tune_type == "full":
+            self.best = None
+
     def save_adapter(
         self, folder: Path, file_name: str = adapters.ADAPTER_FILE, write: adapters.Write | None = None
     ) -> Path:
         """Write the adapter as it is now, by `write` or as the run's own files. Returns the path of its weights."""
-        write = write or self.write
-        return adapters.save_adapter(
-            self.model, self.config, self.keys, folder, file_name, base=self._base, write=write
-        )
+        return self._write_adapter(folder, file_name, write=write or self.write)
+
+    def _write_adapter(self, folder: Path, file_name: str = adapters.ADAPTER_FILE, **options: Any) -> Path:
+        options = {"write": self.write, **options}
+        return adapters.save_adapter(self.model, self.config, self.keys, folder, file_name, base=self._base, **options)
 
     def _finish(self, reason: str) -> RunFinished:
         state = self.state
@@ -698,6 +725,15 @@ class Trainer:
 def _teaches(update: Update, metrics: dict[str, float], learning_rate: float) -> bool:
     """Whether an update had something to learn from. Without a difference between rewards only rounding is left."""
     return learning_rate > 0 and update.gradient_norm > 0 and metrics.get("zero_variance_groups", 0.0) < 1
+
+
+def _holds(folder: Path, weights: dict[str, mx.array]) -> bool:
+    """Whether the adapter in a folder is this one, to the bit."""
+    try:
+        there = typing.cast(dict[str, mx.array], mx.load(str(folder / adapters.ADAPTER_FILE)))
+    except (OSError, RuntimeError, ValueError):
+        return False
+    return there.keys() == weights.keys() and all(bool(mx.array_equal(there[name], weights[name])) for name in there)
 
 
 def perplexity_of(loss: float) -> float:
