@@ -679,9 +679,10 @@ class Trainer:
         return CheckpointSaved(self.state.step, str(path), kind)
 
     def put_back_best(self) -> None:
-        """After a restore: make best/ hold the adapter of the best update that the run knows of. Raises OSError and FolderError.
+        """After a restore: make best/ hold the adapter of the best update that the run knows of.
 
-        Nothing is written where that is there already, or where neither the run nor the folder has one.
+        Nothing is written where that is there already, or where neither the run nor the folder has one. Raises OSError
+        and FolderError.
         """
         folder, best = self.folder / BEST_FOLDER, self.best
         there = (folder / adapters.ADAPTER_FILE).is_file()
