@@ -8,7 +8,9 @@ MlxNbError
 ├── TrainingError       an update was not applied; names the rows; nothing was changed
 │   ├── NonFiniteLoss   loss or gradient became NaN or infinite
 │   ├── LossSpike       the loss is far above that of the updates before
-│   └── OutOfMemory     the update does not fit into memory
+│   ├── OutOfMemory     the update does not fit into memory
+│   ├── LossRaised      the person's own loss function raised an error
+│   └── ModelChanged    the arrays that the run trains are not in the model any more
 ├── CheckpointError     a checkpoint cannot be written or read
 │   └── FolderError     a run's folder cannot be written, or holds a file in the way
 │       └── FolderTaken another run has the folder
@@ -80,7 +82,19 @@ class OutOfMemory(TrainingError):
     reason = "out of memory"
 
 
-TRAINING_ERRORS = {kind.reason: kind for kind in (NonFiniteLoss, LossSpike, OutOfMemory)}
+class LossRaised(TrainingError):
+    """A loss function of the person's own raised an error."""
+
+    reason = "loss raised"
+
+
+class ModelChanged(TrainingError):
+    """The model's parameters were exchanged from outside: what the run trains is not there any more."""
+
+    reason = "model changed"
+
+
+TRAINING_ERRORS = {kind.reason: kind for kind in (NonFiniteLoss, LossSpike, OutOfMemory, LossRaised, ModelChanged)}
 
 
 class CheckpointError(MlxNbError):

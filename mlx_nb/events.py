@@ -187,7 +187,7 @@ class RunFinished(Event):
 class RunFailed(Event):
     """An update was not applied. Parameters and optimizer are those of `step`, and the run can go on from there.
 
-    reason             `not finite`, `loss spike` or `out of memory`
+    reason             `not finite`, `loss spike`, `out of memory`, `loss raised` or `model changed`
     error              what happened and what can be done, in words
     rows               numbers of the training rows in the update
     largest_gradients  (parameter, L2 norm) of those with the largest gradients, NaN first

@@ -20,6 +20,7 @@ from mlx_nb.data.token_counts import longest
 from mlx_nb.errors import CommandError, DataError, MlxNbError, ModelError, did_you_mean
 from mlx_nb.keeper import fingerprints
 from mlx_nb.methods import method_named
+from mlx_nb.own_code import code_digest, is_own
 from mlx_nb.view.row_display import ShownRow
 
 if TYPE_CHECKING:
@@ -296,7 +297,16 @@ class Material:
 
         found = fingerprints(self._sources(), self.tokenizer, self.loaded.weights)
         found["device"] = f"CPU, lanes: {lane_count()}" if backend.is_cpu() else backend.device_name()
+        found |= self._own_code()
         return found if self.reference is None else {**found, "reference": self.reference.fingerprint}
+
+    def _own_code(self) -> dict[str, Any]:
+        """Digests of the functions of a person's own: their names in the settings stay when what they do changes."""
+        method = method_named(self.config.method)
+        loss = method.loss(self.config.loss).function()
+        found: dict[str, Any] = {"loss function": code_digest(loss)} if is_own(loss) else {}
+        own = {reward.name: code_digest(reward.function) for reward in self.rewards if is_own(reward.function)}
+        return {**found, "reward functions": own} if own else found
 
     def token_losses(self, row: RowView, *, base: bool, rejected: bool = False) -> Any:
         """(T,) loss in nats of each token of a row, now; NaN for the first. `base` without the adapter.

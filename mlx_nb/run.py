@@ -65,6 +65,7 @@ from mlx_nb.material import SPLITS, Material, Rows
 from mlx_nb.methods import method_named
 from mlx_nb.run_folder import RunFolder, check_name, folder_of, holder_here, same_folder, working_folder
 from mlx_nb.train.inbox import Inbox
+from mlx_nb.turns import Turns
 from mlx_nb.view.history import History, visits_text
 from mlx_nb.written_files import CHECKPOINTS, EXPORT, REPORT_FILE, RUN
 
@@ -122,6 +123,7 @@ class Run:
         self._questions: list[Question] = []
         self.background = Background(self)
         self._inbox = Inbox()
+        self._turns = Turns()
         self._trainer: Trainer | None = None
         self._listeners: list[Callable[[Event], None]] = []
         self._reported: list[Callable[[Event], None]] = []  # listeners that raised
@@ -271,7 +273,8 @@ class Run:
         Of a pair, those of the chosen answer with its prompt, or of the `rejected` one.
         """
         self._refuse_base(base)
-        return self.material.token_losses(row, base=base, rejected=rejected)
+        with self._turns.turn():
+            return self.material.token_losses(row, base=base, rejected=rejected)
 
     def _refuse_base(self, base: bool) -> None:
         if base and self.config.fine_tune_type == "full" and self.step_count:
@@ -428,11 +431,12 @@ class Run:
         events = self._events(updates)
         with device_limits():
             while True:
-                with self.interrupts():
+                with self.interrupts(), self._turns.turn():
                     event = next(events, None)
                 if event is None:
                     return
                 yield event
+                self._turns.give_way()
 
     def interrupts(self, say: Callable[[str], None] | None = None) -> Interrupts:
         """A context in which SIGINT asks this run to pause. `say` (default: stderr) is told in words."""
@@ -723,10 +727,11 @@ class Run:
             raise CommandError(f"cannot do {n} updates. Give a whole number of 1 or more.")
         if self.over:
             raise CommandError(f"{self.name} is finished: all {self.trainer.iters} updates are done.")
-        last = None
+        last = ended = None
         for event in self.events(n):
-            raise_failure(event)
+            ended = event
             last = event if isinstance(event, StepCompleted) else last
+        raise_failure(ended)
         if last is None and self.finished:
             raise CommandError(f"{self.name} is finished: no update is left after {self.step_count}.")
         if last is None:
@@ -743,10 +748,12 @@ class Run:
             return self._trainer.finished
         updates = None if until is None else max(0, until - self.step_count)
         ended: RunFinished | RunPaused | None = None
+        last: Event | None = None
         for event in self.events(updates):
-            raise_failure(event)
+            last = event
             if isinstance(event, (RunFinished, RunPaused)):
                 ended = event
+        raise_failure(last)  # only now: the checkpoint of a failure is written after its event
         return ended or self.trainer.finished or RunPaused(self.step_count, f"reached update {until}")
 
     def start(self, updates: int | None = None) -> None:
@@ -822,7 +829,8 @@ class Run:
         """Loss and the method's metrics on a fixed set of rows of `split`, or on all of them, now."""
         if split == "test" and not self.config.test and self._trainer is not None and not self._trainer.examples.test:
             self._trainer.examples = dataclasses.replace(self._trainer.examples, test=self.material.tokenize("test"))
-        result = self.trainer.evaluate(split, all_rows=all_rows)
+        with self._turns.turn():
+            result = self.trainer.evaluate(split, all_rows=all_rows)
         self._record(result)
         return result
 
@@ -841,7 +849,7 @@ class Run:
         A text is asked as the training rows are written: as a user message, or as raw text that goes on (see
         `prompt_format`). Messages and `tools` are read and rendered like those of rows.
         `base` answers with the adapter switched off. Temperature 0 is greedy. The run and the user's random stream
-        are left as they were.
+        are left as they were. Other threads may ask too: while the run trains they wait for the end of an update.
         """
         from mlx_nb.model.memory import memory_errors
         from mlx_nb.rollouts.generation import generate_texts
@@ -849,7 +857,8 @@ class Run:
         self._refuse_base(base)
         several = not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], Mapping))
         prompts = list(prompt) if several else [prompt]
-        with memory_errors("the model answered", "Fewer prompts at once, or a lower max_tokens, need less."):
+        advice = "Fewer prompts at once, or a lower max_tokens, need less."
+        with self._turns.turn(), memory_errors("the model answered", advice):
             answers = generate_texts(
                 self.model,
                 self.tokenizer,

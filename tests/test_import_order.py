@@ -14,6 +14,8 @@ import mlx_nb
 PACKAGE = Path(mlx_nb.__file__).parent
 ORDER = [
     "errors",
+    "own_code",
+    "turns",
     "yaml_loader",
     "settings",
     "methods",

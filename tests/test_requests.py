@@ -237,3 +237,31 @@ def test_a_reward_that_changes_what_it_is_given_changes_nothing_else(tiny_folder
     assert rewards
     assert all(reward == {"passed": 3.0, "together": 4.0} for reward in rewards)
     assert all(row["tests"] == ["a", "b", "c"] for row in rows)
+
+
+def test_other_threads_ask_the_model_and_its_base_while_it_trains(tiny_folder, tmp_path):
+    whole = make_run(tiny_folder, tmp_path, "whole", iters=30, val_set_size=0, save_every=-1)
+    whole.run()
+    run = make_run(tiny_folder, tmp_path, iters=30, val_set_size=0, save_every=-1)
+    run.step()
+    stop, answers, errors = threading.Event(), [], []
+
+    def ask():
+        while not stop.is_set():
+            try:
+                answers.append(run.generate("say red", base=True, max_tokens=3))
+                run.generate("say red", max_tokens=2)
+                run.evaluate("train")
+            except BaseException as error:
+                errors.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        run.run()
+    finally:
+        stop.set()
+        thread.join()
+    assert errors == []
+    assert len(set(answers)) == 1
+    assert run.adapter_bytes() == whole.adapter_bytes()

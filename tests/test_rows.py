@@ -224,3 +224,25 @@ def test_any_row_is_either_recognised_or_refused_by_name(record):
     except DataError as error:
         message = str(error)
     assert message == "" or message.startswith("row 3: ")
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("field", ["reasoning_content", "name", "tool_call_id", "note"])
+def test_half_a_surrogate_anywhere_in_a_message_refuses_its_row(field, deep):
+    from mlx_nb.data.row_values import read_messages
+
+    value = {"inner": ["fine", {"x": "\ud800"}]} if deep else "\ud800"
+    with pytest.raises(DataError, match=r"half a surrogate pair"):
+        read_messages([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ok", field: value}], "m")
+
+
+def test_what_is_nested_without_end_and_weights_beyond_numbers_refuse_their_row():
+    from mlx_nb.data.row_values import read_messages, read_tools
+    from mlx_nb.data.rows import Columns
+
+    deep = json.loads("[" * 500 + "]" * 500)
+    with pytest.raises(DataError, match="nested more than 64 deep"):
+        read_tools({"tools": [deep]}, Columns())
+    message = {"role": "assistant", "content": "ok", "weight": 1e300}
+    with pytest.raises(DataError, match="at most 1,000,000"):
+        read_messages([{"role": "user", "content": "hi"}, message], "messages")

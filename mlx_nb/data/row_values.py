@@ -77,7 +77,9 @@ def read_tools(record: Mapping[str, Any], columns: Columns) -> list[dict[str, An
     column = columns.tools or usual
     if columns.tools and column not in record:
         raise DataError(f"{missing_column(record, (column,))} A row without tools needs null there.")
-    value = plain_value(decoded(record.get(column), column))
+    value = decoded(record.get(column), column)
+    refuse_unwritable(value, f"`{column}`")
+    value = plain_value(value)
     if value is None or value == "":
         return None
     if isinstance(value, (list, tuple)):
@@ -92,7 +94,9 @@ def read_messages(value: Any, column: str, roles: Mapping[str, str] = AUTOMATIC.
 
     Messages that are tool calls become part of the assistant's turn before them. `roles` as in Columns.
     """
-    value = spread(plain_value(decoded(value, column)))
+    value = decoded(value, column)
+    refuse_unwritable(value, f"`{column}`")
+    value = spread(plain_value(value))
     if not isinstance(value, (list, tuple)):
         raise DataError(
             f"`{column}` must be a list of messages such as {{role: user, content: ...}}, not {kind_of_value(value)}."
@@ -153,6 +157,9 @@ def _read_role(role: Any, message: Mapping[str, Any], where: str, roles: Mapping
     return known_role(role, roles, where)
 
 
+LARGEST_WEIGHT = 1_000_000
+DEEPEST = 64
+
 # What the APIs that messages come from call a part that is text.
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
@@ -176,23 +183,51 @@ def _check_training_marks(message: Mapping[str, Any], where: str) -> None:
     if not isinstance(message.get("train", True), bool):
         raise DataError(f"train of {where} must be true or false, not {message['train']!r}.")
     weight = message.get("weight", 1)
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
-        raise DataError(f"weight of {where} must be a number of at least 0, not {weight!r}.")
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= LARGEST_WEIGHT:
+        raise DataError(
+            f"weight of {where} must be a number of at least 0 and at most {LARGEST_WEIGHT:,}, not {weight!r}."
+        )
 
 
 def read_text(value: Any, where: str) -> str:
     """A text that a tokenizer can take."""
     if not isinstance(value, str):
         raise DataError(f"{where} must be text, not {kind_of_value(value)}.")
+    _refuse_half_pair(value, where)
+    return value
+
+
+def _refuse_half_pair(text: str, where: str) -> None:
+    """A tokenizer fails on it later, far away from the row."""
     try:
-        value.encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError as error:
-        # A tokenizer fails on it later, far away from the row.
         raise DataError(
-            f"{where} has half a surrogate pair ({value[error.start]!a} at character {error.start}), which "
+            f"{where} has half a surrogate pair ({text[error.start]!a} at character {error.start}), which "
             "is no valid text. Remove it."
         ) from None
-    return value
+
+
+def refuse_unwritable(value: Any, where: str) -> None:
+    """Raise DataError for a value with a text that is none anywhere inside, or nested deeper than any template writes.
+
+    Templates may write every field of a message, so all of them count: reasoning, names, arguments, keys.
+    """
+    level: list[tuple[Any, str]] = [(value, where)]
+    for _ in range(DEEPEST):
+        below: list[tuple[Any, str]] = []
+        for item, place in level:
+            if isinstance(item, str):
+                _refuse_half_pair(item, place)
+            elif isinstance(item, Mapping):
+                for key, inner in item.items():
+                    below += [(key, f"a key of {place}"), (inner, f"{str(key)!a} in {where}")]
+            elif isinstance(item, list | tuple):
+                below += [(inner, place) for inner in item]
+        if not below:
+            return
+        level = below
+    raise DataError(f"{where} is nested more than {DEEPEST} deep. Drop the row.")
 
 
 def decoded(value: Any, column: str) -> Any:

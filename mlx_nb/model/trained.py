@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_nb.config import RunConfig
@@ -20,6 +23,22 @@ def total_count(model: nn.Module) -> int:
     from mlx_lm.utils import get_total_parameters
 
     return int(get_total_parameters(model))
+
+
+def trained_arrays(model: nn.Module) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
+    """{path: (shape, dtype)} of what is trained."""
+    return {name: (array.shape, array.dtype) for name, array in named_arrays(model.trainable_parameters())}
+
+
+def train_only(model: nn.Module, names: Iterable[str]) -> None:
+    """Freeze all parameters but those with these paths."""
+    model.freeze()
+    wanted = set(names)
+    for path, module in model.named_modules():
+        own = [key for key, value in module.items() if isinstance(value, mx.array)]
+        keys = [key for key in own if (f"{path}.{key}" if path else key) in wanted]
+        if keys:
+            module.unfreeze(recurse=False, keys=keys)
 
 
 def trained_words(model: nn.Module, config: RunConfig, keys: tuple[str, ...]) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 from mlx_nb.config import RunConfig
+from mlx_nb.errors import LossRaised
 from mlx_nb.methods import method_named, options_of
 from mlx_nb.objectives.base import Objective
 from mlx_nb.objectives.grpo import completion_objective
 from mlx_nb.objectives.kto import label_objective
 from mlx_nb.objectives.preference import pair_objective
 from mlx_nb.objectives.sft import token_objective
+from mlx_nb.own_code import describe_error, is_own
 
 _BY_ROWS: dict[str, Callable[[Callable[..., Any], float, RunConfig], Objective]] = {
     "tokens": lambda loss, beta, config: token_objective(loss),
@@ -28,8 +30,23 @@ def objective_for(config: RunConfig) -> Objective:
     """The objective that `config` names, with its options bound."""
     method = method_named(config.method)
     loss = method.loss(config.loss).function()
+    if is_own(loss):
+        loss = _named_when_it_raises(loss, config.method)
     options = options_for(config)
     return _BY_ROWS[method.rows](partial(loss, **options), float(options.get("beta") or 1.0), config)
+
+
+def _named_when_it_raises(loss: Callable[..., Any], method: str) -> Callable[..., Any]:
+    """The same function, whose errors are told as its own: an OSError in it is no full disk."""
+
+    @wraps(loss)
+    def guarded(*arguments: Any, **options: Any) -> Any:
+        try:
+            return loss(*arguments, **options)
+        except Exception as error:
+            raise LossRaised(f"the loss of `method: {method}` raised {describe_error(error, loss)}.") from error
+
+    return guarded
 
 
 def options_for(config: RunConfig) -> dict[str, Any]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import threading
 import time
-import traceback
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -113,31 +111,3 @@ def _await_together(
         if outcome and isinstance(outcome.error, (KeyboardInterrupt, SystemExit)):
             raise outcome.error
     return list(outcomes)
-
-
-def describe(error: BaseException, reward: Reward) -> str:
-    """An exception in one line, with the line of the notebook's code that raised it, counted from its `def`."""
-    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    try:
-        message = " ".join(str(error).split())
-    except Exception:
-        message = ""
-    text = f"{type(error).__name__}: {shortened(message, 200)}" if message else type(error).__name__
-    frames = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if not _is_ours(frame.f_globals)]
-    if not frames:
-        return text
-    code = getattr(inspect.unwrap(reward.function), "__code__", frames[0][0].f_code)
-    in_its_file = [(frame.f_code, line) for frame, line in frames if frame.f_code.co_filename == code.co_filename]
-    where, line = (in_its_file or [(frames[0][0].f_code, frames[0][1])])[-1]
-    return f"{text} (line {line - where.co_firstlineno + 1} of {where.co_name})"
-
-
-def _is_ours(variables: dict[str, Any]) -> bool:
-    return str(variables.get("__name__", "")).startswith("mlx_nb.")
-
-
-def shortened(text: str, size: int) -> str:
-    """At most `size` characters of a text on one line."""
-    text = " ".join(text.split())
-    return text if len(text) <= size else text[: size - 1].rstrip() + "…"

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_nb.rollouts.reward_calls import Outcome, Progress, call_reward, describe, shortened
+from mlx_nb.own_code import describe_error, shortened
+from mlx_nb.rollouts.reward_calls import Outcome, Progress, call_reward
 from mlx_nb.rollouts.rewards import CompletionBatch, Reward, check_rewards
 
 PROBLEMS_SPELLED_OUT = 3  # for each function, then a count
@@ -166,7 +167,7 @@ def _value(outcome: Outcome | None, reward: Reward, timeout: float) -> Any:
     if outcome is None:
         raise _Unusable(f"no number within reward_timeout={timeout:g} s")
     if outcome.error is not None:
-        raise _Unusable(describe(outcome.error, reward))
+        raise _Unusable(describe_error(outcome.error, reward.function))
     if inspect.iscoroutine(outcome.value):
         outcome.value.close()
         raise _Unusable("it returned a coroutine. Define it with `async def`")
@@ -178,7 +179,7 @@ def _plain(value: Any, reward: Reward) -> Any:
     try:
         return value.tolist() if hasattr(value, "tolist") else value
     except Exception as error:
-        raise _Unusable(describe(error, reward)) from None
+        raise _Unusable(describe_error(error, reward.function)) from None
 
 
 def _list(value: Any, count: int) -> Sequence[Any]:

@@ -360,7 +360,7 @@ class Trainer:
         """Everything that the next update depends on, as it is at this step boundary."""
         feed = self.feed.snapshot()
         arrays = {
-            "parameters": dict(named_arrays(self.model.trainable_parameters())),
+            "parameters": dict(named_arrays(self.stepper.trainable())),
             "optimizer": dict(named_arrays(self.stepper.optimizer.state)),
             "feed": feed["arrays"],
         }
@@ -380,7 +380,7 @@ class Trainer:
         """Go on from a snapshot, bit for bit. Raises CheckpointError when it is of another model or optimizer."""
         parameters, optimizer = checkpoint.arrays["parameters"], checkpoint.arrays["optimizer"]
         ours = {
-            "parameter": (parameters, dict(named_arrays(self.model.trainable_parameters()))),
+            "parameter": (parameters, dict(named_arrays(self.stepper.trainable()))),
             "optimizer state": (optimizer, dict(named_arrays(self.stepper.optimizer.state))),
         }
         for what, (theirs, here) in ours.items():
@@ -699,6 +699,7 @@ class Trainer:
         return self._write_adapter(folder, file_name, write=write or self.write)
 
     def _write_adapter(self, folder: Path, file_name: str = adapters.ADAPTER_FILE, **options: Any) -> Path:
+        self.stepper.trainable()
         options = {"write": self.write, **options}
         return adapters.save_adapter(self.model, self.config, self.keys, folder, file_name, base=self._base, **options)
 

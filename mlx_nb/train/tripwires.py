@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlx_nb.data.batches import TokenBatch
-from mlx_nb.errors import LossSpike, NonFiniteLoss, OutOfMemory, TrainingError
+from mlx_nb.errors import LossRaised, LossSpike, ModelChanged, NonFiniteLoss, OutOfMemory, TrainingError
 from mlx_nb.model.memory import is_out_of_memory
 
 RECENT_LOSSES = 32  # updates that a loss is compared with
@@ -89,6 +89,10 @@ class SpikeWatch:
 
 def advice(kind: type[TrainingError]) -> str:
     """What a person can do about an update that was not kept."""
+    if kind is LossRaised:
+        return "The update was not applied. Mend the function, run its cell again, and then `%finetune resume`."
+    if kind is ModelChanged:
+        return "The update was not applied. `%finetune resume` goes on from the last checkpoint, with a whole model."
     again = ", or `%finetune set loss_spike=null` to take what comes" if kind is LossSpike else ""
     return (
         "The update was not applied. `%finetune skip` leaves this batch out, `%finetune rewind 10` goes back, "
