@@ -727,11 +727,11 @@ class Run:
             raise CommandError(f"cannot do {n} updates. Give a whole number of 1 or more.")
         if self.over:
             raise CommandError(f"{self.name} is finished: all {self.trainer.iters} updates are done.")
-        last = ended = None
+        last = failed = None
         for event in self.events(n):
-            ended = event
+            failed = event if isinstance(event, RunFailed) else failed
             last = event if isinstance(event, StepCompleted) else last
-        raise_failure(ended)
+        raise_failure(failed)
         if last is None and self.finished:
             raise CommandError(f"{self.name} is finished: no update is left after {self.step_count}.")
         if last is None:
@@ -748,12 +748,12 @@ class Run:
             return self._trainer.finished
         updates = None if until is None else max(0, until - self.step_count)
         ended: RunFinished | RunPaused | None = None
-        last: Event | None = None
+        failed: RunFailed | None = None
         for event in self.events(updates):
-            last = event
+            failed = event if isinstance(event, RunFailed) else failed
             if isinstance(event, (RunFinished, RunPaused)):
                 ended = event
-        raise_failure(last)  # only now: the checkpoint of a failure is written after its event
+        raise_failure(failed)  # only now: the checkpoint of a failure is written after its event
         return ended or self.trainer.finished or RunPaused(self.step_count, f"reached update {until}")
 
     def start(self, updates: int | None = None) -> None:
