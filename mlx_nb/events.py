@@ -113,11 +113,15 @@ class RolloutCompleted(Event):
 
 @dataclass(frozen=True)
 class Progress(Event):
-    """Something longer than an update is at `done` of `total` parts. Not kept in the history."""
+    """Something longer than an update is at `done` of `total` parts, after `seconds` of work if that is known.
+
+    Not kept in the history.
+    """
 
     what: str
     done: int
     total: int
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from mlx_nb.config import SETTINGS, RunConfig
 from mlx_nb.data.effects import refuse_ineffective, refuse_loss_on
-from mlx_nb.data.examples import Examples, ExampleSettings, LeftOut, RowView, split_examples, trains_plain_text
+from mlx_nb.data.examples import Examples, ExampleSettings, LeftOut, RowView, trains_plain_text
 from mlx_nb.data.limits import ModelLimits
 from mlx_nb.data.rendering import CHAT, RAW, Rendering, has_chat_template
 from mlx_nb.data.row_source import RowSource
 from mlx_nb.data.sources import Splits, open_splits
 from mlx_nb.data.token_counts import longest
+from mlx_nb.data.tokenizing import Outcome, tokenize_split
 from mlx_nb.errors import CommandError, DataError, MlxNbError, ModelError, did_you_mean
+from mlx_nb.events import Progress
 from mlx_nb.keeper import fingerprints
 from mlx_nb.methods import method_named
 from mlx_nb.own_code import code_digest, is_own
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from mlx_nb.train.trainer import TrainerExamples
 
 SPLITS = ("train", "valid", "test")
+Result = TypeVar("Result")
 
 
 class Material:
@@ -44,6 +47,7 @@ class Material:
         self.config = config
         self.namespace = namespace
         self.left_out: dict[str, list[LeftOut]] = {}
+        self._tokenizing: dict[str, Generator[tuple[int, float], None, Outcome]] = {}
         self._base_answers: dict[tuple[str, int], str] = {}
         self._named_as_changed: set[str] = set()
 
@@ -163,14 +167,21 @@ class Material:
 
         The rows are fingerprinted with it: what a person does to them later changes neither.
         """
+        return finished(self.tokenizing())
+
+    def tokenizing(self) -> Generator[Progress, None, TrainerExamples]:
+        """Make `examples`, with Progress on the way. When it is left, another one goes on where it was."""
         from mlx_nb.train.trainer import TrainerExamples
 
-        found = TrainerExamples(
-            **{split: self.tokenize(split) for split in SPLITS if split != "test" or self.config.test}
-        )
-        for source in self._sources():
-            source.fingerprint()
-        return found
+        if "examples" not in self.__dict__:
+            made = {}
+            for split in SPLITS:
+                if split != "test" or self.config.test:
+                    made[split] = yield from self._tokenizing_split(split)
+            for source in self._sources():
+                source.fingerprint()
+            self.examples = TrainerExamples(**made)
+        return self.examples
 
     def _sources(self) -> list[RowSource]:
         return [source for split in SPLITS if (source := getattr(self.splits, split)) is not None]
@@ -183,9 +194,24 @@ class Material:
 
     def tokenize(self, split: str) -> list[Any]:
         """The rows of one split that can be trained."""
-        if getattr(self.splits, split) is None:
+        return finished(self._tokenizing_split(split))
+
+    def _tokenizing_split(self, split: str) -> Generator[Progress, None, list[Any]]:
+        source = getattr(self.splits, split)
+        if source is None:
             return []
-        kept, left_out = split_examples(list(self.rows(split).examples.tokenize_all()))
+        rows = self._tokenizing.setdefault(split, tokenize_split(self.rows(split).examples))
+        while True:
+            try:
+                done, seconds = next(rows)
+            except StopIteration as end:
+                kept, left_out = end.value
+                del self._tokenizing[split]
+                break
+            except BaseException:
+                del self._tokenizing[split]
+                raise
+            yield Progress(0, f"tokenizing {split}", done, len(source), seconds)
         self.left_out[split] = left_out
         if left_out and not kept:
             raise DataError(f"no row of {split} can be trained. The first: {left_out[0].reason}")
@@ -350,6 +376,15 @@ class Material:
             # Raw text has no turns: what was said so far goes on.
             asked = "".join(message["content"] for message in asked)
         yield from stream_text(model, self.tokenizer, asked, question.max_tokens, self.asking)
+
+
+def finished(work: Generator[Any, None, Result]) -> Result:
+    """What a piece of work returns when nobody listens to what it says on the way."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value
 
 
 class Rows(Sequence[RowView]):

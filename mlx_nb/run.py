@@ -6,7 +6,7 @@ import dataclasses
 import sys
 import traceback
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -194,20 +194,40 @@ class Run:
             self._trainer = self._prepare()
         return self._trainer
 
-    def _prepare(self) -> Trainer:
-        """The trainer, in a folder that nobody else writes to. That is made sure of before anything is loaded."""
+    def load(self) -> Iterator[Progress]:
+        """Load model and rows and attach the adapter, saying on the way how far it is.
+
+        It ends before all is loaded when a pause is asked for; another one then goes on where it was.
+        """
+        if self._trainer is not None:
+            return
+        with self._folder_taken():
+            self._refuse_model()
+            for progress in self.material.tokenizing():
+                self._tell(progress)
+                yield progress
+                if Pause in self._inbox:
+                    self.home.release()
+                    return
+            _ = self.trainer
+
+    @contextmanager
+    def _folder_taken(self) -> Iterator[None]:
+        """Nobody else writes to the folder: made sure of before anything is loaded. It is let go if loading fails."""
         refuse_own_folder(self.config, self.folder)
-        if self._resumed:
-            return self._made_trainer()
         try:
-            self.home.share()
-            self.home.refuse_foreign()
-            return self._made_trainer()
+            if not self._resumed:
+                if not self.home.held:
+                    self.home.share()
+                self.home.refuse_foreign()
+            yield
         except BaseException:
-            self.home.release()
+            if not self._resumed:
+                self.home.release()
             raise
 
-    def _made_trainer(self) -> Trainer:
+    def _refuse_model(self) -> None:
+        """Raise for settings, and for a model, with which no run is possible."""
         self.material.check()
         loaded = self.loaded
         if self.config.fine_tune_type == "full" and loaded.quantized_bits:
@@ -215,12 +235,22 @@ class Run:
                 f"`fine_tune_type: full` needs float weights, and {self.config.model} is quantised to "
                 f"{loaded.quantized_bits} bits. Use lora or dora, or a float version of the model."
             )
-        from mlx_nb.model.backend import is_cpu, memory_limit
-        from mlx_nb.model.fingerprint import base_identity
         from mlx_nb.model.passes import refuse_cache_doubt
-        from mlx_nb.train.trainer import Trainer
 
         refuse_cache_doubt(loaded.model)
+
+    def _prepare(self) -> Trainer:
+        """The trainer, in a folder that nobody else writes to."""
+        with self._folder_taken():
+            self._refuse_model()
+            return self._made_trainer()
+
+    def _made_trainer(self) -> Trainer:
+        from mlx_nb.model.backend import is_cpu, memory_limit
+        from mlx_nb.model.fingerprint import base_identity
+        from mlx_nb.train.trainer import Trainer
+
+        loaded = self.loaded
         notes = self.material.notes()
         if not self._from_checkpoint:
             notes += self.material.adapter_notes(self._allow_changed)
@@ -448,9 +478,16 @@ class Run:
     def _pause_words(self) -> str:
         if self.prepared:
             return "Pausing after this update. Interrupt again to drop the update in hand."
-        return "Pausing once model and rows are loaded. Interrupt again to give up loading."
+        return "Pausing while it loads; rows that are tokenized stay so. Interrupt again to give up loading."
 
     def _events(self, updates: int | None) -> Iterator[Event]:
+        yield from self.load()
+        if self._trainer is None:
+            (asked, *_) = self._inbox.drop(Pause)
+            paused = RunPaused(0, asked.reason)
+            self._tell(paused)
+            yield paused
+            return
         trainer = self.trainer
         try:
             yield from self._moving(trainer, updates)

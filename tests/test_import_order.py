@@ -60,6 +60,7 @@ ORDER = [
     "data.preference_examples",
     "data.examples",
     "data.effects",
+    "data.tokenizing",
     "data.row_finder",
     "data.batches",
     "data.duplicates",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from mlx_nb.data.chat_template import TokenizedConversation
@@ -150,19 +151,25 @@ class Examples:
 
         Raises TooLong at the first long row when `truncate` is `error`.
         """
-        return iter(_KINDS[self.kind].complete(self._each(), self.settings))
+        return iter(self.completed(chain.from_iterable(self.each_row())))
 
-    def _each(self) -> Iterator[Result]:
+    def completed(self, results: Iterable[Result]) -> Iterable[Result]:
+        """The results of all rows, with what an example takes from other rows."""
+        return _KINDS[self.kind].complete(results, self.settings)
+
+    def each_row(self) -> Iterator[Sequence[Result]]:
+        """What each row gives, in order, before it is `completed`. Raises as `tokenize_all`."""
         for row in range(len(self.source)):
             location = self.source.location(row)
             try:
                 content = recognise_as(self.kind, self.source[row], self.settings.columns, row=row, location=location)
                 said = tokenize_as(self.kind, content, self.tokenizer, self.settings)
-                yield from examples_of(self.kind, content, said, row, self.settings)
+                made: Sequence[Result] = examples_of(self.kind, content, said, row, self.settings)
             except TooLong as error:
                 raise TooLong(_row_error(row, error)) from None
             except DataError as error:
-                yield LeftOut(row, _row_error(row, error))
+                made = [LeftOut(row, _row_error(row, error))]
+            yield made
 
 
 def trains_plain_text(examples: Examples) -> bool:

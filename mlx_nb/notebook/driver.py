@@ -78,13 +78,13 @@ def train_here(run: Run, updates: int | None = None, *, quiet: bool = False) -> 
     with run.interrupts(print) as interrupts:
         if not run.prepared:
             display.say("loading model and rows …")
-            _load(run)
+            _load(run, display)
         for event in run.events(updates):
-            if not quiet:
+            if run.prepared and not quiet:
                 display.show(event)
             ended = event
         interrupts.ignore()
-        if not quiet:
+        if run.prepared and not quiet:
             display.finish(ended)
         elif run.history.last_step:
             print(text_report.describe(run.history.last_step))
@@ -94,9 +94,11 @@ def train_here(run: Run, updates: int | None = None, *, quiet: bool = False) -> 
         print(f"{run.name} is paused after update {ended.step}{reason}. `%finetune run` goes on; nothing is lost.")
 
 
-def _load(run: Run) -> None:
+def _load(run: Run, display: _LiveDisplay) -> None:
+    """Until all is loaded, or a pause is asked for. Raises CommandError when it is given up."""
     try:
-        _ = run.trainer
+        for progress in run.load():
+            display.load(progress)
     except KeyboardInterrupt:
         raise CommandError(
             f"loading {run.name} was given up. Nothing has changed; `%finetune run` loads again."
@@ -126,6 +128,16 @@ class _LiveDisplay:
     def say(self, text: str) -> None:
         """A line in place of the progress."""
         self._put(html.escape(text), text)
+        self._shown_at = time.monotonic()
+
+    def load(self, progress: Progress) -> None:
+        """How far loading is, in place of the line before; elsewhere than in a notebook a line now and then."""
+        seconds = _SECONDS_BETWEEN_UPDATES if self._in_notebook else _SECONDS_BETWEEN_SIGNS
+        if time.monotonic() - self._shown_at >= seconds:
+            words = text_report.progress_words(progress)
+            if not self._in_notebook:
+                print(words, flush=True)
+            self.say(words)
 
     def show(self, event: Event) -> None:
         """Take note of `event`; draw at most a few times a second."""

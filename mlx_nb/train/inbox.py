@@ -30,10 +30,11 @@ class Inbox:
             except IndexError:
                 return
 
-    def drop(self, kind: type[Request]) -> None:
-        """Remove the requests of a kind; the others stay in their order, before what is asked meanwhile."""
-        kept = [request for request in self.take() if not isinstance(request, kind)]
-        self._requests.extendleft(reversed(kept))
+    def drop(self, kind: type[Request]) -> list[Request]:
+        """Remove the requests of a kind and return them; the others stay in order, before what is asked meanwhile."""
+        asked = list(self.take())
+        self._requests.extendleft(reversed([request for request in asked if not isinstance(request, kind)]))
+        return [request for request in asked if isinstance(request, kind)]
 
     def __contains__(self, kind: type[Request]) -> bool:
         return any(isinstance(request, kind) for request in self._requests.copy())

@@ -115,6 +115,9 @@ def progress_words(progress: Progress) -> str:
         return f"sampling completions: {done:,} of at most {total:,} tokens"
     if kind == "reward" and name:
         return f"reward {name}: {done:,} of {total:,} completions"
+    if kind == "tokenizing":
+        pace = done / max(progress.seconds, 1e-9)
+        return f"tokenizing {name} rows: {done:,} of {total:,}, {pace:,.0f} rows a second"
     if kind == "reference":
         return f"log-probabilities of the reference: {done:,} of {total:,} completions"
     return f"{progress.what}: {done} of {total}"

@@ -1,0 +1,119 @@
+"""Tokenizing says how far it is, lets others have their turn, can be left and gone on with, and is not done twice."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from mlx_nb import Run, RunConfig
+from mlx_nb.data import tokenizing
+from mlx_nb.events import Pause, Progress, RunPaused
+from mlx_nb.view.text_report import describe, progress_words
+from tiny import tiny_rows
+
+
+@pytest.fixture(autouse=True)
+def a_sign_after_each_row(monkeypatch):
+    monkeypatch.setattr(tokenizing, "SECONDS_BETWEEN_SIGNS", 0.0)
+    monkeypatch.setattr(tokenizing, "_kept", tokenizing.OrderedDict())
+
+
+def rows_of(name, count=40):
+    return [{**row, "source": name} for row in tiny_rows(count)]
+
+
+def rows_run(folder, tiny_folder, **settings):
+    values = {"model": str(tiny_folder), "batch_size": 4, "val_set_size": 0, "adapter_path": str(folder / "a")}
+    return Run(RunConfig.from_dict({**values, **settings}))
+
+
+def tokenizing_signs(events):
+    return [event for event in events if isinstance(event, Progress) and event.what.startswith("tokenizing")]
+
+
+def test_every_row_is_counted_and_the_words_have_the_pace(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder, data=rows_of("counted"), iters=1)
+    told = tokenizing_signs(run.events())
+    assert [event.done for event in told if event.what == "tokenizing train"] == list(range(1, 41))
+    assert {event.total for event in told} == {40}
+    assert describe(told[0]) == progress_words(told[0])
+    words = progress_words(Progress(0, "tokenizing train", 12_000, 100_000, 1.5))
+    assert words == "tokenizing train rows: 12,000 of 100,000, 8,000 rows a second"
+
+
+def test_others_have_their_turn_after_every_sign(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder, data=rows_of("turns"), iters=1)
+    turns, at_signs = 0, []
+
+    def heard(event):
+        if isinstance(event, Progress) and event.what == "tokenizing train":
+            at_signs.append(turns)
+
+    async def main():
+        nonlocal turns
+        run.listen(heard)
+        run.start()
+        while run.background.active:
+            turns += 1
+            await asyncio.sleep(0)
+
+    asyncio.run(main())
+    assert len(at_signs) == 40
+    assert all(before < after for before, after in pairwise(at_signs))
+
+
+@pytest.mark.parametrize("how", ["request", "signal"])
+def test_a_pause_leaves_after_the_row_and_going_on_repeats_none(tmp_path, tiny_folder, how):
+    run = rows_run(tmp_path, tiny_folder, data=rows_of(how), iters=3)
+    events = []
+    for event in run.events():
+        events.append(event)
+        if isinstance(event, Progress) and event.done == 7:
+            if how == "request":
+                run.request(Pause("asked"))
+            else:
+                with run.interrupts():
+                    os.kill(os.getpid(), signal.SIGINT)
+    assert isinstance(events[-1], RunPaused)
+    assert events[-1].reason == ("asked" if how == "request" else "interrupted")
+    assert [event.done for event in tokenizing_signs(events)] == list(range(1, 8))
+    assert not run.prepared
+    assert run.state == "built"
+    rest = list(run.events())
+    assert [event.done for event in tokenizing_signs(rest)] == list(range(8, 41))
+    whole = rows_run(tmp_path, tiny_folder, data=rows_of(how), iters=3, adapter_path=str(tmp_path / "whole"))
+    whole.run()
+    assert run.step_count == whole.step_count == 3
+    assert run.adapter_bytes() == whole.adapter_bytes()
+
+
+def test_the_same_rows_are_tokenized_once_and_others_again(tmp_path, tiny_folder):
+    def signs_of(number, **settings):
+        settings = {"data": rows_of("kept"), "iters": 1, **settings}
+        run = rows_run(tmp_path, tiny_folder, adapter_path=str(tmp_path / str(number)), **settings)
+        return len(tokenizing_signs(run.events())), run.material
+
+    first, material = signs_of(0)
+    again, same = signs_of(1)
+    assert (first, again) == (40, 0)
+    for one, other in zip(material.examples.train, same.examples.train, strict=True):
+        assert np.array_equal(one.tokens, other.tokens)
+        assert np.array_equal(one.loss_mask, other.loss_mask)
+    assert material.left_out == same.left_out
+    assert signs_of(2, learning_rate=1e-3)[0] == 0
+    assert signs_of(3, loss_on="all")[0] == 40
+    assert signs_of(4, max_seq_length=30)[0] == 40
+    assert signs_of(5, data=[*rows_of("kept", 39), rows_of("another")[0]])[0] == 40
+
+
+def test_what_is_kept_is_bounded(tmp_path, tiny_folder, monkeypatch):
+    monkeypatch.setattr(tokenizing, "MOST_KEPT", 1)
+    run = rows_run(tmp_path, tiny_folder, data=rows_of("bounded"), iters=1)
+    run.run()
+    assert len(tokenizing._kept) <= 1
+    assert sum(size for _, size in tokenizing._kept.values()) <= 1
