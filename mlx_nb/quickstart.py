@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
-import shutil
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def run_quickstart(folder: str) -> int:
     fetched = _fetch_model()
     print(f"model in {fetched}", flush=True)
     run_started = time.perf_counter()
-    notebook = _execute(notebook_path)
+    notebook, notebook_path = _execute(notebook_path)
     summary = _summary(notebook)
     summary["run_seconds"] = round(time.perf_counter() - run_started, 1)
     summary["total_seconds"] = round(time.perf_counter() - started, 1)
@@ -46,11 +46,86 @@ def _examples_folder() -> Path:
 
 
 def _copy_example(target: Path) -> Path:
+    """The notebook, with its rows, in `target` or, where a person's own files are there, in a folder beside it.
+
+    Raises MlxNbError for a folder that cannot be written.
+    """
+    folder, number = target, 1
+    while changed := _changed_files(folder):
+        number += 1
+        if folder == target:
+            print(f"{target} has files that are not the example's, and they stay as they are: {', '.join(changed)}.")
+        folder = target.with_name(f"{target.name}-{number}")
+    if folder != target:
+        print(f"The example is in {folder}.", flush=True)
     source = _examples_folder()
-    target.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source / NOTEBOOK, target / NOTEBOOK)
-    shutil.copytree(source / ROWS, target / ROWS, dirs_exist_ok=True)
-    return target / NOTEBOOK
+    try:
+        for name in _example_files():
+            if not (folder / name).exists():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                _write_whole(folder / name, (source / name).read_bytes())
+    except OSError as error:
+        raise MlxNbError(f"{folder} cannot be written: {error.strerror}. Give another folder with --folder.") from None
+    return folder / NOTEBOOK
+
+
+def _example_files() -> list[str]:
+    return [NOTEBOOK, *(f"{ROWS}/{path.name}" for path in sorted((_examples_folder() / ROWS).iterdir()))]
+
+
+def _changed_files(folder: Path) -> list[str]:
+    """What stands in `folder` under the names of the example and is something else; the outputs of cells do not count.
+
+    The folder itself when it is none. Raises MlxNbError for what cannot be read.
+    """
+    source = _examples_folder()
+    try:
+        if folder.exists() and not folder.is_dir():
+            return [folder.name]
+        if (folder / ROWS).exists() and not (folder / ROWS).is_dir():
+            return [ROWS]
+        there = [name for name in _example_files() if (folder / name).exists() or (folder / name).is_symlink()]
+        return [name for name in there if not _is_same(folder / name, source / name)]
+    except OSError as error:
+        raise MlxNbError(f"{folder} cannot be read: {error.strerror}. Give another folder with --folder.") from None
+
+
+def _is_same(path: Path, original: Path) -> bool:
+    if not path.is_file():
+        return False
+    if path.suffix == ".ipynb":
+        return _cells(path) == _cells(original)
+    return path.read_bytes() == original.read_bytes()
+
+
+def _cells(path: Path) -> list[Any] | None:
+    """What a person writes in the cells of a notebook; None for a file that is no notebook."""
+    try:
+        cells = json.loads(path.read_bytes())["cells"]
+        return [(cell["cell_type"], "".join(cell["source"]), cell.get("attachments")) for cell in cells]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that it is never there in part."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _keep_executed(notebook: Any, path: Path, before: bytes) -> Path:
+    """Write the executed notebook where it came from, or beside it when somebody wrote there meanwhile."""
+    import nbformat
+
+    if path.read_bytes() != before:
+        path = path.with_name(f"{path.stem}-executed-{time.strftime('%Y%m%d-%H%M%S')}{path.suffix}")
+        print(f"The notebook was changed meanwhile. The executed one is {path}.", flush=True)
+    _write_whole(path, nbformat.writes(notebook).encode())
+    return path
 
 
 def _fetch_model() -> Path:
@@ -62,14 +137,16 @@ def _fetch_model() -> Path:
     return model_folder("smollm2-135m")
 
 
-def _execute(path: Path) -> Any:
+def _execute(path: Path) -> tuple[Any, Path]:
+    """The executed notebook, and where it is. Raises ModelError for a cell that fails."""
     try:
         import nbformat
         from nbclient import NotebookClient
         from nbclient.exceptions import CellExecutionError
     except ImportError as error:
         raise MlxNbError(f'{error.name} is missing. Run: pip install "mlx-nb[quickstart]"') from None
-    notebook = nbformat.read(path, as_version=4)
+    before = path.read_bytes()
+    notebook = nbformat.reads(before.decode(), as_version=4)
 
     def announce(cell: Any, cell_index: int) -> None:
         if cell.cell_type == "code":
@@ -95,8 +172,8 @@ def _execute(path: Path) -> Any:
     except CellExecutionError as error:
         raise ModelError(f"the quickstart notebook failed: {error.evalue or error}") from None
     finally:
-        nbformat.write(notebook, path)
-    return notebook
+        path = _keep_executed(notebook, path, before)
+    return notebook, path
 
 
 def _summary(notebook: Any) -> dict[str, Any]:
