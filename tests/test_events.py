@@ -44,6 +44,7 @@ EXAMPLES = [
     events.NothingLearned(10, 10),
     events.SampleGenerated(3, "Hello", "Hi", None),
     events.Progress(3, "sample", 2, 64),
+    events.DataChanged(3, "rows.jsonl"),
     events.StateChanged(3, "running"),
     events.RequestRefused(3, "no such update"),
     events.Rewound(4, 6, 12),

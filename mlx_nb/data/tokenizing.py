@@ -30,7 +30,7 @@ def tokenize_split(examples: Examples) -> Generator[tuple[int, float], None, Out
     process are not tokenised again. Raises TooLong at the first long row when `truncate` is `error`.
     """
     key = _key(examples)
-    if key in _kept:
+    if key in _kept and not examples.source.changed():
         _kept.move_to_end(key)
         (kept, left_out), _ = _kept[key]
         return list(kept), list(left_out)
@@ -44,8 +44,8 @@ def tokenize_split(examples: Examples) -> Generator[tuple[int, float], None, Out
             yield done, spent
             since = time.monotonic()
     kept, left_out = split_examples(list(examples.completed(results)))
-    # Reward functions are given what is in prompts, and may change it.
-    if examples.kind != "prompts":
+    # Reward functions are given what is in prompts, and may change it. Rows of a file are read one by one.
+    if examples.kind != "prompts" and not examples.source.changed():
         _keep(key, (kept, left_out))
     return list(kept), list(left_out)
 
