@@ -367,28 +367,43 @@ class Run:
         return plot_history(self.history, f"{self.name}: {self.config.model}", metrics)
 
     def report(self, path: str | Path | None = None) -> Path:
-        """Write one HTML page with everything about the run (default: report.html in its folder). Returns its path."""
-        from mlx_nb.view.report import report_html
+        """Write one HTML page with everything about the run (default: report.html in its folder). Returns its path.
+
+        Raises CommandError, also for a file that is no earlier report of this run: it is not written over.
+        """
+        from mlx_nb.view.report import report_html, write_report
 
         page = report_html(
             self.history,
             title=f"{self.name}: {self.state} after update {self.step_count}",
-            settings=self.config.to_dict(),
+            name=self.name,
+            settings=self._settings_in_words(),
             metrics=method_named(self.config.method).metrics,
             worst_rows=[(row, loss, self._excerpt(row)) for row, loss in list(self.row_losses().items())[:10]],
         )
         if path is None:
-            with self.home.writing():
-                self.home.write(self.folder / REPORT_FILE, lambda file: file.write(page.encode()))
-            return self.folder / REPORT_FILE
-        path = working_folder() / Path(path).expanduser()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
-        return path
+            path = self.folder / REPORT_FILE
+            try:
+                with self.home.writing():
+                    self.home.write(path, lambda file: file.write(page.encode()))
+            except OSError as error:
+                raise CommandError(f"{path} cannot be written: {error.strerror or error}. Name another file.") from None
+            return path
+        return write_report(working_folder() / Path(path).expanduser(), page, self.name)
+
+    def _settings_in_words(self) -> dict[str, Any]:
+        """The settings, and of rows in memory how many there are."""
+        settings = self.config.described()
+        if "data" not in settings:
+            settings["data"] = f"{len(self.splits.train):,} training rows in memory"
+        return settings
 
     def _excerpt(self, row: int) -> str:
-        """The first words of a training row."""
-        conversation = self.rows("train").examples.view(row).conversation
+        """The first words of a training row, as long as it can be read."""
+        try:
+            conversation = self.rows("train").examples.view(row).conversation
+        except MlxNbError:
+            return ""
         return "" if conversation is None else conversation.text[:200]
 
     def completions(self, step: int | None = None, *, ratios: bool = False) -> CompletionsDisplay:
