@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Protocol
 
 from mlx_nb.errors import CommandError
@@ -46,7 +46,8 @@ def _pause_all(pause: Pause) -> None:
 
 def _left(run: Movable) -> None:
     global _interrupts
-    _moving.remove(run)
+    if run in _moving:
+        _moving.remove(run)
     if not _moving and _interrupts is not None:
         _interrupts.__exit__(None, None, None)
         _interrupts = None
@@ -58,6 +59,7 @@ class Background:
     def __init__(self, run: Movable) -> None:
         self._run = run
         self._task: asyncio.Task | None = None
+        self._events: Iterator[Event] | None = None
 
     @property
     def active(self) -> bool:
@@ -85,23 +87,41 @@ class Background:
         try:
             # Let the cell that started it end first, and its output with it.
             await asyncio.sleep(SECONDS_BETWEEN_EVENTS)
-            _hold_interrupts()
-            for _ in self._run.events(updates):
+            if self.active:
                 _hold_interrupts()
-                await asyncio.sleep(SECONDS_BETWEEN_EVENTS)
+                self._events = self._run.events(updates)
+                for _ in self._events:
+                    _hold_interrupts()
+                    await asyncio.sleep(SECONDS_BETWEEN_EVENTS)
         except BaseException as caught:
             error = caught
+        self._events = self._task = None
         _left(self._run)
-        ended(error)
-        if isinstance(error, asyncio.CancelledError):
+        ended(None if isinstance(error, SystemExit) else error)
+        if isinstance(error, asyncio.CancelledError | SystemExit):
             raise error
+
+    def stop(self) -> None:
+        """Stop at the boundary where the run is, without waiting for another; it is active no more.
+
+        Raises CommandError from inside of what the run is doing, such as a reward function.
+        """
+        if not self.active:
+            return
+        try:
+            if isinstance(self._events, Generator):
+                self._events.close()
+        except ValueError:
+            raise CommandError(f"{self._run.name} is in the middle of an update, so it cannot end here.") from None
+        _left(self._run)
 
     async def wait(self) -> None:
         """Until the run stops moving. An interrupt or a cancellation here asks the run to pause, and waits no more."""
-        if self._task is None:
+        task = self._task
+        if task is None:
             return
         try:
-            await asyncio.shield(self._task)
+            await asyncio.shield(task)
         except asyncio.CancelledError:
             self._run.request(Pause("interrupted"))
             raise

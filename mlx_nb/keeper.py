@@ -121,6 +121,13 @@ class Keeper:
         while len(self._recent) > 1:
             self._count(self._recent.popleft(), -1)
 
+    def forget(self) -> None:
+        """Drop what is kept in memory and on disk to rewind to, but for checkpoints."""
+        self._recent.clear()
+        self._parked.clear()
+        self._holders.clear()
+        self._bytes = 0
+
     def forget_after(self, step: int) -> None:
         """Drop what is kept of the steps after `step`, but for checkpoints."""
         while self._recent and self._recent[-1].step > step:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_nb import exits
 from mlx_nb.background import Background
 from mlx_nb.config import LIVE_SETTINGS, SETTINGS, RunConfig, unknown_settings
 from mlx_nb.data.checks import SAMPLED_ROWS, DataCheck, check_data
@@ -255,6 +256,7 @@ class Run:
         if not self._from_checkpoint:
             notes += self.material.adapter_notes(self._allow_changed)
         reference = self.material.reference
+        exits.join(self)
         trainer = Trainer(
             self.config,
             loaded.model,
@@ -473,15 +475,17 @@ class Run:
         """
         from mlx_nb.model.memory import device_limits
 
+        exits.go_on_ending()
         events = self._events(updates)
         with device_limits():
             while True:
-                with self.interrupts(), self._turns.turn():
+                with self.interrupts(), self._turns.turn(), exits.computing(self):
                     event = next(events, None)
                 if event is None:
-                    return
+                    break
                 yield event
                 self._turns.give_way()
+        exits.go_on_ending()
 
     def interrupts(self, say: Callable[[str], None] | None = None) -> Interrupts:
         """A context in which SIGINT asks this run to pause. `say` (default: stderr) is told in words."""
@@ -655,17 +659,47 @@ class Run:
             if config.adapter_path or not is_locked(folder_of(f"adapters/{name}", config.working_folder)):
                 return name
 
+    def save_unsaved(self) -> bool:
+        """Write a checkpoint if updates were done since the last one. Returns whether. Raises CheckpointError."""
+        if self.let_go or self.unsaved_updates <= 0:
+            return False
+        self.checkpoint("exit")
+        return True
+
     def release(self, reason: str = "") -> None:
-        """Write a checkpoint of the updates that are not saved, let go of the folder, and write there no more.
+        """End the run at the boundary where it is: what is not saved is written, then it writes there no more.
 
         Another run can have the folder then. `reason` begins the message that a later attempt to write is answered
-        with. Raises CheckpointError when the checkpoint cannot be written; the folder is let go all the same.
+        with. Raises CheckpointError when it cannot be saved; then it is not let go.
         """
+        if self.let_go:
+            return
+        self.background.stop()
         try:
-            if self.unsaved_updates:
-                self.checkpoint("exit")
-        finally:
-            self.home.give_up(reason or f"{self.name} let go of {self.folder}")
+            self.save_unsaved()
+        except FolderError as error:  # it is not its own any more
+            print(f"{self.name}: {error}", file=sys.stderr)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.name} is not let go, because {error}") from None
+        way_back = f" It is saved: `%finetune resume {self.folder}`, or the folder that it was moved to since."
+        self.home.give_up(
+            f"{reason or f'{self.name} let go of {self.folder}'} after update {self.step_count}."
+            f"{way_back if self.has_checkpoint else ''}".rstrip(".")
+        )
+        self._keeper.forget()
+
+    @property
+    def let_go(self) -> str:
+        """Why it trains and saves no more, and how to get it back; empty while it may."""
+        return self._home.lost if self._home is not None else ""
+
+    def __del__(self) -> None:
+        if getattr(self, "_trainer", None) is None:
+            return
+        try:
+            self.save_unsaved()
+        except Exception as error:
+            print(f"{self.name}: {error}", file=sys.stderr)
 
     def checkpoint(self, kind: str = "step") -> Path:
         """Write everything that the run's next update depends on. Returns the folder. Raises CheckpointError."""
@@ -772,6 +806,7 @@ class Run:
     def step(self, n: int = 1) -> StepCompleted:
         """Exactly `n` optimizer updates (fewer at the end of the run), then control is back. Returns the last one.
 
+        An interrupt pauses, and outside a notebook is raised as KeyboardInterrupt once the pause is saved.
         Raises TrainingError when an update was not kept, CommandError when the run is already over.
         """
         self._refuse_running("step")
@@ -780,9 +815,11 @@ class Run:
         if self.over:
             raise CommandError(f"{self.name} is finished: all {self.trainer.iters} updates are done.")
         last = failed = None
-        for event in self.events(n):
-            failed = event if isinstance(event, RunFailed) else failed
-            last = event if isinstance(event, StepCompleted) else last
+        with self.interrupts() as interrupts:
+            for event in self.events(n):
+                failed = event if isinstance(event, RunFailed) else failed
+                last = event if isinstance(event, StepCompleted) else last
+        self._raise_interrupt(interrupts)
         raise_failure(failed)
         if last is None and self.finished:
             raise CommandError(f"{self.name} is finished: no update is left after {self.step_count}.")
@@ -794,6 +831,9 @@ class Run:
         """To the end, or to update `until`. Returns how it ended. Raises TrainingError as `step` does.
 
         A run that was stopped, or stopped early, goes on; one whose updates are all done returns how it ended.
+
+        An interrupt pauses, and outside a notebook is raised as KeyboardInterrupt once the pause is saved, so that
+        a loop over runs ends there too.
         """
         self._refuse_running("run")
         if self._trainer is not None and self._trainer.finished is not None and self._trainer.over:
@@ -801,12 +841,19 @@ class Run:
         updates = None if until is None else max(0, until - self.step_count)
         ended: RunFinished | RunPaused | None = None
         failed: RunFailed | None = None
-        for event in self.events(updates):
-            failed = event if isinstance(event, RunFailed) else failed
-            if isinstance(event, (RunFinished, RunPaused)):
-                ended = event
+        with self.interrupts() as interrupts:
+            for event in self.events(updates):
+                failed = event if isinstance(event, RunFailed) else failed
+                if isinstance(event, (RunFinished, RunPaused)):
+                    ended = event
+        self._raise_interrupt(interrupts)
         raise_failure(failed)  # only now: the checkpoint of a failure is written after its event
         return ended or self.trainer.finished or RunPaused(self.step_count, f"reached update {until}")
+
+    def _raise_interrupt(self, interrupts: Interrupts) -> None:
+        """In a script whoever interrupts means the script; in a notebook, the run."""
+        if interrupts.count and not exits.in_ipython():
+            raise KeyboardInterrupt(f"{self.name} is {self.state} after update {self.step_count}, and saved.")
 
     def start(self, updates: int | None = None) -> None:
         """Train in the background of the kernel, by `updates` updates or to the end; returns at once.

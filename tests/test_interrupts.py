@@ -99,9 +99,11 @@ def test_a_real_signal_while_run_computes_pauses_it(tmp_path, tiny_folder):
         return real(*arguments)
 
     run.trainer.stepper._gradients = gradients
-    ended = run.run()
+    with pytest.raises(KeyboardInterrupt, match="paused after update 2"):
+        run.run()
+    ended = run.history.events[-1]
     assert isinstance(ended, RunPaused)
-    assert (ended.reason, run.step_count) == ("interrupted", 2)
+    assert (ended.reason, run.step_count, run.unsaved_updates) == ("interrupted", 2, 0)
     run.request(Pause("interrupted"))
     with pytest.raises(CommandError, match="asked to pause"):
         run.step()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 from typing import Any
 
 from IPython.core.interactiveshell import InteractiveShell
@@ -30,7 +29,6 @@ def load(shell: InteractiveShell) -> None:
 
     for key in _KEYS:
         shell.set_hook("complete_command", completer, str_key=key)
-    atexit.register(magics.session.save_all)
     setattr(shell, _MAGICS, magics)
 
 
@@ -39,7 +37,7 @@ def unload(shell: InteractiveShell) -> None:
     magics = getattr(shell, _MAGICS, None)
     if magics is None:
         return
-    atexit.unregister(magics.session.save_all)
+    magics.interrupts.close()
     magics.session.close()
     manager = shell.magics_manager
     for kind in ("line", "cell"):

@@ -11,6 +11,7 @@ from IPython.core.magic_arguments import argument, magic_arguments, parse_argstr
 from mlx_nb.config_help import settings_text
 from mlx_nb.errors import CommandError
 from mlx_nb.notebook.commands import CELL_OPTIONS, run_line, wait_of
+from mlx_nb.notebook.interrupted import InterruptsInOneLine
 from mlx_nb.notebook.session import Session
 from mlx_nb.notebook.templating import fill
 
@@ -22,6 +23,7 @@ class FinetuneMagics(Magics):
     def __init__(self, shell: InteractiveShell) -> None:
         super().__init__(shell)
         self.session = Session(self.shell.user_ns if self.shell else None)
+        self.interrupts = InterruptsInOneLine(shell)
 
     @no_var_expand
     @line_magic("finetune")  # type: ignore[arg-type]

@@ -39,8 +39,11 @@ class Outcome:
                 self.publish()
 
     def close(self) -> None:
-        """Leave the outputs as they are."""
+        """Leave the outputs as they are, or with how it ended where the run was let go."""
         self._run.unlisten(self._heard)
+        if self._run.let_go:
+            self._error = self._run.let_go
+            self.publish()
 
     def publish(self) -> None:
         """Write the run as it is now. A display that fails is given up; the run does not notice."""

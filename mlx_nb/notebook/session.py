@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mlx_nb.errors import CommandError, MlxNbError, did_you_mean
-from mlx_nb.events import Pause
+from mlx_nb.run_folder import holder_here
 
 if TYPE_CHECKING:
     from mlx_nb.notebook.outcome import Outcome
@@ -25,14 +25,18 @@ class Session:
         self._shown: dict[str, tuple[Panel, Outcome]] = {}
 
     def add(self, run: Run) -> None:
-        """Keep `run` and make it current. A run of that name is saved and let go, its panel with it."""
-        before = self.runs.pop(run.name, None)
+        """Keep `run` and make it current. A run of that name is saved and let go, its panel with it.
+
+        Raises CheckpointError when that one cannot be saved; then it stays.
+        """
+        before = self.runs.get(run.name)
         if before is not None and before is not run:
-            try:
-                before.release(f"{before.name} was replaced by a new run of that name")
-            except MlxNbError as error:
-                print(f"{before.name}: {error}", file=sys.stderr)
+            before.release(f"{run.name} was replaced by a new run of that name")
             self._close_shown(run.name)
+            del self.runs[run.name]  # the newest is the last
+        holder = holder_here(run.folder, run.home)
+        if holder is not None:  # one that was made in Python
+            holder.let_go(f"{holder.name} was replaced by the new run {run.name}")
         self.runs[run.name] = run
         self._current = run.name
 
@@ -51,21 +55,20 @@ class Session:
             one.close()
 
     def close(self) -> None:
-        """Pause what moves and take the panels away: the extension is being unloaded."""
+        """Stop what moves where it is, save it, and take the panels away: the extension is being unloaded."""
         for run in self.runs.values():
-            if run.background.active:
-                run.request(Pause("the extension was unloaded"))
+            run.background.stop()
+        self.save_all()
         for name in list(self._shown):
             self._close_shown(name)
 
     def save_all(self) -> None:
-        """Write a checkpoint of every run that did updates since its last one. For the end of the kernel."""
+        """Write a checkpoint of every run that did updates since its last one. What cannot be saved is said."""
         for run in self.runs.values():
-            if run.unsaved_updates > 0:
-                try:
-                    run.checkpoint("exit")
-                except MlxNbError as error:
-                    print(f"{run.name}: {error}", file=sys.stderr)
+            try:
+                run.save_unsaved()
+            except MlxNbError as error:
+                print(f"{run.name}: {error}", file=sys.stderr)
 
     def get(self, name: str | None = None) -> Run:
         """The run called `name`, or the current one. Raises CommandError when there is none."""

@@ -16,13 +16,13 @@ class Interrupts:
     """While inside, the first SIGINT asks for a pause, and a second one for a pause at once.
 
     `ask` takes the Pause; `say` is called at the first one, to tell the person. Inside another one, or outside the
-    main thread, it does nothing. The handler that was there is put back.
+    main thread, it does nothing. The handler that was there is put back. `count` says how many came.
     """
 
     def __init__(self, ask: Callable[[Pause], None], say: Callable[[], None] = lambda: None) -> None:
         self._ask = ask
         self._say = say
-        self._count = 0
+        self.count = 0
         self._before: Any = None
 
     def ignore(self) -> None:
@@ -51,9 +51,9 @@ class Interrupts:
     def _handle(self, _signal: int, _frame: FrameType | None) -> None:
         if self._before is None:
             return
-        self._count += 1
+        self.count += 1
         # What was being written when the signal came may not be written to now.
         with suppress(RuntimeError):
-            if self._count == 1:
+            if self.count == 1:
                 self._say()
-        self._ask(Pause("interrupted", at_once=self._count > 1))
+        self._ask(Pause("interrupted", at_once=self.count > 1))

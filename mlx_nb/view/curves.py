@@ -203,7 +203,8 @@ class Curves(anywidget.AnyWidget):
     selected  the update whose point was clicked, None before
     """
 
-    _esm = Path(__file__).with_name("curves.js")
+    # As text: anywidget watches a path, and by that keeps every widget.
+    _esm = Path(__file__).with_name("curves.js").read_text(encoding="utf-8")
 
     series = traitlets.Dict().tag(sync=True)
     scale = traitlets.Enum(("linear", "log"), "linear").tag(sync=True)

@@ -31,6 +31,7 @@ from mlx_nb.events import (
 )
 from mlx_nb.methods import method_named
 from mlx_nb.model.backend import device_name, prepare_backend
+from mlx_nb.view.closing import close_widgets
 from mlx_nb.view.completions_tab import CompletionsTab
 from mlx_nb.view.curves import Curves
 from mlx_nb.view.panel_head import activity_text, head_html, progress_html
@@ -96,17 +97,15 @@ class Panel:
         for event in self.run.history.events:
             self.log.add(event)
         self.curves.on_select(lambda step: later(lambda: self._open_rows(step)))
-        self.completions = CompletionsTab(self.run, later)
+        self.completions = CompletionsTab(self.run, later) if method.rows == "prompts" else None
         self._pages: dict[str, Any] = {
             "Rows": self.rows,
-            "Completions": self.completions,
+            **({"Completions": self.completions} if self.completions else {}),
             "Samples": self.samples,
             "Settings": self.settings,
             "Checkpoints": self.checkpoints,
             "Log": self.log,
         }
-        if method.rows != "prompts":
-            del self._pages["Completions"]
         pages = [widgets.VBox([self.curves]), *(page.widget for page in self._pages.values())]
         for page in pages:
             page.layout.width = "100%"
@@ -236,7 +235,7 @@ class Panel:
     def close(self) -> None:
         """Take the widgets away and listen no more."""
         self.run.unlisten(self._heard)
-        self.widget.close()
+        close_widgets(self.widget)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         bundle = self.widget._repr_mimebundle_(include=include, exclude=exclude)

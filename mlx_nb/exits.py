@@ -1,0 +1,169 @@
+"""The end of the process: a run that did updates since its last checkpoint writes one first, however the end comes.
+
+At a normal end that is done by `atexit`. SIGTERM and SIGHUP, which a scheduler, a container or a kernel's manager sends
+some seconds before it kills, pause the run that computes; once that is saved, or at once where none computes, the
+others are saved too, and the signal does what it would have done without this.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import os
+import signal
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from mlx_nb.errors import MlxNbError
+from mlx_nb.events import Pause, Request
+
+_PACKAGE = Path(__file__).parent
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+class Unsaved(Protocol):
+    """What the end of a process needs of a run."""
+
+    name: str
+
+    def request(self, request: Request) -> None: ...
+    def save_unsaved(self) -> bool: ...
+
+
+_runs: weakref.WeakSet[Unsaved] = weakref.WeakSet()
+_computing: list[Unsaved] = []
+_before: dict[int, Any] = {}
+_asked: list[int] = []  # the signal that ends the process, once there was one
+
+
+def join(run: Unsaved) -> None:
+    """Take note of a run that is about to train. It is held weakly; the signals are given back after the last one."""
+    if run in _runs:
+        return
+    _runs.add(run)
+    weakref.finalize(run, _give_back).atexit = False
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in SIGNALS:
+        # What is ignored, as under nohup, stays so.
+        if signal.getsignal(number) not in (signal.SIG_IGN, None, _handle):
+            _before[number] = signal.signal(number, _handle)
+
+
+def live() -> list[Any]:
+    """The runs that were prepared and are still referred to."""
+    return list(_runs)
+
+
+@contextmanager
+def computing(run: Unsaved) -> Iterator[None]:
+    """While inside, the run is between two boundaries, and a signal has it pause at the next one."""
+    _computing.append(run)
+    try:
+        yield
+    finally:
+        _computing.remove(run)
+
+
+def save_all() -> None:
+    """Write a checkpoint of every run that did updates since its last one. What cannot be saved is said on stderr."""
+    for run in live():
+        try:
+            run.save_unsaved()
+        except MlxNbError as error:
+            print(f"{run.name}: {error}", file=sys.stderr)
+
+
+def go_on_ending() -> None:
+    """At a boundary: end the process, if a signal asked for it. Raises SystemExit(128 + signal).
+
+    IPython catches that in a cell, so there the signal is sent once more, with everything saved and nobody to catch it.
+    """
+    if not _asked or threading.current_thread() is not threading.main_thread():
+        return
+    number = _asked[0]
+    before = _before.get(number)
+    if callable(before):
+        _asked.clear()
+        save_all()
+        before(number, None)
+    elif in_ipython():
+        _end()
+    else:
+        raise SystemExit(128 + number)
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    again = bool(_asked)
+    _asked[:] = [number]
+    if _computing and not again:
+        for run in list(_computing):
+            run.request(Pause(signal.Signals(number).name, at_once=True))
+    elif _computing:
+        return
+    elif again or callable(_before.get(number)):
+        go_on_ending()
+    elif in_ipython() and not _is_ours(frame):
+        _end()
+    else:
+        if (loop := _running_loop()) is not None:
+            loop.call_soon(_end)  # a cell catches the SystemExit
+        raise SystemExit(128 + number)
+
+
+def _end() -> None:
+    save_all()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    signal.signal(_asked[0], signal.SIG_DFL)
+    os.kill(os.getpid(), _asked[0])
+
+
+def _is_ours(frame: FrameType | None) -> bool:
+    """Whether code of this package is being run, which may have the model in a state of its own for a while."""
+    while frame is not None:
+        if Path(frame.f_code.co_filename).is_relative_to(_PACKAGE):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def in_ipython() -> bool:
+    """Whether this process is a notebook's kernel, or an IPython shell."""
+    shell = sys.modules.get("IPython.core.getipython")
+    return shell is not None and shell.get_ipython() is not None
+
+
+def _give_back() -> None:
+    """Once no run is left, the signals are as they were."""
+    if live() or _asked or threading.current_thread() is not threading.main_thread():
+        return
+    for number, before in list(_before.items()):
+        if signal.getsignal(number) is _handle:
+            signal.signal(number, before)
+    _before.clear()
+
+
+def _in_child() -> None:
+    """The runs are those of the process that was forked, which saves them itself."""
+    _runs.clear()
+    _computing.clear()
+    _give_back()
+
+
+atexit.register(save_all)
+os.register_at_fork(after_in_child=_in_child)

@@ -1,0 +1,366 @@
+"""A run that ends, in whatever way, has saved what it did: replaced, resumed, dropped, or its process told to end."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import weakref
+from pathlib import Path
+
+import ipywidgets
+import pytest
+
+from mlx_nb import Run, exits
+from mlx_nb.errors import CheckpointError, CommandError
+from mlx_nb.events import StepCompleted
+from mlx_nb.notebook.interrupted import LINE
+from mlx_nb.notebook.outcome import Outcome
+from mlx_nb.notebook.session import Session
+from mlx_nb.train.checkpoint import CheckpointStore
+from test_resume import rows_run
+from tiny import tiny_rows
+
+QUIET = {"save_every": -1, "steps_per_eval": -1, "autosave_minutes": None, "iters": 50}
+
+
+def saves(folder):
+    return [(info.step, info.kind) for info in CheckpointStore(Path(folder) / "checkpoints").list()]
+
+
+# One run takes the place of another
+
+
+def test_a_replaced_run_saves_first_and_never_writes_again(tmp_path, tiny_folder):
+    session = Session()
+    old = rows_run(tmp_path, tiny_folder, **QUIET)
+    session.add(old)
+    old.step(3)
+    new = rows_run(tmp_path, tiny_folder, **QUIET)
+    session.add(new)
+    assert saves(tmp_path / "a") == [(3, "exit")]
+    new.step(2)
+    assert saves(tmp_path / "a.previous-1") == [(3, "exit")]
+    for act in (old.step, old.run, lambda: old.checkpoint(), lambda: old.save(), lambda: next(old.events())):
+        with pytest.raises((CommandError, CheckpointError), match="replaced by a new run.*after update 3"):
+            act()
+    assert saves(tmp_path / "a") == []
+    again = Run.resume(tmp_path / "a.previous-1")
+    assert again.step_count == 3
+    assert again.adapter_bytes() == old.adapter_bytes()
+
+
+def test_a_run_made_in_python_gives_way_to_a_cell_of_its_folder(tmp_path, tiny_folder):
+    old = rows_run(tmp_path, tiny_folder, **QUIET)
+    old.step(3)
+    session = Session()
+    session.add(rows_run(tmp_path, tiny_folder, **QUIET))
+    assert saves(tmp_path / "a") == [(3, "exit")]
+    session.get().step(5)
+    assert saves(tmp_path / "a.previous-1") == [(3, "exit")]
+    resumed = Run.resume(tmp_path / "a")
+    assert resumed.step_count == 5
+    with pytest.raises(CheckpointError, match="replaced by the new run"):
+        old.step()
+
+
+def test_a_run_that_moves_in_the_background_stops_where_it_is_and_is_saved_before_the_new_one(tmp_path, tiny_folder):
+    async def replace():
+        session = Session()
+        old = rows_run(tmp_path, tiny_folder, **{**QUIET, "iters": 10_000})
+        session.add(old)
+        old.start()
+        while old.step_count < 3:
+            await asyncio.sleep(0.001)
+        new = rows_run(tmp_path, tiny_folder, **QUIET)
+        session.add(new)
+        at = old.step_count
+        assert not old.background.active
+        assert saves(tmp_path / "a") == [(at, "exit")]
+        new.step(2)
+        await asyncio.sleep(0.1)
+        assert (old.step_count, new.step_count, saves(tmp_path / "a")) == (at, 2, [])
+        return old, new
+
+    asyncio.run(replace())
+
+
+def test_an_old_run_that_cannot_be_saved_is_not_let_go(tmp_path, tiny_folder, monkeypatch):
+    session = Session()
+    old = rows_run(tmp_path, tiny_folder, **QUIET)
+    session.add(old)
+    old.step(2)
+
+    def full(*_arguments, **_options):
+        raise CheckpointError("the disk is full.")
+
+    monkeypatch.setattr(CheckpointStore, "save", full)
+    with pytest.raises(CheckpointError, match="is not let go, because the disk is full"):
+        session.add(rows_run(tmp_path, tiny_folder, **QUIET))
+    monkeypatch.undo()
+    assert session.get() is old
+    assert old.step().step == 3
+
+
+def test_a_run_that_nobody_refers_to_any_more_is_saved(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder, **QUIET)
+    run.step(2)
+    run = rows_run(tmp_path, tiny_folder, **QUIET)
+    run.step()
+    assert saves(tmp_path / "a.previous-1") == [(2, "exit")]
+    del run
+    gc.collect()
+    assert saves(tmp_path / "a") == [(1, "exit")]
+
+
+@pytest.mark.parametrize("word", ["unload_ext", "reload_ext"])
+def test_unloading_stops_and_saves_what_moves(shell, tiny_folder, word):
+    shell.user_ns["rows"] = tiny_rows(24)
+    cell = f"model: {tiny_folder}\ndata: rows\niters: 50\nval_set_size: 0\nautosave_minutes: null\n"
+    shell.run_cell_magic("finetune", "--paused -o run", cell)
+    shell.user_ns["run"].step(4)
+    shell.run_line_magic(word, "mlx_nb")
+    assert saves("adapters/run") == [(4, "exit")]
+    assert shell.user_ns["run"].step().step == 5
+    if word == "unload_ext":
+        shell.run_line_magic("load_ext", "mlx_nb")
+
+
+# Nothing of a replaced run stays in memory
+
+
+def test_a_replaced_run_its_model_trainer_and_panel_leave_memory_and_the_widgets_do_not_grow(tmp_path, tiny_folder):
+    registry = ipywidgets.widget._instances
+    counts, gone = [], []
+
+    async def cells():
+        session = Session()
+        for _ in range(4):
+            run = rows_run(tmp_path, tiny_folder, iters=3)
+            session.add(run)
+            panel = run.panel()
+            session.keep_shown(run, panel, Outcome(run))
+            run.start()
+            await run
+            gone.append([weakref.ref(one) for one in (run, run.model, run.trainer, panel)])
+            del run, panel
+            gc.collect()
+            counts.append(len(registry))
+        session.close()
+
+    before = len(registry)
+    asyncio.run(cells())
+    gc.collect()
+    assert len(set(counts)) == 1
+    assert len(registry) == before
+    assert [[ref() for ref in refs] for refs in gone] == [[None] * 4] * 4
+
+
+# The end of the process
+
+SCRIPT = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from mlx_nb import Run, RunConfig
+from mlx_nb.events import StepCompleted
+from tiny import tiny_rows
+settings = {{"model": {model!r}, "data": tiny_rows(24), "iters": 50, "save_every": -1, "steps_per_eval": -1,
+    "val_set_size": 0, "autosave_minutes": None, "adapter_path": {folder!r}}}
+run = Run(RunConfig.from_dict(settings))
+{body}
+print("went on")
+"""
+WHERE = {
+    "computing": """
+        real = run.trainer._update
+        def update():
+            if run.step_count == 4:
+                os.kill(os.getpid(), number)
+            return real()
+        run.trainer._update = update
+        run.run()
+    """,
+    "between two events": """
+        for event in run.events():
+            if isinstance(event, StepCompleted) and event.step == 5:
+                os.kill(os.getpid(), number)
+    """,
+    "between two calls": """
+        run.step(5)
+        os.kill(os.getpid(), number)
+    """,
+    "answering": """
+        run.step(5)
+        def stream(*_arguments, **_options):
+            os.kill(os.getpid(), number)
+        run.material.token_losses = stream
+        run.token_losses(run.rows()[0], base=True)
+    """,
+}
+
+
+def ended(tmp_path, tiny_folder, body):
+    code = SCRIPT.format(
+        tests=str(Path(__file__).parent), model=str(tiny_folder), folder=str(tmp_path / "a"), body=textwrap.dedent(body)
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize("where", WHERE)
+def test_a_signal_that_ends_the_process_saves_the_run_first(tmp_path, tiny_folder, where, number):
+    result = ended(tmp_path, tiny_folder, f"number = {int(number)}\n" + textwrap.dedent(WHERE[where]))
+    assert result.returncode == 128 + number, result.stderr
+    assert "went on" not in result.stdout
+    assert "Traceback" not in result.stderr
+    # An update that was being computed is dropped, so that the save begins at once.
+    assert saves(tmp_path / "a")[-1] == ((4, "pause") if where == "computing" else (5, "exit"))
+
+
+def test_a_handler_of_the_persons_own_is_called_after_the_save(tmp_path, tiny_folder):
+    body = """
+        signal.signal(signal.SIGTERM, lambda *_: print("mine", os.listdir(run.folder / "checkpoints")))
+        run.step(5)
+        os.kill(os.getpid(), signal.SIGTERM)
+    """
+    result = ended(tmp_path, tiny_folder, body)
+    assert result.returncode == 0, result.stderr
+    assert "mine ['latest', 'save-0001-step-0000005-exit']" in result.stdout.replace(
+        "['save-0001-step-0000005-exit', 'latest']", "['latest', 'save-0001-step-0000005-exit']"
+    )
+    assert "went on" in result.stdout
+
+
+def test_an_ignored_signal_stays_ignored_and_the_others_are_given_back(tmp_path, tiny_folder):
+    body = """
+        import gc
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        run.step(1)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+        del run
+        gc.collect()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    """
+    result = ended(tmp_path, tiny_folder, body)
+    assert (result.returncode, result.stdout) == (0, "went on\n"), result.stderr
+
+
+def test_a_script_that_just_ends_saves_and_a_forked_child_does_not(tmp_path, tiny_folder):
+    body = """
+        run.step(3)
+        if (child := os.fork()) == 0:
+            sys.exit(0)
+        os.waitpid(child, 0)
+        assert run.checkpoints() == []
+    """
+    result = ended(tmp_path, tiny_folder, body)
+    assert result.returncode == 0, result.stderr
+    assert saves(tmp_path / "a") == [(3, "exit")]
+
+
+@pytest.mark.parametrize("move", ["run.run()", "run.step(10)"])
+def test_an_interrupted_script_stops_its_loop_over_runs_once_the_pause_is_saved(tmp_path, tiny_folder, move):
+    body = f"""
+        def told(event):
+            if isinstance(event, StepCompleted) and event.step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+        run.listen(told)
+        for one in (run, run.fork()):
+            {move.replace("run.", "one.")}
+            print("next")
+    """
+    result = ended(tmp_path, tiny_folder, body)
+    assert result.returncode == -signal.SIGINT, result.stderr
+    assert result.stdout == ""
+    assert "is paused after update 3, and saved" in result.stderr
+    assert saves(tmp_path / "a")[-1] == (3, "pause")
+
+
+# An interrupt of our own code, in a notebook
+
+
+CELLS = {
+    "a line magic": "%finetune status",
+    "a command with options": "%finetune rows train --top-loss 3",
+    "a cell magic": "%%finetune --name other --paused\nmodel: {model}\ndata: rows\niters: 5\nval_set_size: 0\n",
+    "a cell magic that cannot be read": "%%finetune --wrong other\nmodel: {model}\n",
+    "a step": "%finetune step",
+    "a method": "run.check()",
+}
+
+
+@pytest.mark.parametrize("which", CELLS)
+def test_an_interrupt_at_any_line_of_a_command_is_one_line(shell, tiny_folder, capsys, which):
+    shell.user_ns["rows"] = tiny_rows(24)
+    cell = f"model: {tiny_folder}\ndata: rows\niters: 5000\nval_set_size: 0\nautosave_minutes: null\n"
+    shell.run_cell_magic("finetune", "--paused -o run", cell)
+    shell.user_ns["run"].step()
+    code = CELLS[which].format(model=tiny_folder)
+    package = str(Path(exits.__file__).parent)
+    lines = count_lines(shell, code, package)
+    assert lines > 5
+    for line in {*range(1, 40), *range(40, lines, max(1, lines // 60))} & set(range(1, lines + 1)):
+        capsys.readouterr()
+        result = interrupted_at(shell, code, package, line)
+        shown = capsys.readouterr()
+        text = shown.out + shown.err
+        assert "Traceback" not in text, text
+        assert package not in text, text
+        if isinstance(result.error_in_exec, KeyboardInterrupt):
+            assert LINE in text
+        else:  # while it trains, an interrupt is a pause; while an error is being shown, IPython says so itself
+            assert "paused" in text or text.strip() == "KeyboardInterrupt" or result.success
+
+
+def count_lines(shell, code, package):
+    seen = 0
+
+    def trace(frame, event, argument):
+        nonlocal seen
+        if not frame.f_code.co_filename.startswith(package):
+            return None
+        seen += event == "line"
+        return trace
+
+    run_traced(shell, code, trace)
+    return seen
+
+
+def interrupted_at(shell, code, package, wanted):
+    seen = 0
+
+    def trace(frame, event, argument):
+        nonlocal seen
+        if not frame.f_code.co_filename.startswith(package):
+            return None
+        seen += event == "line"
+        if seen == wanted:
+            sys.settrace(None)
+            os.kill(os.getpid(), signal.SIGINT)
+        return trace
+
+    return run_traced(shell, code, trace)
+
+
+def run_traced(shell, code, trace):
+    sys.settrace(trace)
+    try:
+        return shell.run_cell(code)
+    finally:
+        sys.settrace(None)
+
+
+def test_an_interrupt_of_a_persons_own_code_is_shown_as_ever_and_the_hook_is_given_back(shell, capsys):
+    shell.run_cell("import os, signal\ndef mine():\n    os.kill(os.getpid(), signal.SIGINT)\n    pass\nmine()")
+    text = "".join(capsys.readouterr())
+    assert "in mine()" in text.replace("\x1b", "") or "mine" in text
+    assert LINE not in text
+    before = shell.custom_exceptions
+    shell.run_line_magic("unload_ext", "mlx_nb")
+    assert (before, shell.custom_exceptions) == ((KeyboardInterrupt,), ())
+    shell.run_line_magic("load_ext", "mlx_nb")
