@@ -17,7 +17,6 @@ import pytest
 
 from mlx_nb import Run, exits
 from mlx_nb.errors import CheckpointError, CommandError
-from mlx_nb.events import StepCompleted
 from mlx_nb.notebook.interrupted import LINE
 from mlx_nb.notebook.outcome import Outcome
 from mlx_nb.notebook.session import Session
@@ -46,7 +45,7 @@ def test_a_replaced_run_saves_first_and_never_writes_again(tmp_path, tiny_folder
     new.step(2)
     assert saves(tmp_path / "a.previous-1") == [(3, "exit")]
     for act in (old.step, old.run, lambda: old.checkpoint(), lambda: old.save(), lambda: next(old.events())):
-        with pytest.raises((CommandError, CheckpointError), match="replaced by a new run.*after update 3"):
+        with pytest.raises((CommandError, CheckpointError), match=r"replaced by a new run.*after update 3"):
             act()
     assert saves(tmp_path / "a") == []
     again = Run.resume(tmp_path / "a.previous-1")
@@ -229,9 +228,8 @@ def test_a_handler_of_the_persons_own_is_called_after_the_save(tmp_path, tiny_fo
     """
     result = ended(tmp_path, tiny_folder, body)
     assert result.returncode == 0, result.stderr
-    assert "mine ['latest', 'save-0001-step-0000005-exit']" in result.stdout.replace(
-        "['save-0001-step-0000005-exit', 'latest']", "['latest', 'save-0001-step-0000005-exit']"
-    )
+    assert result.stdout.startswith("mine"), result.stdout
+    assert "save-0001-step-0000005-exit" in result.stdout
     assert "went on" in result.stdout
 
 

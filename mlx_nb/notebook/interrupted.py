@@ -1,4 +1,4 @@
-"""An interrupt that strikes our own code is one line in the notebook, wherever it strikes; not a traceback through it."""
+"""An interrupt that strikes our own code is one line in the notebook, wherever it strikes, and not a traceback."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ class InterruptsInOneLine:
         if self._shell.CustomTB == self._ours:
             self._shell.custom_exceptions, self._shell.CustomTB = self._before
 
-    def _show(self, shell: Any, kind: type, value: Any, trace: TracebackType | None, tb_offset: int | None = None) -> Any:
+    def _show(
+        self, shell: Any, kind: type, value: Any, trace: TracebackType | None, tb_offset: int | None = None
+    ) -> Any:
         main = threading.current_thread() is threading.main_thread()
         # A second interrupt, while the first is being shown, has nothing more to say.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None

@@ -1,4 +1,4 @@
-"""Widgets that are not needed any more: ipywidgets keeps each one, and all that its callbacks hold, until it is closed."""
+"""Widgets that are not needed any more: ipywidgets keeps each one, and what its callbacks hold, until it is closed."""
 
 from __future__ import annotations
 
