@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from typing import TypeVar
 
 from mlx_nb.events import Request
+
+Kind = TypeVar("Kind", bound=Request)
 
 
 class Inbox:
@@ -30,7 +33,7 @@ class Inbox:
             except IndexError:
                 return
 
-    def drop(self, kind: type[Request]) -> list[Request]:
+    def drop(self, kind: type[Kind]) -> list[Kind]:
         """Remove the requests of a kind and return them; the others stay in order, before what is asked meanwhile."""
         asked = list(self.take())
         self._requests.extendleft(reversed([request for request in asked if not isinstance(request, kind)]))
