@@ -26,7 +26,7 @@ from mlx_nb.events import (
     StepCompleted,
     event_from_json,
 )
-from mlx_nb.history_file import HistoryFile, history_files, is_history, read_history
+from mlx_nb.history_file import HISTORY_FILE, HistoryFile, history_files, is_history, read_history
 from mlx_nb.view.history import History
 from mlx_nb.view.quantities import headline
 
@@ -312,7 +312,57 @@ def read_history_of(checkpoint: Checkpoint) -> tuple[History, list[str]]:
     if parts := checkpoint.state.get("history_parts"):
         assert checkpoint.path is not None
         lines, problems = read_history(checkpoint.path.parent, parts)
-    return History(event_from_json(line) for line in lines), problems
+    history = History()
+    for number, line in enumerate(lines):
+        try:
+            history.append(event_from_json(line))
+        except _FOREIGN as error:
+            said = f"event {number} of the history is unknown ({_reason(error)}), so it is left out from there on"
+            return history, [*problems, said]
+    return history, problems
+
+
+# What reading raises that was not written by this mlx_nb, or by none.
+_FOREIGN = (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError, OverflowError)
+
+
+def _reason(error: Exception) -> str:
+    return f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+
+
+def refuse_unusable(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for a checkpoint, whole as it may be, that does not hold what a run goes on from."""
+    from mlx_nb.train.trainer import TrainerState
+
+    try:
+        state = checkpoint.state
+        kinds = {"name": str, "config": dict, "made_from": dict, "history": list, "due": list, "trainer": dict}
+        wrong = [name for name, kind in kinds.items() if not isinstance(state[name], kind)]
+        trainer, fresh = state["trainer"], vars(TrainerState(**state["trainer"]))
+        wrong += [name for name, value in vars(TrainerState()).items() if not _is_like(fresh[name], value)]
+        if trainer["step"] != checkpoint.step:
+            wrong.append("step")
+        for group in ("parameters", "optimizer"):
+            checkpoint.arrays[group]
+        RunConfig.from_dict({name: value for name, value in state["config"].items() if name != "data"})
+        for part in state.get("history_parts", ()):
+            if not HISTORY_FILE.fullmatch(part["file"]) or not isinstance(part["bytes"], int):
+                wrong.append("history_parts")
+        _live_changes(checkpoint)
+        _ = [(what, how) for what, how in state["due"]], state["started"], state["finished"], state["standing"]
+    except _FOREIGN as error:
+        raise CheckpointError(f"it does not hold what a run goes on from ({_reason(error)})") from error
+    except ConfigError as error:
+        raise CheckpointError(f"its settings cannot be used: {' '.join(str(error).split())}") from error
+    if wrong:
+        raise CheckpointError(f"it does not hold what a run goes on from (wrong: {', '.join(wrong)})")
+
+
+def _is_like(value: Any, standard: Any) -> bool:
+    """Whether a value is of the kind of a standard one; null stands for a number that is not there yet."""
+    if isinstance(standard, list):
+        return isinstance(value, list)
+    return (value is None and standard is None) or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def for_other_settings(snapshot: Checkpoint, before: RunConfig, after: RunConfig) -> Checkpoint:

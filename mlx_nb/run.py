@@ -60,6 +60,7 @@ from mlx_nb.keeper import (
     for_other_settings,
     read_history_of,
     refuse_own_folder,
+    refuse_unusable,
     settings_to_resume,
 )
 from mlx_nb.material import SPLITS, Material, Rows
@@ -772,7 +773,7 @@ class Run:
         folder = folder_of(str(path), working_folder())
         home = cls._home_to_resume(folder)
         try:
-            checkpoint, messages = CheckpointStore(folder / CHECKPOINTS).load(step)
+            checkpoint, messages = CheckpointStore(folder / CHECKPOINTS).load(step, refuse_unusable)
             settings = settings_to_resume(checkpoint, folder, config, data)
             run = cls(settings, name=checkpoint.state["name"], namespace=namespace, _from_checkpoint=True)
             home.name, home.at_rest, home.let_go = run.name, run._at_rest, run.release

@@ -153,6 +153,9 @@ def _config(metadata: Mapping[str, Any], architecture: Architecture, name: str, 
             raise ModelError(f"the setting {name}.{key} is missing.")
         return found
 
+    for key in ("attention.head_count", "embedding_length", "block_count", "feed_forward_length"):
+        if not isinstance(count := value(key), int) or count < 1:
+            raise ModelError(f"the setting {name}.{key} is {count!r}, which no model has.")
     heads = value("attention.head_count")
     head_dim = metadata.get(f"{name}.attention.key_length", value("embedding_length") // heads)
     for key in ("attention.value_length", "rope.dimension_count"):

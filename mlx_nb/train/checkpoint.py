@@ -23,6 +23,7 @@ import os
 import re
 import shutil
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.json"
 PARTIAL_PREFIX = ".tmp-"
 WORD = re.compile(r"[a-z][a-z_]*")
+SAVED_GROUP = re.compile(r"[a-z][a-z_]*\.safetensors")
 FOLDER_NAME = re.compile(r"save-(\d{4,})-step-(\d{7,})-([a-z][a-z_]*)")
 PARTIAL_NAME = re.compile(rf"{re.escape(PARTIAL_PREFIX)}(\d+)-(?:latest|(?:old-)?{FOLDER_NAME.pattern})")
 ADVICE = {
@@ -128,11 +130,14 @@ class CheckpointStore:
             raise save_error(self.folder, checkpoint.step, final, error) from error
         return final
 
-    def load(self, which: int | str | None = None) -> tuple[Checkpoint, list[str]]:
+    def load(
+        self, which: int | str | None = None, refuse_unusable: Callable[[Checkpoint], None] = lambda checkpoint: None
+    ) -> tuple[Checkpoint, list[str]]:
         """The newest good checkpoint, and one line about everything that was passed over on the way to it.
 
         `which` narrows the choice to a step (int), a kind, or a folder's name. A checkpoint is good when every byte
-        is as written. Raises CheckpointError when there is none, naming what is wrong with each.
+        is as written and `refuse_unusable` does not raise CheckpointError. Raises CheckpointError when there is none,
+        naming what is wrong with each.
         """
         infos = self.list()
         chosen = [info for info in infos if which is None or which in (info.step, info.kind, info.path.name)]
@@ -144,6 +149,7 @@ class CheckpointStore:
         for info in reversed(chosen):
             try:
                 checkpoint = _read_folder(info)
+                refuse_unusable(checkpoint)
             except (CheckpointError, OSError) as error:
                 problems.append(f"{info.path.name}: {error}")
             else:
@@ -219,7 +225,10 @@ class CheckpointStore:
         # Renamed first, so that a removal cut short does not leave something that looks like a checkpoint.
         partial = self._partial(f"old-{info.path.name}")
         os.rename(info.path, partial)
-        shutil.rmtree(partial)
+        if partial.is_symlink():
+            partial.unlink()
+        else:
+            shutil.rmtree(partial)
 
 
 def _foreign(folder: Path) -> list[Path]:
@@ -262,6 +271,8 @@ def _info(path: Path) -> CheckpointInfo | None:
         time = path.stat().st_mtime
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError:  # such as a link to itself: listed, so that it is named when it is to be read
+        sizes, time = [], 0.0
     assert match is not None
     return CheckpointInfo(int(match[1]), int(match[2]), match[3], time, sum(sizes), path)
 
@@ -333,11 +344,30 @@ def _read_folder(info: CheckpointInfo) -> Checkpoint:
             raise CheckpointError(f"{name}: {error.strerror}") from error
     arrays = {}
     for name in sorted(set(files) - {STATE_FILE}):
-        loaded = typing.cast(dict[str, mx.array], mx.load(str(info.path / name)))
-        # Loading is lazy, and the file may be pruned before the arrays are used.
-        mx.eval(loaded)
+        try:
+            loaded = typing.cast(dict[str, mx.array], mx.load(str(info.path / name)))
+            # Loading is lazy, and the file may be pruned before the arrays are used.
+            mx.eval(loaded)
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{name} holds no arrays: {error}") from error
         arrays[name.removesuffix(".safetensors")] = dict(sorted(loaded.items()))
-    return Checkpoint(info.step, arrays, json.loads((info.path / STATE_FILE).read_bytes()), info.path)
+    try:
+        state = json.loads((info.path / STATE_FILE).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{STATE_FILE} is no JSON: {error}") from error
+    return Checkpoint(info.step, arrays, state, info.path)
+
+
+def _is_manifest(content: Any) -> bool:
+    """Whether it has all that is looked for, and names files of its own folder only."""
+    files = content.get("files")
+    return (
+        all(isinstance(content.get(key), int) for key in ("format", "save", "step"))
+        and isinstance(files, dict)
+        and STATE_FILE in files
+        and all(name == STATE_FILE or SAVED_GROUP.fullmatch(name) for name in files)
+        and all(isinstance(one, dict) and {"bytes", "sha256"} <= one.keys() for one in files.values())
+    )
 
 
 def _read_manifest(info: CheckpointInfo) -> dict[str, Any]:
@@ -353,6 +383,8 @@ def _read_manifest(info: CheckpointInfo) -> dict[str, Any]:
         intact = False
     if not intact:
         raise CheckpointError(f"{MANIFEST_FILE} is not as it was written")
+    if not _is_manifest(content):
+        raise CheckpointError(f"{MANIFEST_FILE} does not say what a manifest says")
     if content["format"] != FORMAT:
         by = "written by a newer mlx_nb" if content["format"] > FORMAT else "of a format that is no longer read"
         raise CheckpointError(f"{by} (checkpoint format {content['format']}, this mlx_nb reads {FORMAT})")
