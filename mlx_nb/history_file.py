@@ -34,7 +34,8 @@ class HistoryFile:
     def __init__(self, folder: Path | None = None, parts: Sequence[dict[str, Any]] = (), events: int = 0) -> None:
         self._start_over(folder)
         if len(parts) < MOST_PARTS:
-            self._earlier, self._events = list(parts), events
+            self._earlier += parts
+            self._events = events
 
     def _start_over(self, folder: Path | None) -> None:
         """Nothing counts as written: all events are to be, into a new file."""
