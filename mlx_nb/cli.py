@@ -7,11 +7,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mlx_nb.errors import DataError, MlxNbError
+from mlx_nb.errors import ConfigError, DataError, MlxNbError
+from mlx_nb.events import Event, RunPaused
 from mlx_nb.yaml_loader import read_words
 
 if TYPE_CHECKING:
     from mlx_nb.config import RunConfig
+    from mlx_nb.run import Run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,6 +50,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", help="YAML file with the settings of a %%%%finetune cell")
     train.add_argument("settings", nargs="*", metavar="key=value", help="settings that win over the file")
     train.add_argument("--name", default="run", help="name of the run")
+    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="the same, as an option")
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of this name, if any")
+    train.add_argument("--rewards", metavar="FILE", help="Python file with the reward functions that the YAML names")
+    train.add_argument("--json", action="store_true", help="each event as a line of JSON on stdout, and nothing else")
     train.add_argument(
         "--allow-changed", nargs="+", metavar="WHAT", default=(), help="model: start from an adapter of another base"
     )
@@ -83,9 +89,39 @@ def _train(chosen: argparse.Namespace) -> int:
     from mlx_nb.notebook.driver import train_here
     from mlx_nb.run import Run
 
-    settings = read_words(chosen.settings, "mlx-nb train", "run.yaml iters=100")
-    train_here(Run.from_yaml(Path(chosen.config), name=chosen.name, allow_changed=chosen.allow_changed, **settings))
-    return 0
+    settings = read_words([*chosen.settings, *chosen.set], "mlx-nb train", "run.yaml iters=100")
+    made = {"namespace": _functions_in(chosen.rewards), "allow_changed": chosen.allow_changed}
+    run = Run.from_yaml(Path(chosen.config), name=chosen.name, **made, **settings)
+    if chosen.resume and run.has_checkpoint:
+        run = Run.resume(run.folder, config=run.config, **made)
+        print(f"{run.name} goes on from update {run.step_count}.", file=sys.stderr)
+    ended = _print_events(run) if chosen.json else train_here(run, way_on="the same command with --resume goes on")
+    if not isinstance(ended, RunPaused):
+        return 0
+    return 130 if ended.reason == "interrupted" else 1
+
+
+def _print_events(run: Run) -> Event | None:
+    """Train, with each event as a line of JSON. Returns the last one. Raises TrainingError as `Run.run` does."""
+    from mlx_nb.run import raise_failure
+
+    ended = None
+    for ended in run.events():
+        print(ended.to_json(), flush=True)
+    raise_failure(ended)
+    return ended
+
+
+def _functions_in(path: str | None) -> dict[str, Any]:
+    """What a Python file defines, by name. Raises ConfigError where it cannot be read or run."""
+    import runpy
+
+    if path is None:
+        return {}
+    try:
+        return runpy.run_path(path)
+    except Exception as error:
+        raise ConfigError(f"--rewards {path}: {type(error).__name__}: {error}") from None
 
 
 def _check(chosen: argparse.Namespace) -> int:

@@ -447,7 +447,8 @@ class RunConfig(Settings):
     )
     autosave_minutes: float | None = setting(
         10.0,
-        "Write an exact checkpoint when the last one is this old. null = only when something else asks for it.",
+        "Write an exact checkpoint when the last one is this old, and sooner where writing takes under 1% of the "
+        "time since. null = only when something else asks for it.",
         group="saving",
         above=0,
         live=True,

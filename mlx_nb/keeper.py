@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from mlx_nb.train.parking import Parking
     from mlx_nb.train.trainer import Trainer
 
+SHARE_OF_SAVING = 0.01  # of the time, at most, goes into checkpoints that nothing asked for
 _LENGTHS = {"iters", "epochs"}
 _READABLE = ("device", "mlx version")  # fingerprints that are words and not digests
 
@@ -51,6 +52,7 @@ class Keeper:
         self._seen = 0  # events of the history that were looked at for live changes
         self._live_changes: list[str] = []
         self._saved_at = time.monotonic()
+        self._save_seconds = 0.1  # of the last save; a guess before the first
         self.saved_step = 0
 
     def remember(self, trainer: Trainer, history: History) -> None:
@@ -177,6 +179,7 @@ class Keeper:
         """Write everything that the next update depends on. Returns the folder. Raises CheckpointError."""
         from mlx_nb.train.checkpoint import save_error
 
+        begun = time.monotonic()
         snapshot = trainer.snapshot()
         new = history.events[self._seen :]
         self._live_changes += [event.to_json() for event in new if isinstance(event, SettingChanged)]
@@ -199,6 +202,7 @@ class Keeper:
         }
         folder = store.save(replace(snapshot, state=state), kind=kind)
         self._saved_at, self.saved_step = time.monotonic(), snapshot.step
+        self._save_seconds = self._saved_at - begun
         _remove_left_histories(store)
         return folder
 
@@ -217,7 +221,8 @@ class Keeper:
             case CheckpointSaved(kind="step" | "best" as kind):
                 return kind
             case StepCompleted() if autosave_minutes is not None:
-                return "auto" if time.monotonic() - self._saved_at >= 60 * autosave_minutes else None
+                longest = min(60 * autosave_minutes, self._save_seconds / SHARE_OF_SAVING)
+                return "auto" if time.monotonic() - self._saved_at >= longest else None
             case RunPaused():
                 return "pause"
             case RunFailed():

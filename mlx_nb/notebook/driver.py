@@ -67,11 +67,13 @@ def show_panel(session: Session, run: Run) -> None:
     session.keep_shown(run, panel, Outcome(run))
 
 
-def train_here(run: Run, updates: int | None = None, *, quiet: bool = False) -> None:
+def train_here(
+    run: Run, updates: int | None = None, *, quiet: bool = False, way_on: str = "`%finetune run` goes on"
+) -> Event | None:
     """In the foreground of the cell. With a panel open elsewhere, `quiet`, one line says what was done.
 
     The first interrupt pauses at the next step boundary; a second one drops the update in hand, which is then as if
-    it had never begun.
+    it had never begun. Returns the last event; `way_on` is said after a pause.
     """
     display = _LiveDisplay(run)
     ended: Event | None = None
@@ -91,7 +93,8 @@ def train_here(run: Run, updates: int | None = None, *, quiet: bool = False) -> 
     raise_failure(ended)
     if isinstance(ended, RunPaused):
         reason = "" if ended.reason == "interrupted" else f" ({ended.reason})"
-        print(f"{run.name} is paused after update {ended.step}{reason}. `%finetune run` goes on; nothing is lost.")
+        print(f"{run.name} is paused after update {ended.step}{reason}. {way_on}; nothing is lost.")
+    return ended
 
 
 def _load(run: Run, display: _LiveDisplay) -> None:

@@ -35,7 +35,8 @@ from mlx_nb.model.files import HashedFile as _HashedFile
 from mlx_nb.model.files import is_alive, sync, sync_folder
 
 FORMAT = 1
-BEST = "best"
+BEST, AUTO = "best", "auto"
+AUTOS_KEPT = 2
 LATEST_FILE = "latest"
 MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.json"
@@ -86,7 +87,8 @@ class CheckpointInfo:
 
 
 class CheckpointStore:
-    """The checkpoints of one run: the newest save of each of the `keep` last steps, and the newest `best`.
+    """The checkpoints of one run: the newest save of each of the `keep` last steps, the newest `best`, and the two
+    newest autosaves.
 
     A process that dies at any instruction of `save` leaves the newest or the one before it to `load`.
     """
@@ -215,7 +217,10 @@ class CheckpointStore:
     def _prune(self) -> None:
         infos = self.list()[::-1]
         newest_of_step = {info.step: info for info in reversed(infos)}
-        kept = [info for info in infos if newest_of_step[info.step] is info][: self.keep]
+        newest = [info for info in infos if newest_of_step[info.step] is info]
+        # Autosaves come often, and push no other out.
+        kept = [info for info in newest if info.kind != AUTO][: self.keep]
+        kept += [info for info in newest if info.kind == AUTO][:AUTOS_KEPT]
         kept += [info for info in infos if info.kind == BEST][:1]
         for info in infos:
             if info not in kept and not _foreign(info.path):

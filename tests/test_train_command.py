@@ -1,0 +1,85 @@
+"""`mlx-nb train`: how it ends, how it goes on, and its events as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from mlx_nb.cli import main
+from mlx_nb.events import RunFinished, StepCompleted, event_from_json
+from mlx_nb.train.checkpoint import CheckpointStore
+from mlx_nb.train.trainer import Trainer
+from tiny import tiny_prompts, tiny_rows
+
+
+@pytest.fixture
+def config(tmp_path, tiny_folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows()))
+    (tmp_path / "run.yaml").write_text(f"model: {tiny_folder}\ndata: rows.jsonl\niters: 6\nval_set_size: 0\n")
+    return "run.yaml"
+
+
+def signal_at(monkeypatch, step, number):
+    real = Trainer._update
+
+    def update(self):
+        if self.state.step == step:
+            os.kill(os.getpid(), number)
+        return real(self)
+
+    monkeypatch.setattr(Trainer, "_update", update)
+
+
+def test_an_interrupted_run_is_status_130_and_resume_goes_on(config, capsys, monkeypatch):
+    signal_at(monkeypatch, 2, signal.SIGINT)
+    assert main(["train", config]) == 130
+    assert "--resume goes on" in capsys.readouterr().out
+    monkeypatch.undo()
+
+
+def test_resume_goes_on_and_settings_may_be_options(config, capsys, monkeypatch):
+    with monkeypatch.context() as patched:
+        signal_at(patched, 2, signal.SIGINT)
+        assert main(["train", config, "--set", "seed=3"]) == 130
+    capsys.readouterr()
+    assert main(["train", config, "--resume", "--set", "seed=3", "--json"]) == 0
+    events = [event_from_json(line) for line in capsys.readouterr().out.splitlines()]
+    assert [event.step for event in events if isinstance(event, StepCompleted)] == [4, 5, 6]
+    assert isinstance(events[-1], RunFinished)
+
+
+TERMINATED = """
+import os, signal, sys
+from mlx_nb.cli import main
+from mlx_nb.train.trainer import Trainer
+real = Trainer._update
+def update(self):
+    if self.state.step == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return real(self)
+Trainer._update = update
+sys.exit(main(["train", "run.yaml"]))
+"""
+
+
+def test_a_run_that_is_told_to_end_is_saved_and_is_status_143(config, tmp_path):
+    ended = subprocess.run([sys.executable, "-c", TERMINATED], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 143, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert [info.step for info in CheckpointStore(tmp_path / "adapters/run/checkpoints").list()][-1] == 2
+
+
+def test_rewards_come_from_a_file(config, tmp_path, tiny_folder, capsys):
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_prompts()))
+    (tmp_path / "scores.py").write_text("def e_share(completion):\n    return completion.count('e') / 9\n")
+    settings = ["method=grpo", "data=prompts.jsonl", "rewards=[e_share]", "group_size=2", "max_completion_length=4"]
+    assert main(["train", config, *settings, "--rewards", "scores.py"]) == 0
+    (tmp_path / "scores.py").write_text("1 / 0")
+    assert main(["train", config, *settings, "--rewards", "scores.py"]) == 1
+    assert "--rewards scores.py: ZeroDivisionError" in capsys.readouterr().err
