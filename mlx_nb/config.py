@@ -566,14 +566,15 @@ class RunConfig(Settings):
         """A copy with live settings changed, and what goes with them.
 
         A new `learning_rate` also becomes the start of the schedule's arguments; of `iters` and `epochs` one takes the
-        place of the other; without `sample_prompts` the settings about them are back at their defaults.
+        place of the other; without `sample_prompts` or `loss_spike` those about them are at their defaults again.
         """
         further: dict[str, Any] = {}
         for name, other in (("iters", "epochs"), ("epochs", "iters")):
             if changes.get(name) is not None:
                 further[other] = None
-        if "sample_prompts" in changes and changes["sample_prompts"] is None:
-            further |= {name: SETTINGS[name].default for name in ("sample_every", "sample_tokens")}
+        for name, others in _SWITCHES.items():
+            if name in changes and changes[name] is None:
+                further |= {other: SETTINGS[other].default for other in others}
         if "learning_rate" in changes and self.lr_schedule.arguments:
             schedule = dataclasses.asdict(self.lr_schedule)
             arguments = [changes["learning_rate"], *self.lr_schedule.arguments[1:]]
@@ -749,6 +750,8 @@ RunConfig.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
     ]
 )
 PATHS = ("data", "model", "resume_adapter_file", "reference_model", "reference_adapter", "chat_template")
+# Live settings that switch something off with null, and the settings about it.
+_SWITCHES = {"sample_prompts": ("sample_every", "sample_tokens"), "loss_spike": ("spike_patience",)}
 _MISSING = object()
 _AT_THE_END = (2**31, 0)
 _OTHER_NAMES: dict[tuple[str, ...], tuple[str, ...]] = {

@@ -323,6 +323,11 @@ def _check_samples(config: Readable) -> Iterator[SettingError]:
             yield SettingError((name,), f"`{name}` has no effect without `sample_prompts`. Set them, or remove it.")
 
 
+def _check_spikes(config: Readable) -> Iterator[SettingError]:
+    if config.loss_spike is None and any(config.declarations(lambda one: one.name == "spike_patience")):
+        yield SettingError(("spike_patience",), "`spike_patience` has no effect with `loss_spike: null`. Remove it.")
+
+
 def _check_zeros(config: Readable) -> Iterator[SettingError]:
     for declared in config.declarations(lambda one: one.name in _NEVER_0):
         if getattr(config, declared.name) == 0:
@@ -374,5 +379,6 @@ EFFECT_CHECKS: tuple[Callable[[Readable], Iterator[SettingError]], ...] = (
     _check_validation,
     _check_test,
     _check_samples,
+    _check_spikes,
     _check_zeros,
 )

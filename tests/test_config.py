@@ -202,3 +202,10 @@ def test_a_reward_function_stays_a_function_when_a_setting_changes():
     config = RunConfig(method="grpo", rewards=[brief, "number_match"])
     assert config.replace(learning_rate=1e-5).rewards == [brief, "number_match"]
     assert config.to_dict()["rewards"] == ["brief", "number_match"]
+
+
+def test_every_setting_is_in_the_table_that_proves_its_effect():
+    from test_effects import ELSEWHERE, TABLE
+
+    there = {name.partition(".")[0] for name in (*TABLE, *ELSEWHERE)}
+    assert [name for name in SETTINGS if name not in there] == [], "add it to TABLE in tests/test_effects.py"

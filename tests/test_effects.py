@@ -149,6 +149,10 @@ TABLE = {
     "weight_decay": (SFT, [0.01, 0.5]),
     "grad_clip": (SFT, [1.0, 1e-3]),
     "loss_spike": ({**SFT, "iters": 60, "learning_rate": 0.5, "loss_spike": None, "steps_per_eval": -1}, [None, 1e-3]),
+    "spike_patience": (
+        {**SFT, "iters": 60, "learning_rate": 0.5, "loss_spike": 1e-3, "steps_per_eval": -1},
+        [8, 1],
+    ),
     "iters": (SFT, [3, 2]),
     "epochs": ({**SFT, "iters": None}, [None, 2]),
     "batch_size": (SFT, [4, 2]),
@@ -363,6 +367,7 @@ INEFFECTIVE = [
     ({**SFT, "warmup": 0}, "lr_schedule", {"warmup_init": 1e-5}),
     ({**SFT, "warmup": 1}, "lr_schedule", {"warmup_init": 1e-5}),
     (SFT, "lr_schedule", {"warmup_init": 1e-5}),
+    ({**SFT, "loss_spike": None}, "spike_patience", 3),
     (NONE, "steps_per_eval", 2),
     (NONE, "early_stopping_patience", 2),
     ({**SFT, "steps_per_eval": -1}, "early_stopping_patience", 2),
