@@ -61,9 +61,10 @@ async def measure(run: Run) -> None:
     run.listen(heard)
     run.start(1)
     while run.background.active:
+        begun_to_tokenize = bool(signs)  # the model is loaded before
         await asyncio.sleep(0)
         now = time.perf_counter()
-        if first is None and signs and (tokenized or now) >= last:
+        if first is None and begun_to_tokenize and (tokenized or now) >= last:
             waits.append(now - last)
         last = now
     await run
