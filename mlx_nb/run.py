@@ -780,6 +780,7 @@ class Run:
             run._resumed, run._home = True, home
             changed = changes_since(checkpoint, config, run.material.fingerprints, allow_changed)
             run.trainer.restore(checkpoint)
+            run.trainer.ask_again(checkpoint)
             run.history, damage = read_history_of(checkpoint)
         except BaseException:
             home.release()

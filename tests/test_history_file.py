@@ -223,3 +223,15 @@ def test_an_append_that_fails_leaves_the_history_as_it_was(tmp_path, tiny_folder
     assert texts(resume(run.folder).history) == texts(run.history)
     assert isinstance(run.history.events[-1], StepCompleted)
     assert History(run.history.events)["loss"] == run.history["loss"]
+
+
+def test_a_batch_that_was_to_be_skipped_is_skipped_after_a_resume(tmp_path, tiny_folder):
+    run = new_run(tmp_path / "a", tiny_folder)
+    run.step(2)
+    run.skip()
+    run.checkpoint()
+    run.step()
+    resumed = resume(run.folder, step=2)
+    resumed.step()
+    assert resumed.history.last_step.rows == run.history.last_step.rows
+    assert resumed.adapter_bytes() == run.adapter_bytes()

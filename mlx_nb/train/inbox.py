@@ -39,5 +39,10 @@ class Inbox:
         self._requests.extendleft(reversed([request for request in asked if not isinstance(request, kind)]))
         return [request for request in asked if isinstance(request, kind)]
 
+    @property
+    def waiting(self) -> list[Request]:
+        """The requests that are here, which stay."""
+        return list(self._requests.copy())
+
     def __contains__(self, kind: type[Request]) -> bool:
         return any(isinstance(request, kind) for request in self._requests.copy())
