@@ -801,8 +801,8 @@ class Run:
             before.let_go(f"{folder} was taken over by the same run, resumed in this process")
         home = RunFolder(folder, folder.name)
         if (folder / CHECKPOINTS).is_dir():
-            home.adopt()
             home.share()
+            home.adopt()
         return home
 
     def step(self, n: int = 1) -> StepCompleted:

@@ -21,7 +21,8 @@ from mlx_nb.model.files import write_whole
 from mlx_nb.settings import shown
 from mlx_nb.written_files import ADAPTER_FILE, CONFIG_FILE, RUN, WrittenFiles, run_in
 
-MOVING_FILE = "moving"  # names where the files of an earlier run are being moved, until all are there
+# Until all files of an earlier run are moved, these name where to, in the one folder, and where from, in the other.
+MOVING_FILE, ARRIVING_FILE = "moving", "arriving"
 
 
 class RunFolder:
@@ -79,6 +80,22 @@ class RunFolder:
             raise self._unwritable(error) from None
         if holder is not None:
             raise FolderTaken(self._held_by(holder))
+        self._wait_for_arrival()
+
+    def _wait_for_arrival(self) -> None:
+        """Have the files that are being moved here all here. Raises FolderTaken while another run moves them."""
+        try:
+            source = Path((self.path / MARK / ARRIVING_FILE).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return
+        self.release()  # they are moved by who holds both folders, that one first
+        other = RunFolder(source, self.name)
+        other.take()
+        try:
+            other.finish_moving()
+        finally:
+            other.release()
+        self.take()
 
     def share(self) -> None:
         """The same for a run that only reads at first: another run of this process may have it until then."""
@@ -145,14 +162,16 @@ class RunFolder:
             self.take()
         self.refuse_foreign()
         try:
-            target = self._finish_moving() or self._move_aside()
+            target = self.finish_moving() or self._move_aside()
             self._begin_list()
         except OSError as error:
             raise self._unwritable(error) from None
         return target
 
     def adopt(self) -> None:
-        """Go on with the run that is there. Its id becomes this one's."""
+        """Go on with the run that is there. Its id becomes this one's. Raises FolderError when it was moved away."""
+        if self.held and (target := self.finish_moving()):
+            raise FolderError(f"the run in {self.path} was moved to {target} when another began. Resume it there.")
         written = WrittenFiles(self.path)
         if written.run is not None:
             self.run_id = written.run
@@ -200,13 +219,13 @@ class RunFolder:
                 )
         return self.begin()
 
-    def _finish_moving(self) -> Path | None:
+    def finish_moving(self) -> Path | None:
         """Go on with a move that was cut short by the death of its process."""
         try:
             target = Path((self.path / MARK / MOVING_FILE).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        if not target.is_dir():
+        if not (target / MARK / ARRIVING_FILE).exists():  # not begun, or all there
             (self.path / MARK / MOVING_FILE).unlink()
             return None
         return self._move_to(target)
@@ -217,10 +236,22 @@ class RunFolder:
             return None
         target = _new_folder_beside(self.path)
         (self.path / MARK / MOVING_FILE).write_text(str(target), encoding="utf-8")
+        (target / MARK).mkdir()
+        write_whole(target / MARK / ARRIVING_FILE, lambda file: file.write(str(self.path).encode()))
         return self._move_to(target)
 
     def _move_to(self, target: Path) -> Path:
-        """Move all our own files to `target`, the list of them last."""
+        """Move all our own files to `target`, the list of them last. Nobody takes that folder before it is done."""
+        lock = FolderLock(target, self.name)
+        if (holder := lock.take()) is not None:
+            raise FolderTaken(self._held_by(holder))
+        try:
+            self._move_all(target)
+        finally:
+            lock.release()
+        return target
+
+    def _move_all(self, target: Path) -> None:
         written = WrittenFiles(self.path)
         own = written.own()
         for name in own:
@@ -230,10 +261,9 @@ class RunFolder:
             with suppress(OSError):  # something of somebody else is in it
                 folder.rmdir()
         if written.path.exists():
-            (target / MARK).mkdir(exist_ok=True)
             _move(written.path, target / MARK / written.path.name)
+        (target / MARK / ARRIVING_FILE).unlink()
         (self.path / MARK / MOVING_FILE).unlink()
-        return target
 
     def _held_by(self, holder: Holder) -> str:
         return (
@@ -330,8 +360,9 @@ def _move(source: Path, target: Path) -> None:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-    partial_copy = target.with_name(f".{os.getpid()}.{target.name}")
+    partial_copy = target.with_name(f".{target.name}.partial")
     if source.is_dir():
+        shutil.rmtree(partial_copy, ignore_errors=True)  # of a process that died
         shutil.copytree(source, partial_copy)
         os.rename(partial_copy, target)
         shutil.rmtree(source)

@@ -7,10 +7,13 @@ import fcntl
 import hashlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -55,6 +58,7 @@ def here(tmp_path, monkeypatch):
 
 OTHER = """
 import sys
+import time
 sys.path.insert(0, {tests!r})
 from mlx_nb.model.backend import prepare_backend
 prepare_backend()
@@ -563,3 +567,100 @@ def test_each_fork_has_a_name_and_a_folder_of_its_own(here, tiny_folder):
     assert len({(fork.folder / "adapters.safetensors").read_bytes() for fork in forks}) == 3
     with pytest.raises(CommandError, match="another folder"):
         run.fork(adapter_path="out")
+
+
+# Several at once
+
+# Imports everything once, then forks a process for each life of a worker: its death is as real as any.
+SERVER = """
+import os, sys
+sys.path.insert(0, {tests!r})
+from mlx_nb.model.backend import prepare_backend
+prepare_backend()
+import mlx_lm, transformers
+import mlx_nb.model.sharing, mlx_nb.train.trainer, mlx_nb.rollouts.generation
+from mlx_lm.models import llama
+from test_run_folder import life
+os.chdir({folder!r})
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        life({model!r}, int(line))
+        os._exit(0)
+    print(child, flush=True)
+    os.waitpid(child, 0)
+    print("dead", flush=True)
+"""
+LIVES = int(os.environ.get("MLX_NB_LIVES", "12"))
+
+
+def note(words):
+    with open("log", "a") as log:
+        log.write(f"{words}\n")
+
+
+def seeds_in(folder):
+    """The seeds of the runs whose checkpoints are in a folder."""
+    saved = CheckpointStore(folder / "checkpoints").list()
+    return {json.loads((info.path / "state.json").read_text())["config"]["seed"] for info in saved}
+
+
+def life(model, seed):
+    """Resume the run of this seed where it is unfinished, else begin one under the default name; note how it ended."""
+    try:
+        mine = [folder for folder in sorted(Path("adapters").glob("run*")) if seeds_in(folder) == {seed}]
+        runs = [Run.resume(folder, data=tiny_rows()) for folder in mine]
+        run = next((run for run in runs if not run.finished), None)
+        if run is None:
+            run = make(model, seed=seed, iters=25, autosave_minutes=1e-9)
+        elif run.config.seed != seed:
+            note(f"foreign {seed} {run.config.seed}")
+        if isinstance(run.run(), RunFinished):
+            note(f"finished {seed} {hashlib.sha256((run.folder / 'adapters.safetensors').read_bytes()).hexdigest()}")
+    except FolderTaken as error:
+        note(f"refused {seed} {error}")
+    except (FileNotFoundError, CheckpointError) as error:  # the run was being moved aside just then
+        note(f"later {seed} {error}")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("workers", [2, 5])
+def test_runs_started_at_once_under_one_name_and_killed_at_random_never_mix(workers, here, tiny_folder):
+    chance = random.Random(workers)
+    code = SERVER.format(tests=str(Path(__file__).parent), folder=str(here), model=str(tiny_folder))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    servers = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(workers)]
+    (here / "log").touch()
+    kills = 0
+    try:
+        while kills < LIVES:
+            for seed, server in enumerate(servers):
+                server.stdin.write(f"{seed}\n")
+                server.stdin.flush()
+            children = [int(server.stdout.readline()) for server in servers]
+            time.sleep(chance.uniform(0.0, 1.5))
+            for child, server in zip(children, servers):
+                if chance.random() < 0.7:
+                    with suppress(ProcessLookupError):  # it ended just before
+                        os.kill(child, signal.SIGKILL)
+                        kills += 1
+                assert server.stdout.readline() == "dead\n"
+    finally:
+        for server in servers:
+            server.kill()
+            server.wait()
+    log = [line.split(maxsplit=2) for line in (here / "log").read_text().splitlines()]
+    folders = [folder for folder in (here / "adapters").iterdir() if (folder / "checkpoints").is_dir()]
+    assert [line for line in log if line[0] == "foreign"] == []
+    assert all(len(seeds_in(folder)) <= 1 for folder in folders)
+    kept = {}
+    for folder in folders:
+        if (folder / "adapters.safetensors").exists():
+            digest = hashlib.sha256((folder / "adapters.safetensors").read_bytes()).hexdigest()
+            kept.setdefault(digest, []).append(folder)
+    finished = [line for line in log if line[0] == "finished"]
+    assert finished
+    for _, seed, digest in finished:
+        assert digest in kept, (seed, digest)
+        assert any(Run.resume(folder, data=tiny_rows()).finished for folder in kept[digest])
+    print(workers, "workers:", kills, "kills,", {word: sum(line[0] == word for line in log) for word, *_ in log})
