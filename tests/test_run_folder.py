@@ -613,8 +613,8 @@ def life(model, seed):
         run = next((run for run in runs if not run.finished), None)
         if run is None:
             run = make(model, seed=seed, iters=25, autosave_minutes=1e-9)
-        elif run.config.seed != seed:
-            note(f"foreign {seed} {run.config.seed}")
+        else:
+            note(f"{'resumed' if run.config.seed == seed else 'foreign'} {seed} {run.step_count}")
         if isinstance(run.run(), RunFinished):
             note(f"finished {seed} {hashlib.sha256((run.folder / 'adapters.safetensors').read_bytes()).hexdigest()}")
     except FolderTaken as error:
