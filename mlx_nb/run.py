@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import traceback
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
@@ -84,7 +85,8 @@ if TYPE_CHECKING:
 
 
 _FORK_KEEPS_GROUPS = ("model", "rows", "adapter")
-_FORK_KEEPS = ("method", "reference_model", "reference_adapter", "reference_free")
+# Its seed is the order of the rows: with another one the rest of the epoch would repeat some and never see others.
+_FORK_KEEPS = ("method", "reference_model", "reference_adapter", "reference_free", "seed")
 
 
 class Run:
@@ -812,8 +814,8 @@ class Run:
         Raises TrainingError when an update was not kept, CommandError when the run is already over.
         """
         self._refuse_running("step")
-        if n < 1:
-            raise CommandError(f"cannot do {n} updates. Give a whole number of 1 or more.")
+        if not isinstance(n, int) or n < 1:
+            raise CommandError(f"cannot do {n!r} updates. Give a whole number of 1 or more.")
         if self.over:
             raise CommandError(f"{self.name} is finished: all {self.trainer.iters} updates are done.")
         last = failed = None
@@ -956,6 +958,7 @@ class Run:
         from mlx_nb.rollouts.generation import generate_texts
 
         self._refuse_base(base)
+        _check_asking(prompt, max_tokens, temperature)
         several = not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], Mapping))
         prompts = list(prompt) if several else [prompt]
         advice = "Fewer prompts at once, or a lower max_tokens, need less."
@@ -1075,6 +1078,21 @@ def _with_adapter_settings(config: RunConfig) -> RunConfig:
     from mlx_nb.model.adapter_files import with_adapter_settings
 
     return with_adapter_settings(config)
+
+
+def _check_asking(prompt: Any, max_tokens: Any, temperature: Any) -> None:
+    """Raise CommandError for what nothing can be asked with."""
+    prompts = [prompt] if isinstance(prompt, str) or not isinstance(prompt, Sequence) else list(prompt)
+    for one in prompts:
+        if not isinstance(one, str | Mapping) and not (isinstance(one, Sequence) and not isinstance(one, bytes)):
+            raise CommandError(f"cannot ask {one!r}. A prompt is a text, or a list of messages with role and content.")
+        if isinstance(one, str) and any("\ud800" <= character <= "\udfff" for character in one):
+            raise CommandError("the prompt has half a surrogate pair, which is no valid text. Remove it.")
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int):
+        raise CommandError(f"max_tokens must be a whole number of 1 or more, not {max_tokens!r}.")
+    number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    if not number or not 0 <= temperature < math.inf:
+        raise CommandError(f"temperature must be a number of at least 0, not {temperature!r}.")
 
 
 def raise_failure(event: Event | None) -> None:

@@ -306,7 +306,12 @@ _BOUNDS: dict[str, Callable[[float, float], bool]] = {
 
 def _expected(options: tuple[Any, ...], synonyms: Mapping[str, str] = types.MappingProxyType({})) -> str:
     kind = next(option for option in options if option is not type(None))
-    if typing.get_origin(kind) is Literal:
+    if dataclasses.is_dataclass(kind):
+        names = ", ".join(declared.name for declared in fields(kind))
+        text = f"It takes a mapping with some of: {names}. Leave it out for the defaults."
+    elif kind is dict or typing.get_origin(kind) is dict:
+        text = "It takes a mapping such as {name: value}. Leave it out for none."
+    elif typing.get_origin(kind) is Literal:
         text = f"Choose one of: {', '.join(str(choice) for choice in [*typing.get_args(kind), *synonyms])}."
     elif typing.get_origin(kind) is tuple:
         text = f"It takes a list of {_WORDS[typing.get_args(kind)[0]][1]}, one at least."

@@ -209,3 +209,9 @@ def test_every_setting_is_in_the_table_that_proves_its_effect():
 
     there = {name.partition(".")[0] for name in (*TABLE, *ELSEWHERE)}
     assert [name for name in SETTINGS if name not in there] == [], "add it to TABLE in tests/test_effects.py"
+
+
+@pytest.mark.parametrize("name", ["lora_parameters", "lr_schedule", "optimizer_config", "method_options", "roles"])
+def test_a_group_without_a_value_is_one_line(name):
+    with pytest.raises(ConfigError, match=rf"`{name}` has no value\. It takes a mapping"):
+        RunConfig.from_yaml(f"{name}:\n")

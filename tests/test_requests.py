@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from mlx_nb import Run, RunConfig
-from mlx_nb.errors import CommandError
+from mlx_nb.errors import CommandError, ConfigError
 from mlx_nb.events import (
     Evaluate,
     EvaluationCompleted,
@@ -119,7 +119,8 @@ def test_a_second_interrupt_while_the_pause_is_saved_is_answered_by_that_pause(t
     run.listen(
         lambda event: event.step == 3 and isinstance(event, StepCompleted) and os.kill(os.getpid(), signal.SIGINT)
     )
-    assert isinstance(run.run(), RunPaused)
+    with pytest.raises(KeyboardInterrupt):  # in a plain script, once the pause is saved
+        run.run()
     assert run.step_count == 3
     monkeypatch.setattr(CheckpointStore, "save", real)
     assert isinstance(run.run(), RunFinished)
@@ -265,3 +266,30 @@ def test_other_threads_ask_the_model_and_its_base_while_it_trains(tiny_folder, t
     assert errors == []
     assert len(set(answers)) == 1
     assert run.adapter_bytes() == whole.adapter_bytes()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options"),
+    [
+        (None, {}),
+        (5, {}),
+        ([None], {}),
+        ("\ud800", {}),
+        ("x", {"max_tokens": "5"}),
+        ("x", {"max_tokens": True}),
+        ("x", {"temperature": -1.0}),
+        ("x", {"temperature": float("nan")}),
+        ("x", {"temperature": "warm"}),
+    ],
+)
+def test_what_nothing_can_be_asked_with_is_one_line(tiny_folder, tmp_path, prompt, options):
+    run = make_run(tiny_folder, tmp_path)
+    with pytest.raises(CommandError, match=r"cannot ask|half a surrogate|max_tokens must|temperature must"):
+        run.generate(prompt, **options)
+
+
+def test_a_fork_keeps_the_order_of_its_rows(tiny_folder, tmp_path):
+    run = make_run(tiny_folder, tmp_path, val_set_size=0)
+    run.step()
+    with pytest.raises(ConfigError, match="a fork keeps its `seed`"):
+        run.fork(seed=5)

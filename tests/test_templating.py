@@ -146,7 +146,7 @@ def test_a_value_keeps_its_kind(value, read):
         ("adapter_path: out-{n}", "adapter_path: out-3"),
         ("# was {undefined}\nseed: {n}  # not {undefined}", "# was {undefined}\nseed: 3  # not {undefined}"),
         ('stop: ["{{word}}", "{word}"]', 'stop: ["{word}", "pirate"]'),
-        ("chat_template: '{{ word }} {{word}} {% if n %}'", "chat_template: '{{ word }} {word} {% if n %}'"),
+        ("chat_template: '{{ word }} {{word}} {% if n %}'", "chat_template: '{{ word }} {{word}} {% if n %}'"),
         ("lora_parameters: {rank: {n}, keys: [{word}]}", "lora_parameters: {rank: 3, keys: [pirate]}"),
         ("no names: here", "no names: here"),
     ],
@@ -191,3 +191,19 @@ def test_what_has_no_end_or_too_many_digits_is_refused():
     for value in (endless, 10**5000):
         with pytest.raises(CommandError, match="cannot be written into the YAML"):
             fill("data: {v}", {"v": value})
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{bos_token}}{% for m in messages %}{{ m.role }}{{m.content}}{{eos_token}}{% endfor %}",
+        "{{messages[0].content}}{{eos_token}}",
+    ],
+)
+@pytest.mark.parametrize("form", ["chat_template: '{}'", 'chat_template: "{}"', "chat_template: |\n  {}"])
+def test_a_chat_template_is_jinja_and_left_alone(template, form):
+    body = form.replace("{}", template)
+    namespace = {"eos_token": "wrong", "name": "right"}
+    filled = load_mapping(fill(f"{body}\nmodel: {{name}}\n", namespace)).values
+    assert filled["chat_template"].strip() == template
+    assert filled["model"] == "right"

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -40,8 +40,9 @@ class _Place:
 def fill(body: str, namespace: Mapping[str, Any]) -> str:
     """The body with every `{name}` outside of comments replaced; `{{text}}` stands for `{text}`.
 
-    A YAML mapping such as `{rank: 8}` or `{length: {max: 80}}` is left alone. Raises CommandError for undefined names,
-    one line each, and for a value that has no form in YAML.
+    A chat template, and any other text with a `{%` tag, is Jinja and left alone, as is a YAML mapping such as
+    `{rank: 8}` or `{length: {max: 80}}`. Raises CommandError for undefined names, one line each, and for a value that
+    has no form in YAML.
     """
     begin, end = _unused(body)
     places: dict[str, _Place] = {}
@@ -54,15 +55,18 @@ def fill(body: str, namespace: Mapping[str, Any]) -> str:
 
     scanned = _PLACE.sub(stand_in, body)
     pattern = re.compile(f"{begin}[0-9]+{end}")
-    edits = list(_scalars(scanned, pattern))
-    named = [places[text] for start, stop, _, _ in edits for text in pattern.findall(scanned[start:stop])]
+    scalars = list(_scalars(scanned, pattern))
+    jinja = {text for one in scalars if one.is_jinja for text in pattern.findall(scanned[one.start : one.stop])}
+    edits = [one for one in scalars if not one.is_jinja]
+    named = [places[text] for one in edits for text in pattern.findall(scanned[one.start : one.stop])]
     _refuse_undefined([place for place in named if place.name is not None], namespace)
     parts, position = [], 0
-    for start, stop, token, is_key in edits:
-        parts += [scanned[position:start], _written(scanned[start:stop], token, is_key, pattern, places, namespace)]
-        position = stop
+    for one in edits:
+        source = scanned[one.start : one.stop]
+        parts += [scanned[position : one.start], _written(source, one.token, one.is_key, pattern, places, namespace)]
+        position = one.stop
     filled = "".join([*parts, scanned[position:]])
-    return pattern.sub(lambda match: _untouched(places[match.group()]), filled)
+    return pattern.sub(lambda match: _untouched(places[match.group()], match.group() in jinja), filled)
 
 
 def _unused(body: str) -> tuple[str, str]:
@@ -71,21 +75,36 @@ def _unused(body: str) -> tuple[str, str]:
     return next(free), next(free)
 
 
-def _untouched(place: _Place) -> str:
-    """What stands where nothing was written anew: in a comment, or raw YAML in doubled braces."""
-    return place.text if place.literal is None else f"{{{place.literal}}}"
+def _untouched(place: _Place, is_jinja: bool) -> str:
+    """What stands where nothing was written anew: in a comment, in Jinja, or raw YAML in doubled braces."""
+    return place.text if place.literal is None or is_jinja else f"{{{place.literal}}}"
 
 
-def _scalars(scanned: str, pattern: re.Pattern[str]) -> Iterator[tuple[int, int, yaml.ScalarToken, bool]]:
-    """(start, stop, token, whether it is a key) of each scalar with a stand-in.
+class _Scalar(NamedTuple):
+    """A scalar of the body with a stand-in in it, from `start` to `stop`."""
+
+    start: int
+    stop: int
+    token: yaml.ScalarToken
+    is_key: bool
+    is_jinja: bool
+
+
+def _scalars(scanned: str, pattern: re.Pattern[str]) -> Iterator[_Scalar]:
+    """Each scalar with a stand-in.
 
     What cannot be scanned is left as it is: reading it will say what is wrong.
     """
     before: Any = None
+    key = ""
     try:
         for token in yaml.scan(scanned, Loader=yaml.SafeLoader):
-            if isinstance(token, yaml.ScalarToken) and pattern.search(token.value):
-                yield token.start_mark.index, token.end_mark.index, token, isinstance(before, yaml.KeyToken)
+            if isinstance(token, yaml.ScalarToken):
+                is_key = isinstance(before, yaml.KeyToken)
+                is_jinja = not is_key and (key == "chat_template" or "{%" in token.value)
+                if pattern.search(token.value):
+                    yield _Scalar(token.start_mark.index, token.end_mark.index, token, is_key, is_jinja)
+                key = token.value if is_key else key
             before = token
     except (yaml.YAMLError, ValueError, OverflowError):
         return
