@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 
 from mlx_nb.config_checks import problems_of
 from mlx_nb.config_commands import read_command
-from mlx_nb.config_hints import foreign_settings, value_hint
+from mlx_nb.config_hints import foreign_settings, inner_hint, value_hint
 from mlx_nb.config_optimizers import arguments_of
 from mlx_nb.errors import ConfigError
 from mlx_nb.methods import METHODS
@@ -473,10 +473,10 @@ class RunConfig(Settings):
     def __init__(self, **values: Any) -> None:
         kinds = typing.get_type_hints(RunConfig)
         foreign = list(foreign_settings(values, SETTINGS, _GROUPS, _fits))
-        errors, refused = [one.error for one in foreign], set()
+        errors, refused = [], set()
         # A setting under another program's name counts in what the others are checked with.
         meant = {one.meant: one.value for one in foreign if one.meant and one.meant not in values}
-        named = {one.meant: one.error.path for one in foreign if one.meant in meant}
+        named = {one.meant: one for one in foreign if one.meant in meant}
         if str(values.get("fine_tune_type")) in METHODS and "method" not in values:
             meant["method"] = values["fine_tune_type"]
         for name, declared in SETTINGS.items():
@@ -488,18 +488,20 @@ class RunConfig(Settings):
             try:
                 taken = default if value is _MISSING else _taken(name, value, declared, kinds[name])
             except SettingErrors as several:
-                errors += several.errors
+                errors += [inner_hint(one, values, SETTINGS, _fits) for one in several.errors]
             except SettingError as error:
-                errors.append(SettingError(error.path, f"{error}{value_hint(name, value)}"))
+                error = SettingError(error.path, f"{error}{value_hint(name, value)}")
+                errors.append(inner_hint(error, values, SETTINGS, _fits))
             else:
                 object.__setattr__(self, name, taken)
                 continue
             refused.add(name)
             object.__setattr__(self, name, default)
-        errors += [
-            SettingError(named.get(problem.path[0], problem.path), str(problem))
-            for problem in (*_merge_synonyms(self), *problems_of(self, refused, set(values)))
-        ]
+        problems = [*_merge_synonyms(self), *problems_of(self, refused, set(values))]
+        errors += [problem for problem in problems if problem.path[0] not in named]
+        for one in foreign:
+            own = [problem for problem in problems if named.get(problem.path[0]) is one]
+            errors.append(one.with_problems(own))
         if errors:
             order = {key: index for index, key in enumerate(map(str, values))}
             errors.sort(key=lambda error: order.get(error.path[0], len(order)))

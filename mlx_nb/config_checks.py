@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import Field, fields
 from typing import Any
 
+from mlx_nb.config_hints import ALL_ADAPTED, is_all_linear
 from mlx_nb.config_optimizers import arguments_of, check_optimizer_config
 from mlx_nb.errors import ConfigError, did_you_mean
 from mlx_nb.methods import METHODS, Loss, is_built_in, method_named, options_of
@@ -248,6 +249,9 @@ def _check_pieces(config: Readable) -> Iterator[SettingError]:
 def _check_adapter(config: Readable) -> Iterator[SettingError]:
     if config.num_layers == 0:
         yield SettingError(("num_layers",), "`num_layers: 0` trains nothing. Use -1 for all layers.")
+    if is_all_linear(config.lora_parameters.keys):
+        path = ("target_modules",) if "target_modules" in config.given else ("lora_parameters", "keys")
+        yield SettingError(path, f"`{'.'.join(path)}` takes names of modules. {ALL_ADAPTED}")
 
 
 def _check_full(config: Readable) -> Iterator[SettingError]:

@@ -3,22 +3,44 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mlx_nb.methods import METHODS
-from mlx_nb.neighbor_words import ABSENT, ALPHAS, INSTEAD, NEEDLESS, SAME, SECTIONS, VALUES
+from mlx_nb.neighbor_words import (
+    ABSENT,
+    ALL_LINEAR,
+    ALPHAS,
+    INSTEAD,
+    METHOD_LINES,
+    NEEDLESS,
+    OFF,
+    SAME,
+    SECTIONS,
+    SWITCHES,
+    VALUES,
+)
 from mlx_nb.settings import SettingError, typo_of
 
 
 @dataclass(frozen=True)
 class Foreign:
-    """A setting that does not exist: the error, the setting of ours that it means ("" = none), and its value there."""
+    """A setting that does not exist: the error, the setting of ours that it means ("" = none), and its value there.
+
+    `plainly` is the error without what to write, "" where the error has no such part.
+    """
 
     error: SettingError
     meant: str = ""
     value: Any = None
+    plainly: str = ""
+
+    def with_problems(self, problems: Sequence[SettingError]) -> SettingError:
+        """One error about the setting, where what it means here would have `problems`."""
+        if not problems:
+            return self.error
+        return SettingError(self.error.path, " ".join([self.plainly or str(self.error), *map(str, problems)]))
 
 
 def foreign_settings(
@@ -55,10 +77,8 @@ def _foreign(
     head = f"unknown setting `{'.'.join(path)}`."
     word = word.lstrip("-").lower().replace("-", "_")
     outer, _, inner = word.partition(".")
-    if len(path) > 1 and word in known:
-        return _renamed(path, head, word, value, fits)
-    if inner in groups.get(outer, ()):
-        return _renamed(path, head, word, value, fits)
+    if (len(path) > 1 and word in known) or inner in groups.get(outer, ()):
+        return _renamed(path, head, word, value, around, known, fits)
     method = METHODS.get(str(around.get("method")))
     if method is not None and any(word in loss.options for loss in method.losses.values()):
         written = f"`method_options: {{{word}: {_written(value)}}}`"
@@ -66,7 +86,11 @@ def _foreign(
     if word in ALPHAS:
         return _alpha(path, head, value, around)
     if word in SAME:
-        return _renamed(path, head, SAME[word], value, fits)
+        return _renamed(path, head, SAME[word], value, around, known, fits)
+    if word in SWITCHES:
+        return _switched(path, head, word, value)
+    if word == "adapter" and str(value).lower() in OFF:
+        return Foreign(SettingError(path, f"{head} Here it is `fine_tune_type: full`."), "fine_tune_type")
     if word in INSTEAD:
         meant, hint = INSTEAD[word]
         return Foreign(SettingError(path, f"{head} {hint}"), meant)
@@ -79,13 +103,91 @@ def _foreign(
     return Foreign(SettingError(path, f"{head} {hint}"), near or "", value)
 
 
-def _renamed(path: tuple[str, ...], head: str, name: str, value: Any, fits: Callable[..., bool]) -> Foreign:
+def inner_hint(
+    error: SettingError, values: Mapping[Any, Any], known: Mapping[str, Any], fits: Callable[..., bool]
+) -> SettingError:
+    """The error about a name that a group of ours does not have, with what it is here where others have it there."""
+    path = error.path
+    group = values.get(path[0])
+    if len(path) != 2 or not isinstance(group, Mapping) or not str(error).startswith("unknown setting"):
+        return error
+    word = path[1].lstrip("-").lower().replace("-", "_")
+    if not any(word in table for table in (known, ALPHAS, SAME, SWITCHES, INSTEAD, NEEDLESS, ABSENT)):
+        return error
+    return _foreign(path, path[1], group.get(path[1]), {**values, **group}, known, {}, fits).error
+
+
+def _switched(path: tuple[str, ...], head: str, word: str, value: Any) -> Foreign:
+    """The error about a switch that is one value of a setting here."""
+    name, on, off = SWITCHES[word]
+    written = off if str(value).lower() in OFF else on
+    if not written:
+        return Foreign(SettingError(path, f"{head} {AT_DEFAULT}"))
+    return Foreign(SettingError(path, f"{head} Here it is `{name}: {written}`."), name)
+
+
+def _method_lines(value: str) -> dict[str, str]:
+    """The settings that a method of another program is here, the method first; none where there is no such."""
+    if value in METHODS:
+        return {"method": value}
+    if value in METHOD_LINES:
+        return METHOD_LINES[value]
+    owners = [method.name for method in METHODS.values() if value in method.losses]
+    return {"method": owners[0], "loss": value} if len(owners) == 1 else {}
+
+
+def _method_around(around: Mapping[Any, Any]) -> str:
+    """The method that the settings name, in our word or another's; "" where none of them does."""
+    for word, value in around.items():
+        if word == "method" or SAME.get(word) == "method":
+            return _method_lines(str(value)).get("method", "")
+    return ""
+
+
+def _of_method(path: tuple[str, ...], head: str, outer: str, value: str, around: Mapping[Any, Any]) -> Foreign | None:
+    """The error about the name of a method or of a loss, where it is other settings here; None where it is `outer`."""
+    lines = _method_lines(value)
+    if outer == "method" and not lines:
+        hint = f"Here it is `method`, and mlx_nb has no {value} yet. It has: {', '.join(METHODS)}."
+        return Foreign(SettingError(path, f"{head} {hint}"), outer)
+    named = _method_around(around)
+    method = METHODS.get(named or "sft")
+    if outer == "loss" and (not lines or (method is not None and value in method.losses)):
+        return None
+    if lines == {outer: value}:
+        return None
+    written = " and ".join(f"`{name}: {one}`" for name, one in lines.items())
+    if outer == "loss" and named not in ("", lines["method"]):
+        written += f", in place of `method: {named}`"
+    hint = f"Here it is `{outer}`: write {written}." if outer in lines else f"Here it is {written}."
+    return Foreign(SettingError(path, f"{head} {hint}"), outer, lines["method"] if outer == "method" else None)
+
+
+def _renamed(
+    path: tuple[str, ...],
+    head: str,
+    name: str,
+    value: Any,
+    around: Mapping[Any, Any],
+    known: Mapping[str, Any],
+    fits: Callable[..., bool],
+) -> Foreign:
     """The error about a setting that has another name here, with the line to write where the value fits."""
     outer, _, inner = name.partition(".")
     value = VALUES.get(outer, {}).get(value, value) if isinstance(value, str) else value
-    if outer == "method" and isinstance(value, str) and value not in METHODS:
-        hint = f"Here it is `method`, and mlx_nb has no {value} yet. It has: {', '.join(METHODS)}."
-        return Foreign(SettingError(path, f"{head} {hint}"), outer)
+    if not inner and str(value).lower() in OFF and (value is None or not fits(outer, value) or outer == "method"):
+        if outer == "method" or (fits(outer, None) and known[outer].default is None):
+            return Foreign(SettingError(path, f"{head} {AT_DEFAULT}"))
+        value = None
+    if outer in ("method", "loss") and isinstance(value, str):
+        other = _of_method(path, head, outer, value, around)
+        if other is not None:
+            return other
+    if name in ("target_modules", "lora_parameters.keys"):
+        if is_all_linear(value):
+            return Foreign(SettingError(path, f"{head} {ALL_ADAPTED}"))
+        value = [one.strip() for one in value.split(",")] if isinstance(value, str) and "," in value else value
+    plainly = f"{head} Here it is `{outer}`."
     if inner:
         written = f"{outer}: {{{inner}: {_written(value)}}}"
         hint = f"It belongs inside: `{outer}: {{{inner}: ...}}`."
@@ -93,13 +195,25 @@ def _renamed(path: tuple[str, ...], head: str, name: str, value: Any, fits: Call
     else:
         written, given = f"{outer}: {_written(value)}", value
         hint = f"Here it is `{outer}`."
-    if value is not None and fits(outer, given):
+    if (value is not None or not inner) and fits(outer, given):
         hint = f"{hint[:-1]}: write `{written}`." if not inner else f"{hint[:-1]}, here `{written}`."
-    return Foreign(SettingError(path, f"{head} {hint}"), outer, None if inner else value)
+    return Foreign(SettingError(path, f"{head} {hint}"), outer, None if inner else value, plainly)
+
+
+AT_DEFAULT = "That is the default here. Remove it."
+ALL_ADAPTED = "Every linear layer is adapted unless `target_modules` names others. Remove it."
+
+
+def is_all_linear(value: Any) -> bool:
+    """Whether it is another program's word for every linear layer, alone or in a list."""
+    word = value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+    return isinstance(word, str) and word.lower() in ALL_LINEAR
 
 
 def _alpha(path: tuple[str, ...], head: str, value: Any, around: Mapping[Any, Any]) -> Foreign:
     """The error about PEFT's alpha: the scale here is alpha / rank."""
+    group = around.get("lora_parameters")
+    around = {**group, **around} if isinstance(group, Mapping) else around
     rank = next((around[word] for word in ("rank", "r", "lora_r", "lora_rank") if word in around), None)
     numbers = [one for one in (value, rank) if isinstance(one, (int, float)) and not isinstance(one, bool) and one > 0]
     scale = f"{numbers[0] / numbers[1]:g}" if len(numbers) == 2 else "..."

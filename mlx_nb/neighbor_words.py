@@ -1,4 +1,5 @@
-"""What the settings of other programs are here: mlx-lm, mlx-lm-lora, LoRA-Studio, mlx-bun, TRL, PEFT, Unsloth, axolotl.
+"""What the settings of other programs are here: mlx-lm, mlx-lm-lora, LoRA-Studio, mlx-bun, TRL, PEFT, Unsloth, axolotl,
+LLaMA-Factory.
 
 Words that mean the same here have the same name here, and are not listed.
 """
@@ -12,6 +13,7 @@ SAME = {
     "accumulation_steps": "grad_accumulation_steps",
     "grad_accum": "grad_accumulation_steps",
     "train_type": "fine_tune_type",
+    "finetuning_type": "fine_tune_type",
     "fine_tuning_type": "fine_tune_type",
     "max_steps": "iters",
     "steps": "iters",
@@ -46,6 +48,7 @@ SAME = {
     "lora_dropout": "lora_parameters.dropout",
     "keys": "lora_parameters.keys",
     "lora_target_modules": "target_modules",
+    "lora_target": "target_modules",
     "lora_layers": "num_layers",
     "max_seq_len": "max_seq_length",
     "max_length": "max_seq_length",
@@ -70,6 +73,7 @@ SAME = {
     "eval_every": "steps_per_eval",
     "eval_batches": "val_batches",
     "test_size": "val_set_size",
+    "val_size": "val_set_size",
     "save_steps": "save_every",
     "save_total_limit": "keep",
     "output_dir": "adapter_path",
@@ -79,14 +83,24 @@ SAME = {
     "random_seed": "seed",
     "train_mode": "method",
     "rl": "method",
+    "stage": "method",
     "algorithm": "method",
     "dpo_cpo_loss_type": "loss",
     "dpo_loss_type": "loss",
     "grpo_loss_type": "loss",
     "loss_type": "loss",
+    "pref_loss": "loss",
     "dpo_beta": "beta",
+    "pref_beta": "beta",
+    "rl_beta": "beta",
     "kl_coef": "beta",
     "label_smoothing_factor": "label_smoothing",
+    "dpo_label_smoothing": "label_smoothing",
+    "kto_chosen_weight": "desirable_weight",
+    "kto_rejected_weight": "undesirable_weight",
+    "quantization_bit": "load_in_bits",
+    "truncation_mode": "truncate",
+    "excess_length_strategy": "truncate",
     "reference_model_path": "reference_model",
     "ref_model": "reference_model",
     "reward_functions": "rewards",
@@ -125,18 +139,16 @@ INSTEAD: dict[str, tuple[str, str]] = {
         "loss_on",
         "Here it is `loss_on: assistant` (true, the default) or `loss_on: all` (false).",
     ),
-    "train_on_responses_only": ("loss_on", "Here it is `loss_on: assistant`, which is the default. Remove it."),
+    "roles_to_train": ("loss_on", "Here it is `loss_on: assistant` (the default) or `loss_on: all`."),
+    "template": (
+        "chat_template",
+        "The chat template is that of the model, or `chat_template`: Jinja text, or a file with it.",
+    ),
+    "lr_scheduler_kwargs": ("lr_schedule", "Here it is `lr_schedule: {name: ..., arguments: [...]}`."),
     "use_chat_template": (
         "prompt_format",
         "Conversations always get the chat template. For strings it is `prompt_format: chat` or `prompt_format: raw`.",
     ),
-    "use_dora": ("fine_tune_type", "Here it is `fine_tune_type: dora`."),
-    "full_finetuning": ("fine_tune_type", "Here it is `fine_tune_type: full`."),
-    "load_in_4bits": ("load_in_bits", "Here it is `load_in_bits: 4`."),
-    "load_in_6bits": ("load_in_bits", "Here it is `load_in_bits: 6`."),
-    "load_in_8bits": ("load_in_bits", "Here it is `load_in_bits: 8`."),
-    "load_in_4bit": ("load_in_bits", "Here it is `load_in_bits: 4`."),
-    "load_in_8bit": ("load_in_bits", "Here it is `load_in_bits: 8`."),
     "warmup_ratio": ("lr_schedule", "Here it is `warmup`, counted in updates. null = 5% of iters, at most 100."),
     "adam_beta1": ("optimizer_config", "Here it is `optimizer_config: {betas: [beta1, beta2]}`."),
     "adam_beta2": ("optimizer_config", "Here it is `optimizer_config: {betas: [beta1, beta2]}`."),
@@ -160,6 +172,22 @@ INSTEAD: dict[str, tuple[str, str]] = {
     "run_name": ("", "Here it is the option `--name` of the cell or of `mlx-nb train`."),
     "config": ("", "Write the lines of that file here, or use `mlx-nb train FILE`."),
 }
+
+# Switches of others that are one value of a setting here: the setting, its value where they are on, and where they are
+# off. "" = its default.
+SWITCHES: dict[str, tuple[str, str, str]] = {
+    "use_dora": ("fine_tune_type", "dora", ""),
+    "full_finetuning": ("fine_tune_type", "full", ""),
+    "load_in_4bits": ("load_in_bits", "4", ""),
+    "load_in_6bits": ("load_in_bits", "6", ""),
+    "load_in_8bits": ("load_in_bits", "8", ""),
+    "load_in_4bit": ("load_in_bits", "4", ""),
+    "load_in_8bit": ("load_in_bits", "8", ""),
+    "train_on_responses_only": ("loss_on", "", "all"),
+    "mask_history": ("loss_on", "final", ""),
+    "use_rslora": ("lora_parameters", "{scale: alpha / sqrt(rank)}", ""),
+}
+OFF = ("", "0", "false", "no", "off", "none", "null")
 
 # What is so anyway.
 NEEDLESS = {
@@ -194,6 +222,7 @@ ABSENT = {
     "seq_step_size": "chunked pass over long rows",
     "clear_cache_threshold": "limit on the memory cache",
     "packing": "packing of rows",
+    "neat_packing": "packing of rows",
     "sample_packing": "packing of rows",
     "report_to": "reports to other services",
     "project_name": "reports to other services",
@@ -219,8 +248,8 @@ ABSENT = {
     "rank_scaling": "rank of its own for each layer",
     "rank_pattern": "rank of its own for each layer",
     "alpha_pattern": "scale of its own for each layer",
-    "use_rslora": "rank-stabilized scale (write it as `lora_parameters: {scale: ...}`, alpha / sqrt(rank))",
     "modules_to_save": "training of further modules in full",
+    "lora_modules_to_save": "training of further modules in full",
     "train_unembed": "switch for the output layer",
     "bias": "training of biases",
     "init_lora_weights": "other start of the adapter",
@@ -233,6 +262,8 @@ ABSENT = {
     "max_prompt_length": "limit of its own for prompts",
     "use_vllm": "other engine for completions",
     "rpo_alpha": "likelihood term in dpo",
+    "pref_ftx": "likelihood term in dpo",
+    "steps_per_generation": "splitting of a set of completions over several updates",
     "eval_on_start": "switch for the first validation, which is always made",
     "metric_for_best_model": "other measure of the best step",
     "system_prompt": "system prompt for all rows (put it into the column `system_feature` names)",
@@ -257,6 +288,15 @@ SECTIONS: dict[str, dict[str, str]] = {
 # Words whose value is divided by the rank here.
 ALPHAS = ("lora_alpha", "alpha")
 
+# Methods of other programs that have another name here. A loss that only one method has is found by its name.
+METHOD_LINES: dict[str, dict[str, str]] = {
+    "pt": {"method": "sft"},
+    "gspo": {"method": "grpo", "importance_sampling_level": "sequence"},
+}
+
+# What other programs write for every linear layer, which is the default here.
+ALL_LINEAR = ("all-linear", "all_linear", "all")
+
 # Names that other programs have for a value of ours.
 VALUES: dict[str, dict[str, str]] = {
     "optimizer": {
@@ -269,5 +309,6 @@ VALUES: dict[str, dict[str, str]] = {
         "adamw_bnb_8bit": "adamw",
         "lion_8bit": "lion",
     },
+    "truncate": {"keep_start": "right", "keep_end": "left", "truncate": "right", "raise": "error"},
     "fine_tune_type": {"qlora": "lora", "qdora": "dora", "full_finetune": "full"},
 }

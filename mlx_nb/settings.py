@@ -13,7 +13,7 @@ from dataclasses import field, fields
 from pathlib import PurePath
 from typing import Any, Literal
 
-from mlx_nb.errors import ConfigError
+from mlx_nb.errors import ConfigError, on_one_line
 
 
 def setting(
@@ -77,7 +77,7 @@ class SettingError(ConfigError):
     """What is wrong with one setting, and the path of its key."""
 
     def __init__(self, path: tuple[str, ...], message: str) -> None:
-        super().__init__(message)
+        super().__init__(on_one_line(message))
         self.path = path
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from mlx_nb.errors import CommandError, ConfigError
+from mlx_nb.errors import CommandError, ConfigError, on_one_line
 
 _DEEPEST = 32  # levels of nesting
 _MOST_VALUES = 100_000  # with every alias written out
@@ -198,7 +198,7 @@ def read_words(words: Sequence[str], command: str, example: str) -> dict[str, An
         if not equals or not key or not text:
             problems.append(f"{command}: {word!r} is not key=value. For example: {command} {example}")
         elif key in values:
-            problems.append(f"{command}: `{key}` is given twice. Keep one of them.")
+            problems.append(f"{command}: `{on_one_line(key)}` is given twice. Keep one of them.")
         else:
             try:
                 values[key] = read_value(text)
@@ -237,7 +237,9 @@ def _record_marks(
     for key_node, value_node in node.value:
         key, mark = str(key_node.value), (key_node.start_mark.line + 1, key_node.start_mark.column + 1)
         if key in seen:
-            problems.append((mark, f"`{key}` is given twice, first on line {seen[key]}. Keep one of them."))
+            problems.append(
+                (mark, f"`{on_one_line(key)}` is given twice, first on line {seen[key]}. Keep one of them.")
+            )
         else:
             seen[key] = mark[0]
         if key == "<<" and key_node.style is None:

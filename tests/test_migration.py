@@ -9,7 +9,7 @@ import pytest
 from mlx_nb.config import _GROUPS, SETTINGS, RunConfig
 from mlx_nb.errors import ConfigError
 from mlx_nb.methods import METHODS
-from mlx_nb.neighbor_words import ABSENT, ALPHAS, INSTEAD, NEEDLESS, SAME, SECTIONS, VALUES
+from mlx_nb.neighbor_words import ABSENT, ALPHAS, INSTEAD, NEEDLESS, SAME, SECTIONS, SWITCHES, VALUES
 
 COMMAND = "is a command, not a setting. Write each option as a line: `iters: 600` for `--iters 600`."
 TEST_COMMAND = f"{COMMAND} To test an adapter, name it in `resume_adapter_file` and use `%finetune eval test`."
@@ -462,20 +462,24 @@ NEIGHBORS = {
     "neftune_noise_alpha push_to_hub hub_model_id run_name resume_from_checkpoint report_to random_state "
     "full_finetuning use_gradient_checkpointing base_model datasets adapter sequence_len sample_packing "
     "micro_batch_size train_on_inputs lora_target_linear wandb_project rl trust_remote_code deepspeed fsdp",
+    "LLaMA-Factory": "finetuning_type stage lora_target val_size pref_beta pref_loss pref_ftx quantization_bit "
+    "kto_chosen_weight kto_rejected_weight dpo_label_smoothing mask_history neat_packing template cutoff_len",
+    "axolotl and TRL, further": "rl_beta roles_to_train lora_modules_to_save excess_length_strategy "
+    "lr_scheduler_kwargs truncation_mode steps_per_generation",
     "LoRA-Studio": "train_mode model dataset adapter optim train output qat_enable",
 }
 
 
 @pytest.mark.parametrize("program", NEIGHBORS)
 def test_every_word_of_another_program_is_a_setting_or_known_for_what_it_is(program):
-    known = {*SETTINGS, *SAME, *INSTEAD, *NEEDLESS, *ABSENT, *ALPHAS, *SECTIONS}
+    known = {*SETTINGS, *SAME, *SWITCHES, *INSTEAD, *NEEDLESS, *ABSENT, *ALPHAS, *SECTIONS}
     assert [word for word in NEIGHBORS[program].split() if word not in known] == []
 
 
-@pytest.mark.parametrize("word", sorted({*SAME, *INSTEAD, *NEEDLESS, *ABSENT, *ALPHAS}))
+@pytest.mark.parametrize("word", sorted({*SAME, *SWITCHES, *INSTEAD, *NEEDLESS, *ABSENT, *ALPHAS}))
 def test_a_word_of_another_program_is_answered_by_what_there_is(word):
     assert word not in SETTINGS
-    assert sum(word in table for table in (SAME, INSTEAD, NEEDLESS, ABSENT, ALPHAS)) == 1
+    assert sum(word in table for table in (SAME, SWITCHES, INSTEAD, NEEDLESS, ABSENT, ALPHAS)) == 1
     with pytest.raises(ConfigError) as caught:
         RunConfig.from_dict({word: "x"})
     first, *others = str(caught.value).splitlines()
@@ -492,6 +496,281 @@ def test_a_word_of_another_program_is_answered_by_what_there_is(word):
         assert not inner or outer == "optimizer_config" or inner in _GROUPS[outer]
     if word in INSTEAD:
         assert INSTEAD[word][0] in ("", *SETTINGS)
+    if word in SWITCHES:
+        assert SWITCHES[word][0] in SETTINGS
+
+
+@pytest.mark.parametrize("off", ["false", "null", "0", "no"])
+@pytest.mark.parametrize("word", SWITCHES)
+def test_a_switch_that_is_off_is_never_answered_by_what_it_is_when_on(word, off):
+    name, on, when_off = SWITCHES[word]
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_yaml(f"{word}: {off}")
+    advice = f"Here it is `{name}: {when_off}`." if when_off else "That is the default here. Remove it."
+    assert str(caught.value) == f"line 1, column 1: unknown setting `{word}`. {advice}"
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_yaml(f"{word}: true")
+    advice = f"Here it is `{name}: {on}`." if on else "That is the default here. Remove it."
+    assert str(caught.value) == f"line 1, column 1: unknown setting `{word}`. {advice}"
+
+
+# (text, lines): words whose meaning depends on their value or on what stands beside them.
+LINES = {
+    "rl:": [
+        "line 1, column 1: unknown setting `rl`. That is the default here. Remove it.",
+    ],
+    "rl: false": [
+        "line 1, column 1: unknown setting `rl`. That is the default here. Remove it.",
+    ],
+    "max_steps: 0": [
+        "line 1, column 1: unknown setting `max_steps`. That is the default here. Remove it.",
+    ],
+    "quantization_bit: 0": [
+        "line 1, column 1: unknown setting `quantization_bit`. That is the default here. Remove it.",
+    ],
+    "ref_model: null": [
+        "line 1, column 1: unknown setting `ref_model`. That is the default here. Remove it.",
+    ],
+    "patience: false": [
+        "line 1, column 1: unknown setting `patience`. That is the default here. Remove it.",
+    ],
+    "adapter: false": [
+        "line 1, column 1: unknown setting `adapter`. Here it is `fine_tune_type: full`.",
+    ],
+    "load_in_4bit: false\nload_in_8bit: true": [
+        "line 1, column 1: unknown setting `load_in_4bit`. That is the default here. Remove it.",
+        "line 2, column 1: unknown setting `load_in_8bit`. Here it is `load_in_bits: 8`.",
+    ],
+    "rl: ipo": [
+        "line 1, column 1: unknown setting `rl`. Here it is `method`: write `method: dpo` and `loss: ipo`.",
+    ],
+    "rl: simpo": [
+        "line 1, column 1: unknown setting `rl`. Here it is `method`: write `method: cpo` and `loss: simpo`.",
+    ],
+    "rl: orpo": [
+        "line 1, column 1: unknown setting `rl`. Here it is `method`: write `method: orpo`.",
+    ],
+    "rl: gspo": [
+        "line 1, column 1: unknown setting `rl`. Here it is `method`: write `method: grpo` and "
+        "`importance_sampling_level: sequence`.",
+        "`method: grpo` needs `rewards`: a list of functions in the notebook or built-in rewards, for "
+        "instance [number_match].",
+    ],
+    "stage: pt": [
+        "line 1, column 1: unknown setting `stage`. Here it is `method`: write `method: sft`.",
+    ],
+    "stage: dpo\npref_loss: orpo": [
+        "line 1, column 1: unknown setting `stage`. Here it is `method`: write `method: dpo`.",
+        "line 2, column 1: unknown setting `pref_loss`. Here it is `method: orpo`, in place of `method: dpo`.",
+    ],
+    "stage: dpo\npref_loss: simpo\npref_beta: 0.2": [
+        "line 1, column 1: unknown setting `stage`. Here it is `method`: write `method: dpo`.",
+        "line 2, column 1: unknown setting `pref_loss`. Here it is `loss`: write `method: cpo` and `loss: simpo`, "
+        "in place of `method: dpo`.",
+        "line 3, column 1: unknown setting `pref_beta`. Here it is `beta`: write `beta: 0.2`.",
+    ],
+    "stage: dpo\npref_loss: ipo": [
+        "line 1, column 1: unknown setting `stage`. Here it is `method`: write `method: dpo`.",
+        "line 2, column 1: unknown setting `pref_loss`. Here it is `loss`: write `loss: ipo`.",
+    ],
+    "stage: rm": [
+        "line 1, column 1: unknown setting `stage`. Here it is `method`, and mlx_nb has no rm yet. It "
+        "has: sft, dpo, cpo, orpo, kto, grpo.",
+    ],
+    "finetuning_type: freeze": [
+        "line 1, column 1: unknown setting `finetuning_type`. Here it is `fine_tune_type`.",
+    ],
+    "lora_target: all": [
+        "line 1, column 1: unknown setting `lora_target`. Every linear layer is adapted unless "
+        "`target_modules` names others. Remove it.",
+    ],
+    "lora_target: q_proj,v_proj": [
+        "line 1, column 1: unknown setting `lora_target`. Here it is `target_modules`: write "
+        '`target_modules: ["q_proj", "v_proj"]`.',
+    ],
+    "lora_target_modules: all-linear": [
+        "line 1, column 1: unknown setting `lora_target_modules`. Every linear layer is adapted unless "
+        "`target_modules` names others. Remove it.",
+    ],
+    "target_modules: all-linear": [
+        "line 1, column 1: `target_modules` takes names of modules. Every linear layer is adapted "
+        "unless `target_modules` names others. Remove it.",
+    ],
+    "lora_parameters: {keys: [all-linear]}": [
+        "line 1, column 19: `lora_parameters.keys` takes names of modules. Every linear layer is "
+        "adapted unless `target_modules` names others. Remove it.",
+    ],
+    "target_modules: [all-linear]": [
+        "line 1, column 1: `target_modules` takes names of modules. Every linear layer is adapted "
+        "unless `target_modules` names others. Remove it.",
+    ],
+    "quantization_bit: 4": [
+        "line 1, column 1: unknown setting `quantization_bit`. Here it is `load_in_bits`: write `load_in_bits: 4`.",
+    ],
+    "quantization_bit: null": [
+        "line 1, column 1: unknown setting `quantization_bit`. That is the default here. Remove it.",
+    ],
+    "max_grad_norm: 0": [
+        "line 1, column 1: unknown setting `max_grad_norm`. Here it is `grad_clip`: write `grad_clip: null`.",
+    ],
+    "num_generations: 8": [
+        "line 1, column 1: unknown setting `num_generations`. Here it is `group_size`. `group_size` has "
+        "no effect with `method: sft`, `loss: nll`. Remove it.",
+    ],
+    "method: orpo\ndpo_beta: 0.1": [
+        "line 2, column 1: unknown setting `dpo_beta`. Here it is `beta`: write `beta: 0.1`.",
+    ],
+    "dpo_beta: 0.1": [
+        "line 1, column 1: unknown setting `dpo_beta`. Here it is `beta`. `beta` has no effect with "
+        "`method: sft`, `loss: nll`. Remove it.",
+    ],
+    "loss_type: ipo": [
+        "line 1, column 1: unknown setting `loss_type`. Here it is `loss`: write `method: dpo` and `loss: ipo`.",
+    ],
+    "loss_type: zzz": [
+        "line 1, column 1: unknown setting `loss_type`. Here it is `loss`. `loss` cannot be 'zzz' with "
+        "`method: sft`. It has: nll, dft.",
+    ],
+    "num_iterations: 2": [
+        "line 1, column 1: unknown setting `num_iterations`. Here it is `updates_per_rollout`. "
+        "`updates_per_rollout` has no effect with `method: sft`, `loss: nll`. Remove it.",
+    ],
+    "lora_parameters: {alpha: 16, rank: 8}": [
+        "line 1, column 19: unknown setting `lora_parameters.alpha`. Here it is `lora_parameters: "
+        "{scale: 2}` (alpha / rank).",
+    ],
+    "lora_parameters: {alpha: 16}": [
+        "line 1, column 19: unknown setting `lora_parameters.alpha`. Here it is `lora_parameters: "
+        "{scale: ...}` (alpha / rank).",
+    ],
+    "lora_parameters: {r: 16, lora_alpha: 3, foo: 1}": [
+        "line 1, column 19: unknown setting `lora_parameters.r`. It belongs inside: `lora_parameters: "
+        "{rank: ...}`, here `lora_parameters: {rank: 16}`.",
+        "line 1, column 26: unknown setting `lora_parameters.lora_alpha`. Here it is `lora_parameters: "
+        "{scale: 0.1875}` (alpha / rank).",
+        "line 1, column 41: unknown setting `lora_parameters.foo`. Known: rank, scale, dropout, keys.",
+    ],
+    '"a\\nb": 1': [
+        "line 1, column 1: unknown setting `a\\nb`. `%%finetune?` lists all settings.",
+    ],
+    '"a\\x1b[31m": 1': [
+        "line 1, column 1: unknown setting `a\\x1b[31m`. `%%finetune?` lists all settings.",
+    ],
+    'lora_parameters: {"a\\nb": 1}': [
+        "line 1, column 19: unknown setting `lora_parameters.a\\nb`. Known: rank, scale, dropout, keys.",
+    ],
+    'roles: {"a\\nb": x}': [
+        "line 1, column 9: `roles.a\\nb` cannot be 'x'. Choose one of: system, developer, user, "
+        "assistant, tool, function_call, function, ipython.",
+    ],
+    '"a\\nb": 1\n"a\\nb": 2': [
+        "line 2, column 1: `a\\nb` is given twice, first on line 1. Keep one of them.",
+        "line 2, column 1: unknown setting `a\\nb`. `%%finetune?` lists all settings.",
+    ],
+    "adapter:": [
+        "line 1, column 1: unknown setting `adapter`. Here it is `fine_tune_type: full`.",
+    ],
+    "truncation_mode: keep_end": [
+        "line 1, column 1: unknown setting `truncation_mode`. Here it is `truncate`: write `truncate: left`.",
+    ],
+    "excess_length_strategy: raise": [
+        "line 1, column 1: unknown setting `excess_length_strategy`. Here it is `truncate`: write `truncate: error`.",
+    ],
+    "template: qwen": [
+        "line 1, column 1: unknown setting `template`. The chat template is that of the model, or "
+        "`chat_template`: Jinja text, or a file with it.",
+    ],
+    "kto_chosen_weight: 2": [
+        "line 1, column 1: unknown setting `kto_chosen_weight`. Here it is `desirable_weight`. "
+        "`desirable_weight` has no effect with `method: sft`, `loss: nll`. Remove it.",
+    ],
+    "warmup_steps: 20\niters: 10": [
+        "line 1, column 1: unknown setting `warmup_steps`. Here it is `warmup`. `warmup` (20) is longer "
+        "than the run (`iters: 10`).",
+    ],
+    "steps_per_generation: 4": [
+        "line 1, column 1: unknown setting `steps_per_generation`. mlx_nb has no splitting of a set of "
+        "completions over several updates yet. Remove it.",
+    ],
+    "excess_length_strategy: drop": [
+        "line 1, column 1: unknown setting `excess_length_strategy`. Here it is `truncate`: write `truncate: drop`.",
+    ],
+    "rl: kto": [
+        "line 1, column 1: unknown setting `rl`. Here it is `method`: write `method: kto`.",
+    ],
+    "rl: dpo": [
+        "line 1, column 1: unknown setting `rl`. Here it is `method`: write `method: dpo`.",
+    ],
+    "rl: grpo\nrewards: [number_match]": [
+        "line 1, column 1: unknown setting `rl`. Here it is `method`: write `method: grpo`.",
+    ],
+    "pref_ftx: 0.1": [
+        "line 1, column 1: unknown setting `pref_ftx`. mlx_nb has no likelihood term in dpo yet. Remove it.",
+    ],
+    "neat_packing: true": [
+        "line 1, column 1: unknown setting `neat_packing`. mlx_nb has no packing of rows yet. Remove it.",
+    ],
+    "val_size: 0.1": [
+        "line 1, column 1: unknown setting `val_size`. Here it is `val_set_size`: write `val_set_size: 0.1`.",
+    ],
+    "cutoff_len: 1024": [
+        "line 1, column 1: unknown setting `cutoff_len`. Here it is `max_seq_length`: write `max_seq_length: 1024`.",
+    ],
+    "finetuning_type: lora": [
+        "line 1, column 1: unknown setting `finetuning_type`. Here it is `fine_tune_type`: write "
+        "`fine_tune_type: lora`.",
+    ],
+    "roles_to_train: [assistant]": [
+        "line 1, column 1: unknown setting `roles_to_train`. Here it is `loss_on: assistant` (the "
+        "default) or `loss_on: all`.",
+    ],
+    "lora_modules_to_save: [embed_tokens]": [
+        "line 1, column 1: unknown setting `lora_modules_to_save`. mlx_nb has no training of further "
+        "modules in full yet. Remove it.",
+    ],
+    "lr_scheduler_kwargs: {}": [
+        "line 1, column 1: unknown setting `lr_scheduler_kwargs`. Here it is `lr_schedule: {name: ..., "
+        "arguments: [...]}`.",
+    ],
+    "rl: dpo\nrl_beta: 0.1": [
+        "line 1, column 1: unknown setting `rl`. Here it is `method`: write `method: dpo`.",
+        "line 2, column 1: unknown setting `rl_beta`. Here it is `beta`: write `beta: 0.1`.",
+    ],
+    "stage: dpo\ndpo_label_smoothing: 0.1": [
+        "line 1, column 1: unknown setting `stage`. Here it is `method`: write `method: dpo`.",
+        "line 2, column 1: unknown setting `dpo_label_smoothing`. Here it is `label_smoothing`: write "
+        "`label_smoothing: 0.1`.",
+    ],
+    "stage: kto\nkto_rejected_weight: 2": [
+        "line 1, column 1: unknown setting `stage`. Here it is `method`: write `method: kto`.",
+        "line 2, column 1: unknown setting `kto_rejected_weight`. Here it is `undesirable_weight`: "
+        "write `undesirable_weight: 2`.",
+    ],
+    "stage: sft": [
+        "line 1, column 1: unknown setting `stage`. Here it is `method`: write `method: sft`.",
+    ],
+    "stage: ppo": [
+        "line 1, column 1: unknown setting `stage`. Here it is `method`, and mlx_nb has no ppo yet. It "
+        "has: sft, dpo, cpo, orpo, kto, grpo.",
+    ],
+    "method: sft\nloss_type: ipo": [
+        "line 2, column 1: unknown setting `loss_type`. Here it is `loss`: write `method: dpo` and `loss: ipo`, "
+        "in place of `method: sft`.",
+    ],
+    "method: dpo\nloss_type: ipo": [
+        "line 2, column 1: unknown setting `loss_type`. Here it is `loss`: write `loss: ipo`.",
+    ],
+    "lora_parameters: {rank: 8}\nlora_alpha: 16": [
+        "line 2, column 1: unknown setting `lora_alpha`. Here it is `lora_parameters: {scale: 2}` (alpha / rank).",
+    ],
+}
+
+
+@pytest.mark.parametrize("text", LINES)
+def test_each_word_of_another_program_gets_one_line_that_says_what_its_value_is_here(text):
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_yaml(text)
+    assert str(caught.value).splitlines() == LINES[text]
 
 
 def test_the_values_of_other_programs_are_values_here():
