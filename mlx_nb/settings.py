@@ -179,7 +179,8 @@ def plain(value: Any, path: tuple[str, ...], depth: int = 0) -> Any:
         return value
     converted = (_to_text if isinstance(value, (str, PurePath)) else _to_number)(value, None)
     if converted is _WRONG:
-        raise SettingError(path, f"`{label}` cannot be {shown(value)}. It takes numbers, texts, lists and mappings.")
+        takes = "a finite number" if isinstance(value, float) else "numbers, texts, lists and mappings"
+        raise SettingError(path, f"`{label}` cannot be {shown(value)}. It takes {takes}.")
     return converted
 
 

@@ -264,15 +264,20 @@ def test_a_tie_that_rounding_turns_once_is_no_fault(monkeypatch):
 
 def test_a_family_that_computes_otherwise_without_a_cache_is_refused_before_anything_is_moved(folders, tmp_path):
     folder = tmp_path / "adapter"
-    folder.mkdir()
-    (folder / "adapters.safetensors").write_bytes(b"mine")
+    earlier = run_of(folders("llama"), data=tiny_rows(8), adapter_path=str(folder))
+    earlier.step()
+    earlier.save()
+    del earlier
+    gc.collect()
+    before = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    assert "adapters.safetensors" in before
     for method, data in (("sft", tiny_rows(8)), ("dpo", tiny_pairs(8)), ("orpo", tiny_pairs(8))):
         run = run_of(folders("gemma3n"), method=method, data=data, adapter_path=str(folder))
         with pytest.raises(ModelError, match="gemma3n cannot be trained") as refused:
             run.step()
         assert "\n" not in str(refused.value)
         assert "lora_a" not in dict(tree_flatten(run.model.parameters()))
-    assert [(file.name, file.read_bytes()) for file in folder.iterdir()] == [("adapters.safetensors", b"mine")]
+    assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["adapter"]
 
 

@@ -132,7 +132,7 @@ def test_dropout_is_refused_by_a_method_of_ones_own_that_draws_completions(own_m
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("slope: high", "line 3, column 10: `method_options.slope` cannot be 'high'. It takes a finite number."),
+        ("slope: high", "line 3, column 3: `method_options.slope` cannot be 'high'. It takes a finite number."),
         ("slope: true", "cannot be True. It takes a finite number."),
         ("slope: .nan", "cannot be nan. It takes a finite number."),
         ("slope: null", "cannot be None. It takes a finite number."),

@@ -49,8 +49,9 @@ def check_objective(name: str, loss: str | None = None, **settings: Any) -> tupl
 
     Returns the laws that were tried. Raises ConfigError at the first that does not hold: what differs, and by how much.
     """
-    rewards = {"rewards": ["length"]} if method_named(name).rows == "prompts" else {}
-    config = RunConfig.from_dict({"method": name, "loss": loss, **rewards, **settings})
+    # With one update a rollout every ratio is 1, and options that bound it would be refused.
+    of_prompts = {"rewards": ["length"], "updates_per_rollout": 2} if method_named(name).rows == "prompts" else {}
+    config = RunConfig.from_dict({"method": name, "loss": loss, **of_prompts, **settings})
     method = method_named(name)
     with random_stream(0):
         scorer = TargetScorer(_model())
