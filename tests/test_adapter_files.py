@@ -186,11 +186,14 @@ def test_a_resume_and_a_fork_do_not_need_the_adapter_again(adapter, tiny_folder,
     run.checkpoint("pause")
     shutil.rmtree(tmp_path / "start")
     fork = run.fork(adapter_path=str(tmp_path / "fork"))
-    resumed = Run.resume(tmp_path / "b")
-    expected_config = Run.resume(tmp_path / "b", config=given)
+    for copy in ("c", "d"):  # a folder has one writer at a time
+        shutil.copytree(tmp_path / "b", tmp_path / copy)
+    resumed = Run.resume(tmp_path / "c")
+    expected_config = Run.resume(tmp_path / "d", config=given)
+    expected = run.fork(name="again", adapter_path=str(tmp_path / "again")).step(1).loss
     for other in (fork, resumed, expected_config):
         assert other.config.lora_parameters.scale == 7.0
-        assert other.step(1).loss == pytest.approx(run.fork(name="again", adapter_path="x").step(1).loss, abs=1e-6)
+        assert other.step(1).loss == pytest.approx(expected, abs=1e-6)
 
 
 # What its adapter_config.json may hold
