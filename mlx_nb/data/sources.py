@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,8 +68,7 @@ def open_splits(
     a DatasetDict or dict of splits, also in a .json file. An existing path wins over a variable, a variable over a
     hub id.
 
-    Relative paths begin in `working_folder`; None is the one of the process. What is opened is found again by its
-    absolute path.
+    Relative paths begin in `working_folder`; None is wherever the process is, also when a row is read later.
 
     Hold-out: without a validation split, `val_set_size` of the training rows are drawn by `seed` and taken
     out of train. Below 1 it is a share (at least 1 row, at most 200, never all), from 1 on a number of rows.
@@ -118,7 +117,7 @@ class _Known:
     """What names can stand for: variables of the notebook, and paths that begin in `folder`."""
 
     variables: Mapping[str, object]
-    folder: Path = field(default_factory=Path.cwd)
+    folder: Path = Path()
 
     def path(self, text: str | os.PathLike[str]) -> Path:
         return self.folder / Path(text).expanduser()
@@ -166,7 +165,7 @@ def _not_found(text: str, path: Path, variables: Mapping[str, object], folder: P
     if not path.parent.is_dir():
         above = Path(text).expanduser().parent
         near = f" There is no folder {above}.{did_you_mean(above.name, _names_in(path.parent.parent))}"
-    return f"no such file or folder: {text}.{near} Working folder: {folder}."
+    return f"no such file or folder: {text}.{near} Working folder: {Path.cwd() / folder}."
 
 
 def _open(found: object, label: str, words: SplitWords, known: _Known) -> Splits:
