@@ -32,8 +32,13 @@ def zstandard(content: bytes) -> bytes:
     return bytes(sink.getvalue().to_pybytes())
 
 
+def gzipped(content: bytes) -> bytes:
+    """Compressed the same at any time of day: the bytes name a test."""
+    return gzip.compress(content, mtime=0)
+
+
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
-    "gz": gzip.compress,
+    "gz": gzipped,
     "zst": zstandard,
     "bz2": bz2.compress,
     "xz": lzma.compress,
@@ -124,12 +129,12 @@ def test_a_damaged_compressed_file_is_one_line(here, compression, damage):
     [
         ("a.jsonl.gz", as_lines(ROWS), "a.jsonl.gz is not a .gz file: by its content it is not compressed so."),
         ("a.jsonl.gz", as_lines(ROWS), "Rename it to a.jsonl."),
-        ("a.jsonl", gzip.compress(b"{}", mtime=0), "compressed with gzip. Rename it to a.jsonl.gz."),
+        ("a.jsonl", gzipped(b"{}"), "compressed with gzip. Rename it to a.jsonl.gz."),
         ("a.jsonl", zstandard(b"{}"), "compressed with zstandard. Rename it to a.jsonl.zst."),
-        ("a.jsonl.zst", gzip.compress(b"{}", mtime=0), "by its content it is compressed with gzip."),
-        ("a.gz", gzip.compress(b"{}", mtime=0), "a.gz does not say what is compressed. Give it a name such as a.jsonl.gz."),
-        ("a.jsonl.gz", gzip.compress(b"PAR1", mtime=0), "by its content it is a parquet file."),
-        ("a.jsonl.gz", gzip.compress(b"", mtime=0), "a.jsonl.gz has no rows."),
+        ("a.jsonl.zst", gzipped(b"{}"), "by its content it is compressed with gzip."),
+        ("a.gz", gzipped(b"{}"), "a.gz does not say what is compressed. Give it a name such as a.jsonl.gz."),
+        ("a.jsonl.gz", gzipped(b"PAR1"), "by its content it is a parquet file."),
+        ("a.jsonl.gz", gzipped(b""), "a.jsonl.gz has no rows."),
         ("a.jsonl.gz", b"", "a.jsonl.gz is empty (0 bytes)."),
         ("a.arrow", b"x", "is part of a dataset. Give the folder that save_to_disk wrote"),
         ("a.csv", b"prompt;completion\nx;y\n", "a.csv line 1: the columns are separated by ';', not by ','."),
