@@ -2,7 +2,8 @@
 
 At a normal end that is done by `atexit`. SIGTERM and SIGHUP, which a scheduler, a container or a kernel's manager sends
 some seconds before it kills, pause the run that computes; once that is saved, or at once where none computes, the
-others are saved too, and the signal does what it would have done without this.
+others are saved too, and the signal does what it would have done without this. Where an update takes longer than there
+may be time for, what was done until the last boundary is saved meanwhile, by another thread and from memory.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import os
 import signal
 import sys
 import threading
+import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -22,9 +24,12 @@ from typing import Any, Protocol
 
 from mlx_nb.errors import MlxNbError
 from mlx_nb.events import Pause, Request
+from mlx_nb.signal_watch import SignalWatch
 
 _PACKAGE = Path(__file__).parent
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+# Until a boundary is reached; Jupyter kills a kernel 2.5 s after SIGTERM.
+PATIENCE_SECONDS = 0.5
 
 
 class Unsaved(Protocol):
@@ -34,12 +39,15 @@ class Unsaved(Protocol):
 
     def request(self, request: Request) -> None: ...
     def save_unsaved(self) -> bool: ...
+    def save_last_boundary(self) -> bool: ...
 
 
 _runs: weakref.WeakSet[Unsaved] = weakref.WeakSet()
 _computing: list[Unsaved] = []
 _before: dict[int, Any] = {}
 _asked: list[int] = []  # the signal that ends the process, once there was one
+_saving: list[bool] = []  # not empty while all are being saved at the end
+_watches: list[SignalWatch] = []  # the one there is
 
 
 def join(run: Unsaved) -> None:
@@ -54,6 +62,8 @@ def join(run: Unsaved) -> None:
         # What is ignored, as under nohup, stays so.
         if signal.getsignal(number) not in (signal.SIG_IGN, None, _handle):
             _before[number] = signal.signal(number, _handle)
+    if _before and not _watches:
+        _watches.append(SignalWatch(_save_meanwhile))
 
 
 def live() -> list[Any]:
@@ -72,12 +82,32 @@ def computing(run: Unsaved) -> Iterator[None]:
 
 
 def save_all() -> None:
-    """Write a checkpoint of every run that did updates since its last one. What cannot be saved is said on stderr."""
+    """Write a checkpoint of every run that did updates since its last one. What cannot be saved is said on stderr.
+
+    A signal that comes meanwhile asks for what is being done, and has no other effect.
+    """
+    _saving.append(True)
+    try:
+        for run in live():
+            _save(run, run.save_unsaved)
+    finally:
+        _saving.pop()
+
+
+def _save(run: Unsaved, save: Callable[[], bool]) -> None:
+    try:
+        save()
+    except MlxNbError as error:
+        print(f"{run.name}: {error}", file=sys.stderr)
+
+
+def _save_meanwhile(number: int) -> None:
+    """On the thread of the watch: save what was done until the last boundary where no other is reached in time."""
+    if number not in SIGNALS or signal.getsignal(number) is not _handle:
+        return
+    time.sleep(PATIENCE_SECONDS)
     for run in live():
-        try:
-            run.save_unsaved()
-        except MlxNbError as error:
-            print(f"{run.name}: {error}", file=sys.stderr)
+        _save(run, run.save_last_boundary)
 
 
 def go_on_ending() -> None:
@@ -100,6 +130,8 @@ def go_on_ending() -> None:
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
+    if _saving:
+        return
     again = bool(_asked)
     _asked[:] = [number]
     if _computing and not again:
@@ -156,12 +188,14 @@ def _give_back() -> None:
         if signal.getsignal(number) is _handle:
             signal.signal(number, before)
     _before.clear()
+    while _watches:
+        _watches.pop().close()
 
 
 def _in_child() -> None:
     """The runs are those of the process that was forked, which saves them itself."""
-    _runs.clear()
-    _computing.clear()
+    for left in (_runs, _computing, _asked):
+        left.clear()
     _give_back()
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shlex
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from mlx_nb.train.trainer import Trainer
 
 SHARE_OF_SAVING = 0.01  # of the time, at most, goes into checkpoints that nothing asked for
+SAVED_BYTES_PER_SECOND, SHORTEST_SAVE = 200e6, 0.05  # the guess, in bytes and seconds, before the first is measured
 _LENGTHS = {"iters", "epochs"}
 _READABLE = ("device", "mlx version")  # fingerprints that are words and not digests
 
@@ -52,7 +54,8 @@ class Keeper:
         self._seen = 0  # events of the history that were looked at for live changes
         self._live_changes: list[str] = []
         self._saved_at = time.monotonic()
-        self._save_seconds = 0.1  # of the last save; a guess before the first
+        self._save_seconds: float | None = None  # what a save takes; None before the first
+        self._saving = threading.RLock()  # one thread at a time; a signal handler may come in between
         self.saved_step = 0
 
     def remember(self, trainer: Trainer, history: History) -> None:
@@ -61,7 +64,7 @@ class Keeper:
         Arrays are shared, not copied: this step's are those of the run itself.
         """
         snapshot = trainer.snapshot()
-        snapshot = replace(snapshot, state={**snapshot.state, "standing": len(history.standing)})
+        snapshot = replace(snapshot, state={**snapshot.state, **_place_in(history)})
         if _best_step(snapshot) in {one.step for one in self._recent}:
             snapshot = _with_best(snapshot, None)
         self._recent.append(snapshot)
@@ -87,10 +90,14 @@ class Keeper:
             self._count(self._recent[0], 1)
         self._count(oldest, -1)
 
+    def _with_own_best(self, snapshot: Checkpoint) -> Checkpoint:
+        """A snapshot with the best adapter it knows of, which another one may hold for it."""
+        return snapshot if "best" in snapshot.arrays else _with_best(snapshot, self._best_of(snapshot))
+
     def _best_of(self, snapshot: Checkpoint) -> dict[str, Any] | None:
         """The best adapter of a snapshot in memory; None where that is not in memory."""
         step = _best_step(snapshot)
-        for one in self._recent:
+        for one in list(self._recent):
             if one.step == step:
                 return one.arrays["parameters"]
             if _best_step(one) == step and "best" in one.arrays:
@@ -134,6 +141,7 @@ class Keeper:
         """Drop what is kept of the steps after `step`, but for checkpoints."""
         while self._recent and self._recent[-1].step > step:
             self._count(self._recent.pop(), -1)
+        self.saved_step = min(self.saved_step, step - 1)  # what is saved is of the branch that was left
         for parking in self._parked:
             parking.forget_after(step)
 
@@ -145,14 +153,15 @@ class Keeper:
         """The state of update `step` on the way to update `now`, from memory or disk. Raises CommandError."""
         recent = next((one for one in reversed(self._recent) if one.step == step), None) or self._find_parked(step)
         if recent is not None:
-            return recent if "best" in recent.arrays else _with_best(recent, self._best_of(recent))
+            return self._with_own_best(recent)
         parked = {one for parking in self._parked for one in parking.steps}
         there = sorted({info.step for info in store.list()} | {one.step for one in self._recent} | parked)
         try:
             checkpoint, _ = store.load(step)
         except CheckpointError:
-            reachable = ", ".join(str(one) for one in there if one < now)
-            raise CommandError(f"update {step} was not kept. These can be reached: {reachable or 'none'}.") from None
+            reachable = ", ".join(str(one) for one in there if one < now) or "none"
+            lost = "" if store.folder.exists() else f" {store.folder} is not there any more."
+            raise CommandError(f"update {step} was not kept.{lost} These can be reached: {reachable}.") from None
         before = history_of(checkpoint).standing
         if [event.to_json() for event in before] != [event.to_json() for event in history.standing[: len(before)]]:
             raise CommandError(f"the checkpoint of update {step} is of a branch that was left by a rewind.")
@@ -164,9 +173,30 @@ class Keeper:
         except OSError:
             return None
 
-    def save(
+    def save(self, trainer: Trainer, history: History, store: CheckpointStore, kind: str, **about: Any) -> Path:
+        """Write everything that the next update depends on. Returns the folder. Raises CheckpointError.
+
+        `about` is what `_write` takes of the run.
+        """
+        with self._saving:
+            snapshot = trainer.snapshot()
+            state = {**snapshot.state, **_place_in(history)}
+            return self._write(replace(snapshot, state=state), history, store, kind, **about)
+
+    def save_last_boundary(self, history: History, store: CheckpointStore, kind: str, **about: Any) -> Path | None:
+        """The same as it was after the last update, from memory and by any thread, also in the middle of the next one.
+
+        None, and nothing is written, where that is saved already, or is of before a rewind. Raises CheckpointError.
+        """
+        with self._saving:
+            recent = list(self._recent)
+            if not recent or recent[-1].step <= self.saved_step or recent[-1].state["events"] < self._seen:
+                return None
+            return self._write(self._with_own_best(recent[-1]), history, store, kind, **about)
+
+    def _write(
         self,
-        trainer: Trainer,
+        snapshot: Checkpoint,
         history: History,
         store: CheckpointStore,
         kind: str,
@@ -176,24 +206,23 @@ class Keeper:
         made_from: dict[str, Any],
         run_folder: Path,
     ) -> Path:
-        """Write everything that the next update depends on. Returns the folder. Raises CheckpointError."""
+        """Write a snapshot with the history until then."""
         from mlx_nb.train.checkpoint import save_error
 
         begun = time.monotonic()
-        snapshot = trainer.snapshot()
-        new = history.events[self._seen :]
+        events = history.events[: snapshot.state["events"]]
+        new = events[self._seen :]
         self._live_changes += [event.to_json() for event in new if isinstance(event, SettingChanged)]
         self._seen += len(new)
         try:
             store.make_folder()
-            parts = self._history.save(history.events, store.folder)
+            parts = self._history.save(events, store.folder)
         except OSError as error:
             raise save_error(store.folder, snapshot.step, None, error) from error
         state = {
             **snapshot.state,
             "name": name,
             "config": config.described(),
-            "standing": len(history.standing),
             "made_from": made_from,
             "history": [],  # what an older mlx_nb looks for
             "history_parts": parts,
@@ -202,9 +231,21 @@ class Keeper:
         }
         folder = store.save(replace(snapshot, state=state), kind=kind)
         self._saved_at, self.saved_step = time.monotonic(), snapshot.step
-        self._save_seconds = self._saved_at - begun
+        self._measured(self._saved_at - begun)
         _remove_left_histories(store)
         return folder
+
+    def _measured(self, seconds: float) -> None:
+        """Take note of what a save took. One that was slow by chance counts for at most twice the one before."""
+        self._save_seconds = min(seconds, 2 * self.save_seconds)
+
+    @property
+    def save_seconds(self) -> float:
+        """What a save takes, as far as is known."""
+        if self._save_seconds is not None:
+            return self._save_seconds
+        size = sum(array.nbytes for array in _arrays(self._recent[-1])) if self._recent else 0
+        return max(SHORTEST_SAVE, size / SAVED_BYTES_PER_SECOND)
 
     def go_on_from(self, checkpoint: Checkpoint, history: History, whole: bool) -> None:
         """The run was resumed with the history of this checkpoint, or what is left of it where it is not `whole`."""
@@ -221,7 +262,7 @@ class Keeper:
             case CheckpointSaved(kind="step" | "best" as kind):
                 return kind
             case StepCompleted() if autosave_minutes is not None:
-                longest = min(60 * autosave_minutes, self._save_seconds / SHARE_OF_SAVING)
+                longest = min(60 * autosave_minutes, self.save_seconds / SHARE_OF_SAVING)
                 return "auto" if time.monotonic() - self._saved_at >= longest else None
             case RunPaused():
                 return "pause"
@@ -231,6 +272,11 @@ class Keeper:
                 return "final"
             case _:
                 return None
+
+
+def _place_in(history: History) -> dict[str, int]:
+    """How far a history is: its events, and those of them that no rewind left."""
+    return {"events": len(history.events), "standing": len(history.standing)}
 
 
 def _best_step(snapshot: Checkpoint) -> int | None:

@@ -608,7 +608,10 @@ class Run:
         self._find_best()
         with suppress(OSError, FolderError):  # it is tried again, and said, when the run goes on
             self.trainer.put_back_best()
-        self.checkpoint("rewind")
+        try:
+            self.checkpoint("rewind")
+        except CheckpointError as error:
+            raise type(error)(f"{self.name} is at update {target} again, but {error}") from None
         return rewound
 
     def _find_best(self) -> None:
@@ -669,6 +672,16 @@ class Run:
         self.checkpoint("exit")
         return True
 
+    def save_last_boundary(self) -> bool:
+        """The same for the last boundary, from memory: for another thread, while an update is being computed.
+
+        Returns whether something was written. Raises CheckpointError.
+        """
+        if self.let_go or self.unsaved_updates <= 0:
+            return False
+        folder = self._keeper.save_last_boundary(self.history, self._checked_store(), "exit", **self._about())
+        return folder is not None
+
     def release(self, reason: str = "") -> None:
         """End the run at the boundary where it is: what is not saved is written, then it writes there no more.
 
@@ -707,20 +720,24 @@ class Run:
     def checkpoint(self, kind: str = "step") -> Path:
         """Write everything that the run's next update depends on. Returns the folder. Raises CheckpointError."""
         trainer = self.trainer
+        return self._keeper.save(trainer, self.history, self._checked_store(), kind, **self._about())
+
+    def _checked_store(self) -> CheckpointStore:
+        """Where checkpoints go, once it is certain that the folder is this run's. Raises CheckpointError."""
         try:
             self.home.check()
         except FolderError as error:
             raise type(error)(f"step {self.step_count} could not be saved: {error}") from None
-        return self._keeper.save(
-            trainer,
-            self.history,
-            self._store(),
-            kind,
-            name=self.name,
-            config=self.config,
-            made_from=self.material.fingerprints,
-            run_folder=self.folder,
-        )
+        return self._store()
+
+    def _about(self) -> dict[str, Any]:
+        """What a checkpoint says of the run besides its state."""
+        return {
+            "name": self.name,
+            "config": self.config,
+            "made_from": self.material.fingerprints,
+            "run_folder": self.folder,
+        }
 
     def checkpoints(self) -> list[CheckpointInfo]:
         """The exact checkpoints in the run's folder, the oldest save first."""
@@ -818,17 +835,19 @@ class Run:
             raise CommandError(f"cannot do {n!r} updates. Give a whole number of 1 or more.")
         if self.over:
             raise CommandError(f"{self.name} is finished: all {self.trainer.iters} updates are done.")
-        last = failed = None
+        last = failed = paused = None
         with self.interrupts() as interrupts:
             for event in self.events(n):
                 failed = event if isinstance(event, RunFailed) else failed
+                paused = event if isinstance(event, RunPaused) else paused
                 last = event if isinstance(event, StepCompleted) else last
         self._raise_interrupt(interrupts)
         raise_failure(failed)
         if last is None and self.finished:
             raise CommandError(f"{self.name} is finished: no update is left after {self.step_count}.")
         if last is None:
-            raise CommandError(f"{self.name} was asked to pause before its next update.")
+            reason = "" if paused is None else f": {paused.reason}"
+            raise CommandError(f"{self.name} paused before its next update{reason}")
         return last
 
     def run(self, until: int | None = None) -> RunFinished | RunPaused:

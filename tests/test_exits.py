@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 import weakref
 from pathlib import Path
 
@@ -202,11 +203,20 @@ WHERE = {
 }
 
 
-def ended(tmp_path, tiny_folder, body):
-    code = SCRIPT.format(
+def code_of(tmp_path, tiny_folder, body):
+    return SCRIPT.format(
         tests=str(Path(__file__).parent), model=str(tiny_folder), folder=str(tmp_path / "a"), body=textwrap.dedent(body)
     )
+
+
+def ended(tmp_path, tiny_folder, body):
+    code = code_of(tmp_path, tiny_folder, body)
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+
+
+def script(tmp_path, tiny_folder, body):
+    code = code_of(tmp_path, tiny_folder, body)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
@@ -218,6 +228,53 @@ def test_a_signal_that_ends_the_process_saves_the_run_first(tmp_path, tiny_folde
     assert "Traceback" not in result.stderr
     # An update that was being computed is dropped, so that the save begins at once.
     assert saves(tmp_path / "a")[-1] == ((4, "pause") if where == "computing" else (5, "exit"))
+
+
+LONG_WORK = {
+    "waiting": "time.sleep(60)",
+    # One call in C, in which Python runs no handler of a signal.
+    "computing": "hashlib.pbkdf2_hmac('sha256', b'', b'', 500_000_000)",
+}
+
+
+@pytest.mark.parametrize("work", LONG_WORK)
+def test_an_update_that_does_not_end_in_time_loses_itself_alone(tmp_path, tiny_folder, work):
+    body = f"""
+        import hashlib, time
+        run.step(3)
+        run.checkpoint()
+        run.step(2)
+        run.trainer.stepper.update = lambda *_, **__: (print("begun", flush=True), {LONG_WORK[work]})
+        run.step()
+    """
+    with script(tmp_path, tiny_folder, body) as process:
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 2.4  # then Jupyter kills
+        while saves(tmp_path / "a")[-1] != (5, "exit"):
+            assert time.monotonic() < deadline, saves(tmp_path / "a")
+            time.sleep(0.02)
+        process.kill()
+    resumed = Run.resume(tmp_path / "a", data=tiny_rows(24))
+    whole = rows_run(tmp_path, tiny_folder, **QUIET, val_set_size=0, adapter_path=str(tmp_path / "whole"))
+    whole.step(5)
+    assert resumed.adapter_bytes() == whole.adapter_bytes()
+    assert resumed.history["loss"] == whole.history["loss"]
+
+
+def test_a_signal_during_the_last_save_does_not_end_it(tmp_path, tiny_folder):
+    body = """
+        from mlx_nb.train.checkpoint import CheckpointStore
+        real = CheckpointStore.save
+        def save(*arguments, **options):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return real(*arguments, **options)
+        CheckpointStore.save = save
+        run.step(3)
+    """
+    result = ended(tmp_path, tiny_folder, body)
+    assert saves(tmp_path / "a") == [(3, "exit")]
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_a_handler_of_the_persons_own_is_called_after_the_save(tmp_path, tiny_folder):

@@ -20,6 +20,7 @@ import pytest
 
 from mlx_nb import Run, RunConfig
 from mlx_nb.keeper import history_of
+from mlx_nb.notebook.interrupted import LINE
 from mlx_nb.train.checkpoint import CheckpointStore
 from test_kernel import SETUP, Kernel
 from tiny import tiny_rows
@@ -139,33 +140,33 @@ def test_interrupts_at_random_moments_change_nothing(tmp_path, tiny_folder, requ
         kernel.run("whole.run()")
         expected = kernel.value("digest(whole)")
         fire, wanted = Interrupter(kernel, chance), KINDS[kind].interrupts
-        number, outside, pauses, given_up = 0, 0, 0, 0
-        while fire.sent < wanted:
+        number, outside, pauses, lines, given_up = 0, 0, 0, 0, 0
+        while fire.sent - outside < wanted:
             name = f"{kind}{number}"
             kernel.run(cell(tiny_folder, name, kind))
             while kernel.value(f"{name}.finished") != "True":
-                enough = fire.sent >= wanted
+                enough, before = fire.sent - outside >= wanted, fire.sent
                 status, text, _ = fire("%finetune run --wait", 1e9 if enough else chance.choice([0.01, 0.05, 0.3]))
                 pauses += "Pausing after" in text
                 if "was given up" in text:  # two while it was loading
                     given_up += 1
-                elif status == "no reply":
-                    outside += 1
+                elif LINE in text:  # before it moved, or after
+                    lines += 1
                 elif status != "ok":
-                    # Before the magic is entered, or after it has ended, the signal is IPython's to answer.
-                    assert "KeyboardInterrupt" in text
+                    # Before the magic is entered, or after it has ended, the signal is IPython's to answer. How many
+                    # strike there is a matter of how busy the machine is, so others are sent in their place.
+                    assert status == "no reply" or "KeyboardInterrupt" in text
                     assert "mlx_nb/" not in text, text
-                    outside += 1
+                    outside += fire.sent - before
             assert kernel.value(f"digest({name})") == expected, name
             kernel.run(f"del {name}")
             number += 1
-        assert fire.sent >= wanted
-        assert pauses >= wanted // 4
         print(
-            f"{kind}: {fire.sent} interrupts, {pauses} pauses, {number} runs; {given_up} gave up loading, "
-            f"{outside} were answered by IPython itself"
+            f"{kind}: {fire.sent} interrupts, {pauses} pauses, {number} runs; {given_up} gave up loading, {lines} were "
+            f"answered by a line, {outside} by IPython itself"
         )
-        assert outside <= 3 + 0.1 * fire.sent
+        assert fire.sent - outside >= wanted
+        assert pauses >= wanted // 4
     finally:
         kernel.close()
 

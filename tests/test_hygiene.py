@@ -9,14 +9,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlx_nb import Run
-from mlx_nb.errors import CheckpointError, CommandError, ConfigError
-from mlx_nb.events import Pause, RequestRefused, Rewind, Rewound, RunPaused
+from mlx_nb.errors import CheckpointError, CommandError, ConfigError, MlxNbError
+from mlx_nb.events import Pause, RequestRefused, Rewind, Rewound, RunPaused, StepCompleted
 from mlx_nb.notebook.commands import run_line
 from mlx_nb.notebook.session import Session
 from mlx_nb.train.checkpoint import CheckpointStore
@@ -132,6 +133,70 @@ def test_a_rewind_that_cannot_be_saved_is_said_and_the_run_goes_on(tmp_path, tin
     assert "could not be saved" in refused[0]
     assert "cannot go back to 9" in refused[1]
     assert [event.step for event in run.history.events if isinstance(event, Rewound)] == [2]
+
+
+def test_every_update_of_over_5_seconds_is_saved_and_one_slow_save_does_not_put_the_next_off_for_long(
+    tmp_path, tiny_folder, monkeypatch
+):
+    now = [0.0]
+    monkeypatch.setattr("mlx_nb.keeper.time", SimpleNamespace(monotonic=lambda: now[0]))
+    run = rows_run(tmp_path, tiny_folder, save_every=-1, steps_per_eval=-1, iters=20)
+    saved, slow = [], {6}
+
+    def told(event):
+        if isinstance(event, StepCompleted):
+            now[0] += 6.0
+
+    run.listen(told)
+    real = CheckpointStore.save
+
+    def save(store, checkpoint, **options):
+        saved.append(checkpoint.step)
+        now[0] += 5.0 if checkpoint.step in slow else 0.02
+        return real(store, checkpoint, **options)
+
+    monkeypatch.setattr(CheckpointStore, "save", save)
+    run.step(5)
+    assert saved == [1, 2, 3, 4, 5]
+    run.step(3)
+    assert saved[5:] == [6, 7, 8]
+
+
+LOST = {
+    "deleted": shutil.rmtree,
+    "moved": lambda folder: folder.rename(folder.with_name("elsewhere")),
+    "a file in its place": lambda folder: blocked_folder(folder),
+    "a file in place of its checkpoints": lambda folder: blocked_folder(folder / "checkpoints"),
+}
+
+
+@pytest.mark.parametrize("how", LOST)
+@pytest.mark.parametrize("command", ["rewind --to 2", "rewind --to 4"])
+def test_a_rewind_of_a_run_whose_folder_is_lost_goes_back_from_memory_or_says_so_in_one_line(
+    tmp_path, tiny_folder, how, command
+):
+    session = Session()
+    run = rows_run(tmp_path, tiny_folder, save_every=2, steps_per_eval=-1)
+    session.add(run)
+    run.step(5)
+    LOST[how](tmp_path / "a")
+    if command.endswith("2"):  # it is on disk alone
+        run._keeper.forget()
+        with pytest.raises(MlxNbError, match=r"is not there any more|cannot be read as a folder") as raised:
+            run_line(session, command)
+        assert run.step_count == 5
+    elif "file" in how:
+        with pytest.raises(MlxNbError, match="run is at update 4 again, but step 4 could not be saved") as raised:
+            run_line(session, command)
+        assert run.step_count == 4
+        shutil.rmtree(tmp_path / "a", ignore_errors=True)
+        (tmp_path / "a").unlink(missing_ok=True)
+        assert run.save_unsaved()  # nothing of what was saved before is of this branch
+    else:
+        run_line(session, command)
+        assert [(info.step, info.kind) for info in run.checkpoints()] == [(4, "rewind")]
+        return
+    assert "\n" not in str(raised.value)
 
 
 def blocked_folder(path):

@@ -27,6 +27,7 @@ ORDER = [
     "config",
     "config_help",
     "events",
+    "signal_watch",
     "exits",
     "data.plain_values",
     "data.row_source",
