@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from mlx_nb.errors import ConfigError, DataError, MlxNbError
@@ -15,9 +17,33 @@ if TYPE_CHECKING:
     from mlx_nb.config import RunConfig
     from mlx_nb.run import Run
 
+_NOBODY_READS = 141  # as a shell has it for a program that SIGPIPE ended
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit status; an expected error is one line on stderr and status 1."""
+    """Run the command line. Returns the exit status; an expected error is one line on stderr and status 1.
+
+    Where nobody reads the output any more, as with `| head`, the status is 141, and nothing is said.
+    """
+    try:
+        try:
+            return _carry_out(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_output()
+        return _NOBODY_READS
+
+
+def _discard_output() -> None:
+    """What is still to be written, at the end of the process too, goes nowhere."""
+    with open(os.devnull, "w") as nowhere:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # of a stream that is no file
+                os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def _carry_out(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     chosen, further = parser.parse_known_args(arguments)
     # argparse fills DATA and the settings at the first of them, and gives back settings that follow an option.

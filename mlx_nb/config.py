@@ -19,7 +19,8 @@ from mlx_nb.config_checks import problems_of
 from mlx_nb.config_commands import read_command
 from mlx_nb.config_hints import foreign_settings, inner_hint, value_hint
 from mlx_nb.config_optimizers import arguments_of
-from mlx_nb.errors import ConfigError
+from mlx_nb.config_sources import is_mixture, is_source, source_problem
+from mlx_nb.errors import ConfigError, listed_problems
 from mlx_nb.methods import METHODS
 from mlx_nb.settings import SettingError, SettingErrors, Settings, coerce, names_given, plain, setting, shown
 from mlx_nb.yaml_loader import Document, load_mapping, read_yaml_file
@@ -514,6 +515,8 @@ class RunConfig(Settings):
 
         `document` is the text that they were read from: each line begins with its file, line and column.
         """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"settings are a dict such as {{'iters': 100}}, not {shown(values)}.")
         document = document or Document({})
         problems: list[tuple[tuple[int, int] | None, str]] = list(document.problems)
         unnamed = [key for key in values if not isinstance(key, str)]
@@ -525,7 +528,7 @@ class RunConfig(Settings):
             problems += [(_mark_of(document, one.path), str(one)) for one in errors]
         if problems:
             problems.sort(key=lambda problem: problem[0] or _AT_THE_END)
-            raise ConfigError("\n".join(document.located(mark, message) for mark, message in problems))
+            raise ConfigError(listed_problems([document.located(mark, message) for mark, message in problems]))
         return config
 
     @classmethod
@@ -534,6 +537,9 @@ class RunConfig(Settings):
 
         Raises ConfigError in one line for a text that is no YAML, else in one line for each thing that is wrong.
         """
+        if not isinstance(source, str | Path):
+            way = " A dict of settings is for `RunConfig.from_dict`." if isinstance(source, Mapping) else ""
+            raise ConfigError(f"settings are read from YAML text or the path of a YAML file, not {shown(source)}.{way}")
         name = ""
         if isinstance(source, Path) or _looks_like_path(source):
             path = Path(source).expanduser()
@@ -625,13 +631,8 @@ def reward_name(function: Any) -> str:
 def _names_files(data: Any) -> bool:
     """Whether it is the name of something, or a mixture of such names."""
     if isinstance(data, list):
-        return all(isinstance(one, str) or (_is_source(one) and isinstance(one["path"], str)) for one in data)
+        return all(isinstance(one, str) or (is_source(one) and isinstance(one["path"], str)) for one in data)
     return isinstance(data, str)
-
-
-def _is_source(one: Any) -> bool:
-    """Whether it is {path: ..., weight: ...}, a source of a mixture, and no row with a column `path`."""
-    return isinstance(one, Mapping) and "path" in one and all(key in _SOURCE_KEYS for key in one)
 
 
 def _taken(name: str, value: Any, declared: dataclasses.Field, kind: Any) -> Any:
@@ -646,13 +647,17 @@ def _taken(name: str, value: Any, declared: dataclasses.Field, kind: Any) -> Any
 def _data(value: Any) -> Any:
     """`data` with its names as text and its weights as numbers; objects with rows are left alone."""
     if isinstance(value, str | PurePath):
+        if not str(value).strip():
+            raise SettingError(("data",), "`data` is empty. It takes a name, or rows.")
         return plain(value, ("data",))
     if value is None or isinstance(value, bool | int | float):
         raise SettingError(("data",), f"`data` cannot be {shown(value)}. It takes a name, or rows.")
-    if not isinstance(value, list | tuple) or not all(
-        isinstance(one, str | PurePath) or _is_source(one) for one in value
-    ):
+    if not is_mixture(value):
         return value
+    for index, one in enumerate(value):
+        if (problem := source_problem(one, index + 1)) is not None:
+            key, message = problem
+            raise SettingError(("data", str(index), *([key] if key else [])), message)
     sources: list[Any] = []
     for index, one in enumerate(value):
         path = ("data", str(index))
@@ -764,6 +769,3 @@ _GROUPS = {
     "lora_parameters": tuple(declared.name for declared in fields(LoraParameters)),
     "lr_schedule": tuple(declared.name for declared in fields(LrSchedule)),
 }
-_SOURCE_KEYS = frozenset(
-    {"path", "weight", "subset"} | {name for name in SETTINGS if name.endswith(("_split", "_feature"))}
-)

@@ -14,6 +14,7 @@ from typing import Any
 
 from mlx_nb.config_hints import ALL_ADAPTED, is_all_linear
 from mlx_nb.config_optimizers import arguments_of, check_optimizer_config
+from mlx_nb.config_templates import template_problem
 from mlx_nb.errors import ConfigError, did_you_mean
 from mlx_nb.methods import METHODS, Loss, is_built_in, method_named, options_of
 from mlx_nb.settings import SettingError, shown
@@ -219,6 +220,28 @@ def _check_roles(config: Readable) -> Iterator[SettingError]:
             )
 
 
+def _check_template(config: Readable) -> Iterator[SettingError]:
+    if config.chat_template is not None and (problem := template_problem(config.chat_template)) is not None:
+        yield SettingError(("chat_template",), problem)
+
+
+def _check_held_out(config: Readable) -> Iterator[SettingError]:
+    if config.val_set_size >= 1 and not float(config.val_set_size).is_integer():
+        yield SettingError(
+            ("val_set_size",),
+            f"`val_set_size: {config.val_set_size:g}` is neither a share below 1 nor a whole number of rows.",
+        )
+
+
+def _check_folder(config: Readable) -> Iterator[SettingError]:
+    parts = (config.adapter_path or "").split("/")
+    if any(len(part.encode()) > _LONGEST_FILE_NAME for part in parts):
+        yield SettingError(
+            ("adapter_path",),
+            f"`adapter_path` has a name of more than {_LONGEST_FILE_NAME} bytes in it, which no folder can have.",
+        )
+
+
 def _check_length(config: Readable) -> Iterator[SettingError]:
     if config.iters is not None and config.epochs is not None:
         yield SettingError(("epochs",), "`iters` and `epochs` both set the length of the run. Give one of them.")
@@ -252,6 +275,9 @@ def _check_adapter(config: Readable) -> Iterator[SettingError]:
     if is_all_linear(config.lora_parameters.keys):
         path = ("target_modules",) if "target_modules" in config.given else ("lora_parameters", "keys")
         yield SettingError(path, f"`{'.'.join(path)}` takes names of modules. {ALL_ADAPTED}")
+    elif config.lora_parameters.keys and not all(key.strip() for key in config.lora_parameters.keys):
+        path = ("target_modules",) if "target_modules" in config.given else ("lora_parameters", "keys")
+        yield SettingError(path, f"`{'.'.join(path)}` has an empty name. Remove it.")
 
 
 def _check_full(config: Readable) -> Iterator[SettingError]:
@@ -340,6 +366,7 @@ def _check_zeros(config: Readable) -> Iterator[SettingError]:
 
 
 _NEVER_0 = ("steps_per_eval", "val_batches", "test_batches", "save_every")
+_LONGEST_FILE_NAME = 255
 _WARMUP_SHARE = 0.05  # of the run, unless `warmup` is set
 # The kind of a default, what an option with it takes, and whether a value is that. A bool is a number in Python.
 _OPTION_KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
@@ -368,6 +395,9 @@ EFFECT_CHECKS: tuple[Callable[[Readable], Iterator[SettingError]], ...] = (
     _check_method,
     _check_rows,
     _check_roles,
+    _check_template,
+    _check_folder,
+    _check_held_out,
     _check_smoothing,
     _check_references,
     _check_rewards,

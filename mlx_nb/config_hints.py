@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_nb.errors import MOST_PROBLEMS, shortened
 from mlx_nb.methods import METHODS
 from mlx_nb.neighbor_words import (
     ABSENT,
@@ -16,6 +17,7 @@ from mlx_nb.neighbor_words import (
     METHOD_LINES,
     NEEDLESS,
     OFF,
+    OFF_HERE,
     SAME,
     SECTIONS,
     SWITCHES,
@@ -53,9 +55,14 @@ def foreign_settings(
 
     `groups` has the names inside each group of ours; `fits(setting, value)` says whether a setting takes a value.
     """
+    unknown = 0
     for key, value in values.items():
         section = SECTIONS.get(key)
         if key in known:
+            continue
+        unknown += 1
+        if unknown > MOST_PROBLEMS:  # nobody will read what they might have meant
+            yield Foreign(SettingError((key,), f"unknown setting `{shortened(key)}`."))
             continue
         if section is None or not isinstance(value, Mapping) or not value:
             yield _foreign((key,), key, value, values, known, groups, fits)
@@ -74,7 +81,7 @@ def _foreign(
     groups: Mapping[str, tuple[str, ...]],
     fits: Callable[..., bool],
 ) -> Foreign:
-    head = f"unknown setting `{'.'.join(path)}`."
+    head = f"unknown setting `{shortened('.'.join(path))}`."
     word = word.lstrip("-").lower().replace("-", "_")
     outer, _, inner = word.partition(".")
     if (len(path) > 1 and word in known) or inner in groups.get(outer, ()):
@@ -175,10 +182,16 @@ def _renamed(
     """The error about a setting that has another name here, with the line to write where the value fits."""
     outer, _, inner = name.partition(".")
     value = VALUES.get(outer, {}).get(value, value) if isinstance(value, str) else value
-    if not inner and str(value).lower() in OFF and (value is None or not fits(outer, value) or outer == "method"):
+    if path[-1].replace("-", "_") == "num_train_epochs" and _is_set(around.get("max_steps")):
+        return Foreign(SettingError(path, f"{head} There `max_steps` goes before it. Remove it."))
+    if not inner and is_off(value) and (value is None or not fits(outer, value) or outer == "method"):
         if outer == "method" or (fits(outer, None) and known[outer].default is None):
             return Foreign(SettingError(path, f"{head} {AT_DEFAULT}"))
         value = None
+    if inner and value is None:
+        return Foreign(SettingError(path, f"{head} {AT_DEFAULT}"), outer)
+    if not inner and is_off(value) and not fits(outer, value):
+        return Foreign(SettingError(path, f"{head} Here it is `{outer}`.{_off_hint(outer)}"), outer)
     if outer in ("method", "loss") and isinstance(value, str):
         other = _of_method(path, head, outer, value, around)
         if other is not None:
@@ -221,8 +234,27 @@ def _alpha(path: tuple[str, ...], head: str, value: Any, around: Mapping[Any, An
     return Foreign(SettingError(path, f"{head} {hint}"), "lora_parameters")
 
 
+def is_off(value: Any) -> bool:
+    """Whether other programs say with this value that something is off, or left to them."""
+    if isinstance(value, str):
+        return value.lower() in (*OFF, "0.0", "-1")
+    return value is None or (isinstance(value, (int, float)) and value in (0, -1))
+
+
+def _is_set(value: Any) -> bool:
+    """Whether it is a number of updates, and not another program's word for none."""
+    return value is not None and not is_off(value)
+
+
+def _off_hint(name: str) -> str:
+    """What to write here for a setting that is off elsewhere, with a space in front; "" where nothing is to be said."""
+    return f" {OFF_HERE[name]}" if name in OFF_HERE else ""
+
+
 def value_hint(name: str, value: Any) -> str:
     """What to add to the error about a value that a setting does not take, with a space in front."""
+    if is_off(value):
+        return _off_hint(name)
     if isinstance(value, str):
         if name == "fine_tune_type" and value in METHODS:
             return f" {value} is a method: write `method: {value}`."

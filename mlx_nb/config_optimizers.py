@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_nb.settings import SettingError, shown, typo_of
+from mlx_nb.settings import SettingError, as_float32, shown, typo_of
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_share(value: Any) -> bool:
-    return _is_number(value) and 0 <= value < 1
+    return _is_number(value) and 0 <= value < 1 and as_float32(value) < 1
 
 
 def _is_positive(value: Any) -> bool:

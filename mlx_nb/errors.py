@@ -123,3 +123,28 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def on_one_line(text: str) -> str:
     """The text with its line breaks and control characters escaped, as in `repr`."""
     return "".join(repr(one)[1:-1] if unicodedata.category(one) in ("Cc", "Zl", "Zp") else one for one in text)
+
+
+def shortened(text: str, size: int = 80) -> str:
+    """At most `size` characters of a text, the last of them an ellipsis where it was longer."""
+    return text if len(text) <= size else text[: size - 1].rstrip() + "…"
+
+
+def and_more(names: Sequence[str], most: int) -> str:
+    """The first `most` of some names, and how many more there are where there are more."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 row`, `12 rows`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+MOST_PROBLEMS = 200
+
+
+def listed_problems(lines: Sequence[str]) -> str:
+    """The lines about everything that is wrong, those after the first 200 as their number."""
+    more = len(lines) - MOST_PROBLEMS
+    return "\n".join([*lines[:MOST_PROBLEMS], *([f"and {counted(more, 'more problem')}."] if more > 0 else [])])

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_nb.config import PATHS, SETTINGS, RunConfig, located
 from mlx_nb.data.batches import ORDER
-from mlx_nb.errors import CheckpointError, CommandError, ConfigError
+from mlx_nb.errors import CheckpointError, CommandError, ConfigError, did_you_mean, listed_problems
 from mlx_nb.events import (
     CheckpointSaved,
     Event,
@@ -28,6 +28,7 @@ from mlx_nb.events import (
     event_from_json,
 )
 from mlx_nb.history_file import HISTORY_FILE, HistoryFile, history_files, is_history, read_history
+from mlx_nb.settings import shown
 from mlx_nb.view.history import History
 from mlx_nb.view.quantities import headline
 
@@ -39,6 +40,19 @@ if TYPE_CHECKING:
 SHARE_OF_SAVING = 0.01  # of the time, at most, goes into checkpoints that nothing asked for
 SAVED_BYTES_PER_SECOND, SHORTEST_SAVE = 200e6, 0.05  # the guess, in bytes and seconds, before the first is measured
 _LENGTHS = {"iters", "epochs"}
+# What a run is made from besides its settings, by the names of its fingerprints.
+MADE_FROM = (
+    "data",
+    "template",
+    "tokenizer",
+    "model",
+    "mlx version",
+    "row order",
+    "device",
+    "reference",
+    "loss function",
+    "reward functions",
+)
 _READABLE = ("device", "mlx version")  # fingerprints that are words and not digests
 
 
@@ -475,6 +489,24 @@ def with_shape_of(checkpoint: Checkpoint, config: RunConfig) -> RunConfig:
         return config
     lora = {f"lora_parameters.{name}": value for name, value in began_with["lora_parameters"].items()}
     return filled(config, {name: began_with[name] for name in ("fine_tune_type", "num_layers")} | lora)
+
+
+def allowed_changes(words: Any) -> frozenset[str]:
+    """What a person allows to have changed, by name; a text is one name. Raises ConfigError for an unknown one."""
+    given = [words] if isinstance(words, str) else words
+    known = (*MADE_FROM, *(name for name in SETTINGS if name not in MADE_FROM))
+    if not isinstance(given, Collection) or not all(isinstance(word, str) for word in given):
+        raise ConfigError(f"allow_changed is a list of names, such as ['model'], not {shown(words)}.")
+    problems = [
+        f"allow_changed: there is nothing called {shown(word)} that could have changed."
+        f"{did_you_mean(word, known) if len(word) <= 80 else ''} It takes {', '.join(MADE_FROM)}, and the names of "
+        "settings."
+        for word in given
+        if word not in known
+    ]
+    if problems:
+        raise ConfigError(listed_problems(problems))
+    return frozenset(given)
 
 
 def changes_since(

@@ -18,7 +18,7 @@ from mlx_nb.data.row_source import RowSource
 from mlx_nb.data.sources import Splits, open_splits
 from mlx_nb.data.token_counts import longest
 from mlx_nb.data.tokenizing import Outcome, tokenize_split
-from mlx_nb.errors import CommandError, DataError, MlxNbError, ModelError, did_you_mean
+from mlx_nb.errors import CommandError, DataError, MlxNbError, ModelError, counted, did_you_mean
 from mlx_nb.events import Progress
 from mlx_nb.keeper import fingerprints
 from mlx_nb.methods import method_named
@@ -274,12 +274,14 @@ class Material:
         for split, left_out in self.left_out.items():
             if left_out:
                 first = "; ".join(row.reason for row in left_out[:3])
-                rows = "1 row" if len(left_out) == 1 else f"{len(left_out)} rows"
-                notes.append(f"Left out of {split}: {rows}. {first}")
+                notes.append(f"Left out of {split}: {counted(len(left_out), 'row')}. {first}")
             if split == "train":
                 cut = sum(1 for example in examples.train if example.dropped_tokens)
                 if cut:
-                    notes.append(f"{cut} training rows were cut to max_seq_length={self.config.max_seq_length}.")
+                    were = "was" if cut == 1 else "were"
+                    notes.append(
+                        f"{counted(cut, 'training row')} {were} cut to max_seq_length={self.config.max_seq_length}."
+                    )
                 notes += self._context_notes(examples.train)
         return notes
 
@@ -311,8 +313,9 @@ class Material:
         if not beyond:
             return []
         return [
-            f"{len(beyond)} training rows are longer than the {context} tokens that the model was made for, the first "
-            f"row {beyond[0].row}, the longest {longest(beyond) + more} tokens: lower max_seq_length."
+            f"{counted(len(beyond), 'training row')} {'is' if len(beyond) == 1 else 'are'} longer than the {context} "
+            f"tokens that the model was made for, the first row {beyond[0].row}, the longest {longest(beyond) + more} "
+            "tokens: lower max_seq_length."
         ]
 
     @cached_property

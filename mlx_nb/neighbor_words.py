@@ -189,6 +189,28 @@ SWITCHES: dict[str, tuple[str, str, str]] = {
 }
 OFF = ("", "0", "false", "no", "off", "none", "null")
 
+# What to write here where others write null, 0 or -1 for "off", "no limit" or "as it comes".
+OFF_HERE = {
+    "keep": "To keep all checkpoints, write a large number: `keep: 1000`.",
+    "max_seq_length": "For no limit, write the length of the longest row, as the data check gives it.",
+    "max_completion_length": "There is always a limit: write the longest completion that makes sense.",
+    "seed": "A run always has a seed. Remove it for 0.",
+    "val_set_size": "For no validation, write `val_set_size: 0`.",
+    "val_batches": "For all rows, write `val_batches: -1`.",
+    "save_every": "For only at the end, write `save_every: -1`.",
+    "steps_per_eval": "For never, write `steps_per_eval: -1`.",
+    "snapshot_memory": "For none, write `snapshot_memory: 0`.",
+    "num_layers": "For all layers, write `num_layers: -1`.",
+    "top_p": "For no limit, write `top_p: 1`.",
+    "batch_size": "It is always set: write how many rows go through the model at once.",
+    "learning_rate": "It is always set: write the peak rate, such as `learning_rate: 1e-4`.",
+    "model": "Write an alias, a hub id, a folder or a .gguf file.",
+    "weight_decay": "For none, write `weight_decay: 0`.",
+    "grad_accumulation_steps": "For none, write `grad_accumulation_steps: 1`.",
+    "lr_schedule": "For a rate that stays, write `lr_schedule: constant`.",
+    "temperature": "Completions are always sampled: write a number above 0.",
+}
+
 # What is so anyway.
 NEEDLESS = {
     "train": "A run always trains.",
@@ -293,6 +315,46 @@ METHOD_LINES: dict[str, dict[str, str]] = {
     "pt": {"method": "sft"},
     "gspo": {"method": "grpo", "importance_sampling_level": "sequence"},
 }
+
+# What other programs call their chat templates, and the one that the model has.
+TEMPLATE_OF_MODEL = ("tokenizer_default", "default", "auto")
+TEMPLATE_NAMES = (
+    "alpaca",
+    "chatml",
+    "command_a",
+    "deepseek",
+    "deepseek3",
+    "deepseek_v2",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "gemma-3",
+    "jamba",
+    "llama-2",
+    "llama2",
+    "llama-3",
+    "llama3",
+    "llama-3.1",
+    "llama3.1",
+    "mistral",
+    "mistral_v1",
+    "mistral_v7_tekken",
+    "phi-3",
+    "phi_3",
+    "phi_35",
+    "phi4",
+    "phi-4",
+    "qwen",
+    "qwen2.5",
+    "qwen-2.5",
+    "qwen3",
+    "qwen_25",
+    "sharegpt",
+    "tokenizer_default_fallback_chatml",
+    "unsloth",
+    "vicuna",
+    "zephyr",
+)
 
 # What other programs write for every linear layer, which is the default here.
 ALL_LINEAR = ("all-linear", "all_linear", "all")

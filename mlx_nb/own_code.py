@@ -12,6 +12,8 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from mlx_nb.errors import shortened
+
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), range, re.Pattern)
 _WRITES = ("STORE_GLOBAL", "STORE_DEREF", "DELETE_GLOBAL", "DELETE_DEREF")
 
@@ -41,12 +43,6 @@ def _is_ours(variables: dict[str, Any]) -> bool:
 def is_own(function: Callable[..., Any]) -> bool:
     """Whether a person wrote it: it does not come with this package."""
     return not str(getattr(inspect.unwrap(function), "__module__", "")).startswith("mlx_nb.")
-
-
-def shortened(text: str, size: int) -> str:
-    """At most `size` characters of a text on one line."""
-    text = " ".join(text.split())
-    return text if len(text) <= size else text[: size - 1].rstrip() + "…"
 
 
 def code_digest(function: Callable[..., Any]) -> str:

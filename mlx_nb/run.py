@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_nb import exits
 from mlx_nb.background import Background
 from mlx_nb.config import LIVE_SETTINGS, SETTINGS, RunConfig, unknown_settings
+from mlx_nb.config_templates import file_problem, is_template_text
 from mlx_nb.data.checks import SAMPLED_ROWS, DataCheck, check_data
 from mlx_nb.data.effects import refuse_ineffective
 from mlx_nb.data.examples import LeftOut, RowView
@@ -56,6 +57,7 @@ from mlx_nb.events import (
 from mlx_nb.folder_lock import is_locked
 from mlx_nb.keeper import (
     Keeper,
+    allowed_changes,
     changes_since,
     differences,
     for_other_settings,
@@ -67,6 +69,7 @@ from mlx_nb.keeper import (
 from mlx_nb.material import SPLITS, Material, Rows
 from mlx_nb.methods import method_named
 from mlx_nb.run_folder import RunFolder, check_name, folder_of, holder_here, same_folder, working_folder
+from mlx_nb.settings import shown
 from mlx_nb.train.inbox import Inbox
 from mlx_nb.turns import Turns
 from mlx_nb.view.history import History, visits_text
@@ -108,10 +111,17 @@ class Run:
         _from_checkpoint: bool = False,
     ) -> None:
         check_name(name)
+        if not isinstance(config, RunConfig | None):
+            way = " `RunConfig.from_dict` makes one of a dict." if isinstance(config, Mapping) else ""
+            raise ConfigError(f"config is a RunConfig, such as RunConfig(iters=100), not {shown(config)}.{way}")
+        if not isinstance(namespace, Mapping | None):
+            raise ConfigError(f"namespace is a dict such as globals(), not {shown(namespace)}.")
         config = config or RunConfig()
         config = config if config.working_folder else config.at(working_folder())
         self._from_checkpoint = _from_checkpoint
-        self._allow_changed = frozenset(allow_changed)
+        self._allow_changed = allowed_changes(allow_changed)
+        if not _from_checkpoint:
+            _check_template_file(config)
         self.config = config if _from_checkpoint else _with_adapter_settings(config)
         self.name = name
         self.history = History()
@@ -789,6 +799,9 @@ class Run:
         """
         from mlx_nb.train.checkpoint import CheckpointStore
 
+        if not isinstance(path, str | Path) or not str(path).strip():
+            raise CheckpointError(f"a run is resumed from its folder, such as 'adapters/run', not {shown(path)}.")
+        allow_changed = allowed_changes(allow_changed)
         folder = folder_of(str(path), working_folder())
         home = cls._home_to_resume(folder)
         try:
@@ -1097,6 +1110,15 @@ def _with_adapter_settings(config: RunConfig) -> RunConfig:
     from mlx_nb.model.adapter_files import with_adapter_settings
 
     return with_adapter_settings(config)
+
+
+def _check_template_file(config: RunConfig) -> None:
+    """Raise ConfigError where `chat_template` names a file that cannot be used."""
+    value = config.chat_template
+    if value is None or is_template_text(value):
+        return
+    if (problem := file_problem(value, config.working_folder or working_folder())) is not None:
+        raise ConfigError(problem)
 
 
 def _check_asking(prompt: Any, max_tokens: Any, temperature: Any) -> None:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_nb.errors import ConfigError, FolderError, FolderTaken
+from mlx_nb.errors import ConfigError, FolderError, FolderTaken, and_more
 from mlx_nb.folder_lock import MARK, FolderLock, Holder
 from mlx_nb.model.files import write_whole
 from mlx_nb.settings import shown
@@ -147,9 +147,9 @@ class RunFolder:
         """Raise FolderError where a file of somebody else has a name that this run would write under."""
         in_the_way = WrittenFiles(self.path).in_the_way()
         if in_the_way:
-            more = f" and {len(in_the_way) - 1} more" if len(in_the_way) > 1 else ""
+            files = and_more([str(self.path / name) for name in in_the_way], 1)
             raise FolderError(
-                f"{self.path / in_the_way[0]}{more} would be written over, and mlx_nb did not write it, or it was "
+                f"{files} would be written over, and mlx_nb did not write it, or it was "
                 "changed since. Nothing was moved. Give another `--name` or adapter_path."
             )
 
@@ -279,6 +279,7 @@ class RunFolder:
         )
 
 
+_LONGEST_NAME = 200  # bytes: file systems take 255, and `.previous-1` may follow
 _folders: weakref.WeakSet[RunFolder] = weakref.WeakSet()
 
 
@@ -293,8 +294,11 @@ def working_folder() -> Path:
 def check_name(name: str) -> None:
     """Raise ConfigError for a name of a run that cannot be one of a folder."""
     parts = name.split("/") if isinstance(name, str) else [""]
-    if not all(parts) or {".", ".."} & set(parts) or not name.isprintable():
-        raise ConfigError(f"a run cannot be called {shown(name)}: its name is also that of its folder in adapters/.")
+    problem = f"a run cannot be called {shown(name)}: its name is also that of its folder in adapters/"
+    if not all(map(str.strip, parts)) or {".", ".."} & set(parts) or not name.isprintable():
+        raise ConfigError(f"{problem}.")
+    if (size := len(name.encode())) > _LONGEST_NAME:
+        raise ConfigError(f"{problem}, and it has {size:,} bytes. Give one of at most {_LONGEST_NAME}.")
 
 
 def folder_of(path: str, working_folder: Path | None) -> Path:

@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import math
 import numbers
+import re
+import struct
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +15,7 @@ from dataclasses import field, fields
 from pathlib import PurePath
 from typing import Any, Literal
 
-from mlx_nb.errors import ConfigError, on_one_line
+from mlx_nb.errors import ConfigError, listed_problems, on_one_line, shortened
 
 
 def setting(
@@ -85,7 +87,7 @@ class SettingErrors(ConfigError):
     """What is wrong with several settings, one line each."""
 
     def __init__(self, errors: Sequence[SettingError]) -> None:
-        super().__init__("\n".join(map(str, errors)))
+        super().__init__(listed_problems([*map(str, errors)]))
         self.errors = tuple(errors)
 
 
@@ -109,19 +111,37 @@ def coerce(value: Any, declared: dataclasses.Field, hint: Any, parent: tuple[str
     if kind is dict or typing.get_origin(kind) is dict:
         if not isinstance(value, Mapping):
             raise SettingError(path, f"`{label}` must be a mapping such as {{name: value}}, not {shown(value)}.")
+        _refuse_crowd(value, path)
         return plain(value, path)
     synonyms = declared.metadata["synonyms"]
     value = of_python(value)
     known = synonyms.get(value, value) if isinstance(value, str) else value
     result = _CONVERSIONS[typing.get_origin(kind) or kind](known, kind)
     if result is _WRONG:
+        if (why := _vanishing(value, kind)) is not None:
+            raise SettingError(path, f"`{label}` cannot be {why}")
         wrong = "an empty list" if isinstance(value, (list, tuple)) and not value else shown(value)
         quote = f" Put it in quotes: '{value}'." if kind is str and isinstance(value, (int, float)) else ""
         raise SettingError(path, f"`{label}` cannot be {wrong}. {_expected(options, synonyms)}{quote}")
+    if kind is str and not result.strip():
+        raise SettingError(path, f"`{label}` is empty. {_expected(options)}")
     for word, limit in _limits(declared, kind):
-        if not _BOUNDS[word](result, limit):
-            raise SettingError(path, f"`{label}` must be {word} {limit:.10g}, not {shown(result)}.")
+        if not all(_BOUNDS[word](one, limit) for one in _as_computed(result)):
+            null = _null_means(declared) if type(None) in options and word in ("at least", "above") else ""
+            off = f" {null}" if null else ""
+            raise SettingError(path, f"`{label}` must be {word} {limit:.10g}, not {shown(result)}.{off}")
     return result
+
+
+def _null_means(declared: dataclasses.Field) -> str:
+    """What the help of a setting says about null, which other programs may write as 0 or -1; "" where nothing."""
+    found = re.search(r"null = [^.]*(?:\.\d[^.]*)*\.", declared.metadata["help"])
+    return found.group() if found else ""
+
+
+def _as_computed(value: Any) -> tuple[Any, ...]:
+    """A number, and what it is as a 32-bit float where it is a float: both are to be inside the bounds."""
+    return (value, as_float32(value)) if isinstance(value, float) else (value,)
 
 
 def _limits(declared: dataclasses.Field, kind: Any) -> list[tuple[str, float]]:
@@ -140,6 +160,7 @@ def _coerce_group(value: Any, kind: type, path: tuple[str, ...]) -> Any:
     if not isinstance(value, Mapping):
         names = ", ".join(declared.name for declared in fields(kind))
         raise SettingError(path, f"`{path[0]}` must be a mapping with some of: {names}; not {shown(value)}.")
+    _refuse_crowd(value, path)
     known = {declared.name: declared for declared in fields(kind)}
     hints = typing.get_type_hints(kind)
     errors: list[SettingError] = []
@@ -148,7 +169,7 @@ def _coerce_group(value: Any, kind: type, path: tuple[str, ...]) -> Any:
         if key not in known:
             near = typo_of(str(key), known)
             suggestion = f" Did you mean {near!r}?" if near else ""
-            message = f"unknown setting `{path[0]}.{key}`.{suggestion} Known: {', '.join(known)}."
+            message = f"unknown setting `{path[0]}.{shortened(str(key))}`.{suggestion} Known: {', '.join(known)}."
             errors.append(SettingError((*path, str(key)), message))
             continue
         try:
@@ -158,6 +179,12 @@ def _coerce_group(value: Any, kind: type, path: tuple[str, ...]) -> Any:
     if errors:
         raise errors[0] if len(errors) == 1 else SettingErrors(errors)
     return kind(**converted)
+
+
+def _refuse_crowd(value: Mapping[Any, Any], path: tuple[str, ...]) -> None:
+    """A mapping with more keys than anybody writes is one mistake, and not one for each key."""
+    if len(value) > MOST_KEYS:
+        raise SettingError(path, f"`{'.'.join(path)}` has {len(value):,} keys. At most {MOST_KEYS} are read.")
 
 
 def plain(value: Any, path: tuple[str, ...], depth: int = 0) -> Any:
@@ -179,6 +206,8 @@ def plain(value: Any, path: tuple[str, ...], depth: int = 0) -> Any:
         return value
     converted = (_to_text if isinstance(value, (str, PurePath)) else _to_number)(value, None)
     if converted is _WRONG:
+        if (why := _vanishing(value, float)) is not None:
+            raise SettingError(path, f"`{label}` cannot be {why}")
         takes = "a finite number" if isinstance(value, float) else "numbers, texts, lists and mappings"
         raise SettingError(path, f"`{label}` cannot be {shown(value)}. It takes {takes}.")
     return converted
@@ -230,6 +259,26 @@ _WRONG = object()
 _DEEPEST = 32
 _LARGEST_INT = 2**31 - 1  # what arrays are measured in
 _LARGEST_FLOAT = 3.4e38  # what they hold
+_SMALLEST_FLOAT = 2.0**-126  # below it a 32-bit float loses digits, and some devices make it 0
+MOST_KEYS = 100
+
+
+def as_float32(number: float) -> float:
+    """A number as arrays hold it."""
+    try:
+        return struct.unpack("f", struct.pack("f", number))[0]
+    except (OverflowError, struct.error):  # a float, or an int, that is too large
+        return math.inf if number > 0 else -math.inf
+
+
+def _vanishing(value: Any, kind: Any) -> str | None:
+    """The rest of the line about a number, or one in a list, that is 0 as arrays hold it; None where there is none."""
+    if kind is not float and typing.get_args(kind)[:1] != (float,):
+        return None
+    for one in value if isinstance(value, (list, tuple)) else (value,):
+        if isinstance(one, float) and 0 < abs(one) < _SMALLEST_FLOAT:
+            return f"{shown(one)}: that is 0 in 32-bit floats, the smallest of which is {_SMALLEST_FLOAT:.2g}."
+    return None
 
 
 def of_python(value: Any) -> Any:
@@ -260,7 +309,8 @@ def _to_float(value: Any, _kind: Any) -> Any:
         number = float(value)
     except OverflowError:
         return _WRONG
-    return number if math.isfinite(number) and abs(number) <= _LARGEST_FLOAT else _WRONG
+    held = number == 0 or _SMALLEST_FLOAT <= abs(number) <= _LARGEST_FLOAT
+    return number if held else _WRONG
 
 
 def _to_text(value: Any, _kind: Any) -> Any:

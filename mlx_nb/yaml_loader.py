@@ -15,10 +15,12 @@ from typing import Any
 
 import yaml
 
-from mlx_nb.errors import CommandError, ConfigError, on_one_line
+from mlx_nb.errors import CommandError, ConfigError, on_one_line, shortened
 
 _DEEPEST = 32  # levels of nesting
 _MOST_VALUES = 100_000  # with every alias written out
+_MOST_NODES = 10_000  # keys and values as they are written
+_MOST_CHARACTERS = 250_000
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,17 @@ class Document:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the scalars and tags of the YAML 1.2 core schema, of bounded depth."""
+    """SafeLoader with the scalars and tags of the YAML 1.2 core schema, of bounded depth and size."""
 
     depth = 0
+    nodes = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self.depth += 1
+        self.nodes += 1
+        if self.nodes > _MOST_NODES:
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, f"it has more than {_MOST_NODES:,} keys and values", mark)
         if self.depth > _DEEPEST:
             mark = self.peek_event().start_mark
             raise yaml.composer.ComposerError(None, None, f"nested more than {_DEEPEST} levels deep", mark)
@@ -128,6 +135,9 @@ def read_yaml_file(path: Path) -> str:
     if path.is_dir():
         raise ConfigError(f"{path} is a folder. Give the path of a YAML file.")
     try:
+        size = path.stat().st_size
+        if size > 4 * _MOST_CHARACTERS:
+            raise _too_long(str(path), f"{size:,} bytes")
         content = path.read_bytes()
     except FileNotFoundError:
         raise ConfigError(f"no such file: {path}. Give the path of a YAML file, or YAML text.") from None
@@ -141,9 +151,18 @@ def read_yaml_file(path: Path) -> str:
         raise ConfigError(f"{path} cannot be read at line {line}: it is not UTF-8. Save it as UTF-8.") from None
 
 
+def _too_long(named: str, size: str) -> ConfigError:
+    return ConfigError(
+        f"{named} is too long for settings: {size}, and at most {_MOST_CHARACTERS:,} characters are read. Put rows "
+        "into a file, and name it in `data`."
+    )
+
+
 def load_mapping(text: str, name: str = "") -> Document:
     """Read a YAML mapping; `name` is that of its file. Raises ConfigError with line and column when it is not one."""
     named = name or "the YAML"
+    if len(text) > _MOST_CHARACTERS:
+        raise _too_long(named, f"{len(text):,} characters")
     loader = None
     try:
         loader = _Loader(text)
@@ -238,7 +257,7 @@ def _record_marks(
         key, mark = str(key_node.value), (key_node.start_mark.line + 1, key_node.start_mark.column + 1)
         if key in seen:
             problems.append(
-                (mark, f"`{on_one_line(key)}` is given twice, first on line {seen[key]}. Keep one of them.")
+                (mark, f"`{on_one_line(shortened(key))}` is given twice, first on line {seen[key]}. Keep one of them.")
             )
         else:
             seen[key] = mark[0]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import time
+import typing
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 from mlx_nb import Run
 from mlx_nb.config import SETTINGS, RunConfig
 from mlx_nb.config_optimizers import OPTIMIZER_ARGUMENTS
-from mlx_nb.errors import ConfigError
+from mlx_nb.errors import CheckpointError, ConfigError
 from mlx_nb.settings import typo_of
 from mlx_nb.train.optimizer import _OPTIMIZERS, build_optimizer
 from tiny import tiny_rows
@@ -228,7 +230,7 @@ def test_an_unknown_keyword_in_python_is_answered_as_one_in_yaml():
         RunConfig(lr=1e-3, iters=0)
     assert str(caught.value).splitlines() == [
         "unknown setting `lr`. Here it is `learning_rate`: write `learning_rate: 0.001`.",
-        "`iters` must be at least 1, not 0.",
+        "`iters` must be at least 1, not 0. null = as many as epochs take.",
     ]
     assert list(inspect.signature(RunConfig).parameters) == list(SETTINGS)
 
@@ -297,3 +299,257 @@ def test_all_live_changes_are_answered_at_once_and_taken_together():
     with pytest.raises(ConfigError) as caught:
         run.fork(model="x", data="y", lr=3)
     assert len(str(caught.value).splitlines()) == 3
+
+
+# Numbers as arrays hold them
+
+FLOATS = {
+    **dict.fromkeys(("learning_rate", "grad_clip", "weight_decay", "loss_spike", "epochs", "val_set_size"), 1e-50),
+    "lora_parameters": {"scale": 1e-39},
+    "lr_schedule": {"name": "cosine_decay", "arguments": [1e-4, 100, 1e-50]},
+    "optimizer_config": {"eps": 1e-60},
+}
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_a_number_that_is_0_in_32_bits_is_refused(name):
+    with pytest.raises(ConfigError, match=r"that is 0 in 32-bit floats, the smallest of which is 1\.2e-38\.$") as error:
+        RunConfig.from_dict({name: FLOATS[name]})
+    assert "\n" not in str(error.value)
+
+
+def float_settings():
+    """(name, method that has it, whether it is a list) of every setting that is a number or a list of numbers."""
+    for name, kind in typing.get_type_hints(RunConfig).items():
+        options = [option for option in (typing.get_args(kind) or (kind,)) if option is not type(None)]
+        if float in options or tuple[float, ...] in options or kind == tuple[float, ...]:
+            yield name, tuple[float, ...] in options
+
+
+@pytest.mark.parametrize(("name", "is_list"), [*float_settings()])
+@pytest.mark.parametrize("tiny", [1e-50, -1e-40, 5e-324, np.float64(1e-46)])
+def test_no_setting_takes_a_number_that_is_0_in_32_bits(name, is_list, tiny):
+    with pytest.raises(ConfigError) as error:
+        RunConfig(**{name: [tiny] if is_list else tiny})
+    assert "that is 0 in 32-bit floats" in str(error.value)
+
+
+def test_every_kind_of_number_was_tried():
+    assert {"learning_rate", "grad_clip", "temperature", "beta", "reward_weights"} <= {
+        name for name, _ in float_settings()
+    }
+
+
+def test_0_and_the_smallest_numbers_that_arrays_hold_are_taken():
+    config = RunConfig(weight_decay=0, learning_rate=1.2e-38, optimizer_config={"betas": [0, 0.9]})
+    assert (config.weight_decay, config.learning_rate) == (0, 1.2e-38)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"lora_parameters": {"dropout": 1 - 1e-12}}, "`lora_parameters.dropout` must be below 1, not 0.999999999999."),
+        ({"label_smoothing": 1 - 1e-12}, "`label_smoothing` must be below 1"),
+        ({"optimizer_config": {"betas": [0.9, 1 - 1e-12]}}, "It takes two numbers of at least 0 and below 1"),
+        (
+            {"optimizer": "sgd", "optimizer_config": {"momentum": 1 - 1e-12}},
+            "It takes a number of at least 0 and below",
+        ),
+    ],
+)
+def test_a_number_that_reaches_its_bound_in_32_bits_is_refused(given, words):
+    with pytest.raises(ConfigError) as error:
+        RunConfig.from_dict(given)
+    assert words in str(error.value)
+
+
+def test_a_live_change_to_a_number_that_is_0_in_32_bits_is_refused():
+    with pytest.raises(ConfigError, match="that is 0 in 32-bit floats"):
+        RunConfig().with_live(learning_rate=1e-50)
+
+
+# What only a later stage refused
+
+LATER = [
+    ({"val_set_size": 1.5}, "`val_set_size: 1.5` is neither a share below 1 nor a whole number of rows."),
+    *[
+        (
+            {"data": [{"path": "a.jsonl", "weight": weight}, "b.jsonl"]},
+            f"weight of source 1 of data must be a number {rest}",
+        )
+        for weight, rest in [
+            (-1, "above 0, not -1."),
+            (0, "above 0, not 0."),
+            (float("nan"), "above 0, not nan."),
+            (float("inf"), "above 0, not inf."),
+            (1e-50, "above 0, not 1e-50."),
+            ("2", "above 0, not '2'."),
+            (True, "above 0, not True."),
+            (10**400, "above 0, not "),
+        ]
+    ],
+    (
+        {"data": ["a.jsonl", {"path": "b", "wieght": 2}]},
+        "source 2 of data has the unknown key 'wieght'. Did you mean 'weight'?",
+    ),
+    ({"data": ["a.jsonl", {"weight": 2}]}, "source 2 of data needs a path, such as {path: other.jsonl, weight: 2}:"),
+    ({"data": ["a.jsonl", 3]}, "source 2 of data needs a path"),
+    ({"data": ["a.jsonl", " "]}, "source 2 of data is empty."),
+    ({"data": [{"path": ""}]}, "path of source 1 of data cannot be ''."),
+    ({"data": [{"path": None}]}, "path of source 1 of data cannot be None."),
+    ({"data": [{"path": "a", "train_split": 3}]}, "train_split of source 1 of data must be text, not 3."),
+    ({"data": ""}, "`data` is empty."),
+    *[
+        ({name: " "}, f"`{name}` is empty. It takes text.")
+        for name in ("model", "subset", "valid_split", "prompt_feature", "adapter_path", "resume_adapter_file")
+    ],
+    ({"target_modules": ["q_proj", ""]}, "`target_modules` has an empty name. Remove it."),
+    ({"lora_parameters": {"keys": [""]}}, "`lora_parameters.keys` has an empty name. Remove it."),
+    ({"chat_template": ""}, "`chat_template` is empty."),
+    ({"chat_template": "chatml"}, "`chat_template: chatml` is the name of a template of other programs."),
+    ({"chat_template": "tokenizer_default"}, "is the default here: the model's own. Remove it."),
+    ({"chat_template": "{{"}, "`chat_template` is not valid Jinja at line 1: unexpected 'end of template'."),
+    ({"chat_template": "{% for m in messages %}\n{{ m }}"}, "`chat_template` is not valid Jinja at line 2: "),
+    (
+        {"chat_template": "{{ messages|tojsn }}"},
+        "`chat_template` is not valid Jinja at line 1: No filter named 'tojsn'.",
+    ),
+    ({"chat_template": "{bos}{text}"}, "`chat_template` never reads `messages`: every conversation would be the same"),
+]
+
+
+@pytest.mark.parametrize(("given", "words"), LATER, ids=lambda value: str(value)[:60])
+def test_what_no_run_can_use_is_refused_when_it_is_configured(given, words):
+    with pytest.raises(ConfigError) as error:
+        RunConfig.from_dict(given)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_mixture_in_yaml_is_refused_with_its_line():
+    with pytest.raises(ConfigError) as error:
+        RunConfig.from_yaml("data:\n  - a.jsonl\n  - path: b.jsonl\n    weight: -2\n")
+    assert str(error.value) == "line 4, column 5: weight of source 2 of data must be a number above 0, not -2."
+
+
+def test_a_template_is_text_or_a_file_that_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}"
+    assert RunConfig(chat_template=text).chat_template == text
+    (tmp_path / "good.jinja").write_text(text)
+    (tmp_path / "bad.jinja").write_text("{% for m in messages %}")
+    (tmp_path / "chatml").write_text(text)
+    for name in ("good.jinja", "chatml", str(tmp_path / "good.jinja")):
+        assert Run(RunConfig(chat_template=name)).config.chat_template == name
+    for name, words in [
+        ("bad.jinja", "`chat_template`: bad.jinja is not valid Jinja at line 1: "),
+        ("lost.jinja", "`chat_template`: 'lost.jinja' cannot be read as a file: No such file or directory. It takes"),
+        ("mine", "`chat_template`: 'mine' cannot be read as a file"),
+        (".", "`chat_template`: '.' cannot be read as a file: Is a directory."),
+        ("x" * 5000, "File name too long"),
+    ]:
+        for make in (lambda: Run(RunConfig(chat_template=name)), lambda: Run.from_yaml(f"chat_template: {name}")):  # noqa: B023
+            with pytest.raises(ConfigError) as error:
+                make()
+            assert words in str(error.value)
+            assert "\n" not in str(error.value)
+            assert len(str(error.value)) < 300
+
+
+# Sizes
+
+CROWDS = {
+    "settings": {f"key{index}": index for index in range(20_000)},
+    "a group": {"lora_parameters": {f"key{index}": index for index in range(20_000)}},
+    "optimizer_config": {"optimizer_config": {f"key{index}": index for index in range(20_000)}},
+    "method_options": {"method_options": {f"key{index}": index for index in range(20_000)}},
+    "roles": {"roles": {f"key{index}": "user" for index in range(20_000)}},
+    "a long name": {"x" * 10_000_000: 1},
+    "a long name in a group": {"lora_parameters": {"x" * 10_000_000: 1}},
+}
+
+
+@pytest.mark.parametrize("case", CROWDS)
+def test_a_crowd_of_wrong_settings_is_answered_shortly_and_at_once(case):
+    began = time.process_time()
+    with pytest.raises(ConfigError) as error:
+        RunConfig.from_dict(CROWDS[case])
+    assert time.process_time() - began < 2
+    assert len(str(error.value)) < 20_000
+    if case == "settings":
+        lines = str(error.value).splitlines()
+        assert (len(lines), lines[-1]) == (201, "and 19,800 more problems.")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: " + "x" * 10_000_000,
+        'model: "' + "x y " * 2_500_000 + '"',
+        "\n".join(f"key{index}: 1" for index in range(20_000)),
+        "\n".join(f"k{index}: 1" for index in range(20_000)),
+        "keys: [" + ", ".join("a" for _ in range(60_000)) + "]",
+    ],
+    ids=["scalar", "quoted", "long names", "names", "list"],
+)
+def test_a_text_too_long_for_settings_is_one_line_at_once(text, tmp_path):
+    (tmp_path / "run.yaml").write_text(text)
+    for source in (text, tmp_path / "run.yaml"):
+        began = time.process_time()
+        with pytest.raises(
+            ConfigError, match=r"is too long for settings|it has more than 10,000 keys and values"
+        ) as error:
+            RunConfig.from_yaml(source)
+        assert time.process_time() - began < 4
+        assert len(str(error.value)) < 400
+        assert "\n" not in str(error.value)
+
+
+# What the constructors take
+
+
+@pytest.mark.parametrize("source", [None, {}, {"iters": 3}, b"iters: 3", 3, ["iters: 3"]], ids=repr)
+def test_what_is_no_text_and_no_path_is_one_clear_error(source):
+    for read in (RunConfig.from_yaml, Run.from_yaml):
+        with pytest.raises(ConfigError, match="settings are read from YAML text or the path of a YAML file, not"):
+            read(source)
+    if not isinstance(source, dict):
+        with pytest.raises(ConfigError, match=r"settings are a dict such as \{'iters': 100\}, not"):
+            RunConfig.from_dict(source)
+    if source is not None:
+        with pytest.raises(ConfigError, match=r"config is a RunConfig, such as RunConfig\(iters=100\), not"):
+            Run(source)
+    with pytest.raises(CheckpointError, match="a run is resumed from its folder, such as 'adapters/run', not"):
+        Run.resume(source)
+    with pytest.raises(ConfigError, match="namespace is a dict such as globals"):
+        Run(RunConfig(), namespace=3)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("modle", "there is nothing called 'modle' that could have changed. Did you mean 'model'? It takes data, "),
+        (["model", "rnak"], "there is nothing called 'rnak' that could have changed."),
+        ("m", "there is nothing called 'm'"),
+        (3, "allow_changed is a list of names, such as ['model'], not 3."),
+        ([3], "allow_changed is a list of names"),
+    ],
+)
+def test_what_may_have_changed_goes_by_known_names(given, words, tmp_path):
+    for make in (
+        lambda: Run(RunConfig(), allow_changed=given),
+        lambda: Run.from_yaml("iters: 3", allow_changed=given),
+        lambda: Run.resume(tmp_path, allow_changed=given),
+    ):
+        with pytest.raises(ConfigError) as error:
+            make()
+        assert words in str(error.value)
+
+
+def test_a_text_is_one_name_wherever_a_list_of_names_is_taken():
+    assert Run(RunConfig(), allow_changed="model")._allow_changed == {"model"}
+    assert RunConfig(target_modules="q_proj").lora_parameters.keys == ("q_proj",)
+    assert RunConfig(lora_parameters={"keys": "q_proj"}).lora_parameters.keys == ("q_proj",)
+    assert RunConfig(sample_prompts="Hello").sample_prompts == ("Hello",)
+    grpo = RunConfig(method="grpo", rewards="number_match", stop="END", reward_weights=[2])
+    assert (tuple(grpo.rewards), grpo.stop) == (("number_match",), ("END",))

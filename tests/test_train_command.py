@@ -83,3 +83,34 @@ def test_rewards_come_from_a_file(config, tmp_path, tiny_folder, capsys):
     (tmp_path / "scores.py").write_text("1 / 0")
     assert main(["train", config, *settings, "--rewards", "scores.py"]) == 1
     assert "--rewards scores.py: ZeroDivisionError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--help"],
+        ["settings"],
+        ["settings", "--markdown"],
+        ["doctor"],
+        ["check", "rows.jsonl", "--rows"],
+        ["check", "rows.jsonl", "--json"],
+        ["check", "rows.jsonl"],
+        ["train", "run.yaml", "--json"],
+        ["train", "run.yaml"],
+        ["check", "nothing.jsonl"],
+    ],
+    ids=" ".join,
+)
+def test_where_nobody_reads_the_output_a_command_ends_without_a_word(words, config, tiny_folder):
+    model = ["--model", str(tiny_folder)] if words[:1] == ["check"] else []
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "mlx_nb", *words, *model]
+    ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writing)
+    assert "BrokenPipe" not in ended.stderr
+    assert "Traceback" not in ended.stderr
+    # argparse itself takes no notice of a help that nobody reads.
+    status = {"": 2, "--help": 0, "check nothing.jsonl": 1}
+    assert ended.returncode == status.get(" ".join(words), 141)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mlx_nb.data.compression import bare_name
-from mlx_nb.errors import DataError
+from mlx_nb.errors import DataError, and_more
 
 TRAIN_NAMES = ("train",)
 VALID_NAMES = ("valid", "validation", "val", "dev")
@@ -112,12 +112,11 @@ def _check_complete(split: str, total: int, shards: dict[int, Path]) -> None:
     path = next(iter(shards.values()))
     names = [
         re.sub(r"[0-9]+(?=-of-)", lambda found: f"{number:0{len(found[0])}}", path.name, count=1)  # noqa: B023
-        for number in missing[:3]
+        for number in missing
     ]
-    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
     raise DataError(
         f"folder {path.parent} has {total - len(missing)} of the {total} shards of {split}; missing: "
-        f"{', '.join(names)}{more}. Get them, or give the path of one file."
+        f"{and_more(names, 3)}. Get them, or give the path of one file."
     )
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from mlx_nb.config_sources import FEATURES, ROW_COLUMNS, is_mixture, source_problem
 from mlx_nb.data.row_source import RowSource, gathered
 from mlx_nb.errors import DataError, did_you_mean
 
@@ -42,65 +44,26 @@ class SourceSpec:
     columns: dict[str, str]
 
 
-_FEATURES = {
-    "chat_feature": "messages",
-    "prompt_feature": "prompt",
-    "completion_feature": "completion",
-    "chosen_feature": "chosen",
-    "rejected_feature": "rejected",
-    "label_feature": "label",
-    "answer_feature": "answer",
-    "preference_score_feature": "preference_score",
-    "text_feature": "text",
-    "system_feature": "system",
-}
-_SPEC_KEYS = ("path", "weight", "subset", "train_split", "valid_split", "test_split", *_FEATURES)
-_ROW_COLUMNS = {
-    "messages",
-    "conversations",
-    "conversation",
-    "prompt",
-    "completion",
-    "output",
-    "response",
-    "text",
-    "chosen",
-    "rejected",
-}
 _ANSWERED = {"prompt", "completion", "chosen", "rejected"}
 _MOST_REPEATS = 100
 
 
 def mixture_specs(found: object) -> list[SourceSpec] | None:
     """The sources of a mixture; None when `found` is no mixture."""
-    if not isinstance(found, (list, tuple)) or not found:
+    if not is_mixture(found):
         return None
-    first = found[0]
-    named = isinstance(first, (str, os.PathLike))
-    if not named and not (isinstance(first, Mapping) and "path" in first and not _ROW_COLUMNS & set(first)):
-        return None
-    return [_spec(item, number) for number, item in enumerate(found, start=1)]
+    return [_spec(item, number) for number, item in enumerate(typing.cast(Sequence[Any], found), start=1)]
 
 
-def _spec(item: object, number: int) -> SourceSpec:
+def _spec(item: Any, number: int) -> SourceSpec:
+    if (problem := source_problem(item, number)) is not None:
+        raise DataError(problem[1])
     if isinstance(item, (str, os.PathLike)):
         return SourceSpec(item, None, SplitWords(), {})
-    if not isinstance(item, Mapping) or "path" not in item:
-        raise DataError(f"source {number} of data needs a path, such as {{path: other.jsonl, weight: 2}}: {item!r}.")
-    for key in item:
-        if key not in _SPEC_KEYS:
-            raise DataError(
-                f"source {number} of data has the unknown key {key!r}.{did_you_mean(str(key), _SPEC_KEYS)} "
-                f"Known: {', '.join(_SPEC_KEYS)}."
-            )
     weight = item.get("weight")
-    if weight is not None and (
-        isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf")
-    ):
-        raise DataError(f"weight of source {number} of data must be a number above 0, not {weight!r}.")
     words = SplitWords(**{name: item.get(name) for name in vars(SplitWords())})
-    columns = {standard: item[key] for key, standard in _FEATURES.items() if item.get(key) is not None}
-    return SourceSpec(item["path"], weight, words, columns)
+    columns = {standard: item[key] for key, standard in FEATURES.items() if item.get(key) is not None}
+    return SourceSpec(item["path"], None if weight is None else float(weight), words, columns)
 
 
 def hold_out(
@@ -148,10 +111,10 @@ def _held_out_count(val_set_size: float, total: int) -> int:
 
 def renamed(source: RowSource, columns: Mapping[str, str]) -> RowSource:
     """The rows with their columns under the standard names, and without the columns of other shapes."""
-    shaping = set(columns) & _ROW_COLUMNS
+    shaping = set(columns) & ROW_COLUMNS
     others = set(columns.values())
     if shaping:
-        others |= _ROW_COLUMNS - (_ANSWERED if shaping & _ANSWERED else set())
+        others |= ROW_COLUMNS - (_ANSWERED if shaping & _ANSWERED else set())
 
     def read(row: int) -> dict[str, Any]:
         record = source[row]

@@ -12,7 +12,7 @@ from mlx_nb.config_checks import CALLING, MESSAGE_ROLES
 from mlx_nb.data.message_lists import spread
 from mlx_nb.data.plain_values import plain_value
 from mlx_nb.data.row_roles import calls_in_text, joined_calls, known_role, whole_call, whole_tool
-from mlx_nb.errors import DataError, did_you_mean
+from mlx_nb.errors import DataError, and_more, did_you_mean
 
 Messages = list[dict[str, Any]]
 
@@ -252,8 +252,7 @@ def missing_column(record: Mapping[str, Any], needed: tuple[str, ...]) -> str:
 
 def listed(names: Iterable[Any]) -> str:
     """The first eight names in quotes."""
-    shown = [repr(str(name)) for name in names]
-    return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")
+    return and_more([repr(str(name)) for name in names], 8)
 
 
 def kind_of_value(value: Any) -> str:

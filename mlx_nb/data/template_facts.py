@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_nb.config_templates import standard_jinja
+
 Message = Mapping[str, Any]
 Render = Callable[[Sequence[Message], bool], str]
 """Messages and `add_generation_prompt` to text. Raises RenderFailed."""
@@ -104,11 +106,8 @@ def _tested_constants(source: str) -> tuple[str, ...]:
     import jinja2
     from jinja2 import nodes
 
-    # `generation` is a tag of transformers that jinja2 alone does not know; it changes nothing here.
-    standard = re.sub(r"\{%([-+]?)\s*generation\s*([-+]?)%\}", r"{%\1 if true \2%}", source)
-    standard = re.sub(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}", r"{%\1 endif \2%}", standard)
     try:
-        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(standard)
+        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(standard_jinja(source))
     except jinja2.TemplateError:
         return ()
     named: dict[str, set[str]] = {}

@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_nb.config import RunConfig
-from mlx_nb.errors import ConfigError, ModelError, did_you_mean
+from mlx_nb.errors import ConfigError, ModelError, and_more, did_you_mean
 from mlx_nb.model.adapter_files import AdapterFile
 from mlx_nb.model.files import write_whole
 from mlx_nb.model.finite import not_finite
@@ -199,7 +199,7 @@ def load_adapter_weights(model: nn.Module, adapter: AdapterFile) -> None:
             raise ModelError(f"{what}: {name} in {path} is {array.dtype}, and weights are floats. {hint}")
     missing = sorted(set(expected) - set(weights))
     if missing:
-        raise ModelError(f"{what}: {path} lacks {missing[0]} and {len(missing) - 1} more. {hint}")
+        raise ModelError(f"{what}: {path} lacks {and_more(missing, 1)}. {hint}")
     if bad := not_finite(weights):
         raise ModelError(f"{what}: {path} is damaged: {bad}. Give an earlier adapter.")
     model.load_weights([(name, array.astype(expected[name].dtype)) for name, array in weights.items()], strict=False)

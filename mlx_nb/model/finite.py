@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 
+from mlx_nb.errors import counted
+
 _NO_SCALE = 255  # NaN among the uint8 scales of microscaling formats
 
 
@@ -24,8 +26,12 @@ def not_finite(arrays: Mapping[str, mx.array]) -> str:
     if not bad:
         return ""
     name, count = next(iter(bad.items()))
-    more = f"; {len(bad) - 1} more tensors have such values" if len(bad) > 1 else ""
-    return f"{name} ({count} of {arrays[name].size} values are NaN or infinite{more})"
+    more = f"; so are values of {counted(len(bad) - 1, 'more tensor')}" if len(bad) > 1 else ""
+    return f"{name} ({_share(count, arrays[name].size)} NaN or infinite{more})"
+
+
+def _share(count: int, size: int) -> str:
+    return f"{count} of {counted(size, 'value')} {'is' if count == 1 else 'are'}"
 
 
 def _count(which: mx.array) -> int:

@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_nb.config import RunConfig
+from mlx_nb.errors import and_more
 from mlx_nb.model.trees import named_arrays
 
 _MOST_NAMES = 6
@@ -75,6 +76,4 @@ def _frozen_outside(model: nn.Module) -> list[str]:
 
 
 def _listed(names: list[str]) -> str:
-    unique = list(dict.fromkeys(names))
-    shown = ", ".join(unique[:_MOST_NAMES])
-    return shown if len(unique) <= _MOST_NAMES else f"{shown} and {len(unique) - _MOST_NAMES} more"
+    return and_more(list(dict.fromkeys(names)), _MOST_NAMES)

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_nb.own_code import describe_error, shortened
+from mlx_nb.errors import shortened
+from mlx_nb.own_code import describe_error
 from mlx_nb.rollouts.reward_calls import Outcome, Progress, call_reward
 from mlx_nb.rollouts.rewards import CompletionBatch, Reward, check_rewards
 
@@ -217,8 +218,12 @@ def _shown(value: Any) -> str:
     if value is None or isinstance(value, numbers.Real):
         return str(value)
     if isinstance(value, str):
-        return f"the text {json.dumps(shortened(value, _EXCERPT), ensure_ascii=False)}"
+        return f"the text {json.dumps(_excerpt(value), ensure_ascii=False)}"
     return f"a {type(value).__name__}"
+
+
+def _excerpt(text: str) -> str:
+    return shortened(" ".join(text.split()), _EXCERPT)
 
 
 def _problems(reward: Reward, reading: _Reading, batch: CompletionBatch) -> list[RewardProblem]:
@@ -237,5 +242,5 @@ def _problems(reward: Reward, reading: _Reading, batch: CompletionBatch) -> list
 def _named_completion(batch: CompletionBatch, k: int) -> str:
     """`completion 3 of row 17 ("The answer is…")`; both counted from 0."""
     row = batch.rows[k]
-    excerpt = json.dumps(shortened(batch.completions[k], _EXCERPT), ensure_ascii=False)
+    excerpt = json.dumps(_excerpt(batch.completions[k]), ensure_ascii=False)
     return f"completion {list(batch.rows[:k]).count(row)} of row {row} ({excerpt})"

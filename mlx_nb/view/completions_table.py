@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mlx_nb.errors import counted
 from mlx_nb.events import RolloutCompleted
 from mlx_nb.view import theme
 from mlx_nb.view.batch_table import token_groups
@@ -82,7 +83,7 @@ def completions_html(rollout: RolloutCompleted, tokenizer: Any = None, ratios: R
         start += len(group["completions"])
     left_out = len(rollout.groups) - _MOST_GROUPS
     if left_out > 0:
-        parts.append(f'<div style="{_QUIET}">… and {left_out} more prompts</div>')
+        parts.append(f'<div style="{_QUIET}">… and {counted(left_out, "more prompt")}</div>')
     parts += [f'<div style="{theme.WRAP}">⚠ {visible_html(problem, edges=False)}</div>' for problem in rollout.problems]
     legend = _scale_html(colours.strongest) if colours else ""
     return (

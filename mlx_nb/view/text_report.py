@@ -6,6 +6,7 @@ import html
 import math
 import statistics
 
+from mlx_nb.errors import counted
 from mlx_nb.events import (
     BatchSkipped,
     CheckpointSaved,
@@ -59,7 +60,7 @@ def describe(event: Event) -> str:
             told = f"{event.split} {name} {value:.4f}"
             measured = asides(row, event.metrics)
             told += f", {measured}" if measured else ""
-            return f"update {event.step}: {told} ({event.rows} rows{best})"
+            return f"update {event.step}: {told} ({counted(event.rows, 'row')}{best})"
         case SampleGenerated():
             return f"update {event.step}: {event.prompt!r} → {event.answer!r}"
         case RolloutCompleted():
@@ -128,7 +129,7 @@ def rollout_words(rollout: RolloutCompleted) -> str:
     said = [completion for group in rollout.groups for completion in group["completions"]]
     prompts = len(rollout.groups)
     rewards = [completion["reward"] for completion in said if completion["reward"] is not None]
-    parts = [f"{len(said)} completions of {prompts} prompt{'s' * (prompts != 1)}"]
+    parts = [f"{counted(len(said), 'completion')} of {counted(prompts, 'prompt')}"]
     if rewards:
         spread = f" ± {statistics.pstdev(rewards):.3g}" if len(rewards) > 1 else ""
         parts.append(f"reward {statistics.fmean(rewards):.3g}{spread}")
