@@ -281,6 +281,10 @@ class Request:
 
     applies: ClassVar[str] = "at the next step boundary"
 
+    def to_json(self) -> str:
+        """One JSON line; `request_from_json` reads it back."""
+        return json.dumps({"request": type(self).__name__, **dataclasses.asdict(self)})
+
 
 @dataclass(frozen=True)
 class Pause(Request):
@@ -328,3 +332,14 @@ class ChangeSetting(Request):
 
     name: str
     value: Any
+
+
+# What was asked and not done yet is part of a checkpoint, but for what ends a run: who resumes it wants it to go on.
+KEPT_REQUESTS = (Skip, Save, Evaluate, Sample, Rewind, ChangeSetting)
+
+
+def request_from_json(line: str) -> Request:
+    """The request that `Request.to_json` wrote, of those that a checkpoint keeps."""
+    values = json.loads(line)
+    kinds = {kind.__name__: kind for kind in KEPT_REQUESTS}
+    return kinds[values.pop("request")](**values)

@@ -9,7 +9,7 @@ import shlex
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +20,14 @@ from mlx_nb.errors import CheckpointError, CommandError, ConfigError, did_you_me
 from mlx_nb.events import (
     CheckpointSaved,
     Event,
+    Request,
     RunFailed,
     RunFinished,
     RunPaused,
     SettingChanged,
     StepCompleted,
     event_from_json,
+    request_from_json,
 )
 from mlx_nb.history_file import HISTORY_FILE, HistoryFile, history_files, is_history, read_history
 from mlx_nb.settings import shown
@@ -62,6 +64,7 @@ class Keeper:
     def __init__(self) -> None:
         self._recent: deque[Checkpoint] = deque()
         self._parked: list[Parking] = []
+        self._settings = RunConfig()  # those of the newest snapshot
         self._holders: Counter[int] = Counter()  # how many of these each array is in, by its id
         self._bytes = 0  # of all of them, each once
         self._history = HistoryFile()
@@ -82,6 +85,7 @@ class Keeper:
         if _best_step(snapshot) in {one.step for one in self._recent}:
             snapshot = _with_best(snapshot, None)
         self._recent.append(snapshot)
+        self._settings = trainer.config
         self._count(snapshot, 1)
         while len(self._recent) > 1 and self.held_bytes > trainer.config.snapshot_memory * 1024**2:
             self._forget_oldest()
@@ -195,7 +199,7 @@ class Keeper:
         with self._saving:
             snapshot = trainer.snapshot()
             state = {**snapshot.state, **_place_in(history)}
-            return self._write(replace(snapshot, state=state), history, store, kind, **about)
+            return self._write(replace(snapshot, state=state), trainer.config, history, store, kind, **about)
 
     def save_last_boundary(self, history: History, store: CheckpointStore, kind: str, **about: Any) -> Path | None:
         """The same as it was after the last update, from memory and by any thread, also in the middle of the next one.
@@ -206,21 +210,22 @@ class Keeper:
             recent = list(self._recent)
             if not recent or recent[-1].step <= self.saved_step or recent[-1].state["events"] < self._seen:
                 return None
-            return self._write(self._with_own_best(recent[-1]), history, store, kind, **about)
+            return self._write(self._with_own_best(recent[-1]), self._settings, history, store, kind, **about)
 
     def _write(
         self,
         snapshot: Checkpoint,
+        config: RunConfig,
         history: History,
         store: CheckpointStore,
         kind: str,
         *,
         name: str,
-        config: RunConfig,
         made_from: dict[str, Any],
         run_folder: Path,
+        asked: Sequence[str],
     ) -> Path:
-        """Write a snapshot with the history until then."""
+        """Write a snapshot with the settings and the history until then, and with what is `asked` now besides."""
         from mlx_nb.train.checkpoint import save_error
 
         begun = time.monotonic()
@@ -238,6 +243,7 @@ class Keeper:
             "name": name,
             "config": config.described(),
             "made_from": made_from,
+            "asked": list(dict.fromkeys([*snapshot.state["asked"], *asked])),
             "history": [],  # what an older mlx_nb looks for
             "history_parts": parts,
             "live_changes": list(self._live_changes),
@@ -387,6 +393,11 @@ def read_history_of(checkpoint: Checkpoint) -> tuple[History, list[str]]:
     return history, problems
 
 
+def requests_of(checkpoint: Checkpoint) -> list[Request]:
+    """What had been asked of the run and was not done yet."""
+    return [request_from_json(line) for line in checkpoint.state.get("asked", ())]
+
+
 # What reading raises that was not written by this mlx_nb, or by none.
 _FOREIGN = (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError, OverflowError)
 
@@ -414,6 +425,7 @@ def refuse_unusable(checkpoint: Checkpoint) -> None:
             if not HISTORY_FILE.fullmatch(part["file"]) or not isinstance(part["bytes"], int):
                 wrong.append("history_parts")
         _live_changes(checkpoint)
+        requests_of(checkpoint)
         _ = [(what, how) for what, how in state["due"]], state["started"], state["finished"], state["standing"]
     except _FOREIGN as error:
         raise CheckpointError(f"it does not hold what a run goes on from ({_reason(error)})") from error

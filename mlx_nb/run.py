@@ -64,6 +64,7 @@ from mlx_nb.keeper import (
     read_history_of,
     refuse_own_folder,
     refuse_unusable,
+    requests_of,
     settings_to_resume,
 )
 from mlx_nb.material import SPLITS, Material, Rows
@@ -80,7 +81,7 @@ if TYPE_CHECKING:
 
     from mlx_nb.model.loading import LoadedModel
     from mlx_nb.rollouts.generation import Prompt, Question
-    from mlx_nb.train.checkpoint import CheckpointInfo, CheckpointStore
+    from mlx_nb.train.checkpoint import Checkpoint, CheckpointInfo, CheckpointStore
     from mlx_nb.train.interrupts import Interrupts
     from mlx_nb.train.trainer import Trainer
     from mlx_nb.view.completions_table import CompletionsDisplay
@@ -607,10 +608,14 @@ class Run:
         self._refuse_running("rewind")
         return self._rewind(to if to is not None else self.step_count - (1 if updates is None else updates))
 
-    def _rewind(self, target: int) -> Rewound:
+    def _place_of(self, target: int) -> Checkpoint:
+        """The state to go back to. Raises CommandError where there is none."""
         if not 0 <= target < self.step_count:
             raise CommandError(f"{self.name} is at update {self.step_count} and cannot go back to {target}.")
-        checkpoint = self._keeper.find(target, self._store(), self.history, self.step_count)
+        return self._keeper.find(target, self._store(), self.history, self.step_count)
+
+    def _rewind(self, target: int) -> Rewound:
+        checkpoint = self._place_of(target)
         rewound = Rewound(target, self.step_count, checkpoint.state["standing"])
         self.trainer.restore(checkpoint)
         self._keeper.forget_after(target)
@@ -744,9 +749,9 @@ class Run:
         """What a checkpoint says of the run besides its state."""
         return {
             "name": self.name,
-            "config": self.config,
             "made_from": self.material.fingerprints,
             "run_folder": self.folder,
+            "asked": [*self._inbox.kept(), *(request.to_json() for request in self._rewind_requests)],
         }
 
     def checkpoints(self) -> list[CheckpointInfo]:
@@ -812,7 +817,6 @@ class Run:
             run._resumed, run._home = True, home
             changed = changes_since(checkpoint, config, run.material.fingerprints, allow_changed)
             run.trainer.restore(checkpoint)
-            run.trainer.ask_again(checkpoint)
             run.history, damage = read_history_of(checkpoint)
         except BaseException:
             home.release()
@@ -820,7 +824,22 @@ class Run:
         run.trainer.notes += (*messages, *damage, *(f"changed since the checkpoint: {what}" for what in changed))
         run._keeper.go_on_from(checkpoint, run.history, whole=not damage)
         run._find_best()
+        run.trainer.notes += tuple(run._ask_again(requests_of(checkpoint)))
         return run
+
+    def _ask_again(self, requests: Sequence[Request]) -> Iterator[str]:
+        """Take up what had been asked before a resume. What is not possible any more is said, a line for each."""
+        for request in requests:
+            try:
+                if isinstance(request, ChangeSetting):
+                    self.set(**{request.name: request.value})
+                elif isinstance(request, Rewind):
+                    self._place_of(request.to)
+                    self.request(request)
+                else:
+                    self.request(request)
+            except MlxNbError as error:
+                yield f"what had been asked and was not done yet is lost, {_in_words(request)}: {error}"
 
     @staticmethod
     def _home_to_resume(folder: Path) -> RunFolder:
@@ -1119,6 +1138,16 @@ def _check_template_file(config: RunConfig) -> None:
         return
     if (problem := file_problem(value, config.working_folder or working_folder())) is not None:
         raise ConfigError(problem)
+
+
+def _in_words(request: Request) -> str:
+    match request:
+        case ChangeSetting(name, value):
+            return f"{name}={value}"
+        case Rewind(to):
+            return f"to go back to update {to}"
+        case _:
+            return type(request).__name__.lower()
 
 
 def _check_asking(prompt: Any, max_tokens: Any, temperature: Any) -> None:

@@ -42,6 +42,9 @@ FORGED = {
     "unknown setting": lambda state: {**state, "config": {**state["config"], "luck": 1}},
     "file outside": lambda state: {**state, "history_parts": [{"file": "../x", "bytes": 1, "sha256": "", "lines": 1}]},
     "live change": lambda state: {**state, "live_changes": ['{"event": "Luck", "step": 1}']},
+    "an unknown request": lambda state: {**state, "asked": ['{"request": "Luck"}']},
+    "a request without its update": lambda state: {**state, "asked": ['{"request": "Rewind"}']},
+    "requests that are none": lambda state: {**state, "asked": 7},
     "due of three": lambda state: {**state, "due": [["save", "last", "now"]]},
 }
 

@@ -44,6 +44,8 @@ class Kernel:
             if kind == "status" and content["execution_state"] == "idle":
                 break
         reply = self.client.get_shell_msg(timeout=30)
+        while reply["parent_header"].get("msg_id") != message_id:
+            reply = self.client.get_shell_msg(timeout=30)
         return reply["content"]["status"], text
 
     def value(self, expression):

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import TypeVar
 
-from mlx_nb.events import Request
+from mlx_nb.events import KEPT_REQUESTS, Request
 
 Kind = TypeVar("Kind", bound=Request)
 
@@ -39,10 +39,9 @@ class Inbox:
         self._requests.extendleft(reversed([request for request in asked if not isinstance(request, kind)]))
         return [request for request in asked if isinstance(request, kind)]
 
-    @property
-    def waiting(self) -> list[Request]:
-        """The requests that are here, which stay."""
-        return list(self._requests.copy())
+    def kept(self) -> list[str]:
+        """What is here, and stays, of the requests that a checkpoint keeps, as JSON lines."""
+        return [request.to_json() for request in self._requests.copy() if isinstance(request, KEPT_REQUESTS)]
 
     def __contains__(self, kind: type[Request]) -> bool:
         return any(isinstance(request, kind) for request in self._requests.copy())

@@ -72,10 +72,6 @@ MEMORY_WARNING = 0.9  # of the device's memory
 IDLE_UPDATES = 10  # in a row without anything to learn from, until that is said
 
 
-# What was asked and not done yet is part of a checkpoint, but for what ends a run: who resumes it wants it to go on.
-KEPT_REQUESTS = (Skip, Save, Evaluate, Sample)
-
-
 @dataclass
 class TrainerState:
     """Where a run is. `step` counts updates done, `seconds` the time in them.
@@ -375,7 +371,7 @@ class Trainer:
             "trainer": asdict(self.state),
             "place": list(self.feed.plan.place(self.state.batches)),
             "due": [list(item) for item in self._due],
-            "asked": [type(request).__name__ for request in self._inbox.waiting if type(request) in KEPT_REQUESTS],
+            "asked": self._inbox.kept(),
             "started": self._started,
             "finished": self.finished and asdict(self.finished),
         }
@@ -415,13 +411,6 @@ class Trainer:
         self._end_where_due()
         # What was to be left out was the batch after another update.
         self._inbox.drop(Skip)
-
-    def ask_again(self, checkpoint: Checkpoint) -> None:
-        """Take up what had been asked when the checkpoint was written, after a resume."""
-        by_name = {kind.__name__: kind for kind in KEPT_REQUESTS}
-        for name in checkpoint.state.get("asked", ()):
-            if name in by_name:
-                self.request(by_name[name]())
 
     def _start(self) -> RunStarted:
         return RunStarted(
