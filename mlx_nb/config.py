@@ -454,7 +454,12 @@ class RunConfig(Settings):
         above=0,
         live=True,
     )
-    keep: int = setting(3, "How many exact checkpoints to keep, besides the best.", group="saving", at_least=1)
+    keep: int = setting(
+        3,
+        "How many exact checkpoints to keep, besides the best, and how many numbered adapters of this run.",
+        group="saving",
+        at_least=1,
+    )
     snapshot_memory: int = setting(
         512,
         "Memory for the last updates, kept to rewind to, in MB; on disk once the run ends. 0 = only checkpoints.",

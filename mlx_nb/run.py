@@ -35,6 +35,7 @@ from mlx_nb.errors import (
 from mlx_nb.events import (
     BatchSkipped,
     ChangeSetting,
+    CheckpointSaved,
     DataChanged,
     EvaluationCompleted,
     Event,
@@ -551,6 +552,9 @@ class Run:
                 clear_cache()
             if isinstance(event, StepCompleted | BatchSkipped):
                 self._keeper.remember(trainer, self.history)
+            if isinstance(event, CheckpointSaved) and event.kind == "step":
+                with suppress(OSError, FolderError):  # the next save says so
+                    self.home.keep_numbered(self.config.keep)
             yield event
             if self.home.lost:
                 yield (paused := RunPaused(self.step_count, self.home.lost))

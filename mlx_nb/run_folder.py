@@ -199,6 +199,17 @@ class RunFolder:
         write_whole(path, write, partial(written.record, name))
         self._seen[path] = stamp if (stamp := _stamp(path)) else (0, 0, 0)
 
+    def keep_numbered(self, count: int) -> None:
+        """Remove the numbered adapters of this run but for the `count` that were written last.
+
+        One that is not as it was written stays. Raises OSError.
+        """
+        self.check()
+        written = WrittenFiles(self.path)
+        for name in written.numbered()[:-count]:
+            if written.holds(name):
+                (self.path / name).unlink()
+
     def take_for_adapter(self) -> Path | None:
         """Take a folder that a person names for an adapter. One that was saved there before is moved aside.
 

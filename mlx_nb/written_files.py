@@ -64,7 +64,7 @@ class WrittenFiles:
             if "run" in line:
                 self.run, self.name, self.kind = line["run"], line.get("name"), line.get("kind")
             elif "file" in line:
-                self._digests.setdefault(line["file"], set()).add((int(line.get("bytes", -1)), str(line.get("sha256"))))
+                self._note(line["file"], int(line.get("bytes", -1)), str(line.get("sha256")))
 
     def _lines(self) -> Iterator[dict[str, Any]]:
         try:
@@ -83,8 +83,12 @@ class WrittenFiles:
 
     def record(self, name: str, size: int, digest: str) -> None:
         """Note a file that is about to take its place. Raises OSError."""
-        self._digests.setdefault(name, set()).add((size, digest))
+        self._note(name, size, digest)
         self._append({"file": name, "bytes": size, "sha256": digest})
+
+    def _note(self, name: str, size: int, digest: str) -> None:
+        """The name moves to the end: what was written last is the last."""
+        self._digests[name] = {*self._digests.pop(name, ()), (size, digest)}
 
     def _append(self, entry: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,6 +116,10 @@ class WrittenFiles:
             return False
         size = path.stat().st_size
         return any(size == one for one, _ in known) and _digest(path) in known
+
+    def numbered(self) -> list[str]:
+        """The numbered adapters that the list names and that are there, changed since or not, the newest last."""
+        return [name for name in self._digests if NUMBERED.fullmatch(name) and (self._folder / name).is_file()]
 
     def own(self) -> list[str]:
         """Our own files that are there, and the folders of checkpoints, as names in the folder."""

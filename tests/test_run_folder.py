@@ -54,6 +54,35 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+# Numbered adapters
+
+
+def test_of_numbered_adapters_the_newest_stay_and_every_one_that_this_run_did_not_write(here, tiny_folder):
+    run = make(tiny_folder, iters=9, save_every=1, keep=2)
+
+    def numbers():
+        return sorted(int(path.name[:7]) for path in run.folder.glob("*_adapters.safetensors"))
+
+    run.step(3)
+    assert numbers() == [2, 3]
+    mine, changed = (run.folder / f"000000{number}_adapters.safetensors" for number in (1, 2))
+    mine.write_bytes(b"mine")
+    changed.write_bytes(b"changed")
+    run.step(2)
+    assert numbers() == [1, 2, 4, 5]
+    assert (mine.read_bytes(), changed.read_bytes()) == (b"mine", b"changed")
+    # The newest are those that were written last, and after a rewind not the highest.
+    run.rewind(to=3)
+    run.step()
+    assert numbers() == [1, 2, 3, 4]
+    run.release()
+    resumed = Run.resume(run.folder, data=tiny_rows())
+    resumed.run()
+    assert numbers() == [1, 2, 7, 8]
+    assert (run.folder / "adapters.safetensors").is_file()
+    assert (run.folder / "best" / "adapters.safetensors").is_file()
+
+
 # One writer
 
 OTHER = """
