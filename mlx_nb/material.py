@@ -11,12 +11,11 @@ import numpy as np
 
 from mlx_nb.config import SETTINGS, RunConfig
 from mlx_nb.data.effects import refuse_ineffective, refuse_loss_on
-from mlx_nb.data.examples import Examples, ExampleSettings, LeftOut, RowView, trains_plain_text
+from mlx_nb.data.examples import Examples, ExampleSettings, LeftOut, RowView, longest, trains_plain_text
 from mlx_nb.data.limits import ModelLimits
 from mlx_nb.data.rendering import CHAT, RAW, Rendering, has_chat_template
 from mlx_nb.data.row_source import RowSource
 from mlx_nb.data.sources import Splits, open_splits
-from mlx_nb.data.token_counts import longest
 from mlx_nb.data.tokenizing import Outcome, tokenize_split
 from mlx_nb.errors import CommandError, DataError, MlxNbError, ModelError, counted, did_you_mean
 from mlx_nb.events import Progress

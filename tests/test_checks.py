@@ -27,6 +27,7 @@ from mlx_nb.notebook.commands import run_line
 from mlx_nb.notebook.session import Session
 from mlx_nb.run import Run
 from mlx_nb.view.check_report import CheckDisplay, render_html, render_text
+from mlx_nb.view.row_display import ShownRow
 from tiny import CHAT_TEMPLATE, tiny_rows
 
 
@@ -664,3 +665,95 @@ def test_the_magic_shows_the_check_of_the_current_run(tiny_folder):
     assert json.loads(run_line(session, "check --json rows=4"))["splits"][0]["checked"] == 4
     with pytest.raises(CommandError, match="rows="):
         run_line(session, "check 4")
+
+
+# The same remarks in the check and in the row view
+
+SAID = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+ODD = {
+    "sft": [
+        {"prompt": "Name: ", "completion": "Bob"},
+        {"prompt": " ", "completion": "Bob"},
+        {"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]},
+        {"messages": [{"role": "user", "content": "a " * 600}, {"role": "assistant", "content": "b"}]},
+        {"messages": [{"role": "system", "content": "x"}, *SAID], "system": "y"},
+        {"messages": SAID, "label": "False"},
+        {"text": "Say <|im_end|> now"},
+    ],
+    "dpo": [
+        {"prompt": "Name: ", "chosen": "Bob", "rejected": "Al"},
+        {"prompt": "a", "chosen": " ", "rejected": "b"},
+        {
+            "prompt": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}],
+            "chosen": "c",
+            "rejected": "d",
+        },
+    ],
+    "kto": [
+        {"prompt": "Name: ", "completion": "Bob", "label": True},
+        {"prompt": "a", "completion": "", "label": False},
+    ],
+    "grpo": [{"prompt": "Name: "}, {"prompt": [{"role": "user", "content": ""}], "answer": "b"}],
+}
+OF_SEVERAL_ROWS = (
+    "mixed_shapes",
+    "mixed_formats",
+    "exact_duplicates",
+    "near_duplicates",
+    "repeated_prompts",
+    "lopsided_labels",
+    "answer_length",
+    "truncated",
+)
+
+
+@pytest.mark.parametrize("method", ODD)
+@pytest.mark.parametrize("prompt_format", ["raw", "chat"])
+def test_what_the_check_says_about_a_row_is_said_where_the_row_is_shown(method, prompt_format, tiny_folder):
+    settings = {"rewards": ["number_match"]} if method == "grpo" else {}
+    config = RunConfig(
+        method=method,
+        model=str(tiny_folder),
+        data=ODD[method],
+        val_set_size=0,
+        max_seq_length=64,
+        prompt_format=prompt_format,
+        **settings,
+    )
+    run = Run(config)
+    rows, shown = run.rows("train"), []
+    for finding in run.check(rows=None).findings:
+        if finding.split is None or finding.kind in OF_SEVERAL_ROWS:
+            continue
+        assert finding.examples, finding.kind
+        for row, words in finding.examples:
+            assert words.removesuffix(".") in " ".join(rows[row].problems), (finding.kind, row)
+            assert any(part in repr(rows[row]) for part in (words, words[:40])), (finding.kind, row)
+            shown.append(finding.kind)
+    assert len(shown) >= 2
+
+
+def tokenizer_of_words():
+    """One that has ` Bob`, with its space, as a token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(special_tokens=["<eos>"], initial_alphabet=alphabet, vocab_size=280)
+    made.train_from_iterator(["Name: Bob"] * 20, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>")
+
+
+def test_a_raw_prompt_that_ends_in_a_space_is_named_where_the_row_is_shown():
+    words, rows = tokenizer_of_words(), [{"prompt": "Name: ", "completion": "Bob"}]
+    said = "one token, ' Bob', reaches across the edge of message 1 (completion): it is trained."
+    (example,) = found(check(words, rows, prompt_format="raw"), "mask_problem").examples
+    assert example == (0, said)
+    settings = ExampleSettings.of(RunConfig(prompt_format="raw"))
+    view = Examples(open_splits(rows, val_set_size=0).train, words, settings).view(0)
+    assert view.problems == [said]
+    assert said in repr(ShownRow.of(view, words, "train"))

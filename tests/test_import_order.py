@@ -62,6 +62,7 @@ ORDER = [
     "data.token_examples",
     "data.prompt_examples",
     "data.preference_examples",
+    "data.row_remarks",
     "data.examples",
     "data.effects",
     "data.tokenizing",

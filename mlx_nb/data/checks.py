@@ -13,7 +13,7 @@ from typing import Any
 
 from mlx_nb.config import RunConfig
 from mlx_nb.data.batches import updates_until
-from mlx_nb.data.chat_template import TokenizedConversation, row_remarks
+from mlx_nb.data.chat_template import TokenizedConversation
 from mlx_nb.data.examples import ExampleSettings, RowView
 from mlx_nb.data.findings import ERROR, LISTED_ROWS, SEVERITIES, Collector, Finding, RowList, finding, in_order
 from mlx_nb.data.limits import UNLIMITED, ModelLimits
@@ -187,9 +187,7 @@ def row_record(view: RowView, settings: ExampleSettings) -> dict[str, Any]:
     `tokens` and `loss_mask` null and the reason among `problems`. A pair has these of its chosen answer, and
     `rejected` with the other's; a labelled answer has its `label` besides.
     """
-    problems = row_remarks(view.conversation) if view.conversation else []
-    problems += [f"rejected: {problem}" for problem in row_remarks(view.rejected)] if view.rejected else []
-    problems += [view.error] if view.error else []
+    problems = view.problems
     if view.dropped_tokens:
         problems.append(f"{view.dropped_tokens} tokens were cut at max_seq_length={settings.max_seq_length}.")
     record = {

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from mlx_nb.data.chat_template import TokenizedConversation
+from mlx_nb.data.chat_template import TokenizedConversation, row_remarks
 from mlx_nb.data.preference_examples import (
     LabelledExample,
     PreferenceExample,
@@ -21,6 +21,7 @@ from mlx_nb.data.preference_examples import (
 from mlx_nb.data.prompt_examples import PromptExample, prompt_example, tokenize_prompt
 from mlx_nb.data.rendering import Rendering
 from mlx_nb.data.row_kinds import AnyRow, recognise_as
+from mlx_nb.data.row_remarks import content_remarks
 from mlx_nb.data.row_turns import format_of
 from mlx_nb.data.rows import TextRow
 from mlx_nb.data.sources import RowSource
@@ -79,6 +80,7 @@ class RowView:
     `format` says how its strings are written: "chat template" or "raw text"; empty for a row that cannot be read.
     `error` says why the row cannot be trained; then `example` is None, and `conversation` too unless the row could
     be tokenised. Of a prompt nothing is trained, so `example` is None without an error.
+    `remarks` are what the data check, too, says about what the row says and how long it is.
     """
 
     row: int
@@ -90,11 +92,20 @@ class RowView:
     rejected: TokenizedConversation | None = None
     dropped_tokens: int = 0
     format: str = ""
+    remarks: tuple[str, ...] = ()
 
     @property
     def conversations(self) -> Conversations:
         """What the model reads: of a pair both answers; nothing of a row that could not be tokenised."""
         return tuple(said for said in (self.conversation, self.rejected) if said is not None)
+
+    @property
+    def problems(self) -> list[str]:
+        """All that a person should know about the row, in sentences; of a pair, those of the other answer are named."""
+        first = row_remarks(self.conversation) if self.conversation else []
+        other = row_remarks(self.rejected) if self.rejected else []
+        own = [f"{remark}." for remark in self.remarks]
+        return [*own, *first, *(f"rejected: {one}" for one in other), *([self.error] if self.error else [])]
 
 
 class Examples:
@@ -117,34 +128,43 @@ class Examples:
         location = self.source.location(row)
         content: AnyRow | None = None
         said: Conversations = ()
+        record: Mapping[str, Any] = {}
         try:
-            content = recognise_as(self.kind, self.source[row], self.settings.columns, row=row, location=location)
+            record = self.source[row]
+            content = recognise_as(self.kind, record, self.settings.columns, row=row, location=location)
             said = tokenize_as(self.kind, content, self.tokenizer, self.settings)
             examples = examples_of(self.kind, content, said, row, self.settings)
         except DataError as error:
-            return self._seen(row, content, said, error=_row_error(row, error))
+            return self._seen(row, record, content, said, error=_row_error(row, error))
         sequences = examples[0].sequences
         said = tuple(as_cut(*both, self.settings.truncate) for both in zip(said, sequences))
         if len(examples) > 1:
             problem = f"the text is trained in {len(examples)} pieces; this is the first."
             said = (dataclasses.replace(said[0], problems=(*said[0].problems, problem)),)
         example = None if self.kind == "prompts" else sequences[0]
-        return self._seen(row, content, said, example, dropped_tokens=examples[0].dropped_tokens)
+        dropped, far = examples[0].dropped_tokens, beyond_context(examples, self.settings)
+        return self._seen(row, record, content, said, example, dropped_tokens=dropped, far=far)
 
     def _seen(
         self,
         row: int,
+        record: Mapping[str, Any],
         content: AnyRow | None,
         said: Conversations,
         example: TokenizedExample | None = None,
         *,
         error: str | None = None,
         dropped_tokens: int = 0,
+        far: int = 0,
     ) -> RowView:
         first, rejected = (*said, None, None)[:2]
         written_as = format_of(content, self.settings.rendering) if content else ""
         location = self.source.location(row)
-        return RowView(row, location, content, first, example, error, rejected, dropped_tokens, written_as)
+        remarks = [*content_remarks(record, content, self.settings, self.kind).values()] if content else []
+        remarks += [f"{far:,} tokens, and the model was made for {self.settings.limits.context:,}"] if far else []
+        return RowView(
+            row, location, content, first, example, error, rejected, dropped_tokens, written_as, tuple(remarks)
+        )
 
     def tokenize_all(self) -> Iterator[Result]:
         """Every row in order, as an example (a split text as several) or as left out with the reason.
@@ -170,6 +190,17 @@ class Examples:
             except DataError as error:
                 made = [LeftOut(row, _row_error(row, error))]
             yield made
+
+
+def longest(examples: Sequence[Example]) -> int:
+    """Tokens of the longest sequence that the model reads for these examples; 0 without any."""
+    return max((len(sequence.tokens) for example in examples for sequence in example.sequences), default=0)
+
+
+def beyond_context(examples: Sequence[Example], settings: ExampleSettings) -> int:
+    """Tokens that the model reads for these examples where that is more than it was made for, else 0."""
+    length, context = longest(examples) + settings.completion, settings.limits.context
+    return length if context is not None and length > context else 0
 
 
 def trains_plain_text(examples: Examples) -> bool:

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 from mlx_nb.data.duplicates import NEAR, Groups, NearIndex, common_sequences, prompt_digest, row_digest, spoken_text
 from mlx_nb.data.findings import LISTED_ROWS, Collector, RowTally
 from mlx_nb.data.preference_rows import LabelledRow, NothingToPrefer
-from mlx_nb.data.prompt_rows import PromptRow
 from mlx_nb.data.row_kinds import AnyRow, recognise_as
-from mlx_nb.data.row_turns import format_of, role_sequences, shape, turns
+from mlx_nb.data.row_remarks import content_remarks
+from mlx_nb.data.row_turns import format_of, shape
 from mlx_nb.data.sources import RowSource
-from mlx_nb.data.template_tags import REASONING_FIELDS
 from mlx_nb.data.token_counts import sampled_rows
 from mlx_nb.data.token_examples import ExampleSettings
 from mlx_nb.errors import DataError
 
 _BOILERPLATE_SAMPLE = 2000
-_CHARACTERS_PER_TOKEN = 4
 BY_PROMPT = "by their prompts"
 
 
@@ -116,7 +113,6 @@ def _some_texts(rows: _Rows) -> Iterator[str]:
 
 
 def _read(reading: SplitReading, train: SplitReading, rows: _Rows, index: NearIndex, settings: ExampleSettings) -> None:
-    long_turn = _CHARACTERS_PER_TOKEN * settings.max_seq_length
     first_shape = ""
     for row in range(reading.rows):
         record, content = rows.read(reading.split, row)
@@ -135,12 +131,8 @@ def _read(reading: SplitReading, train: SplitReading, rows: _Rows, index: NearIn
             reading.collector.add("mixed_shapes", row, f"{found}; the first row is {first_shape}")
         if isinstance(content, LabelledRow):
             reading.labels[content.label] += 1
-        if isinstance(content, PromptRow) and content.answer is None:
-            reading.collector.add("missing_answers", row)
-        for kind, remark in _turn_remarks(content, long_turn).items():
+        for kind, remark in content_remarks(record, content, settings, rows.kind).items():
             reading.collector.add(kind, row, remark)
-        for kind in _unused_columns(record, content, rows):
-            reading.collector.add(kind, row)
         if not _seen_before(content, row, reading, train):
             index.add(rows.starts[reading.split] + row, spoken_text(content))
 
@@ -212,42 +204,3 @@ def _overlap(reading: SplitReading, near: dict[int, tuple[int, float]]) -> Overl
     pairs = [(row, int(train_row), 1.0) for row, train_row in reading.shared_exactly.rows]
     pairs += [(row, train_row, similarity) for row, (train_row, similarity) in sorted(near.items())]
     return Overlap(reading.split, reading.shared_exactly.count, len(near), tuple(pairs[:LISTED_ROWS]))
-
-
-def _unused_columns(record: Mapping[str, Any], content: AnyRow, rows: _Rows) -> Iterator[str]:
-    """What a row says in columns that its method, or its own messages, leave unread."""
-    system = record.get("system") if rows.columns.system is None else None
-    _, first = next(turns(content), ("", {}))
-    if isinstance(system, str) and system.strip() and first.get("role") == "system" and first.get("content") != system:
-        yield "two_systems"
-    # Not the number 0, which can be a class as well.
-    if rows.kind == "tokens" and str(record.get("label")).strip().lower() == "false":
-        yield "labelled_bad"
-
-
-def _turn_remarks(content: AnyRow, long_turn: int) -> dict[str, str]:
-    """What is odd about the turns of a row: the first remark of each kind."""
-    remarks: dict[str, str] = {}
-    for roles in role_sequences(content):
-        for kind, remark in _role_remarks(roles, answered=not isinstance(content, PromptRow)):
-            remarks.setdefault(kind, remark)
-    for name, message in turns(content):
-        text = message.get("content") or ""
-        if not text.strip() and not any(message.get(field) for field in ("tool_calls", *REASONING_FIELDS)):
-            remarks.setdefault("empty_turns", f"{name} is empty")
-        elif len(text) > long_turn:
-            remarks.setdefault("long_turns", f"{name} has {len(text):,} characters")
-    return remarks
-
-
-def _role_remarks(roles: Sequence[str], *, answered: bool) -> Iterator[tuple[str, str]]:
-    spoken = [role for role in roles if role != "system"]
-    if spoken[:1] == ["assistant"]:
-        yield "assistant_first", ""
-    again = [a for a, b in pairwise(spoken) if a == b and a in ("user", "assistant")]
-    if again:
-        yield "same_role_twice", f"two messages in a row from the {again[0]}"
-    if "system" in roles[1:]:
-        yield "late_system", f"message {roles.index('system', 1)} is from the system"
-    if answered and roles[-1] != "assistant":
-        yield "last_not_assistant", f"the last message is from {roles[-1]}"

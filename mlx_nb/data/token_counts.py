@@ -12,7 +12,7 @@ import numpy as np
 
 from mlx_nb.data.chat_template import written_sentences
 from mlx_nb.data.control_tokens import control_tokens
-from mlx_nb.data.examples import Conversations, Example, examples_of, tokenize_as
+from mlx_nb.data.examples import Conversations, Example, beyond_context, examples_of, tokenize_as
 from mlx_nb.data.findings import Collector, RowTally
 from mlx_nb.data.limits import BeyondPositions, OutsideVocabulary
 from mlx_nb.data.preference_rows import NothingToPrefer
@@ -146,14 +146,10 @@ def _count_examples(examples: Sequence[Example], row: int, counts: TokenCounts, 
 
 
 def _collect_context(examples: Sequence[Example], row: int, settings: ExampleSettings, collector: Collector) -> None:
-    length, context = longest(examples) + settings.completion, settings.limits.context
-    if context is not None and length > context:
-        collector.add("beyond_context", row, f"{length:,} tokens", remark=f"it was made for {context:,}")
-
-
-def longest(examples: Sequence[Example]) -> int:
-    """Tokens of the longest sequence that the model reads for these examples; 0 without any."""
-    return max((len(sequence.tokens) for example in examples for sequence in example.sequences), default=0)
+    if length := beyond_context(examples, settings):
+        collector.add(
+            "beyond_context", row, f"{length:,} tokens", remark=f"it was made for {settings.limits.context:,}"
+        )
 
 
 def _compare_answers(said: Conversations, counts: TokenCounts) -> None:

@@ -135,7 +135,8 @@ class RowDisplay:
                 **look,
             )
         left_out = self._left_out_html() if self.view.error else ""
-        return f"{_badges_html(_badges(self.view))}{shown}{_columns_html(_columns(self.view))}{left_out}"
+        remarks = "".join(f'<div dir="ltr" style="{WRAP}">⚠ {visible_html(one)}.</div>' for one in self.view.remarks)
+        return f"{_badges_html(_badges(self.view))}{shown}{remarks}{_columns_html(_columns(self.view))}{left_out}"
 
     def _left_out_html(self) -> str:
         # The colour stands beside the text, which keeps the contrast of the page.
@@ -157,7 +158,8 @@ class RowDisplay:
                 token_loss=self._token_loss,
                 dropped_tokens=self.view.dropped_tokens,
             )
-        lines = [shown, *(f"{name}: {one_line(value)}" for name, value in _columns(self.view))]
+        remarks = (f"⚠ {one_line(remark)}." for remark in self.view.remarks)
+        lines = [shown, *remarks, *(f"{name}: {one_line(value)}" for name, value in _columns(self.view))]
         return "\n".join([*lines, f"left out: {one_line(self.view.error)}"] if self.view.error else lines)
 
 
