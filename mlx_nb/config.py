@@ -339,7 +339,10 @@ class RunConfig(Settings):
         group="adapter",
     )
     optimizer: Literal["adam", "adamw", "sgd", "adafactor", "muon", "lion"] = setting(
-        "adamw", "An optimizer of mlx.optimizers.", group="optimizer"
+        "adamw",
+        "An optimizer of mlx.optimizers. muon orthogonalizes every matrix, as in mlx-lm; with fine_tune_type: full and "
+        "num_layers: -1 also embeddings and head, which its author leaves to AdamW.",
+        group="optimizer",
     )
     optimizer_config: dict[str, Any] = field(
         default_factory=dict,

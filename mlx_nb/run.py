@@ -1005,7 +1005,9 @@ class Run:
         """The model's answer, now. `prompt` is a text or a list of messages; a list of prompts gives a list.
 
         A text is asked as the training rows are written: as a user message, or as raw text that goes on (see
-        `prompt_format`). Messages and `tools` are read and rendered like those of rows.
+        `prompt_format`). Messages and `tools` are read and rendered like those of rows. Messages that end with one of
+        the assistant's have that one continued, and the answer is what follows it; DataError where the chat template
+        does not let it be continued exactly.
         `base` answers with the adapter switched off. Temperature 0 is greedy. The run and the user's random stream
         are left as they were. Other threads may ask too: while the run trains they wait for the end of an update.
         """

@@ -140,6 +140,24 @@ def test_given_settings_that_say_the_same_are_accepted(adapter, tiny_folder, tmp
     assert run_of(tmp_path / "c", tiny_folder, **settings).evaluate().loss == every.evaluate().loss
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+@pytest.mark.parametrize(("theirs", "ours"), [(2, -1), (-1, 2)])
+def test_all_layers_are_the_same_by_number_and_as_minus_1(theirs, ours, kind, tiny_folder, tmp_path):
+    first = trained(tmp_path / "a", tiny_folder, fine_tune_type=kind, num_layers=theirs)
+    settings = {"num_layers": ours, "resume_adapter_file": str(tmp_path / "a")}
+    if kind == "full" and theirs == -1:  # the number leaves embeddings and norm out
+        assert "num_layers" in refusal(lambda: run_of(tmp_path / "b", tiny_folder, **settings).step())
+        return
+    if kind == "full":
+        assert "num_layers is 2 there and -1 here" in refusal(
+            lambda: run_of(tmp_path / "b", tiny_folder, **settings).step()
+        )
+        return
+    second = run_of(tmp_path / "b", tiny_folder, **settings)
+    assert second.evaluate().loss == first.evaluate().loss
+    assert second.config.num_layers == ours
+
+
 def test_a_setting_changed_before_the_start_takes_the_shape_too(adapter, tiny_folder, tmp_path):
     run = run_of(tmp_path / "own", tiny_folder)
     run.set(resume_adapter_file=str(adapter[0]))

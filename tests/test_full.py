@@ -172,3 +172,25 @@ def test_whole_numbers_among_the_parameters_stay_frozen():
     trained = dict(tree_flatten(model.trainable_parameters()))
     assert "model.norm.weight" in trained
     assert "model.norm.table" not in trained
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"optimizer": "muon", "fine_tune_type": "full"}, "embed_tokens"),
+        ({"optimizer": "muon", "fine_tune_type": "full", "num_layers": 2}, None),
+        ({"optimizer": "muon", "fine_tune_type": "full", "num_layers": 1}, None),
+        ({"optimizer": "muon"}, None),
+        ({"fine_tune_type": "full"}, None),
+    ],
+)
+def test_a_note_says_when_muon_orthogonalizes_what_its_author_gives_to_another(settings, named, tiny_folder, tmp_path):
+    config = RunConfig(
+        model=str(tiny_folder), data=tiny_rows(), iters=1, val_set_size=0, adapter_path=str(tmp_path / "a"), **settings
+    )
+    notes = [note for note in Run(config).trainer.notes if note.startswith("muon orthogonalizes")]
+    expected = (
+        f"muon orthogonalizes {named} too, as it does in mlx-lm. Its author leaves embeddings and output head to "
+        "AdamW: see `num_layers`, or use another optimizer."
+    )
+    assert notes == ([] if named is None else [expected])

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mlx_nb.config import RunConfig
 from mlx_nb.data.examples import Examples
 from mlx_nb.data.row_values import Columns
 from mlx_nb.data.sources import open_splits
@@ -223,3 +224,35 @@ def test_one_dataset_is_trained_alike_in_every_form(form, kind_of_row, tokenizer
     assert all(np.any(mask) for arrays, _ in expected for _, mask in arrays) or kind == "prompts"
     again = open_splits(data, val_set_size=0).train.fingerprint()
     assert again == open_splits(data, val_set_size=0).train.fingerprint()
+
+
+def test_a_null_in_a_tool_call_is_named_in_every_form_that_has_it(tmp_path, monkeypatch):
+    from datasets import Dataset
+
+    from chat_shapes import saved_tokenizer
+    from mlx_nb.data.checks import check_data
+
+    monkeypatch.chdir(tmp_path)
+    tokenizer = saved_tokenizer("chatml", tmp_path / "tokenizer")
+    rows = []
+    for given in ({"x": 1}, {"y": "b"}, {"x": 2}):
+        call = {"type": "function", "function": {"name": "f", "arguments": given}}
+        answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+        rows.append({"messages": [{"role": "user", "content": str(given)}, answer]})
+    table = Dataset.from_list(rows)
+    table.to_parquet("rows.parquet")
+    table.to_json("rows.jsonl")
+    table.save_to_disk("saved")
+
+    def nulls_of(data):
+        result = check_data(open_splits(data, val_set_size=0), tokenizer, RunConfig())
+        found = [item for item in result.findings if item.kind == "tool_values" and "null is left out" in item.what]
+        return [(item.severity, item.count, item.looked_at, item.examples[0]) for item in found]
+
+    first = (
+        "message 1 (assistant): null is left out, such as at 'y' (1 in all): in a table it says that the row has no "
+    )
+    expected = [("note", 3, 3, (0, f"{first}such key. Arguments as JSON text keep it."))]
+    for data in (table, list(table), table.to_pandas(), "rows.parquet", "rows.jsonl", "saved"):
+        assert nulls_of(data) == expected, data
+    assert nulls_of(rows) == []

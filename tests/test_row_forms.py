@@ -11,7 +11,7 @@ import pytest
 from mlx_nb.data.preference_rows import LabelledRow, PreferenceRow
 from mlx_nb.data.prompt_rows import PromptRow
 from mlx_nb.data.row_kinds import recognise_as
-from mlx_nb.data.row_values import Columns
+from mlx_nb.data.row_values import AUTOMATIC, Columns
 from mlx_nb.data.rows import ChatRow, PromptCompletionRow, TextRow
 from mlx_nb.errors import DataError
 
@@ -325,3 +325,42 @@ def test_a_row_for_something_else_is_refused_by_what_it_looks_like(kind, record,
     assert message.startswith("row 3 (a.jsonl line 4): ")
     assert expected in message
     assert "\n" not in message
+
+
+MESSAGE = {"role": "assistant", "content": "ay"}
+AS_TEXT = {
+    "one message": json.dumps(MESSAGE),
+    "a list": json.dumps([MESSAGE]),
+    "sharegpt": '{"from": "gpt", "value": "ay"}',
+}
+
+
+@pytest.mark.parametrize("case", AS_TEXT)
+@pytest.mark.parametrize(
+    ("asking", "answering"), [("prompt", "completion"), ("instruction", "output"), ("query", "response")]
+)
+def test_an_answer_that_is_the_json_text_of_messages_is_read_as_messages(asking, answering, case):
+    for value in (AS_TEXT[case], json.loads(AS_TEXT[case])):
+        row = recognise_as("tokens", {asking: "sail?", answering: value}, AUTOMATIC)
+        assert [(message["role"], message["content"]) for message in row.messages] == [
+            ("user", "sail?"),
+            ("assistant", "ay"),
+        ]
+    judged = recognise_as("labels", {"prompt": "sail?", "completion": AS_TEXT[case], "label": True}, AUTOMATIC)
+    assert [(m["role"], m["content"]) for m in judged.completion] == [("assistant", "ay")]
+
+
+def test_a_text_that_is_the_json_of_a_conversation_is_read_as_one():
+    talk = [{"role": "user", "content": "sail?"}, MESSAGE]
+    assert recognise_as("tokens", {"text": json.dumps(talk)}, AUTOMATIC).messages == talk
+    assert recognise_as("tokens", {"text": json.dumps(talk)}, Columns(text="text")) == TextRow(json.dumps(talk))
+
+
+@pytest.mark.parametrize(
+    "answer", ['{"a": 1}', "[1, 2]", '{"role": "admin", "content": "x"}', '{"role": "assistant"}', "{"]
+)
+def test_an_answer_in_json_stays_a_text(answer):
+    assert recognise_as("tokens", {"prompt": "q", "completion": answer}, AUTOMATIC) == PromptCompletionRow("q", answer)
+    row = recognise_as("tokens", {"instruction": "q", "output": answer}, AUTOMATIC)
+    assert row.messages[-1] == {"role": "assistant", "content": answer}
+    assert recognise_as("tokens", {"text": answer}, AUTOMATIC) == TextRow(answer)

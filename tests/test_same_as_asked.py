@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from chat_shapes import SHAPES, saved_tokenizer
+from mlx_nb import Run, RunConfig
 from mlx_nb.data.examples import Examples, ExampleSettings
 from mlx_nb.data.prompt_examples import prompt_tokens
 from mlx_nb.data.rendering import Rendering
 from mlx_nb.data.row_values import AUTOMATIC
 from mlx_nb.data.sources import open_splits
+from mlx_nb.errors import DataError
 
 SYSTEM = {"role": "system", "content": "You are a pirate."}
 USER = {"role": "user", "content": "say red 4"}
@@ -168,3 +170,60 @@ def test_a_prompt_that_generation_writes_otherwise_is_named(tmp_path):
     view = view_of({"messages": [USER, ANSWER]}, tokenizer, "tokens")
     assert prompt_of(view) != asked_by_mlx_lm(tokenizer, [USER])
     assert any("its context differs from inference" in problem for problem in view.conversation.problems)
+
+
+def continued_by_transformers(tokenizer, messages):
+    inner = tokenizer._tokenizer if hasattr(tokenizer, "_tokenizer") else tokenizer
+    text = inner.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+BEGUN = {
+    "begun": [USER, {"role": "assistant", "content": "say red"}],
+    "after turns": [SYSTEM, USER, ANSWER, USER, {"role": "assistant", "content": "4 red"}],
+}
+
+
+@pytest.mark.parametrize("case", BEGUN)
+def test_an_answer_that_was_begun_is_continued_as_transformers_continues_it(case, shaped):
+    _, tokenizer = shaped
+    messages = BEGUN[case]
+    asked = prompt_tokens(tokenizer, messages)
+    assert asked == continued_by_transformers(tokenizer, messages)
+    longer = [*messages[:-1], {"role": "assistant", "content": messages[-1]["content"] + " red"}]
+    view = view_of({"messages": longer}, tokenizer, "tokens")
+    assert view.conversation.text.startswith(tokenizer.decode(asked))
+
+
+def test_what_a_template_does_not_continue_exactly_is_one_line(tmp_path):
+    tokenizer = saved_tokenizer("chatml", tmp_path)
+    begun = [USER, {"role": "assistant", "content": "say "}]
+    assert tokenizer.decode(prompt_tokens(tokenizer, begun)).endswith("assistant\nsay ")
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    cases = [
+        ("{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}\n{% endfor %}", begun[1], "cuts white space"),
+        (
+            "{% for m in messages %}[{{ m.role }}]{{ m.content | upper }}\n{% endfor %}",
+            begun[1],
+            "changes the assistant's",
+        ),
+        (tokenizer.chat_template, {"role": "assistant", "content": "x", "tool_calls": [call]}, "has tool calls"),
+    ]
+    for template, last, words in cases:
+        tokenizer.chat_template = template
+        with pytest.raises(DataError, match=words) as error:
+            prompt_tokens(tokenizer, [USER, last])
+        assert "\n" not in str(error.value)
+
+
+def test_generate_goes_on_with_an_answer_that_was_begun(tiny_folder):
+    from mlx_lm import generate
+
+    run = Run(RunConfig(model=str(tiny_folder), data=[{"messages": [USER, ANSWER]}] * 4, val_set_size=0))
+    begun = [USER, {"role": "assistant", "content": "say"}]
+    text = run.tokenizer.apply_chat_template([USER], tokenize=False, add_generation_prompt=True) + "say"
+    asked = run.tokenizer.encode(text, add_special_tokens=False)
+    assert prompt_tokens(run.tokenizer, begun) == asked
+    rest = run.generate(begun, max_tokens=6)
+    assert rest == generate(run.model, run.tokenizer, prompt=asked, max_tokens=6)
+    assert run.generate([begun, [USER]], max_tokens=6) == [rest, run.generate([USER], max_tokens=6)]

@@ -366,11 +366,19 @@ _READERS: dict[str, Callable[[Path, IO[bytes]], RowSource | dict[str, RowSource]
 
 
 def without_nested_none(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Arrow gives every object in a list the keys of all the others, as nulls: take them out again."""
+    """Arrow gives every object in a list the keys of all the others, as nulls: take them out again.
 
-    def clean(value: Any) -> Any:
+    Not in tool calls and tools, where a null may have been meant: those are left out with a remark (`tool_values`).
+    """
+
+    def clean(key: str, value: Any) -> Any:
+        if key in _OF_TOOLS:
+            return value
         if isinstance(value, Mapping):
-            return {key: clean(item) for key, item in value.items() if item is not None}
-        return [clean(item) for item in value] if isinstance(value, list) else value
+            return {inner: clean(inner, item) for inner, item in value.items() if item is not None}
+        return [clean("", item) for item in value] if isinstance(value, list) else value
 
-    return {key: clean(value) for key, value in record.items()}
+    return {key: clean(key, value) for key, value in record.items()}
+
+
+_OF_TOOLS = ("tools", "functions", "tool_calls", "function_call")

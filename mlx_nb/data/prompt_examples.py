@@ -60,7 +60,8 @@ def prompt_tokens(
 ) -> list[int]:
     """The tokens of a prompt with the template's generation prompt at the end.
 
-    A text is a user message. Where strings are raw text it is continued instead, from a beginning-of-sequence token
+    Messages that end with the assistant's are given without one, for that message to be continued. A text is a user
+    message. Where strings are raw text it is continued instead, from a beginning-of-sequence token
     where the tokenizer adds one. Messages, tools and `roles` are read like those of rows. Raises DataError for
     messages that are none, and when the template does not render the prompt.
     """
@@ -142,6 +143,6 @@ def _asked(
     shown = shown_conversation(prompt, tools, tokenizer)
     template = ChatTemplate(tokenizer, shown.tools)
     try:
-        return _Asked(template.render(shown.messages, True), template, shown)
+        return _Asked(template.ask(shown.messages), template, shown)
     except RenderFailed as error:
         raise DataError(f"the chat template does not render this prompt: {error}") from error

@@ -123,10 +123,11 @@ def _prompt_completion(record: Mapping[str, Any], columns: Columns) -> Row:
     prompt, completion = (_said(record[column], column, columns.roles) for column in (prompt_column, completion_column))
     if isinstance(completion, str) and isinstance(record[prompt_column], str) and dialog(record[prompt_column]):
         completion = said_by("assistant", completion.strip())
-    if isinstance(prompt, list) and isinstance(completion, list):
+    if isinstance(completion, list):
+        prompt = said_by("user", prompt)
         asked = [{**message, "train": False} for message in prompt]
         return chat_row(asked + completion, record, columns)
-    if isinstance(prompt, list) or isinstance(completion, list):
+    if isinstance(prompt, list):
         raise DataError(
             f"`{prompt_column}` is {kind_of_value(prompt)} and `{completion_column}` is {kind_of_value(completion)}. "
             "Make both text, or both lists of messages."
@@ -145,10 +146,10 @@ def _said(value: Any, column: str, roles: Mapping[str, str]) -> Any:
 def _alpaca(record: Mapping[str, Any], columns: Columns) -> Row:
     asking, answering = asking_columns(record) or ("instruction", "output")
     asked = question(record, asking, columns.roles)
-    answered = read_text(record[answering], f"`{answering}`")
-    if isinstance(asked, str):
+    answered = _said(record[answering], answering, columns.roles)
+    if isinstance(asked, str) and isinstance(answered, str):
         return chat_row(_turn(asked, answered), record, columns, from_texts=True)
-    return chat_row([*asked, *said_by("assistant", answered)], record, columns)
+    return chat_row([*said_by("user", asked), *said_by("assistant", answered)], record, columns)
 
 
 def _text_row(record: Mapping[str, Any], columns: Columns) -> Row:
@@ -162,8 +163,8 @@ def _text_row(record: Mapping[str, Any], columns: Columns) -> Row:
         return TextRow(text)
     if {"role", "parent_id"} <= set(record):
         raise DataError(looks_like(record))
-    talk = dialog(text)
-    return chat_row(talk, record, columns) if talk else TextRow(text)
+    said = read_said(text, column, columns.roles)
+    return TextRow(said) if isinstance(said, str) else chat_row(said, record, columns)
 
 
 _SHAPES: tuple[tuple[tuple[str, ...], _Builder], ...] = (

@@ -16,6 +16,7 @@ from mlx_nb.data.template_tags import Unproved
 from mlx_nb.errors import MaskRefused
 
 _FACTS: dict[tuple[str, tuple[tuple[str, str], ...], bool], TemplateFacts] = {}
+_GOES_ON = "\uf8f2"
 # For templates that render only with tools.
 SOME_TOOL = {
     "type": "function",
@@ -68,6 +69,30 @@ class ChatTemplate:
         """The text of a conversation. Raises RenderFailed."""
         return self._render(messages, add_generation_prompt, self.tools)
 
+    def ask(self, messages: Sequence[Message]) -> str:
+        """What the model is given to answer: the conversation with a generation prompt, or, where its last message is
+        the assistant's, up to the end of that message, which the answer continues. Raises RenderFailed."""
+        return self._ask(messages, self.tools)
+
+    def _ask(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> str:
+        if not messages or messages[-1].get("role") != "assistant":
+            return self._render(messages, True, tools)
+        *before, last = messages
+        said = last.get("content")
+        if not isinstance(said, str) or last.get("tool_calls"):
+            raise RenderFailed("the assistant's last message has tool calls, so it cannot be continued")
+        # What it is when it goes on: with the end of the turn behind what goes on, and not behind what was said.
+        longer = self._render([*before, {**last, "content": said + _GOES_ON}], False, tools)
+        start, found, rest = longer.partition(_GOES_ON)
+        if not found or _GOES_ON in rest or not start.endswith(said):
+            raise RenderFailed("the template changes the assistant's last message, so it cannot be continued")
+        if not self._render(messages, False, tools).startswith(start):
+            raise RenderFailed(
+                "the template cuts white space at the end of the assistant's last message, or writes it otherwise "
+                "than one that goes on, so it cannot be continued"
+            )
+        return start
+
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool, tools: Sequence[Any] | None) -> str:
         given: dict[str, Any] = {} if self._own_code else {"chat_template": self.source}
         if tools:
@@ -79,10 +104,8 @@ class ChatTemplate:
         except Exception as error:  # a template is a program of its own and raises what it likes
             raise RenderFailed(f"{type(error).__name__}: {error}".rstrip(".")) from error
 
-    def encode(
-        self, messages: Sequence[Message], text: str, add_generation_prompt: bool, rendering: Rendering = AS_USUAL
-    ) -> Encoded:
-        """The tokens of `text`, which is `render(messages, add_generation_prompt)`.
+    def encode(self, messages: Sequence[Message], text: str, asking: bool, rendering: Rendering = AS_USUAL) -> Encoded:
+        """The tokens of `text`, which is `ask(messages)` or, without `asking`, the whole conversation.
 
         Raises MaskRefused where control tokens are to be plain text and cannot be told from the template's own.
         """
@@ -91,7 +114,7 @@ class ChatTemplate:
         found = written_out(tokens, offsets, text, fast)
 
         def render(said: Any) -> str:
-            return self._render(said[0], add_generation_prompt, said[1])
+            return self._ask(said[0], said[1]) if asking else self._render(said[0], False, said[1])
 
         try:
             written = from_content(found, text, (messages, self.tools), render, lambda: self.facts().constants)

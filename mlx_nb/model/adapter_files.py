@@ -13,6 +13,7 @@ from mlx_nb.config import LoraParameters, RunConfig
 from mlx_nb.errors import ConfigError, ModelError
 from mlx_nb.methods import method_named
 from mlx_nb.model.fingerprint import base_identity, weights_fingerprint
+from mlx_nb.model.loading import load_skeleton, model_folder, model_named
 from mlx_nb.written_files import ADAPTER_FILE, CONFIG_FILE
 
 START, REFERENCE = "resume_adapter_file", "reference_adapter"
@@ -165,7 +166,7 @@ def with_adapter_settings(config: RunConfig) -> RunConfig:
     conflicts = [
         f"{name} is {_shown(theirs)} there and {_shown(ours)} here"
         for name, ours, theirs in given
-        if not _agree(name, ours, theirs, adapter)
+        if not _agree(name, ours, theirs, adapter, config)
     ]
     if conflicts:
         raise ModelError(
@@ -221,15 +222,25 @@ def _value(config: RunConfig, name: str) -> Any:
     return getattr(value, inner) if inner else value
 
 
-def _agree(name: str, ours: Any, theirs: Any, adapter: AdapterFile) -> bool:
+def _agree(name: str, ours: Any, theirs: Any, adapter: AdapterFile, config: RunConfig) -> bool:
+    if name == "num_layers" and adapter.shape.get("fine_tune_type") == "full":
+        return ours == theirs  # -1 is embeddings, norm and head too
     if name == "num_layers":
-        return ours in (theirs, adapter.layers)
+        return ours in (theirs, adapter.layers) or (ours == -1 and adapter.layers == _layers_of(config))
     if name != "lora_parameters.keys" or ours is None or ours == theirs:
         return ours == theirs
     matches = {
         module: [key for key in ours if module == key or module.endswith(f".{key}")] for module in adapter.modules
     }
     return all(matches.values()) and {key for keys in matches.values() for key in keys} == set(ours)
+
+
+def _layers_of(config: RunConfig) -> int | None:
+    """How many layers the model has, None for one that cannot be opened. Reads no weights."""
+    try:
+        return len(load_skeleton(model_folder(model_named(config)))[0].layers)
+    except ModelError:
+        return None
 
 
 def _shown(value: Any) -> str:

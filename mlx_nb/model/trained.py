@@ -60,6 +60,25 @@ def trained_words(model: nn.Module, config: RunConfig, keys: tuple[str, ...]) ->
     return f"the weights of {which}; frozen: {_listed(frozen)}"
 
 
+def orthogonalized_outside(model: nn.Module, config: RunConfig) -> tuple[str, ...]:
+    """A note where muon trains the matrices outside of the layers, which its author gives to another optimizer."""
+    if config.optimizer != "muon" or config.fine_tune_type != "full":
+        return ()
+    inside = {id(module) for layer in model.layers for module in layer.modules()}
+    names = [
+        path.rsplit(".", 1)[-1]
+        for path, module in reversed(model.named_modules())
+        if id(module) not in inside
+        and any("." not in name and array.ndim > 1 for name, array in named_arrays(module.trainable_parameters()))
+    ]
+    if not names:
+        return ()
+    return (
+        f"muon orthogonalizes {_listed(names)} too, as it does in mlx-lm. Its author leaves embeddings and output head "
+        "to AdamW: see `num_layers`, or use another optimizer.",
+    )
+
+
 def _number(count: int) -> str:
     return f" {count}" if count > 1 else ""
 

@@ -53,7 +53,7 @@ from mlx_nb.model.logprobs import TargetScorer
 from mlx_nb.model.memory import memory_errors
 from mlx_nb.model.passes import refuse_cache_doubt
 from mlx_nb.model.randomness import random_stream, seed_for
-from mlx_nb.model.trained import total_count, trainable_count, trained_words
+from mlx_nb.model.trained import orthogonalized_outside, total_count, trainable_count, trained_words
 from mlx_nb.model.trees import named_arrays
 from mlx_nb.objectives.binding import objective_for
 from mlx_nb.rollouts.rewards import Reward
@@ -195,6 +195,7 @@ class Trainer:
             if config.resume_adapter_file and not from_checkpoint:
                 start = open_adapter(str(config.located(START)), START)
                 adapters.load_adapter_weights(model, start)
+            self.notes += orthogonalized_outside(model, config)
             model.eval()
             self.scorer = TargetScorer(model)
             self.stepper = Stepper(
