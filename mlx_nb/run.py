@@ -6,6 +6,7 @@ import dataclasses
 import math
 import sys
 import traceback
+import weakref
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -87,6 +88,7 @@ if TYPE_CHECKING:
     from mlx_nb.train.trainer import Trainer
     from mlx_nb.view.completions_table import CompletionsDisplay
     from mlx_nb.view.panel import Panel
+    from mlx_nb.view.row_browser import RowBrowser
 
 
 _FORK_KEEPS_GROUPS = ("model", "rows", "adapter")
@@ -141,6 +143,7 @@ class Run:
         self._inbox = Inbox()
         self._turns = Turns()
         self._trainer: Trainer | None = None
+        self._browsers: list[RowBrowser] = []  # which live as long as the run, shown or not
         self._listeners: list[Callable[[Event], None]] = []
         self._reported: list[Callable[[Event], None]] = []  # listeners that raised
 
@@ -459,26 +462,37 @@ class Run:
         return summary_text(self.history, f"{self.name}: {self.state}")
 
     def panel(self) -> Panel:
-        """The controls, curves, rows, samples, settings, checkpoints and log of this run, live, in this cell."""
+        """The controls, curves, rows, samples, settings, checkpoints and log of this run, live, in this cell.
+
+        It does not keep the run: it closes when nobody else refers to that any more.
+        """
         from mlx_nb.view.panel import Panel
 
         return Panel(self)
 
     def browse(self, split: str = "train") -> Any:
-        """Leaf through the rows with widgets: previous, next, jump, filters, colours. Returns a RowBrowser."""
+        """Leaf through the rows with widgets: previous, next, jump, filters, colours. Returns a RowBrowser.
+
+        That does not keep the run; once the run is gone the rows are still there, without losses.
+        """
         from mlx_nb.view.row_browser import RowBrowser
 
         there = [name for name in SPLITS if getattr(self.splits, name) is not None]
         if split not in there:
             self.rows(split)
         ordered = sorted(there, key=lambda name: name != split)
-        return RowBrowser(
+        browser = RowBrowser(
             {name: self.rows(name).examples for name in ordered},
             self.tokenizer,
-            losses=self.row_losses,
-            token_loss=self.token_losses,
-            visits=lambda name, row: visits_text(self.history.row_losses(name).get(row, [])),
+            losses=_weakly(self.row_losses),
+            token_loss=_weakly(self.token_losses),
+            visits=_weakly(self._visits_text),
         )
+        self._browsers.append(browser)
+        return browser
+
+    def _visits_text(self, split: str, row: int) -> str:
+        return visits_text(self.history.row_losses(split).get(row, []))
 
     # Moving
 
@@ -1144,6 +1158,19 @@ def _check_template_file(config: RunConfig) -> None:
         return
     if (problem := file_problem(value, config.working_folder or working_folder())) is not None:
         raise ConfigError(problem)
+
+
+def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a run that does not keep it. Raises CommandError when that is gone."""
+    there, name = weakref.WeakMethod(method), method.__self__.name  # type: ignore[attr-defined]
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        found = there()
+        if found is None:
+            raise CommandError(f"{name} is gone: nobody refers to it any more, so there are no losses to show.")
+        return found(*arguments, **options)
+
+    return call
 
 
 def _in_words(request: Request) -> str:

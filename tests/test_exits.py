@@ -160,6 +160,72 @@ def test_a_replaced_run_its_model_trainer_and_panel_leave_memory_and_the_widgets
     assert [[ref() for ref in refs] for refs in gone] == [[None] * 4] * 4
 
 
+def browser_in_the_cell(run):
+    browser = run.browse()
+    browser.colour.value = "loss now"
+    return browser
+
+
+async def panel_while_it_moves(run):
+    panel = run.panel()
+    run.start(1)
+    await run
+    return panel
+
+
+VIEWS = {
+    "a panel": lambda run: run.panel(),
+    "a panel while it moved": lambda run: asyncio.run(panel_while_it_moves(run)),
+    "two panels": lambda run: [run.panel(), run.panel()],
+    "a browser": browser_in_the_cell,
+    "two browsers": lambda run: [run.browse(), run.browse("valid")],
+    "a row": lambda run: run.rows("train")[0],
+    "losses": lambda run: run.row_losses(),
+    "a figure": lambda run: run.plot(),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_what_shows_a_run_does_not_keep_it_and_leaves_no_widgets(tmp_path, tiny_folder, view):
+    registry = ipywidgets.widget._instances
+    before = set(registry)
+    run = rows_run(tmp_path, tiny_folder, val_set_size=4)
+    run.step(2)
+    shown = VIEWS[view](run)
+    gone = [weakref.ref(one) for one in (run, run.model, run.trainer)]
+    del run
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * 3
+    del shown
+    gc.collect()
+    assert set(registry) - before == set()
+
+
+def test_a_browser_of_a_run_that_is_gone_still_shows_the_rows_and_says_why_there_are_no_losses(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder, val_set_size=4)
+    run.step(2)
+    browser = run.browse()
+    del run
+    gc.collect()
+    browser.next.click()
+    assert browser.row == 1
+    assert "say green" in browser.view.value
+    browser.filter.value = "highest loss"
+    assert "run is gone" in browser.status.value
+    browser.colour.value = "loss now"
+    assert "run is gone" in browser.view.value
+
+
+def test_a_browser_that_nobody_holds_lives_as_long_as_its_run(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder, val_set_size=4)
+    model_id = run.browse().widget.model_id
+    gc.collect()
+    assert model_id in ipywidgets.widget._instances
+    del run
+    gc.collect()
+    assert model_id not in ipywidgets.widget._instances
+
+
 # The end of the process
 
 SCRIPT = """

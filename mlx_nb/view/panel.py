@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import ipywidgets as widgets
 
-from mlx_nb.errors import MlxNbError
+from mlx_nb.errors import CommandError, MlxNbError
 from mlx_nb.events import (
     Evaluate,
     Event,
@@ -46,11 +47,13 @@ class Panel:
     """Widgets that show and steer one run. Displays as `widget`; where there are none, as the run's status.
 
     Any number may show the same run. It listens to the run's events, redraws at most a few times a second, only the
-    page that is on show, and only while somebody has the panel open. `close` ends that.
+    page that is on show, and only while somebody has the panel open. `close` ends that. A panel does not keep its run:
+    it closes when nobody else refers to that any more.
     """
 
     def __init__(self, run: Any) -> None:
-        self.run = run
+        self._run = weakref.ref(run, lambda _: self._close_later())
+        self._name = run.name
         try:
             self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
         except RuntimeError:
@@ -62,8 +65,16 @@ class Panel:
         run.listen(self._heard)
         self.refresh()
 
+    @property
+    def run(self) -> Any:
+        """The run. Raises CommandError when it is gone."""
+        run = self._run()
+        if run is None:
+            raise CommandError(f"{self._name} is gone: nobody refers to it any more. `Run.resume` brings it back.")
+        return run
+
     def _build(self) -> None:
-        later, request = self._later, self._request
+        later, request, run = self._later, self._request, weakref.proxy(self.run)
         self.head, self.progress, self.note = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.run_button = button("▶ Run", "train to the end", "primary")
         self.pause = button("❚❚ Pause", "stop after this update; nothing is lost")
@@ -89,15 +100,15 @@ class Panel:
         self.curves = Curves(method.metrics)
         if method.rows == "prompts":
             self.curves.group = "reward"  # the loss of what the model wrote stays near 0
-        self.rows = RowsTab(self.run, later)
-        self.samples = SamplesTab(self.run, later, self._ask, request)
-        self.settings = SettingsTab(self.run, later, self.refresh)
-        self.checkpoints = CheckpointsTab(self.run, later, request)
+        self.rows = RowsTab(run, later)
+        self.samples = SamplesTab(run, later, self._ask, request)
+        self.settings = SettingsTab(run, later, self.refresh)
+        self.checkpoints = CheckpointsTab(run, later, request)
         self.log = LogTab()
         for event in self.run.history.events:
             self.log.add(event)
         self.curves.on_select(lambda step: later(lambda: self._open_rows(step)))
-        self.completions = CompletionsTab(self.run, later) if method.rows == "prompts" else None
+        self.completions = CompletionsTab(run, later) if method.rows == "prompts" else None
         self._pages: dict[str, Any] = {
             "Rows": self.rows,
             **({"Completions": self.completions} if self.completions else {}),
@@ -234,8 +245,16 @@ class Panel:
 
     def close(self) -> None:
         """Take the widgets away and listen no more."""
-        self.run.unlisten(self._heard)
+        if (run := self._run()) is not None:
+            run.unlisten(self._heard)
         close_widgets(self.widget)
+
+    def _close_later(self) -> None:
+        """The run is gone, which may be noticed on any thread."""
+        if self._loop is None or self._loop.is_closed():
+            self.close()
+        else:
+            self._loop.call_soon_threadsafe(self.close)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         bundle = self.widget._repr_mimebundle_(include=include, exclude=exclude)

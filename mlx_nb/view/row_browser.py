@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from html import escape
@@ -12,6 +13,7 @@ import ipywidgets as widgets
 from mlx_nb.data.examples import Examples, RowView
 from mlx_nb.data.row_finder import ALL, FILTERS, RowFinder, Search
 from mlx_nb.errors import MlxNbError
+from mlx_nb.view.closing import close_widgets
 from mlx_nb.view.row_display import RowDisplay, TokenLoss, measured_losses
 from mlx_nb.view.theme import WRAP, visible_html
 
@@ -27,7 +29,9 @@ class RowBrowser:
     splits      {split: its Examples}
     losses      split -> {row: loss} for the filter `highest loss`
     token_loss  losses of the tokens of a row, for colouring; may raise MlxNbError
-    visits      (split, row) -> text about the losses of earlier visits, or ""
+    visits      (split, row) -> text about the losses of earlier visits, or ""; may raise MlxNbError
+
+    Its widgets are closed when nobody refers to it any more.
     """
 
     def __init__(
@@ -89,16 +93,17 @@ class RowBrowser:
         self.view = widgets.HTML()
         for box in (self.split, self.filter, self.jump, self.colour):
             box.style.description_width = "3.2em"
-        self.previous.on_click(lambda _: self._choose(self.position - 1))
-        self.next.on_click(lambda _: self._choose(self.position + 1))
-        self.more.on_click(lambda _: self._read_on())
-        self.page_back.on_click(lambda _: self._turn(-1))
-        self.page_on.on_click(lambda _: self._turn(1))
+        me = weakref.proxy(self)  # ipywidgets keeps the widgets, and their callbacks must not keep this
+        self.previous.on_click(lambda _: me._choose(me.position - 1))
+        self.next.on_click(lambda _: me._choose(me.position + 1))
+        self.more.on_click(lambda _: me._read_on())
+        self.page_back.on_click(lambda _: me._turn(-1))
+        self.page_on.on_click(lambda _: me._turn(1))
         for box in (self.split, self.filter, self.text, self.regex):
-            box.observe(lambda _: self._search(), "value")
-        self.jump.observe(lambda change: self._jump(change["new"]), "value")
+            box.observe(lambda _: me._search(), "value")
+        self.jump.observe(lambda change: me._jump(change["new"]), "value")
         for box in (self.colour, self.tokens, *self.roles.values()):
-            box.observe(lambda _: self._show(), "value")
+            box.observe(lambda _: me._show(), "value")
         wrap = widgets.Layout(flex_flow="row wrap", align_items="center")
         self.widget = widgets.VBox(
             [
@@ -109,6 +114,7 @@ class RowBrowser:
                 self.view,
             ]
         )
+        weakref.finalize(self, close_widgets, self.widget).atexit = False
 
     def _search(self) -> None:
         if self._quiet:
@@ -186,7 +192,10 @@ class RowBrowser:
             hidden_roles=[role for role, toggle in self.roles.items() if not toggle.value],
             **losses,
         )
-        visits = self._visits(self.split.value, view.row)
+        try:
+            visits = self._visits(self.split.value, view.row)
+        except MlxNbError as error:
+            visits = str(error)
         self.view.value = display._repr_html_() + _note(note) + _note(visits)
         return display.pages
 
