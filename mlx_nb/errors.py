@@ -116,8 +116,15 @@ class CommandError(MlxNbError):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the nearest known word, or an empty string when none is near."""
-    near = get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    near = nearest(word, known)
+    return f" Did you mean {near!r}?" if near else ""
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that is spelled most like `word`, whatever the case of its letters; None when none is near."""
+    by_letters = {name.lower(): name for name in reversed(list(known))}
+    near = get_close_matches(word.lower(), list(reversed(by_letters)), n=1, cutoff=0.5)
+    return by_letters[near[0]] if near else None
 
 
 def on_one_line(text: str) -> str:

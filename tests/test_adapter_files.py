@@ -504,3 +504,21 @@ def test_the_name_of_a_run_in_place_of_its_folder_is_understood(tiny_folder, tmp
 def test_an_adapter_is_an_error_of_the_model_kind(tiny_folder, tmp_path):
     with pytest.raises(ModelError, match="nowhere"):
         run_of(tmp_path / "own", tiny_folder, resume_adapter_file="nowhere").step()
+
+
+# How many more
+
+
+@pytest.mark.parametrize(
+    ("left_out", "words"), [(1, "lacks {0}. It was"), (2, "lacks {0} and 1 more."), (3, "lacks {0} and 2 more.")]
+)
+def test_the_number_of_further_tensors_that_are_missing_is_right(left_out, words, adapter, tiny_folder, tmp_path):
+    folder = tmp_path / "less"
+    shutil.copytree(adapter[0], folder)
+    weights = mx.load(str(folder / "adapters.safetensors"))
+    missing = sorted(name for name in weights if not name.endswith("lora_a"))[:left_out]
+    mx.save_safetensors(
+        str(folder / "adapters.safetensors"), {name: weights[name] for name in weights if name not in missing}
+    )
+    run = run_of(tmp_path / "own", tiny_folder, resume_adapter_file=str(folder))
+    assert words.format(missing[0]) in refusal(run.step)

@@ -401,3 +401,38 @@ def test_the_float32_base_says_what_the_quantised_one_says(smollm2):
     for prompt in ("What is the capital of France?", "Name a colour."):
         expected = greedy(theirs, tokenizer, prompt, 8)
         assert greedy(loaded.model, loaded.tokenizer, prompt, 8) == expected
+
+
+NEAR = {
+    "models/smol-q4.guf": "Did you mean 'models/smol-q4.gguf'?",
+    "models/smolq4.gguf": "Did you mean 'models/smol-q4.gguf'?",
+    "tinny.gguf": "Did you mean 'tiny.gguf'?",
+    "Tiny.GGUF": "Did you mean 'tiny.gguf'?",
+    "tiny.ggf": "Did you mean 'tiny.gguf'?",
+    "./tiny.gguff": "Did you mean 'tiny.gguf'?",
+    "modls/smol-q4.gguf": "There is no folder 'modls'. Did you mean 'models'?",
+    "~/tinny.gguf": "Did you mean '~/tiny.gguf'?",
+    "mymodl": "Did you mean 'mymodel'?",
+    "smollm2-135": "Did you mean 'smollm2-135m'?",
+}
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_a_path_of_a_model_that_is_mistyped_is_answered_with_its_neighbor(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "models").mkdir()
+    (tmp_path / "mymodel").mkdir()
+    for path in ("models/smol-q4.gguf", "tiny.gguf"):
+        (tmp_path / path).write_bytes(b"GGUF")
+    with pytest.raises(ModelError) as error:
+        model_folder(name)
+    assert str(error.value).endswith(NEAR[name])
+    assert "hub cache" not in str(error.value)
+
+
+def test_a_name_that_is_nothing_like_its_neighbors_suggests_none(tmp_path):
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError) as error:
+        model_folder(str(tmp_path / "a-large-model-of-mine.gguf"))
+    assert "Did you mean" not in str(error.value)

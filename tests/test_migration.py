@@ -810,3 +810,67 @@ def test_settings_on_a_command_line_are_answered_all_at_once(tmp_path, capsys):
         "mlx-nb: mlx-nb check: the value [a cannot be read at line 1, column 10: expected ',' or ']', but got "
         "'<stream end>'. The line reads: value: [a",
     ]
+
+
+# What says "off", "no limit" or "as it comes" elsewhere
+
+OFF_ELSEWHERE = {
+    "max_steps: -1": "That is the default here. Remove it.",
+    "max_steps: 0": "That is the default here. Remove it.",
+    "num_train_epochs: -1": "That is the default here. Remove it.",
+    "num_train_epochs: -1.0": "That is the default here. Remove it.",
+    "max_grad_norm: 0.0": "Here it is `grad_clip`: write `grad_clip: null`.",
+    "max_grad_norm: -1": "Here it is `grad_clip`: write `grad_clip: null`.",
+    "save_total_limit: null": "Here it is `keep`. To keep all checkpoints, write a large number: `keep: 1000`.",
+    "save_total_limit: -1": "Here it is `keep`. To keep all checkpoints, write a large number: `keep: 1000`.",
+    "max_length: null": "Here it is `max_seq_length`. For no limit, write the length of the longest row, as the data "
+    "check gives it.",
+    "max_seq_len: -1": "Here it is `max_seq_length`. For no limit, write the length of the longest row, as the data "
+    "check gives it.",
+    "random_state: null": "Here it is `seed`. A run always has a seed. Remove it for 0.",
+    "lora_dropout: null": "That is the default here. Remove it.",
+    "warmup_steps: 0": "Here it is `warmup`: write `warmup: 0`.",
+    "patience: 0": "That is the default here. Remove it.",
+    "test_size: null": "Here it is `val_set_size`. For no validation, write `val_set_size: 0`.",
+}
+OFF_HERE = {
+    "iters: -1": "`iters` must be at least 1, not -1. null = as many as epochs take.",
+    "epochs: -1": "`epochs` must be above 0, not -1.0. null = 1 when iters is not given.",
+    "grad_clip: 0": "`grad_clip` must be above 0, not 0.0. null = no clipping.",
+    "early_stopping_patience: 0": "`early_stopping_patience` must be at least 1, not 0. null = never stop early.",
+    "loss_spike: 0": "`loss_spike` must be above 0, not 0.0. null = never.",
+    "keep: 0": "`keep` must be at least 1, not 0. To keep all checkpoints, write a large number: `keep: 1000`.",
+    "val_set_size: null": "`val_set_size` has no value. It takes a finite number. For no validation, write "
+    "`val_set_size: 0`.",
+    "max_seq_length: -1": "`max_seq_length` must be at least 2, not -1. For no limit, write the length of the longest "
+    "row, as the data check gives it.",
+}
+
+
+@pytest.mark.parametrize("text", OFF_ELSEWHERE)
+def test_what_is_off_in_another_program_is_answered_by_what_to_write_here(text):
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_yaml(text)
+    assert str(caught.value) == f"line 1, column 1: unknown setting `{text.split(':')[0]}`. {OFF_ELSEWHERE[text]}"
+
+
+@pytest.mark.parametrize("text", OFF_HERE)
+def test_what_would_be_off_elsewhere_is_answered_by_what_to_write_here(text):
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_yaml(text)
+    assert str(caught.value) == f"line 1, column 1: {OFF_HERE[text]}"
+
+
+def test_of_updates_and_epochs_that_another_program_has_both_the_one_that_counts_there_is_named():
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_yaml("max_steps: 100\nnum_train_epochs: 3\n")
+    assert str(caught.value).splitlines() == [
+        "line 1, column 1: unknown setting `max_steps`. Here it is `iters`: write `iters: 100`.",
+        "line 2, column 1: unknown setting `num_train_epochs`. There `max_steps` goes before it. Remove it.",
+    ]
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_yaml("max_steps: -1\nnum_train_epochs: 3\n")
+    assert str(caught.value).splitlines() == [
+        "line 1, column 1: unknown setting `max_steps`. That is the default here. Remove it.",
+        "line 2, column 1: unknown setting `num_train_epochs`. Here it is `epochs`: write `epochs: 3`.",
+    ]

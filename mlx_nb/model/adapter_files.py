@@ -12,6 +12,7 @@ from typing import Any
 from mlx_nb.config import LoraParameters, RunConfig
 from mlx_nb.errors import ConfigError, ModelError
 from mlx_nb.methods import method_named
+from mlx_nb.model.files import near_path
 from mlx_nb.model.fingerprint import base_identity, weights_fingerprint
 from mlx_nb.model.loading import load_skeleton, model_folder, model_named
 from mlx_nb.written_files import ADAPTER_FILE, CONFIG_FILE
@@ -56,7 +57,9 @@ def open_adapter(source: str, setting: str) -> AdapterFile:
             raise ModelError(f"{setting}: {path} has no {CONFIG_FILE}. Give the folder of an adapter, or `none`.")
         if not weights.is_file():
             saved = Path("adapters", source)
-            hint = f" Did you mean {str(saved)!r}?" if (saved / ADAPTER_FILE).is_file() else ""
+            hint = (
+                f" Did you mean {str(saved)!r}?" if (saved / ADAPTER_FILE).is_file() else near_path(source, _is_adapter)
+            )
             raise ModelError(
                 f"{setting}: no such file: {weights}.{hint} Give an {ADAPTER_FILE} or the folder with one."
             )
@@ -78,6 +81,10 @@ def open_adapter(source: str, setting: str) -> AdapterFile:
         facts["model"] if isinstance(facts.get("model"), str) else None,
         dict(base) if isinstance(base, Mapping) else None,
     )
+
+
+def _is_adapter(entry: Path) -> bool:
+    return entry.suffix == ".safetensors" or (entry / ADAPTER_FILE).is_file()
 
 
 def _described(config: Path, setting: str) -> dict[str, Any]:

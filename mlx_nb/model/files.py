@@ -6,9 +6,11 @@ import errno
 import hashlib
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from mlx_nb.errors import nearest
 
 # Called with the finished file, its size in bytes and its SHA-256, before the file takes its place.
 BeforeReplacing = Callable[[int, str], None]
@@ -24,6 +26,25 @@ class HashedFile(io.BufferedWriter):
     def write(self, data: Any) -> int:
         self.sha256.update(data)
         return super().write(data)
+
+
+def near_path(given: str, wanted: Callable[[Path], bool], names: Iterable[str] = ()) -> str:
+    """` Did you mean 'x'?` for a path that does not exist: what is wanted and lies beside it, spelled like it.
+
+    Where its folder does not exist, the one that is spelled like that. `names` are others that may be meant. Raises
+    OSError for what cannot be looked at.
+    """
+    path = Path(given).expanduser()
+    names = list(names)
+    beside = [entry.name for entry in sorted(path.parent.iterdir()) if wanted(entry)] if path.parent.is_dir() else []
+    if near := nearest(path.name, [*names, *beside]):
+        return f" Did you mean {near if near in names else str(Path(given).with_name(near))!r}?"
+    above = path.parent.parent
+    if path.parent.is_dir() or not above.is_dir():
+        return ""
+    folder = nearest(path.parent.name, [entry.name for entry in sorted(above.iterdir()) if entry.is_dir()])
+    here = Path(given).parent
+    return f" There is no folder {str(here)!r}. Did you mean {str(here.with_name(folder))!r}?" if folder else ""
 
 
 def write_whole(path: Path, write: Callable[[Any], Any], before_replacing: BeforeReplacing | None = None) -> None:

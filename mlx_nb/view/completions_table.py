@@ -191,7 +191,7 @@ def _folded_html(text: str) -> str:
     if len(text) <= at + 40:
         return visible_html(text, edges=False)
     rest = text[at:_LONGEST_TEXT]
-    left_out = f" … {len(text) - _LONGEST_TEXT:,} more characters" if len(text) > _LONGEST_TEXT else ""
+    left_out = f" … {counted(len(text) - _LONGEST_TEXT, 'more character')}" if len(text) > _LONGEST_TEXT else ""
     return (
         f"<details><summary>{visible_html(text[:at], edges=False)} "
         f'<span style="{_QUIET}">… {len(text) - at:,} more</span></summary>'
@@ -214,7 +214,7 @@ def _said_html(said: Mapping[str, Any], index: int, colours: _Colours | None) ->
         spans.append(span(visible_html(text, edges=False), style=style, title=title, isolate=text))
         first += count
     more = len(tokens) - len(shown)
-    ending = f' <span style="{_QUIET}">… {more:,} more tokens</span>' if more else ""
+    ending = f' <span style="{_QUIET}">… {counted(more, "more token")}</span>' if more else ""
     return f'<div style="{theme.MONOSPACE};font-size:.95em;line-height:1.6;{theme.WRAP}">{"".join(spans)}{ending}</div>'
 
 
@@ -264,7 +264,7 @@ def completions_text(rollout: RolloutCompleted, width: int = 100) -> str:
         texts = [_shortened(said["text"] or "nothing", width - 4) for said in group["completions"]]
         lines += [aligned[0], *(line for pair in zip(aligned[1:], texts) for line in (pair[0], f"    {pair[1]}"))]
     left_out = len(rollout.groups) - _MOST_GROUPS
-    lines += ["", f"… and {left_out} more prompts"] if left_out > 0 else []
+    lines += ["", f"… and {counted(left_out, 'more prompt')}"] if left_out > 0 else []
     lines += ["", *(f"⚠ {one_line(problem)}" for problem in rollout.problems)] if rollout.problems else []
     return "\n".join(line.rstrip() for line in lines)
 
