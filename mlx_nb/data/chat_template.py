@@ -13,13 +13,14 @@ import numpy as np
 from mlx_nb.data.control_tokens import Written
 from mlx_nb.data.rendering import AS_USUAL, Rendering
 from mlx_nb.data.template_facts import Message, RenderFailed
+from mlx_nb.data.template_location import Located, locate_messages
 from mlx_nb.data.template_render import (
     ChatTemplate,
     encode_raw,
     fast_tokenizer,
     unwrapped,
 )
-from mlx_nb.data.template_spans import Located, Turn, locate_messages
+from mlx_nb.data.template_spans import Turn
 from mlx_nb.data.template_tags import REASONING_FIELDS, Unproved
 from mlx_nb.data.token_edges import Edges, TokenOffsets
 from mlx_nb.data.tool_messages import shown_conversation
@@ -115,8 +116,14 @@ def tokenize_conversation(
         raise MaskRefused("the chat template renders this conversation to nothing. Drop the row.")
     problems = [*shown.problems, *shown.notes, *encoded.problems, *_token_problems(tokens, template.tokenizer)]
     try:
-        located = locate_messages(plain, text, template.render, template.facts(), template.eos_ranges(tokens, offsets))
-        _agree_with_text_prefixes(located, plain, text, template)
+        located = locate_messages(
+            plain,
+            text,
+            template.render,
+            template.facts(),
+            template.eos_ranges(encoded),
+            lambda some, rendered: template.eos_ranges(template.encode(some, rendered, False, rendering)),
+        )
     except Unproved as error:
         if loss_on == "all" and set(weights) == {1.0}:
             problems.append(f"the messages cannot be told apart in the text: {error}.")
@@ -241,35 +248,6 @@ def _all_but_first(tokens: np.ndarray, template: ChatTemplate) -> np.ndarray:
     if len(tokens) > 1 and tokens[0] == tokens[1] == template.tokenizer.bos_token_id:
         loss_mask[1] = 0
     return loss_mask
-
-
-def _agree_with_text_prefixes(located: Located, messages: Sequence[Message], text: str, template: ChatTemplate) -> None:
-    """Raise Unproved where the plain prefix method applies and says something else.
-
-    It applies to a turn when the render of the messages before it, with a generation prompt, is a beginning of the
-    text, and to its end when the render of the messages up to it is one too.
-    """
-    header = template.facts().header
-    for turn in located.turns:
-        if turn.message == 0 or not header or not turn.context_as_in_inference:
-            continue
-        before = _prefix(messages[: turn.message], True, template)
-        if before is None or not text.startswith(before):
-            raise Unproved(f"message {turn.message} (assistant) follows another prompt than its tagged copy")
-        if before.endswith(header) and len(before) != turn.start:
-            raise Unproved(f"two ways to find the start of message {turn.message} (assistant) disagree")
-        until = text if turn.message == len(messages) - 1 else _prefix(messages[: turn.message + 1], False, template)
-        if turn.ends_turn or until is None or not (text.startswith(until) and until.startswith(before)):
-            continue
-        if len(until) < turn.end or text[turn.end : len(until)].strip():
-            raise Unproved(f"two ways to find the end of message {turn.message} (assistant) disagree")
-
-
-def _prefix(messages: Sequence[Message], add_generation_prompt: bool, template: ChatTemplate) -> str | None:
-    try:
-        return template.render(messages, add_generation_prompt)
-    except RenderFailed:
-        return None
 
 
 # --- what a person should know ---------------------------------------------------------------------------------------

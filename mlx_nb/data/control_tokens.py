@@ -113,18 +113,25 @@ def from_content(
     where the template then writes something else.
     """
     spelled = {written.spelled for written in found}
-    strings = [string for string in _strings(said) if _holds(string, spelled)]
+    strings = [string for string in _strings(said) if _holds(string.text, spelled)]
     if not strings:
         return ()
     conversation = _Conversation(said, text, render, spelled)
     other = conversation.rendered_with([_any_of(spelled)] * len(strings))
     if other is None:
-        looked_for = constants()
-        patterns = [conversation.changeable(k, strings, looked_for) for k in range(len(strings))]
-        other = conversation.rendered_with(patterns)
+        other = conversation.rendered_with(conversation.changeable(strings, constants()))
     if other is None:
         raise Unproved(_DEPENDS)
     return tuple(one for one in found if other[one.start : one.end] != text[one.start : one.end])
+
+
+@dataclass(frozen=True)
+class _String:
+    """A text in a conversation: under which key, in the message of whom."""
+
+    text: str
+    key: str = ""
+    role: str = ""
 
 
 @dataclass(frozen=True)
@@ -153,32 +160,64 @@ class _Conversation:
             other = self.render(changed(self.said))
         except RenderFailed:
             return None
-        same = len(other) == len(self.text)
-        return other if same and all(a == b or a == _other_letters(b) for a, b in zip(other, self.text)) else None
+        return other if _differs_in_letters_only(other, self.text) else None
 
-    def changeable(self, k: int, strings: Sequence[str], constants: Sequence[str]) -> re.Pattern[str] | None:
-        """What can be changed in the k-th string: every control token, or those that the template does not look for.
+    def changeable(self, strings: Sequence[_String], constants: Sequence[str]) -> list[re.Pattern[str] | None]:
+        """What can be changed in each string: every control token, or those that the template does not look for.
 
         None where there are none but the template's. Raises Unproved where one of the others cannot be changed.
         """
         own = {one for one in self.spelled if not any(one in constant for constant in constants)}
-        for changing in (self.spelled, own):
-            alone: list[re.Pattern[str] | None] = [None] * len(strings)
-            alone[k] = _any_of(changing) if _holds(strings[k], changing) else None
-            if alone[k] and self.rendered_with(alone) is not None:
-                return alone[k]
-        if _holds(strings[k], own):
+        cautious = [_any_of(own) if _holds(string.text, own) else None for string in strings]
+        if self.rendered_with(cautious) is None:
             raise Unproved(_DEPENDS)
-        return None
+        every, patterns = _any_of(self.spelled), list(cautious)
+        alike: dict[tuple[str, str, frozenset[str]], list[int]] = {}
+        for k, string in enumerate(strings):
+            if looked_for := frozenset(one for one in self.spelled - own if one in string.text):
+                alike.setdefault((string.role, string.key, looked_for), []).append(k)
+
+        def can_be_changed(some: Sequence[int]) -> bool:
+            tried = list(cautious)
+            for k in some:
+                tried[k] = every
+            return self.rendered_with(tried) is not None
+
+        for members in alike.values():
+            for k in _largest(members, can_be_changed):
+                patterns[k] = every
+        return patterns
+
+
+def _largest(members: Sequence[int], holds: Callable[[Sequence[int]], bool]) -> Sequence[int]:
+    """Those of some strings of one kind for which something holds: mostly all of them, or none."""
+    if holds(members):
+        return members
+    middle = len(members) // 2
+    if not middle or (len(members) > 3 and not any(holds([members[k]]) for k in (0, middle, -1))):
+        return ()
+    return [*_largest(members[:middle], holds), *_largest(members[middle:], holds)]
+
+
+def _differs_in_letters_only(other: str, text: str) -> bool:
+    """Whether each character of `other` is that of `text` or what `_other_letters` makes of it."""
+    if len(other) != len(text):
+        return False
+    a, b, c = (np.frombuffer(s.encode("utf-32-le", "surrogatepass"), np.uint32) for s in (other, text, _next(text)))
+    return bool(((a == b) | (a == c) | ((b == c) & (a == ord("x")))).all())
 
 
 def _holds(string: str, spelled: set[str]) -> bool:
     return any(one in string for one in spelled)
 
 
+def _next(text: str) -> str:
+    return text.translate(_NEXT)
+
+
 def _other_letters(spelled: str) -> str:
     """As long, with other letters and digits; of a token without any, other characters."""
-    other = spelled.translate(_NEXT)
+    other = _next(spelled)
     return other if other != spelled else "x" * len(spelled)
 
 
@@ -186,17 +225,18 @@ def _any_of(spelled: set[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(spelled, key=len, reverse=True))))
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _strings(value: Any, key: str = "", role: str = "") -> Iterator[_String]:
     """Every string in nested values, keys too, in the order in which they are changed."""
     if isinstance(value, str):
-        yield value
+        yield _String(value, key, role)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _strings(item)
+            yield from _strings(item, key, role)
     elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _strings(key)
-            yield from _strings(item)
+        role = str(value.get("role", role))
+        for name, item in value.items():
+            yield from _strings(name, "", role)
+            yield from _strings(item, str(name), role)
 
 
 # --- as plain text ---------------------------------------------------------------------------------------------------

@@ -127,7 +127,8 @@ class ChatTemplate:
             problem = f"control tokens are written in the messages, and become control tokens: {error}."
             return Encoded(tokens, offsets, found, problems=(problem,))
         if written and rendering.as_text:
-            genuine = tuple(one for one in found if one not in written)
+            own = set(written)
+            genuine = tuple(one for one in found if one not in own)
             return Encoded(*encode_as_text(text, genuine, fast), genuine)
         return Encoded(tokens, offsets, found, written)
 
@@ -143,12 +144,12 @@ class ChatTemplate:
             _FACTS[key] = facts
         return _FACTS[key]
 
-    def eos_ranges(self, tokens: np.ndarray, offsets: np.ndarray) -> list[tuple[int, int]]:
+    def eos_ranges(self, encoded: Encoded) -> list[tuple[int, int]]:
         """The characters of each end-of-sequence token, in order."""
-        is_eos = np.zeros(len(tokens), bool)
+        is_eos = np.zeros(len(encoded.tokens), bool)
         for token in self.eos_ids:
-            is_eos |= tokens == token
-        return [(a, b) for a, b in offsets[is_eos].tolist()]
+            is_eos |= encoded.tokens == token
+        return [(a, b) for a, b in encoded.offsets[is_eos].tolist()]
 
 
 def encode_raw(text: str, tokenizer: Any, rendering: Rendering = AS_USUAL) -> Encoded:

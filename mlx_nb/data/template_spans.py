@@ -1,4 +1,4 @@
-"""Where each message lies in a rendered conversation.
+"""Where a turn of the assistant lies in a rendered conversation.
 
 The template's own text between two messages (the frame) is divided in two places: where the generation prompt of
 the same template ends, and after the token that ends the turn. Nothing is known beforehand of any template.
@@ -6,12 +6,12 @@ the same template ends, and after the token that ends the turn. Nothing is known
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field
 
 from mlx_nb.data.template_facts import Message, Render, RenderFailed, TemplateFacts, lexemes, shared_length
-from mlx_nb.data.template_tags import TAGGINGS, TaggedRender, Unproved, tag_and_prove
+from mlx_nb.data.template_tags import TaggedRender, Unproved
 
 
 @dataclass(frozen=True)
@@ -26,30 +26,15 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Located:
-    """Where every message lies in the rendered text.
-
-    turns     one for each assistant message that is in the text, in order
-    regions   (message, start, end) of the texts of the other messages
-    lost      (message, field, characters lost, characters given), for texts the template leaves out
-    absent    assistant messages of which nothing is in the text
-    """
-
-    turns: tuple[Turn, ...]
-    regions: tuple[tuple[int, int, int], ...]
-    lost: tuple[tuple[int, str, int, int], ...]
-    absent: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _Scene:
-    """All that is needed to measure one turn."""
+class Scene:
+    """All that is needed to measure one turn. `eos_ranges` are in order."""
 
     tagged: TaggedRender
     render: Render
     facts: TemplateFacts
     text: str
     eos_ranges: Sequence[tuple[int, int]]
+    _marks: dict[str, bool] = field(default_factory=dict)
 
     def prefix(self, count: int, generation_prompt: bool) -> str | None:
         """The render of the first `count` tagged messages, or None where the template does not render them."""
@@ -57,64 +42,60 @@ class _Scene:
             return None
         if count == len(self.tagged.tags.messages) and not generation_prompt:
             return self.tagged.text
-        try:
-            return self.render(self.tagged.tags.messages[:count], generation_prompt)
-        except RenderFailed:
-            return None
+        return _rendered(self.tagged.tags.messages[:count], generation_prompt, self.render)
+
+    def eos_between(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """The end-of-sequence tokens in the characters `[start, end)`."""
+        k = bisect_left(self.eos_ranges, (start, start))
+        while k < len(self.eos_ranges) and self.eos_ranges[k][1] <= end:
+            yield self.eos_ranges[k]
+            k += 1
+
+    def marks_the_assistant(self, opening: str) -> bool:
+        """Whether a piece of a header is written before the assistant's texts only."""
+        if opening not in self._marks:
+            self._marks[opening] = _marks_the_assistant(self, opening)
+        return self._marks[opening]
 
 
-def locate_messages(
-    messages: Sequence[Message],
-    text: str,
-    render: Render,
-    facts: TemplateFacts,
-    eos_ranges: Sequence[tuple[int, int]],
-) -> Located:
-    """Find every message in `text`, which is `render(messages, False)`.
+def measure_turn(scene: Scene, i: int, first_run: int, last_run: int) -> Turn:
+    """Where the assistant's message `i` lies, whose texts are these runs. Raises Unproved."""
+    start, as_in_inference = _start(scene, i, first_run)
+    return Turn(i, start, *_end(scene, i, last_run), as_in_inference)
 
-    `eos_ranges` are the character ranges of the end-of-sequence tokens in `text`, in order.
-    Raises Unproved, with the reason of the first attempt, when no way of tagging leads to a proof.
+
+def agree_with_text_prefixes(
+    turn: Turn, messages: Sequence[Message], text: str, render: Render, header: str | None
+) -> None:
+    """Raise Unproved where the plain prefix method applies and says something else.
+
+    It applies to a turn when the render of the messages before it, with a generation prompt, is a beginning of the
+    text, and to its end when the render of the messages up to it is one too.
     """
-    reason: Unproved | None = None
-    for tagging in TAGGINGS:
-        try:
-            tagged = tag_and_prove(messages, text, render, facts.constants, tagging)
-            return _measure(messages, _Scene(tagged, render, facts, text, eos_ranges))
-        except Unproved as error:
-            reason = reason or error
-    raise reason or Unproved("no text could be tagged")
+    if turn.message == 0 or not header or not turn.context_as_in_inference:
+        return
+    before = _rendered(messages[: turn.message], True, render)
+    if before is None or not text.startswith(before):
+        raise Unproved(f"message {turn.message} (assistant) follows another prompt than its tagged copy")
+    if before.endswith(header) and len(before) != turn.start:
+        raise Unproved(f"two ways to find the start of message {turn.message} (assistant) disagree")
+    until: str | None = text
+    if turn.message < len(messages) - 1:
+        until = _rendered(messages[: turn.message + 1], False, render)
+    if turn.ends_turn or until is None or not (text.startswith(until) and until.startswith(before)):
+        return
+    if len(until) < turn.end or text[turn.end : len(until)].strip():
+        raise Unproved(f"two ways to find the end of message {turn.message} (assistant) disagree")
 
 
-def _measure(messages: Sequence[Message], scene: _Scene) -> Located:
-    own: dict[int, list[int]] = {}
-    for k, run in enumerate(scene.tagged.runs):
-        own.setdefault(run.message, []).append(k)
-    turns: list[Turn] = []
-    for i, runs in own.items():
-        if messages[i].get("role") == "assistant":
-            if len(runs) != runs[-1] - runs[0] + 1:
-                raise Unproved(f"the text of message {i} (assistant) is mixed with that of others")
-            start, as_in_inference = _start(scene, i, runs[0])
-            turns.append(Turn(i, start, *_end(scene, i, runs[-1]), as_in_inference))
-    turns.sort(key=lambda turn: turn.start)
-    for before, after in pairwise(turns):
-        if before.end > after.start:
-            raise Unproved(f"messages {before.message} and {after.message} overlap in the text")
-    regions = [r for r in _regions(scene.tagged) if messages[r[0]].get("role") != "assistant"]
-    return Located(tuple(turns), tuple(regions), tuple(scene.tagged.lost), tuple(scene.tagged.absent))
+def _rendered(messages: Sequence[Message], generation_prompt: bool, render: Render) -> str | None:
+    try:
+        return render(messages, generation_prompt)
+    except RenderFailed:
+        return None
 
 
-def _regions(tagged: TaggedRender) -> Iterator[tuple[int, int, int]]:
-    """The texts of each message; those that no other message interrupts are one region."""
-    first = 0
-    runs = tagged.runs
-    for k, run in enumerate(runs):
-        if k + 1 == len(runs) or runs[k + 1].message != run.message:
-            yield run.message, tagged.in_real(runs[first].start), tagged.in_real(run.end)
-            first = k + 1
-
-
-def _start(scene: _Scene, i: int, first_run: int) -> tuple[int, bool]:
+def _start(scene: Scene, i: int, first_run: int) -> tuple[int, bool]:
     """Where the generation prompt before message `i` ends, and whether all before it is what inference gives."""
     tagged = scene.tagged
     previous = tagged.runs[first_run - 1] if first_run else None
@@ -135,7 +116,7 @@ def _start(scene: _Scene, i: int, first_run: int) -> tuple[int, bool]:
     return tagged.in_real(start), as_in_inference
 
 
-def _prompt_length(scene: _Scene, i: int, frame: str, tail: str) -> int | None:
+def _prompt_length(scene: Scene, i: int, frame: str, tail: str) -> int | None:
     """How much of `frame` is the prompt, given what an inference prompt has in its place (`tail`)."""
     header = scene.facts.header
     if frame.startswith(tail) and (not frame[len(tail) :].strip() or (header and tail.endswith(header))):
@@ -151,14 +132,14 @@ def _prompt_length(scene: _Scene, i: int, frame: str, tail: str) -> int | None:
         return max(len(tail), opened or 0)
     shared = shared_length(tail, frame)
     opening = tail[shared_length(tail, closed) : shared] if asked else tail[:shared]
-    if asked and _marks_the_assistant(scene, opening):
+    if asked and scene.marks_the_assistant(opening):
         return shared
     if not asked and header and header in opening:
         return shared
     return len(closed) if frame.startswith(closed) and not frame[len(closed) :].strip() else None
 
 
-def _header_end(scene: _Scene, frame: str) -> int | None:
+def _header_end(scene: Scene, frame: str) -> int | None:
     """Where the assistant's header ends in a frame for which no inference prompt exists."""
     header = scene.facts.header
     if header is None:
@@ -167,7 +148,7 @@ def _header_end(scene: _Scene, frame: str) -> int | None:
     if end is None:
         pieces = lexemes(scene.facts.prompt_tail)
         endings = ("".join(pieces[k:]) for k in range(len(pieces)))
-        ending = next((e for e in endings if e in frame and _marks_the_assistant(scene, e)), None)
+        ending = next((e for e in endings if e in frame and scene.marks_the_assistant(e)), None)
         end = frame.rindex(ending) + len(ending) if ending else _opening_end(scene, frame, header)
     if end is None and (not frame.strip() or scene.facts.user_frame.startswith(frame)):
         # No header: what also stands before a user's text is not the assistant's either.
@@ -175,19 +156,19 @@ def _header_end(scene: _Scene, frame: str) -> int | None:
     return end
 
 
-def _opening_end(scene: _Scene, frame: str, header: str) -> int | None:
+def _opening_end(scene: Scene, frame: str, header: str) -> int | None:
     """Where the header, or the longest beginning of it that marks the assistant, ends in the frame."""
     if header.strip() and header in frame:
         return frame.rindex(header) + len(header)
     pieces = lexemes(header)
     for k in range(len(pieces) - 1, 0, -1):
         opening = "".join(pieces[:k])
-        if opening in frame and _marks_the_assistant(scene, opening):
+        if opening in frame and scene.marks_the_assistant(opening):
             return frame.rindex(opening) + len(opening)
     return None
 
 
-def _marks_the_assistant(scene: _Scene, opening: str) -> bool:
+def _marks_the_assistant(scene: Scene, opening: str) -> bool:
     """Whether a piece of a header is written before the assistant's texts only."""
     if not opening.strip() or opening in scene.facts.user_frame:
         return False
@@ -200,7 +181,7 @@ def _marks_the_assistant(scene: _Scene, opening: str) -> bool:
     return True
 
 
-def _end(scene: _Scene, i: int, last_run: int) -> tuple[int, bool]:
+def _end(scene: Scene, i: int, last_run: int) -> tuple[int, bool]:
     """Where message `i` ends in the real text, and whether an end-of-turn is part of it."""
     tagged = scene.tagged
     run = tagged.runs[last_run]
@@ -218,36 +199,33 @@ def _end(scene: _Scene, i: int, last_run: int) -> tuple[int, bool]:
     # A template may refuse a conversation that ends with a tool call: then the first end after the text is its own.
     closed_by = following if closed is None and not shared else run.end + shared
     origin, limit = tagged.in_real(run.end + content), tagged.in_real(closed_by)
-    for start, end in scene.eos_ranges:
-        if origin <= start and end <= limit:
-            return end, True
+    if eos := next(scene.eos_between(origin, limit), None):
+        return eos[1], True
     closing = frame[content:shared].rstrip()
     end_of_closing = tagged.in_real(run.end + content + len(closing))
-    for start, end in scene.eos_ranges:
-        # Closed in another way when it is the last message, or by the marker of the next role.
-        if end_of_closing <= start and end <= tagged.in_real(following):
-            if not scene.text[end_of_closing:start].strip():
-                return end, True
-            break
+    # Closed in another way when it is the last message, or by the marker of the next role.
+    eos = next(scene.eos_between(end_of_closing, tagged.in_real(following)), None)
+    if eos and not scene.text[end_of_closing : eos[0]].strip():
+        return eos[1], True
     if closed is not None and tagged.text.startswith(closed) and len(closed) < run.end + content + len(closing):
         raise Unproved(f"message {i} (assistant) seems to go on into what follows it")
     return end_of_closing, any(len(lexeme) > 2 and lexeme[0] in "<[" for lexeme in lexemes(closing))
 
 
-def _own_tail(scene: _Scene, i: int, last_tag: str, closed: str) -> str:
+def _own_tail(scene: Scene, i: int, last_tag: str, closed: str) -> str:
     """What follows message `i` when it is the last. Raises Unproved when its texts are then others."""
     tags, text = scene.tagged.tags, scene.tagged.text
     tag, tail = tags.tail(closed)
     if tag != last_tag:
         raise Unproved(f"message {i} (assistant) ends with another text when it is the last message")
-    for k, leaf in enumerate(tags.leaves):
+    for k in tags.of_message.get(i, ()):
         own = chr(tags.first + k)
-        if leaf.message == i and text.count(own) > closed.count(own):
-            raise Unproved(f"the {leaf.field} of message {i} (assistant) is repeated in what follows it")
+        if text.count(own) > closed.count(own):
+            raise Unproved(f"the {tags.leaves[k].field} of message {i} (assistant) is repeated in what follows it")
     return tail
 
 
-def _closing_before_prompt(scene: _Scene, i: int, frame: str) -> int:
+def _closing_before_prompt(scene: Scene, i: int, frame: str) -> int:
     """How much of `frame` closes message `i` when a generation prompt follows: some templates close only then."""
     header, tags = scene.facts.header, scene.tagged.tags
     prompted = scene.prefix(i + 1, True)

@@ -8,16 +8,22 @@ is that the same render comes out without it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from functools import cached_property
+from itertools import accumulate, pairwise, product
 from typing import Any
 
+import numpy as np
+
 from mlx_nb.data.template_facts import STRUCTURAL_KEYS, Message, Render, RenderFailed
+from mlx_nb.data.template_windows import LONG, Windows
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 _TEXT_FIELDS = ("content", *REASONING_FIELDS)
-_FIRST_PRIVATE, _LAST_PRIVATE = 0xF0000, 0x10FFFD
+# Code points that no text has: those of private use, and for very long conversations those of unassigned planes.
+_STRETCHES = ((0xF0000, 0x10FFFD), (0x40000, 0xDFFFD))
 
 
 class Unproved(Exception):
@@ -66,6 +72,14 @@ class TaggedMessages:
     def leaf(self, tag: str) -> Leaf:
         return self.leaves[ord(tag) - self.first]
 
+    @cached_property
+    def of_message(self) -> dict[int, list[int]]:
+        """The numbers of the leaves of each message that has any."""
+        found: dict[int, list[int]] = {}
+        for k, leaf in enumerate(self.leaves):
+            found.setdefault(leaf.message, []).append(k)
+        return found
+
     def tail(self, rendered: str) -> tuple[str, str]:
         """The last tag in a render, empty when there is none, and what follows it."""
         low, high = chr(self.first), chr(self.first + len(self.leaves))
@@ -74,18 +88,28 @@ class TaggedMessages:
                 return rendered[position], rendered[position + 1 :]
         return "", rendered
 
-    def runs(self, rendered: str) -> list[Run]:
-        """The stretches of equal tags in a render, in order."""
-        if not self.leaves:
-            return []
-        tags = f"[{chr(self.first)}-{chr(self.first + len(self.leaves) - 1)}]"
-        found = re.finditer(rf"({tags})\1*", rendered)
-        return [Run(m.start(), m.end(), m[1], self.leaf(m[1]).message) for m in found]
+    def numbers(self, codes: np.ndarray) -> np.ndarray:
+        """(T,) the number of the leaf that each character of a render is a tag of; -1 for no tag."""
+        numbers = codes.astype(np.int64) - self.first
+        numbers[numbers >= len(self.leaves)] = -1
+        return np.maximum(numbers, -1)
+
+    def runs(self, numbers: np.ndarray) -> list[Run]:
+        """The stretches of one tag with no other tag between, in order, from the `numbers` of a render."""
+        at = np.flatnonzero(numbers >= 0)
+        which = numbers[at]
+        first = np.flatnonzero(np.diff(which, prepend=-1))
+        starts, ends = at[first].tolist(), (at[np.append(first[1:], len(at)) - 1] + 1).tolist() if len(at) else []
+        leaves = self.leaves
+        return [
+            Run(start, end, chr(self.first + k), leaves[k].message)
+            for start, end, k in zip(starts, ends, which[first].tolist())
+        ]
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Equal tags `[start, end)` in a tagged render."""
+    """Characters `[start, end)` of a tagged render with the tags of one text only."""
 
     start: int
     end: int
@@ -99,7 +123,7 @@ class TaggedRender:
 
     text      the tagged render; equal to the real one except at tags and in `removed`
     runs      the tags in it; runs of one text with nothing else between them are joined
-    removed   ranges `(start, end)` that are not in the real render
+    removed   ranges `(start, end)` that are not in the real render, in order
     lost      (message, field, characters lost, characters given) of texts the template leaves out
     absent    assistant messages of which nothing is rendered
     """
@@ -113,7 +137,15 @@ class TaggedRender:
 
     def in_real(self, position: int) -> int:
         """The same place in the real render."""
-        return position - sum(min(max(position - start, 0), end - start) for start, end in self.removed)
+        starts, ends, lengths = self._removed_parts
+        passed, entered = bisect_right(ends, position), bisect_left(starts, position)
+        return position - lengths[passed] - sum(position - start for start in starts[passed:entered])
+
+    @cached_property
+    def _removed_parts(self) -> tuple[list[int], list[int], list[int]]:
+        """Starts and ends of what is removed, and how many characters the first k ranges have."""
+        lengths = accumulate((end - start for start, end in self.removed), initial=0)
+        return [start for start, _ in self.removed], [end for _, end in self.removed], list(lengths)
 
 
 def tag_and_prove(
@@ -125,25 +157,27 @@ def tag_and_prove(
         tagged_text = render(tags.messages, False)
     except RenderFailed as error:
         raise Unproved(f"the template fails on a copy with other texts ({error})") from error
-    runs = tags.runs(tagged_text)
-    if not _fits(text, tagged_text, runs):
+    real, codes = _codes(text), _codes(tagged_text)
+    numbers = tags.numbers(codes)
+    if not _fits(real, codes, numbers):
         raise Unproved("the template's own text depends on what the messages say")
-    lost = list(_lost_texts(tags, runs))
+    runs, lost = tags.runs(numbers), list(_lost_texts(tags, numbers))
     heard = {run.message for run in runs}
     silent = [i for i, m in enumerate(messages) if m.get("role") == "assistant" and i not in heard]
-    absent = [i for i in silent if _is_left_out(messages, i, text, render)]
+    absent = _left_out(messages, silent, text, render, constants)
     removed: list[tuple[int, int]] = []
     if len(silent) > len(absent):
-        followed = [i for i in silent if i not in absent]
+        heard |= set(absent)
+        followed = [i for i in silent if i not in heard]
         try:
-            tags, tagged_text, removed = _probe(tags, followed, text, render)
+            tags, tagged_text, removed = _probe(tags, followed, real, render)
         except Unproved as error:
-            left_out = next((i for i, field, *_ in lost if i in followed and field in _TEXT_FIELDS), None)
+            left_out = next((i for i, field, *_ in lost if i not in heard and field in _TEXT_FIELDS), None)
             if left_out is None:
                 raise
             raise Unproved(f"the template leaves out the text of message {left_out} (assistant)") from error
-        runs = tags.runs(tagged_text)
-    return TaggedRender(tags, tagged_text, _joined(runs), removed, lost, absent)
+        runs = tags.runs(tags.numbers(_codes(tagged_text)))
+    return TaggedRender(tags, tagged_text, runs, removed, lost, absent)
 
 
 def _tag(messages: Sequence[Message], text: str, constants: Sequence[str], tagging: Tagging) -> TaggedMessages:
@@ -196,14 +230,14 @@ def _free_code_point(messages: Sequence[Message], text: str) -> int:
     """The first of a stretch of private-use code points that occur nowhere in the conversation."""
     strings = [text, *_strings(messages)]
     needed = len(strings) + len(messages)
-    used = {ord(c) for string in strings if not string.isascii() for c in string if ord(c) >= _FIRST_PRIVATE}
-    first = _FIRST_PRIVATE
-    for code_point in sorted(used):
-        if first <= code_point < first + needed:
-            first = code_point + 1
-    if first + needed > _LAST_PRIVATE:
-        raise Unproved("the conversation uses up the private-use characters that mark texts")
-    return first
+    used = {ord(c) for string in strings if not string.isascii() for c in string if ord(c) >= _STRETCHES[-1][0]}
+    for first, last in _STRETCHES:
+        for code_point in sorted(used):
+            if first <= code_point < first + needed:
+                first = code_point + 1
+        if first + needed <= last:
+            return first
+    raise Unproved("the conversation uses up the private-use characters that mark texts")
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -217,36 +251,54 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _fits(text: str, tagged_text: str, runs: Sequence[Run]) -> bool:
-    """Whether both renders are equal wherever there is no tag."""
-    if len(text) != len(tagged_text):
-        return False
-    position = 0
-    for run in runs:
-        if text[position : run.start] != tagged_text[position : run.start]:
-            return False
-        position = run.end
-    return text[position:] == tagged_text[position:]
+def _codes(text: str) -> np.ndarray:
+    """(T,) uint32, the code points of a text."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
-def _joined(runs: Sequence[Run]) -> list[Run]:
-    result: list[Run] = []
-    for run in runs:
-        if result and result[-1].tag == run.tag:
-            result[-1] = Run(result[-1].start, run.end, run.tag, run.message)
-        else:
-            result.append(run)
-    return result
+def _fits(real: np.ndarray, tagged: np.ndarray, numbers: np.ndarray) -> bool:
+    """Whether both renders, as code points, are equal wherever the tagged one has no tag."""
+    return len(real) == len(tagged) and bool(((real == tagged) | (numbers >= 0)).all())
 
 
-def _lost_texts(tags: TaggedMessages, runs: Sequence[Run]) -> Iterator[tuple[int, str, int, int]]:
-    present: dict[str, int] = {}
-    for run in runs:
-        present[run.tag] = present.get(run.tag, 0) + run.end - run.start
-    for k, leaf in enumerate(tags.leaves):
-        lost = leaf.tagged_characters - present.get(chr(tags.first + k), 0)
+def _lost_texts(tags: TaggedMessages, numbers: np.ndarray) -> Iterator[tuple[int, str, int, int]]:
+    present = np.bincount(numbers[numbers >= 0], minlength=len(tags.leaves)).tolist()
+    for leaf, found in zip(tags.leaves, present):
+        lost = leaf.tagged_characters - found
         if lost > 0 and leaf.reported:
             yield leaf.message, leaf.field, lost, leaf.tagged_characters
+
+
+def _left_out(
+    messages: Sequence[Message], silent: Sequence[int], text: str, render: Render, constants: Sequence[str]
+) -> list[int]:
+    """Those of the `silent` messages of which nothing is rendered: without one of them the text is the same."""
+    if not silent:
+        return []
+    if len(messages) <= LONG:
+        return [i for i in silent if _is_left_out(messages, i, text, render)]
+    windows, known = Windows(messages, constants), dict[Hashable, bool]()
+    absent = []
+    for i in silent:
+        window = windows.around(i)
+        if window.shape not in known:
+            known[window.shape] = _is_left_out_of_window([messages[k] for k in window.indexes], window.slot, render)
+        if known[window.shape]:
+            absent.append(i)
+    left_out = set(absent)
+    try:
+        if not absent or render([m for i, m in enumerate(messages) if i not in left_out], False) == text:
+            return absent
+    except RenderFailed:
+        pass
+    return [i for i in silent if _is_left_out(messages, i, text, render)]
+
+
+def _is_left_out_of_window(messages: Sequence[Message], slot: int, render: Render) -> bool:
+    try:
+        return _is_left_out(messages, slot, render(messages, False), render)
+    except RenderFailed:
+        return False
 
 
 def _is_left_out(messages: Sequence[Message], i: int, text: str, render: Render) -> bool:
@@ -258,7 +310,7 @@ def _is_left_out(messages: Sequence[Message], i: int, text: str, render: Render)
 
 
 def _probe(
-    tags: TaggedMessages, silent: Sequence[int], text: str, render: Render
+    tags: TaggedMessages, silent: Sequence[int], real: np.ndarray, render: Render
 ) -> tuple[TaggedMessages, str, list[tuple[int, int]]]:
     """Give each silent message one more character, and prove that without it the render is the same.
 
@@ -278,24 +330,29 @@ def _probe(
             tagged_text = render(messages, False)
         except RenderFailed:
             continue
-        probes = [run for run in probed.runs(tagged_text) if ord(run.tag) >= tags.first + len(tags.leaves)]
+        probes = [
+            run
+            for run in probed.runs(probed.numbers(_codes(tagged_text)))
+            if ord(run.tag) >= tags.first + len(tags.leaves)
+        ]
         if [run.message for run in probes] != list(silent) or any(run.end - run.start > 1 for run in probes):
             continue
-        for before, after in product(range(4), range(4)):
-            removed = [(run.start - before, run.end + after) for run in probes]
+        for wider in product(range(4), range(4)):
+            removed = [(run.start - wider[0], run.end + wider[1]) for run in probes]
             cut = "".join(tagged_text[a:b] for a, b in removed)
             if len("".join(cut.split())) != len(probes):
                 continue
-            without = _without(tagged_text, removed)
-            if _fits(text, without, tags.runs(without)):
+            if any(before[1] > after[0] for before, after in pairwise(removed)):
+                continue
+            without = _codes(_without(tagged_text, removed))
+            if _fits(real, without, tags.numbers(without)):
                 return probed, tagged_text, removed
     raise Unproved(f"message {silent[0]} (assistant) has no text of its own that could be followed into the render")
 
 
 def _without(text: str, removed: Sequence[tuple[int, int]]) -> str:
-    for start, end in reversed(removed):
-        text = text[:start] + text[end:]
-    return text
+    edges = [0, *(edge for both in removed for edge in both), len(text)]
+    return "".join(text[start:end] for start, end in zip(edges[::2], edges[1::2]))
 
 
 def _with_probe(content: Any, probe: str, at_end: bool) -> Any:

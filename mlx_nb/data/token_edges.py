@@ -6,6 +6,7 @@ A token is found by its characters in the same time whatever the length of the t
 from __future__ import annotations
 
 from bisect import bisect_right
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,7 +17,21 @@ from mlx_nb.data.template_render import Encoded, encode_with_offsets
 
 # What precedes an answer is mostly the same few characters of the template.
 _SHORT, _REMEMBERED = 200, 1000
-_ASKED: WeakKeyDictionary[Any, dict[tuple[int, str], tuple[np.ndarray, int]]] = WeakKeyDictionary()
+# Characters after which a text without control tokens is read the same wherever one began to read, and of those that
+# are compared then.
+_READ_IN, _COMPARED = 1000, 1000
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """The tokens that cover something of a text that the model is asked with, as in `Encoded`."""
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    control_tokens: int
+
+
+_ASKED: WeakKeyDictionary[Any, dict[tuple[int, str], _Asked]] = WeakKeyDictionary()
 
 
 class TokenOffsets:
@@ -34,7 +49,9 @@ class TokenOffsets:
         """
         first, last = 0, len(self.starts)
         if self._in_order:
-            first, last = int(self.ends.searchsorted(start, "left")), int(self.starts.searchsorted(end, "left"))
+            # Of the arrays' own type: for another one the whole array is converted first.
+            first = int(self.ends.searchsorted(np.int32(start), "left"))
+            last = int(self.starts.searchsorted(np.int32(end), "left"))
         starts, ends = self.starts[first:last], self.ends[first:last]
         found = (starts < end) & ((ends > start) | ((starts == ends) & (starts >= start)))
         return first + np.flatnonzero(found)
@@ -73,25 +90,32 @@ class Edges:
             return ""
         passed = bisect_right(self._control_ends, start)
         begin = self._control[passed - 1].start if passed else 0
-        before = self.text[begin:start]
-        asked, control_tokens = _asked(before, self.tokenizer)
-        if control_tokens > min(passed, 1):
+        read_from = begin if start - begin <= _READ_IN + _COMPARED else start - _READ_IN - _COMPARED
+        before = self.text[read_from:start]
+        asked = _asked(before, self.tokenizer)
+        if asked.control_tokens > (min(passed, 1) if read_from == begin else 0):
             return ""  # control tokens that are ordinary characters in this row
-        own = self.offsets.touching(begin, start + 1)
+        own = self.offsets.touching(read_from, start + 1)
         starts, ends = self.offsets.starts[own], self.offsets.ends[own]
-        own = own[(starts >= begin) & (ends <= start) & (ends > begin)]
-        same = np.array_equal(self.tokens[own], asked)
+        own = own[(starts >= read_from) & (ends <= start) & (ends > read_from)]
+        tokens, asked_tokens = self.tokens[own], asked.tokens
+        if read_from > begin:
+            compared = start - _COMPARED
+            tokens = tokens[self.offsets.starts[own] >= compared]
+            asked_tokens = asked_tokens[asked.offsets[:, 0] >= compared - read_from]
+        same = np.array_equal(tokens, asked_tokens)
         return "" if same else f"{before[-8:]!r} before it has other tokens when the model is asked."
 
 
-def _asked(before: str, tokenizer: Any) -> tuple[np.ndarray, int]:
-    """The tokens that cover something of a text that the model is asked with, and how many control tokens are in it."""
+def _asked(before: str, tokenizer: Any) -> _Asked:
     known = _ASKED.setdefault(tokenizer, {})
     key = len(tokenizer), before
     if key in known:
         return known[key]
     tokens, covered = encode_with_offsets(tokenizer, before)
-    asked = tokens[covered[:, 1] > 0], len(written_out(tokens, covered, before, tokenizer))
+    something = covered[:, 1] > 0
+    control_tokens = len(written_out(tokens, covered, before, tokenizer))
+    asked = _Asked(tokens[something], covered[something], control_tokens)
     if len(before) <= _SHORT:
         if len(known) >= _REMEMBERED:
             known.clear()
