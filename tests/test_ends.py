@@ -14,57 +14,17 @@ from typing import NamedTuple
 
 import pytest
 
-from mlx_nb import Run, register_objective
-from mlx_nb.events import StepCompleted
+from lives import KINDS, NAP_SECONDS, namespace_of, register_napping, settings_of
+from mlx_nb import Run
 from mlx_nb.keeper import history_of
 from mlx_nb.methods import METHODS
 from mlx_nb.train.checkpoint import CheckpointStore
-from test_faults import KINDS, read_line
+from test_faults import read_line
 from test_kernel import SETUP, Kernel
-from tiny import tiny_labels, tiny_pairs, tiny_prompts, tiny_rows
 
 pytestmark = pytest.mark.faults
 
 SIGTERMS_OF_A_KIND = 13  # 104 in all
-ROWS = {one.__name__: one for one in (tiny_rows, tiny_pairs, tiny_labels, tiny_prompts)}
-NAP_SECONDS = 6.0  # longer than a kernel is given to end
-
-
-def e_share(completion):
-    return completion.count("e") / (1 + len(completion))
-
-
-def register_napping():
-    """A method whose updates take long, where NAP says so, without any computing."""
-
-    @register_objective("napping")
-    def napping(targets):
-        time.sleep(float(os.environ.get("NAP", "0")))
-        return -targets.logprob_S
-
-
-def settings_of(kind, model):
-    own = "method: napping\nlora_parameters: {rank: 4}" if kind == "napping" else KINDS[kind].settings
-    return (
-        f"model: {model}\ndata: rows\niters: 100000\nval_set_size: 0\nlearning_rate: 1e-3\nsave_every: -1\n"
-        f"loss_spike: null\n{own}"
-    )
-
-
-def namespace_of(kind):
-    return {"rows": ROWS["tiny_rows" if kind == "napping" else KINDS[kind].rows](40), "e_share": e_share}
-
-
-def noted(run, log):
-    """Note each update with its time in a file that survives the process."""
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.write(file, f"resumed {run.step_count} {time.time()}\n".encode())
-
-    def told(event):
-        if isinstance(event, StepCompleted):
-            os.write(file, f"update {event.step} {time.time()}\n".encode())
-
-    run.listen(told)
 
 
 def updates_noted(log):
@@ -104,7 +64,7 @@ prepare_backend()
 import mlx_lm, transformers
 import mlx_nb.model.sharing, mlx_nb.train.trainer, mlx_nb.rollouts.generation
 from mlx_lm.models import llama
-from test_ends import live
+from lives import live
 for kind in sys.stdin:
     child = os.fork()
     if child == 0:
@@ -118,18 +78,6 @@ for kind in sys.stdin:
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
-
-
-def live(kind, folder, model):
-    """Resume or begin, and train until a signal ends it."""
-    folder, namespace = Path(folder) / kind, namespace_of(kind)
-    if CheckpointStore(folder / "checkpoints").list():
-        run = Run.resume(folder, data=namespace["rows"], namespace=namespace)
-    else:
-        run = Run.from_yaml(f"{settings_of(kind, model)}\nadapter_path: {folder}", namespace=namespace)
-    _ = run.trainer
-    noted(run, f"{folder}.log")
-    run.run()
 
 
 def test_a_hundred_sigterms_at_random_moments_lose_no_finished_update(tmp_path, tiny_folder):
@@ -181,7 +129,7 @@ TRACKS = (
     Track("kto", "--background", QUICK),
     Track("grpo", "--wait", QUICK),
     Track("napping", "--background", (RESTART, KILL, RESTART)),
-    Track("napping", "--wait", (RESTART, SIGTERM, KILL)),
+    Track("napping", "--wait", (RESTART, KILL, SIGTERM)),
     Track("napping", "--wait", (KILL, RESTART, RESTART)),
     Track("napping", "--background", (RESTART, KILL, SIGTERM)),
 )
@@ -203,9 +151,9 @@ class Lives(threading.Thread):
         try:
             kernel = Kernel(self.folder)
             try:
-                for end in self.track.ends:
+                for number, end in enumerate(self.track.ends, start=1):
                     self.live(kernel)
-                    at = self.end(kernel, end)
+                    at = self.end(kernel, end, last=number == len(self.track.ends))
                     self.lost.append((end, *self.missing(at)))
             finally:
                 kernel.close()
@@ -217,7 +165,7 @@ class Lives(threading.Thread):
         autosave = "" if self.napping else f"\nautosave_minutes: {AUTOSAVE_SECONDS / 60}"
         cells = [
             SETUP.format(tests=str(Path(__file__).parent)),
-            f"from test_ends import *\nos.environ['NAP'] = '{NAP_SECONDS if self.napping else 0}'\nregister_napping()\n"
+            f"from lives import *\nos.environ['NAP'] = '{NAP_SECONDS if self.napping else 0}'\nregister_napping()\n"
             f"globals().update(namespace_of({self.track.kind!r}))",
             f"%%finetune -o run --paused --resume\n{settings_of(self.track.kind, self.model)}{autosave}",
             f"_ = run.trainer\nnoted(run, {self.log!r})",
@@ -233,8 +181,8 @@ class Lives(threading.Thread):
         # A kill waits for the save after an update, which takes a moment on a busy machine.
         time.sleep(self.chance.uniform(1.0, NAP_SECONDS - 1.0) if self.napping else self.chance.uniform(0.0, 1.0))
 
-    def end(self, kernel, end):
-        """End the process, and have another kernel. Returns when the end began."""
+    def end(self, kernel, end, last):
+        """End the process, and have another kernel for the next life. Returns when the end began."""
         at = time.time()
         kernel.client.stop_channels()
         if end == SIGTERM:
@@ -242,7 +190,11 @@ class Lives(threading.Thread):
             while kernel.manager.is_alive():
                 assert time.time() - at < 2 * NAP_SECONDS + 10, "it goes on"
                 time.sleep(0.02)
+            if last:
+                return at
         kernel.manager.restart_kernel(now=end != RESTART)
+        if last:
+            return at
         kernel.client = kernel.manager.client()
         kernel.client.start_channels()
         kernel.client.wait_for_ready(timeout=60)

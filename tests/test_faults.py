@@ -14,10 +14,10 @@ import threading
 import time
 from pathlib import Path
 from queue import Empty
-from typing import NamedTuple
 
 import pytest
 
+from lives import KINDS
 from mlx_nb import Run, RunConfig
 from mlx_nb.keeper import history_of
 from mlx_nb.notebook.interrupted import LINE
@@ -30,27 +30,6 @@ pytestmark = pytest.mark.faults
 KILLS = 110
 
 
-class Kind(NamedTuple):
-    """What is trained on which rows, and under how many interrupts."""
-
-    settings: str
-    rows: str = "tiny_rows"
-    interrupts: int = 40
-    iters: int = 50
-
-
-ADAPTER = "lora_parameters: {rank: 4, dropout: 0.1}"
-ROLLOUTS = "rewards: [e_share]\ngroup_size: 4\nmax_completion_length: 8\nupdates_per_rollout: 2\nbatch_size: 2\n"
-KINDS = {
-    "lora": Kind(ADAPTER, interrupts=110),
-    "dora": Kind(f"fine_tune_type: dora\n{ADAPTER}", interrupts=110),
-    "full": Kind("fine_tune_type: full", interrupts=110),
-    "dpo": Kind(f"method: dpo\n{ADAPTER}", "tiny_pairs"),
-    "cpo": Kind(f"method: cpo\n{ADAPTER}", "tiny_pairs"),
-    "orpo": Kind(f"method: orpo\n{ADAPTER}", "tiny_pairs"),
-    "kto": Kind(f"method: kto\n{ADAPTER}", "tiny_labels"),
-    "grpo": Kind(f"method: grpo\n{ROLLOUTS}lora_parameters: {{rank: 4}}", "tiny_prompts", interrupts=60, iters=20),
-}
 # Slow enough that interrupts strike inside the reward too.
 REWARD = """
 import time
