@@ -97,8 +97,9 @@ def save_all() -> None:
 def _save(run: Unsaved, save: Callable[[], bool]) -> None:
     try:
         save()
-    except MlxNbError as error:
-        print(f"{run.name}: {error}", file=sys.stderr)
+    except Exception as error:  # whatever it is, the other runs are still to be saved
+        said = error if isinstance(error, MlxNbError) else f"{type(error).__name__}: {error}"
+        print(f"{run.name}: {said}", file=sys.stderr)
 
 
 def _save_meanwhile(number: int) -> None:

@@ -343,6 +343,22 @@ def test_a_signal_during_the_last_save_does_not_end_it(tmp_path, tiny_folder):
     assert (result.returncode, result.stderr) == (0, "")
 
 
+def test_a_run_that_cannot_be_saved_for_any_reason_does_not_keep_the_others_from_it(tmp_path, tiny_folder):
+    body = """
+        other = run.fork(adapter_path=str(run.folder.parent / "b"))
+        for one in (run, other):
+            one.step(2)
+        def broken():
+            raise RuntimeError("[write] Unable to write")
+        for one in (run, other)[:1]:
+            one.save_unsaved = broken
+    """
+    result = ended(tmp_path, tiny_folder, body)
+    assert saves(tmp_path / "b") == [(2, "exit")]
+    assert "run: RuntimeError: [write] Unable to write" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_a_handler_of_the_persons_own_is_called_after_the_save(tmp_path, tiny_folder):
     body = """
         signal.signal(signal.SIGTERM, lambda *_: print("mine", os.listdir(run.folder / "checkpoints")))
@@ -363,9 +379,12 @@ def test_an_ignored_signal_stays_ignored_and_the_others_are_given_back(tmp_path,
         run.step(1)
         os.kill(os.getpid(), signal.SIGHUP)
         assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+        assert (watched := signal.set_wakeup_fd(-1)) != -1
+        signal.set_wakeup_fd(watched)
         del run
         gc.collect()
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert signal.set_wakeup_fd(-1) == -1
     """
     result = ended(tmp_path, tiny_folder, body)
     assert (result.returncode, result.stdout) == (0, "went on\n"), result.stderr
@@ -375,8 +394,8 @@ def test_a_script_that_just_ends_saves_and_a_forked_child_does_not(tmp_path, tin
     body = """
         run.step(3)
         if (child := os.fork()) == 0:
-            sys.exit(0)
-        os.waitpid(child, 0)
+            sys.exit(signal.set_wakeup_fd(-1) != -1)
+        assert os.waitpid(child, 0)[1] == 0
         assert run.checkpoints() == []
     """
     result = ended(tmp_path, tiny_folder, body)
