@@ -120,7 +120,7 @@ def _train(chosen: argparse.Namespace) -> int:
     run = Run.from_yaml(Path(chosen.config), name=chosen.name, **made, **settings)
     if chosen.resume and run.has_checkpoint:
         run = Run.resume(run.folder, config=run.config, **made)
-        print(f"{run.name} goes on from update {run.step_count}.", file=sys.stderr)
+        print(f"{run.name} goes on from update {run.step_count}.", *run.trainer.notes, sep="\n", file=sys.stderr)
     ended = _print_events(run) if chosen.json else train_here(run, way_on="the same command with --resume goes on")
     if not isinstance(ended, RunPaused):
         return 0

@@ -8,6 +8,7 @@ import threading
 
 from mlx_nb.events import BatchSkipped, ChangeSetting, EvaluationCompleted, Rewind, Rewound, SettingChanged, Skip
 from test_history_file import new_run, resume
+from tiny import tiny_rows
 
 
 def kinds(history):
@@ -100,3 +101,21 @@ def test_a_boundary_is_saved_with_the_settings_and_the_events_of_its_own(tmp_pat
     assert resumed.config.learning_rate == 1e-3
     assert kinds(resumed.history) == kinds(run.history)[:-2]
     assert EvaluationCompleted in kinds(run.history)[-2:]
+
+
+def test_a_cell_that_resumes_says_what_is_lost_and_which_checkpoint_was_passed_over(shell, tiny_folder, capsys):
+    shell.user_ns["rows"] = tiny_rows(24)
+    cell = f"model: {tiny_folder}\ndata: rows\niters: 9\nval_set_size: 0\nsave_every: -1\n"
+    shell.run_cell_magic("finetune", "--paused -o run", cell)
+    run = shell.user_ns["run"]
+    run.step(3)
+    run.request(Rewind(1))
+    saved = run.checkpoint()
+    shutil.copytree(saved, saved.with_name("save-0009-step-0000009-step"))
+    shell.user_ns["run"] = run = None
+    capsys.readouterr()
+    shell.run_cell_magic("finetune", "--paused --resume -o run", cell)
+    shown = capsys.readouterr().out
+    assert "run goes on from update 3." in shown
+    assert "to go back to update 1: update 1 was not kept" in shown
+    assert "save-0009-step-0000009-step: the folder was renamed" in shown

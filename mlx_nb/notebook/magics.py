@@ -60,7 +60,7 @@ class FinetuneMagics(Magics):
         )
         if arguments.resume and run.has_checkpoint:
             run = Run.resume(run.folder, config=run.config, namespace=namespace, allow_changed=allowed)
-            print(f"{run.name} goes on from update {run.step_count}.")
+            print(f"{run.name} goes on from update {run.step_count}.", *run.trainer.notes, sep="\n")
         self.session.add(run)
         if arguments.output is not None:
             shell.push({arguments.output: run})
