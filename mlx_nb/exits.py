@@ -37,6 +37,8 @@ class Unsaved(Protocol):
 
     name: str
 
+    @property
+    def prepared(self) -> bool: ...
     def request(self, request: Request) -> None: ...
     def save_unsaved(self) -> bool: ...
     def save_last_boundary(self) -> bool: ...
@@ -56,14 +58,22 @@ def join(run: Unsaved) -> None:
         return
     _runs.add(run)
     weakref.finalize(run, _give_back).atexit = False
+    _take_signals()
+
+
+def _take_signals() -> None:
+    """Take the signals that no handler of a person's answers by now. What is ignored, as under nohup, stays so."""
     if threading.current_thread() is not threading.main_thread():
         return
     for number in SIGNALS:
-        # What is ignored, as under nohup, stays so.
-        if signal.getsignal(number) not in (signal.SIG_IGN, None, _handle):
+        now = signal.getsignal(number)
+        # asyncio leaves the default behind when it gives up a signal, whoever had that before.
+        if now is signal.SIG_DFL or (number not in _before and now not in (signal.SIG_IGN, None, _handle)):
             _before[number] = signal.signal(number, _handle)
     if _before and not _watches:
         _watches.append(SignalWatch(_save_meanwhile))
+    for watch in _watches:
+        watch.renew()
 
 
 def live() -> list[Any]:
@@ -74,6 +84,8 @@ def live() -> list[Any]:
 @contextmanager
 def computing(run: Unsaved) -> Iterator[None]:
     """While inside, the run is between two boundaries, and a signal has it pause at the next one."""
+    if run in _runs:
+        _take_signals()
     _computing.append(run)
     try:
         yield
@@ -115,10 +127,15 @@ def go_on_ending() -> None:
     """At a boundary: end the process, if a signal asked for it. Raises SystemExit(128 + signal).
 
     IPython catches that in a cell, so there the signal is sent once more, with everything saved and nobody to catch it.
+    On another thread it is sent once more to the main one, which may be waiting.
     """
-    if not _asked or threading.current_thread() is not threading.main_thread():
+    if not _asked:
         return
     number = _asked[0]
+    if threading.current_thread() is not threading.main_thread():
+        if not _computing:
+            signal.pthread_kill(threading.main_thread().ident or 0, number)
+        return
     before = _before.get(number)
     if callable(before):
         _asked.clear()
@@ -135,10 +152,14 @@ def _handle(number: int, frame: FrameType | None) -> None:
         return
     again = bool(_asked)
     _asked[:] = [number]
-    if _computing and not again:
-        for run in list(_computing):
+    training = [run for run in _computing if run.prepared]
+    for run in _computing:
+        if run not in training:  # it has nothing to be saved, so nothing waits for it
+            run.request(Pause(signal.Signals(number).name))
+    if training and not again:
+        for run in training:
             run.request(Pause(signal.Signals(number).name, at_once=True))
-    elif _computing:
+    elif training:
         return
     elif again or callable(_before.get(number)):
         go_on_ending()

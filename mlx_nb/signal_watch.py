@@ -19,9 +19,7 @@ class SignalWatch:
         self._told = told
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
-        owner = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        if owner != -1:
-            signal.set_wakeup_fd(owner)
+        self.renew()
         threading.Thread(target=self._listen, name="mlx_nb signals", daemon=True).start()
 
     def _listen(self) -> None:
@@ -29,6 +27,12 @@ class SignalWatch:
             while numbers := self._reader.recv(64):
                 for number in numbers:
                     self._told(number)
+
+    def renew(self) -> None:
+        """Take the descriptor where nobody has it: who had it instead may have given it up."""
+        owner = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        if owner not in (-1, self._writer.fileno()):
+            signal.set_wakeup_fd(owner)
 
     def close(self) -> None:
         """Give the descriptor back, and end the thread."""

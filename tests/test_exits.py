@@ -343,6 +343,54 @@ def test_a_signal_during_the_last_save_does_not_end_it(tmp_path, tiny_folder):
     assert (result.returncode, result.stderr) == (0, "")
 
 
+# Where a second run is, or who had the signal meanwhile, when the process of a run with unsaved updates is ended.
+BESIDES = {
+    "another run loads": """
+        other = Run(run.config.replace(data=tiny_rows(25), adapter_path=str(run.folder.parent / "b")), name="b")
+        real = other.material.tokenizing
+        def tokenizing():
+            os.kill(os.getpid(), signal.SIGTERM)
+            yield from real()
+        other.material.tokenizing = tokenizing
+        try:
+            other.run()
+        except KeyboardInterrupt:
+            pass
+    """,
+    "another run trains on a thread": """
+        import threading
+        def train():
+            other = Run(run.config.replace(iters=100_000, adapter_path=str(run.folder.parent / "b")), name="b")
+            other.listen(lambda event: event.step == 3 and os.kill(os.getpid(), signal.SIGTERM))
+            other.run()
+        thread = threading.Thread(target=train)
+        thread.start()
+        thread.join()
+    """,
+    "asyncio has given the signal up": """
+        import asyncio
+        async def app():
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, print)
+        asyncio.run(app())
+        for event in run.events():
+            if isinstance(event, StepCompleted):
+                assert (watched := signal.set_wakeup_fd(-1)) != -1
+                signal.set_wakeup_fd(watched)
+                os.kill(os.getpid(), signal.SIGTERM)
+    """,
+}
+
+
+@pytest.mark.parametrize("what", BESIDES)
+def test_a_signal_saves_all_runs_and_ends_the_process_whatever_there_is_besides(tmp_path, tiny_folder, what):
+    result = ended(tmp_path, tiny_folder, "run.step(2)\n" + textwrap.dedent(BESIDES[what]))
+    assert result.returncode == 128 + signal.SIGTERM, result.stderr
+    assert "went on" not in result.stdout
+    assert "Traceback" not in result.stderr
+    assert saves(tmp_path / "a") == [(3 if "asyncio" in what else 2, "exit")]
+    assert [kind for step, kind in saves(tmp_path / "b") if step >= 3] == (["pause"] if "thread" in what else [])
+
+
 def test_a_run_that_cannot_be_saved_for_any_reason_does_not_keep_the_others_from_it(tmp_path, tiny_folder):
     body = """
         other = run.fork(adapter_path=str(run.folder.parent / "b"))
