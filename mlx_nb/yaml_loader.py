@@ -20,7 +20,8 @@ from mlx_nb.errors import CommandError, ConfigError, on_one_line, shortened
 _DEEPEST = 32  # levels of nesting
 _MOST_VALUES = 100_000  # with every alias written out
 _MOST_NODES = 10_000  # keys and values as they are written
-_MOST_CHARACTERS = 250_000
+_MOST_NODES_WITH_ROWS = 50_000  # where rows are written out
+_MOST_CHARACTERS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,16 @@ class _Loader(yaml.SafeLoader):
 
     depth = 0
     nodes = 0
+    most_nodes = _MOST_NODES
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self.depth += 1
         self.nodes += 1
-        if self.nodes > _MOST_NODES:
+        if self.depth == 2 and isinstance(index, yaml.ScalarNode) and index.value == "data":
+            self.most_nodes = _MOST_NODES_WITH_ROWS
+        if self.nodes > self.most_nodes:
             mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, f"it has more than {_MOST_NODES:,} keys and values", mark)
+            raise yaml.composer.ComposerError(None, None, f"it has more than {self.most_nodes:,} keys and values", mark)
         if self.depth > _DEEPEST:
             mark = self.peek_event().start_mark
             raise yaml.composer.ComposerError(None, None, f"nested more than {_DEEPEST} levels deep", mark)
@@ -270,6 +274,9 @@ def _record_marks(
 _LINE_BREAK = "\r\n|[\n\r\x85\u2028\u2029]"
 # What PyYAML says, in the words of somebody who wrote settings.
 _REASONS = {
+    f"it has more than {_MOST_NODES_WITH_ROWS:,} keys and values": (
+        f"it has more than {_MOST_NODES_WITH_ROWS:,} keys and values; put rows into a file, and name it in `data`"
+    ),
     "found unhashable key": "a list or mapping cannot be a key; put a text with braces in quotes",
     "found duplicate anchor": "an anchor is given twice",
     "but found another document": "there is a second document after `---`; keep one",

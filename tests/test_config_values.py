@@ -505,6 +505,25 @@ def test_a_text_too_long_for_settings_is_one_line_at_once(text, tmp_path):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"prompt": f"p {index}", "completion": f"c {index}"} for index in range(5_000)],
+        [{"messages": [{"role": "user", "content": "x" * 900}] * 2} for _ in range(400)],
+    ],
+    ids=["many", "long"],
+)
+def test_rows_written_out_in_the_settings_are_read(rows):
+    assert RunConfig.from_yaml(f"data: {json.dumps(rows)}\niters: 3").data == rows
+
+
+def test_more_rows_than_are_read_from_settings_are_refused_with_what_to_do():
+    with pytest.raises(
+        ConfigError, match=r"more than 50,000 keys and values; put rows into a file, and name it in `data`"
+    ):
+        RunConfig.from_yaml("data:\n" + "- {prompt: a}\n" * 20_000)
+
+
 # What the constructors take
 
 
