@@ -100,6 +100,21 @@ def test_answers_that_the_template_leaves_out_cost_as_much_as_there_are() -> Non
     assert sum("is left out by the chat template" in problem for problem in row.problems) == 50
 
 
+@pytest.mark.parametrize("count", [49, 61, 62, 131])
+def test_a_long_past_that_the_template_leaves_out_is_left_out_of_a_long_conversation(count: int) -> None:
+    """The messages before the last 40 are in no window of their own left out."""
+    tokenizer = new_tokenizer(
+        "{% for m in messages %}{% if loop.revindex <= 40 %}"
+        "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    messages = chat(*(f"{i}" if i % 2 == 0 or i % 6 == 1 else "" for i in range(count)))
+    row = tokenize_conversation(messages, tokenizer)
+    kept = [i for i in range(count - 40, count) if i % 2]
+    assert trained_texts(row, tokenizer) == [f"{i if i % 6 == 1 else ''}<|im_end|>" for i in kept]
+    assert [span.message for span in row.spans if span.weight] == kept
+
+
 @pytest.mark.parametrize("count", [49, 130, 131])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_what_is_trained_of_a_long_conversation_is_what_the_assistant_says(name: str, count: int) -> None:

@@ -24,6 +24,7 @@ REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 _TEXT_FIELDS = ("content", *REASONING_FIELDS)
 # Code points that no text has: those of private use, and for very long conversations those of unassigned planes.
 _STRETCHES = ((0xF0000, 0x10FFFD), (0x40000, 0xDFFFD))
+_MOST_RENDERS = 64  # to find which messages of a long conversation are left out together
 
 
 class Unproved(Exception):
@@ -170,9 +171,13 @@ def tag_and_prove(
         heard |= set(absent)
         followed = [i for i in silent if i not in heard]
         try:
-            tags, tagged_text, removed = _probe(tags, followed, real, render)
+            if gone := _gone_with_others(messages, followed, runs, text, render):
+                absent = sorted([*absent, *gone])
+                followed = [i for i in followed if i not in gone]
+            if followed:
+                tags, tagged_text, removed = _probe(tags, followed, real, render)
         except Unproved as error:
-            left_out = next((i for i, field, *_ in lost if i not in heard and field in _TEXT_FIELDS), None)
+            left_out = next((i for i, field, *_ in lost if i in followed and field in _TEXT_FIELDS), None)
             if left_out is None:
                 raise
             raise Unproved(f"the template leaves out the text of message {left_out} (assistant)") from error
@@ -292,6 +297,40 @@ def _left_out(
     except RenderFailed:
         pass
     return [i for i in silent if _is_left_out(messages, i, text, render)]
+
+
+def _gone_with_others(
+    messages: Sequence[Message], silent: Sequence[int], runs: Sequence[Run], text: str, render: Render
+) -> list[int]:
+    """Those of the `silent` messages that a template leaves out with what is around them, as it does of a long past.
+
+    A window is too short to show that. They are told by texts that are missing, and proved together: without them
+    the text is the same.
+    """
+    if len(messages) <= LONG:
+        return []
+    heard = {run.message for run in runs}
+    missing = {
+        i
+        for i, message in enumerate(messages)
+        if i not in heard and any(part.strip() for part in _strings(message.get("content")))
+    }
+
+    def same_without(some: Sequence[int]) -> bool:
+        left_out = set(some)
+        try:
+            return render([message for i, message in enumerate(messages) if i not in left_out], False) == text
+        except RenderFailed:
+            return False
+
+    gone, pieces, renders = list[int](), [[i for i in silent if not missing.isdisjoint((i - 1, i, i + 1))]], 0
+    while pieces and renders < _MOST_RENDERS:
+        piece, renders = pieces.pop(), renders + 1
+        if piece and same_without(piece):
+            gone += piece
+        elif len(piece) > 1:
+            pieces += [piece[: len(piece) // 2], piece[len(piece) // 2 :]]
+    return sorted(gone) if gone and same_without(gone) else []
 
 
 def _is_left_out_of_window(messages: Sequence[Message], slot: int, render: Render) -> bool:
