@@ -1185,6 +1185,8 @@ def _in_words(request: Request) -> str:
 
 def _check_asking(prompt: Any, max_tokens: Any, temperature: Any) -> None:
     """Raise CommandError for what nothing can be asked with."""
+    if isinstance(prompt, Mapping):
+        raise CommandError(f"cannot ask {shown(prompt)}, which is no list of messages. Write `[...]` around a message.")
     prompts = [prompt] if isinstance(prompt, str) or not isinstance(prompt, Sequence) else list(prompt)
     for one in prompts:
         if not isinstance(one, str | Mapping) and not (isinstance(one, Sequence) and not isinstance(one, bytes)):

@@ -201,6 +201,24 @@ def test_what_shows_a_run_does_not_keep_it_and_leaves_no_widgets(tmp_path, tiny_
     assert set(registry) - before == set()
 
 
+@pytest.mark.parametrize("looped", [False, True], ids=["script", "kernel"])
+def test_a_panel_whose_run_is_gone_displays_as_one_line_that_says_so(tmp_path, tiny_folder, caplog, looped):
+    def shown():
+        panel = rows_run(tmp_path, tiny_folder).panel()
+        gc.collect()
+        return panel._repr_mimebundle_()
+
+    async def in_loop():
+        bundle = shown()
+        await asyncio.sleep(0.01)
+        return bundle
+
+    bundle = asyncio.run(in_loop()) if looped else shown()
+    assert list(bundle) == ["text/plain"]
+    assert caplog.records == []  # asyncio logs what was raised in the loop
+    assert bundle["text/plain"].startswith("run is gone: nobody refers to it any more. Keep a run in a variable")
+
+
 def test_a_browser_of_a_run_that_is_gone_still_shows_the_rows_and_says_why_there_are_no_losses(tmp_path, tiny_folder):
     run = rows_run(tmp_path, tiny_folder, val_set_size=4)
     run.step(2)

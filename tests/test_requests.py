@@ -274,6 +274,7 @@ def test_other_threads_ask_the_model_and_its_base_while_it_trains(tiny_folder, t
         (None, {}),
         (5, {}),
         ([None], {}),
+        ({"role": "user", "content": "x"}, {}),
         ("\ud800", {}),
         ("x", {"max_tokens": "5"}),
         ("x", {"max_tokens": True}),

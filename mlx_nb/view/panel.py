@@ -70,8 +70,14 @@ class Panel:
         """The run. Raises CommandError when it is gone."""
         run = self._run()
         if run is None:
-            raise CommandError(f"{self._name} is gone: nobody refers to it any more. `Run.resume` brings it back.")
+            raise CommandError(self._gone())
         return run
+
+    def _gone(self) -> str:
+        return (
+            f"{self._name} is gone: nobody refers to it any more. Keep a run in a variable, as in `run = Run(...)`; "
+            "`Run.resume` brings back one that was trained."
+        )
 
     def _build(self) -> None:
         later, request, run = self._later, self._request, weakref.proxy(self.run)
@@ -143,9 +149,12 @@ class Panel:
     # What a person does
 
     def _later(self, act: Callable[[], None]) -> None:
-        """Do it on the kernel's thread; what goes wrong is shown, and touches nothing else."""
+        """Do it on the kernel's thread, while the run is there; what goes wrong is shown, and touches nothing else."""
 
         def guarded() -> None:
+            run = self._run()  # held until it is done
+            if run is None:
+                return
             try:
                 act()
             except MlxNbError as error:
@@ -257,5 +266,7 @@ class Panel:
             self._loop.call_soon_threadsafe(self.close)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        if (run := self._run()) is None:
+            return {"text/plain": self._gone()}
         bundle = self.widget._repr_mimebundle_(include=include, exclude=exclude)
-        return {**bundle, "text/plain": self.run.status()}
+        return {**bundle, "text/plain": run.status()}
