@@ -183,5 +183,5 @@ def test_a_long_text_without_control_tokens_is_asked_for_its_end_only() -> None:
             text = "so many words " * words + before + "\n\nThere are four."
             start = text.index("\n\nThere") if before != "Answer:  " else text.index("There") - 2
             encoded = template.encode([], text, False)
-            said.append(Edges(text, encoded, tokenizer).other_tokens_before(start))
+            said += Edges(text, encoded, tokenizer).other_tokens_before([start])
         assert said[0] == said[1]

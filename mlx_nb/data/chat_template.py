@@ -138,19 +138,19 @@ def tokenize_conversation(
     spans = _spans(located, plain, weights)
     problems += _span_problems(located, plain, weights)
     edges = Edges(text, encoded, template.tokenizer)
+    asked = [turn for turn in located.turns if weights[turn.message] > 0 and turn.context_as_in_inference]
     problems += [
         f"message {turn.message} (assistant): {other}"
-        for turn in located.turns
-        if weights[turn.message] > 0 and turn.context_as_in_inference
-        if (other := edges.other_tokens_before(turn.start))
+        for turn, other in zip(asked, edges.other_tokens_before([turn.start for turn in asked]))
+        if other
     ]
     if loss_on == "all":
         loss_mask = _all_but_first(tokens, template)
-        for span in spans:
-            loss_mask[edges.offsets.touching(span.start, span.end)] *= span.weight
+        which, touching = edges.offsets.touching_each([(span.start, span.end) for span in spans])
+        np.multiply.at(loss_mask, touching, np.array([span.weight for span in spans], np.float32)[which])
     else:
         loss_mask = _trained_spans_only(edges.offsets, spans)
-        problems += [p for span in spans if span.weight > 0 for p in _straddle_problems(edges, span)]
+        problems += _straddle_problems(edges, spans)
     return TokenizedConversation(tokens, loss_mask, text, offsets, spans, tuple(problems), encoded.written, shown.notes)
 
 
@@ -191,9 +191,8 @@ def _tokenize_strings(
     loss_mask = _trained_spans_only(edges.offsets, spans)
     for span in spans:
         if span.weight > 0:
-            if other := edges.other_tokens_before(span.start):
-                problems.append(f"the {span.role}: {other}")
-            problems += _straddle_problems(edges, span)
+            problems += [f"the {span.role}: {other}" for other in edges.other_tokens_before([span.start]) if other]
+            problems += _straddle_problems(edges, [span])
             if not text[span.start : span.end].strip():
                 problems.append(f"the {span.role} is blank: only the end of the sequence is trained.")
     if end and eos is None:
@@ -233,11 +232,9 @@ def _spans(located: Located, messages: Sequence[Message], weights: Sequence[floa
 def _trained_spans_only(offsets: TokenOffsets, spans: Sequence[Span]) -> np.ndarray:
     """(T,) float32: the weight of the span that a token touches, the larger one of two; 0 at position 0."""
     loss_mask = np.zeros(len(offsets.starts), np.float32)
-    for span in spans:
-        if span.weight == 0:
-            continue
-        touched = offsets.touching(span.start, span.end)
-        loss_mask[touched] = np.maximum(loss_mask[touched], span.weight)
+    trained = [span for span in spans if span.weight > 0]
+    which, touching = offsets.touching_each([(span.start, span.end) for span in trained])
+    np.maximum.at(loss_mask, touching, np.array([span.weight for span in trained], np.float32)[which])
     loss_mask[:1] = 0
     return loss_mask
 
@@ -326,9 +323,10 @@ def _lost_sentence(messages: Sequence[Mapping[str, Any]], message: int, field: s
     return f"message {message} ({messages[message].get('role')}): its {field} {what} by the chat template."
 
 
-def _straddle_problems(edges: Edges, span: Span) -> list[str]:
-    """A sentence for each trained token that also covers characters outside the span."""
+def _straddle_problems(edges: Edges, spans: Sequence[Span]) -> list[str]:
+    """A sentence for each token that is trained in a span and also covers characters outside."""
+    trained = [span for span in spans if span.weight > 0]
     return [
-        f"one token, {text!r}, reaches across the edge of message {span.message} ({span.role}): it is trained."
-        for text in edges.straddling(span.start, span.end)
+        f"one token, {text!r}, reaches across the edge of message {trained[k].message} ({trained[k].role}): it is trained."
+        for k, text in edges.straddling([(span.start, span.end) for span in trained])
     ]

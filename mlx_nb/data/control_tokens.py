@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from mlx_nb.data.template_facts import RenderFailed
+from mlx_nb.data.template_facts import RenderFailed, texts_in
 from mlx_nb.data.template_tags import Unproved
 from mlx_nb.errors import MaskRefused
 
@@ -48,13 +48,17 @@ class ControlTokens:
         table[list(self.spelled)] = True
         return table
 
+    @cached_property
+    def alone(self) -> dict[int, str]:
+        """The characters of each id, without white space around them."""
+        return {token: text.strip() for token, text in self.spelled.items()}
+
     def positions(self, tokens: np.ndarray) -> np.ndarray:
         """Where they are among (T,) tokens."""
         return np.flatnonzero(self._is_control[np.minimum(tokens, len(self._is_control) - 1)])
 
 
-@dataclass(frozen=True)
-class Written:
+class Written(NamedTuple):
     """A control token `[start, end)` in a text, spelled by these characters."""
 
     start: int
@@ -89,11 +93,11 @@ def _read_control_tokens(tokenizer: Any) -> ControlTokens:
 def written_out(tokens: np.ndarray, offsets: np.ndarray, text: str, tokenizer: Any) -> tuple[Written, ...]:
     """The control tokens that the characters of `text` spell, in order; one that stands for unknown text is none."""
     control = control_tokens(tokenizer)
-    found = []
+    found, alone = [], control.alone
     at = control.positions(tokens)
     for token, (start, end) in zip(tokens[at].tolist(), offsets[at].tolist()):
-        if text[start:end].strip() == control.spelled[token].strip():
-            found.append(Written(start, end, token, control.spelled[token].strip()))
+        if text[start:end].strip() == alone[token]:
+            found.append(Written(start, end, token, alone[token]))
     return tuple(found)
 
 
@@ -113,6 +117,8 @@ def from_content(
     where the template then writes something else.
     """
     spelled = {written.spelled for written in found}
+    if not _holds("\n".join(texts_in(said, keys=True)), spelled):
+        return ()
     strings = [string for string in _strings(said) if _holds(string.text, spelled)]
     if not strings:
         return ()

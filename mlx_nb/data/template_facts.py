@@ -44,6 +44,22 @@ class TemplateFacts:
     user_frame: str = ""
 
 
+def texts_in(value: Any, *, keys: bool) -> list[str]:
+    """Every string in nested lists and mappings, in no order that matters; with `keys` those of mappings too."""
+    texts: list[str] = []
+    waiting = [value]
+    for item in waiting:  # what is inside an item waits behind it
+        if isinstance(item, str):
+            texts.append(item)
+        elif isinstance(item, (list, tuple)):
+            waiting.extend(item)
+        elif isinstance(item, Mapping):
+            waiting.extend(item.values())
+            if keys:
+                waiting.extend(item)
+    return texts
+
+
 def lexemes(text: str) -> list[str]:
     """A template's own text in pieces that are never split: `<...>`, `[...]`, words, single other characters."""
     return _LEXEME.findall(text)

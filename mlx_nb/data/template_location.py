@@ -8,7 +8,7 @@ asked, at the cost of rendering its beginning for that turn.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from mlx_nb.data.template_facts import Message, Render, RenderFailed, TemplateFacts
@@ -182,7 +182,7 @@ class _WindowScenes:
             return None
         turn, there = measured
         start, end = here.before + turn.start - there.before, here.after + turn.end - there.after
-        return replace(turn, message=i, start=start, end=end)
+        return Turn(i, start, end, turn.ends_turn, turn.context_as_in_inference)
 
     def _measure(self, window: Window) -> tuple[Turn, _Surroundings] | None:
         """The turn in question and what is around it, in a conversation of the window's messages alone."""

@@ -13,11 +13,11 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise, product
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlx_nb.data.template_facts import STRUCTURAL_KEYS, Message, Render, RenderFailed
+from mlx_nb.data.template_facts import STRUCTURAL_KEYS, Message, Render, RenderFailed, texts_in
 from mlx_nb.data.template_windows import LONG, Windows
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
@@ -33,7 +33,7 @@ class Unproved(Exception):
 
 @dataclass(frozen=True)
 class Tagging:
-    """Which characters are kept (a pattern), and which texts are replaced besides contents and reasoning."""
+    """Which characters are kept (the inside of a pattern's brackets), and which texts are replaced besides contents and reasoning."""
 
     kept: str
     tool_names: bool = True
@@ -44,15 +44,14 @@ class Tagging:
 # From the most telling to the most cautious. Quotes and backslashes are kept because JSON escapes them: a replaced
 # one would change the length. Some templates repeat a tool's name in front of its answer, or read its arguments.
 TAGGINGS = (
-    Tagging(kept=r"[\s\"'\\]"),
-    Tagging(kept=r"[\W_]"),
-    Tagging(kept=r"[\W_]", tool_names=False, other_fields=False),
-    Tagging(kept=r"[\W_]", tool_names=False, other_fields=False, tool_arguments=False),
+    Tagging(kept=r"\s\"'\\"),
+    Tagging(kept=r"\W_"),
+    Tagging(kept=r"\W_", tool_names=False, other_fields=False),
+    Tagging(kept=r"\W_", tool_names=False, other_fields=False, tool_arguments=False),
 )
 
 
-@dataclass(frozen=True)
-class Leaf:
+class Leaf(NamedTuple):
     """One text of one message. `rest` is what stays untagged at its end."""
 
     message: int
@@ -108,8 +107,7 @@ class TaggedMessages:
         ]
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(NamedTuple):
     """Characters `[start, end)` of a tagged render with the tags of one text only."""
 
     start: int
@@ -138,6 +136,8 @@ class TaggedRender:
 
     def in_real(self, position: int) -> int:
         """The same place in the real render."""
+        if not self.removed:
+            return position
         starts, ends, lengths = self._removed_parts
         passed, entered = bisect_right(ends, position), bisect_left(starts, position)
         return position - lengths[passed] - sum(position - start for start in starts[passed:entered])
@@ -187,9 +187,10 @@ def tag_and_prove(
 
 def _tag(messages: Sequence[Message], text: str, constants: Sequence[str], tagging: Tagging) -> TaggedMessages:
     leaves: list[Leaf] = []
-    kept = re.compile(f"(?:{'|'.join([*map(re.escape, constants), tagging.kept])})+")
-    kept_without_constants = re.compile(f"{tagging.kept}+")
+    kept = re.compile(f"(?:{'|'.join([*map(re.escape, constants), f'[{tagging.kept}]'])})+")
+    others = re.compile(f"[^{tagging.kept}]")
     first = _free_code_point(messages, text)
+    kinds: dict[tuple[str, ...], tuple[bool, bool]] = {}
 
     def tagged(value: Any, message: int, path: tuple[str, ...]) -> Any:
         if not isinstance(value, str):
@@ -198,16 +199,20 @@ def _tag(messages: Sequence[Message], text: str, constants: Sequence[str], taggi
             if isinstance(value, Mapping):
                 return {key: tagged(item, message, (*path, str(key))) for key, item in value.items()}
             return value
-        if not _is_text(path, tagging):
+        if path not in kinds:
+            kinds[path] = _is_text(path, tagging), _is_reported(path)
+        is_text, reported = kinds[path]
+        if not is_text:
             return value
-        tag = chr(first + len(leaves))
-        written = _replace_others(value, kept, tag)
-        if tag not in written:
-            written = _replace_others(value, kept_without_constants, tag)
-        if tag not in written:
+        tag, count = chr(first + len(leaves)), 0
+        if any(constant in value for constant in constants):
+            written = _replace_others(value, kept, tag)
+            count = written.count(tag)
+        if not count:
+            written, count = others.subn(tag, value)
+        if not count:
             return value
-        reported = path[0] == "tool_calls" or (path[0] in _TEXT_FIELDS and path[-1] in (*_TEXT_FIELDS, "text"))
-        leaves.append(Leaf(message, path[0], reported, written.count(tag), written[written.rindex(tag) + 1 :]))
+        leaves.append(Leaf(message, path[0], reported, count, written[written.rindex(tag) + 1 :]))
         return written
 
     return TaggedMessages([tagged(m, i, ()) for i, m in enumerate(messages)], leaves, first)
@@ -223,6 +228,10 @@ def _is_text(path: tuple[str, ...], tagging: Tagging) -> bool:
     return path[0] in _TEXT_FIELDS or tagging.other_fields
 
 
+def _is_reported(path: tuple[str, ...]) -> bool:
+    return path[0] == "tool_calls" or (path[0] in _TEXT_FIELDS and path[-1] in (*_TEXT_FIELDS, "text"))
+
+
 def _replace_others(value: str, kept: re.Pattern[str], tag: str) -> str:
     pieces, position = [], 0
     for match in kept.finditer(value):
@@ -233,27 +242,17 @@ def _replace_others(value: str, kept: re.Pattern[str], tag: str) -> str:
 
 def _free_code_point(messages: Sequence[Message], text: str) -> int:
     """The first of a stretch of private-use code points that occur nowhere in the conversation."""
-    strings = [text, *_strings(messages)]
+    strings = [text, *texts_in(messages, keys=False)]
     needed = len(strings) + len(messages)
-    used = {ord(c) for string in strings if not string.isascii() for c in string if ord(c) >= _STRETCHES[-1][0]}
+    codes = _codes("".join([string for string in strings if not string.isascii()]))
+    used = np.unique(codes[codes >= _STRETCHES[-1][0]]).tolist()
     for first, last in _STRETCHES:
-        for code_point in sorted(used):
+        for code_point in used:
             if first <= code_point < first + needed:
                 first = code_point + 1
         if first + needed <= last:
             return first
     raise Unproved("the conversation uses up the private-use characters that mark texts")
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _strings(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _strings(item)
 
 
 def _codes(text: str) -> np.ndarray:

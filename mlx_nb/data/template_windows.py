@@ -109,9 +109,9 @@ class Windows:
                 position = match.end()
             return (*found, _WORDS.sub("x", value[position:]))
         if isinstance(value, Mapping):
-            return tuple((name, self._outline(item, str(name))) for name, item in value.items())
+            return tuple([(name, self._outline(item, str(name))) for name, item in value.items()])
         if isinstance(value, (list, tuple)):
-            return tuple(self._outline(item, key) for item in value)
+            return tuple([self._outline(item, key) for item in value])
         return value if value is None or isinstance(value, bool) else type(value).__name__
 
     def _sketch(self, value: Any, key: str) -> Hashable:
@@ -121,7 +121,7 @@ class Windows:
                 return value if key == "role" else None
             return bool(value.strip()), frozenset(self._constants.findall(value) if self._constants else ())
         if isinstance(value, Mapping):
-            return tuple((name, self._sketch(item, str(name))) for name, item in value.items())
+            return tuple([(name, self._sketch(item, str(name))) for name, item in value.items()])
         if isinstance(value, (list, tuple)):
             return len(value)
         return value if isinstance(value, bool) else None

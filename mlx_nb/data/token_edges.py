@@ -6,7 +6,9 @@ A token is found by its characters in the same time whatever the length of the t
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -52,9 +54,27 @@ class TokenOffsets:
             # Of the arrays' own type: for another one the whole array is converted first.
             first = int(self.ends.searchsorted(np.int32(start), "left"))
             last = int(self.starts.searchsorted(np.int32(end), "left"))
-        starts, ends = self.starts[first:last], self.ends[first:last]
-        found = (starts < end) & ((ends > start) | ((starts == ends) & (starts >= start)))
-        return first + np.flatnonzero(found)
+        return first + np.flatnonzero(_touch(self.starts[first:last], self.ends[first:last], start, end))
+
+    def touching_each(self, stretches: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) which of the stretches `(start, end)`, and (N,) a token that touches it; as `touching` for each."""
+        if not self._in_order:
+            found = [self.touching(start, end) for start, end in stretches]
+            counts = np.array([len(tokens) for tokens in found], np.int64)
+            return np.repeat(np.arange(len(found)), counts), np.concatenate([np.zeros(0, np.int64), *found])
+        edges = np.array(stretches, np.int32).reshape(-1, 2)
+        start, end = edges[:, 0], edges[:, 1]
+        first = self.ends.searchsorted(start, "left")
+        counts = np.maximum(self.starts.searchsorted(end, "left") - first, 0)
+        which = np.repeat(np.arange(len(edges)), counts)
+        tokens = np.arange(len(which)) + (first - np.cumsum(counts) + counts)[which]
+        found = _touch(self.starts[tokens], self.ends[tokens], start[which], end[which])
+        return which[found], tokens[found]
+
+
+def _touch(starts: np.ndarray, ends: np.ndarray, start: int | np.ndarray, end: int | np.ndarray) -> np.ndarray:
+    """(N,) bool: whether tokens cover a character of `[start, end)`."""
+    return (starts < end) & ((ends > start) | ((starts == ends) & (starts >= start)))
 
 
 class Edges:
@@ -66,44 +86,64 @@ class Edges:
         self._control = encoded.control
         self._control_ends = [one.end for one in encoded.control]
 
-    def straddling(self, start: int, end: int) -> list[str]:
-        """The texts of the tokens that cover characters inside `[start, end)` and outside.
+    def straddling(self, stretches: Sequence[tuple[int, int]]) -> list[tuple[int, str]]:
+        """Which of the stretches `(start, end)`, and the text of a token that covers characters inside it and outside.
 
         White space that a token takes along behind the end of a turn changes nothing and does not count.
         """
-        touching = self.offsets.touching(start, end)
-        starts, ends = self.offsets.starts[touching], self.offsets.ends[touching]
-        across = (starts < start) | (ends > end)
-        pairs = zip(starts[across].tolist(), ends[across].tolist())
-        return [self.text[a:b] for a, b in pairs if a < start or self.text[end:b].strip()]
+        which, tokens = self.offsets.touching_each(stretches)
+        edges = np.array(stretches, np.int32).reshape(-1, 2)
+        starts, ends = self.offsets.starts[tokens], self.offsets.ends[tokens]
+        across = np.flatnonzero((starts < edges[which, 0]) | (ends > edges[which, 1]))
+        found = zip(which[across].tolist(), starts[across].tolist(), ends[across].tolist())
+        return [
+            (k, self.text[a:b]) for k, a, b in found if a < stretches[k][0] or self.text[stretches[k][1] : b].strip()
+        ]
 
-    def other_tokens_before(self, start: int) -> str:
-        """What to say where the model, asked with the text before `start`, reads other tokens than the row has there.
+    def other_tokens_before(self, starts: Sequence[int]) -> list[str]:
+        """What to say where the model, asked with the text before a start, reads other tokens than the row has there.
 
-        Some tokenizers read a line break otherwise when something follows it. Control tokens part a text, so what
-        comes after the last one before `start` tells. A token across `start` is another remark, and so is none here.
+        One for each start, empty where there is nothing to say. Some tokenizers read a line break otherwise when
+        something follows it. Control tokens part a text, so what comes after the last one before a start tells. A
+        token across a start is another remark, and so is none here.
         """
-        if start == 0:
-            return ""
-        at = self.offsets.touching(start - 1, start + 1)
-        if ((self.offsets.starts[at] < start) & (self.offsets.ends[at] > start)).any():
-            return ""
+        which, tokens = self.offsets.touching_each([(start - 1, start + 1) for start in starts])
+        at = np.array(starts, np.int32)[which]
+        across = set(which[(self.offsets.starts[tokens] < at) & (self.offsets.ends[tokens] > at)].tolist())
+        begins = [self._begin(start) for start in starts]
+        own = self._tokens_within([(read_from, start) for (_, read_from, _), start in zip(begins, starts)])
+        return [
+            "" if start == 0 or k in across else self._other_tokens(start, *begins[k], own[k])
+            for k, start in enumerate(starts)
+        ]
+
+    def _begin(self, start: int) -> tuple[int, int, int]:
+        """Where the last control token before `start` begins, from where on to read, and how many were passed."""
         passed = bisect_right(self._control_ends, start)
         begin = self._control[passed - 1].start if passed else 0
-        read_from = begin if start - begin <= _READ_IN + _COMPARED else start - _READ_IN - _COMPARED
+        return begin, begin if start - begin <= _READ_IN + _COMPARED else start - _READ_IN - _COMPARED, passed
+
+    def _tokens_within(self, stretches: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        """The tokens that cover something of each stretch `(start, end)` and nothing else."""
+        which, tokens = self.offsets.touching_each([(start, end + 1) for start, end in stretches])
+        edges = np.array(stretches, np.int32).reshape(-1, 2)[which]
+        starts, ends = self.offsets.starts[tokens], self.offsets.ends[tokens]
+        within = (starts >= edges[:, 0]) & (ends <= edges[:, 1]) & (ends > edges[:, 0])
+        limits = np.bincount(which[within], minlength=len(stretches)).cumsum().tolist()
+        tokens = tokens[within]
+        return [tokens[first:last] for first, last in pairwise([0, *limits])]
+
+    def _other_tokens(self, start: int, begin: int, read_from: int, passed: int, own: np.ndarray) -> str:
         before = self.text[read_from:start]
         asked = _asked(before, self.tokenizer)
         if asked.control_tokens > (min(passed, 1) if read_from == begin else 0):
             return ""  # control tokens that are ordinary characters in this row
-        own = self.offsets.touching(read_from, start + 1)
-        starts, ends = self.offsets.starts[own], self.offsets.ends[own]
-        own = own[(starts >= read_from) & (ends <= start) & (ends > read_from)]
-        tokens, asked_tokens = self.tokens[own], asked.tokens
+        asked_tokens = asked.tokens
         if read_from > begin:
             compared = start - _COMPARED
-            tokens = tokens[self.offsets.starts[own] >= compared]
+            own = own[self.offsets.starts[own] >= compared]
             asked_tokens = asked_tokens[asked.offsets[:, 0] >= compared - read_from]
-        same = np.array_equal(tokens, asked_tokens)
+        same = np.array_equal(self.tokens[own], asked_tokens)
         return "" if same else f"{before[-8:]!r} before it has other tokens when the model is asked."
 
 

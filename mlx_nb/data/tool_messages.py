@@ -63,12 +63,12 @@ def shown_conversation(messages: Sequence[Message], tools: Sequence[Any] | None,
     shown_tools = [of_tools.written(tool, "") for tool in tools or ()] or None
     writers, shown = [of_tools], []
     for index, message in enumerate(messages):
-        writer = _Writer(f"message {index} ({message.get('role')})")
-        writers.append(writer)
         said = {}
         for key, item in message.items():
             if key == "tool_calls" and item:
                 form = arguments_form(tokenizer, with_tools=shown_tools is not None)
+                writer = _Writer(f"message {index} ({message.get('role')})")
+                writers.append(writer)
                 said[key] = [writer.call(call, form) for call in item]
             elif item is not None and key not in _FLAGS:
                 said[key] = item if key == "content" else _without_nulls(item)

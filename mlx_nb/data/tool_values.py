@@ -72,6 +72,8 @@ def written_value(value: Any, remarks: ValueRemarks, where: str, *, keep_nulls: 
     where       the name of the value, for remarks: `city.zip` or `rows[2]`
     keep_nulls  nulls in objects stay; those in lists always do
     """
+    if type(value) is str:
+        return _text(value, where)
     if isinstance(value, Mapping):
         written = {}
         for key, item in value.items():
