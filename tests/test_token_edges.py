@@ -29,3 +29,15 @@ def test_tokens_that_cover_a_stretch_are_those_of_the_plain_definition(in_order:
                 k for k, (a, b) in enumerate(offsets.tolist()) if a < end and (b > start or (a == b and a >= start))
             ]
             assert found.touching(start, end).tolist() == expected, (start, end)
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize("count", [0, 1, 30])
+def test_tokens_of_many_stretches_are_those_of_each(in_order: bool, count: int) -> None:
+    rng = np.random.default_rng(6)
+    for _ in range(50):
+        found = TokenOffsets(offsets_of(rng, in_order=in_order))
+        stretches = rng.integers(0, 64, (count, 2), np.int32)
+        which, tokens = found.touching_each(stretches)
+        expected = [(k, token) for k, edges in enumerate(stretches.tolist()) for token in found.touching(*edges)]
+        assert list(zip(which.tolist(), tokens.tolist())) == expected

@@ -146,11 +146,11 @@ def tokenize_conversation(
     ]
     if loss_on == "all":
         loss_mask = _all_but_first(tokens, template)
-        which, touching = edges.offsets.touching_each([(span.start, span.end) for span in spans])
+        which, touching = edges.offsets.touching_each(_stretches(spans))
         np.multiply.at(loss_mask, touching, np.array([span.weight for span in spans], np.float32)[which])
     else:
-        loss_mask = _trained_spans_only(edges.offsets, spans)
-        problems += _straddle_problems(edges, spans)
+        loss_mask, across = _train_spans(edges, spans)
+        problems += across
     return TokenizedConversation(tokens, loss_mask, text, offsets, spans, tuple(problems), encoded.written, shown.notes)
 
 
@@ -188,11 +188,11 @@ def _tokenize_strings(
     tokens, offsets, eos = encoded.tokens, encoded.offsets, unwrapped(tokenizer).eos_token_id
     problems = _token_problems(tokens, unwrapped(tokenizer))
     edges = Edges(text, encoded, unwrapped(tokenizer))
-    loss_mask = _trained_spans_only(edges.offsets, spans)
+    loss_mask, across = _train_spans(edges, spans)
     for span in spans:
         if span.weight > 0:
             problems += [f"the {span.role}: {other}" for other in edges.other_tokens_before([span.start]) if other]
-            problems += _straddle_problems(edges, [span])
+            problems += across
             if not text[span.start : span.end].strip():
                 problems.append(f"the {span.role} is blank: only the end of the sequence is trained.")
     if end and eos is None:
@@ -229,14 +229,27 @@ def _spans(located: Located, messages: Sequence[Message], weights: Sequence[floa
     return tuple(Span(a, b, str(messages[i].get("role")), i, weights[i]) for a, b, i in sorted(ranges) if a < b)
 
 
-def _trained_spans_only(offsets: TokenOffsets, spans: Sequence[Span]) -> np.ndarray:
-    """(T,) float32: the weight of the span that a token touches, the larger one of two; 0 at position 0."""
-    loss_mask = np.zeros(len(offsets.starts), np.float32)
+def _train_spans(edges: Edges, spans: Sequence[Span]) -> tuple[np.ndarray, list[str]]:
+    """The loss mask of the spans that are trained, and a sentence for each token that also covers characters outside.
+
+    The mask is (T,) float32: the weight of the span that a token touches, the larger one of two; 0 at position 0.
+    """
     trained = [span for span in spans if span.weight > 0]
-    which, touching = offsets.touching_each([(span.start, span.end) for span in trained])
-    np.maximum.at(loss_mask, touching, np.array([span.weight for span in trained], np.float32)[which])
+    stretches = _stretches(trained)
+    which, tokens = touching = edges.offsets.touching_each(stretches)
+    loss_mask = np.zeros(len(edges.tokens), np.float32)
+    np.maximum.at(loss_mask, tokens, np.array([span.weight for span in trained], np.float32)[which])
     loss_mask[:1] = 0
-    return loss_mask
+    across = [(trained[k], text) for k, text in edges.straddling(stretches, touching)]
+    return loss_mask, [
+        f"one token, {text!r}, reaches across the edge of message {span.message} ({span.role}): it is trained."
+        for span, text in across
+    ]
+
+
+def _stretches(spans: Sequence[Span]) -> np.ndarray:
+    """(S, 2) int32, the characters `[start, end)` of each span."""
+    return np.array([(span.start, span.end) for span in spans], np.int32).reshape(-1, 2)
 
 
 def _all_but_first(tokens: np.ndarray, template: ChatTemplate) -> np.ndarray:
@@ -321,12 +334,3 @@ def _first_of_each_field(lost: Sequence[tuple[int, str, int, int]]) -> list[tupl
 def _lost_sentence(messages: Sequence[Mapping[str, Any]], message: int, field: str, missing: int, given: int) -> str:
     what = "is left out" if missing >= given else f"is partly left out ({missing} of {given} characters)"
     return f"message {message} ({messages[message].get('role')}): its {field} {what} by the chat template."
-
-
-def _straddle_problems(edges: Edges, spans: Sequence[Span]) -> list[str]:
-    """A sentence for each token that is trained in a span and also covers characters outside."""
-    trained = [span for span in spans if span.weight > 0]
-    return [
-        f"one token, {text!r}, reaches across the edge of message {trained[k].message} ({trained[k].role}): it is trained."
-        for k, text in edges.straddling([(span.start, span.end) for span in trained])
-    ]

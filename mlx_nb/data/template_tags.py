@@ -11,7 +11,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate, pairwise, product
 from typing import Any, NamedTuple
 
@@ -33,7 +33,10 @@ class Unproved(Exception):
 
 @dataclass(frozen=True)
 class Tagging:
-    """Which characters are kept (the inside of a pattern's brackets), and which texts are replaced besides contents and reasoning."""
+    """Which characters are kept, and which texts are replaced besides contents and reasoning.
+
+    `kept` is what stands between the brackets of a pattern.
+    """
 
     kept: str
     tool_names: bool = True
@@ -98,12 +101,14 @@ class TaggedMessages:
         """The stretches of one tag with no other tag between, in order, from the `numbers` of a render."""
         at = np.flatnonzero(numbers >= 0)
         which = numbers[at]
-        first = np.flatnonzero(np.diff(which, prepend=-1))
-        starts, ends = at[first].tolist(), (at[np.append(first[1:], len(at)) - 1] + 1).tolist() if len(at) else []
+        if not len(at):
+            return []
+        parts = np.flatnonzero(which[1:] != which[:-1])
+        first, last = np.append(0, parts + 1), np.append(parts, len(at) - 1)
         leaves = self.leaves
         return [
             Run(start, end, chr(self.first + k), leaves[k].message)
-            for start, end, k in zip(starts, ends, which[first].tolist())
+            for start, end, k in zip(at[first].tolist(), (at[last] + 1).tolist(), which[first].tolist())
         ]
 
 
@@ -187,8 +192,7 @@ def tag_and_prove(
 
 def _tag(messages: Sequence[Message], text: str, constants: Sequence[str], tagging: Tagging) -> TaggedMessages:
     leaves: list[Leaf] = []
-    kept = re.compile(f"(?:{'|'.join([*map(re.escape, constants), f'[{tagging.kept}]'])})+")
-    others = re.compile(f"[^{tagging.kept}]")
+    kept, others = _patterns(tuple(constants), tagging.kept)
     first = _free_code_point(messages, text)
     kinds: dict[tuple[str, ...], tuple[bool, bool]] = {}
 
@@ -228,6 +232,13 @@ def _is_text(path: tuple[str, ...], tagging: Tagging) -> bool:
     return path[0] in _TEXT_FIELDS or tagging.other_fields
 
 
+@cache
+def _patterns(constants: tuple[str, ...], kept: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """What is kept in a text that has one of the constants; and a character that is not kept in others."""
+    alternatives = "|".join([*map(re.escape, constants), f"[{kept}]"])
+    return re.compile(f"(?:{alternatives})+"), re.compile(f"[^{kept}]")
+
+
 def _is_reported(path: tuple[str, ...]) -> bool:
     return path[0] == "tool_calls" or (path[0] in _TEXT_FIELDS and path[-1] in (*_TEXT_FIELDS, "text"))
 
@@ -245,7 +256,7 @@ def _free_code_point(messages: Sequence[Message], text: str) -> int:
     strings = [text, *texts_in(messages, keys=False)]
     needed = len(strings) + len(messages)
     codes = _codes("".join([string for string in strings if not string.isascii()]))
-    used = np.unique(codes[codes >= _STRETCHES[-1][0]]).tolist()
+    used = np.unique(codes[codes >= _STRETCHES[-1][0]]).tolist() if len(codes) else []
     for first, last in _STRETCHES:
         for code_point in used:
             if first <= code_point < first + needed:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -36,13 +35,17 @@ class _Asked:
 _ASKED: WeakKeyDictionary[Any, dict[tuple[int, str], _Asked]] = WeakKeyDictionary()
 
 
+Touching = tuple[np.ndarray, np.ndarray]
+"""(N,) which of some stretches of a text, and (N,) a token that touches it, in the order of the stretches."""
+
+
 class TokenOffsets:
     """The characters that each token covers: `starts` and `ends`, (T,) int32."""
 
     def __init__(self, offsets: np.ndarray) -> None:
         self.starts, self.ends = np.ascontiguousarray(offsets[:, 0]), np.ascontiguousarray(offsets[:, 1])
         # Nearly all tokenizers go through a text from its beginning to its end.
-        self._in_order = bool((np.diff(self.starts) >= 0).all() and (np.diff(self.ends) >= 0).all())
+        self._in_order = all(bool((edges[1:] >= edges[:-1]).all()) for edges in (self.starts, self.ends))
 
     def touching(self, start: int, end: int) -> np.ndarray:
         """The tokens that cover a character of `[start, end)`, in order.
@@ -56,17 +59,16 @@ class TokenOffsets:
             last = int(self.starts.searchsorted(np.int32(end), "left"))
         return first + np.flatnonzero(_touch(self.starts[first:last], self.ends[first:last], start, end))
 
-    def touching_each(self, stretches: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-        """(N,) which of the stretches `(start, end)`, and (N,) a token that touches it; as `touching` for each."""
+    def touching_each(self, stretches: np.ndarray) -> Touching:
+        """The tokens that cover a character of each of (S, 2) stretches `[start, end)`, as `touching` for each."""
         if not self._in_order:
-            found = [self.touching(start, end) for start, end in stretches]
+            found = [self.touching(start, end) for start, end in stretches.tolist()]
             counts = np.array([len(tokens) for tokens in found], np.int64)
             return np.repeat(np.arange(len(found)), counts), np.concatenate([np.zeros(0, np.int64), *found])
-        edges = np.array(stretches, np.int32).reshape(-1, 2)
-        start, end = edges[:, 0], edges[:, 1]
+        start, end = stretches.T
         first = self.ends.searchsorted(start, "left")
         counts = np.maximum(self.starts.searchsorted(end, "left") - first, 0)
-        which = np.repeat(np.arange(len(edges)), counts)
+        which = np.repeat(np.arange(len(stretches)), counts)
         tokens = np.arange(len(which)) + (first - np.cumsum(counts) + counts)[which]
         found = _touch(self.starts[tokens], self.ends[tokens], start[which], end[which])
         return which[found], tokens[found]
@@ -86,19 +88,19 @@ class Edges:
         self._control = encoded.control
         self._control_ends = [one.end for one in encoded.control]
 
-    def straddling(self, stretches: Sequence[tuple[int, int]]) -> list[tuple[int, str]]:
-        """Which of the stretches `(start, end)`, and the text of a token that covers characters inside it and outside.
+    def straddling(self, stretches: np.ndarray, touching: Touching) -> list[tuple[int, str]]:
+        """Which of (S, 2) stretches `[start, end)`, and the text of a token that covers characters in it and outside.
 
         White space that a token takes along behind the end of a turn changes nothing and does not count.
         """
-        which, tokens = self.offsets.touching_each(stretches)
-        edges = np.array(stretches, np.int32).reshape(-1, 2)
+        which, tokens = touching
+        start, end = stretches[which].T
         starts, ends = self.offsets.starts[tokens], self.offsets.ends[tokens]
-        across = np.flatnonzero((starts < edges[which, 0]) | (ends > edges[which, 1]))
-        found = zip(which[across].tolist(), starts[across].tolist(), ends[across].tolist())
-        return [
-            (k, self.text[a:b]) for k, a, b in found if a < stretches[k][0] or self.text[stretches[k][1] : b].strip()
-        ]
+        found = []
+        for at in np.flatnonzero((starts < start) | (ends > end)).tolist():
+            if starts[at] < start[at] or self.text[end[at] : ends[at]].strip():
+                found.append((int(which[at]), self.text[starts[at] : ends[at]]))
+        return found
 
     def other_tokens_before(self, starts: Sequence[int]) -> list[str]:
         """What to say where the model, asked with the text before a start, reads other tokens than the row has there.
@@ -107,13 +109,17 @@ class Edges:
         something follows it. Control tokens part a text, so what comes after the last one before a start tells. A
         token across a start is another remark, and so is none here.
         """
-        which, tokens = self.offsets.touching_each([(start - 1, start + 1) for start in starts])
-        at = np.array(starts, np.int32)[which]
-        across = set(which[(self.offsets.starts[tokens] < at) & (self.offsets.ends[tokens] > at)].tolist())
         begins = [self._begin(start) for start in starts]
-        own = self._tokens_within([(read_from, start) for (_, read_from, _), start in zip(begins, starts)])
+        edges = np.array([(begins[k][1], start) for k, start in enumerate(starts)], np.int32).reshape(-1, 2)
+        which, tokens = self.offsets.touching_each(edges + np.array([0, 1], np.int32))
+        token_starts, token_ends = self.offsets.starts[tokens], self.offsets.ends[tokens]
+        begin, end = edges[which].T
+        across = set(which[(token_starts < end) & (token_ends > end)].tolist())
+        within = (token_starts >= begin) & (token_ends <= end) & (token_ends > begin)
+        limits = [0, *np.bincount(which[within], minlength=len(starts)).cumsum().tolist()]
+        own = tokens[within]
         return [
-            "" if start == 0 or k in across else self._other_tokens(start, *begins[k], own[k])
+            "" if start == 0 or k in across else self._other_tokens(start, *begins[k], own[limits[k] : limits[k + 1]])
             for k, start in enumerate(starts)
         ]
 
@@ -122,16 +128,6 @@ class Edges:
         passed = bisect_right(self._control_ends, start)
         begin = self._control[passed - 1].start if passed else 0
         return begin, begin if start - begin <= _READ_IN + _COMPARED else start - _READ_IN - _COMPARED, passed
-
-    def _tokens_within(self, stretches: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-        """The tokens that cover something of each stretch `(start, end)` and nothing else."""
-        which, tokens = self.offsets.touching_each([(start, end + 1) for start, end in stretches])
-        edges = np.array(stretches, np.int32).reshape(-1, 2)[which]
-        starts, ends = self.offsets.starts[tokens], self.offsets.ends[tokens]
-        within = (starts >= edges[:, 0]) & (ends <= edges[:, 1]) & (ends > edges[:, 0])
-        limits = np.bincount(which[within], minlength=len(stretches)).cumsum().tolist()
-        tokens = tokens[within]
-        return [tokens[first:last] for first, last in pairwise([0, *limits])]
 
     def _other_tokens(self, start: int, begin: int, read_from: int, passed: int, own: np.ndarray) -> str:
         before = self.text[read_from:start]
