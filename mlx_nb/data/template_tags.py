@@ -323,7 +323,7 @@ def _gone_with_others(
     missing = {
         i
         for i, message in enumerate(messages)
-        if i not in heard and any(part.strip() for part in _strings(message.get("content")))
+        if i not in heard and any(part.strip() for part in texts_in(message.get("content"), keys=False))
     }
 
     def same_without(some: Sequence[int]) -> bool:

@@ -62,9 +62,9 @@ class TokenOffsets:
     def touching_each(self, stretches: np.ndarray) -> Touching:
         """The tokens that cover a character of each of (S, 2) stretches `[start, end)`, as `touching` for each."""
         if not self._in_order:
-            found = [self.touching(start, end) for start, end in stretches.tolist()]
-            counts = np.array([len(tokens) for tokens in found], np.int64)
-            return np.repeat(np.arange(len(found)), counts), np.concatenate([np.zeros(0, np.int64), *found])
+            each = [self.touching(start, end) for start, end in stretches.tolist()]
+            counts = np.array([len(tokens) for tokens in each], np.int64)
+            return np.repeat(np.arange(len(each)), counts), np.concatenate([np.zeros(0, np.int64), *each])
         start, end = stretches.T
         first = self.ends.searchsorted(start, "left")
         counts = np.maximum(self.starts.searchsorted(end, "left") - first, 0)
