@@ -318,7 +318,8 @@ def folder_of(path: str, working_folder: Path | None) -> Path:
         folder = (working_folder or Path.cwd()) / Path(path).expanduser()
         return Path(os.path.realpath(folder)) if ".." in folder.parts else folder
     except (OSError, ValueError, RuntimeError) as error:
-        raise FolderError(f"{shown(path)} cannot be a folder: {error}. Give another adapter_path.") from None
+        reason = str(error).rstrip(".")
+        raise FolderError(f"{shown(path)} cannot be a folder: {reason}. Give another adapter_path.") from None
 
 
 def holder_here(path: Path, but: RunFolder | None = None) -> RunFolder | None:

@@ -103,6 +103,7 @@ BAD_COMMANDS = {
     "%%finetune --nmae x\nmodel: a": "--nmae",
     "%%finetune --name a/b\nmodel: a": "letters",
     "%%finetune -o 1x\nmodel: a": "variable name",
+    "%%finetune -o class\nmodel: a": "variable name",
     "%%finetune\nmodel: {undefined_name}": "undefined_name",
     "%%finetune\nmodle: x": "Did you mean 'model'",
 }

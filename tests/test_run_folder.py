@@ -456,7 +456,7 @@ def test_what_a_person_puts_into_a_checkpoint_keeps_it(here, tiny_folder):
         ({"adapter_path": "loop"}, "symbolic links|File exists"),
         ({"adapter_path": "file"}, "File exists|Not a directory"),
         ({"adapter_path": "file/inner"}, "Not a directory"),
-        ({"adapter_path": "~nobody-of-that-name/run"}, "cannot be a folder"),
+        ({"adapter_path": "~nobody-of-that-name/run"}, r"cannot be a folder: [^.]+\. Give another adapter_path\."),
     ],
 )
 def test_a_folder_that_cannot_be_is_said_before_anything_is_loaded(settings, what, here, tiny_folder, monkeypatch):

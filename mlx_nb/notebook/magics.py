@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 from typing import Any
 
 from IPython.core.interactiveshell import InteractiveShell
@@ -49,8 +50,9 @@ class FinetuneMagics(Magics):
         arguments = _parse(self.finetune_cell, line)
         if not arguments.name.replace("-", "").replace("_", "").replace(".", "").isalnum():
             raise CommandError(f"--name {arguments.name!r}: use letters, digits, - and _ only; it names a folder.")
-        if arguments.output is not None and not arguments.output.isidentifier():
-            raise CommandError(f"-o {arguments.output!r} is not a variable name.")
+        output = arguments.output
+        if output is not None and (not output.isidentifier() or keyword.iskeyword(output)):
+            raise CommandError(f"-o {output!r} is not a variable name.")
         wait = wait_of(arguments)
         shell: Any = self.shell
         namespace = shell.user_ns
