@@ -14,6 +14,7 @@ import pytest
 from mlx_nb import Run, RunConfig
 from mlx_nb.errors import MlxNbError, ModelError
 from mlx_nb.model.adapter_files import REFERENCE, START, open_adapter
+from mlx_nb.model.adapters import load_adapter_weights
 from tiny import tiny_pairs, tiny_prompts, tiny_rows
 
 SHAPE = {"rank": 3, "scale": 7.0, "dropout": 0.25, "keys": ["q_proj", "mlp.up_proj"]}
@@ -94,6 +95,15 @@ def test_the_shape_is_the_adapters_where_nothing_is_given(adapter, tiny_folder, 
     written = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
     assert written["lora_parameters"]["scale"] == 7.0
     assert written["fine_tune_type"] == "dora"
+
+
+def test_the_weights_in_a_folder_or_file_go_into_the_attached_adapter(adapter, tiny_folder, tmp_path):
+    folder, loss = adapter
+    run = run_of(tmp_path / "b", tiny_folder, **SETTINGS)
+    assert run.evaluate().loss != loss
+    for source in (folder, str(folder / "adapters.safetensors")):
+        load_adapter_weights(run.model, source)
+        assert run.evaluate().loss == loss
 
 
 CONFLICTS = {

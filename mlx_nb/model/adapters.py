@@ -18,7 +18,7 @@ from mlx.utils import tree_unflatten
 
 from mlx_nb.config import RunConfig
 from mlx_nb.errors import ConfigError, ModelError, and_more, did_you_mean
-from mlx_nb.model.adapter_files import AdapterFile
+from mlx_nb.model.adapter_files import START, AdapterFile, open_adapter
 from mlx_nb.model.files import write_whole
 from mlx_nb.model.finite import not_finite
 from mlx_nb.model.trees import named_arrays
@@ -170,11 +170,12 @@ def save_adapter(
     return folder / file_name
 
 
-def load_adapter_weights(model: nn.Module, adapter: AdapterFile) -> None:
-    """Load an adapter's weights into the attached one, in the dtypes that this one has.
+def load_adapter_weights(model: nn.Module, source: AdapterFile | str | Path) -> None:
+    """Load the weights of an adapter, or of the one in a folder or file, into the attached one, in its dtypes.
 
     Raises ModelError when a tensor is missing, unknown, of another shape or no number, naming it.
     """
+    adapter = source if isinstance(source, AdapterFile) else open_adapter(str(source), START)
     what, path = adapter.setting, adapter.weights
     try:
         weights = typing.cast(dict[str, mx.array], mx.load(str(path)))
