@@ -179,7 +179,7 @@ class Material:
                     made[split] = yield from self._tokenizing_split(split)
             for source in self._sources():
                 source.fingerprint()
-            self.examples = TrainerExamples(**made)
+            self.__dict__.setdefault("examples", TrainerExamples(**made))
         return self.examples
 
     def _sources(self) -> list[RowSource]:
@@ -199,8 +199,10 @@ class Material:
         source = getattr(self.splits, split)
         if source is None:
             return []
-        rows = self._tokenizing.setdefault(split, tokenize_split(self.rows(split).examples))
         while True:
+            # Asked anew each time: in between, another caller may have gone through with these rows.
+            rows = self._tokenizing.get(split) or tokenize_split(self.rows(split).examples)
+            self._tokenizing[split] = rows
             try:
                 done, seconds = next(rows)
             except StopIteration as end:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
 from mlx_nb.model.backend import prepare_backend
 
 prepare_backend()
+# Where the tests run as a job in the background of a shell, it has these ignored, and every child inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 SLOW_MARKERS = ("real_model", "kernel", "browser", "faults")
 

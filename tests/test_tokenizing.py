@@ -12,7 +12,7 @@ import pytest
 
 from mlx_nb import Run, RunConfig
 from mlx_nb.data import tokenizing
-from mlx_nb.events import Pause, Progress, RunPaused
+from mlx_nb.events import Pause, Progress, RunPaused, StepCompleted
 from mlx_nb.view.text_report import describe, progress_words
 from tiny import tiny_rows
 
@@ -117,3 +117,18 @@ def test_what_is_kept_is_bounded(tmp_path, tiny_folder, monkeypatch):
     run.run()
     assert len(tokenizing._kept) <= 1
     assert sum(size for _, size in tokenizing._kept.values()) <= 1
+
+
+@pytest.mark.parametrize("caller", ["trainer", "rows", "evaluate"])
+def test_who_asks_for_rows_while_they_are_tokenized_gets_them_and_the_run_goes_on(tmp_path, tiny_folder, caller):
+    run = rows_run(tmp_path, tiny_folder, data=rows_of(f"between {caller}"), iters=2, val_set_size=8)
+    events = run.events()
+    assert isinstance(next(events), Progress)
+    found = {
+        "trainer": lambda: len(run.trainer.examples.train),
+        "rows": lambda: len(run.rows("train")),
+        "evaluate": lambda: 32 if run.evaluate().loss > 0 else 0,
+    }[caller]()
+    assert found == 32
+    assert [event.step for event in events if isinstance(event, StepCompleted)] == [1, 2]
+    assert run.trainer.examples is run.material.examples
