@@ -141,9 +141,12 @@ def _print_events(run: Run) -> Event | None:
 def _functions_in(path: str | None) -> dict[str, Any]:
     """What a Python file defines, by name. Raises ConfigError where it cannot be read or run."""
     import runpy
+    from pathlib import Path
 
     if path is None:
         return {}
+    if not Path(path).is_file():
+        raise ConfigError(f"--rewards {path}: no such file. Give the Python file with the functions.")
     try:
         return runpy.run_path(path)
     except Exception as error:

@@ -417,5 +417,5 @@ def test_without_validation_samples_come_at_the_start_and_the_end(tmp_path, monk
 
 def test_an_unknown_reward_is_named_before_a_model_is_loaded():
     text = "method: grpo\nmodel: no/such/model\ndata: rows\nrewards: [shortnes]\n"
-    with pytest.raises(MlxNbError, match="reward 'shortnes' is neither a function in the notebook nor built in"):
+    with pytest.raises(MlxNbError, match="reward 'shortnes' is neither a function of yours nor built in"):
         Run.from_yaml(text, namespace=NAMESPACE)

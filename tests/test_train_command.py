@@ -83,6 +83,8 @@ def test_rewards_come_from_a_file(config, tmp_path, tiny_folder, capsys):
     (tmp_path / "scores.py").write_text("1 / 0")
     assert main(["train", config, *settings, "--rewards", "scores.py"]) == 1
     assert "--rewards scores.py: ZeroDivisionError" in capsys.readouterr().err
+    assert main(["train", config, *settings, "--rewards", "scorse.py"]) == 1
+    assert "--rewards scorse.py: no such file. Give the Python file with the functions." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,7 @@ def _named(name: str, namespace: Mapping[str, Any]) -> Reward:
         raise ConfigError(f"reward {name} is a {type(namespace[name]).__name__} in the notebook, not a function.")
     own = [known for known, value in namespace.items() if callable(value) and not known.startswith("_")]
     raise ConfigError(
-        f"reward {name!r} is neither a function in the notebook nor built in.{did_you_mean(name, [*own, *REWARDS])} "
+        f"reward {name!r} is neither a function of yours nor built in.{did_you_mean(name, [*own, *REWARDS])} "
         f"Built in: {', '.join(REWARDS)}."
     )
 
