@@ -105,7 +105,7 @@ def test_a_real_signal_while_run_computes_pauses_it(tmp_path, tiny_folder):
     assert isinstance(ended, RunPaused)
     assert (ended.reason, run.step_count, run.unsaved_updates) == ("interrupted", 2, 0)
     run.request(Pause("interrupted"))
-    with pytest.raises(CommandError, match="asked to pause"):
+    with pytest.raises(CommandError, match="paused before its next update: interrupted"):
         run.step()
     run.trainer.stepper._gradients = real
     run.run()

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 
 import pytest
 
-from test_example_notebooks import NOTEBOOKS
 from test_lab import lab  # noqa: F401, the fixture
 from test_panel_lab import TEXT_OF_CELL, cell_answers, wait_for_state
 from tiny import tiny_rows
@@ -35,7 +33,7 @@ PANELS = "() => document.querySelectorAll('[role=status]').length"
 def run_again(page, lab, number):  # noqa: F811
     """Run the training cell and wait for its end. Returns [MB of the kernel, widgets there, widgets in the browser]."""
     lab.run_cell(page, 1)
-    page.wait_for_function(f"() => ({COUNT})(1) === {2 * number + 2}", timeout=120_000)
+    page.wait_for_function(f"() => ({COUNT})(1) === {2 * number + 2}", timeout=300_000)
     wait_for_state(page, "finished", timeout=300)
     page.wait_for_function(f"() => ({PANELS})() === 1", timeout=30_000)
     time.sleep(1)  # for what is closed to be closed in the browser too
@@ -69,10 +67,3 @@ def test_a_cell_run_five_times_with_its_panel_open_takes_the_memory_and_the_widg
     rows = "".join(json.dumps(row) + "\n" for row in tiny_rows(40))
     (lab.folder / "rows.jsonl").write_text(rows)
     assert_one_run(measure_runs(lab, f"model: {tiny_folder}\ndata: rows.jsonl\niters: 20\nsteps_per_eval: 10"))
-
-
-@pytest.mark.real_model
-def test_the_quickstart_run_five_times_takes_the_memory_of_one_run(lab):  # noqa: F811
-    shutil.copytree(NOTEBOOKS / "home_requests", lab.folder / "home_requests", dirs_exist_ok=True)
-    body = "model: smollm2-135m\ndata: home_requests\niters: 5\nbatch_size: 4\nlearning_rate: 5e-4\nval_batches: 1"
-    assert_one_run(measure_runs(lab, body))
