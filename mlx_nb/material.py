@@ -19,9 +19,9 @@ from mlx_nb.data.sources import Splits, open_splits
 from mlx_nb.data.tokenizing import Outcome, tokenize_split
 from mlx_nb.errors import CommandError, DataError, MlxNbError, ModelError, counted, did_you_mean
 from mlx_nb.events import Progress
-from mlx_nb.keeper import fingerprints
 from mlx_nb.methods import method_named
 from mlx_nb.own_code import code_digest, is_own
+from mlx_nb.resuming import fingerprints
 from mlx_nb.view.row_display import ShownRow
 
 if TYPE_CHECKING:

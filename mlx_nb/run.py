@@ -57,20 +57,17 @@ from mlx_nb.events import (
     StepCompleted,
 )
 from mlx_nb.folder_lock import is_locked
-from mlx_nb.keeper import (
-    Keeper,
+from mlx_nb.keeper import Keeper, differences, for_other_settings, refuse_own_folder
+from mlx_nb.material import SPLITS, Material, Rows
+from mlx_nb.methods import method_named
+from mlx_nb.resuming import (
     allowed_changes,
     changes_since,
-    differences,
-    for_other_settings,
     read_history_of,
-    refuse_own_folder,
     refuse_unusable,
     requests_of,
     settings_to_resume,
 )
-from mlx_nb.material import SPLITS, Material, Rows
-from mlx_nb.methods import method_named
 from mlx_nb.run_folder import RunFolder, check_name, folder_of, holder_here, same_folder, working_folder
 from mlx_nb.settings import shown
 from mlx_nb.train.inbox import Inbox

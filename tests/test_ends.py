@@ -16,8 +16,8 @@ import pytest
 
 from lives import KINDS, NAP_SECONDS, namespace_of, register_napping, settings_of
 from mlx_nb import Run
-from mlx_nb.keeper import history_of
 from mlx_nb.methods import METHODS
+from mlx_nb.resuming import history_of
 from mlx_nb.train.checkpoint import CheckpointStore
 from test_faults import read_line
 from test_kernel import SETUP, Kernel

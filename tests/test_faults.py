@@ -19,8 +19,8 @@ import pytest
 
 from lives import KINDS
 from mlx_nb import Run, RunConfig
-from mlx_nb.keeper import history_of
 from mlx_nb.notebook.interrupted import LINE
+from mlx_nb.resuming import history_of
 from mlx_nb.train.checkpoint import CheckpointStore
 from test_kernel import SETUP, Kernel
 from tiny import tiny_rows

@@ -11,7 +11,7 @@ import pytest
 from mlx_nb import Run, RunConfig
 from mlx_nb.events import RolloutCompleted, StepCompleted
 from mlx_nb.history_file import MOST_PARTS
-from mlx_nb.keeper import history_of
+from mlx_nb.resuming import history_of
 from mlx_nb.train.checkpoint import CheckpointStore
 from mlx_nb.view.history import History
 from tiny import tiny_rows

@@ -159,6 +159,7 @@ ORDER = [
     "view.completions_tab",
     "view.panel",
     "view.report",
+    "resuming",
     "keeper",
     "material",
     "background",
