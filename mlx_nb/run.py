@@ -454,6 +454,8 @@ class Run:
         """The run in a few lines of text."""
         from mlx_nb.view.text_report import summary_text
 
+        if self._trainer is None and self._error is not None and self.state == "failed":
+            return f"{self.name}: failed before its first update. {type(self._error).__name__}: {self._error}"
         if self._trainer is None:
             return f"{self.name}: built, no update done yet. `%finetune step` or `%finetune run` starts it."
         return summary_text(self.history, f"{self.name}: {self.state}")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import html
 import os
 from pathlib import Path
 
 import pytest
+from IPython.utils.capture import capture_output
 
-from mlx_nb.errors import CommandError
+import mlx_nb
+from mlx_nb.errors import CommandError, DataError
+from mlx_nb.notebook.outcome import Outcome
 from mlx_nb.notebook.templating import fill
 from tiny import tiny_rows
 
@@ -75,6 +80,56 @@ def test_every_subcommand_answers(trained, tmp_path):
     assert "--base" in str(run_cell(trained, "%finetune help generate"))
     run_cell(trained, "%finetune use tiny")
     assert trained.user_ns["run"].step().learning_rate < 1e-4
+
+
+def rows_without_an_answer():
+    return [*tiny_rows(), {"messages": [{"role": "user", "content": "hi"}]}]
+
+
+def test_the_outcome_of_a_background_run_names_the_rows_that_are_left_out(shell, tiny_folder):
+    run = mlx_nb.Run(
+        mlx_nb.RunConfig(model=str(tiny_folder), data="rows", iters=2, val_set_size=0),
+        name="holes",
+        namespace={"rows": rows_without_an_answer()},
+    )
+    with capture_output() as captured:
+        outcome = Outcome(run)
+        run.step()
+        while_it_runs = captured.outputs[-1].data
+        run.run()
+        outcome.publish()
+        at_the_end = [output.data for output in captured.outputs if "text/html" in output.data][-1]
+    number = len(tiny_rows())
+    said = f"Left out of train: 1 row. row {number}: no token is trained with loss_on='assistant'."
+    assert "the result is written here" in while_it_runs["text/plain"]
+    assert "finished after update 2" in at_the_end["text/plain"]
+    for data in (while_it_runs, at_the_end):
+        assert data["text/plain"].count(said) == 1
+        assert data["text/html"].count(html.escape(said)) == 1
+
+
+def test_rows_says_which_are_left_out_or_that_it_is_not_known_yet(shell, tiny_folder):
+    shell.user_ns["holes"] = rows_without_an_answer()
+    run_cell(shell, f"%%finetune --name holes -o run --paused\nmodel: {tiny_folder}\ndata: holes\nval_set_size: 0")
+    unknown = "Which are left out is not known before they are tokenized. `%finetune check` says it now."
+    assert unknown in str(run_cell(shell, "%finetune rows"))
+    run_cell(shell, "%finetune step")
+    told = str(run_cell(shell, "%finetune rows"))
+    assert unknown not in told
+    assert f"row {len(tiny_rows())}: no token is trained" in told
+
+
+def test_status_says_why_a_run_failed_before_its_first_update(shell, tiny_folder):
+    run_cell(shell, f"%%finetune --name nowhere -o run --paused\nmodel: {tiny_folder}\ndata: ./nowhere.jsonl")
+
+    async def in_the_background():
+        shell.user_ns["run"].start()
+        await shell.user_ns["run"]
+
+    with pytest.raises(DataError, match="no such file"):
+        asyncio.run(in_the_background())
+    told = str(run_cell(shell, "%finetune status"))
+    assert told.startswith("nowhere: failed before its first update. DataError: no such file or folder: ./nowhere")
 
 
 def test_running_a_cell_twice_is_harmless(trained, tiny_folder):

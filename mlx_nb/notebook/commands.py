@@ -264,7 +264,9 @@ def _rows(session: Session, arguments: argparse.Namespace) -> _Text:
     if arguments.top_loss is not None:
         return _top_loss(run, arguments.split, arguments.top_loss, arguments.measure)
     lines = [f"{len(rows)} rows in {arguments.split}. `%finetune row 0` shows one, token by token."]
-    if run.left_out.get(arguments.split):
+    if arguments.split not in run.left_out:
+        lines += ["Which are left out is not known before they are tokenized. `%finetune check` says it now."]
+    elif run.left_out[arguments.split]:
         lines += ["Left out:", *(f"  {row.reason}" for row in run.left_out[arguments.split])]
     return _Text("\n".join(lines))
 

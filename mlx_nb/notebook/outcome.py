@@ -9,7 +9,7 @@ import html
 import sys
 from typing import Any
 
-from mlx_nb.events import Event, RunFailed, StateChanged
+from mlx_nb.events import Event, RunFailed, RunStarted, StateChanged
 from mlx_nb.view import text_report
 from mlx_nb.view.completions_table import last_rollout_html
 from mlx_nb.view.plots import figure_png
@@ -17,21 +17,26 @@ from mlx_nb.view.theme import ORANGE, WRAP, tint
 
 
 class Outcome:
-    """Summary and figure of one run, below its panel. Filled in whenever the run stops moving."""
+    """Summary and figure of one run, below its panel. Filled in whenever the run stops moving.
+
+    What there is to say about model and rows, such as which rows are left out, is there from the first update on.
+    """
 
     def __init__(self, run: Any) -> None:
         from IPython.display import display
 
         self._run = run
         self._error = ""
-        waiting = f"{run.name}: the result is written here when the run pauses or ends."
-        self._summary: Any = display({"text/plain": waiting}, raw=True, display_id=True)
+        self._waiting = f"{run.name}: the result is written here when the run pauses or ends."
+        self._summary: Any = display({"text/plain": self._waiting}, raw=True, display_id=True)
         self._figure: Any = display({"text/plain": ""}, raw=True, display_id=True)
         run.listen(self._heard)
 
     def _heard(self, event: Event) -> None:
         if isinstance(event, RunFailed):
             self._error = event.error
+        if isinstance(event, RunStarted) and event.notes and self._waiting:
+            self._put(f"<div>{html.escape(self._waiting)}</div>", self._waiting)
         if isinstance(event, StateChanged):
             if event.state == "running":
                 self._error = ""
@@ -55,10 +60,25 @@ class Outcome:
             style = f"border-left:3px solid {tint(ORANGE, 1)};padding:0 0 0 10px;margin:4px 0;{WRAP}"
             rich += f'<div style="{style}">{html.escape(self._error)}</div>'
             plain += f"\n{self._error}"
+        self._put(rich, plain)
+        self._waiting = ""
         try:
-            self._summary.update({"text/html": rich, "text/plain": plain}, raw=True)
             if len(history) > 1:
                 line = text_report.progress_line(history, run.trainer.iters)
                 self._figure.update({"image/png": figure_png(run.plot()), "text/plain": line}, raw=True)
         except Exception as error:
-            print(f"the result could not be shown ({error}); the run is not affected.", file=sys.stderr)
+            self._say_unshown(error)
+
+    def _put(self, rich: str, plain: str) -> None:
+        """Show `rich` (HTML) or `plain`, and below it the remarks of the run so far, each once."""
+        remarks = dict.fromkeys(remark for event in self._run.history.events for remark in text_report.remarks(event))
+        style = f"opacity:0.8;margin:2px 0 0 0;{WRAP}"
+        rich += "".join(f'<div style="{style}">{html.escape(remark)}</div>' for remark in remarks)
+        try:
+            self._summary.update({"text/html": rich, "text/plain": "\n".join([plain, *remarks])}, raw=True)
+        except Exception as error:
+            self._say_unshown(error)
+
+    @staticmethod
+    def _say_unshown(error: Exception) -> None:
+        print(f"the result could not be shown ({error}); the run is not affected.", file=sys.stderr)
