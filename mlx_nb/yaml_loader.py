@@ -185,7 +185,7 @@ def load_mapping(text: str, name: str = "") -> Document:
         mark = error.problem_mark or error.context_mark
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         reason = _REASONS.get(error.problem or "", error.problem or "it is no YAML")
-        raise ConfigError(f"{named} cannot be read{where}: {reason}.{_hint(text, mark)}") from None
+        raise ConfigError(f"{named} cannot be read{where}: {reason}.{_hint(text, mark, error.problem)}") from None
     except yaml.reader.ReaderError as error:
         before = re.split(_LINE_BREAK, text[: error.position])
         where = f"line {len(before)}, column {len(before[-1]) + 1}"
@@ -283,10 +283,18 @@ _REASONS = {
 }
 
 
-def _hint(text: str, mark: yaml.Mark | None) -> str:
+_NO_COLON = ("mapping values are not allowed here", "could not find expected ':'")
+
+
+def _hint(text: str, mark: yaml.Mark | None, problem: str | None) -> str:
     lines = re.split(_LINE_BREAK, text)
     if mark is None or mark.line >= len(lines):
         return ""
+    if problem in _NO_COLON:
+        # YAML names the place where it needed the colon, which is as late as the next line.
+        for number in range(mark.line, max(-1, mark.line - 2), -1):
+            if bare := re.fullmatch(r"([A-Za-z_][\w.-]*)[ ]+([^:=]*\S)\s*", lines[number]):
+                return f" Line {number + 1} has no colon: write `{bare[1]}: {bare[2][:80]}`."
     line = lines[mark.line]
     if "\t" in line:
         return " YAML does not allow tabs: indent with spaces."

@@ -110,3 +110,18 @@ def test_a_file_is_named_and_may_be_utf_16(tmp_path):
 )
 def test_the_value_of_a_word_on_a_command_line(text, value):
     assert read_value(text) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "written"),
+    [
+        ("model smollm2\ndata: rows\niters: 3", 1, "model: smollm2"),
+        ("data: rows\niters 3\nbatch_size: 2", 2, "iters: 3"),
+        ("data: rows\niters 3", 2, "iters: 3"),
+    ],
+)
+def test_a_line_without_its_colon_is_the_line_that_is_named(text, line, written):
+    with pytest.raises(ConfigError) as error:
+        load_mapping(text, "the YAML")
+    assert str(error.value).endswith(f" Line {line} has no colon: write `{written}`.")
+    assert "\n" not in str(error.value)
