@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_nb import Run, RunConfig
-from mlx_nb.data.tokenizing import SECONDS_BETWEEN_SIGNS
 from mlx_nb.events import Event, Progress, StepCompleted
+from mlx_nb.pieces import SECONDS_BETWEEN_PIECES
 from mlx_nb.view.text_report import progress_words
 
 
@@ -71,7 +71,7 @@ async def measure(run: Run) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"signs of progress: {len(signs)}, the last: {signs[-1] if signs else 'none'}")
     print(f"tokenized after {(tokenized or begun) - begun:.1f} s, first update after {(first or begun) - begun:.1f} s")
-    print(f"longest wait of another task while tokenizing: {max(waits):.2f} s (asked for: {SECONDS_BETWEEN_SIGNS} s)")
+    print(f"longest wait of another task while tokenizing: {max(waits):.2f} s (asked for: {SECONDS_BETWEEN_PIECES} s)")
     print(f"most memory: {peak:,.0f} MiB")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from mlx_nb.errors import CommandError, DataError, MlxNbError, ModelError, count
 from mlx_nb.events import Progress
 from mlx_nb.methods import method_named
 from mlx_nb.own_code import code_digest, is_own
+from mlx_nb.pieces import finished
 from mlx_nb.resuming import fingerprints
 from mlx_nb.view.row_display import ShownRow
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from mlx_nb.train.trainer import TrainerExamples
 
 SPLITS = ("train", "valid", "test")
-Result = TypeVar("Result")
 
 
 class Material:
@@ -77,6 +77,15 @@ class Material:
         from mlx_nb.model.sharing import load_base
 
         return load_base(self.config)
+
+    def loading(self) -> Generator[Progress, None, LoadedModel]:
+        """Make `loaded`, with Progress on the way; when somebody else made it meanwhile, that is it."""
+        from mlx_nb.model.sharing import load_base_in_pieces
+
+        if "loaded" not in self.__dict__:
+            loaded = yield from load_base_in_pieces(self.config)
+            self.__dict__.setdefault("loaded", loaded)
+        return self.loaded
 
     @cached_property
     def base_model(self) -> Any:
@@ -380,15 +389,6 @@ class Material:
             # Raw text has no turns: what was said so far goes on.
             asked = "".join(message["content"] for message in asked)
         yield from stream_text(model, self.tokenizer, asked, question.max_tokens, self.asking)
-
-
-def finished(work: Generator[Any, None, Result]) -> Result:
-    """What a piece of work returns when nobody listens to what it says on the way."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            return end.value
 
 
 class Rows(Sequence[RowView]):

@@ -218,14 +218,20 @@ class Run:
         if self._trainer is not None:
             return
         with self._folder_taken():
-            self._refuse_model()
-            for progress in self.material.tokenizing():
+            for progress in self._loading():
                 self._tell(progress)
                 yield progress
                 if Pause in self._inbox:
                     self.home.release()
                     return
             _ = self.trainer
+
+    def _loading(self) -> Iterator[Progress]:
+        """Load model and rows, refusing what cannot be trained as soon as it is known."""
+        self.material.check()
+        yield from self.material.loading()
+        self._refuse_model()
+        yield from self.material.tokenizing()
 
     @contextmanager
     def _folder_taken(self) -> Iterator[None]:
@@ -243,8 +249,7 @@ class Run:
             raise
 
     def _refuse_model(self) -> None:
-        """Raise for settings, and for a model, with which no run is possible."""
-        self.material.check()
+        """Raise for a model with which no run is possible."""
         loaded = self.loaded
         if self.config.fine_tune_type == "full" and loaded.quantized_bits:
             raise ModelError(
@@ -258,6 +263,7 @@ class Run:
     def _prepare(self) -> Trainer:
         """The trainer, in a folder that nobody else writes to."""
         with self._folder_taken():
+            self.material.check()
             self._refuse_model()
             return self._made_trainer()
 

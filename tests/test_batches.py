@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -31,6 +33,16 @@ def test_every_row_comes_once_an_epoch(lengths, batch_size, seed, epoch):
     first = epoch * plan.batches_per_epoch
     seen = np.concatenate([plan.batch(first + index) for index in range(plan.batches_per_epoch)])
     assert sorted(seen) == list(range(len(lengths)))
+
+
+def test_the_order_of_an_epoch_takes_time_in_proportion_to_its_rows():
+    def seconds(count):
+        plan, begun = BatchPlan([7] * count, 1, seed=0), time.process_time()
+        plan.batch(0)
+        return time.process_time() - begun
+
+    few, many = (min(seconds(count) for _ in range(3)) for count in (5_000, 80_000))
+    assert many < 3 * 16 * few
 
 
 def test_batch_k_does_not_depend_on_the_batches_drawn_before():

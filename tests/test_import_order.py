@@ -29,6 +29,7 @@ ORDER = [
     "config",
     "config_help",
     "events",
+    "pieces",
     "signal_watch",
     "exits",
     "data.plain_values",

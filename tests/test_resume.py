@@ -236,6 +236,16 @@ def test_older_steps_are_fetched_from_disk_and_what_is_gone_is_said(tmp_path, ti
     assert run.history["loss"] == losses
 
 
+def test_what_two_steps_remember_of_the_losses_before_is_shared(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder, iters=8)
+    run.step(5)
+    before = run.trainer.snapshot().state["trainer"]["recent_losses"]
+    run.step()
+    after = run.trainer.snapshot().state["trainer"]["recent_losses"]
+    assert len(after) == len(before) + 1
+    assert all(one is other for one, other in zip(before, after))
+
+
 def test_arrays_that_steps_share_count_once_and_those_of_the_run_itself_do_not(tmp_path, tiny_folder):
     run = rows_run(tmp_path, tiny_folder, iters=8)
     run.step()

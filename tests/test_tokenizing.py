@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from itertools import pairwise
 
 import numpy as np
@@ -13,14 +14,16 @@ import pytest
 from mlx_nb import Run, RunConfig
 from mlx_nb.data import tokenizing
 from mlx_nb.events import Pause, Progress, RunPaused, StepCompleted
+from mlx_nb.model import loading, sharing
 from mlx_nb.view.text_report import describe, progress_words
 from tiny import tiny_rows
 
 
 @pytest.fixture(autouse=True)
 def a_sign_after_each_row(monkeypatch):
-    monkeypatch.setattr(tokenizing, "SECONDS_BETWEEN_SIGNS", 0.0)
+    monkeypatch.setattr(tokenizing, "SECONDS_BETWEEN_PIECES", 0.0)
     monkeypatch.setattr(tokenizing, "_kept", tokenizing.OrderedDict())
+    monkeypatch.setattr(sharing, "_live", {})
 
 
 def rows_of(name, count=40):
@@ -44,6 +47,48 @@ def test_every_row_is_counted_and_the_words_have_the_pace(tmp_path, tiny_folder)
     assert describe(told[0]) == progress_words(told[0])
     words = progress_words(Progress(0, "tokenizing train", 12_000, 100_000, 1.5))
     assert words == "tokenizing train rows: 12,000 of 100,000, 8,000 rows a second"
+
+
+@pytest.mark.parametrize("slow", ["model_folder", "load_tokenizer"])
+def test_others_have_their_turn_while_the_model_is_fetched_and_loaded(tmp_path, tiny_folder, monkeypatch, slow):
+    real, turns, between = getattr(loading, slow), 0, {}
+
+    def slowly(*arguments):
+        between["begun"] = turns
+        time.sleep(0.5)
+        between["done"] = turns
+        return real(*arguments)
+
+    monkeypatch.setattr(loading, slow, slowly)
+    run = rows_run(tmp_path, tiny_folder, data=rows_of("fetched"), iters=1)
+    signs = []
+
+    async def main():
+        nonlocal turns
+        run.listen(lambda event: signs.append(describe(event)) if isinstance(event, Progress) else None)
+        run.start()
+        while run.background.active:
+            turns += 1
+            await asyncio.sleep(0.001)
+
+    asyncio.run(main())
+    assert between["done"] - between["begun"] >= 4
+    words = {"model_folder": "loading the model: files", "load_tokenizer": "loading the model: tokenizer"}[slow]
+    assert signs.count(words) >= 4
+    assert run.step_count == 1
+
+
+def test_a_pause_while_the_model_is_loaded_is_heard_and_going_on_loads_it(tmp_path, tiny_folder, monkeypatch):
+    real = loading.load_tokenizer
+    monkeypatch.setattr(loading, "load_tokenizer", lambda folder: time.sleep(0.3) or real(folder))
+    run = rows_run(tmp_path, tiny_folder, data=rows_of("paused"), iters=1)
+    for event in run.events():
+        if isinstance(event, Progress):
+            assert event.what == "loading tokenizer"
+            run.request(Pause("asked"))
+    assert event == RunPaused(0, "asked")
+    assert not run.prepared
+    assert run.step().step == 1
 
 
 def test_others_have_their_turn_after_every_sign(tmp_path, tiny_folder):

@@ -67,6 +67,7 @@ class BatchPlan:
         self.batch_size = batch_size
         self.seed = seed
         self._labels = np.zeros(len(lengths), np.int64) if labels is None else np.asarray(labels)
+        self._kinds = np.unique(self._labels)
         self._order_of = lru_cache(maxsize=2)(self._order)
         self._cut: Place | None = None
 
@@ -134,7 +135,7 @@ class BatchPlan:
     def _spread(self, rows: np.ndarray) -> np.ndarray:
         """Those of each label in their order, spread evenly over the whole."""
         share = np.empty(len(rows))
-        for label in np.unique(self._labels):
+        for label in self._kinds:
             (at,) = np.nonzero(self._labels[rows] == label)
             share[at] = (np.arange(len(at)) + 0.5) / max(1, len(at))
         return rows[np.argsort(share, kind="stable")]

@@ -11,9 +11,8 @@ from typing import Any
 
 from mlx_nb.data.examples import Examples, LeftOut, Result, split_examples
 from mlx_nb.data.template_render import unwrapped
+from mlx_nb.pieces import SECONDS_BETWEEN_PIECES, on_thread
 
-# Other cells of a notebook wait at most a few times this long.
-SECONDS_BETWEEN_SIGNS = 0.04
 # Bytes of tokens and masks that stay when no run uses them any more.
 MOST_KEPT = 256 << 20
 
@@ -29,6 +28,8 @@ def tokenize_split(examples: Examples) -> Generator[tuple[int, float], None, Out
     It can be left after any of them and go on later. Rows, tokenizer and settings that were tokenised before in this
     process are not tokenised again. Raises TooLong at the first long row when `truncate` is `error`.
     """
+    for _ in on_thread(examples.source.fingerprint):  # of rows in memory it takes as long as it takes to read them
+        yield 0, 0.0
     key = _key(examples)
     if key in _kept and not examples.source.changed():
         _kept.move_to_end(key)
@@ -39,7 +40,7 @@ def tokenize_split(examples: Examples) -> Generator[tuple[int, float], None, Out
     for done, made in enumerate(examples.each_row(), 1):
         results += made
         passed = time.monotonic() - since
-        if passed >= SECONDS_BETWEEN_SIGNS:
+        if passed >= SECONDS_BETWEEN_PIECES:
             spent += passed
             yield done, spent
             since = time.monotonic()

@@ -7,10 +7,13 @@ import os
 import re
 import subprocess
 import sys
+import time
 import zipfile
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,6 +21,7 @@ from mlx.utils import tree_map, tree_unflatten
 
 from mlx_nb.config import RunConfig
 from mlx_nb.errors import ModelError, OutOfMemory, nearest
+from mlx_nb.events import Progress
 from mlx_nb.model.backend import is_cpu
 from mlx_nb.model.cache import cache_folder, damage, made_once, mended_note
 from mlx_nb.model.files import near_path
@@ -29,6 +33,9 @@ from mlx_nb.model.mlx_lm_import import files_for_a_model, import_mlx_lm
 from mlx_nb.model.passes import doubt_note
 from mlx_nb.model.randomness import random_stream
 from mlx_nb.model.trees import named_arrays
+from mlx_nb.pieces import SECONDS_BETWEEN_PIECES, finished, on_thread
+
+_Result = TypeVar("_Result")
 
 _BITS = (2, 3, 4, 5, 6, 8)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -72,8 +79,6 @@ class LoadedModel:
         return self.loading_notes if doubt is None else (*self.loading_notes, doubt)
 
 
-@files_for_a_model()
-@memory_errors("the model was loaded", "Close other programs and kernels, or take a smaller model.")
 def load_model(model: str, *, load_in_bits: int | None = None, chat_template: str | None = None) -> LoadedModel:
     """Load a model and tokenizer through mlx-lm. `model` is what `model_folder` takes.
 
@@ -83,35 +88,79 @@ def load_model(model: str, *, load_in_bits: int | None = None, chat_template: st
     tokenizer's. Raises ModelError in one line when something is missing, cannot be read or is quantised already, and
     for weights that are NaN or infinite, naming the tensor; OutOfMemory where the model does not fit.
     """
-    folder = model_folder(model)
-    network, config = load_skeleton(folder)
-    tokenizer = load_tokenizer(folder)
-    if bad := not_finite(dict(named_arrays(network.parameters()))):
-        raise ModelError(
-            f"the weights in {folder} are damaged: {bad}. No rows and no setting can mend that: download or convert "
-            "the model again."
-        )
-    bits = (config.get("quantization") or {}).get("bits")
-    notes = [note] if (note := mended_note(folder)) else []
-    if load_in_bits is not None:
-        if bits is not None:
+    return finished(load_in_pieces(model, load_in_bits=load_in_bits, chat_template=chat_template))
+
+
+def load_in_pieces(
+    model: str, *, load_in_bits: int | None = None, chat_template: str | None = None
+) -> Generator[Progress, None, LoadedModel]:
+    """`load_model` in pieces, with Progress after each. What is fetched, imported and parsed is so on a thread."""
+    with memory_errors("the model was loaded", "Close other programs and kernels, or take a smaller model."):
+        folder = yield from fetched_folder(model)
+        yield from _meanwhile("libraries", _import_tokenizers)
+        network, config = load_skeleton(folder)
+        tokenizer = yield from _meanwhile("tokenizer", partial(load_tokenizer, folder))
+        yield from _evaluated(network, "weights, as they are in the file")
+        if bad := not_finite(dict(named_arrays(network.parameters()))):
             raise ModelError(
-                f"load_in_bits: {load_in_bits}: {model} is already quantised to {bits} bits. Remove load_in_bits."
+                f"the weights in {folder} are damaged: {bad}. No rows and no setting can mend that: download or "
+                "convert the model again."
             )
-        _quantize(network, load_in_bits)
-        bits = load_in_bits
-    if chat_template is not None:
-        _set_chat_template(tokenizer, chat_template)
-    if is_cpu():
-        given = {id(array) for _, array in named_arrays(network.parameters())}
-        _compute_in_float32(network)
-        made = sum(array.nbytes for _, array in named_arrays(network.parameters()) if id(array) not in given)
-        if lacking := shortage(made):
-            raise OutOfMemory(f"{model} in float32, as this CPU computes, {lacking}. Take a smaller model.")
-        base = f"{bits}-bit base" if bits else "base"
-        notes.append(f"On this CPU the {base} is held and computed in float32; saved adapters are the same either way.")
-    mx.eval(network.parameters())
+        bits = (config.get("quantization") or {}).get("bits")
+        notes = [note] if (note := mended_note(folder)) else []
+        if load_in_bits is not None:
+            if bits is not None:
+                raise ModelError(
+                    f"load_in_bits: {load_in_bits}: {model} is already quantised to {bits} bits. Remove load_in_bits."
+                )
+            _quantize(network, load_in_bits)
+            bits = load_in_bits
+        if chat_template is not None:
+            _set_chat_template(tokenizer, chat_template)
+        if is_cpu():
+            given = {id(array) for _, array in named_arrays(network.parameters())}
+            _compute_in_float32(network)
+            made = sum(array.nbytes for _, array in named_arrays(network.parameters()) if id(array) not in given)
+            if lacking := shortage(made):
+                raise OutOfMemory(f"{model} in float32, as this CPU computes, {lacking}. Take a smaller model.")
+            base = f"{bits}-bit base" if bits else "base"
+            notes.append(
+                f"On this CPU the {base} is held and computed in float32; saved adapters are the same either way."
+            )
+        yield from _evaluated(network, "weights")
     return LoadedModel(network, tokenizer, folder, model, bits, tuple(notes), weights_fingerprint(folder))
+
+
+def fetched_folder(model: str) -> Generator[Progress, None, Path]:
+    """`model_folder` in pieces: a model may have to be downloaded and converted."""
+    return (yield from _meanwhile("files", partial(model_folder, model)))
+
+
+def _meanwhile(what: str, function: Callable[[], _Result]) -> Generator[Progress, None, _Result]:
+    """Call `function` on a thread, saying what of the model is being loaded."""
+    work, begun = on_thread(function), time.monotonic()
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value
+        yield Progress(0, f"loading {what}", 0, 0, time.monotonic() - begun)
+
+
+def _evaluated(network: nn.Module, what: str) -> Generator[Progress, None, None]:
+    """Compute the weights of a model, which mlx puts off until they are asked for, a few at a time."""
+    arrays = [array for _, array in named_arrays(network.parameters())]
+    begun = since = time.monotonic()
+    for done, array in enumerate(arrays, 1):
+        mx.eval(array)
+        if (now := time.monotonic()) - since >= SECONDS_BETWEEN_PIECES:
+            yield Progress(0, f"loading {what}", done, len(arrays), now - begun)
+            since = time.monotonic()
+
+
+def _import_tokenizers() -> None:
+    """Most of what importing mlx-lm takes; mlx-lm itself makes mlx streams, which belong to a thread."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
 
 def model_named(config: RunConfig, setting: str = "model") -> str:
@@ -174,7 +223,7 @@ def load_skeleton(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     from mlx_lm.utils import load_model as load_with_mlx_lm
 
     try:
-        with random_stream(0):  # mlx draws start values for every module, only to overwrite them
+        with files_for_a_model(), random_stream(0):  # mlx draws start values for every module, only to overwrite them
             network, config = load_with_mlx_lm(folder, lazy=True)
     except Exception as error:
         raise ModelError(f"the model in {folder} cannot be loaded: {_one_line(error)}") from None

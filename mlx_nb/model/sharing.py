@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Generator
 from weakref import WeakSet
 
 from mlx_nb.config import RunConfig
+from mlx_nb.events import Progress
 from mlx_nb.model.adapters import without_adapters
-from mlx_nb.model.loading import LoadedModel, load_model, model_folder, model_named
+from mlx_nb.model.loading import LoadedModel, fetched_folder, load_in_pieces, model_named
 from mlx_nb.model.trees import named_arrays
+from mlx_nb.pieces import finished
 
 _live: dict[tuple, WeakSet[LoadedModel]] = {}
 
@@ -19,8 +22,13 @@ def load_base(config: RunConfig) -> LoadedModel:
 
     Raises ModelError as `load_model` does.
     """
+    return finished(load_base_in_pieces(config))
+
+
+def load_base_in_pieces(config: RunConfig) -> Generator[Progress, None, LoadedModel]:
+    """`load_base` in pieces, with Progress after each."""
     model, template = model_named(config), config.located("chat_template")
-    folder = model_folder(model)
+    folder = yield from fetched_folder(model)
     files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.iterdir())
     key = (str(folder.resolve()), tuple(files), config.load_in_bits, template)
     holders = _live.setdefault(key, WeakSet())
@@ -28,7 +36,7 @@ def load_base(config: RunConfig) -> LoadedModel:
     if holder is not None:
         loaded = twin(holder)
     else:
-        loaded = load_model(model, load_in_bits=config.load_in_bits, chat_template=template)
+        loaded = yield from load_in_pieces(model, load_in_bits=config.load_in_bits, chat_template=template)
     if config.fine_tune_type != "full":
         holders.add(loaded)
     return loaded

@@ -369,7 +369,7 @@ class Trainer:
             arrays["best"] = self.best
         state = {
             "feed": feed["state"],
-            "trainer": asdict(self.state),
+            "trainer": dict(vars(self.state)),  # not asdict: what never changes in place is shared, not copied
             "place": list(self.feed.plan.place(self.state.batches)),
             "due": [list(item) for item in self._due],
             "asked": self._inbox.kept(),

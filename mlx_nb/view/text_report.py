@@ -116,6 +116,8 @@ def progress_words(progress: Progress) -> str:
         return f"sampling completions: {done:,} of at most {total:,} tokens"
     if kind == "reward" and name:
         return f"reward {name}: {done:,} of {total:,} completions"
+    if kind == "loading":
+        return f"loading the model: {name}" + (f", {done:,} of {total:,}" if total else "")
     if kind == "tokenizing":
         pace = done / max(progress.seconds, 1e-9)
         return f"tokenizing {name} rows: {done:,} of {total:,}, {pace:,.0f} rows a second"
