@@ -230,6 +230,7 @@ class Run:
         """Load model and rows, refusing what cannot be trained as soon as it is known."""
         self.material.check()
         yield from self.material.loading()
+        yield Progress(0, "loading a pass over a few tokens", 0, 0)
         self._refuse_model()
         yield from self.material.tokenizing()
 

@@ -256,9 +256,13 @@ LIMITS = """
 import resource
 resource.setrlimit(resource.RLIMIT_NOFILE, (300, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 before = resource.getrlimit(resource.RLIMIT_NOFILE)
-import sys
-from mlx_nb.model import loading
-loading.load_model(sys.argv[1])
+import random, sys
+drawn = random.getstate()
+from mlx_nb.config import RunConfig
+from mlx_nb.model import adapters, loading
+loaded = loading.load_model(sys.argv[1])
+adapters.attach_adapter(loaded.model, RunConfig())
+assert random.getstate() == drawn
 loading.load_tokenizer(loading.model_folder(sys.argv[1]))
 assert resource.getrlimit(resource.RLIMIT_NOFILE) == before, resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (299, before[1]))
@@ -266,7 +270,7 @@ assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 299
 """
 
 
-def test_loading_a_model_leaves_the_number_of_open_files_as_it_was(tiny_folder):
+def test_loading_a_model_leaves_the_number_of_open_files_and_the_random_numbers_as_they_were(tiny_folder):
     subprocess.run([sys.executable, "-c", LIMITS, str(tiny_folder)], check=True, timeout=120)
 
 

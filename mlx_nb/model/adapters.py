@@ -21,6 +21,7 @@ from mlx_nb.errors import ConfigError, ModelError, and_more, did_you_mean
 from mlx_nb.model.adapter_files import START, AdapterFile, open_adapter
 from mlx_nb.model.files import write_whole
 from mlx_nb.model.finite import not_finite
+from mlx_nb.model.mlx_lm_import import import_mlx_lm
 from mlx_nb.model.trees import named_arrays
 from mlx_nb.written_files import ADAPTER_FILE, CONFIG_FILE
 
@@ -36,6 +37,7 @@ def attach_adapter(model: nn.Module, config: RunConfig) -> tuple[str, ...]:
     Adapter matrices are drawn from the current `mx.random` stream. Raises ConfigError when a key matches no module
     or `num_layers` exceeds the model, ModelError when `full` meets a quantised base.
     """
+    import_mlx_lm()
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     layers = model.layers

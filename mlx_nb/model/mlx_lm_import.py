@@ -1,7 +1,8 @@
-"""mlx-lm without what importing it changes in the whole process: how many files may be open."""
+"""mlx-lm without what importing it changes in the whole process: how many files may be open, and Python's `random`."""
 
 from __future__ import annotations
 
+import random
 import resource
 import sys
 import threading
@@ -15,19 +16,23 @@ _importing = threading.Lock()
 
 
 def import_mlx_lm() -> None:
-    """Import mlx-lm; the limit of open files stays as it is.
+    """Import mlx-lm; the limit of open files and the state of `random` stay as they are.
 
-    mlx-lm lowers the hard limit, which only root could raise again afterwards: so it must not come to that.
+    mlx-lm lowers the hard limit, which only root could raise again afterwards: so it must not come to that. Its tuner
+    imports rich, which draws a number.
     """
     with _importing:
         if "mlx_lm.utils" in sys.modules:
             return
         real: Any = resource.setrlimit
+        drawn = random.getstate()
         try:
             resource.setrlimit = lambda kind, limits: None if kind == resource.RLIMIT_NOFILE else real(kind, limits)
+            import mlx_lm.tuner.utils
             import mlx_lm.utils  # noqa: F401
         finally:
             resource.setrlimit = real
+            random.setstate(drawn)
 
 
 @contextmanager
