@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import json
 import os
 import socket
@@ -72,14 +73,51 @@ def _this_process(run: str, since: str | None = None) -> Holder:
     return Holder(run, os.getpid(), socket.gethostname(), process_start(os.getpid()), since)
 
 
+class _LockFile:
+    """The open file of a lock. Whatever an interrupt leaves of it, `close` closes; twice is once."""
+
+    def __init__(self, path: Path, made: Sequence[Path]) -> None:
+        self.path, self._made, self._pid = path, made, os.getpid()
+        self.locked = False
+        self._file = io.FileIO(path, "r+", opener=lambda name, _: os.open(name, os.O_RDWR | os.O_CREAT, 0o644))
+
+    def lock(self, name: str) -> bool:
+        """Lock it for the run called `name`. False when somebody else holds it, or it is no longer at its path."""
+        self.locked = _lock(self._file.fileno(), self.path, name)
+        return self.locked
+
+    def holder(self) -> Holder | None:
+        """Who holds it; None when that is not written yet."""
+        return _read(self._file.fileno())
+
+    def is_at(self, path: Path) -> bool:
+        """Whether it is locked, and the file at `path`."""
+        return self.locked and not self._file.closed and _is_file(self._file.fileno(), path)
+
+    def close(self) -> None:
+        """Give the lock back, if this process has it; folders that were made for it and are empty go."""
+        try:
+            if self._pid == os.getpid() and self.is_at(self.path):
+                # While it is locked: who opened it in between will see that it is gone, and open the next one.
+                with suppress(OSError):
+                    self.path.unlink()
+                    _remove_empty([*self._made, self.path.parent])
+        finally:
+            self._file.close()
+
+    def forget(self) -> None:
+        """Close it without giving the lock back: in a forked child it is the parent's."""
+        self._file.close()
+
+
 class FolderLock:
     """The lock of one folder, for the run called `name`. Given back by `release`, or when nobody refers to it."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.path = folder / MARK / LOCK_FILE
         self._name = name
-        self._descriptor = -1
-        self._give_back: weakref.finalize | None = None
+        self._file: _LockFile | None = None
+        self._given_back: weakref.finalize | None = None
         self._made: list[Path] = []
         _locks.add(self)
 
@@ -90,7 +128,7 @@ class FolderLock:
 
     def is_of(self, folder: Path) -> bool:
         """Whether it is held and is the lock of `folder`, under whatever path that was taken."""
-        return self._descriptor >= 0 and _is_file(self._descriptor, folder / MARK / LOCK_FILE)
+        return self._file is not None and self._file.is_at(folder / MARK / LOCK_FILE)
 
     def take(self) -> Holder | None:
         """Take the lock, making the folder if there is none. Returns who holds it if somebody else does.
@@ -103,21 +141,17 @@ class FolderLock:
         for left in reversed(range(_TRIES)):
             try:
                 self._make_folders()
-                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+                # Kept before it is locked: what an interrupt leaves is closed by the next `take` or `release`.
+                self._file = _LockFile(self.path, tuple(self._made))
             except FileNotFoundError:  # its last holder took the folder away in between
                 if left:
                     continue
                 raise
-            try:
-                taken = _lock(descriptor, self.path, self._name)
-                holder = None if taken else _read(descriptor)
-            except BaseException:
-                os.close(descriptor)
-                raise
-            if taken:
-                self._keep(descriptor)
+            self._given_back = weakref.finalize(self, self._file.close)
+            if self._file.lock(self._name):
                 return None
-            os.close(descriptor)
+            holder = self._file.holder()
+            self._file.close()
             if holder is not None:
                 return holder
             time.sleep(_WAIT_SECONDS)
@@ -130,24 +164,23 @@ class FolderLock:
         self._made += [path for path in missing if path not in self._made]
         folder.mkdir(parents=True, exist_ok=True)
 
-    def _keep(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._give_back = weakref.finalize(self, _give_back, descriptor, self.path, os.getpid(), tuple(self._made))
-
     def release(self) -> None:
         """Give it back, if it is held; folders that were made for it and are empty go."""
-        if self._give_back is not None:
-            self._give_back()
+        if self._file is not None:
+            self._file.close()
         else:
             _remove_empty(self._made)
-        self._descriptor, self._give_back, self._made = -1, None, []
+        if self._given_back is not None:
+            self._given_back.detach()
+        self._file, self._given_back, self._made = None, None, []
 
     def forget(self) -> None:
         """In a forked child: the lock is the parent's."""
-        if self._give_back is not None:
-            self._give_back.detach()
-            os.close(self._descriptor)
-        self._descriptor, self._give_back = -1, None
+        if self._given_back is not None:
+            self._given_back.detach()
+        if self._file is not None:
+            self._file.forget()
+        self._file, self._given_back = None, None
 
 
 def is_locked(folder: Path) -> bool:
@@ -164,17 +197,6 @@ def is_locked(folder: Path) -> bool:
         return error.errno not in _CANNOT_LOCK or (holder is not None and not holder.is_dead)
     finally:
         os.close(descriptor)
-
-
-def _give_back(descriptor: int, path: Path, pid: int, made: Sequence[Path]) -> None:
-    if os.getpid() != pid:
-        return
-    with suppress(OSError):
-        if _is_file(descriptor, path):
-            # While it is locked: who opened it in between will see that it is gone, and open the next one.
-            path.unlink()
-            _remove_empty([*made, path.parent])
-    os.close(descriptor)
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:
