@@ -61,7 +61,7 @@ def report(chosen: argparse.Namespace, folder: str) -> dict:
 
 
 def random_batch(rows: int, width: int):
-    from mlx_nb.data.batches import TokenBatch
+    from mlx_nb.data.examples.batches import TokenBatch
 
     tokens_BT = np.random.default_rng(width).integers(0, 40000, (rows, width)).astype(np.int32)
     loss_mask_BT = np.ones((rows, width), np.float32)

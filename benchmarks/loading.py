@@ -19,8 +19,8 @@ from typing import Any
 
 from mlx_nb import Run, RunConfig
 from mlx_nb.events import Event, Progress, StepCompleted
-from mlx_nb.pieces import SECONDS_BETWEEN_PIECES
-from mlx_nb.view.text_report import progress_words
+from mlx_nb.process.pieces import SECONDS_BETWEEN_PIECES
+from mlx_nb.view.event_text import progress_words
 
 
 def made_rows(count: int) -> list[dict[str, Any]]:

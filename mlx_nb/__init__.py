@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
-    from mlx_nb.config import RunConfig
-    from mlx_nb.methods import register_objective
-    from mlx_nb.objectives.battery import check_objective
-    from mlx_nb.run import Run
+    from mlx_nb.config.methods import register_objective
+    from mlx_nb.config.run_config import RunConfig
+    from mlx_nb.objectives.conformance import check_objective
+    from mlx_nb.run.run import Run
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,10 +29,10 @@ __all__ = [
 ]
 
 _PUBLIC = {
-    "Run": "mlx_nb.run",
-    "RunConfig": "mlx_nb.config",
-    "check_objective": "mlx_nb.objectives.battery",
-    "register_objective": "mlx_nb.methods",
+    "Run": "mlx_nb.run.run",
+    "RunConfig": "mlx_nb.config.run_config",
+    "check_objective": "mlx_nb.objectives.conformance",
+    "register_objective": "mlx_nb.config.methods",
 }
 _COMPUTING = ("Run", "check_objective")
 

@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from mlx_nb.config.yaml_text import read_words
 from mlx_nb.errors import ConfigError, DataError, MlxNbError
 from mlx_nb.events import Event, RunPaused
-from mlx_nb.yaml_loader import read_words
 
 if TYPE_CHECKING:
-    from mlx_nb.config import RunConfig
-    from mlx_nb.run import Run
+    from mlx_nb.config.run_config import RunConfig
+    from mlx_nb.run.run import Run
 
 _NOBODY_READS = 141  # as a shell has it for a program that SIGPIPE ended
 
@@ -113,7 +113,7 @@ def _train(chosen: argparse.Namespace) -> int:
 
     prepare_backend()
     from mlx_nb.notebook.driver import train_here
-    from mlx_nb.run import Run
+    from mlx_nb.run.run import Run
 
     settings = read_words([*chosen.settings, *chosen.set], "mlx-nb train", "run.yaml iters=100")
     made = {"namespace": _functions_in(chosen.rewards), "allow_changed": chosen.allow_changed}
@@ -129,7 +129,7 @@ def _train(chosen: argparse.Namespace) -> int:
 
 def _print_events(run: Run) -> Event | None:
     """Train, with each event as a line of JSON. Returns the last one. Raises TrainingError as `Run.run` does."""
-    from mlx_nb.run import raise_failure
+    from mlx_nb.run.run import raise_failure
 
     ended = None
     for ended in run.events():
@@ -156,9 +156,9 @@ def _functions_in(path: str | None) -> dict[str, Any]:
 def _check(chosen: argparse.Namespace) -> int:
     import json
 
-    from mlx_nb.data.checks import SAMPLED_ROWS, read_row_count
-    from mlx_nb.run import Run
-    from mlx_nb.view.check_report import render_text
+    from mlx_nb.data.check.check import SAMPLED_ROWS, read_row_count
+    from mlx_nb.run.run import Run
+    from mlx_nb.view.reports.check import render_text
 
     settings = read_words(chosen.settings, "mlx-nb check", "data max_seq_length=1024")
     rows = settings.pop("rows", None)
@@ -171,8 +171,8 @@ def _check(chosen: argparse.Namespace) -> int:
 
 
 def _config_for_check(chosen: argparse.Namespace, settings: Mapping[str, Any]) -> RunConfig:
-    from mlx_nb.config import RunConfig
-    from mlx_nb.methods import METHODS
+    from mlx_nb.config.methods import METHODS
+    from mlx_nb.config.run_config import RunConfig
 
     values = dict(settings)
     given = {"data": chosen.data} | ({"model": chosen.model} if chosen.model else {})
@@ -185,9 +185,9 @@ def _config_for_check(chosen: argparse.Namespace, settings: Mapping[str, Any]) -
 def _print_rows(config: RunConfig, split: str, wanted: int | None) -> int:
     import json
 
-    from mlx_nb.data.checks import row_record, stops_a_run
-    from mlx_nb.data.token_counts import sampled_rows
-    from mlx_nb.run import Run
+    from mlx_nb.data.check.check import row_record, stops_a_run
+    from mlx_nb.data.check.token_pass import sampled_rows
+    from mlx_nb.run.run import Run
 
     run = Run(config)
     if getattr(run.splits, split) is None:
@@ -210,7 +210,7 @@ def _doctor(_chosen: argparse.Namespace) -> int:
 
 
 def _settings(chosen: argparse.Namespace) -> int:
-    from mlx_nb.config_help import settings_markdown, settings_text
+    from mlx_nb.config.help import settings_markdown, settings_text
 
     print(settings_markdown() if chosen.markdown else settings_text())
     return 0

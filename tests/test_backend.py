@@ -13,8 +13,8 @@ from IPython.core.interactiveshell import InteractiveShell
 
 from mlx_nb.errors import CheckpointError
 from mlx_nb.model import backend
-from mlx_nb.run import Run
-from mlx_nb.view.panel import Panel
+from mlx_nb.run.run import Run
+from mlx_nb.view.panel.panel import Panel
 from test_methods import run_of
 
 LIBRARY = backend.prepare_backend().library

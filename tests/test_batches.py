@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_nb.data.batches import (
+from mlx_nb.data.examples.batches import (
     BatchPlan,
     evaluation_batches,
     pad,
@@ -18,7 +18,7 @@ from mlx_nb.data.batches import (
     pad_pairs,
     updates_until,
 )
-from mlx_nb.data.preference_examples import LabelledExample, PreferenceExample
+from mlx_nb.data.examples.preference import LabelledExample, PreferenceExample
 from tiny import random_examples
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlx_nb.data.examples import Examples, ExampleSettings
-from mlx_nb.data.row_source import RowSource
-from mlx_nb.data.rows import Columns
+from mlx_nb.data.examples.split import Examples, ExampleSettings
+from mlx_nb.data.rows.imitation import Columns
+from mlx_nb.data.sources.row_source import RowSource
 from mlx_nb.events import RolloutCompleted
-from mlx_nb.view.completions_table import completions_html
-from mlx_nb.view.row_display import RowDisplay
+from mlx_nb.view.reports.completions import completions_html
+from mlx_nb.view.rows.display import RowDisplay
 from test_browser_rows import (  # noqa: F401, the fixtures
     ATTACK,
     CONTRAST,

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_nb.data.examples import Examples, ExampleSettings, RowView
-from mlx_nb.data.row_source import RowSource
-from mlx_nb.data.rows import Columns
-from mlx_nb.view.mask_overlay import render_batch_html
-from mlx_nb.view.row_display import RowDisplay
+from mlx_nb.data.examples.split import Examples, ExampleSettings, RowView
+from mlx_nb.data.rows.imitation import Columns
+from mlx_nb.data.sources.row_source import RowSource
+from mlx_nb.view.rows.display import RowDisplay
+from mlx_nb.view.rows.overlay import render_batch_html
 
 pytestmark = pytest.mark.browser
 sync_api = pytest.importorskip("playwright.sync_api")

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from mlx_nb.errors import ModelError
-from mlx_nb.model import cache, files, loading
-from mlx_nb.model.cache import damage, made_once
+from mlx_nb.files import cache_folder, whole_files
+from mlx_nb.files.cache_folder import damage, made_once
+from mlx_nb.model import loading
 from mlx_nb.model.loading import load_model, model_folder
 from test_loading import gguf_file, packaged  # noqa: F401
 from tiny import save_tiny_model
@@ -24,7 +25,7 @@ from tiny import save_tiny_model
 SLOW_MAKER = """
 import json, os, sys, time
 from pathlib import Path
-from mlx_nb.model.cache import made_once
+from mlx_nb.files.cache_folder import made_once
 
 def make(work):
     print("made by", os.getpid(), flush=True)
@@ -49,7 +50,7 @@ print("done", flush=True)
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_NB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(cache, "_mended", {})
+    monkeypatch.setattr(cache_folder, "_mended", {})
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +162,7 @@ def test_what_a_killed_writer_of_a_file_left_is_removed_and_that_of_a_living_one
     for pid in (dead.pid, os.getppid()):
         (tmp_path / f".{pid}.adapters.safetensors").write_bytes(b"x" * 1000)
     (tmp_path / ".notes.adapters.safetensors").write_bytes(b"of a person")
-    files.write_whole(tmp_path / "adapters.safetensors", lambda file: file.write(b"whole"))
+    whole_files.write_whole(tmp_path / "adapters.safetensors", lambda file: file.write(b"whole"))
     assert names(tmp_path) == sorted(
         [f".{os.getppid()}.adapters.safetensors", ".notes.adapters.safetensors", "adapters.safetensors"]
     )
@@ -209,7 +210,7 @@ def test_a_damaged_model_of_the_cache_is_named_and_made_again(gguf_file, name, s
     folder = model_folder(str(gguf_file))
     whole = {file.name: file.read_bytes() for file in folder.iterdir()}
     if not with_sizes:
-        (folder / cache.SIZES_FILE).unlink()
+        (folder / cache_folder.SIZES_FILE).unlink()
     spoil(folder / name)
     assert name in damage(folder) or "model*.safetensors" in damage(folder)
     loaded = load_model(str(gguf_file))
@@ -291,7 +292,7 @@ def test_a_whole_model_in_a_read_only_cache_is_used(tmp_path, source):
 
 def test_a_whole_model_is_used_without_a_lock_or_a_write(tmp_path, source, monkeypatch):
     folder = made_once(tmp_path / "models" / "tiny", copied(source))
-    monkeypatch.setattr(cache, "_work_on", lambda folder: pytest.fail("asked to write"))
+    monkeypatch.setattr(cache_folder, "_work_on", lambda folder: pytest.fail("asked to write"))
     assert made_once(folder, lambda work: pytest.fail("made again")) == folder
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mlx_nb.data.chat_template import (
+from mlx_nb.data.masks.conversation import (
     TokenizedConversation,
     tokenize_conversation,
     tokenize_prompt_completion,

@@ -12,22 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_nb.cli import main
-from mlx_nb.config import RunConfig
-from mlx_nb.data.checks import check_data, row_record, stops_a_run
-from mlx_nb.data.duplicates import NEAR, NearIndex, common_sequences, jaccard, word_sequences
-from mlx_nb.data.examples import Examples
-from mlx_nb.data.findings import KINDS, SEVERITIES
-from mlx_nb.data.row_reading import read_splits
-from mlx_nb.data.sources import open_splits
-from mlx_nb.data.template_probes import probe_template
-from mlx_nb.data.token_counts import kind_of, length_summary, sampled_rows
-from mlx_nb.data.token_examples import ExampleSettings
+from mlx_nb.config.run_config import RunConfig
+from mlx_nb.data.check.check import check_data, row_record, stops_a_run
+from mlx_nb.data.check.duplicates import NEAR, NearIndex, common_sequences, jaccard, word_sequences
+from mlx_nb.data.check.findings import KINDS, SEVERITIES
+from mlx_nb.data.check.read_pass import read_splits
+from mlx_nb.data.check.template_report import probe_template
+from mlx_nb.data.check.token_pass import kind_of, length_summary, sampled_rows
+from mlx_nb.data.examples.imitation import ExampleSettings
+from mlx_nb.data.examples.split import Examples
+from mlx_nb.data.sources.splits import open_splits
 from mlx_nb.errors import CommandError
 from mlx_nb.notebook.commands import run_line
 from mlx_nb.notebook.session import Session
-from mlx_nb.run import Run
-from mlx_nb.view.check_report import CheckDisplay, render_html, render_text
-from mlx_nb.view.row_display import ShownRow
+from mlx_nb.run.run import Run
+from mlx_nb.view.reports.check import CheckDisplay, render_html, render_text
+from mlx_nb.view.rows.display import ShownRow
 from tiny import CHAT_TEMPLATE, tiny_rows
 
 

@@ -11,7 +11,7 @@ from mlx_nb.errors import CommandError
 from mlx_nb.events import RolloutCompleted
 from mlx_nb.notebook.commands import run_line
 from mlx_nb.notebook.session import Session
-from mlx_nb.view.completions_table import CompletionsDisplay, completions_html, completions_text, fits
+from mlx_nb.view.reports.completions import CompletionsDisplay, completions_html, completions_text, fits
 from test_mask_overlay import NASTY, TOKENIZER, Page
 from test_method_views import make_run  # noqa: F401, the fixture
 

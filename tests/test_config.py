@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_nb.config import SETTINGS, RunConfig
-from mlx_nb.config_help import settings_markdown, settings_text
+from mlx_nb.config.help import settings_markdown, settings_text
+from mlx_nb.config.run_config import SETTINGS, RunConfig
 from mlx_nb.errors import ConfigError
 
 BAD_YAML = {

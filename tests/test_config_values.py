@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from mlx_nb import Run
-from mlx_nb.config import SETTINGS, RunConfig
-from mlx_nb.config_optimizers import OPTIMIZER_ARGUMENTS
+from mlx_nb.config.fields import typo_of
+from mlx_nb.config.optimizers import OPTIMIZER_ARGUMENTS
+from mlx_nb.config.run_config import SETTINGS, RunConfig
 from mlx_nb.errors import CheckpointError, ConfigError
-from mlx_nb.settings import typo_of
 from mlx_nb.train.optimizer import _OPTIMIZERS, build_optimizer
 from tiny import tiny_rows
 

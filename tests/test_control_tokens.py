@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from chat_shapes import SHAPES, saved_tokenizer, shaped_tokenizer
-from mlx_nb.config import RunConfig
-from mlx_nb.data.chat_template import tokenize_conversation, tokenize_text
-from mlx_nb.data.checks import check_data
-from mlx_nb.data.control_tokens import control_tokens
-from mlx_nb.data.examples import Examples, ExampleSettings
-from mlx_nb.data.prompt_examples import prompt_tokens
-from mlx_nb.data.rendering import Rendering
-from mlx_nb.data.row_values import AUTOMATIC
-from mlx_nb.data.sources import open_splits
-from mlx_nb.view.row_display import ShownRow
+from mlx_nb.config.run_config import RunConfig
+from mlx_nb.data.check.check import check_data
+from mlx_nb.data.examples.prompt import prompt_tokens
+from mlx_nb.data.examples.split import Examples, ExampleSettings
+from mlx_nb.data.masks.control_tokens import control_tokens
+from mlx_nb.data.masks.conversation import tokenize_conversation, tokenize_text
+from mlx_nb.data.masks.prompt_format import Rendering
+from mlx_nb.data.rows.columns import AUTOMATIC
+from mlx_nb.data.sources.splits import open_splits
+from mlx_nb.view.rows.display import ShownRow
 
 AS_TEXT = Rendering(special_tokens_in_text="text")
 

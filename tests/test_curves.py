@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from traitlets import TraitError
 
+from mlx_nb.config.methods import METHODS
 from mlx_nb.events import (
     BatchSkipped,
     CheckpointSaved,
@@ -26,11 +27,10 @@ from mlx_nb.events import (
     SettingChanged,
     StepCompleted,
 )
-from mlx_nb.methods import METHODS
-from mlx_nb.view import curves
-from mlx_nb.view.curve_points import kept_points, smoothed_at
-from mlx_nb.view.curves import Curves, SeriesBuilder, series_of
-from mlx_nb.view.history import History, smoothed
+from mlx_nb.history import History, smoothed
+from mlx_nb.view.curves import curves
+from mlx_nb.view.curves.curves import Curves, SeriesBuilder, series_of
+from mlx_nb.view.curves.points import kept_points, smoothed_at
 
 SCRIPT = Path(curves.__file__).with_name("curves.js")
 GROUPS = ["loss", "learning rate", "gradient norm", "tokens per second", "memory (GB)"]

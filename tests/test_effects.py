@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from mlx_nb import Run, register_objective
-from mlx_nb.config import SETTINGS, LoraParameters, LrSchedule, RunConfig
+from mlx_nb.config.methods import METHODS
+from mlx_nb.config.run_config import SETTINGS, LoraParameters, LrSchedule, RunConfig
 from mlx_nb.errors import MlxNbError
 from mlx_nb.events import SampleGenerated
-from mlx_nb.methods import METHODS
 from tiny import save_tiny_model, tiny_labels, tiny_pairs, tiny_prompts, tiny_rows
 
 TEXTS = [

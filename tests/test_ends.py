@@ -16,8 +16,8 @@ import pytest
 
 from lives import KINDS, NAP_SECONDS, namespace_of, register_napping, settings_of
 from mlx_nb import Run
-from mlx_nb.methods import METHODS
-from mlx_nb.resuming import history_of
+from mlx_nb.config.methods import METHODS
+from mlx_nb.run.resume import history_of
 from mlx_nb.train.checkpoint import CheckpointStore
 from test_faults import read_line
 from test_kernel import SETUP, Kernel
@@ -62,7 +62,7 @@ sys.path.insert(0, {tests!r})
 from mlx_nb.model.backend import prepare_backend
 prepare_backend()
 import mlx_lm, transformers
-import mlx_nb.model.sharing, mlx_nb.train.trainer, mlx_nb.rollouts.generation
+import mlx_nb.model.shared_base, mlx_nb.train.trainer, mlx_nb.rollouts.generation
 from mlx_lm.models import llama
 from lives import live
 for kind in sys.stdin:

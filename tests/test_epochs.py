@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlx_nb import Run, RunConfig
-from mlx_nb.data.batches import pad
+from mlx_nb.data.examples.batches import pad
 from mlx_nb.events import EvaluationCompleted, RunFinished, StepCompleted
 from test_methods import ROWS, settings_for
 from test_trainer import losses, make_trainer

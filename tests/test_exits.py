@@ -16,11 +16,12 @@ from pathlib import Path
 import ipywidgets
 import pytest
 
-from mlx_nb import Run, exits
+from mlx_nb import Run
 from mlx_nb.errors import CheckpointError, CommandError
 from mlx_nb.notebook.interrupted import LINE
-from mlx_nb.notebook.outcome import Outcome
+from mlx_nb.notebook.lasting_output import Outcome
 from mlx_nb.notebook.session import Session
+from mlx_nb.process import exits
 from mlx_nb.train.checkpoint import CheckpointStore
 from test_resume import rows_run
 from tiny import tiny_rows

@@ -14,13 +14,13 @@ from mlx_lm.models.cache import ChunkedKVCache
 
 from families import FAMILIES, family_model, save_family
 from mlx_nb import Run
-from mlx_nb.config import RunConfig
+from mlx_nb.config.run_config import RunConfig
 from mlx_nb.errors import CommandError, DataError, ModelError
 from mlx_nb.model import passes
 from mlx_nb.model.loading import load_model
 from mlx_nb.model.logprobs import TargetScorer
 from mlx_nb.model.passes import SideBySide, cache_doubt, side_by_side
-from mlx_nb.model.reference import reference_scorer
+from mlx_nb.model.reference_model import reference_scorer
 from mlx_nb.rollouts.generation import generate_texts, stream_text
 from mlx_nb.rollouts.sampling import SamplingSettings, sample_each, sample_groups
 from test_sampling import assert_training_agrees, sampled

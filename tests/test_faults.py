@@ -20,7 +20,7 @@ import pytest
 from lives import KINDS
 from mlx_nb import Run, RunConfig
 from mlx_nb.notebook.interrupted import LINE
-from mlx_nb.resuming import history_of
+from mlx_nb.run.resume import history_of
 from mlx_nb.train.checkpoint import CheckpointStore
 from test_kernel import SETUP, Kernel
 from tiny import tiny_rows
@@ -157,7 +157,7 @@ sys.path.insert(0, {tests!r})
 from mlx_nb.model.backend import prepare_backend
 prepare_backend()
 import mlx_lm, transformers
-import mlx_nb.model.sharing, mlx_nb.train.trainer, mlx_nb.rollouts.generation
+import mlx_nb.model.shared_base, mlx_nb.train.trainer, mlx_nb.rollouts.generation
 from mlx_lm.models import llama
 from test_faults import killable_run
 for line in sys.stdin:

@@ -142,7 +142,7 @@ def test_a_file_that_changes_while_it_is_being_read_is_refused(tmp_path, tiny_fo
 def test_the_fingerprint_of_a_file_is_that_of_all_its_bytes(tmp_path):
     import hashlib
 
-    from mlx_nb.data.files import open_file
+    from mlx_nb.data.sources.files import open_file
 
     for start in (b"", b"\xef\xbb\xbf"):
         file = tmp_path / "rows.jsonl"

@@ -16,8 +16,8 @@ from mlx_nb import Run, RunConfig
 from mlx_nb.errors import MlxNbError, ModelError
 from mlx_nb.model import adapters
 from mlx_nb.model.trained import trained_words
-from mlx_nb.view.panel_head import head_html
-from mlx_nb.view.text_report import describe, summary_text
+from mlx_nb.view.event_text import describe, summary_text
+from mlx_nb.view.panel.head import head_html
 from test_trainer import make_trainer
 from tiny import tiny_model, tiny_pairs, tiny_rows
 

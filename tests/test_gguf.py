@@ -14,8 +14,8 @@ import pytest
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mlx_nb.errors import ModelError
-from mlx_nb.model.gguf import convert_gguf
-from mlx_nb.model.gguf_tokenizer import build_tokenizer, end_of_turn_ids
+from mlx_nb.model.gguf.convert import convert_gguf
+from mlx_nb.model.gguf.tokenizer import build_tokenizer, end_of_turn_ids
 
 Q = gguf.GGMLQuantizationType
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FEED_FORWARD = 256, 4, 2, 64, 512

@@ -14,9 +14,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_nb.config import RunConfig
-from mlx_nb.data.batches import TokenBatch
-from mlx_nb.methods import METHODS, options_of
+from mlx_nb.config.methods import METHODS, options_of
+from mlx_nb.config.run_config import RunConfig
+from mlx_nb.data.examples.batches import TokenBatch
 from mlx_nb.model.logprobs import target_inputs
 from mlx_nb.objectives import grpo, kto, sft
 from mlx_nb.objectives.grpo import completion_objective

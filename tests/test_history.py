@@ -7,8 +7,8 @@ import time
 import pytest
 
 from mlx_nb.events import EvaluationCompleted, Rewound, SettingChanged, StepCompleted
-from mlx_nb.view.history import History
-from mlx_nb.view.plots import plot_history
+from mlx_nb.history import History
+from mlx_nb.view.curves.figure import plot_history
 
 
 def update(step, loss=1.0, **metrics):

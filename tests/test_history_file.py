@@ -10,10 +10,10 @@ import pytest
 
 from mlx_nb import Run, RunConfig
 from mlx_nb.events import RolloutCompleted, StepCompleted
-from mlx_nb.history_file import MOST_PARTS
-from mlx_nb.resuming import history_of
+from mlx_nb.files.history_file import MOST_PARTS
+from mlx_nb.history import History
+from mlx_nb.run.resume import history_of
 from mlx_nb.train.checkpoint import CheckpointStore
-from mlx_nb.view.history import History
 from tiny import tiny_rows
 
 SETTINGS = {"iters": 12, "batch_size": 2, "val_set_size": 0, "save_every": -1, "keep": 3}
@@ -206,7 +206,7 @@ def test_a_live_change_is_known_to_the_next_resume_without_the_history(tmp_path,
 
 
 def test_an_append_that_fails_leaves_the_history_as_it_was(tmp_path, tiny_folder, monkeypatch):
-    import mlx_nb.history_file as history_file
+    import mlx_nb.files.history_file as history_file
     from mlx_nb.errors import CheckpointError
 
     run = new_run(tmp_path / "a", tiny_folder)

@@ -139,7 +139,7 @@ def test_every_update_of_over_5_seconds_is_saved_and_one_slow_save_does_not_put_
     tmp_path, tiny_folder, monkeypatch
 ):
     now = [0.0]
-    monkeypatch.setattr("mlx_nb.keeper.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("mlx_nb.run.checkpoints.time", SimpleNamespace(monotonic=lambda: now[0]))
     run = rows_run(tmp_path, tiny_folder, save_every=-1, steps_per_eval=-1, iters=20)
     saved, slow = [], {6}
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_nb.data.batches import pad, pad_pairs, split_rows
-from mlx_nb.data.preference_examples import PreferenceExample
+from mlx_nb.data.examples.batches import pad, pad_pairs, split_rows
+from mlx_nb.data.examples.preference import PreferenceExample
 from mlx_nb.errors import DataError
 from mlx_nb.model import backend, lanes, logprobs
 from mlx_nb.model.logprobs import TargetScorer, accurate_logsumexp, target_inputs, target_values
 from mlx_nb.objectives.base import LossSum, joined
-from mlx_nb.train.reference import ReferenceLogprobs
+from mlx_nb.train.reference_logprobs import ReferenceLogprobs
 from test_methods import ROWS, run_of
 from tiny import random_examples, tiny_model
 
@@ -30,7 +30,7 @@ in_openblas = pytest.mark.skipif(LIBRARY is None, reason="lanes are for Linux CP
 def two_lanes(monkeypatch):
     """Two lanes for batches of any size, on any machine."""
     monkeypatch.setattr(lanes, "_TOKENS_IN_A_LANE", 1)
-    for module in ("mlx_nb.model.lanes", "mlx_nb.train.trainer", "mlx_nb.train.feeds", "mlx_nb.train.rollout_feed"):
+    for module in ("mlx_nb.model.lanes", "mlx_nb.train.trainer", "mlx_nb.train.batch_source", "mlx_nb.train.rollout"):
         monkeypatch.setattr(f"{module}.lane_count", lambda: 2)
 
 

@@ -13,7 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_nb import Run, RunConfig
-from mlx_nb.data.limits import BeyondPositions, ModelLimits, OutsideVocabulary
+from mlx_nb.data.examples.limits import BeyondPositions, ModelLimits, OutsideVocabulary
 from mlx_nb.errors import DataError
 from mlx_nb.events import RequestRefused, SampleGenerated, StepCompleted
 from mlx_nb.model.limits import context_of, limits_by_name, limits_of

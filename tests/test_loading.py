@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_nb.data.prompt_examples import prompt_tokens
+from mlx_nb.data.examples.prompt import prompt_tokens
 from mlx_nb.errors import ModelError
 from mlx_nb.model import loading
 from mlx_nb.model.backend import is_cpu

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from chat_shapes import SHAPES, shaped_tokenizer
-from mlx_nb.data.chat_template import tokenize_conversation
-from mlx_nb.data.rendering import Rendering
-from mlx_nb.data.template_render import ChatTemplate
-from mlx_nb.data.token_edges import Edges
+from mlx_nb.data.masks.conversation import tokenize_conversation
+from mlx_nb.data.masks.prompt_format import Rendering
+from mlx_nb.data.masks.render import ChatTemplate
+from mlx_nb.data.masks.token_edges import Edges
 from test_chat_template import TEMPLATES, Messages, chat, new_tokenizer, tokenizer_of, trained_texts
 
 

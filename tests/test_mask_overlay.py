@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mlx_nb.data.chat_template import Span, TokenizedConversation
+from mlx_nb.data.masks.conversation import Span, TokenizedConversation
 from mlx_nb.errors import DataError
 from mlx_nb.view import theme
-from mlx_nb.view.mask_overlay import render_batch_html, render_html, render_text
+from mlx_nb.view.rows.overlay import render_batch_html, render_html, render_text
 
 WORDS = "What is the capital of France? Arr, the capital be Paris, me hearty. You are a helpful assistant.\n"
 MESSAGES = [

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mlx_nb import Run, RunConfig
-from mlx_nb.data.batches import TokenBatch, pad
+from mlx_nb.data.examples.batches import TokenBatch, pad
 from mlx_nb.errors import OutOfMemory
 from mlx_nb.events import RunFailed
 from mlx_nb.model import backend, batch_memory, loading, memory
@@ -258,7 +258,7 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (300, resource.getrlimit(resource.RLI
 before = resource.getrlimit(resource.RLIMIT_NOFILE)
 import random, sys
 drawn = random.getstate()
-from mlx_nb.config import RunConfig
+from mlx_nb.config.run_config import RunConfig
 from mlx_nb.model import adapters, loading
 loaded = loading.load_model(sys.argv[1])
 adapters.attach_adapter(loaded.model, RunConfig())

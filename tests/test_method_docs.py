@@ -10,13 +10,13 @@ import mlx.core as mx
 import pytest
 
 import mlx_nb
-from mlx_nb.config import SETTINGS, RunConfig
-from mlx_nb.config_help import setting_help
-from mlx_nb.data.row_kinds import recognise_as
+from mlx_nb.config.help import setting_help
+from mlx_nb.config.methods import METHODS, Method, is_built_in, options_of
+from mlx_nb.config.run_config import SETTINGS, RunConfig
+from mlx_nb.data.rows.kinds import recognise_as
 from mlx_nb.errors import ConfigError
-from mlx_nb.methods import METHODS, Method, is_built_in, options_of
-from mlx_nb.rollouts.reward_functions import REWARDS
-from mlx_nb.rollouts.rewards import resolve_rewards
+from mlx_nb.rollouts.rewards.builtin import REWARDS
+from mlx_nb.rollouts.rewards.resolve import resolve_rewards
 from tiny import tiny_labels, tiny_pairs, tiny_prompts, tiny_rows
 
 FOLDER = Path(__file__).parent.parent / "docs" / "methods"

@@ -12,7 +12,7 @@ from mlx_nb.cli import main
 from mlx_nb.errors import DataError
 from mlx_nb.notebook.commands import run_line
 from mlx_nb.notebook.session import Session
-from mlx_nb.view.batch_table import BatchDisplay, line_names
+from mlx_nb.view.rows.batch import BatchDisplay, line_names
 from tiny import tiny_labels, tiny_pairs, tiny_prompts
 
 MADE = {"dpo": tiny_pairs, "kto": tiny_labels, "grpo": tiny_prompts}

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from mlx_nb import Run, RunConfig
+from mlx_nb.config.methods import METHODS as METHODS_BY_NAME
 from mlx_nb.errors import CheckpointError, ConfigError, DataError, ModelError, OutOfMemory, TrainingError
 from mlx_nb.events import (
     BatchSkipped,
@@ -25,8 +26,7 @@ from mlx_nb.events import (
     RunPaused,
     StepCompleted,
 )
-from mlx_nb.methods import METHODS as METHODS_BY_NAME
-from mlx_nb.train.reference import REFERENCE_FILE
+from mlx_nb.train.reference_logprobs import REFERENCE_FILE
 from tiny import tiny_labels, tiny_pairs, tiny_prompts, tiny_rows
 
 

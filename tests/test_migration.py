@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from mlx_nb.config import _GROUPS, SETTINGS, RunConfig
+from mlx_nb.config.methods import METHODS
+from mlx_nb.config.neighbor_words import ABSENT, ALPHAS, INSTEAD, NEEDLESS, SAME, SECTIONS, SWITCHES, VALUES
+from mlx_nb.config.run_config import _GROUPS, SETTINGS, RunConfig
 from mlx_nb.errors import ConfigError
-from mlx_nb.methods import METHODS
-from mlx_nb.neighbor_words import ABSENT, ALPHAS, INSTEAD, NEEDLESS, SAME, SECTIONS, SWITCHES, VALUES
 
 COMMAND = "is a command, not a setting. Write each option as a line: `iters: 600` for `--iters 600`."
 TEST_COMMAND = f"{COMMAND} To test an adapter, name it in `resume_adapter_file` and use `%finetune eval test`."

@@ -12,8 +12,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.trainer import default_loss, iterate_batches
 from mlx_lm.tuner.utils import load_adapters
 
-from mlx_nb.config import RunConfig
-from mlx_nb.data.batches import TokenBatch
+from mlx_nb.config.run_config import RunConfig
+from mlx_nb.data.examples.batches import TokenBatch
 from mlx_nb.model import adapters
 from mlx_nb.model.logprobs import TargetScorer
 from mlx_nb.model.randomness import random_stream

@@ -12,7 +12,7 @@ from IPython.utils.capture import capture_output
 
 import mlx_nb
 from mlx_nb.errors import CommandError, DataError
-from mlx_nb.notebook.outcome import Outcome
+from mlx_nb.notebook.lasting_output import Outcome
 from mlx_nb.notebook.templating import fill
 from tiny import tiny_rows
 

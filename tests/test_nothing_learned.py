@@ -7,7 +7,7 @@ import math
 import pytest
 
 from mlx_nb.events import NothingLearned, RunFinished, RunPaused
-from mlx_nb.view.text_report import describe, summary_rows
+from mlx_nb.view.event_text import describe, summary_rows
 from test_methods import e_share, run_of
 
 

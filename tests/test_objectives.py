@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from mlx_nb import Run, check_objective, register_objective
-from mlx_nb.config import RunConfig
+from mlx_nb.config.methods import METHODS, options_of
+from mlx_nb.config.run_config import RunConfig
 from mlx_nb.errors import ConfigError
-from mlx_nb.methods import METHODS, options_of
 from mlx_nb.model.logprobs import TargetInputs
-from mlx_nb.objectives.binding import objective_for, options_for
+from mlx_nb.objectives.build import objective_for, options_for
 from mlx_nb.objectives.grpo import TokenLosses
 from tiny import tiny_labels, tiny_prompts, tiny_rows
 

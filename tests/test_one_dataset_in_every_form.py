@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_nb.config import RunConfig
-from mlx_nb.data.examples import Examples
-from mlx_nb.data.row_values import Columns
-from mlx_nb.data.sources import open_splits
-from mlx_nb.data.token_examples import ExampleSettings, LeftOut
+from mlx_nb.config.run_config import RunConfig
+from mlx_nb.data.examples.imitation import ExampleSettings, LeftOut
+from mlx_nb.data.examples.split import Examples
+from mlx_nb.data.rows.columns import Columns
+from mlx_nb.data.sources.splits import open_splits
 
 SYSTEM = {"role": "system", "content": "Be a pirate."}
 TOOL = {"type": "function", "function": {"name": "sail", "description": "Go.", "parameters": {"type": "object"}}}
@@ -230,7 +230,7 @@ def test_a_null_in_a_tool_call_is_named_in_every_form_that_has_it(tmp_path, monk
     from datasets import Dataset
 
     from chat_shapes import saved_tokenizer
-    from mlx_nb.data.checks import check_data
+    from mlx_nb.data.check.check import check_data
 
     monkeypatch.chdir(tmp_path)
     tokenizer = saved_tokenizer("chatml", tmp_path / "tokenizer")

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_nb.config import RunConfig
+from mlx_nb.config.run_config import RunConfig
 from mlx_nb.train.optimizer import build_optimizer
 
 DECAY = 0.1

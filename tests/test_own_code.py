@@ -9,9 +9,9 @@ import pytest
 
 import mlx_nb
 from mlx_nb import Run, RunConfig
+from mlx_nb.config.methods import METHODS
 from mlx_nb.errors import CheckpointError, LossRaised, ModelChanged
-from mlx_nb.methods import METHODS
-from mlx_nb.own_code import code_digest
+from mlx_nb.process.own_code import code_digest
 from tiny import tiny_prompts, tiny_rows
 
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_nb.errors import DataError
-from mlx_nb.view.answer_diff import differing_places
-from mlx_nb.view.mask_overlay import render_html
-from mlx_nb.view.pair_overlay import Answer, pages_of_pair, pair_cells, render_pair_html, render_pair_text
+from mlx_nb.view.rows.diff import differing_places
+from mlx_nb.view.rows.overlay import render_html
+from mlx_nb.view.rows.pair import Answer, pages_of_pair, pair_cells, render_pair_html, render_pair_text
 from test_mask_overlay import ATTRIBUTES, MESSAGES, NASTY, TAGS, TOKENIZER, Page, conversation, long_conversation
 
 ASKED = MESSAGES[:2]

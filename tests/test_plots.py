@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from mlx_nb.config.methods import METHODS
 from mlx_nb.events import Rewound
-from mlx_nb.methods import METHODS
-from mlx_nb.view.history import History
-from mlx_nb.view.plots import live_svg, plot_history
+from mlx_nb.history import History
+from mlx_nb.view.curves.figure import live_svg, plot_history
 from test_curves import method_history, update, validation
 
 

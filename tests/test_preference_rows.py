@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_nb.data.examples import Examples, split_examples
-from mlx_nb.data.preference_examples import LabelledExample, with_mismatched
-from mlx_nb.data.preference_rows import LabelledRow, NothingToPrefer, PreferenceRow
-from mlx_nb.data.row_kinds import ROW_KINDS, recognise_as
-from mlx_nb.data.row_values import Columns
-from mlx_nb.data.sources import open_splits
-from mlx_nb.data.token_examples import ExampleSettings, LeftOut, TokenizedExample, TooLong
+from mlx_nb.data.examples.imitation import ExampleSettings, LeftOut, TokenizedExample, TooLong
+from mlx_nb.data.examples.preference import LabelledExample, with_mismatched
+from mlx_nb.data.examples.split import Examples, split_examples
+from mlx_nb.data.rows.columns import Columns
+from mlx_nb.data.rows.kinds import ROW_KINDS, recognise_as
+from mlx_nb.data.rows.preference import LabelledRow, NothingToPrefer, PreferenceRow
+from mlx_nb.data.sources.splits import open_splits
 from mlx_nb.errors import DataError
 
 USER, GOOD, BAD = (

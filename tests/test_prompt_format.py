@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 
 from chat_shapes import shaped_tokenizer
-from mlx_nb.config import RunConfig
-from mlx_nb.data.checks import check_data
-from mlx_nb.data.examples import Examples, ExampleSettings
-from mlx_nb.data.prompt_examples import prompt_tokens
-from mlx_nb.data.rendering import Rendering
-from mlx_nb.data.sources import open_splits
+from mlx_nb.config.run_config import RunConfig
+from mlx_nb.data.check.check import check_data
+from mlx_nb.data.examples.prompt import prompt_tokens
+from mlx_nb.data.examples.split import Examples, ExampleSettings
+from mlx_nb.data.masks.prompt_format import Rendering
+from mlx_nb.data.sources.splits import open_splits
 from mlx_nb.errors import ConfigError, DataError
 from mlx_nb.events import SampleGenerated
 from mlx_nb.rollouts.generation import Question, generate_texts
-from mlx_nb.run import Run
-from mlx_nb.view.row_display import ShownRow
+from mlx_nb.run.run import Run
+from mlx_nb.view.rows.display import ShownRow
 
 KINDS = {"sft": "tokens", "dpo": "pairs", "cpo": "pairs", "orpo": "pairs", "kto": "labels", "grpo": "prompts"}
 STRINGS = {
@@ -159,7 +159,7 @@ def test_plain_text_beside_a_chat_and_another_split_in_another_format_are_named(
 
 
 def test_the_row_view_and_the_report_say_which_format(tokenizer):
-    from mlx_nb.view.check_report import CheckDisplay
+    from mlx_nb.view.reports.check import CheckDisplay
 
     for setting, words in (("chat", "chat template"), ("raw", "raw text")):
         shown = ShownRow.of(view_of(STRINGS["tokens"], tokenizer, "sft", prompt_format=setting), tokenizer, "train")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlx_nb.data.examples import Examples, split_examples
-from mlx_nb.data.prompt_examples import prompt_tokens
-from mlx_nb.data.prompt_rows import PromptRow
-from mlx_nb.data.row_kinds import recognise_as
-from mlx_nb.data.row_values import Columns
-from mlx_nb.data.sources import open_splits
-from mlx_nb.data.token_examples import ExampleSettings, TooLong
+from mlx_nb.data.examples.imitation import ExampleSettings, TooLong
+from mlx_nb.data.examples.prompt import prompt_tokens
+from mlx_nb.data.examples.split import Examples, split_examples
+from mlx_nb.data.rows.columns import Columns
+from mlx_nb.data.rows.kinds import recognise_as
+from mlx_nb.data.rows.prompt import PromptRow
+from mlx_nb.data.sources.splits import open_splits
 from mlx_nb.errors import DataError
 
 USER, ASSISTANT = {"role": "user", "content": "Ahoy?"}, {"role": "assistant", "content": "Arr."}

@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 
-from mlx_nb.config import RunConfig
+from mlx_nb.config.run_config import RunConfig
 from mlx_nb.events import RunPaused, SampleGenerated, SettingChanged
-from mlx_nb.view.history import History
-from mlx_nb.view.report import report_html
+from mlx_nb.history import History
+from mlx_nb.view.reports.run import report_html
 from test_history import evaluation, update
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>'

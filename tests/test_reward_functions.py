@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mlx_nb.errors import ConfigError
-from mlx_nb.rollouts.reward_functions import (
+from mlx_nb.rollouts.rewards.builtin import (
     REWARDS,
     exact_match,
     json_schema,

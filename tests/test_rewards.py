@@ -14,9 +14,10 @@ import pandas as pd
 import pytest
 
 from mlx_nb.errors import ConfigError
-from mlx_nb.rollouts import advantages, reward_calls, reward_functions, rewards, scoring
-from mlx_nb.rollouts.rewards import CompletionBatch, completion_batch, resolve_rewards
-from mlx_nb.rollouts.scoring import score_completions
+from mlx_nb.rollouts import advantages
+from mlx_nb.rollouts.rewards import builtin, call, resolve, score
+from mlx_nb.rollouts.rewards.resolve import CompletionBatch, completion_batch, resolve_rewards
+from mlx_nb.rollouts.rewards.score import score_completions
 
 TEXTS = ["one", "two words", "three more words", "four"]
 
@@ -66,7 +67,7 @@ def test_rewards_are_found_as_callables_in_the_notebook_and_built_in():
 
 def test_a_function_of_the_notebook_comes_before_a_built_in_and_another_variable_does_not():
     assert resolve_rewards(["exact_match"], {"exact_match": my_reward})[0].function is my_reward
-    assert resolve_rewards(["exact_match"], {"exact_match": 5})[0].function is reward_functions.exact_match
+    assert resolve_rewards(["exact_match"], {"exact_match": 5})[0].function is builtin.exact_match
 
 
 @pytest.mark.parametrize(
@@ -218,7 +219,7 @@ def test_any_number_will_do_for_one(value):
     assert column_of(lambda completions: [value] * len(completions)) == ([1.0] * 4, [])
 
 
-@pytest.mark.parametrize("module", [advantages, reward_calls, reward_functions, rewards, scoring])
+@pytest.mark.parametrize("module", [advantages, call, builtin, resolve, score])
 def test_rewards_do_not_know_mlx(module):
     tree = ast.parse(Path(module.__file__).read_text())
     roots = {

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from mlx_nb import Run, RunConfig
-from mlx_nb.data.row_finder import FILTERS, RowFinder
+from mlx_nb.data.examples.row_finder import FILTERS, RowFinder
 from mlx_nb.errors import CommandError
 from mlx_nb.notebook.commands import run_line
 from mlx_nb.notebook.session import Session

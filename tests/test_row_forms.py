@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from mlx_nb.data.preference_rows import LabelledRow, PreferenceRow
-from mlx_nb.data.prompt_rows import PromptRow
-from mlx_nb.data.row_kinds import recognise_as
-from mlx_nb.data.row_values import AUTOMATIC, Columns
-from mlx_nb.data.rows import ChatRow, PromptCompletionRow, TextRow
+from mlx_nb.data.rows.columns import AUTOMATIC, Columns
+from mlx_nb.data.rows.imitation import ChatRow, PromptCompletionRow, TextRow
+from mlx_nb.data.rows.kinds import recognise_as
+from mlx_nb.data.rows.preference import LabelledRow, PreferenceRow
+from mlx_nb.data.rows.prompt import PromptRow
 from mlx_nb.errors import DataError
 
 SYSTEM = {"role": "system", "content": "Be a pirate."}

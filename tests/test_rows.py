@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_nb.data.rows import ChatRow, Columns, PromptCompletionRow, Row, TextRow, recognise
+from mlx_nb.data.rows.imitation import ChatRow, Columns, PromptCompletionRow, Row, TextRow, recognise
 from mlx_nb.errors import DataError
 
 USER, ASSISTANT = {"role": "user", "content": "Ahoy?"}, {"role": "assistant", "content": "Arr."}
@@ -229,7 +229,7 @@ def test_any_row_is_either_recognised_or_refused_by_name(record):
 @pytest.mark.parametrize("deep", [False, True])
 @pytest.mark.parametrize("field", ["reasoning_content", "name", "tool_call_id", "note"])
 def test_half_a_surrogate_anywhere_in_a_message_refuses_its_row(field, deep):
-    from mlx_nb.data.row_values import read_messages
+    from mlx_nb.data.rows.columns import read_messages
 
     value = {"inner": ["fine", {"x": "\ud800"}]} if deep else "\ud800"
     with pytest.raises(DataError, match=r"half a surrogate pair"):
@@ -237,8 +237,8 @@ def test_half_a_surrogate_anywhere_in_a_message_refuses_its_row(field, deep):
 
 
 def test_what_is_nested_without_end_and_weights_beyond_numbers_refuse_their_row():
-    from mlx_nb.data.row_values import read_messages, read_tools
-    from mlx_nb.data.rows import Columns
+    from mlx_nb.data.rows.columns import read_messages, read_tools
+    from mlx_nb.data.rows.imitation import Columns
 
     deep = json.loads("[" * 500 + "]" * 500)
     with pytest.raises(DataError, match="nested more than 64 deep"):

@@ -162,7 +162,7 @@ def test_a_folder_in_use_is_refused_before_anything_is_loaded_and_a_dead_owner_i
     before = digests(here / "adapters/run")
     who = rf"held by the run 'run' of process {other_process.pid}.*--name"
     with monkeypatch.context() as patch:
-        patch.setattr("mlx_nb.model.sharing.load_in_pieces", lambda *_args, **_options: pytest.fail("loaded"))
+        patch.setattr("mlx_nb.model.shared_base.load_in_pieces", lambda *_args, **_options: pytest.fail("loaded"))
         with pytest.raises(FolderTaken, match=who) as error:
             make(tiny_folder).run()
         one_line(error)
@@ -394,7 +394,7 @@ def test_a_file_in_the_way_is_named_before_anything_is_loaded_and_stays(what, he
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     before = digests(here)
-    monkeypatch.setattr("mlx_nb.model.sharing.load_in_pieces", lambda *_args, **_options: pytest.fail("loaded"))
+    monkeypatch.setattr("mlx_nb.model.shared_base.load_in_pieces", lambda *_args, **_options: pytest.fail("loaded"))
     with pytest.raises(FolderError, match=r"mlx_nb did not write it.*--name") as error:
         make(tiny_folder).run()
     one_line(error)
@@ -509,7 +509,7 @@ def test_a_folder_that_cannot_be_is_said_before_anything_is_loaded(settings, wha
     (here / "loop").symlink_to("loop")
     (here / "file").write_text("a file")
     before = digests(here)
-    monkeypatch.setattr("mlx_nb.model.sharing.load_in_pieces", lambda *_args, **_options: pytest.fail("loaded"))
+    monkeypatch.setattr("mlx_nb.model.shared_base.load_in_pieces", lambda *_args, **_options: pytest.fail("loaded"))
     with pytest.raises(FolderError, match=what) as error:
         make(tiny_folder, **settings).run()
     one_line(error)
@@ -542,7 +542,7 @@ def test_a_folder_without_permission_is_noticed_at_the_start(here, tiny_folder, 
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr("tempfile.NamedTemporaryFile", refused)
-    monkeypatch.setattr("mlx_nb.model.sharing.load_in_pieces", lambda *_args, **_options: pytest.fail("loaded"))
+    monkeypatch.setattr("mlx_nb.model.shared_base.load_in_pieces", lambda *_args, **_options: pytest.fail("loaded"))
     with pytest.raises(FolderError, match="Read-only file system"):
         make(tiny_folder).run()
     assert list(here.iterdir()) == []
@@ -671,7 +671,7 @@ sys.path.insert(0, {tests!r})
 from mlx_nb.model.backend import prepare_backend
 prepare_backend()
 import mlx_lm, transformers
-import mlx_nb.model.sharing, mlx_nb.train.trainer, mlx_nb.rollouts.generation
+import mlx_nb.model.shared_base, mlx_nb.train.trainer, mlx_nb.rollouts.generation
 from mlx_lm.models import llama
 from test_run_folder import life
 os.chdir({folder!r})

@@ -7,11 +7,11 @@ import pytest
 
 from chat_shapes import SHAPES, saved_tokenizer
 from mlx_nb import Run, RunConfig
-from mlx_nb.data.examples import Examples, ExampleSettings
-from mlx_nb.data.prompt_examples import prompt_tokens
-from mlx_nb.data.rendering import Rendering
-from mlx_nb.data.row_values import AUTOMATIC
-from mlx_nb.data.sources import open_splits
+from mlx_nb.data.examples.prompt import prompt_tokens
+from mlx_nb.data.examples.split import Examples, ExampleSettings
+from mlx_nb.data.masks.prompt_format import Rendering
+from mlx_nb.data.rows.columns import AUTOMATIC
+from mlx_nb.data.sources.splits import open_splits
 from mlx_nb.errors import DataError
 
 SYSTEM = {"role": "system", "content": "You are a pirate."}

@@ -10,16 +10,16 @@ from mlx_lm import generate
 from mlx_lm.models import llama, mamba
 from mlx_lm.models.cache import ChunkedKVCache
 
-from mlx_nb.config import RunConfig
-from mlx_nb.data.batches import TokenBatch
+from mlx_nb.config.run_config import RunConfig
+from mlx_nb.data.examples.batches import TokenBatch
 from mlx_nb.errors import DataError, ModelError
 from mlx_nb.model import adapters
 from mlx_nb.model.loading import load_model
 from mlx_nb.model.logprobs import TargetScorer, accurate_target_logprobs, target_inputs
 from mlx_nb.rollouts import sampling
-from mlx_nb.rollouts.drawing import draw_tokens
 from mlx_nb.rollouts.generation import prompt_tokens
 from mlx_nb.rollouts.sampling import SamplingSettings, sample_groups
+from mlx_nb.rollouts.token_sampling import draw_tokens
 from tiny import tiny_model
 
 PROMPTS = ["say red 0", "say green 1 and then blue", "say", "say amber 5 twice, then black"]

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from mlx_nb.errors import ConfigError
-from mlx_nb.rollouts import reward_calls
-from mlx_nb.rollouts.rewards import completion_batch, resolve_rewards
-from mlx_nb.rollouts.scoring import PROBLEMS_SPELLED_OUT, score_completions
+from mlx_nb.rollouts.rewards import call
+from mlx_nb.rollouts.rewards.resolve import completion_batch, resolve_rewards
+from mlx_nb.rollouts.rewards.score import PROBLEMS_SPELLED_OUT, score_completions
 from test_rewards import TEXTS, batch_of, column_of, my_reward, scores_of
 
 # Functions that go wrong
@@ -271,7 +271,7 @@ def test_the_only_error_of_a_task_group_is_the_one_that_is_told():
 
 
 def test_one_that_blocks_its_event_loop_is_left_behind(monkeypatch):
-    monkeypatch.setattr(reward_calls, "GRACE", 0.05)
+    monkeypatch.setattr(call, "GRACE", 0.05)
     free = threading.Event()
 
     async def blocking(completions):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mlx_nb.data.sources import open_splits
+from mlx_nb.data.sources.splits import open_splits
 from mlx_nb.errors import DataError
 
 ROWS = [{"text": f"row {index}"} for index in range(12)]

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_nb.data import files, sources
-from mlx_nb.data.sources import RowSource, open_splits
+from mlx_nb.data.sources import files, splits
+from mlx_nb.data.sources.splits import RowSource, open_splits
 from mlx_nb.errors import DataError
 
 
@@ -525,11 +525,11 @@ def test_each_source_has_its_own_columns_and_splits(here):
 def test_a_fingerprint_is_the_same_in_every_process_and_for_every_object(here):
     write_jsonl(here / "train.jsonl", rows(30))
     code = (
-        "from mlx_nb.data.sources import open_splits;"
+        "from mlx_nb.data.sources.splits import open_splits;"
         "rows = [{'text': f'row {index}', 'b': {1.5: None}, 'a': 2} for index in range(30)];"
         "print(open_splits('train.jsonl').train.fingerprint(), open_splits(rows).valid.fingerprint())"
     )
-    package = Path(sources.__file__).parent.parent.parent
+    package = Path(splits.__file__).parent.parent.parent
     found = {
         subprocess.run(
             [sys.executable, "-c", code],
@@ -567,11 +567,11 @@ def test_a_fingerprint_changes_with_bytes_seed_and_split(here):
 def test_opening_local_rows_imports_nothing_heavy(here):
     write_jsonl(here / "train.jsonl", rows(30))
     code = (
-        "import sys; from mlx_nb.data.sources import open_splits; open_splits('train.jsonl');"
+        "import sys; from mlx_nb.data.sources.splits import open_splits; open_splits('train.jsonl');"
         "open_splits([{'text': 'a'}]);"
         "print([name for name in ('mlx', 'datasets', 'pandas', 'pyarrow') if name in sys.modules])"
     )
-    package = Path(sources.__file__).parent.parent.parent
+    package = Path(splits.__file__).parent.parent.parent
     environment = {**os.environ, "PYTHONPATH": str(package)}
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
     assert result.stdout.strip() == "[]"

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mlx_nb.config.yaml_text import load_mapping
 from mlx_nb.errors import CommandError
 from mlx_nb.notebook.templating import fill
-from mlx_nb.yaml_loader import load_mapping
 
 TEXTS = [
     "plain",

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_nb.config import RunConfig
-from mlx_nb.data.chat_template import TokenizedConversation
-from mlx_nb.data.examples import Examples, split_examples
-from mlx_nb.data.row_values import Columns
-from mlx_nb.data.sources import open_splits
-from mlx_nb.data.token_examples import ExampleSettings, split_text
+from mlx_nb.config.run_config import RunConfig
+from mlx_nb.data.examples.imitation import ExampleSettings, split_text
+from mlx_nb.data.examples.split import Examples, split_examples
+from mlx_nb.data.masks.conversation import TokenizedConversation
+from mlx_nb.data.rows.columns import Columns
+from mlx_nb.data.sources.splits import open_splits
 from mlx_nb.errors import ConfigError
 
 

@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 
 from mlx_nb.events import EvaluationCompleted, Progress, RolloutCompleted, RunFinished, RunStarted, StepCompleted
-from mlx_nb.view.history import History
-from mlx_nb.view.panel_head import time_left
-from mlx_nb.view.quantities import main_metrics, number, reward_of
-from mlx_nb.view.text_report import describe, progress_line, remarks, rollout_words, summary_rows
+from mlx_nb.history import History
+from mlx_nb.view.event_text import describe, progress_line, remarks, rollout_words, summary_rows
+from mlx_nb.view.metric_text import main_metrics, number, reward_of
+from mlx_nb.view.panel.head import time_left
 
 
 def update(step: int, loss: float = 1.0, **metrics: float) -> StepCompleted:

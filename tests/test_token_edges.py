@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlx_nb.data.token_edges import TokenOffsets
+from mlx_nb.data.masks.token_edges import TokenOffsets
 
 
 def offsets_of(rng: np.random.Generator, *, in_order: bool) -> np.ndarray:

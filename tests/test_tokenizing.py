@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from mlx_nb import Run, RunConfig
-from mlx_nb.data import tokenizing
+from mlx_nb.data.examples import tokenizing
 from mlx_nb.events import Pause, Progress, RunPaused, StepCompleted
-from mlx_nb.model import loading, sharing
-from mlx_nb.view.text_report import describe, progress_words
+from mlx_nb.model import loading, shared_base
+from mlx_nb.view.event_text import describe, progress_words
 from tiny import tiny_rows
 
 
@@ -23,7 +23,7 @@ from tiny import tiny_rows
 def a_sign_after_each_row(monkeypatch):
     monkeypatch.setattr(tokenizing, "SECONDS_BETWEEN_PIECES", 0.0)
     monkeypatch.setattr(tokenizing, "_kept", tokenizing.OrderedDict())
-    monkeypatch.setattr(sharing, "_live", {})
+    monkeypatch.setattr(shared_base, "_live", {})
 
 
 def rows_of(name, count=40):

@@ -13,14 +13,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import mlx_nb
-from mlx_nb.config import RunConfig
-from mlx_nb.data.chat_template import TokenizedConversation, tokenize_conversation
-from mlx_nb.data.examples import Examples, ExampleSettings
-from mlx_nb.data.prompt_examples import prompt_tokens
-from mlx_nb.data.row_kinds import recognise_as
-from mlx_nb.data.rows import Columns, recognise
-from mlx_nb.data.sources import open_splits
-from mlx_nb.data.template_probes import probe_template
+from mlx_nb.config.run_config import RunConfig
+from mlx_nb.data.check.template_report import probe_template
+from mlx_nb.data.examples.prompt import prompt_tokens
+from mlx_nb.data.examples.split import Examples, ExampleSettings
+from mlx_nb.data.masks.conversation import TokenizedConversation, tokenize_conversation
+from mlx_nb.data.rows.imitation import Columns, recognise
+from mlx_nb.data.rows.kinds import recognise_as
+from mlx_nb.data.sources.splits import open_splits
 from mlx_nb.errors import ConfigError, DataError, MaskRefused
 from tiny import tiny_rows
 
@@ -512,7 +512,7 @@ def test_a_time_that_a_table_made_of_a_text_is_text_again_and_told():
 
 
 def test_the_check_notes_what_was_changed_by_rule_and_the_row_shows_it():
-    from mlx_nb.data.checks import check_data, row_record
+    from mlx_nb.data.check.check import check_data, row_record
 
     tokenizer = tokenizer_of("tojson")
     rows = [{"messages": talk({"to": None, "n": 2})}, {"messages": talk('{"a": 1, "a": 2}')}]

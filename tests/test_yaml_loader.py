@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from mlx_nb.config import RunConfig
+from mlx_nb.config.run_config import RunConfig
+from mlx_nb.config.yaml_text import load_mapping, read_value
 from mlx_nb.errors import ConfigError
-from mlx_nb.yaml_loader import load_mapping, read_value
 
 _LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n" for level in range(1, 12)

@@ -9,13 +9,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from mlx_nb.config import LoraParameters, RunConfig
+from mlx_nb.config.methods import method_named
+from mlx_nb.config.run_config import LoraParameters, RunConfig
 from mlx_nb.errors import ConfigError, ModelError
-from mlx_nb.methods import method_named
-from mlx_nb.model.files import near_path
+from mlx_nb.files.whole_files import near_path
+from mlx_nb.files.written_files import ADAPTER_FILE, CONFIG_FILE
 from mlx_nb.model.fingerprint import base_identity, weights_fingerprint
 from mlx_nb.model.loading import load_skeleton, model_folder, model_named
-from mlx_nb.written_files import ADAPTER_FILE, CONFIG_FILE
 
 START, REFERENCE = "resume_adapter_file", "reference_adapter"
 SCALE = "lora_parameters.scale"

@@ -16,14 +16,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_nb.config import RunConfig
+from mlx_nb.config.run_config import RunConfig
 from mlx_nb.errors import ConfigError, ModelError, and_more, did_you_mean
+from mlx_nb.files.whole_files import write_whole
+from mlx_nb.files.written_files import ADAPTER_FILE, CONFIG_FILE
 from mlx_nb.model.adapter_files import START, AdapterFile, open_adapter
-from mlx_nb.model.files import write_whole
 from mlx_nb.model.finite import not_finite
 from mlx_nb.model.mlx_lm_import import import_mlx_lm
 from mlx_nb.model.trees import named_arrays
-from mlx_nb.written_files import ADAPTER_FILE, CONFIG_FILE
 
 # Writes a file whole or not at all: its path, and what writes into the open file.
 Write = Callable[[Path, Callable[[Any], Any]], None]

@@ -19,9 +19,9 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from types import ModuleType
 
+from mlx_nb.files.cache_folder import cache_folder
+from mlx_nb.files.whole_files import write_whole
 from mlx_nb.model.blas_symbols import redirect_products
-from mlx_nb.model.cache import cache_folder
-from mlx_nb.model.files import write_whole
 
 _GPU_PACKAGES = ("mlx-cuda-12", "mlx-cuda-13", "mlx-cuda")
 _REFERENCE_PACKAGE = "mlx-cpu"  # mlx's wheel with the reference BLAS

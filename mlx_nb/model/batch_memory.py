@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_nb.data.batches import TokenBatch
+from mlx_nb.data.examples.batches import TokenBatch
 from mlx_nb.errors import OutOfMemory
 from mlx_nb.model.memory import available_memory, shortage
 from mlx_nb.model.randomness import random_stream

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
-from mlx_nb.data.batches import TokenBatch, split_rows
+from mlx_nb.data.examples.batches import TokenBatch, split_rows
 from mlx_nb.model import backend
 from mlx_nb.model.trees import named_arrays
 

@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from mlx_nb.data.limits import ModelLimits
+from mlx_nb.data.examples.limits import ModelLimits
 from mlx_nb.errors import ModelError
 from mlx_nb.model.loading import load_skeleton, model_folder
 

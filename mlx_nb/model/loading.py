@@ -19,21 +19,21 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map, tree_unflatten
 
-from mlx_nb.config import RunConfig
+from mlx_nb.config.run_config import RunConfig
 from mlx_nb.errors import ModelError, OutOfMemory, nearest
 from mlx_nb.events import Progress
+from mlx_nb.files.cache_folder import cache_folder, damage, made_once, mended_note
+from mlx_nb.files.whole_files import near_path
 from mlx_nb.model.backend import is_cpu
-from mlx_nb.model.cache import cache_folder, damage, made_once, mended_note
-from mlx_nb.model.files import near_path
 from mlx_nb.model.fingerprint import Weights, weights_fingerprint
 from mlx_nb.model.finite import not_finite
-from mlx_nb.model.gguf import convert_gguf, write_model
+from mlx_nb.model.gguf.convert import convert_gguf, write_model
 from mlx_nb.model.memory import memory_errors, shortage
 from mlx_nb.model.mlx_lm_import import files_for_a_model, import_mlx_lm
 from mlx_nb.model.passes import doubt_note
 from mlx_nb.model.randomness import random_stream
 from mlx_nb.model.trees import named_arrays
-from mlx_nb.pieces import SECONDS_BETWEEN_PIECES, finished, on_thread
+from mlx_nb.process.pieces import SECONDS_BETWEEN_PIECES, finished, on_thread
 
 _Result = TypeVar("_Result")
 

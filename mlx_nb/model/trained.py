@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_nb.config import RunConfig
+from mlx_nb.config.run_config import RunConfig
 from mlx_nb.errors import and_more
 from mlx_nb.model.trees import named_arrays
 

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mlx_nb.config import LIVE_SETTINGS
+from mlx_nb.config.methods import method_named
+from mlx_nb.config.run_config import LIVE_SETTINGS
+from mlx_nb.config.yaml_text import read_words
 from mlx_nb.errors import CommandError, did_you_mean
 from mlx_nb.events import Pause, Stop
-from mlx_nb.methods import method_named
+from mlx_nb.history import visits_text
 from mlx_nb.notebook.session import Session
-from mlx_nb.run import SPLITS, Run
-from mlx_nb.view.history import visits_text
-from mlx_nb.view.quantities import headline
-from mlx_nb.yaml_loader import read_words
+from mlx_nb.run.run import SPLITS, Run
+from mlx_nb.view.metric_text import headline
 
 CELL_OPTIONS = {
     "--name": "name of the run (default: run); also its folder in adapters/",
@@ -166,7 +166,7 @@ def _refuse_finished(run: Run) -> None:
 
 
 def _eval(session: Session, arguments: argparse.Namespace) -> _Text:
-    from mlx_nb.view.text_report import describe
+    from mlx_nb.view.event_text import describe
 
     return _Text(describe(session.get(arguments.name).evaluate(arguments.split)))
 
@@ -221,7 +221,7 @@ def _headline_text(evaluation: dict) -> str:
 
 
 def _rewind(session: Session, arguments: argparse.Namespace) -> _Text:
-    from mlx_nb.view.text_report import describe
+    from mlx_nb.view.event_text import describe
 
     run = session.get(arguments.name)
     if arguments.to is not None and arguments.n is not None:
@@ -302,7 +302,7 @@ _ROW_LOSSES = {
 
 
 def _batch(session: Session, arguments: argparse.Namespace) -> Any:
-    from mlx_nb.view.batch_table import BatchDisplay
+    from mlx_nb.view.rows.batch import BatchDisplay
 
     run = session.get(arguments.name)
     return BatchDisplay(run.trainer.next_batches(), run.tokenizer)
@@ -313,8 +313,8 @@ def _browse(session: Session, arguments: argparse.Namespace) -> Any:
 
 
 def _check(session: Session, arguments: argparse.Namespace) -> Any:
-    from mlx_nb.data.checks import read_row_count
-    from mlx_nb.view.check_report import CheckDisplay
+    from mlx_nb.data.check.check import read_row_count
+    from mlx_nb.view.reports.check import CheckDisplay
 
     run = session.get(arguments.name)
     key, equals, value = arguments.rows.partition("=")
@@ -329,7 +329,7 @@ def _rollouts(session: Session, arguments: argparse.Namespace) -> Any:
 
 
 def _row(session: Session, arguments: argparse.Namespace) -> Any:
-    from mlx_nb.view.row_display import RowDisplay, measured_losses
+    from mlx_nb.view.rows.display import RowDisplay, measured_losses
 
     run = session.get(arguments.name)
     rows = run.rows(arguments.split)

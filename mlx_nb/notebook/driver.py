@@ -22,14 +22,14 @@ from mlx_nb.events import (
     RunPaused,
     StepCompleted,
 )
-from mlx_nb.run import raise_failure
-from mlx_nb.view import text_report
-from mlx_nb.view.completions_table import last_rollout_html
-from mlx_nb.view.plots import figure_png, live_quantity, live_svg
+from mlx_nb.run.run import raise_failure
+from mlx_nb.view import event_text
+from mlx_nb.view.curves.figure import figure_png, live_quantity, live_svg
+from mlx_nb.view.reports.completions import last_rollout_html
 
 if TYPE_CHECKING:
     from mlx_nb.notebook.session import Session
-    from mlx_nb.run import Run
+    from mlx_nb.run.run import Run
 
 _SECONDS_BETWEEN_UPDATES = 0.4
 _SECONDS_BETWEEN_SIGNS = 10.0
@@ -56,7 +56,7 @@ def show_panel(session: Session, run: Run) -> None:
     """The panel of `run` in the current cell. Below the first one is the place for what lasts."""
     from IPython.display import display
 
-    from mlx_nb.notebook.outcome import Outcome
+    from mlx_nb.notebook.lasting_output import Outcome
 
     panel = session.panel_of(run)
     if panel is not None:
@@ -89,7 +89,7 @@ def train_here(
         if run.prepared and not quiet:
             display.finish(ended)
         elif run.history.last_step:
-            print(text_report.describe(run.history.last_step))
+            print(event_text.describe(run.history.last_step))
     raise_failure(ended)
     if isinstance(ended, RunPaused):
         reason = "" if ended.reason == "interrupted" else f" ({ended.reason})"
@@ -137,28 +137,28 @@ class _LiveDisplay:
         """How far loading is, in place of the line before; elsewhere than in a notebook a line now and then."""
         seconds = _SECONDS_BETWEEN_UPDATES if self._in_notebook else _SECONDS_BETWEEN_SIGNS
         if time.monotonic() - self._shown_at >= seconds:
-            words = text_report.progress_words(progress)
+            words = event_text.progress_words(progress)
             if not self._in_notebook:
                 print(words, flush=True)
             self.say(words)
 
     def show(self, event: Event) -> None:
         """Take note of `event`; draw at most a few times a second."""
-        for remark in text_report.remarks(event):
+        for remark in event_text.remarks(event):
             # A reward function that fails does so in every rollout.
             if remark not in self._remarked:
                 self._remarked.add(remark)
                 print(remark)
         if isinstance(event, DataChanged | LossSpiked | MemoryLow | NothingLearned):
-            print(text_report.describe(event))
+            print(event_text.describe(event))
         since = time.monotonic() - self._shown_at
         if not self._in_notebook:
             if _worth_a_line(event, self._run.trainer.iters, since):
-                print(text_report.describe(event), flush=True)
+                print(event_text.describe(event), flush=True)
                 self._shown_at = time.monotonic()
             return
         self._iters = self._run.trainer.iters
-        self._activity = text_report.progress_words(event) if isinstance(event, Progress) else ""
+        self._activity = event_text.progress_words(event) if isinstance(event, Progress) else ""
         quick = isinstance(event, StepCompleted | RolloutCompleted | CheckpointSaved | Progress)
         if since >= _SECONDS_BETWEEN_UPDATES or not quick:
             self._draw()
@@ -166,7 +166,7 @@ class _LiveDisplay:
 
     def _draw(self) -> None:
         history = self._run.history
-        line = text_report.progress_line(history, self._iters)
+        line = event_text.progress_line(history, self._iters)
         line += f"  ·  {self._activity}" if self._activity else ""
         done = history.last_step.step / self._iters if history.last_step else 0.0
         bar = (
@@ -192,10 +192,10 @@ class _LiveDisplay:
         )
         title = f"{run.name}: {state} after update {run.step_count}"
         if not self._in_notebook:
-            print(text_report.summary_text(history, title))
+            print(event_text.summary_text(history, title))
             return
-        rich = text_report.summary_html(history, title) + last_rollout_html(history)
-        self._put(rich, text_report.summary_text(history, title))
+        rich = event_text.summary_html(history, title) + last_rollout_html(history)
+        self._put(rich, event_text.summary_text(history, title))
         if len(history) > 1:
             self._publish_figure()
 
@@ -205,7 +205,7 @@ class _LiveDisplay:
         try:
             png = figure_png(self._run.plot())
             display(
-                {"image/png": png, "text/plain": text_report.progress_line(self._run.history, self._iters)},
+                {"image/png": png, "text/plain": event_text.progress_line(self._run.history, self._iters)},
                 raw=True,
             )
         except Exception as error:

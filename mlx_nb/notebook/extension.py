@@ -7,8 +7,8 @@ from typing import Any
 from IPython.core.interactiveshell import InteractiveShell
 
 from mlx_nb.model.backend import prepare_backend
-from mlx_nb.notebook.completion import complete
 from mlx_nb.notebook.magics import FinetuneMagics
+from mlx_nb.notebook.tab_completion import complete
 
 _MAGICS = "_mlx_nb_magics"
 _KEYS = ("%finetune", "%%finetune", "finetune")

@@ -9,7 +9,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class, no_var_expand
 from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
 
-from mlx_nb.config_help import settings_text
+from mlx_nb.config.help import settings_text
 from mlx_nb.errors import CommandError
 from mlx_nb.notebook.commands import CELL_OPTIONS, run_line, wait_of
 from mlx_nb.notebook.interrupted import InterruptsInOneLine
@@ -45,7 +45,7 @@ class FinetuneMagics(Magics):
     def finetune_cell(self, line: str, cell: str) -> None:
         """Fine-tune a model: the cell's body is YAML, one setting a line."""
         from mlx_nb.notebook.driver import has_live_front_end, show_panel, train
-        from mlx_nb.run import Run
+        from mlx_nb.run.run import Run
 
         arguments = _parse(self.finetune_cell, line)
         if not arguments.name.replace("-", "").replace("_", "").replace(".", "").isalnum():

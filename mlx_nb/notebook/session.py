@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mlx_nb.errors import CommandError, MlxNbError, did_you_mean
-from mlx_nb.run_folder import holder_here
+from mlx_nb.files.run_folder import holder_here
 
 if TYPE_CHECKING:
-    from mlx_nb.notebook.outcome import Outcome
-    from mlx_nb.run import Run
-    from mlx_nb.view.panel import Panel
+    from mlx_nb.notebook.lasting_output import Outcome
+    from mlx_nb.run.run import Run
+    from mlx_nb.view.panel.panel import Panel
 
 
 class Session:

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from mlx_nb.config.fields import of_python
+from mlx_nb.config.yaml_text import load_mapping
 from mlx_nb.errors import CommandError, ConfigError, did_you_mean
-from mlx_nb.settings import of_python
-from mlx_nb.yaml_loader import load_mapping
 
 # `{{ text }}` with spaces is Jinja, and left alone.
 _PLACE = re.compile(r"\{\{(?P<literal>(?! )[^{}\n]*(?<! ))\}\}|\{(?P<name>[A-Za-z_]\w*)\}")

@@ -1,6 +1,6 @@
 """Group relative policy optimization (Shao et al. 2024) and its variants: rewards of what the policy itself wrote.
 
-Of N completions o_i, with advantage A_i (rollouts/rewards.py) and ratio r = pi / pi_old of a token, the loss of a token
+Of N completions o_i, with advantage A_i and ratio r = pi / pi_old of a token, the loss of a token
 
     l = -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) + beta KL(pi || pi_ref)        (equation 3)
 

@@ -11,9 +11,9 @@ from typing import Any
 import mlx.nn as nn
 import numpy as np
 
-from mlx_nb.data.prompt_examples import prompt_tokens
-from mlx_nb.data.rendering import AS_USUAL, Rendering
-from mlx_nb.data.row_values import AUTOMATIC
+from mlx_nb.data.examples.prompt import prompt_tokens
+from mlx_nb.data.masks.prompt_format import AS_USUAL, Rendering
+from mlx_nb.data.rows.columns import AUTOMATIC
 from mlx_nb.errors import CommandError
 from mlx_nb.model.adapters import without_adapters
 from mlx_nb.model.limits import limits_of

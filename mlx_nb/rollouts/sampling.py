@@ -21,7 +21,7 @@ from mlx_nb.model.backend import is_cpu
 from mlx_nb.model.passes import SideBySide, evaluating, merged, side_by_side, unbatchable
 from mlx_nb.model.randomness import seed_for
 from mlx_nb.rollouts.completion_rows import Completion, Endings, Row, Waiting
-from mlx_nb.rollouts.drawing import draw_tokens
+from mlx_nb.rollouts.token_sampling import draw_tokens
 
 _ROWS_AT_ONCE = 32
 _PROMPT_TOKENS_AT_ONCE = 2048

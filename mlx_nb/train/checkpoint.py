@@ -31,8 +31,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_nb.errors import CheckpointError
-from mlx_nb.model.files import HashedFile as _HashedFile
-from mlx_nb.model.files import is_alive, sync, sync_folder
+from mlx_nb.files.whole_files import HashedFile as _HashedFile
+from mlx_nb.files.whole_files import is_alive, sync, sync_folder
 
 FORMAT = 1
 BEST, AUTO = "best", "auto"

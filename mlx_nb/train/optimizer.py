@@ -11,7 +11,7 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 from mlx.utils import tree_map
 
-from mlx_nb.config import RunConfig
+from mlx_nb.config.run_config import RunConfig
 from mlx_nb.errors import OutOfMemory
 from mlx_nb.model.memory import shortage
 from mlx_nb.model.trees import named_arrays

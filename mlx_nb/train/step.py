@@ -12,7 +12,7 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 from mlx.utils import tree_map
 
-from mlx_nb.data.batches import TokenBatch
+from mlx_nb.data.examples.batches import TokenBatch
 from mlx_nb.errors import ModelChanged, TrainingError
 from mlx_nb.model.backend import one_blas_thread
 from mlx_nb.model.lanes import in_lanes, lanes_of, one_by_one

@@ -15,8 +15,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_nb.config import RunConfig
-from mlx_nb.data.batches import Place, TokenBatch
+from mlx_nb.config.methods import method_named
+from mlx_nb.config.run_config import RunConfig
+from mlx_nb.data.examples.batches import Place, TokenBatch
 from mlx_nb.errors import CheckpointError, DataError, FolderError, TrainingError
 from mlx_nb.events import (
     BatchSkipped,
@@ -44,10 +45,10 @@ from mlx_nb.events import (
     StepCompleted,
     Stop,
 )
-from mlx_nb.methods import method_named
+from mlx_nb.files.whole_files import write_whole
+from mlx_nb.files.written_files import BEST_FOLDER
 from mlx_nb.model import adapters
 from mlx_nb.model.adapter_files import START, open_adapter, with_adapter_settings
-from mlx_nb.model.files import write_whole
 from mlx_nb.model.lanes import lane_count
 from mlx_nb.model.logprobs import TargetScorer
 from mlx_nb.model.memory import memory_errors
@@ -55,17 +56,16 @@ from mlx_nb.model.passes import refuse_cache_doubt
 from mlx_nb.model.randomness import random_stream, seed_for
 from mlx_nb.model.trained import orthogonalized_outside, total_count, trainable_count, trained_words
 from mlx_nb.model.trees import named_arrays
-from mlx_nb.objectives.binding import objective_for
-from mlx_nb.rollouts.rewards import Reward
+from mlx_nb.objectives.build import objective_for
+from mlx_nb.rollouts.rewards.resolve import Reward
+from mlx_nb.train.batch_source import Feed, RowFeed
 from mlx_nb.train.checkpoint import Checkpoint
-from mlx_nb.train.feeds import Feed, RowFeed
 from mlx_nb.train.inbox import Inbox
 from mlx_nb.train.optimizer import build_optimizer, learning_rate_at, refuse_beyond_memory
-from mlx_nb.train.reference import ReferenceLogprobs
-from mlx_nb.train.rollout_feed import NoReward, RolloutFeed
+from mlx_nb.train.reference_logprobs import ReferenceLogprobs
+from mlx_nb.train.rollout import NoReward, RolloutFeed
 from mlx_nb.train.step import COMPILED_WIDTHS, Stepper, Update
 from mlx_nb.train.tripwires import REMEMBERED_LOSSES, SpikeWatch, advice, length_class, out_of_memory
-from mlx_nb.written_files import BEST_FOLDER
 
 ITERS_REACHED, EARLY_STOPPING, STOPPED = "iters reached", "early stopping", "stopped"
 MEMORY_WARNING = 0.9  # of the device's memory

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlx_nb.data.batches import TokenBatch
+from mlx_nb.data.examples.batches import TokenBatch
 from mlx_nb.errors import LossRaised, LossSpike, ModelChanged, NonFiniteLoss, OutOfMemory, TrainingError
 from mlx_nb.model.memory import is_out_of_memory
 

@@ -1,0 +1,418 @@
+"""What of a configuration would have no effect, or cannot go together: each an error that names the setting.
+
+Every check yields a SettingError for each thing that is wrong. The values that it reads are already of the right kind
+and inside their bounds.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import Field, fields
+from typing import Any
+
+from mlx_nb.config.fields import SettingError, shown
+from mlx_nb.config.hints import ALL_ADAPTED, is_all_linear
+from mlx_nb.config.methods import METHODS, Loss, is_built_in, method_named, options_of
+from mlx_nb.config.optimizers import arguments_of, check_optimizer_config
+from mlx_nb.config.templates import template_problem
+from mlx_nb.errors import ConfigError, did_you_mean
+
+# Whose a message is; `function_call` is the assistant's, and its text is the JSON of a tool call.
+CALLING = "function_call"
+MESSAGE_ROLES = ("system", "developer", "user", "assistant", "tool", CALLING, "function", "ipython")
+
+
+class Readable:
+    """A RunConfig in which the settings that were refused by themselves cannot be read. `given` are names of settings.
+
+    What depends on one of them is not checked: it would be one more message about the same mistake.
+    """
+
+    def __init__(self, config: Any, refused: Collection[str], given: Collection[str]) -> None:
+        self._config, self.refused, self.given = config, refused, given
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.refused:
+            raise _Refused
+        return getattr(self._config, name)
+
+    def declarations(self, wanted: Callable[[Field], bool]) -> Iterator[Field]:
+        """Of the settings that are wanted, those that were not refused and are not at their default."""
+        for declared in filter(wanted, fields(self._config)):
+            if declared.name not in self.refused and getattr(self._config, declared.name) != declared.default:
+                yield declared
+
+
+class _Refused(Exception):
+    """A setting that a check reads was refused."""
+
+
+def problems_of(config: Any, refused: Collection[str], given: Collection[str]) -> list[SettingError]:
+    """What of `config` has no effect or cannot go together, all of it.
+
+    `refused` are settings that are wrong anyway; `given` are those that were given, be it at their default.
+    """
+    readable, problems = Readable(config, refused, given), []
+    for check in EFFECT_CHECKS:
+        try:
+            for problem in check(readable):
+                problems.append(problem)
+        except _Refused:
+            continue
+    return problems
+
+
+def _check_method(config: Readable) -> Iterator[SettingError]:
+    """The method exists and every setting that was given has an effect with it."""
+    try:
+        method = method_named(config.method)
+    except ConfigError as error:
+        yield SettingError(("method",), str(error))
+        return
+    if config.loss is not None and config.loss not in method.losses:
+        yield SettingError(
+            ("loss",),
+            f"`loss` cannot be {config.loss!r} with `method: {method.name}`.{did_you_mean(config.loss, method.losses)} "
+            f"It has: {', '.join(method.losses)}.",
+        )
+        return
+    options = method.loss(config.loss).options
+    effective = {None, method.rows, "reference"} if method.reference else {None, method.rows}
+    for declared in config.declarations(lambda one: one.metadata["only_for"] is not None):
+        only_for, name = declared.metadata["only_for"], declared.name
+        kinds = only_for if isinstance(only_for, tuple) else (only_for,)
+        if not effective.isdisjoint(kinds) or name in options:
+            continue
+        yield SettingError((name,), f"`{name}` has no effect with `method: {method.name}`{_remedy(config, name)}")
+    for name in config.method_options:
+        if name not in options:
+            known = f"Its options: {', '.join(options)}." if options else "It has no options."
+            yield SettingError(
+                ("method_options", name),
+                f"`method_options.{name}` is no option of {method.name}.{did_you_mean(name, options)} {known}",
+            )
+        elif name in _declared(config) and is_built_in(method.name):
+            yield SettingError(("method_options", name), f"`{name}` is a setting of its own: write `{name}: ...`.")
+    yield from _check_option_kinds(config.method_options, method.loss(config.loss))
+
+
+def _declared(config: Readable) -> dict[str, Field]:
+    return {declared.name: declared for declared in fields(config._config)}
+
+
+def _remedy(config: Readable, name: str) -> str:
+    """The rest of the line about a setting that the method's loss does not take."""
+    method = method_named(config.method)
+    variant = f", `loss: {config.loss or next(iter(method.losses))}`" if len(method.losses) > 1 else ""
+    takers = [f"`loss: {other}`" for other, loss in method.losses.items() if name in loss.options]
+    if takers:
+        return f"{variant}. It needs {' or '.join(takers)}. Set that, or remove it."
+    return f"{variant}. Remove it."
+
+
+def _check_rows(config: Readable) -> Iterator[SettingError]:
+    """Settings that only some kinds of rows have a use for."""
+    method = METHODS.get(config.method)
+    if method is None:
+        return
+    if method.rows != "tokens" and config.truncate == "split":
+        yield SettingError(("truncate",), "`truncate: split` is for texts (`method: sft`). Use right, left or drop.")
+    if method.rows in ("pairs", "labels") and config.beta == 0:
+        yield SettingError(("beta",), f"`beta: 0` leaves nothing of `method: {method.name}` to learn. Raise it.")
+    if method.rows in ("pairs", "labels") and config.loss_on == "all":
+        yield SettingError(
+            ("loss_on",), "`loss_on: all` trains prompts, and answers are judged without them. Remove it."
+        )
+    if method.rows == "prompts" and config.loss_on != "assistant":
+        yield SettingError(("loss_on",), f"`loss_on` has no effect with `method: {method.name}`. Remove it.")
+
+
+def _check_smoothing(config: Readable) -> Iterator[SettingError]:
+    if config.loss == "robust" and (config.label_smoothing or 0) >= 0.5:
+        yield SettingError(("label_smoothing",), "`loss: robust` needs a `label_smoothing` below 0.5.")
+
+
+def _check_option_kinds(given: Mapping[str, Any], loss: Loss) -> Iterator[SettingError]:
+    """Each option is of the kind of its default: a number, true or false, or text."""
+    defaults = options_of(loss.function()) if given else {}
+    for name, value in given.items():
+        kind = next((kind for kind in _OPTION_KINDS if isinstance(defaults.get(name), kind)), None)
+        if kind is None:
+            continue
+        words, fits = _OPTION_KINDS[kind]
+        if not fits(value):
+            yield SettingError(
+                ("method_options", name), f"`method_options.{name}` cannot be {shown(value)}. It takes {words}."
+            )
+
+
+def _check_references(config: Readable) -> Iterator[SettingError]:
+    method = METHODS.get(config.method)
+    if method is None or not method.reference:
+        return
+    given = [name for name in ("reference_model", "reference_adapter") if getattr(config, name) is not None]
+    if config.reference_free and (given or method.rows != "pairs"):
+        what = f"`{given[0]}`" if given else f"`method: {config.method}`"
+        yield SettingError(("reference_free",), f"`reference_free` and {what} exclude each other. Remove one of them.")
+    elif config.reference_free and config.loss == "dpop":
+        yield SettingError(
+            ("reference_free",),
+            "`reference_free` and `loss: dpop` exclude each other: its penalty compares with the "
+            "reference. Remove one of them.",
+        )
+    if method.rows == "prompts" and config.beta == 0:
+        for name in given:
+            yield SettingError((name,), f"`{name}` has no effect with `beta: 0`. Remove one of them.")
+
+
+def _check_rewards(config: Readable) -> Iterator[SettingError]:
+    """What is wrong with the rewards of a method that learns from them."""
+    method = METHODS.get(config.method)
+    if method is None or method.rows != "prompts":
+        return
+    if not config.rewards:
+        yield SettingError(
+            ("rewards",),
+            f"`method: {config.method}` needs `rewards`: a list of functions in the notebook or built-in rewards, for "
+            "instance [number_match].",
+        )
+    elif config.reward_weights is not None and len(config.reward_weights) != len(config.rewards):
+        yield SettingError(
+            ("reward_weights",),
+            f"`reward_weights` has {len(config.reward_weights)} numbers for {len(config.rewards)} rewards.",
+        )
+    if config.reward_weights is not None and not any(config.reward_weights):
+        yield SettingError(("reward_weights",), "`reward_weights` are all 0, which leaves nothing to learn.")
+
+
+def _check_rollouts(config: Readable) -> Iterator[SettingError]:
+    """What cannot go together where completions are sampled."""
+    method = METHODS.get(config.method)
+    if method is None or method.rows != "prompts":
+        return
+    if config.lora_parameters.dropout:
+        yield SettingError(
+            ("lora_parameters", "dropout"),
+            f"`lora_parameters.dropout` cannot be {config.lora_parameters.dropout:g} with `method: {config.method}`: "
+            "completions are drawn without dropout, and with it their ratios would not start at 1. Set it to 0.",
+        )
+    for name in ("epsilon", "epsilon_high"):
+        if config.updates_per_rollout == 1 and getattr(config, name) is not None:
+            yield SettingError(
+                (name,),
+                f"`{name}` has no effect with `updates_per_rollout: 1`, where every ratio is 1. Raise that, or remove "
+                f"`{name}`.",
+            )
+    if config.stop and "" in config.stop:
+        yield SettingError(("stop",), "`stop` has an empty text, which would end every completion at once. Remove it.")
+
+
+def _check_roles(config: Readable) -> Iterator[SettingError]:
+    """Every word of the person's own stands for a role that is known."""
+    for word, role in config.roles.items():
+        if role not in MESSAGE_ROLES:
+            near = did_you_mean(str(role), MESSAGE_ROLES)
+            known = ", ".join(MESSAGE_ROLES)
+            yield SettingError(
+                ("roles", word), f"`roles.{word}` cannot be {shown(role)}.{near} Choose one of: {known}."
+            )
+
+
+def _check_template(config: Readable) -> Iterator[SettingError]:
+    if config.chat_template is not None and (problem := template_problem(config.chat_template)) is not None:
+        yield SettingError(("chat_template",), problem)
+
+
+def _check_held_out(config: Readable) -> Iterator[SettingError]:
+    if config.val_set_size >= 1 and not float(config.val_set_size).is_integer():
+        yield SettingError(
+            ("val_set_size",),
+            f"`val_set_size: {config.val_set_size:g}` is neither a share below 1 nor a whole number of rows.",
+        )
+
+
+def _check_folder(config: Readable) -> Iterator[SettingError]:
+    parts = (config.adapter_path or "").split("/")
+    if any(len(part.encode()) > _LONGEST_FILE_NAME for part in parts):
+        yield SettingError(
+            ("adapter_path",),
+            f"`adapter_path` has a name of more than {_LONGEST_FILE_NAME} bytes in it, which no folder can have.",
+        )
+
+
+def _check_length(config: Readable) -> Iterator[SettingError]:
+    if config.iters is not None and config.epochs is not None:
+        yield SettingError(("epochs",), "`iters` and `epochs` both set the length of the run. Give one of them.")
+
+
+def _check_warmup(config: Readable) -> Iterator[SettingError]:
+    warmup = config.lr_schedule.warmup
+    updates = math.ceil(_WARMUP_SHARE * config.iters) if warmup is None and config.iters is not None else warmup
+    if updates is not None and updates < 2 and config.lr_schedule.warmup_init:
+        yield SettingError(
+            ("lr_schedule", "warmup_init"),
+            f"`lr_schedule.warmup_init` has no effect: the warm-up has {updates} updates, the last at the peak. Set "
+            "`warmup` to 2 or more.",
+        )
+    if config.iters is not None and warmup is not None and warmup > config.iters:
+        yield SettingError(("warmup",), f"`warmup` ({warmup}) is longer than the run (`iters: {config.iters}`).")
+
+
+def _check_pieces(config: Readable) -> Iterator[SettingError]:
+    if config.stride and config.truncate != "split":
+        yield SettingError(("stride",), "`stride` has no effect without `truncate: split`.")
+    if config.stride >= config.max_seq_length:
+        yield SettingError(
+            ("stride",), f"`stride` ({config.stride}) must be below `max_seq_length` ({config.max_seq_length})."
+        )
+
+
+def _check_adapter(config: Readable) -> Iterator[SettingError]:
+    if config.num_layers == 0:
+        yield SettingError(("num_layers",), "`num_layers: 0` trains nothing. Use -1 for all layers.")
+    if is_all_linear(config.lora_parameters.keys):
+        path = ("target_modules",) if "target_modules" in config.given else ("lora_parameters", "keys")
+        yield SettingError(path, f"`{'.'.join(path)}` takes names of modules. {ALL_ADAPTED}")
+    elif config.lora_parameters.keys and not all(key.strip() for key in config.lora_parameters.keys):
+        path = ("target_modules",) if "target_modules" in config.given else ("lora_parameters", "keys")
+        yield SettingError(path, f"`{'.'.join(path)}` has an empty name. Remove it.")
+
+
+def _check_full(config: Readable) -> Iterator[SettingError]:
+    if config.fine_tune_type == "full" and config.lora_parameters != type(config.lora_parameters)():
+        name = "lora_parameters" if "lora_parameters" in config.given else "target_modules"
+        yield SettingError(
+            (name,),
+            f"`{name}` has no effect with `fine_tune_type: full`. Remove it, or use lora or dora.",
+        )
+
+
+def _check_optimizer(config: Readable) -> Iterator[SettingError]:
+    yield from check_optimizer_config(config.optimizer, config.optimizer_config)
+
+
+def _check_decay(config: Readable) -> Iterator[SettingError]:
+    if "weight_decay" not in config.given:
+        return
+    if config.optimizer == "adam" and config.weight_decay:
+        yield SettingError(("weight_decay",), "`weight_decay` has no effect with `optimizer: adam`. Use adamw.")
+    inner = arguments_of(config.optimizer, config.optimizer_config)
+    other = inner.get("weight_decay") if isinstance(inner, Mapping) else None
+    if other not in (None, config.weight_decay):
+        yield SettingError(
+            ("weight_decay",), "`weight_decay` and `optimizer_config.weight_decay` differ. Give one of them."
+        )
+
+
+def _check_schedule(config: Readable) -> Iterator[SettingError]:
+    schedule = config.lr_schedule
+    if schedule.arguments is None:
+        if schedule.name in ("exponential_decay", "step_decay"):
+            yield SettingError(
+                ("lr_schedule",),
+                f"`lr_schedule: {schedule.name}` needs its arguments, for instance "
+                f"{{name: {schedule.name}, arguments: {_EXAMPLE_ARGUMENTS[schedule.name]}}}.",
+            )
+        return
+    expected = _ARGUMENT_COUNTS[schedule.name]
+    if not expected[0] <= len(schedule.arguments) <= expected[1]:
+        yield SettingError(
+            ("lr_schedule", "arguments"),
+            f"`lr_schedule.arguments` of {schedule.name} has {len(schedule.arguments)} values; mlx takes "
+            f"{_EXAMPLE_ARGUMENTS[schedule.name]}.",
+        )
+    elif schedule.arguments[0] <= 0:
+        yield SettingError(("lr_schedule", "arguments"), "the first of `lr_schedule.arguments` must be above 0.")
+    elif "learning_rate" in config.given and config.learning_rate != schedule.arguments[0]:
+        yield SettingError(
+            ("learning_rate",),
+            f"`learning_rate: {config.learning_rate:g}` has no effect: `lr_schedule.arguments` starts at "
+            f"{schedule.arguments[0]:g}. Remove one of them.",
+        )
+
+
+def _check_validation(config: Readable) -> Iterator[SettingError]:
+    if config.early_stopping_patience is not None and config.steps_per_eval == -1:
+        yield SettingError(
+            ("early_stopping_patience",),
+            "`early_stopping_patience` has no effect with `steps_per_eval: -1`, which never validates.",
+        )
+
+
+def _check_test(config: Readable) -> Iterator[SettingError]:
+    if config.test_batches not in (-1, 0) and not config.test:
+        yield SettingError(("test_batches",), "`test_batches` has no effect without `test: true`.")
+
+
+def _check_samples(config: Readable) -> Iterator[SettingError]:
+    if config.sample_prompts is None:
+        for declared in config.declarations(lambda one: one.name in ("sample_every", "sample_tokens")):
+            name = declared.name
+            yield SettingError((name,), f"`{name}` has no effect without `sample_prompts`. Set them, or remove it.")
+
+
+def _check_spikes(config: Readable) -> Iterator[SettingError]:
+    if config.loss_spike is None and any(config.declarations(lambda one: one.name == "spike_patience")):
+        yield SettingError(("spike_patience",), "`spike_patience` has no effect with `loss_spike: null`. Remove it.")
+
+
+def _check_zeros(config: Readable) -> Iterator[SettingError]:
+    for declared in config.declarations(lambda one: one.name in _NEVER_0):
+        if getattr(config, declared.name) == 0:
+            name = declared.name
+            yield SettingError((name,), f"`{name}` cannot be 0. Use -1 to switch it off, or a positive number.")
+
+
+_NEVER_0 = ("steps_per_eval", "val_batches", "test_batches", "save_every")
+_LONGEST_FILE_NAME = 255
+_WARMUP_SHARE = 0.05  # of the run, unless `warmup` is set
+# The kind of a default, what an option with it takes, and whether a value is that. A bool is a number in Python.
+_OPTION_KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
+    bool: ("true or false", lambda value: isinstance(value, bool)),
+    numbers.Real: (
+        "a finite number",
+        lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value),
+    ),
+    str: ("text", lambda value: isinstance(value, str)),
+}
+_ARGUMENT_COUNTS = {
+    "constant": (1, 1),
+    "cosine_decay": (2, 3),
+    "linear_schedule": (3, 3),
+    "exponential_decay": (2, 2),
+    "step_decay": (3, 3),
+}
+_EXAMPLE_ARGUMENTS = {
+    "constant": "[1e-4]",
+    "cosine_decay": "[1e-4, 500, 0]",
+    "linear_schedule": "[1e-4, 0, 500]",
+    "exponential_decay": "[1e-4, 0.99]",
+    "step_decay": "[1e-4, 0.5, 100]",
+}
+EFFECT_CHECKS: tuple[Callable[[Readable], Iterator[SettingError]], ...] = (
+    _check_method,
+    _check_rows,
+    _check_roles,
+    _check_template,
+    _check_folder,
+    _check_held_out,
+    _check_smoothing,
+    _check_references,
+    _check_rewards,
+    _check_rollouts,
+    _check_length,
+    _check_warmup,
+    _check_pieces,
+    _check_adapter,
+    _check_full,
+    _check_optimizer,
+    _check_decay,
+    _check_schedule,
+    _check_validation,
+    _check_test,
+    _check_samples,
+    _check_spikes,
+    _check_zeros,
+)

@@ -1,0 +1,65 @@
+"""A command line of mlx-lm or mlx-lm-lora, pasted where settings go: its options, as what they are here."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from mlx_nb.config.yaml_text import Document, read_value
+
+_COMMAND = re.compile(r"\$?\s*(?:python3?\s+-m\s+)?(?P<program>mlx_lm(?:_lora)?)[. ](?P<verb>[a-z]+)(?=\s|$)")
+_TRAINING = ("lora", "train", "dora")
+_OTHERWISE = {
+    "generate": 'ask a run with `%finetune generate "..."`',
+    "chat": 'ask a run with `%finetune generate "..."`',
+    "fuse": "mlx_nb has no fusing of the adapter into the model yet",
+    "convert": "mlx_nb quantizes a model as it loads it: `load_in_bits: 4`",
+    "server": "mlx_nb has no server",
+}
+
+
+def read_command(text: str, name: str = "") -> Document | None:
+    """The options of a command as settings; None when the text is no command.
+
+    It always has a problem: that a command is not what goes here. Options that are not settings are left in, to be
+    answered as any unknown setting is.
+    """
+    lines = text.splitlines()
+    first = next((number for number, line in enumerate(lines) if line.strip() and not line.lstrip().startswith("#")), 0)
+    found = _COMMAND.match(lines[first].lstrip()) if lines else None
+    if found is None:
+        return None
+    mark = (first + 1, len(lines[first]) - len(lines[first].lstrip()) + 1)
+    program = f"{found['program']}.{found['verb']}"
+    if found["verb"] not in _TRAINING:
+        advice = _OTHERWISE.get(found["verb"], "`%%finetune?` lists all settings")
+        return Document({}, name=name, problems=((mark, f"`{program}` is a command, not a setting: {advice}."),))
+    values: dict[str, Any] = {}
+    marks: dict[tuple[str, ...], tuple[int, int]] = {}
+    for at, option, words in _options(lines[first:], first + 1):
+        given = [read_value(word.strip("'\"")) for word in words]
+        values[option] = True if not given else given[0] if len(given) == 1 else given
+        marks[(option,)] = at
+    message = f"`{program}` is a command, not a setting. Write each option as a line: `iters: 600` for `--iters 600`."
+    if values.get("test") and "train" not in values:
+        message += " To test an adapter, name it in `resume_adapter_file` and use `%finetune eval test`."
+    return Document(values, marks, name, ((mark, message),))
+
+
+def _options(lines: list[str], number: int) -> list[tuple[tuple[int, int], str, list[str]]]:
+    """(line and column, name, words after it) of each option of a command that `\\` carries over lines."""
+    options: list[tuple[tuple[int, int], str, list[str]]] = []
+    for offset, line in enumerate(lines):
+        code = re.sub(r"(^|\s)#.*", "", line)
+        for word in re.finditer(r"\"[^\"]*\"|'[^']*'|\S+", code):
+            text = word.group()
+            if re.fullmatch(r"--?[A-Za-z][\w-]*(=.*)?", text):
+                option, _, value = text.lstrip("-").partition("=")
+                options.append(
+                    ((number + offset, word.start() + 1), option.replace("-", "_"), [value] if value else [])
+                )
+            elif options and text != "\\":
+                options[-1][2].append(text)
+        if not code.rstrip().endswith("\\"):
+            break
+    return options

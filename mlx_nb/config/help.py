@@ -1,0 +1,122 @@
+"""The settings as a person reads them: the text of `%%finetune?` and the reference page in docs."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+import types
+import typing
+from typing import Any, Literal
+
+from mlx_nb.config.run_config import SETTINGS, LoraParameters, LrSchedule, RunConfig
+
+_GROUP_TITLES = {
+    "method": "Method",
+    "model": "Model",
+    "rows": "Rows",
+    "rollouts": "Completions and rewards",
+    "adapter": "What is trained",
+    "optimizer": "Optimizer",
+    "training": "Length and batches",
+    "validation": "Validation and test",
+    "samples": "Samples",
+    "saving": "Saving",
+}
+_NESTED: dict[str, type] = {"lora_parameters": LoraParameters, "lr_schedule": LrSchedule}
+
+
+@dataclasses.dataclass(frozen=True)
+class SettingHelp:
+    """One line of the reference: name, default and kind as text, help, and whether it may change mid-run."""
+
+    name: str
+    group: str
+    default: str
+    kind: str
+    help: str
+    live: bool
+
+
+def setting_help() -> list[SettingHelp]:
+    """All settings in the order of their declaration, nested ones after their parent."""
+    lines: list[SettingHelp] = []
+    kinds = typing.get_type_hints(RunConfig)
+    for name, declared in SETTINGS.items():
+        lines.append(_describe(name, declared, kinds[name]))
+        if name in _NESTED:
+            hints = typing.get_type_hints(_NESTED[name])
+            for inner in dataclasses.fields(_NESTED[name]):
+                described = _describe(f"{name}.{inner.name}", inner, hints[inner.name])
+                lines.append(dataclasses.replace(described, group=declared.metadata["group"]))
+    return lines
+
+
+def settings_text(width: int = 100) -> str:
+    """The settings as plain text, grouped, for help in a notebook and a terminal."""
+    parts: list[str] = []
+    described = setting_help()
+    for group, title in _GROUP_TITLES.items():
+        parts.append(f"{title}:")
+        for line in (line for line in described if line.group == group):
+            head = f"  {line.name}: {line.default}" + ("   (may change during a run)" if line.live else "")
+            parts.append(head)
+            parts.append(
+                textwrap.fill(f"{line.help} [{line.kind}]", width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            )
+    return "\n".join(parts)
+
+
+def settings_markdown() -> str:
+    """The settings as the reference page in docs."""
+    parts = [
+        "# Settings\n",
+        "Every key of a `%%finetune` cell, generated from their declaration in `mlx_nb/config/run_config.py`.",
+        "Settings marked **live** may change while a run is under way, with `%finetune set key=value`.\n",
+    ]
+    described = setting_help()
+    for group, title in _GROUP_TITLES.items():
+        parts += [f"## {title}\n", "| setting | default | takes | what it does |", "|---|---|---|---|"]
+        for line in (line for line in described if line.group == group):
+            live = " **live**" if line.live else ""
+            cells = (f"`{line.name}`{live}", f"`{line.default}`", line.kind, line.help)
+            parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _describe(name: str, declared: dataclasses.Field, hint: Any) -> SettingHelp:
+    return SettingHelp(
+        name=name,
+        group=declared.metadata["group"],
+        default=_default_text(declared),
+        kind=_kind_text(hint, declared.metadata["bounds"]),
+        help=declared.metadata["help"],
+        live=declared.metadata["live"],
+    )
+
+
+def _default_text(declared: dataclasses.Field) -> str:
+    default = declared.default
+    if default is dataclasses.MISSING:
+        return "{}"
+    if dataclasses.is_dataclass(default):
+        shown = default.name if isinstance(default, LrSchedule) else "{...}"
+        return str(shown)
+    if default is None:
+        return "null"
+    return str(default).lower() if isinstance(default, bool) else f"{default}"
+
+
+def _kind_text(hint: Any, bounds: dict[str, float]) -> str:
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    kind = next(option for option in options if option is not type(None))
+    if typing.get_origin(kind) is Literal:
+        text = ", ".join(str(choice) for choice in typing.get_args(kind))
+    elif typing.get_origin(kind) is tuple:
+        text = "list"
+    elif dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict:
+        text = "mapping"
+    else:
+        text = {int: "whole number", float: "number", bool: "true or false", str: "text"}.get(kind, "anything")
+    limits = ", ".join(f"{word} {limit:g}" for word, limit in bounds.items())
+    return f"{text}, {limits}" if limits else text

@@ -1,0 +1,141 @@
+"""What each optimizer of mlx takes besides its learning rate and weight decay, declared so that mlx need not be loaded.
+
+A test holds the table to the signatures of mlx.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_nb.config.fields import SettingError, as_float32, shown, typo_of
+
+
+@dataclass(frozen=True)
+class Argument:
+    """What an argument takes, in words, and whether a value is that."""
+
+    words: str
+    fits: Callable[[Any], bool]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 <= value < 1 and as_float32(value) < 1
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and 0 <= value < float("inf")
+
+
+def _is_pair(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(fits, value))
+
+
+_SHARE = Argument("a number of at least 0 and below 1", _is_share)
+_BETAS = Argument(
+    "two numbers of at least 0 and below 1, such as [0.9, 0.999]", lambda value: _is_pair(value, _is_share)
+)
+_EPS = Argument("a number of at least 0", _is_positive)
+_FLAG = Argument("true or false", lambda value: isinstance(value, bool))
+_STEPS = Argument(
+    "a whole number from 1 to 100",
+    lambda value: isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 100,
+)
+OPTIMIZER_ARGUMENTS: dict[str, dict[str, Argument]] = {
+    "adam": {"betas": _BETAS, "eps": _EPS, "bias_correction": _FLAG},
+    "adamw": {"betas": _BETAS, "eps": _EPS, "bias_correction": _FLAG},
+    "sgd": {"momentum": _SHARE, "dampening": _SHARE, "nesterov": _FLAG},
+    "adafactor": {
+        "eps": Argument(
+            "two numbers of at least 0, such as [1e-30, 1e-3]", lambda value: _is_pair(value, _is_positive)
+        ),
+        "clip_threshold": Argument("a number above 0", lambda value: _is_positive(value) and value > 0),
+        "decay_rate": Argument("a number of at most 0", lambda value: _is_number(value) and float("-inf") < value <= 0),
+        "beta_1": Argument(
+            "null, or a number of at least 0 and below 1", lambda value: value is None or _is_share(value)
+        ),
+        "scale_parameter": _FLAG,
+        "relative_step": _FLAG,
+        "warmup_init": _FLAG,
+    },
+    "muon": {"momentum": _SHARE, "nesterov": _FLAG, "ns_steps": _STEPS},
+    "lion": {"betas": _BETAS},
+}
+
+
+def arguments_of(optimizer: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The arguments of one optimizer in `optimizer_config`, which mlx-lm nests by the name of the optimizer."""
+    return (given.get(optimizer) or {}) if is_nested(given) else given
+
+
+def is_nested(given: Mapping[str, Any]) -> bool:
+    """Whether it is mlx-lm's form, {adamw: {betas: ...}}."""
+    return any(name in OPTIMIZER_ARGUMENTS for name in given)
+
+
+def check_optimizer_config(optimizer: str, given: Mapping[str, Any]) -> Iterator[SettingError]:
+    """What is wrong with `optimizer_config`, argument by argument."""
+    path: tuple[str, ...] = ("optimizer_config",)
+    if is_nested(given):
+        for name, inner in given.items():
+            yield from _check_nested(optimizer, name, inner)
+        path = (*path, optimizer)
+        given = arguments_of(optimizer, given)
+        if not isinstance(given, Mapping):
+            return
+    for name, value in given.items():
+        message = _wrong_with(optimizer, name, value)
+        if message:
+            yield SettingError((*path, name), message)
+    if optimizer == "sgd" and not given.get("momentum"):
+        for name in ("dampening", "nesterov"):
+            if given.get(name):
+                yield SettingError((*path, name), f"`optimizer_config.{name}` has no effect without `momentum`.")
+    elif optimizer == "sgd" and given.get("nesterov") is True and given.get("dampening"):
+        yield SettingError(
+            (*path, "nesterov"), "`optimizer_config.nesterov` and `dampening` exclude each other. Remove one of them."
+        )
+
+
+def _check_nested(optimizer: str, name: str, inner: Any) -> Iterator[SettingError]:
+    path = ("optimizer_config", name)
+    if name not in OPTIMIZER_ARGUMENTS:
+        near = typo_of(name, OPTIMIZER_ARGUMENTS)
+        suggestion = f" Did you mean {near!r}?" if near else f" Put it inside `{optimizer}`."
+        yield SettingError(path, f"`optimizer_config.{name}` is no optimizer.{suggestion}")
+    elif inner is not None and not isinstance(inner, Mapping):
+        yield SettingError(path, f"`optimizer_config.{name}` must be a mapping, not {shown(inner)}.")
+    elif inner and name != optimizer:
+        yield SettingError(
+            path, f"`optimizer_config.{name}` has no effect with `optimizer: {optimizer}`. Remove one of them."
+        )
+
+
+def _wrong_with(optimizer: str, name: str, value: Any) -> str | None:
+    label = f"`optimizer_config.{name}`"
+    known = OPTIMIZER_ARGUMENTS[optimizer]
+    if name == "weight_decay" and optimizer != "adam":
+        return None if _is_positive(value) else f"{label} cannot be {shown(value)}. It takes {_EPS.words}."
+    if name in ("learning_rate", "lr"):
+        return f"{label} has no effect: the rate is `learning_rate`, with `lr_schedule`. Set that."
+    if name not in known:
+        near = typo_of(name, known)
+        suggestion = f" Did you mean {near!r}?" if near else ""
+        others = [f"`{other}`" for other, arguments in OPTIMIZER_ARGUMENTS.items() if name in arguments]
+        taken = f" It is one of {', '.join(others)}." if others and not near else ""
+        if name == "weight_decay":
+            taken = " Use `optimizer: adamw`."
+        return f"{label} is no argument of {optimizer}.{suggestion}{taken} It takes: {', '.join(known)}."
+    if not known[name].fits(value):
+        return f"{label} cannot be {shown(value)}. It takes {known[name].words}."
+    if name == "relative_step" and value:
+        return f"{label} would take the place of `learning_rate` and `lr_schedule`. Remove it."
+    if name == "warmup_init" and value:
+        return f"{label} has no effect without `relative_step`. Use `warmup`."
+    return None

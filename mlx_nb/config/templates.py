@@ -1,0 +1,67 @@
+"""What is wrong with a chat template of the person's own, Jinja text or the file with it, before a model is loaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mlx_nb.config.fields import shown
+from mlx_nb.config.neighbor_words import TEMPLATE_NAMES, TEMPLATE_OF_MODEL
+from mlx_nb.errors import shortened
+
+
+def is_template_text(value: str) -> bool:
+    """Whether a `chat_template` is Jinja text, and not the path of a file with it."""
+    return "{" in value
+
+
+def standard_jinja(source: str) -> str:
+    """A chat template without the tag `generation` of transformers, which changes no text and jinja2 does not know."""
+    standard = re.sub(r"\{%([-+]?)\s*generation\s*([-+]?)%\}", r"{%\1 if true \2%}", source)
+    return re.sub(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}", r"{%\1 endif \2%}", standard)
+
+
+def template_problem(value: str) -> str | None:
+    """What is wrong with a `chat_template` whatever files there are; None where it may be right."""
+    if is_template_text(value):
+        return _text_problem(value, "`chat_template`")
+    word = value.strip().lower()
+    if word not in (*TEMPLATE_OF_MODEL, *TEMPLATE_NAMES) or Path(value).exists():
+        return None
+    if word in TEMPLATE_OF_MODEL:
+        return f"`chat_template: {value}` is the default here: the model's own. Remove it."
+    return f"`chat_template: {value}` is the name of a template of other programs. {_TAKES}"
+
+
+def file_problem(value: str, folder: Path) -> str | None:
+    """What is wrong with the file that a `chat_template` names, seen from `folder`; None where it is good."""
+    try:
+        path = folder / Path(value).expanduser()
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        return f"`chat_template`: {shown(value)} cannot be read as a file: {reason}. {_TAKES}"
+    return _text_problem(text, f"`chat_template`: {value}")
+
+
+def _text_problem(source: str, what: str) -> str | None:
+    import jinja2
+    from jinja2 import meta
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+    standard = standard_jinja(source)
+    try:
+        environment.compile(standard)
+        used = meta.find_undeclared_variables(environment.parse(standard))
+    except jinja2.TemplateSyntaxError as error:
+        reason = shortened(str(error.message), 200).rstrip(".")
+        return f"{what} is not valid Jinja at line {error.lineno}: {reason}."
+    except (RecursionError, ValueError) as error:
+        return f"{what} is not valid Jinja: {shortened(str(error), 200)}."
+    if "messages" not in used:
+        return f"{what} never reads `messages`: every conversation would be the same text. {_TAKES}"
+    return None
+
+
+_TAKES = "It takes Jinja text, or the path of a file with it; remove it for the model's own template."

@@ -1,0 +1,1 @@
+"""Rows as examples, cut to length, split, tokenized and put into batches."""

@@ -1,0 +1,148 @@
+"""Prompts as tokens: what the model is given before it answers, in training by reward and whenever it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mlx_nb.data.examples.imitation import ExampleSettings, TokenizedExample, kept_part
+from mlx_nb.data.masks.conversation import Span, TokenizedConversation
+from mlx_nb.data.masks.prompt_format import AS_USUAL, Rendering, has_chat_template
+from mlx_nb.data.masks.render import ChatTemplate, Encoded, encode_raw, unwrapped
+from mlx_nb.data.masks.template_facts import RenderFailed
+from mlx_nb.data.masks.tool_messages import ShownConversation, shown_conversation
+from mlx_nb.data.rows.columns import AUTOMATIC, Messages, read_messages, read_tools
+from mlx_nb.data.rows.imitation import refuse_context
+from mlx_nb.data.rows.prompt import PromptRow
+from mlx_nb.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class PromptExample:
+    """A question, ready to be answered.
+
+    prompt_tokens   (T,) int32, the template's generation prompt at the end
+    prompt          as the row has it: text, or messages
+    answer          the right answer, if the row has one
+    columns         all other columns of the row, by name
+    row             number of the row in its split, from 0
+    dropped_tokens  tokens that truncation took away, from the start
+    """
+
+    prompt_tokens: np.ndarray
+    prompt: str | Messages
+    answer: Any
+    columns: dict[str, Any]
+    row: int
+    dropped_tokens: int = 0
+
+    @property
+    def sequences(self) -> tuple[TokenizedExample, ...]:
+        """What the model reads for this example; nothing of it is trained."""
+        untrained = np.zeros(len(self.prompt_tokens), np.float32)
+        return (TokenizedExample(self.prompt_tokens, untrained, self.row, self.dropped_tokens),)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt_tokens)
+
+
+def prompt_tokens(
+    tokenizer: Any,
+    prompt: str | Sequence[Mapping[str, Any]],
+    tools: Sequence[Any] | None = None,
+    rendering: Rendering = AS_USUAL,
+    roles: Mapping[str, str] = AUTOMATIC.roles,
+) -> list[int]:
+    """The tokens of a prompt with the template's generation prompt at the end.
+
+    Messages that end with the assistant's are given without one, for that message to be continued. A text is a user
+    message. Where strings are raw text it is continued instead, from a beginning-of-sequence token
+    where the tokenizer adds one. Messages, tools and `roles` are read like those of rows. Raises DataError for
+    messages that are none, and when the template does not render the prompt.
+    """
+    if not isinstance(prompt, str):
+        prompt = read_messages(prompt, "prompt", roles)
+        tools = read_tools({"tools": tools}, AUTOMATIC)
+    asked = _asked(tokenizer, prompt, tools, rendering)
+    if not getattr(unwrapped(tokenizer), "is_fast", False) and not rendering.as_text:
+        return list(tokenizer.encode(asked.text, add_special_tokens=asked.template is None))
+    return asked.encode(tokenizer, rendering).tokens.tolist()
+
+
+def tokenize_prompt(content: PromptRow, tokenizer: Any, rendering: Rendering = AS_USUAL) -> TokenizedConversation:
+    """`prompt_tokens` of a row with the characters they cover; nothing is trained.
+
+    Raises DataError when the template does not render the prompt, MaskRefused for a tokenizer without offsets.
+    """
+    if content.from_texts and not isinstance(content.prompt, str) and rendering.is_raw(tokenizer):
+        refuse_context(content.prompt, content.tools)
+    asked = _asked(tokenizer, content.prompt, content.tools, rendering)
+    text, encoded = asked.text, asked.encode(tokenizer, rendering)
+    if len(encoded.tokens) == 0:
+        raise DataError("the prompt has no tokens. Drop the row.")
+    untrained = np.zeros(len(encoded.tokens), np.float32)
+    span = Span(0, len(text), "prompt", 0, 0.0)
+    problems: tuple[str, ...] = encoded.problems
+    notes: tuple[str, ...] = ()
+    if asked.shown:
+        problems, notes = (*asked.shown.problems, *asked.shown.notes, *encoded.problems), asked.shown.notes
+    return TokenizedConversation(
+        encoded.tokens, untrained, text, encoded.offsets, (span,), problems, encoded.written, notes
+    )
+
+
+def prompt_example(
+    content: PromptRow, conversation: TokenizedConversation, row: int, settings: ExampleSettings
+) -> PromptExample:
+    """The example of a row. Raises DataError for a prompt over `max_seq_length`, unless `truncate` keeps its end."""
+    length = len(conversation.tokens)
+    if length > settings.max_seq_length and settings.truncate == "right":
+        raise DataError(
+            f"the prompt has {length} tokens, over max_seq_length={settings.max_seq_length}, and a question without "
+            "its end is no question. Raise max_seq_length, or set truncate to left or drop."
+        )
+    kept = kept_part(length, settings)
+    return PromptExample(
+        conversation.tokens[kept],
+        content.as_given,
+        content.answer,
+        content.columns,
+        row,
+        length - (kept.stop - kept.start),
+    )
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The text that the model is given, with the template that made it and what it was given; raw text has neither."""
+
+    text: str
+    template: ChatTemplate | None = None
+    shown: ShownConversation | None = None
+
+    def encode(self, tokenizer: Any, rendering: Rendering) -> Encoded:
+        if self.template is None or self.shown is None:
+            return encode_raw(self.text, tokenizer, rendering)
+        return self.template.encode(self.shown.messages, self.text, True, rendering)
+
+
+def _asked(
+    tokenizer: Any, prompt: str | Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, rendering: Rendering
+) -> _Asked:
+    if isinstance(prompt, str):
+        if rendering.is_raw(tokenizer):
+            return _Asked(prompt)
+        prompt = [{"role": "user", "content": prompt}]
+    elif not has_chat_template(tokenizer):
+        raise DataError("the tokenizer has no chat template for messages. Set `chat_template:` to one, or give a text.")
+    shown = shown_conversation(prompt, tools, tokenizer)
+    template = ChatTemplate(tokenizer, shown.tools)
+    try:
+        return _Asked(template.ask(shown.messages), template, shown)
+    except RenderFailed as error:
+        raise DataError(f"the chat template does not render this prompt: {error}") from error

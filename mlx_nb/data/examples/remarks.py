@@ -1,0 +1,71 @@
+"""What is odd about a row by what it says, before it is tokenized: the same for the data check and for the row view."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from mlx_nb.data.examples.imitation import ExampleSettings
+from mlx_nb.data.masks.tagging import REASONING_FIELDS
+from mlx_nb.data.rows.kinds import AnyRow
+from mlx_nb.data.rows.prompt import PromptRow
+from mlx_nb.data.rows.turns import role_sequences, turns
+
+_CHARACTERS_PER_TOKEN = 4
+
+
+def content_remarks(
+    record: Mapping[str, Any], content: AnyRow, settings: ExampleSettings, kind: str = "tokens"
+) -> dict[str, str]:
+    """The remarks about a row, by the kind of finding that each is; the first of each kind.
+
+    `record` has the row's columns, `content` what was read of them as `kind`: tokens, pairs, labels or prompts.
+    """
+    remarks: dict[str, str] = {}
+    for found, remark in _all_remarks(record, content, settings, kind):
+        remarks.setdefault(found, remark)
+    return remarks
+
+
+def _all_remarks(
+    record: Mapping[str, Any], content: AnyRow, settings: ExampleSettings, kind: str
+) -> Iterator[tuple[str, str]]:
+    if isinstance(content, PromptRow) and content.answer is None:
+        yield "missing_answers", "the prompt has no answer"
+    for roles in role_sequences(content):
+        yield from _role_remarks(roles, answered=not isinstance(content, PromptRow))
+    long_turn = _CHARACTERS_PER_TOKEN * settings.max_seq_length
+    for name, message in turns(content):
+        text = message.get("content") or ""
+        if not text.strip() and not any(message.get(field) for field in ("tool_calls", *REASONING_FIELDS)):
+            yield "empty_turns", f"{name} is empty"
+        elif len(text) > long_turn:
+            yield "long_turns", f"{name} has {len(text):,} characters"
+    yield from _unused_columns(record, content, settings, kind)
+
+
+def _unused_columns(
+    record: Mapping[str, Any], content: AnyRow, settings: ExampleSettings, kind: str
+) -> Iterator[tuple[str, str]]:
+    """What a row says in columns that its method, or its own messages, leave unread."""
+    system = record.get("system") if settings.columns.system is None else None
+    _, first = next(turns(content), ("", {}))
+    if isinstance(system, str) and system.strip() and first.get("role") == "system" and first.get("content") != system:
+        yield "two_systems", "the `system` column is not used: the messages begin with another system prompt"
+    # Not the number 0, which can be a class as well.
+    if kind == "tokens" and str(record.get("label")).strip().lower() == "false":
+        yield "labelled_bad", "the `label` says that the answer is bad"
+
+
+def _role_remarks(roles: Sequence[str], *, answered: bool) -> Iterator[tuple[str, str]]:
+    spoken = [role for role in roles if role != "system"]
+    if spoken[:1] == ["assistant"]:
+        yield "assistant_first", "the assistant opens the conversation"
+    again = [a for a, b in pairwise(spoken) if a == b and a in ("user", "assistant")]
+    if again:
+        yield "same_role_twice", f"two messages in a row from the {again[0]}"
+    if "system" in roles[1:]:
+        yield "late_system", f"message {roles.index('system', 1)} is from the system"
+    if answered and roles[-1] != "assistant":
+        yield "last_not_assistant", f"the last message is from {roles[-1]}"

@@ -1,0 +1,248 @@
+"""The rows of a split as examples of the kind that a training method takes, all of them or one to look at."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from mlx_nb.data.examples.imitation import (
+    ExampleSettings,
+    LeftOut,
+    TokenizedExample,
+    TooLong,
+    as_cut,
+    cut_row,
+    tokenize_row,
+)
+from mlx_nb.data.examples.preference import (
+    LabelledExample,
+    PreferenceExample,
+    labelled_example,
+    preference_example,
+    tokenize_labelled,
+    tokenize_pair,
+    with_mismatched,
+)
+from mlx_nb.data.examples.prompt import PromptExample, prompt_example, tokenize_prompt
+from mlx_nb.data.examples.remarks import content_remarks
+from mlx_nb.data.masks.conversation import TokenizedConversation, row_remarks
+from mlx_nb.data.masks.prompt_format import Rendering
+from mlx_nb.data.rows.imitation import TextRow
+from mlx_nb.data.rows.kinds import AnyRow, recognise_as
+from mlx_nb.data.rows.turns import format_of
+from mlx_nb.data.sources.splits import RowSource
+from mlx_nb.errors import DataError
+
+Example = TokenizedExample | PreferenceExample | LabelledExample | PromptExample
+Result = Example | LeftOut
+_FIRST_ROWS = 100
+Conversations = tuple[TokenizedConversation, ...]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How rows of one kind become examples. `complete` is for what an example takes from other rows."""
+
+    tokenize: Callable[[Any, Any, str, Rendering], Conversations]
+    cut: Callable[[Any, Any, int, ExampleSettings], Sequence[Example]]
+    complete: Callable[[Any, ExampleSettings], Iterable[Result]] = lambda results, _settings: results
+
+
+_KINDS = {
+    "tokens": _Kind(
+        lambda *row: (tokenize_row(*row),),
+        lambda content, said, row, settings: cut_row(content, said[0], row, settings),
+    ),
+    "pairs": _Kind(
+        tokenize_pair,
+        lambda content, said, row, settings: [preference_example(content, said, row, settings)],
+    ),
+    "labels": _Kind(
+        lambda *row: (tokenize_labelled(*row),),
+        lambda content, said, row, settings: [labelled_example(content, said[0], row, settings)],
+        with_mismatched,
+    ),
+    "prompts": _Kind(
+        lambda content, tokenizer, _loss_on, rendering: (tokenize_prompt(content, tokenizer, rendering),),
+        lambda content, said, row, settings: [prompt_example(content, said[0], row, settings)],
+    ),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class RowView:
+    """A row to look at: what it says, what the model will see, what is trained.
+
+    `conversation` holds the tokens that truncation left; of a pair the chosen answer's, and `rejected` the other's.
+    `format` says how its strings are written: "chat template" or "raw text"; empty for a row that cannot be read.
+    `error` says why the row cannot be trained; then `example` is None, and `conversation` too unless the row could
+    be tokenised. Of a prompt nothing is trained, so `example` is None without an error.
+    `remarks` are what the data check, too, says about what the row says and how long it is.
+    """
+
+    row: int
+    location: str
+    content: AnyRow | None
+    conversation: TokenizedConversation | None
+    example: TokenizedExample | None
+    error: str | None = None
+    rejected: TokenizedConversation | None = None
+    dropped_tokens: int = 0
+    format: str = ""
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def conversations(self) -> Conversations:
+        """What the model reads: of a pair both answers; nothing of a row that could not be tokenised."""
+        return tuple(said for said in (self.conversation, self.rejected) if said is not None)
+
+    @property
+    def problems(self) -> list[str]:
+        """All that a person should know about the row, in sentences; of a pair, those of the other answer are named."""
+        first = row_remarks(self.conversation) if self.conversation else []
+        other = row_remarks(self.rejected) if self.rejected else []
+        own = [f"{remark}." for remark in self.remarks]
+        return [*own, *first, *(f"rejected: {one}" for one in other), *([self.error] if self.error else [])]
+
+
+class Examples:
+    """The examples of one split. A row is tokenised when it is asked for, and not before.
+
+    `kind` is what the training method takes: tokens, pairs, labels or prompts (see `recognise_as`).
+    """
+
+    def __init__(self, source: RowSource, tokenizer: object, settings: ExampleSettings, kind: str = "tokens") -> None:
+        self.source = source
+        self.tokenizer = tokenizer
+        self.settings = settings.resolved(tokenizer)
+        self.kind = kind
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def view(self, row: int) -> RowView:
+        """Row `row` with everything known about it. Never raises for a bad row: `error` says what is wrong."""
+        location = self.source.location(row)
+        content: AnyRow | None = None
+        said: Conversations = ()
+        record: Mapping[str, Any] = {}
+        try:
+            record = self.source[row]
+            content = recognise_as(self.kind, record, self.settings.columns, row=row, location=location)
+            said = tokenize_as(self.kind, content, self.tokenizer, self.settings)
+            examples = examples_of(self.kind, content, said, row, self.settings)
+        except DataError as error:
+            return self._seen(row, record, content, said, error=_row_error(row, error))
+        sequences = examples[0].sequences
+        said = tuple(as_cut(*both, self.settings.truncate) for both in zip(said, sequences))
+        if len(examples) > 1:
+            problem = f"the text is trained in {len(examples)} pieces; this is the first."
+            said = (dataclasses.replace(said[0], problems=(*said[0].problems, problem)),)
+        example = None if self.kind == "prompts" else sequences[0]
+        dropped, far = examples[0].dropped_tokens, beyond_context(examples, self.settings)
+        return self._seen(row, record, content, said, example, dropped_tokens=dropped, far=far)
+
+    def _seen(
+        self,
+        row: int,
+        record: Mapping[str, Any],
+        content: AnyRow | None,
+        said: Conversations,
+        example: TokenizedExample | None = None,
+        *,
+        error: str | None = None,
+        dropped_tokens: int = 0,
+        far: int = 0,
+    ) -> RowView:
+        first, rejected = (*said, None, None)[:2]
+        written_as = format_of(content, self.settings.rendering) if content else ""
+        location = self.source.location(row)
+        remarks = [*content_remarks(record, content, self.settings, self.kind).values()] if content else []
+        remarks += [f"{far:,} tokens, and the model was made for {self.settings.limits.context:,}"] if far else []
+        return RowView(
+            row, location, content, first, example, error, rejected, dropped_tokens, written_as, tuple(remarks)
+        )
+
+    def tokenize_all(self) -> Iterator[Result]:
+        """Every row in order, as an example (a split text as several) or as left out with the reason.
+
+        Raises TooLong at the first long row when `truncate` is `error`.
+        """
+        return iter(self.completed(chain.from_iterable(self.each_row())))
+
+    def completed(self, results: Iterable[Result]) -> Iterable[Result]:
+        """The results of all rows, with what an example takes from other rows."""
+        return _KINDS[self.kind].complete(results, self.settings)
+
+    def each_row(self) -> Iterator[Sequence[Result]]:
+        """What each row gives, in order, before it is `completed`. Raises as `tokenize_all`."""
+        for row in range(len(self.source)):
+            location = self.source.location(row)
+            try:
+                content = recognise_as(self.kind, self.source[row], self.settings.columns, row=row, location=location)
+                said = tokenize_as(self.kind, content, self.tokenizer, self.settings)
+                made: Sequence[Result] = examples_of(self.kind, content, said, row, self.settings)
+            except TooLong as error:
+                raise TooLong(_row_error(row, error)) from None
+            except DataError as error:
+                made = [LeftOut(row, _row_error(row, error))]
+            yield made
+
+
+def longest(examples: Sequence[Example]) -> int:
+    """Tokens of the longest sequence that the model reads for these examples; 0 without any."""
+    return max((len(sequence.tokens) for example in examples for sequence in example.sequences), default=0)
+
+
+def beyond_context(examples: Sequence[Example], settings: ExampleSettings) -> int:
+    """Tokens that the model reads for these examples where that is more than it was made for, else 0."""
+    length, context = longest(examples) + settings.completion, settings.limits.context
+    return length if context is not None and length > context else 0
+
+
+def trains_plain_text(examples: Examples) -> bool:
+    """Whether the first row that can be read is plain text; not if it was written as a chat before it came here."""
+    if examples.kind != "tokens":
+        return False
+    views = (examples.view(row) for row in range(min(len(examples), _FIRST_ROWS)))
+    first = next((view for view in views if view.conversation is not None), None)
+    return first is not None and isinstance(first.content, TextRow) and not first.conversations[0].written
+
+
+def tokenize_as(kind: str, content: AnyRow, tokenizer: Any, settings: ExampleSettings) -> Conversations:
+    """What the model reads of a row before anything is cut: of a pair the chosen, then the rejected answer.
+
+    Raises MaskRefused when no trustworthy mask exists, DataError when the template does not render the row.
+    """
+    return _KINDS[kind].tokenize(content, tokenizer, settings.loss_on, settings.rendering)
+
+
+def examples_of(
+    kind: str, content: AnyRow, said: Conversations, row: int, settings: ExampleSettings
+) -> Sequence[Example]:
+    """The example of a row within `max_seq_length`, or those of a split text; without what comes from other rows.
+
+    Raises DataError when nothing is left to train on, TooLong with `truncate: error`, OutsideVocabulary and
+    BeyondPositions for what the model cannot read. None names the row.
+    """
+    examples = _KINDS[kind].cut(content, said, row, settings)
+    for sequence in (sequence for example in examples for sequence in example.sequences):
+        settings.limits.require(sequence.tokens, sequence.loss_mask, more=settings.completion)
+    return examples
+
+
+def _row_error(row: int, error: DataError) -> str:
+    text = str(error)
+    return text if text.startswith("row ") else f"row {row}: {text}"
+
+
+def split_examples(
+    results: Sequence[Result],
+) -> tuple[list[Any], list[LeftOut]]:
+    """What can be trained, and what was left out."""
+    kept = [result for result in results if not isinstance(result, LeftOut)]
+    left_out = [result for result in results if isinstance(result, LeftOut)]
+    return kept, left_out

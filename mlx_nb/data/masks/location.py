@@ -1,0 +1,201 @@
+"""Where every message lies in a rendered conversation.
+
+In a long conversation each turn is measured in a window of it, and windows of one shape once. What a window says
+counts where the template writes the same around the turn there as in the whole text; else the whole conversation is
+asked, at the cost of rendering its beginning for that turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from mlx_nb.data.masks.spans import Scene, Turn, agree_with_text_prefixes, measure_turn
+from mlx_nb.data.masks.tagging import TAGGINGS, TaggedRender, Tagging, Unproved, tag_and_prove
+from mlx_nb.data.masks.template_facts import Message, Render, RenderFailed, TemplateFacts
+from mlx_nb.data.masks.windows import LONG, Window, Windows
+from mlx_nb.errors import MaskRefused
+
+Ranges = Sequence[tuple[int, int]]
+EosRanges = Callable[[Sequence[Message], str], Ranges]
+"""The character ranges of the end-of-sequence tokens in the text that messages were rendered to, in order."""
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where every message lies in the rendered text.
+
+    turns     one for each assistant message that is in the text, in order
+    regions   (message, start, end) of the texts of the other messages
+    lost      (message, field, characters lost, characters given), for texts the template leaves out
+    absent    assistant messages of which nothing is in the text
+    """
+
+    turns: tuple[Turn, ...]
+    regions: tuple[tuple[int, int, int], ...]
+    lost: tuple[tuple[int, str, int, int], ...]
+    absent: tuple[int, ...]
+
+
+def locate_messages(
+    messages: Sequence[Message],
+    text: str,
+    render: Render,
+    facts: TemplateFacts,
+    eos: Ranges,
+    eos_ranges: EosRanges,
+) -> Located:
+    """Find every message in `text`, which is `render(messages, False)`, with the end-of-sequence tokens `eos`.
+
+    Raises Unproved, with the reason of the first attempt, when no way of tagging leads to a proof.
+    """
+    reason: Unproved | None = None
+    for tagging in TAGGINGS:
+        try:
+            tagged = tag_and_prove(messages, text, render, facts.constants, tagging)
+            scene = Scene(tagged, render, facts, text, eos)
+            located, by_prefixes = _measure(messages, scene, tagging, eos_ranges)
+            break
+        except Unproved as error:
+            reason = reason or error
+    else:
+        raise reason or Unproved("no text could be tagged")
+    for turn in by_prefixes:
+        agree_with_text_prefixes(turn, messages, text, render, facts.header)
+    return located
+
+
+def _measure(
+    messages: Sequence[Message], scene: Scene, tagging: Tagging, eos_ranges: EosRanges
+) -> tuple[Located, list[Turn]]:
+    """Where everything is, and those of the turns that were measured with the whole beginning of the conversation."""
+    own: dict[int, list[int]] = {}
+    for k, run in enumerate(scene.tagged.runs):
+        own.setdefault(run.message, []).append(k)
+    answers, by_prefixes = dict[int, tuple[int, int]](), dict[int, Turn]()
+    for i, runs in own.items():
+        if messages[i].get("role") == "assistant":
+            if len(runs) != runs[-1] - runs[0] + 1:
+                raise Unproved(f"the text of message {i} (assistant) is mixed with that of others")
+            answers[i] = runs[0], runs[-1]
+            if i < LONG:
+                by_prefixes[i] = measure_turn(scene, i, *answers[i])
+    by_windows: dict[int, Turn] = {}
+    if len(messages) > LONG:
+        windows = Windows(messages, scene.facts.constants)
+        by_windows = _measure_by_windows(
+            answers, by_prefixes, _WindowScenes(messages, scene, tagging, eos_ranges, windows)
+        )
+        rest = (i for i in answers if i not in by_prefixes and i not in by_windows)
+        by_prefixes |= {i: measure_turn(scene, i, *answers[i]) for i in rest}
+    turns = sorted([*by_prefixes.values(), *by_windows.values()], key=lambda turn: turn.start)
+    for before, after in pairwise(turns):
+        if before.end > after.start:
+            raise Unproved(f"messages {before.message} and {after.message} overlap in the text")
+    regions = [r for r in _regions(scene.tagged) if messages[r[0]].get("role") != "assistant"]
+    located = Located(tuple(turns), tuple(regions), tuple(scene.tagged.lost), tuple(scene.tagged.absent))
+    return located, [by_prefixes[turn.message] for turn in turns if turn.message in by_prefixes]
+
+
+def _regions(tagged: TaggedRender) -> Iterator[tuple[int, int, int]]:
+    """The texts of each message; those that no other message interrupts are one region."""
+    first = 0
+    runs = tagged.runs
+    for k, run in enumerate(runs):
+        if k + 1 == len(runs) or runs[k + 1].message != run.message:
+            yield run.message, tagged.in_real(runs[first].start), tagged.in_real(run.end)
+            first = k + 1
+
+
+# --- long conversations ----------------------------------------------------------------------------------------------
+
+
+def _measure_by_windows(
+    answers: Mapping[int, tuple[int, int]], known: Mapping[int, Turn], windows: _WindowScenes
+) -> dict[int, Turn]:
+    """The later turns that a window tells; none where windows say something else of turns that are `known`."""
+    for i, turn in known.items():
+        if i >= LONG // 2 and windows.turn(i, *answers[i]) not in (turn, None):
+            return {}
+    found = ((i, windows.turn(i, *runs)) for i, runs in answers.items() if i not in known)
+    return {i: turn for i, turn in found if turn is not None}
+
+
+@dataclass(frozen=True)
+class _Surroundings:
+    """What stands around the texts of a turn, by which it is known again.
+
+    frames     what the template writes before and after them, in the tagged text
+    neighbors  how far before and after the messages are whose texts come next; None where none does
+    eos        the end-of-sequence tokens behind them, counted from `after`
+    before     where the real text goes on after the message before
+    after      where the real text goes on after the turn's own texts
+    """
+
+    frames: tuple[str, str]
+    neighbors: tuple[int | None, int | None]
+    eos: tuple[tuple[int, int], ...]
+    before: int = field(compare=False)
+    after: int = field(compare=False)
+
+
+def _surroundings(scene: Scene, first_run: int, last_run: int, indexes: Sequence[int]) -> _Surroundings:
+    """`indexes` are the numbers of the scene's messages in the whole conversation."""
+    tagged = scene.tagged
+    runs, i = tagged.runs, indexes[tagged.runs[first_run].message]
+    previous = runs[first_run - 1] if first_run else None
+    following = runs[last_run + 1] if last_run + 1 < len(runs) else None
+    begin, end = previous.end if previous else 0, following.start if following else len(tagged.text)
+    after, limit = tagged.in_real(runs[last_run].end), tagged.in_real(end)
+    return _Surroundings(
+        (tagged.text[begin : runs[first_run].start], tagged.text[runs[last_run].end : end]),
+        (indexes[previous.message] - i if previous else None, indexes[following.message] - i if following else None),
+        tuple((a - after, b - after) for a, b in scene.eos_between(after, limit)),
+        tagged.in_real(begin),
+        after,
+    )
+
+
+@dataclass(frozen=True)
+class _WindowScenes:
+    """The windows of one conversation, and what was measured in those of each shape."""
+
+    messages: Sequence[Message]
+    scene: Scene
+    tagging: Tagging
+    eos_ranges: EosRanges
+    windows: Windows
+    known: dict[Hashable, tuple[Turn, _Surroundings] | None] = field(default_factory=dict)
+
+    def turn(self, i: int, first_run: int, last_run: int) -> Turn | None:
+        """Where message `i` lies in the whole text as its window tells it; None where that cannot be told."""
+        window = self.windows.around(i)
+        if window.shape not in self.known:
+            self.known[window.shape] = self._measure(window)
+        here = _surroundings(self.scene, first_run, last_run, range(len(self.messages)))
+        measured = self.known[window.shape]
+        if measured and measured[1] != here:
+            # What the template copies, such as the name of a tool, is no part of a shape.
+            measured = self._measure(window)
+        if not measured or measured[1] != here:
+            return None
+        turn, there = measured
+        start, end = here.before + turn.start - there.before, here.after + turn.end - there.after
+        return Turn(i, start, end, turn.ends_turn, turn.context_as_in_inference)
+
+    def _measure(self, window: Window) -> tuple[Turn, _Surroundings] | None:
+        """The turn in question and what is around it, in a conversation of the window's messages alone."""
+        messages, scene = [self.messages[k] for k in window.indexes], self.scene
+        try:
+            text = scene.render(messages, False)
+            tagged = tag_and_prove(messages, text, scene.render, scene.facts.constants, self.tagging)
+            small = Scene(tagged, scene.render, scene.facts, text, self.eos_ranges(messages, text))
+            own = [k for k, run in enumerate(tagged.runs) if run.message == window.slot]
+            if not own or len(own) != own[-1] - own[0] + 1:
+                return None
+            turn = measure_turn(small, window.slot, own[0], own[-1])
+            agree_with_text_prefixes(turn, messages, text, scene.render, scene.facts.header)
+        except (RenderFailed, Unproved, MaskRefused):
+            return None
+        return turn, _surroundings(small, own[0], own[-1], window.indexes)

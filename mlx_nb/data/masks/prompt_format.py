@@ -1,0 +1,63 @@
+"""How strings become what the model reads: the one decision that training and asking share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mlx_nb.config.run_config import RunConfig
+from mlx_nb.errors import DataError
+
+CHAT, RAW = "chat", "raw"
+FORMAT_WORDS = {CHAT: "chat template", RAW: "raw text"}
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """How strings are written for the model, in rows and when it is asked. Messages always take the chat template.
+
+    prompt_format           "chat": a prompt is a user turn and a completion an assistant turn of the chat template;
+                            "raw": the text itself, the completion right behind its prompt; None: chat where the
+                            tokenizer has a template
+    special_tokens_in_text  "keep": control tokens written in a text become control tokens, as in mlx-lm;
+                            "text": they are tokenized as ordinary characters
+    """
+
+    prompt_format: str | None = None
+    special_tokens_in_text: str = "keep"
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Rendering:
+        return cls(config.prompt_format, config.special_tokens_in_text)
+
+    def resolved(self, tokenizer: Any) -> Rendering:
+        """The same with its format decided. Raises DataError for "chat" with a tokenizer without a template."""
+        template = has_chat_template(tokenizer)
+        if self.prompt_format == CHAT and not template:
+            raise DataError(
+                "`prompt_format: chat` needs a chat template, and the tokenizer has none. Set `chat_template:` to one, "
+                "or `prompt_format: raw`."
+            )
+        return self if self.prompt_format else replace(self, prompt_format=CHAT if template else RAW)
+
+    def is_raw(self, tokenizer: Any) -> bool:
+        """Whether strings are raw text for this tokenizer. Raises as `resolved`."""
+        return self.resolved(tokenizer).prompt_format == RAW
+
+    @property
+    def as_text(self) -> bool:
+        """Whether control tokens in a text are ordinary characters."""
+        return self.special_tokens_in_text == "text"
+
+
+AS_USUAL = Rendering()
+
+
+def has_chat_template(tokenizer: Any) -> bool:
+    """Whether messages can be rendered: by a template of the tokenizer, or by mlx-lm's own code for the model."""
+    return getattr(tokenizer, "chat_template", None) is not None or has_own_code(tokenizer)
+
+
+def has_own_code(tokenizer: Any) -> bool:
+    """Whether mlx-lm's wrapper renders by its own code for the model, whatever template the tokenizer has."""
+    return getattr(tokenizer, "_chat_template", None) is not None

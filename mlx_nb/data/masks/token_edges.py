@@ -1,0 +1,159 @@
+"""Which tokens cover a stretch of a text, and what is worth knowing about those at its edges.
+
+A token is found by its characters in the same time whatever the length of the text.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from mlx_nb.data.masks.control_tokens import written_out
+from mlx_nb.data.masks.render import Encoded, encode_with_offsets
+
+# What precedes an answer is mostly the same few characters of the template.
+_SHORT, _REMEMBERED = 200, 1000
+# Characters after which a text without control tokens is read the same wherever one began to read, and of those that
+# are compared then.
+_READ_IN, _COMPARED = 1000, 1000
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """The tokens that cover something of a text that the model is asked with, as in `Encoded`."""
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    control_tokens: int
+
+
+_ASKED: WeakKeyDictionary[Any, dict[tuple[int, str], _Asked]] = WeakKeyDictionary()
+
+
+Touching = tuple[np.ndarray, np.ndarray]
+"""(N,) which of some stretches of a text, and (N,) a token that touches it, in the order of the stretches."""
+
+
+class TokenOffsets:
+    """The characters that each token covers: `starts` and `ends`, (T,) int32."""
+
+    def __init__(self, offsets: np.ndarray) -> None:
+        self.starts, self.ends = np.ascontiguousarray(offsets[:, 0]), np.ascontiguousarray(offsets[:, 1])
+        # Nearly all tokenizers go through a text from its beginning to its end.
+        self._in_order = all(bool((edges[1:] >= edges[:-1]).all()) for edges in (self.starts, self.ends))
+
+    def touching(self, start: int, end: int) -> np.ndarray:
+        """The tokens that cover a character of `[start, end)`, in order.
+
+        One without characters lies where it starts.
+        """
+        first, last = 0, len(self.starts)
+        if self._in_order:
+            # Of the arrays' own type: for another one the whole array is converted first.
+            first = int(self.ends.searchsorted(np.int32(start), "left"))
+            last = int(self.starts.searchsorted(np.int32(end), "left"))
+        return first + np.flatnonzero(_touch(self.starts[first:last], self.ends[first:last], start, end))
+
+    def touching_each(self, stretches: np.ndarray) -> Touching:
+        """The tokens that cover a character of each of (S, 2) stretches `[start, end)`, as `touching` for each."""
+        if not self._in_order:
+            each = [self.touching(start, end) for start, end in stretches.tolist()]
+            counts = np.array([len(tokens) for tokens in each], np.int64)
+            return np.repeat(np.arange(len(each)), counts), np.concatenate([np.zeros(0, np.int64), *each])
+        start, end = stretches.T
+        first = self.ends.searchsorted(start, "left")
+        counts = np.maximum(self.starts.searchsorted(end, "left") - first, 0)
+        which = np.repeat(np.arange(len(stretches)), counts)
+        tokens = np.arange(len(which)) + (first - np.cumsum(counts) + counts)[which]
+        found = _touch(self.starts[tokens], self.ends[tokens], start[which], end[which])
+        return which[found], tokens[found]
+
+
+def _touch(starts: np.ndarray, ends: np.ndarray, start: int | np.ndarray, end: int | np.ndarray) -> np.ndarray:
+    """(N,) bool: whether tokens cover a character of `[start, end)`."""
+    return (starts < end) & ((ends > start) | ((starts == ends) & (starts >= start)))
+
+
+class Edges:
+    """The tokens of a text at the edges of its spans."""
+
+    def __init__(self, text: str, encoded: Encoded, tokenizer: Any) -> None:
+        self.text, self.tokens, self.tokenizer = text, encoded.tokens, tokenizer
+        self.offsets = TokenOffsets(encoded.offsets)
+        self._control = encoded.control
+        self._control_ends = [one.end for one in encoded.control]
+
+    def straddling(self, stretches: np.ndarray, touching: Touching) -> list[tuple[int, str]]:
+        """Which of (S, 2) stretches `[start, end)`, and the text of a token that covers characters in it and outside.
+
+        White space that a token takes along behind the end of a turn changes nothing and does not count.
+        """
+        which, tokens = touching
+        start, end = stretches[which].T
+        starts, ends = self.offsets.starts[tokens], self.offsets.ends[tokens]
+        found = []
+        for at in np.flatnonzero((starts < start) | (ends > end)).tolist():
+            if starts[at] < start[at] or self.text[end[at] : ends[at]].strip():
+                found.append((int(which[at]), self.text[starts[at] : ends[at]]))
+        return found
+
+    def other_tokens_before(self, starts: Sequence[int]) -> list[str]:
+        """What to say where the model, asked with the text before a start, reads other tokens than the row has there.
+
+        One for each start, empty where there is nothing to say. Some tokenizers read a line break otherwise when
+        something follows it. Control tokens part a text, so what comes after the last one before a start tells. A
+        token across a start is another remark, and so is none here.
+        """
+        begins = [self._begin(start) for start in starts]
+        edges = np.array([(begins[k][1], start) for k, start in enumerate(starts)], np.int32).reshape(-1, 2)
+        which, tokens = self.offsets.touching_each(edges + np.array([0, 1], np.int32))
+        token_starts, token_ends = self.offsets.starts[tokens], self.offsets.ends[tokens]
+        begin, end = edges[which].T
+        across = set(which[(token_starts < end) & (token_ends > end)].tolist())
+        within = (token_starts >= begin) & (token_ends <= end) & (token_ends > begin)
+        limits = [0, *np.bincount(which[within], minlength=len(starts)).cumsum().tolist()]
+        own = tokens[within]
+        return [
+            "" if start == 0 or k in across else self._other_tokens(start, *begins[k], own[limits[k] : limits[k + 1]])
+            for k, start in enumerate(starts)
+        ]
+
+    def _begin(self, start: int) -> tuple[int, int, int]:
+        """Where the last control token before `start` begins, from where on to read, and how many were passed."""
+        passed = bisect_right(self._control_ends, start)
+        begin = self._control[passed - 1].start if passed else 0
+        return begin, begin if start - begin <= _READ_IN + _COMPARED else start - _READ_IN - _COMPARED, passed
+
+    def _other_tokens(self, start: int, begin: int, read_from: int, passed: int, own: np.ndarray) -> str:
+        before = self.text[read_from:start]
+        asked = _asked(before, self.tokenizer)
+        if asked.control_tokens > (min(passed, 1) if read_from == begin else 0):
+            return ""  # control tokens that are ordinary characters in this row
+        asked_tokens = asked.tokens
+        if read_from > begin:
+            compared = start - _COMPARED
+            own = own[self.offsets.starts[own] >= compared]
+            asked_tokens = asked_tokens[asked.offsets[:, 0] >= compared - read_from]
+        same = np.array_equal(self.tokens[own], asked_tokens)
+        return "" if same else f"{before[-8:]!r} before it has other tokens when the model is asked."
+
+
+def _asked(before: str, tokenizer: Any) -> _Asked:
+    known = _ASKED.setdefault(tokenizer, {})
+    key = len(tokenizer), before
+    if key in known:
+        return known[key]
+    tokens, covered = encode_with_offsets(tokenizer, before)
+    something = covered[:, 1] > 0
+    control_tokens = len(written_out(tokens, covered, before, tokenizer))
+    asked = _Asked(tokens[something], covered[something], control_tokens)
+    if len(before) <= _SHORT:
+        if len(known) >= _REMEMBERED:
+            known.clear()
+        known[key] = asked
+    return asked

@@ -1,0 +1,285 @@
+"""Rows that judge answers: a chosen and a rejected answer to one prompt, or one answer with a label."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_nb.data.rows.columns import (
+    Columns,
+    Messages,
+    kind_of_value,
+    missing_column,
+    read_messages,
+    read_system,
+    read_tools,
+)
+from mlx_nb.data.rows.forms import (
+    CONVERSATION_COLUMNS,
+    answer_column,
+    chosen_column,
+    conversation_column,
+    dialog,
+    from_json,
+    label_column,
+    looks_like,
+    question,
+    question_column,
+    read_said,
+    rejected_column,
+)
+from mlx_nb.data.rows.imitation import chat_row, said_by
+from mlx_nb.errors import DataError
+
+PAIR_FORMATS = "prompt + chosen + rejected, or chosen + rejected as whole conversations"
+LABEL_FORMATS = "prompt + completion + label, or messages + label"
+
+_LABELS: dict[str | float, bool] = {"true": True, "false": False, "1": True, "0": False, 1.0: True, 0.0: False}
+
+
+@dataclass(frozen=True)
+class PreferenceRow:
+    """Two answers to one prompt, the first better. All three are texts, or all three are messages.
+
+    weight      how much the pair counts (`preference_score`)
+    margin      by how much the first is better
+    from_texts  the messages are texts with the row's system prompt or tools
+    """
+
+    prompt: str | Messages
+    chosen: str | Messages
+    rejected: str | Messages
+    tools: list[dict[str, Any]] | None = None
+    weight: float = 1.0
+    margin: float = 0.0
+    from_texts: bool = field(default=False, compare=False)
+
+
+@dataclass(frozen=True)
+class LabelledRow:
+    """An answer to a prompt, and whether it is a good one. Both are texts, or both are messages.
+
+    `from_texts`: the messages are texts with the row's system prompt or tools.
+    """
+
+    prompt: str | Messages
+    completion: str | Messages
+    label: bool
+    tools: list[dict[str, Any]] | None = None
+    from_texts: bool = field(default=False, compare=False)
+
+
+class NothingToPrefer(DataError):
+    """The chosen and the rejected answer of a row are the same, as they stand or as the tokens that are trained."""
+
+
+def preference_row(record: Mapping[str, Any], columns: Columns) -> PreferenceRow:
+    """The pair in a row: texts, answers as messages, or whole conversations (the part they share is the prompt).
+
+    `{"messages": [...]}` counts as the list in it, and a whole conversation in `messages` beside a rejected answer as
+    what was chosen. Raises NothingToPrefer for two answers that are the same, and DataError for everything else that
+    is no pair.
+    """
+    record = _unpacked(record)
+    chosen_name = columns.chosen or chosen_column(record) or "chosen"
+    names = (chosen_name, columns.rejected or rejected_column(record) or "rejected")
+    _require(record, names, PAIR_FORMATS, looks_like)
+    chosen, rejected = (read_said(record[name], name, columns.roles) for name in names)
+    asked: Messages | None = None
+    if names[0] in CONVERSATION_COLUMNS and not _whole(rejected):
+        asked, chosen = _last_answer(chosen, names[0])
+        rejected = said_by("assistant", rejected)
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        kinds = [kind_of_value(answer) for answer in (chosen, rejected)]
+        raise DataError(f"`{names[0]}` is {kinds[0]} and `{names[1]}` is {kinds[1]}. Make both of the same kind.")
+    if chosen == rejected:
+        raise NothingToPrefer(f"`{names[0]}` and `{names[1]}` are the same: there is nothing to prefer. Drop the row.")
+    if _whole(chosen) or _whole(rejected):
+        prompt, chosen, rejected = _parted(chosen, rejected, names)
+        if not all(_is_object(record[name]) for name in names):
+            _check_asked(record, columns, prompt)
+    else:
+        prompt = asked or _prompt(record, columns, PAIR_FORMATS)
+        chosen, rejected = (_after(record, columns, answer) for answer in (chosen, rejected))
+    from_texts = all_texts(prompt, chosen, rejected)
+    prompt, (chosen, rejected), tools = with_context(prompt, (chosen, rejected), record, columns)
+    weight = _number(record, columns.preference_score, "preference_score", 1.0)
+    if weight == 0:
+        name = columns.preference_score or "preference_score"
+        raise DataError(f"`{name}` is the weight of the pair and must be above 0. Drop the row.")
+    margin = _number(record, None, "margin", 0.0)
+    return PreferenceRow(prompt, chosen, rejected, tools, weight, margin, from_texts)
+
+
+def labelled_row(record: Mapping[str, Any], columns: Columns) -> LabelledRow:
+    """The answer in a row and its label: prompt + completion, or messages (what follows the last user message).
+
+    Raises DataError for everything that is neither.
+    """
+    name = columns.label or label_column(record) or "label"
+    _require(record, (name,), LABEL_FORMATS, looks_like)
+    label = _label(record[name], name)
+    talk = columns.messages or conversation_column(record) or "messages"
+    asked = columns.prompt or columns.completion or (talk != "messages" and record.get("completion") is not None)
+    completion: str | Messages
+    if columns.messages or (record.get(talk) is not None and not asked):
+        _require(record, (talk,), LABEL_FORMATS)
+        prompt, completion = _last_answer(read_messages(record[talk], talk, columns.roles), talk)
+    else:
+        answer_name = columns.completion or answer_column(record) or "completion"
+        prompt = _prompt(record, columns, LABEL_FORMATS)
+        _require(record, (answer_name,), LABEL_FORMATS)
+        completion = read_said(record[answer_name], answer_name, columns.roles)
+        if not isinstance(completion, str) and completion[0]["role"] != "assistant":
+            first = completion[0]["role"]
+            raise DataError(f"`{answer_name}` begins with the {first}; it must begin with the assistant's answer.")
+        completion = _after(record, columns, completion)
+    from_texts = all_texts(prompt, completion)
+    prompt, (completion,), tools = with_context(prompt, (completion,), record, columns)
+    return LabelledRow(prompt, completion, label, tools, from_texts)
+
+
+def with_context(
+    prompt: str | Messages, answers: Sequence[str | Messages], record: Mapping[str, Any], columns: Columns
+) -> tuple[Any, tuple[Any, ...], list[dict[str, Any]] | None]:
+    """Prompt and answers with the row's system prompt, and its tools: all texts, or all messages.
+
+    Texts become messages beside messages, and where there is a system prompt or there are tools.
+    """
+    if all_texts(prompt, *answers) and not read_system(record, columns) and not read_tools(record, columns):
+        return prompt, tuple(answers), None
+    asked = chat_row(said_by("user", prompt), record, columns)
+    return asked.messages, tuple(said_by("assistant", answer) for answer in answers), asked.tools
+
+
+def all_texts(*parts: str | Messages) -> bool:
+    """Whether none of them is messages."""
+    return all(isinstance(part, str) for part in parts)
+
+
+def _whole(said: str | Messages) -> bool:
+    """Whether messages are a whole conversation, and not an answer alone."""
+    return not isinstance(said, str) and said[0]["role"] != "assistant"
+
+
+def _parted(chosen: Messages, rejected: Messages, names: tuple[str, str]) -> tuple[Messages, Messages, Messages]:
+    """The messages that two conversations share, and what is left of each."""
+    pairs = zip(chosen, rejected)
+    shared = next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(chosen), len(rejected)))
+    for name, messages in zip(names, (chosen, rejected)):
+        if len(messages) == shared:
+            raise DataError(f"`{name}` is only the beginning of the other conversation: there is no answer to compare.")
+    for name, messages in zip(names, (chosen, rejected)):
+        if messages[shared]["role"] != "assistant":
+            raise DataError(
+                f"`{names[0]}` and `{names[1]}` part at message {shared}, which is from the "
+                f"{messages[shared]['role']} in `{name}`: they answer different prompts. Let both begin alike."
+            )
+    if not shared:
+        raise DataError(f"one of `{names[0]}` and `{names[1]}` is a whole conversation, the other an answer alone.")
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _check_asked(record: Mapping[str, Any], columns: Columns, shared: Messages) -> None:
+    """Raise DataError where the row's prompt is not what its two conversations share."""
+    name = columns.prompt or "prompt"
+    if columns.prompt:
+        _require(record, (name,), PAIR_FORMATS)
+    if record.get(name) is None:
+        return
+    asked = [_spoken(message) for message in said_by("user", read_said(record[name], name, columns.roles))]
+    known = [_spoken(message) for message in shared]
+    if not any(known[k : k + len(asked)] == asked for k in range(len(known))):
+        raise DataError(
+            f"`{name}` is not in what the two conversations begin with. Remove the column, or correct the row."
+        )
+
+
+def _spoken(message: Mapping[str, Any]) -> tuple[str, str]:
+    return message["role"], (message.get("content") or "").strip()
+
+
+def _prompt(record: Mapping[str, Any], columns: Columns, formats: str) -> Any:
+    name = columns.prompt or "prompt"
+    other = question_column(record) if record.get(name) is None and not columns.prompt else None
+    if other in CONVERSATION_COLUMNS:
+        asked = read_messages(record[other], other, columns.roles)
+        if asked[-1]["role"] == "assistant":
+            raise DataError(f"`{other}` ends with the assistant: nothing is asked. Let it end with the user's message.")
+        return asked
+    if other:
+        return question(record, other, columns.roles)
+    _require(record, (name,), formats)
+    return read_said(record[name], name, columns.roles)
+
+
+def _after(record: Mapping[str, Any], columns: Columns, answer: str | Messages) -> str | Messages:
+    """An answer; without the white space around it where it goes on a dialog that is one text."""
+    prompt = record.get(columns.prompt or "prompt")
+    return answer.strip() if isinstance(answer, str) and isinstance(prompt, str) and dialog(prompt) else answer
+
+
+def _unpacked(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row with the prompt and the tools of its `input: {messages, tools}` (OpenAI) as columns."""
+    given = record.get("input")
+    if isinstance(given, str):
+        given = from_json(given)
+    if not isinstance(given, Mapping) or given.get("messages") is None or record.get("prompt") is not None:
+        return record
+    tools = {"tools": given["tools"]} if given.get("tools") is not None else {}
+    return {**{name: value for name, value in record.items() if name != "input"}, "prompt": given["messages"], **tools}
+
+
+def _is_object(value: Any) -> bool:
+    """Whether a value is an object, or the JSON text of one."""
+    return isinstance(value, Mapping) or (isinstance(value, str) and value.lstrip().startswith("{"))
+
+
+def _last_answer(messages: Messages, column: str) -> tuple[Messages, Messages]:
+    """The messages up to the last one of the user, and those after it."""
+    until = max((k + 1 for k, message in enumerate(messages) if message["role"] == "user"), default=0)
+    if not until:
+        raise DataError(f"`{column}` has no message from the user: there is no prompt. Drop the row.")
+    if not any(message["role"] == "assistant" for message in messages[until:]):
+        raise DataError(f"`{column}` has no answer after the last user message: there is nothing to label. Drop it.")
+    return messages[:until], messages[until:]
+
+
+def _require(
+    record: Mapping[str, Any],
+    names: tuple[str, ...],
+    formats: str,
+    hint: Callable[[Mapping[str, Any]], str] = lambda _: "",
+) -> None:
+    if any(record.get(name) is None for name in names):
+        raise DataError(f"{missing_column(record, names)} Known: {formats}. {hint(record)}".rstrip())
+
+
+def _number(record: Mapping[str, Any], named: str | None, usual: str, default: float) -> float:
+    """A number from 0, also as text (CSV files hold nothing else)."""
+    name = named or usual
+    if named and name not in record:
+        raise DataError(missing_column(record, (name,)))
+    value = record.get(name)
+    if value is None:
+        return default
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise DataError(f"`{name}` must be a number from 0, not {value!r}.")
+    return number
+
+
+def _label(value: Any, name: str) -> bool:
+    """True or false, as a word, a bool or a number; also of numpy and pandas, whose kinds all become a float."""
+    try:
+        known = _LABELS.get(value.strip().lower() if isinstance(value, str) else float(value))
+    except (TypeError, ValueError):
+        known = None
+    if known is None:
+        raise DataError(f"`{name}` must be true or false (or 1 or 0), not {value!r}.")
+    return known

@@ -1,0 +1,63 @@
+"""Rows that only ask: a prompt to be answered by the model, with what a reward needs to judge the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_nb.data.rows.columns import Columns, Messages, missing_column, read_messages
+from mlx_nb.data.rows.forms import conversation_column, looks_like, read_said
+from mlx_nb.data.rows.preference import all_texts, with_context
+from mlx_nb.errors import DataError
+
+PROMPT_FORMATS = "prompt (+ answer and any other columns)"
+
+_QUESTION_WORDS = ("question", "problem", "query", "instruction", "input")
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt, as text or messages; the right answer, if the row has one; and all other columns of the row.
+
+    `prompt` is what the model is asked, with the row's system prompt; `as_given` is what the row has in its column.
+    `from_texts`: the messages are a text with the row's system prompt or tools.
+    """
+
+    prompt: str | Messages
+    answer: Any = None
+    columns: dict[str, Any] = field(default_factory=dict)
+    tools: list[dict[str, Any]] | None = None
+    as_given: str | Messages = ""
+    from_texts: bool = field(default=False, compare=False)
+
+
+def prompt_row(record: Mapping[str, Any], columns: Columns) -> PromptRow:
+    """The question in a row. Raises DataError where nothing is asked."""
+    name, answer_name = columns.prompt or "prompt", columns.answer or "answer"
+    if record.get(name) is None:
+        raise DataError(f"{missing_column(record, (name,))} {_fix(record, columns)}")
+    if columns.answer and answer_name not in record:
+        raise DataError(f"{missing_column(record, (answer_name,))} A row without an answer needs null there.")
+    as_given = read_said(record[name], name, columns.roles)
+    prompt, _, tools = with_context(as_given, (), record, columns)
+    if isinstance(prompt, str) and not prompt.strip():
+        raise DataError(f"`{name}` is empty: nothing is asked. Drop the row.")
+    if not isinstance(prompt, str) and prompt[-1]["role"] in ("assistant", "system"):
+        raise DataError(
+            f"`{name}` ends with the {prompt[-1]['role']}: nothing is asked. Let it end with the user's message."
+        )
+    others = {column: value for column, value in record.items() if column not in (name, answer_name)}
+    return PromptRow(prompt, record.get(answer_name), others, tools, as_given, all_texts(as_given))
+
+
+def _fix(record: Mapping[str, Any], columns: Columns) -> str:
+    """The setting that would make a row without a prompt readable, or what it is instead."""
+    known = f"Known: {PROMPT_FORMATS}."
+    if columns.prompt:
+        return known
+    talk = conversation_column(record)
+    if talk and read_messages(record[talk], talk, columns.roles)[-1]["role"] != "assistant":
+        return f"Set prompt_feature: {talk}."
+    asking = next((word for word in _QUESTION_WORDS if record.get(word) is not None), None)
+    return f"Set prompt_feature: {asking}." if asking else f"{known} {looks_like(record)}".rstrip()

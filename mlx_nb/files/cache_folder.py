@@ -1,0 +1,215 @@
+"""Where fetched and converted models are kept, each whole or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mlx_nb.files.whole_files import sync_folder, sync_tree
+
+SIZES_FILE = "mlx_nb_files.json"  # name and size of each file, written with the folder
+_WORK = re.compile(r"\..+\.work")
+_EARLIER_WORK = re.compile(r"\..+-[0-9a-f]{8}")  # of versions without locks
+_EARLIER_WORK_SECONDS = 3600.0
+_HEADER_BYTES, _LARGEST_HEADER = 8, 100 * 1024**2
+
+_mended: dict[Path, str] = {}
+
+
+def cache_folder() -> Path:
+    """`MLX_NB_CACHE`, or `mlx_nb` in the user's cache folder."""
+    named = os.environ.get("MLX_NB_CACHE")
+    if named:
+        return Path(named).expanduser().absolute()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "mlx_nb"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser().absolute() / "mlx_nb"
+
+
+def made_once(folder: Path, make: Callable[[Path], Path]) -> Path:
+    """The model in `folder`; where there is none, or a damaged one, it is made.
+
+    `make` is given an empty folder to work in, on the same disk, and returns the model's inside it. Of several
+    processes one makes it, and the others wait and take it. Raises OSError when it cannot be written, and what `make`
+    raises; an earlier folder is left as it was then.
+    """
+    _sweep(folder.parent)
+    if folder.is_dir() and damage(folder) is None:
+        return folder
+    with _work_on(folder) as work:
+        reason = damage(folder) if folder.is_dir() else None
+        if folder.is_dir() and reason is None:
+            return folder
+        made = make(work)
+        sizes = {file.name: file.stat().st_size for file in sorted(made.iterdir())}
+        (made / SIZES_FILE).write_text(json.dumps(sizes), encoding="utf-8")
+        sync_tree(made)
+        if reason is not None:
+            os.rename(folder, work / "damaged")
+            _mended[folder] = reason
+        os.rename(made, folder)
+        sync_folder(folder.parent)
+    return folder
+
+
+def mended_note(folder: Path) -> str | None:
+    """What a person should know when the model in `folder` was damaged and is made anew by this process, else None."""
+    reason = _mended.get(folder)
+    return None if reason is None else f"The cached model in {folder} was damaged ({reason}) and was made again."
+
+
+@contextmanager
+def _work_on(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder` that this process alone works in; gone afterwards.
+
+    It is its own lock, so that nothing but it is ever left behind, and what is left behind is known to be nobody's.
+    """
+    work = folder.with_name(f".{folder.name}.work")
+    missing = [parent for parent in (folder.parent, *folder.parent.parents) if not parent.exists()]
+    descriptor = _locked(work)
+    try:
+        for entry in work.iterdir():
+            _remove(entry)
+        yield work
+    except OSError:
+        missing.clear()  # a folder that could not be written stays, to be looked at
+        raise
+    finally:
+        _remove(work)
+        os.close(descriptor)
+        for parent in missing:  # after a failure nothing is in them
+            try:
+                parent.rmdir()
+            except OSError:
+                break
+
+
+def _locked(work: Path) -> int:
+    """Make the folder and lock it, waiting for whoever has it. Returns what is to be closed."""
+    while True:
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue  # removed between the two by the one who had it
+        try:
+            _lock(descriptor, wait=True)
+            if os.path.samestat(os.fstat(descriptor), os.stat(work)):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, *, wait: bool) -> bool:
+    """False when another has it. A disk that knows no locks gives it to everyone."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return wait
+    return True
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what processes that were killed left in a cache folder; what a living one works in stays."""
+    try:
+        left = [entry for entry in parent.iterdir() if entry.name.startswith(".") and entry.is_dir()]
+    except OSError:
+        return
+    for entry in left:
+        if _WORK.fullmatch(entry.name):
+            _remove_unless_locked(entry)
+        elif _EARLIER_WORK.fullmatch(entry.name) and time.time() - entry.stat().st_mtime > _EARLIER_WORK_SECONDS:
+            _remove(entry)
+
+
+def _remove_unless_locked(work: Path) -> None:
+    try:
+        descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return
+    try:
+        if _lock(descriptor, wait=False):
+            _remove(work)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry, ignore_errors=True)
+    else:
+        entry.unlink(missing_ok=True)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with the files of a model's folder, by name; None when they are whole. Reads no weights."""
+    try:
+        sizes = _json_of(folder / SIZES_FILE) if (folder / SIZES_FILE).exists() else {}
+        for name, size in sizes.items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if (there := (folder / name).stat().st_size) != size:
+                return f"{name} has {there:,} bytes of {size:,}"
+        for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"):
+            if name == "config.json" or (folder / name).exists():
+                _json_of(folder / name)
+        shards = sorted(folder.glob("model*.safetensors"))
+        if not shards:
+            return "it has no model*.safetensors weights"
+        for shard in shards:
+            _check_safetensors(shard)
+        return _missing_shard(folder)
+    except OSError as error:
+        return f"{Path(str(error.filename or folder)).name}: {error.strerror or error}"
+    except ValueError as error:
+        return str(error)
+
+
+def _json_of(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} is not whole JSON")
+    return content
+
+
+def _check_safetensors(path: Path) -> None:
+    """Raise ValueError when the file is shorter or longer than its header says."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(_HEADER_BYTES), "little")
+        if size < _HEADER_BYTES or length > min(size - _HEADER_BYTES, _LARGEST_HEADER):
+            raise ValueError(f"{path.name} is cut short or no safetensors file")
+        try:
+            header = json.loads(file.read(length))
+            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+            whole = _HEADER_BYTES + length + max(ends, default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            raise ValueError(f"the header of {path.name} is damaged") from None
+    if not ends:
+        raise ValueError(f"{path.name} holds no weights")
+    if size != whole:
+        raise ValueError(f"{path.name} has {size:,} bytes of {whole:,}")
+
+
+def _missing_shard(folder: Path) -> str | None:
+    index = folder / "model.safetensors.index.json"
+    named = set(_json_of(index).get("weight_map", {}).values()) if index.exists() else set()
+    missing = sorted(name for name in named if not (folder / name).exists())
+    return f"{missing[0]} is missing" if missing else None

@@ -1,0 +1,388 @@
+"""The folder of a run: one run at a time may write there, and only over its own files."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import secrets
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mlx_nb.config.fields import shown
+from mlx_nb.errors import ConfigError, FolderError, FolderTaken, and_more
+from mlx_nb.files.folder_lock import MARK, FolderLock, Holder
+from mlx_nb.files.whole_files import write_whole
+from mlx_nb.files.written_files import ADAPTER_FILE, CONFIG_FILE, RUN, WrittenFiles, run_in
+
+# Until all files of an earlier run are moved, these name where to, in the one folder, and where from, in the other.
+MOVING_FILE, ARRIVING_FILE = "moving", "arriving"
+
+
+class RunFolder:
+    """The folder at `path` in the hands of the run `run_id`, called `name`.
+
+    `take` before anything is loaded, `begin` before the first file, `write` for each, `release` at the end. All raise
+    FolderError in one line: the folder cannot be written, somebody else holds it, or a file that mlx_nb did not write
+    is in the way. `at_rest` says whether all is saved and nothing moves, so that another
+    run of this process may take the folder over; `let_go` ends the run for a reason, so that it may.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        run_id: str | None = None,
+        *,
+        kind: str = RUN,
+        at_rest: Callable[[], bool] = lambda: False,
+        let_go: Callable[[str], None] | None = None,
+    ) -> None:
+        self.path = path
+        self.name = name
+        self.run_id = run_id or secrets.token_hex(16)
+        self._kind = kind
+        self.at_rest = at_rest
+        self.let_go = let_go or self.give_up
+        self._lock = FolderLock(path, name)
+        self.lost = ""
+        self._written: WrittenFiles | None = None
+        self._seen: dict[Path, tuple[int, int, int]] = {}
+        _folders.add(self)
+
+    @property
+    def held(self) -> bool:
+        return self._lock.held
+
+    def holds(self, path: Path) -> bool:
+        """Whether it is the folder at `path` that is held, which may have been moved since."""
+        return self._lock.is_of(path)
+
+    def take(self) -> None:
+        """Make sure that nobody else writes there, and that this run can. The folder is made if there is none."""
+        if self.lost:
+            raise FolderTaken(self.lost)
+        try:
+            holder = self._lock.take()
+            if holder is not None and holder.is_this_process:
+                self._ask_here()
+                holder = self._lock.take()
+            if holder is None:
+                _probe(self.path)
+        except (OSError, ValueError) as error:
+            self.release()
+            raise self._unwritable(error) from None
+        if holder is not None:
+            raise FolderTaken(self._held_by(holder))
+        self._wait_for_arrival()
+
+    def _wait_for_arrival(self) -> None:
+        """Have the files that are being moved here all here. Raises FolderTaken while another run moves them."""
+        try:
+            source = Path((self.path / MARK / ARRIVING_FILE).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return
+        self.release()  # they are moved by who holds both folders, that one first
+        other = RunFolder(source, self.name)
+        other.take()
+        try:
+            other.finish_moving()
+        finally:
+            other.release()
+        self.take()
+
+    def share(self) -> None:
+        """The same for a run that only reads at first: another run of this process may have it until then."""
+        if holder_here(self.path, self) is None:
+            self.take()
+
+    def _ask_here(self) -> None:
+        """Have another run of this process let go: one that nobody refers to, or that is at rest with all saved."""
+        gc.collect()
+        other = holder_here(self.path, self)
+        if other is not None and other.at_rest():
+            whom = "the same run, resumed" if other.run_id == self.run_id else f"the run {self.name!r}"
+            other.give_up(f"{self.path} was taken over by {whom} in this process")
+
+    def release(self) -> None:
+        """Let go. The folder can be taken again, unless another run does."""
+        self._lock.release()
+
+    def give_up(self, reason: str) -> None:
+        """Let go for good: `reason` is what every later attempt to write is answered with."""
+        self.lost = f"{reason}. This run writes there no more; `run.save(FOLDER)` keeps it elsewhere."
+        self.release()
+
+    def check(self) -> None:
+        """Before every save: the folder is still there and still this run's."""
+        if self.lost or not self.held:
+            self.take()
+        there = run_in(self.path)
+        if there is None:
+            self._begin_list()
+        elif there[0] != self.run_id:
+            self.release()
+            raise FolderTaken(
+                f"{self.path} holds another run, {there[1]!r}, by now. `run.save(FOLDER)` keeps this one elsewhere."
+            )
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """The folder held, and afterwards let go of unless it was held before."""
+        before = self.held
+        self.check()
+        try:
+            yield
+        finally:
+            if not before:
+                self.release()
+
+    def refuse_foreign(self) -> None:
+        """Raise FolderError where a file of somebody else has a name that this run would write under."""
+        in_the_way = WrittenFiles(self.path).in_the_way()
+        if in_the_way:
+            files = and_more([str(self.path / name) for name in in_the_way], 1)
+            raise FolderError(
+                f"{files} would be written over, and mlx_nb did not write it, or it was "
+                "changed since. Nothing was moved. Give another `--name` or adapter_path."
+            )
+
+    def begin(self) -> Path | None:
+        """Make the folder this run's. What an earlier run wrote there is moved; returns the folder that it is in now.
+
+        Every other file stays where it is.
+        """
+        if not self.held:
+            self.take()
+        self.refuse_foreign()
+        try:
+            target = self.finish_moving() or self._move_aside()
+            self._begin_list()
+        except OSError as error:
+            raise self._unwritable(error) from None
+        return target
+
+    def adopt(self) -> None:
+        """Go on with the run that is there. Its id becomes this one's. Raises FolderError when it was moved away."""
+        if self.held and (target := self.finish_moving()):
+            raise FolderError(f"the run in {self.path} was moved to {target} when another began. Resume it there.")
+        written = WrittenFiles(self.path)
+        if written.run is not None:
+            self.run_id = written.run
+
+    def _begin_list(self) -> None:
+        """The list of this run's files, with those that are there already and are its own."""
+        self._written = WrittenFiles(self.path)
+        try:
+            self._written.adopt(self.run_id, self.name, self._kind)
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def write(self, path: Path, write: Callable[[Any], Any]) -> None:
+        """Write a file of the run, whole or not at all, and note it. Raises OSError where the disk does not take it."""
+        self.check()
+        name = path.relative_to(self.path).as_posix()
+        if self._written is None:
+            self._written = WrittenFiles(self.path)
+        written = self._written
+        if path.is_symlink() or (_stamp(path) not in (None, self._seen.get(path)) and not written.holds(name)):
+            raise FolderError(
+                f"{path} was changed by somebody else, so it is not written over. Move it away and go on, or "
+                "`run.save(FOLDER)` and go on there."
+            )
+        write_whole(path, write, partial(written.record, name))
+        self._seen[path] = stamp if (stamp := _stamp(path)) else (0, 0, 0)
+
+    def keep_numbered(self, count: int) -> None:
+        """Remove the numbered adapters of this run but for the `count` that were written last.
+
+        One that is not as it was written stays. Raises OSError.
+        """
+        self.check()
+        written = WrittenFiles(self.path)
+        for name in written.numbered()[:-count]:
+            if written.holds(name):
+                (self.path / name).unlink()
+
+    def take_for_adapter(self) -> Path | None:
+        """Take a folder that a person names for an adapter. One that was saved there before is moved aside.
+
+        Returns where that is now. Raises FolderError where a run, or somebody else's adapter, is in the folder.
+        """
+        self.take()
+        written = WrittenFiles(self.path)
+        if written.run == self.run_id:
+            return None
+        own = written.own()
+        if written.kind == RUN or any("/" in name for name in own):
+            whose = f"the run {written.name!r}" if written.name else "another run"
+            raise FolderTaken(f"{self.path} is the folder of {whose}, so nothing was written. Give another folder.")
+        for name in (ADAPTER_FILE, CONFIG_FILE):
+            if name not in own and os.path.lexists(self.path / name):
+                raise FolderError(
+                    f"{self.path / name} was not written by mlx_nb, so it is not written over. Give another folder."
+                )
+        return self.begin()
+
+    def finish_moving(self) -> Path | None:
+        """Go on with a move that was cut short by the death of its process."""
+        try:
+            target = Path((self.path / MARK / MOVING_FILE).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        if not (target / MARK / ARRIVING_FILE).exists():  # not begun, or all there
+            (self.path / MARK / MOVING_FILE).unlink()
+            return None
+        return self._move_to(target)
+
+    def _move_aside(self) -> Path | None:
+        if not WrittenFiles(self.path).own():
+            WrittenFiles(self.path).path.unlink(missing_ok=True)
+            return None
+        target = _new_folder_beside(self.path)
+        (self.path / MARK / MOVING_FILE).write_text(str(target), encoding="utf-8")
+        (target / MARK).mkdir()
+        write_whole(target / MARK / ARRIVING_FILE, lambda file: file.write(str(self.path).encode()))
+        return self._move_to(target)
+
+    def _move_to(self, target: Path) -> Path:
+        """Move all our own files to `target`, the list of them last. Nobody takes that folder before it is done."""
+        lock = FolderLock(target, self.name)
+        if (holder := lock.take()) is not None:
+            raise FolderTaken(self._held_by(holder))
+        try:
+            self._move_all(target)
+        finally:
+            lock.release()
+        return target
+
+    def _move_all(self, target: Path) -> None:
+        written = WrittenFiles(self.path)
+        own = written.own()
+        for name in own:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            _move(self.path / name, target / name)
+        for folder in {(self.path / name).parent for name in own} - {self.path}:
+            with suppress(OSError):  # something of somebody else is in it
+                folder.rmdir()
+        if written.path.exists():
+            _move(written.path, target / MARK / written.path.name)
+        (target / MARK / ARRIVING_FILE).unlink()
+        (self.path / MARK / MOVING_FILE).unlink()
+
+    def _held_by(self, holder: Holder) -> str:
+        return (
+            f"{self.path} is held by {holder}. Give this run another `--name`, such as {self.name}-2 (or another "
+            "adapter_path), or end the other one first."
+        )
+
+    def _unwritable(self, error: Exception) -> FolderError:
+        reason = getattr(error, "strerror", None) or str(error)
+        return FolderError(
+            f"{self.path} cannot be written: {reason}. Give another `--name` or adapter_path, or make the folder "
+            "writable."
+        )
+
+
+_LONGEST_NAME = 200  # bytes: file systems take 255, and `.previous-1` may follow
+_folders: weakref.WeakSet[RunFolder] = weakref.WeakSet()
+
+
+def working_folder() -> Path:
+    """The working folder of the process. Raises FolderError when it was removed."""
+    try:
+        return Path.cwd()
+    except OSError:
+        raise FolderError("the working folder does not exist any more. Go to one that does: `%cd FOLDER`.") from None
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigError for a name of a run that cannot be one of a folder."""
+    parts = name.split("/") if isinstance(name, str) else [""]
+    problem = f"a run cannot be called {shown(name)}: its name is also that of its folder in adapters/"
+    if not all(map(str.strip, parts)) or {".", ".."} & set(parts) or not name.isprintable():
+        raise ConfigError(f"{problem}.")
+    if (size := len(name.encode())) > _LONGEST_NAME:
+        raise ConfigError(f"{problem}, and it has {size:,} bytes. Give one of at most {_LONGEST_NAME}.")
+
+
+def folder_of(path: str, working_folder: Path | None) -> Path:
+    """The absolute path of a run's folder. A link in it stays one, unless `..` follows it. Raises FolderError."""
+    try:
+        folder = (working_folder or Path.cwd()) / Path(path).expanduser()
+        return Path(os.path.realpath(folder)) if ".." in folder.parts else folder
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).rstrip(".")
+        raise FolderError(f"{shown(path)} cannot be a folder: {reason}. Give another adapter_path.") from None
+
+
+def holder_here(path: Path, but: RunFolder | None = None) -> RunFolder | None:
+    """The run of this process that holds the folder at `path`, other than `but`."""
+    return next((one for one in list(_folders) if one is not but and one.holds(path)), None)
+
+
+def same_folder(one: Path, other: Path) -> bool:
+    """Whether two paths lead to the same folder."""
+    try:
+        return one == other or one.samefile(other)
+    except (OSError, ValueError):
+        return False
+
+
+def _probe(folder: Path) -> None:
+    """Whether files can be made in the folder itself. Raises OSError."""
+    with tempfile.NamedTemporaryFile(prefix=f"{MARK}-", dir=folder):
+        pass
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """What changes with every change of a file; None when there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _new_folder_beside(folder: Path) -> Path:
+    """`NAME.previous-1` beside the folder; `previous-1` in it where it is a link, a mount or the working folder."""
+    here = Path.cwd().resolve()
+    if not folder.is_symlink() and not os.path.ismount(folder) and folder.resolve() not in (here, *here.parents):
+        with suppress(OSError):  # such as a name that is too long, or a folder above that cannot be written
+            return _numbered(folder.parent, f"{folder.name}.previous-")
+    return _numbered(folder, "previous-")
+
+
+def _numbered(parent: Path, start: str) -> Path:
+    number = 1
+    while True:
+        with suppress(FileExistsError):
+            (parent / f"{start}{number}").mkdir()
+            return parent / f"{start}{number}"
+        number += 1
+
+
+def _move(source: Path, target: Path) -> None:
+    """Rename, or copy whole and then remove where the target is on another disk."""
+    try:
+        os.rename(source, target)
+        return
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+    partial_copy = target.with_name(f".{target.name}.partial")
+    if source.is_dir():
+        shutil.rmtree(partial_copy, ignore_errors=True)  # of a process that died
+        shutil.copytree(source, partial_copy)
+        os.rename(partial_copy, target)
+        shutil.rmtree(source)
+    else:
+        shutil.copy2(source, partial_copy)
+        os.replace(partial_copy, target)
+        source.unlink()

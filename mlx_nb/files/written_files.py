@@ -1,0 +1,205 @@
+"""Which files in a folder are mlx_nb's own: a list that is kept as they are written, and what marks older ones.
+
+    .mlx_nb/written.jsonl     {"run": id, "name": ..., "kind": "run" or "export"}, then for each file that was written
+                              {"file": name, "bytes": size, "sha256": digest}, the newest last
+
+A file counts as our own when it is, byte for byte, one that the list names. A person's file never does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from mlx_nb.files.folder_lock import MARK
+from mlx_nb.files.history_file import history_files, is_history
+
+LIST_FILE = "written.jsonl"
+ADAPTER_FILE = "adapters.safetensors"
+CONFIG_FILE = "adapter_config.json"
+BEST_FOLDER = "best"
+CHECKPOINTS = "checkpoints"
+REFERENCE_FILE = "reference_logprobs.safetensors"
+REPORT_FILE = "report.html"
+RUN, EXPORT = "run", "export"
+NUMBERED = re.compile(rf"\d{{7,}}_{re.escape(ADAPTER_FILE)}")
+SAVED = re.compile(r"save-\d{4,}-step-\d{7,}-[a-z][a-z_]*")
+# The names under which a run writes.
+TAKEN = (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    f"{BEST_FOLDER}/{ADAPTER_FILE}",
+    f"{BEST_FOLDER}/{CONFIG_FILE}",
+    f"{CHECKPOINTS}/latest",
+    REFERENCE_FILE,
+)
+
+
+def run_in(folder: Path) -> tuple[str, str] | None:
+    """Id and name of the run whose list is in `folder`; None when there is none."""
+    try:
+        with open(folder / MARK / LIST_FILE, "rb") as file:
+            first = json.loads(file.readline())
+        return first["run"], first["name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+class WrittenFiles:
+    """The list of one folder, as it is on disk. `run` is the id of the run that it is of; None without a list."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.path = folder / MARK / LIST_FILE
+        self.run: str | None = None
+        self.name: str | None = None
+        self.kind: str | None = None
+        self._digests: dict[str, set[tuple[int, str]]] = {}
+        for line in self._lines():
+            if "run" in line:
+                self.run, self.name, self.kind = line["run"], line.get("name"), line.get("kind")
+            elif "file" in line:
+                self._note(line["file"], int(line.get("bytes", -1)), str(line.get("sha256")))
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            return
+        for line in text.splitlines():
+            with suppress(ValueError):  # the process died in the middle of it
+                if isinstance(entry := json.loads(line), dict):
+                    yield entry
+
+    def begin(self, run: str, name: str, kind: str) -> None:
+        """Make it the list of the run `run`. Raises OSError."""
+        self.run, self.name, self.kind = run, name, kind
+        self._append({"run": run, "name": name, "kind": kind})
+
+    def record(self, name: str, size: int, digest: str) -> None:
+        """Note a file that is about to take its place. Raises OSError."""
+        self._note(name, size, digest)
+        self._append({"file": name, "bytes": size, "sha256": digest})
+
+    def _note(self, name: str, size: int, digest: str) -> None:
+        """The name moves to the end: what was written last is the last."""
+        self._digests[name] = {*self._digests.pop(name, ()), (size, digest)}
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a+b") as file:
+            end = file.seek(0, 2)
+            if end:
+                file.seek(end - 1)
+                torn = file.read(1) != b"\n"
+            file.write((b"\n" if end and torn else b"") + json.dumps(entry).encode() + b"\n")
+
+    def adopt(self, run: str, name: str, kind: str) -> None:
+        """Begin the list of the run that is there already, written by an mlx_nb that kept none. Raises OSError."""
+        found = _unlisted(self._folder)
+        self.begin(run, name, kind)
+        for file in found:
+            self.record(file, *_digest(self._folder / file))
+
+    def holds(self, name: str) -> bool:
+        """Whether the file `name` is there and one that was written by mlx_nb."""
+        path = self._folder / name
+        if self.run is None:
+            return name in _unlisted(self._folder)
+        known = self._digests.get(name)
+        if not known or not path.is_file():
+            return False
+        size = path.stat().st_size
+        return any(size == one for one, _ in known) and _digest(path) in known
+
+    def numbered(self) -> list[str]:
+        """The numbered adapters that the list names and that are there, changed since or not, the newest last."""
+        return [name for name in self._digests if NUMBERED.fullmatch(name) and (self._folder / name).is_file()]
+
+    def own(self) -> list[str]:
+        """Our own files that are there, and the folders of checkpoints, as names in the folder."""
+        names = _unlisted(self._folder) if self.run is None else [name for name in self._digests if self.holds(name)]
+        return [*names, *_checkpoints(self._folder)]
+
+    def in_the_way(self) -> list[str]:
+        """What a run would write over and is not our own."""
+        found = []
+        for name in (BEST_FOLDER, CHECKPOINTS):
+            if (self._folder / name).exists() and not (self._folder / name).is_dir():
+                found.append(name)
+        own = set(self.own())
+        with suppress(OSError):
+            found += [
+                one.name for one in self._folder.iterdir() if NUMBERED.fullmatch(one.name) and one.name not in own
+            ]
+        for name in TAKEN:
+            path = self._folder / name
+            if name not in own and (path.is_symlink() or _exists(path)):
+                found.append(name)
+        return found
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def _digest(path: Path) -> tuple[int, str]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return file.tell(), digest
+
+
+def _unlisted(folder: Path) -> list[str]:
+    """What an mlx_nb that kept no list wrote: the adapter beside a configuration with our settings in it, and so on."""
+    found = []
+    for inner in ("", f"{BEST_FOLDER}/"):
+        if inner and ((folder / inner / MARK).exists() or (folder / inner / CHECKPOINTS).exists()):
+            continue  # a run that is called so
+        if not _is_our_configuration(folder / inner / CONFIG_FILE):
+            continue
+        names = [CONFIG_FILE, ADAPTER_FILE]
+        if not inner:
+            names += sorted(path.name for path in folder.iterdir() if NUMBERED.fullmatch(path.name))
+            names.append(REFERENCE_FILE)
+        found += [inner + name for name in names if (folder / inner / name).is_file()]
+    return found
+
+
+def _is_our_configuration(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_bytes())["mlx_nb"]["settings"], dict)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _checkpoints(folder: Path) -> list[str]:
+    """The whole checkpoints, the histories, and the name of the newest. What else lies there is somebody else's."""
+    inside = folder / CHECKPOINTS
+    try:
+        entries = sorted(inside.iterdir())
+    except OSError:
+        return []
+    saved = [path for path in entries if SAVED.fullmatch(path.name) and (path / "manifest.json").is_file()]
+    saved += [inside / name for name in sorted(history_files(inside)) if is_history(inside / name)]
+    names = [f"{CHECKPOINTS}/{path.name}" for path in saved]
+    latest = inside / "latest"
+    if latest.is_file() and _is_pointer(latest):
+        names.append(f"{CHECKPOINTS}/latest")
+    return names
+
+
+def _is_pointer(path: Path) -> bool:
+    """Whether a file is `NAME SHA-256-OF-NAME`."""
+    try:
+        name, digest = path.read_text(encoding="utf-8").split()
+    except (OSError, ValueError):
+        return False
+    return hashlib.sha256(name.encode()).hexdigest() == digest

@@ -1,0 +1,103 @@
+"""The reference model: what the policy is compared with. By default the model that training starts from."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+
+from mlx_nb.config.methods import method_named
+from mlx_nb.config.run_config import RunConfig
+from mlx_nb.errors import ConfigError, ModelError
+from mlx_nb.model import adapters
+from mlx_nb.model.adapter_files import REFERENCE, START, AdapterFile, open_adapter, shape_of
+from mlx_nb.model.fingerprint import weights_fingerprint
+from mlx_nb.model.limits import limits_of
+from mlx_nb.model.loading import LoadedModel, model_folder, model_named
+from mlx_nb.model.logprobs import TargetScorer
+from mlx_nb.model.randomness import random_stream
+from mlx_nb.model.shared_base import load_base, twin
+
+BARE = "none"
+
+
+def reference_scorer(config: RunConfig, loaded: LoadedModel, start: nn.Module | None = None) -> TargetScorer:
+    """The scorer of the reference that `config` names.
+
+    It shares the arrays of `loaded`, so it takes no memory unless `reference_model` names another model. `start` is a
+    twin made before a full fine-tune began. Raises ModelError.
+    """
+    if config.reference_model is not None:
+        model = _other_model(config, loaded)
+    else:
+        model = start if start is not None else twin(loaded).model
+    if config.reference_adapter not in (None, BARE):
+        adapter = open_adapter(str(config.located(REFERENCE)), REFERENCE)
+        _attach(model, shape_of(adapter), adapter)
+    elif config.reference_adapter is None and config.reference_model is None and config.resume_adapter_file:
+        _attach(model, config, open_adapter(str(config.located(START)), START))
+    model.freeze()
+    model.eval()
+    return TargetScorer(model)
+
+
+def reference_fingerprint(config: RunConfig, loaded: LoadedModel) -> str:
+    """Which reference that is, as a digest: its weights, adapter, quantisation and mlx's version."""
+    other = config.reference_model
+    weights = (
+        loaded.weights if other is None else weights_fingerprint(model_folder(model_named(config, "reference_model")))
+    )
+    chosen = BARE if config.reference_adapter == BARE else config.located("reference_adapter")
+    if chosen is None and config.reference_model is None:
+        chosen = config.located("resume_adapter_file")
+    facts: list[Any] = [weights, config.load_in_bits, version("mlx"), _adapter_digest(chosen)]
+    if chosen is not None and config.reference_adapter is None:  # it is worn in this run's own shape
+        facts += [config.fine_tune_type, config.num_layers, dataclasses.asdict(config.lora_parameters)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _adapter_digest(adapter: str | None) -> list[str] | None:
+    """Of the weights, and of the configuration beside them: the scale is there."""
+    if adapter in (None, BARE):
+        return None
+    path = Path(str(adapter)).expanduser()
+    weights = path / adapters.ADAPTER_FILE if path.is_dir() else path
+    files = [weights, weights.parent / adapters.CONFIG_FILE]
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
+
+
+def _other_model(config: RunConfig, loaded: LoadedModel) -> nn.Module:
+    other = load_base(config.replace(model=config.reference_model, chat_template=None))
+    ours, theirs = (_vocabulary(model.tokenizer) for model in (loaded, other))
+    if ours != theirs:
+        raise ModelError(
+            f"reference_model: {config.reference_model} has another vocabulary than {config.model} ({len(theirs)} and "
+            f"{len(ours)} tokens), so their log-probabilities cannot be compared. Choose one with the same tokenizer."
+        )
+    if method_named(config.method).rows == "prompts":
+        # Rows are checked one by one, but what the policy writes can be any token that it has a logit for.
+        known, written = limits_of(other.model).ids, limits_of(loaded.model).targets
+        if known is not None and written is not None and known < written:
+            raise ModelError(
+                f"reference_model: {config.reference_model} has embeddings for {known} tokens, and {config.model} can "
+                f"write {written}. Choose one of the same size."
+            )
+    return other.model
+
+
+def _vocabulary(tokenizer: Any) -> dict[str, int]:
+    return getattr(tokenizer, "_tokenizer", tokenizer).get_vocab()
+
+
+def _attach(model: nn.Module, shape: RunConfig, adapter: AdapterFile) -> None:
+    with random_stream(0):  # the matrices drawn here are overwritten
+        try:
+            adapters.attach_adapter(model, shape)
+        except ConfigError as error:
+            raise ModelError(f"{adapter.setting}: {adapter.weights} does not fit this model: {error}") from None
+    adapters.load_adapter_weights(model, adapter)

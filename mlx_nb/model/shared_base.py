@@ -1,0 +1,51 @@
+"""One base in memory for all runs that stand on it. Only for LoRA and DoRA: they never change the base's arrays."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Generator
+from weakref import WeakSet
+
+from mlx_nb.config.run_config import RunConfig
+from mlx_nb.events import Progress
+from mlx_nb.model.adapters import without_adapters
+from mlx_nb.model.loading import LoadedModel, fetched_folder, load_in_pieces, model_named
+from mlx_nb.model.trees import named_arrays
+from mlx_nb.process.pieces import finished
+
+_live: dict[tuple, WeakSet[LoadedModel]] = {}
+
+
+def load_base(config: RunConfig) -> LoadedModel:
+    """The model of a run. When another run of this process holds the same files, its arrays are shared.
+
+    Raises ModelError as `load_model` does.
+    """
+    return finished(load_base_in_pieces(config))
+
+
+def load_base_in_pieces(config: RunConfig) -> Generator[Progress, None, LoadedModel]:
+    """`load_base` in pieces, with Progress after each."""
+    model, template = model_named(config), config.located("chat_template")
+    folder = yield from fetched_folder(model)
+    files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.iterdir())
+    key = (str(folder.resolve()), tuple(files), config.load_in_bits, template)
+    holders = _live.setdefault(key, WeakSet())
+    holder = next(iter(holders), None)
+    if holder is not None:
+        loaded = twin(holder)
+    else:
+        loaded = yield from load_in_pieces(model, load_in_bits=config.load_in_bits, chat_template=template)
+    if config.fine_tune_type != "full":
+        holders.add(loaded)
+    return loaded
+
+
+def twin(loaded: LoadedModel) -> LoadedModel:
+    """The same base in modules of its own, without any adapter. Its arrays are shared, so it takes no memory."""
+    with without_adapters(loaded.model):
+        shared = {id(array): array for _, array in named_arrays(loaded.model.parameters())}
+        copied = copy.deepcopy(loaded.model, dict(shared))
+    copied.unfreeze()
+    return dataclasses.replace(loaded, model=copied)

@@ -1,0 +1,56 @@
+"""From the settings of a run to its objective: the loss function of the method, its options, and the sums around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any
+
+from mlx_nb.config.methods import method_named, options_of
+from mlx_nb.config.run_config import RunConfig
+from mlx_nb.errors import LossRaised
+from mlx_nb.objectives.base import Objective
+from mlx_nb.objectives.grpo import completion_objective
+from mlx_nb.objectives.kto import label_objective
+from mlx_nb.objectives.preference import pair_objective
+from mlx_nb.objectives.sft import token_objective
+from mlx_nb.process.own_code import describe_error, is_own
+
+_BY_ROWS: dict[str, Callable[[Callable[..., Any], float, RunConfig], Objective]] = {
+    "tokens": lambda loss, beta, config: token_objective(loss),
+    "pairs": lambda loss, beta, config: pair_objective(loss, beta),
+    "labels": lambda loss, beta, config: label_objective(loss, beta),
+    "prompts": lambda loss, beta, config: completion_objective(
+        loss, temperature=config.temperature, max_completion_length=config.max_completion_length
+    ),
+}
+
+
+def objective_for(config: RunConfig) -> Objective:
+    """The objective that `config` names, with its options bound."""
+    method = method_named(config.method)
+    loss = method.loss(config.loss).function()
+    if is_own(loss):
+        loss = _named_when_it_raises(loss, config.method)
+    options = options_for(config)
+    return _BY_ROWS[method.rows](partial(loss, **options), float(options.get("beta") or 1.0), config)
+
+
+def _named_when_it_raises(loss: Callable[..., Any], method: str) -> Callable[..., Any]:
+    """The same function, whose errors are told as its own: an OSError in it is no full disk."""
+
+    @wraps(loss)
+    def guarded(*arguments: Any, **options: Any) -> Any:
+        try:
+            return loss(*arguments, **options)
+        except Exception as error:
+            raise LossRaised(f"the loss of `method: {method}` raised {describe_error(error, loss)}.") from error
+
+    return guarded
+
+
+def options_for(config: RunConfig) -> dict[str, Any]:
+    """The options of the loss function: from the settings, else its own defaults."""
+    defaults = options_of(method_named(config.method).loss(config.loss).function())
+    given = {name: value for name in defaults if (value := getattr(config, name, None)) is not None}
+    return {**defaults, **given, **config.method_options}

@@ -1,0 +1,225 @@
+"""The end of the process: a run that did updates since its last checkpoint writes one first, however the end comes.
+
+At a normal end that is done by `atexit`. SIGTERM and SIGHUP, which a scheduler, a container or a kernel's manager sends
+some seconds before it kills, pause the run that computes; once that is saved, or at once where none computes, the
+others are saved too, and the signal does what it would have done without this. Where an update takes longer than there
+may be time for, what was done until the last boundary is saved meanwhile, by another thread and from memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import os
+import signal
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from mlx_nb.errors import MlxNbError
+from mlx_nb.events import Pause, Request
+from mlx_nb.process.signal_watch import SignalWatch
+
+_PACKAGE = Path(__file__).parent
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+# Until a boundary is reached; Jupyter kills a kernel 2.5 s after SIGTERM.
+PATIENCE_SECONDS = 0.5
+
+
+class Unsaved(Protocol):
+    """What the end of a process needs of a run."""
+
+    name: str
+
+    @property
+    def prepared(self) -> bool: ...
+    def request(self, request: Request) -> None: ...
+    def save_unsaved(self) -> bool: ...
+    def save_last_boundary(self) -> bool: ...
+
+
+_runs: weakref.WeakSet[Unsaved] = weakref.WeakSet()
+_computing: list[Unsaved] = []
+_before: dict[int, Any] = {}
+_asked: list[int] = []  # the signal that ends the process, once there was one
+_saving: list[bool] = []  # not empty while all are being saved at the end
+_watches: list[SignalWatch] = []  # the one there is
+
+
+def join(run: Unsaved) -> None:
+    """Take note of a run that is about to train. It is held weakly; the signals are given back after the last one."""
+    if run in _runs:
+        return
+    _runs.add(run)
+    weakref.finalize(run, _give_back).atexit = False
+    _take_signals()
+
+
+def _take_signals() -> None:
+    """Take the signals that no handler of a person's answers by now. What is ignored, as under nohup, stays so."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in SIGNALS:
+        now = signal.getsignal(number)
+        # asyncio leaves the default behind when it gives up a signal, whoever had that before.
+        if now is signal.SIG_DFL or (number not in _before and now not in (signal.SIG_IGN, None, _handle)):
+            _before[number] = signal.signal(number, _handle)
+    if _before and not _watches:
+        _watches.append(SignalWatch(_save_meanwhile))
+    for watch in _watches:
+        watch.renew()
+
+
+def live() -> list[Any]:
+    """The runs that were prepared and are still referred to."""
+    return list(_runs)
+
+
+@contextmanager
+def computing(run: Unsaved) -> Iterator[None]:
+    """While inside, the run is between two boundaries, and a signal has it pause at the next one."""
+    if run in _runs:
+        _take_signals()
+    _computing.append(run)
+    try:
+        yield
+    finally:
+        _computing.remove(run)
+
+
+def save_all() -> None:
+    """Write a checkpoint of every run that did updates since its last one. What cannot be saved is said on stderr.
+
+    A signal that comes meanwhile asks for what is being done, and has no other effect.
+    """
+    _saving.append(True)
+    try:
+        for run in live():
+            _save(run, run.save_unsaved)
+    finally:
+        _saving.pop()
+
+
+def _save(run: Unsaved, save: Callable[[], bool]) -> None:
+    try:
+        save()
+    except Exception as error:  # whatever it is, the other runs are still to be saved
+        said = error if isinstance(error, MlxNbError) else f"{type(error).__name__}: {error}"
+        print(f"{run.name}: {said}", file=sys.stderr)
+
+
+def _save_meanwhile(number: int) -> None:
+    """On the thread of the watch: save what was done until the last boundary where no other is reached in time."""
+    if number not in SIGNALS or signal.getsignal(number) is not _handle:
+        return
+    time.sleep(PATIENCE_SECONDS)
+    for run in live():
+        _save(run, run.save_last_boundary)
+
+
+def go_on_ending() -> None:
+    """At a boundary: end the process, if a signal asked for it. Raises SystemExit(128 + signal).
+
+    IPython catches that in a cell, so there the signal is sent once more, with everything saved and nobody to catch it.
+    On another thread it is sent once more to the main one, which may be waiting.
+    """
+    if not _asked:
+        return
+    number = _asked[0]
+    if threading.current_thread() is not threading.main_thread():
+        if not _computing:
+            signal.pthread_kill(threading.main_thread().ident or 0, number)
+        return
+    before = _before.get(number)
+    if callable(before):
+        _asked.clear()
+        save_all()
+        before(number, None)
+    elif in_ipython():
+        _end()
+    else:
+        raise SystemExit(128 + number)
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    if _saving:
+        return
+    again = bool(_asked)
+    _asked[:] = [number]
+    training = [run for run in _computing if run.prepared]
+    for run in _computing:
+        if run not in training:  # it has nothing to be saved, so nothing waits for it
+            run.request(Pause(signal.Signals(number).name))
+    if training and not again:
+        for run in training:
+            run.request(Pause(signal.Signals(number).name, at_once=True))
+    elif training:
+        return
+    elif again or callable(_before.get(number)):
+        go_on_ending()
+    elif in_ipython() and not _is_ours(frame):
+        _end()
+    else:
+        if (loop := _running_loop()) is not None:
+            loop.call_soon(_end)  # a cell catches the SystemExit
+        raise SystemExit(128 + number)
+
+
+def _end() -> None:
+    save_all()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    signal.signal(_asked[0], signal.SIG_DFL)
+    os.kill(os.getpid(), _asked[0])
+
+
+def _is_ours(frame: FrameType | None) -> bool:
+    """Whether code of this package is being run, which may have the model in a state of its own for a while."""
+    while frame is not None:
+        if Path(frame.f_code.co_filename).is_relative_to(_PACKAGE):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def in_ipython() -> bool:
+    """Whether this process is a notebook's kernel, or an IPython shell."""
+    shell = sys.modules.get("IPython.core.getipython")
+    return shell is not None and shell.get_ipython() is not None
+
+
+def _give_back() -> None:
+    """Once no run is left, the signals are as they were."""
+    if live() or _asked or threading.current_thread() is not threading.main_thread():
+        return
+    for number, before in list(_before.items()):
+        if signal.getsignal(number) is _handle:
+            signal.signal(number, before)
+    _before.clear()
+    while _watches:
+        _watches.pop().close()
+
+
+def _in_child() -> None:
+    """The runs are those of the process that was forked, which saves them itself."""
+    for left in (_runs, _computing, _asked):
+        left.clear()
+    _give_back()
+
+
+atexit.register(save_all)
+os.register_at_fork(after_in_child=_in_child)

@@ -1,0 +1,1 @@
+"""Reward functions: found, called, guarded, scored."""

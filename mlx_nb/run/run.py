@@ -1,0 +1,1212 @@
+"""Run: one fine-tune under a person's hands. Nothing heavy happens until it is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import traceback
+import weakref
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_nb.config.fields import shown
+from mlx_nb.config.methods import method_named
+from mlx_nb.config.run_config import LIVE_SETTINGS, SETTINGS, RunConfig, unknown_settings
+from mlx_nb.config.templates import file_problem, is_template_text
+from mlx_nb.data.check.check import SAMPLED_ROWS, DataCheck, check_data
+from mlx_nb.data.examples.effects import refuse_ineffective
+from mlx_nb.data.examples.split import LeftOut, RowView
+from mlx_nb.data.sources.splits import Splits
+from mlx_nb.errors import (
+    TRAINING_ERRORS,
+    CheckpointError,
+    CommandError,
+    ConfigError,
+    DataError,
+    FolderError,
+    FolderTaken,
+    MlxNbError,
+    ModelError,
+    TrainingError,
+)
+from mlx_nb.events import (
+    BatchSkipped,
+    ChangeSetting,
+    CheckpointSaved,
+    DataChanged,
+    EvaluationCompleted,
+    Event,
+    Pause,
+    Progress,
+    Request,
+    RequestRefused,
+    Rewind,
+    Rewound,
+    RolloutCompleted,
+    RunFailed,
+    RunFinished,
+    RunPaused,
+    RunStarted,
+    SampleGenerated,
+    Skip,
+    StateChanged,
+    StepCompleted,
+)
+from mlx_nb.files.folder_lock import is_locked
+from mlx_nb.files.run_folder import RunFolder, check_name, folder_of, holder_here, same_folder, working_folder
+from mlx_nb.files.written_files import CHECKPOINTS, EXPORT, REPORT_FILE, RUN
+from mlx_nb.history import History, visits_text
+from mlx_nb.process import exits
+from mlx_nb.process.turns import Turns
+from mlx_nb.run.background import Background
+from mlx_nb.run.checkpoints import Keeper, differences, for_other_settings, refuse_own_folder
+from mlx_nb.run.inputs import SPLITS, Material, Rows
+from mlx_nb.run.resume import (
+    allowed_changes,
+    changes_since,
+    read_history_of,
+    refuse_unusable,
+    requests_of,
+    settings_to_resume,
+)
+from mlx_nb.train.inbox import Inbox
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from mlx_nb.model.loading import LoadedModel
+    from mlx_nb.rollouts.generation import Prompt, Question
+    from mlx_nb.train.checkpoint import Checkpoint, CheckpointInfo, CheckpointStore
+    from mlx_nb.train.interrupts import Interrupts
+    from mlx_nb.train.trainer import Trainer
+    from mlx_nb.view.panel.panel import Panel
+    from mlx_nb.view.reports.completions import CompletionsDisplay
+    from mlx_nb.view.rows.browser import RowBrowser
+
+
+_FORK_KEEPS_GROUPS = ("model", "rows", "adapter")
+# Its seed is the order of the rows: with another one the rest of the epoch would repeat some and never see others.
+_FORK_KEEPS = ("method", "reference_model", "reference_adapter", "reference_free", "seed")
+
+
+class Run:
+    """A fine-tuning run: configured, then moved one step at a time.
+
+    `name` decides the default adapter folder. `namespace` is where `data: name` looks for a variable. Relative paths
+    begin in the folder that is the working folder when the run is made.
+    `allow_changed=["model"]` starts from an adapter that was made on another base.
+    Raises ConfigError, DataError, FolderError or ModelError, each in one line, at the first use of what is wrong.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig | None = None,
+        *,
+        name: str = "run",
+        namespace: Mapping[str, Any] | None = None,
+        allow_changed: Collection[str] = (),
+        _from_checkpoint: bool = False,
+    ) -> None:
+        check_name(name)
+        if not isinstance(config, RunConfig | None):
+            way = " `RunConfig.from_dict` makes one of a dict." if isinstance(config, Mapping) else ""
+            raise ConfigError(f"config is a RunConfig, such as RunConfig(iters=100), not {shown(config)}.{way}")
+        if not isinstance(namespace, Mapping | None):
+            raise ConfigError(f"namespace is a dict such as globals(), not {shown(namespace)}.")
+        config = config or RunConfig()
+        config = config if config.working_folder else config.at(working_folder())
+        self._from_checkpoint = _from_checkpoint
+        self._allow_changed = allowed_changes(allow_changed)
+        if not _from_checkpoint:
+            _check_template_file(config)
+        self.config = config if _from_checkpoint else _with_adapter_settings(config)
+        self.name = name
+        self.history = History()
+        self.material = Material(self.config, namespace)
+        self._resumed = False
+        self._keeper = Keeper()
+        self._home: RunFolder | None = None
+        self._forks = 0
+        self._blocked = False
+        self._failed = False
+        self._error: BaseException | None = None
+        self._rewind_requests: list[Rewind] = []
+        self._questions: list[Question] = []
+        self.background = Background(self)
+        self._inbox = Inbox()
+        self._turns = Turns()
+        self._trainer: Trainer | None = None
+        self._browsers: list[RowBrowser] = []  # which live as long as the run, shown or not
+        self._listeners: list[Callable[[Event], None]] = []
+        self._reported: list[Callable[[Event], None]] = []  # listeners that raised
+
+    @classmethod
+    def from_yaml(
+        cls,
+        source: str | Path,
+        *,
+        name: str = "run",
+        namespace: Mapping[str, Any] | None = None,
+        allow_changed: Collection[str] = (),
+        **overrides: Any,
+    ) -> Run:
+        """From YAML text or a YAML file; `overrides` are settings that win over it."""
+        config = RunConfig.from_yaml(source, **overrides)
+        run = cls(config, name=name, namespace=namespace, allow_changed=allow_changed)
+        run.material.check_reward_names()
+        return run
+
+    # What the run stands on
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The model, tokenizer and where they came from; loaded at first use."""
+        return self.material.loaded
+
+    @property
+    def model(self) -> Any:
+        """The live mlx model, adapter included once training was prepared."""
+        return self.loaded.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, with its chat template. Loaded alone when the model is not needed yet."""
+        return self.material.tokenizer
+
+    @property
+    def splits(self) -> Splits:
+        """The rows; opened at first use."""
+        return self.material.splits
+
+    @property
+    def folder(self) -> Path:
+        """Where adapters are saved, as an absolute path."""
+        return folder_of(self.config.adapter_path or f"adapters/{self.name}", self.config.working_folder)
+
+    @property
+    def home(self) -> RunFolder:
+        """The same folder in the hands of this run: who may write there, and what was written."""
+        if self._home is None or self._home.path != self.folder:
+            self._home = RunFolder(
+                self.folder,
+                self.name,
+                None if self._home is None else self._home.run_id,
+                at_rest=self._at_rest,
+                let_go=self.release,
+            )
+        return self._home
+
+    def _at_rest(self) -> bool:
+        return not self.background.active and not self.unsaved_updates
+
+    @property
+    def trainer(self) -> Trainer:
+        """The trainer: rows tokenised, adapter attached. Made at first use."""
+        if self._trainer is None:
+            self._trainer = self._prepare()
+        return self._trainer
+
+    def load(self) -> Iterator[Progress]:
+        """Load model and rows and attach the adapter, saying on the way how far it is.
+
+        It ends before all is loaded when a pause is asked for; another one then goes on where it was.
+        """
+        if self._trainer is not None:
+            return
+        with self._folder_taken():
+            for progress in self._loading():
+                self._tell(progress)
+                yield progress
+                if Pause in self._inbox:
+                    self.home.release()
+                    return
+            _ = self.trainer
+
+    def _loading(self) -> Iterator[Progress]:
+        """Load model and rows, refusing what cannot be trained as soon as it is known."""
+        self.material.check()
+        yield from self.material.loading()
+        yield Progress(0, "loading a pass over a few tokens", 0, 0)
+        self._refuse_model()
+        yield from self.material.tokenizing()
+
+    @contextmanager
+    def _folder_taken(self) -> Iterator[None]:
+        """Nobody else writes to the folder: made sure of before anything is loaded. It is let go if loading fails."""
+        refuse_own_folder(self.config, self.folder)
+        try:
+            if not self._resumed:
+                if not self.home.held:
+                    self.home.share()
+                self.home.refuse_foreign()
+            yield
+        except BaseException:
+            if not self._resumed:
+                self.home.release()
+            raise
+
+    def _refuse_model(self) -> None:
+        """Raise for a model with which no run is possible."""
+        loaded = self.loaded
+        if self.config.fine_tune_type == "full" and loaded.quantized_bits:
+            raise ModelError(
+                f"`fine_tune_type: full` needs float weights, and {self.config.model} is quantised to "
+                f"{loaded.quantized_bits} bits. Use lora or dora, or a float version of the model."
+            )
+        from mlx_nb.model.passes import refuse_cache_doubt
+
+        refuse_cache_doubt(loaded.model)
+
+    def _prepare(self) -> Trainer:
+        """The trainer, in a folder that nobody else writes to."""
+        with self._folder_taken():
+            self.material.check()
+            self._refuse_model()
+            return self._made_trainer()
+
+    def _made_trainer(self) -> Trainer:
+        from mlx_nb.model.backend import is_cpu, memory_limit
+        from mlx_nb.model.fingerprint import base_identity
+        from mlx_nb.train.trainer import Trainer
+
+        loaded = self.loaded
+        notes = self.material.notes()
+        if not self._from_checkpoint:
+            notes += self.material.adapter_notes(self._allow_changed)
+        reference = self.material.reference
+        exits.join(self)
+        trainer = Trainer(
+            self.config,
+            loaded.model,
+            self.material.examples,
+            name=self.name,
+            folder=self.folder,
+            notes=notes,
+            compiled=not is_cpu(),
+            memory_limit=memory_limit(),
+            sampler=lambda prompt: self.material.answers(prompt, self.config.sample_tokens),
+            reference=reference,
+            tokenizer=loaded.tokenizer,
+            rewards=self.material.rewards,
+            base=base_identity(loaded.weights, self.config.load_in_bits),
+            from_checkpoint=self._from_checkpoint,
+            inbox=self._inbox,
+            write=self.home.write,
+        )
+        _ = self.material.fingerprints  # of what was just read, and not of what will be there at the first checkpoint
+        # Last, when nothing of the run itself can go wrong any more.
+        try:
+            set_aside = None if self._resumed else self.home.begin()
+        except FolderError:
+            trainer.close()
+            raise
+        if set_aside:
+            trainer.notes += (f"The adapter that was in {self.folder} is now in {set_aside}.",)
+        if reference is not None:  # an earlier run here may have measured the same one
+            reference.load(set_aside or self.folder)
+        return trainer
+
+    # Looking
+
+    def rows(self, split: str = "train") -> Rows:
+        """The rows of a split; `run.rows("train")[12]` is row 12 as the model will see it."""
+        return self.material.rows(split)
+
+    def row_losses(self, split: str = "train") -> dict[int, float]:
+        """The loss of each row of `split` when it was last trained on or evaluated, the highest first."""
+        latest = {row: visits[-1][1] for row, visits in self.history.row_losses(split).items()}
+        return dict(sorted(latest.items(), key=lambda item: -item[1]))
+
+    def token_losses(self, row: RowView, *, base: bool = False, rejected: bool = False) -> Any:
+        """(T,) loss in nats of each token of a row, now; NaN for the first. `base` with the adapter switched off.
+
+        Of a pair, those of the chosen answer with its prompt, or of the `rejected` one.
+        """
+        self._refuse_base(base)
+        with self._turns.turn():
+            return self.material.token_losses(row, base=base, rejected=rejected)
+
+    def _refuse_base(self, base: bool) -> None:
+        if base and self.config.fine_tune_type == "full" and self.step_count:
+            raise CommandError("full fine-tuning changes the base itself, so there is no base left to ask.")
+
+    def check(self, *, rows: int | None = SAMPLED_ROWS) -> DataCheck:
+        """What is wrong or odd with the rows, by number, before anything is trained. Loads the tokenizer alone.
+
+        All rows are read; `rows` of each split (None = all) are tokenised.
+        """
+        kind = method_named(self.config.method).rows
+        return check_data(self.splits, self.tokenizer, self.config, rows=rows, kind=kind, limits=self.material.limits)
+
+    @property
+    def left_out(self) -> dict[str, list[LeftOut]]:
+        """The rows that are not trained, by split, each with the reason. Filled when training is prepared."""
+        return self.material.left_out
+
+    @property
+    def step_count(self) -> int:
+        """Optimizer updates done."""
+        return self._trainer.state.step if self._trainer else 0
+
+    @property
+    def state(self) -> str:
+        """built, running (in the background), paused, stopped, finished or failed."""
+        if self.background.active:
+            return "running"
+        if self._failed:
+            return "failed"
+        if self._trainer is None or not self.history.events:
+            return "built"
+        if self._trainer.finished is None:
+            return "paused"
+        return "stopped" if self._trainer.finished.reason == "stopped" else "finished"
+
+    def _refuse_running(self, what: str) -> None:
+        if self.background.active:
+            raise CommandError(f"{self.name} is running, so it cannot {what} now. `%finetune pause`, then try again.")
+
+    @property
+    def prepared(self) -> bool:
+        """Whether model and rows are loaded and the adapter is attached."""
+        return self._trainer is not None
+
+    @property
+    def finished(self) -> bool:
+        return self._trainer is not None and self._trainer.finished is not None
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended and no update is left: one that was stopped, or stopped early, can go on."""
+        return self._trainer is not None and self._trainer.over
+
+    def plot(self) -> Figure:
+        """The run so far as a matplotlib Figure."""
+        from mlx_nb.view.curves.figure import plot_history
+
+        metrics = method_named(self.config.method).metrics
+        return plot_history(self.history, f"{self.name}: {self.config.model}", metrics)
+
+    def report(self, path: str | Path | None = None) -> Path:
+        """Write one HTML page with everything about the run (default: report.html in its folder). Returns its path.
+
+        Raises CommandError, also for a file that is no earlier report of this run: it is not written over.
+        """
+        from mlx_nb.view.reports.run import report_html, write_report
+
+        page = report_html(
+            self.history,
+            title=f"{self.name}: {self.state} after update {self.step_count}",
+            name=self.name,
+            settings=self._settings_in_words(),
+            metrics=method_named(self.config.method).metrics,
+            worst_rows=[(row, loss, self._excerpt(row)) for row, loss in list(self.row_losses().items())[:10]],
+        )
+        if path is None:
+            path = self.folder / REPORT_FILE
+            try:
+                with self.home.writing():
+                    self.home.write(path, lambda file: file.write(page.encode()))
+            except OSError as error:
+                raise CommandError(f"{path} cannot be written: {error.strerror or error}. Name another file.") from None
+            return path
+        return write_report(working_folder() / Path(path).expanduser(), page, self.name)
+
+    def _settings_in_words(self) -> dict[str, Any]:
+        """The settings, and of rows in memory how many there are."""
+        settings = self.config.described()
+        if "data" not in settings:
+            settings["data"] = f"{len(self.splits.train):,} training rows in memory"
+        return settings
+
+    def _excerpt(self, row: int) -> str:
+        """The first words of a training row, as long as it can be read."""
+        try:
+            conversation = self.rows("train").examples.view(row).conversation
+        except MlxNbError:
+            return ""
+        return "" if conversation is None else conversation.text[:200]
+
+    def completions(self, step: int | None = None, *, ratios: bool = False) -> CompletionsDisplay:
+        """The completions of the last rollout, or of the last until update `step`, as a table that displays itself.
+
+        With `ratios` their tokens are coloured by log(policy now / policy that sampled), which only those of the last
+        rollout have. Raises CommandError when there are none.
+        """
+        from mlx_nb.view.reports.completions import CompletionsDisplay
+
+        if method_named(self.config.method).rows != "prompts":
+            raise CommandError(f"`method: {self.config.method}` learns from rows: {self.name} samples no completions.")
+        rollouts = self.history.last_rollouts(self.history.rollout_count)
+        found = [rollout for rollout in rollouts if step is None or rollout.step <= step]
+        if not found:
+            when = "yet. `%finetune step` does" if step is None else f"until update {step}"
+            raise CommandError(f"{self.name} has sampled no completions {when}.")
+        return CompletionsDisplay(found[-1], self.tokenizer, self.log_ratios() if ratios else ())
+
+    def log_ratios(self) -> list[tuple[int, Any, Any]]:
+        """(row, tokens, log(policy now / policy that sampled)) of each completion of the last rollout, now.
+
+        Raises CommandError when there are none at hand: before the first rollout, after a resume or a rewind.
+        """
+        ratios = self.trainer.feed.log_ratios()
+        if not ratios:
+            raise CommandError(f"{self.name} has no completions at hand to compare the policy on. Do an update first.")
+        return ratios
+
+    def status(self) -> str:
+        """The run in a few lines of text."""
+        from mlx_nb.view.event_text import summary_text
+
+        if self._trainer is None and self._error is not None and self.state == "failed":
+            return f"{self.name}: failed before its first update. {type(self._error).__name__}: {self._error}"
+        if self._trainer is None:
+            return f"{self.name}: built, no update done yet. `%finetune step` or `%finetune run` starts it."
+        return summary_text(self.history, f"{self.name}: {self.state}")
+
+    def panel(self) -> Panel:
+        """The controls, curves, rows, samples, settings, checkpoints and log of this run, live, in this cell.
+
+        It does not keep the run: it closes when nobody else refers to that any more.
+        """
+        from mlx_nb.view.panel.panel import Panel
+
+        return Panel(self)
+
+    def browse(self, split: str = "train") -> Any:
+        """Leaf through the rows with widgets: previous, next, jump, filters, colours. Returns a RowBrowser.
+
+        That does not keep the run; once the run is gone the rows are still there, without losses.
+        """
+        from mlx_nb.view.rows.browser import RowBrowser
+
+        there = [name for name in SPLITS if getattr(self.splits, name) is not None]
+        if split not in there:
+            self.rows(split)
+        ordered = sorted(there, key=lambda name: name != split)
+        browser = RowBrowser(
+            {name: self.rows(name).examples for name in ordered},
+            self.tokenizer,
+            losses=_weakly(self.row_losses),
+            token_loss=_weakly(self.token_losses),
+            visits=_weakly(self._visits_text),
+        )
+        self._browsers.append(browser)
+        return browser
+
+    def _visits_text(self, split: str, row: int) -> str:
+        return visits_text(self.history.row_losses(split).get(row, []))
+
+    # Moving
+
+    def events(self, updates: int | None = None) -> Iterator[Event]:
+        """Train for `updates` optimizer updates (None = to the end), yielding what happens.
+
+        While it computes, a first SIGINT asks for a pause at the next step boundary, and a second one drops the
+        update in hand as if it had never begun.
+        """
+        from mlx_nb.model.memory import device_limits
+
+        exits.go_on_ending()
+        events = self._events(updates)
+        with device_limits():
+            while True:
+                with self.interrupts(), self._turns.turn(), exits.computing(self):
+                    event = next(events, None)
+                if event is None:
+                    break
+                yield event
+                self._turns.give_way()
+        exits.go_on_ending()
+
+    def interrupts(self, say: Callable[[str], None] | None = None) -> Interrupts:
+        """A context in which SIGINT asks this run to pause. `say` (default: stderr) is told in words."""
+        from mlx_nb.train.interrupts import Interrupts
+
+        say = say or partial(print, file=sys.stderr)
+        return Interrupts(self.request, lambda: say(self._pause_words()))
+
+    def _pause_words(self) -> str:
+        if self.prepared:
+            return "Pausing after this update. Interrupt again to drop the update in hand."
+        return "Pausing while it loads; rows that are tokenized stay so. Interrupt again to give up loading."
+
+    def _events(self, updates: int | None) -> Iterator[Event]:
+        yield from self.load()
+        if self._trainer is None:
+            (asked, *_) = self._inbox.drop(Pause)
+            paused = RunPaused(0, asked.reason)
+            self._tell(paused)
+            yield paused
+            return
+        trainer = self.trainer
+        try:
+            yield from self._moving(trainer, updates)
+        finally:
+            trainer.answer_pauses()  # what asked for a pause while this one was made has it
+
+    def _moving(self, trainer: Trainer, updates: int | None) -> Iterator[Event]:
+        from mlx_nb.model.memory import clear_cache
+
+        try:
+            self.home.check()
+        except FolderTaken:
+            raise
+        except FolderError:
+            pass  # a disk that takes nothing pauses the run at its next save
+        if not self._keeper.remembers:
+            self._keeper.remember(trainer, self.history)
+        self._failed, self._error = False, None
+        yield from self._answer_requests()
+        for event in trainer.events(updates):
+            if isinstance(event, Progress | RequestRefused):
+                self._tell(event)
+                yield event
+                continue
+            self._failed = isinstance(event, RunFailed)
+            self._record(event)
+            if isinstance(event, EvaluationCompleted | SampleGenerated | RolloutCompleted | RunFailed):
+                clear_cache()
+            if isinstance(event, StepCompleted | BatchSkipped):
+                self._keeper.remember(trainer, self.history)
+            if isinstance(event, CheckpointSaved) and event.kind == "step":
+                with suppress(OSError, FolderError):  # the next save says so
+                    self.home.keep_numbered(self.config.keep)
+            yield event
+            if self.home.lost:
+                yield (paused := RunPaused(self.step_count, self.home.lost))
+                self._record(paused)
+                return
+            yield from self._answer_requests()
+            if isinstance(event, RunFinished):
+                self._keeper.release(self.folder)
+            if kind := self._keeper.kind_due(event, self.config.autosave_minutes):
+                try:
+                    self.checkpoint(kind)
+                except CheckpointError as error:
+                    self._blocked = True
+                    paused = RunPaused(self.step_count, str(error))
+                    self._record(paused)
+                    yield paused
+                    return
+                self._blocked = False
+                for path in self.material.changed_files():
+                    self._record(changed := DataChanged(self.step_count, path))
+                    yield changed
+                if isinstance(event, RunFinished):
+                    self.home.release()
+
+    def _answer_requests(self) -> Iterator[Event]:
+        """Answer questions and go back, at this boundary. What cannot be done is said and changes nothing."""
+        while self._questions:
+            question = self._questions.pop(0)
+            text = ""
+            try:
+                for tokens, text in enumerate(self.material.stream(question)):
+                    question.told(text, False)
+                    yield Progress(self.step_count, "answer", tokens, question.max_tokens)
+            except DataError as error:
+                text = f"not asked: {error}"
+                self._tell(RequestRefused(self.step_count, text))
+            question.told(text, True)
+        while self._rewind_requests:
+            try:
+                yield self._rewind(self._rewind_requests.pop(0).to)
+            except MlxNbError as error:
+                self._tell(RequestRefused(self.step_count, str(error)))
+
+    def ask(self, question: Question) -> None:
+        """Have a question answered at the next step boundary, token by token, by the model as it is there."""
+        self._refuse_base(question.base)
+        self._questions.append(question)
+
+    def rewind(self, updates: int | None = None, *, to: int | None = None) -> Rewound:
+        """Go back by `updates` updates, or to update `to`: what follows is what would have followed then.
+
+        The last steps are in memory, older ones on disk if they were saved. Settings stay as they are now; the
+        history keeps the branch that is left. Raises CommandError when there is no such step.
+        """
+        self._refuse_running("rewind")
+        return self._rewind(to if to is not None else self.step_count - (1 if updates is None else updates))
+
+    def _place_of(self, target: int) -> Checkpoint:
+        """The state to go back to. Raises CommandError where there is none."""
+        if not 0 <= target < self.step_count:
+            raise CommandError(f"{self.name} is at update {self.step_count} and cannot go back to {target}.")
+        return self._keeper.find(target, self._store(), self.history, self.step_count)
+
+    def _rewind(self, target: int) -> Rewound:
+        checkpoint = self._place_of(target)
+        rewound = Rewound(target, self.step_count, checkpoint.state["standing"])
+        self.trainer.restore(checkpoint)
+        self._keeper.forget_after(target)
+        self._record(rewound)
+        self._find_best()
+        with suppress(OSError, FolderError):  # it is tried again, and said, when the run goes on
+            self.trainer.put_back_best()
+        try:
+            self.checkpoint("rewind")
+        except CheckpointError as error:
+            raise type(error)(f"{self.name} is at update {target} again, but {error}") from None
+        return rewound
+
+    def _find_best(self) -> None:
+        """Give the trainer the parameters of its best update, where it was restored without them."""
+        trainer = self.trainer
+        step = trainer.state.best_step
+        if trainer.best is None and step is not None:
+            with suppress(CommandError, CheckpointError):
+                trainer.best = self._keeper.find(step, self._store(), self.history, self.step_count).arrays[
+                    "parameters"
+                ]
+
+    def fork(self, *, name: str | None = None, **changes: Any) -> Run:
+        """A second run that goes on from here with other settings: `run.fork(learning_rate=1e-5)`.
+
+        It shares the base's memory and the rows with this one, and neither touches the other. Model, rows and
+        adapter cannot change. Raises ConfigError for those, CommandError when the name is this run's own.
+        """
+        kept = [
+            name
+            for name in changes
+            if name in _FORK_KEEPS or (name in SETTINGS and SETTINGS[name].metadata["group"] in _FORK_KEEPS_GROUPS)
+        ]
+        problems = [f"a fork keeps its `{name}`. Start a new run with %%finetune to change it." for name in kept]
+        problems += [str(error) for error in unknown_settings(changes)]
+        if problems:
+            raise ConfigError("\n".join(problems))
+        if name == self.name:
+            raise CommandError(f"a fork of {name} needs another name.")
+        config = self.config.replace(**{"adapter_path": None, **changes})
+        name = name or self._fork_name(config)
+        other = Run(config, name=name, _from_checkpoint=True)
+        if other.folder.resolve() == self.folder.resolve():
+            raise CommandError(f"a fork of {self.name} needs another folder than {self.folder}.")
+        other.material = self.material.twin(other.config)
+        other.trainer.restore(for_other_settings(self.trainer.snapshot(), self.config, other.config))
+        other.trainer.go_on()
+        # Its own length and folder are other ones.
+        own = (event for event in self.history.events if not isinstance(event, RunFinished))
+        iters = other.trainer.iters
+        other.history = History(
+            dataclasses.replace(one, name=name, iters=iters) if isinstance(one, RunStarted) else one for one in own
+        )
+        return other
+
+    def _fork_name(self, config: RunConfig) -> str:
+        """A name that no earlier fork of this run has, and whose folder no run holds that lives."""
+        while True:
+            self._forks += 1
+            name = f"{self.name}-fork" if self._forks == 1 else f"{self.name}-fork-{self._forks}"
+            if config.adapter_path or not is_locked(folder_of(f"adapters/{name}", config.working_folder)):
+                return name
+
+    def save_unsaved(self) -> bool:
+        """Write a checkpoint if updates were done since the last one. Returns whether. Raises CheckpointError."""
+        if self.let_go or self.unsaved_updates <= 0:
+            return False
+        self.checkpoint("exit")
+        return True
+
+    def save_last_boundary(self) -> bool:
+        """The same for the last boundary, from memory: for another thread, while an update is being computed.
+
+        Returns whether something was written. Raises CheckpointError.
+        """
+        if self.let_go or self.unsaved_updates <= 0:
+            return False
+        folder = self._keeper.save_last_boundary(self.history, self._checked_store(), "exit", **self._about())
+        return folder is not None
+
+    def release(self, reason: str = "") -> None:
+        """End the run at the boundary where it is: what is not saved is written, then it writes there no more.
+
+        Another run can have the folder then. `reason` begins the message that a later attempt to write is answered
+        with. Raises CheckpointError when it cannot be saved; then it is not let go.
+        """
+        if self.let_go:
+            return
+        self.background.stop()
+        try:
+            self.save_unsaved()
+        except FolderError as error:  # it is not its own any more
+            print(f"{self.name}: {error}", file=sys.stderr)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.name} is not let go, because {error}") from None
+        way_back = f" It is saved: `%finetune resume {self.folder}`, or the folder that it was moved to since."
+        self.home.give_up(
+            f"{reason or f'{self.name} let go of {self.folder}'} after update {self.step_count}."
+            f"{way_back if self.has_checkpoint else ''}".rstrip(".")
+        )
+        self._keeper.forget()
+
+    @property
+    def let_go(self) -> str:
+        """Why it trains and saves no more, and how to get it back; empty while it may."""
+        return self._home.lost if self._home is not None else ""
+
+    def __del__(self) -> None:
+        if getattr(self, "_trainer", None) is None:
+            return
+        try:
+            self.save_unsaved()
+        except Exception as error:
+            print(f"{self.name}: {error}", file=sys.stderr)
+
+    def checkpoint(self, kind: str = "step") -> Path:
+        """Write everything that the run's next update depends on. Returns the folder. Raises CheckpointError."""
+        trainer = self.trainer
+        return self._keeper.save(trainer, self.history, self._checked_store(), kind, **self._about())
+
+    def _checked_store(self) -> CheckpointStore:
+        """Where checkpoints go, once it is certain that the folder is this run's. Raises CheckpointError."""
+        try:
+            self.home.check()
+        except FolderError as error:
+            raise type(error)(f"step {self.step_count} could not be saved: {error}") from None
+        return self._store()
+
+    def _about(self) -> dict[str, Any]:
+        """What a checkpoint says of the run besides its state."""
+        return {
+            "name": self.name,
+            "made_from": self.material.fingerprints,
+            "run_folder": self.folder,
+            "asked": [*self._inbox.kept(), *(request.to_json() for request in self._rewind_requests)],
+        }
+
+    def checkpoints(self) -> list[CheckpointInfo]:
+        """The exact checkpoints in the run's folder, the oldest save first."""
+        return self._store().list()
+
+    def delete_checkpoint(self, info: CheckpointInfo) -> None:
+        """Remove one. Raises CheckpointError, also when another run that lives holds the folder."""
+        if not self.home.held and is_locked(self.folder):
+            self.home.take()
+        self._store().delete(info)
+
+    def compare_checkpoint(self, info: CheckpointInfo) -> list[tuple[str, str]]:
+        """(label, value) lines: the run as it is now against a checkpoint. Raises CheckpointError."""
+        checkpoint, _ = self._store().load(info.path.name)
+        return differences(checkpoint, self.trainer, self.history)
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether `Run.resume` has something to go on from in this run's folder."""
+        return bool(self.checkpoints())
+
+    @property
+    def unsaved_updates(self) -> int:
+        """Updates done since the last checkpoint."""
+        return self.step_count - self._keeper.saved_step
+
+    def _store(self) -> CheckpointStore:
+        from mlx_nb.train.checkpoint import CheckpointStore
+
+        return CheckpointStore(self.folder / CHECKPOINTS, self.config.keep)
+
+    @classmethod
+    def resume(
+        cls,
+        path: str | Path,
+        *,
+        step: int | None = None,
+        config: RunConfig | None = None,
+        data: Any = None,
+        namespace: Mapping[str, Any] | None = None,
+        allow_changed: Collection[str] = (),
+    ) -> Run:
+        """The run of the adapter folder `path`, as it was at its newest good checkpoint, or the one of `step`.
+
+        What happens from there on is what would have happened. `data` is needed again when it was an object.
+        `config` is what the settings ought to be; null takes those of the checkpoint. Raises CheckpointError when
+        there is no good checkpoint, and when settings, rows, template, tokenizer, model or a version changed since:
+        naming them in `allow_changed` goes on all the same.
+        """
+        from mlx_nb.train.checkpoint import CheckpointStore
+
+        if not isinstance(path, str | Path) or not str(path).strip():
+            raise CheckpointError(f"a run is resumed from its folder, such as 'adapters/run', not {shown(path)}.")
+        allow_changed = allowed_changes(allow_changed)
+        folder = folder_of(str(path), working_folder())
+        home = cls._home_to_resume(folder)
+        try:
+            checkpoint, messages = CheckpointStore(folder / CHECKPOINTS).load(step, refuse_unusable)
+            settings = settings_to_resume(checkpoint, folder, config, data)
+            run = cls(settings, name=checkpoint.state["name"], namespace=namespace, _from_checkpoint=True)
+            home.name, home.at_rest, home.let_go = run.name, run._at_rest, run.release
+            run._resumed, run._home = True, home
+            changed = changes_since(checkpoint, config, run.material.fingerprints, allow_changed)
+            run.trainer.restore(checkpoint)
+            run.history, damage = read_history_of(checkpoint)
+        except BaseException:
+            home.release()
+            raise
+        run.trainer.notes += (*messages, *damage, *(f"changed since the checkpoint: {what}" for what in changed))
+        run._keeper.go_on_from(checkpoint, run.history, whole=not damage)
+        run._find_best()
+        run.trainer.notes += tuple(run._ask_again(requests_of(checkpoint)))
+        return run
+
+    def _ask_again(self, requests: Sequence[Request]) -> Iterator[str]:
+        """Take up what had been asked before a resume. What is not possible any more is said, a line for each."""
+        for request in requests:
+            try:
+                if isinstance(request, ChangeSetting):
+                    self.set(**{request.name: request.value})
+                elif isinstance(request, Rewind):
+                    self._place_of(request.to)
+                    self.request(request)
+                else:
+                    self.request(request)
+            except MlxNbError as error:
+                yield f"what had been asked and was not done yet is lost, {_in_words(request)}: {error}"
+
+    @staticmethod
+    def _home_to_resume(folder: Path) -> RunFolder:
+        """The folder of a run that is to be resumed, before anything in it is read.
+
+        A run of this process that holds it and is not saved is saved, and writes there no more.
+        """
+        before = holder_here(folder)
+        if before is not None and not before.at_rest():
+            before.let_go(f"{folder} was taken over by the same run, resumed in this process")
+        home = RunFolder(folder, folder.name)
+        if (folder / CHECKPOINTS).is_dir():
+            home.share()
+            home.adopt()
+        return home
+
+    def step(self, n: int = 1) -> StepCompleted:
+        """Exactly `n` optimizer updates (fewer at the end of the run), then control is back. Returns the last one.
+
+        An interrupt pauses, and outside a notebook is raised as KeyboardInterrupt once the pause is saved.
+        Raises TrainingError when an update was not kept, CommandError when the run is already over.
+        """
+        self._refuse_running("step")
+        if not isinstance(n, int) or n < 1:
+            raise CommandError(f"cannot do {n!r} updates. Give a whole number of 1 or more.")
+        if self.over:
+            raise CommandError(f"{self.name} is finished: all {self.trainer.iters} updates are done.")
+        last = failed = paused = None
+        with self.interrupts() as interrupts:
+            for event in self.events(n):
+                failed = event if isinstance(event, RunFailed) else failed
+                paused = event if isinstance(event, RunPaused) else paused
+                last = event if isinstance(event, StepCompleted) else last
+        self._raise_interrupt(interrupts)
+        raise_failure(failed)
+        if last is None and self.finished:
+            raise CommandError(f"{self.name} is finished: no update is left after {self.step_count}.")
+        if last is None:
+            reason = "" if paused is None else f": {paused.reason}"
+            raise CommandError(f"{self.name} paused before its next update{reason}")
+        return last
+
+    def run(self, until: int | None = None) -> RunFinished | RunPaused:
+        """To the end, or to update `until`. Returns how it ended. Raises TrainingError as `step` does.
+
+        A run that was stopped, or stopped early, goes on; one whose updates are all done returns how it ended.
+
+        An interrupt pauses, and outside a notebook is raised as KeyboardInterrupt once the pause is saved, so that
+        a loop over runs ends there too.
+        """
+        self._refuse_running("run")
+        if self._trainer is not None and self._trainer.finished is not None and self._trainer.over:
+            return self._trainer.finished
+        updates = None if until is None else max(0, until - self.step_count)
+        ended: RunFinished | RunPaused | None = None
+        failed: RunFailed | None = None
+        with self.interrupts() as interrupts:
+            for event in self.events(updates):
+                failed = event if isinstance(event, RunFailed) else failed
+                if isinstance(event, (RunFinished, RunPaused)):
+                    ended = event
+        self._raise_interrupt(interrupts)
+        raise_failure(failed)  # only now: the checkpoint of a failure is written after its event
+        return ended or self.trainer.finished or RunPaused(self.step_count, f"reached update {until}")
+
+    def _raise_interrupt(self, interrupts: Interrupts) -> None:
+        """In a script whoever interrupts means the script; in a notebook, the run."""
+        if interrupts.count and not exits.in_ipython():
+            raise KeyboardInterrupt(f"{self.name} is {self.state} after update {self.step_count}, and saved.")
+
+    def start(self, updates: int | None = None) -> None:
+        """Train in the background of the kernel, by `updates` updates or to the end; returns at once.
+
+        `await run` waits for it; `request(Pause())`, the panel or an interrupt pauses it. What stops it with an error
+        is told to the listeners. Raises CommandError where no event loop is running.
+        """
+        self.background.start(updates, ended=self._background_ended)
+        self._tell(StateChanged(self.step_count, self.state))
+
+    def _background_ended(self, error: BaseException | None) -> None:
+        self._error = error
+        if error is not None:
+            self._failed = True
+            self._tell(RunFailed(self.step_count, "error", f"{type(error).__name__}: {error}"))
+        self._tell(StateChanged(self.step_count, self.state))
+
+    def __await__(self) -> Generator[Any, None, Run]:
+        """Wait until the run stops moving, without cancelling it. Raises TrainingError when it failed."""
+        yield from self.background.wait().__await__()
+        if self._error is not None:
+            raise self._error
+        if self.state == "failed":
+            raise_failure(next(event for event in reversed(self.history.events) if isinstance(event, RunFailed)))
+        return self
+
+    def request(self, request: Request) -> None:
+        """Ask for something at the next step boundary. Safe from a signal handler or a widget callback.
+
+        Before the model is loaded it waits until then; a pause at once gives up loading with KeyboardInterrupt.
+        """
+        if isinstance(request, Rewind):
+            self._rewind_requests.append(request)
+        elif self._trainer is not None:
+            self._trainer.request(request)
+        elif isinstance(request, Pause) and request.at_once:
+            self._inbox.drop(Request)
+            raise KeyboardInterrupt
+        else:
+            self._inbox.put(request)
+
+    def skip(self) -> None:
+        """Leave out the next batch: what to do when a tripwire stopped the run at rows that are to blame."""
+        self.request(Skip())
+
+    def set(self, **changes: Any) -> None:
+        """Change live settings, such as learning_rate, from the next update on. Raises ConfigError for others."""
+        problems = [str(error) for error in unknown_settings(changes)]
+        for name in changes:
+            if name in SETTINGS and name not in LIVE_SETTINGS and self._trainer is not None:
+                problems.append(
+                    f"`{name}` cannot change during a run. These can: {', '.join(LIVE_SETTINGS)}. "
+                    "Or start a new run with %%finetune."
+                )
+        if problems:
+            raise ConfigError("\n".join(problems))
+        checked = self.config.with_live(**changes)
+        if self._trainer is not None:
+            refuse_ineffective(checked, self.splits)
+        started = self._trainer is not None or self._from_checkpoint
+        self.config = checked if started else _with_adapter_settings(checked)
+        if self._trainer is None:
+            self.material = self.material.for_settings(self.config)
+            return
+        for name in changes:
+            if self.background.active:
+                self._trainer.request(ChangeSetting(name, getattr(checked, name)))
+            else:  # it stands at a boundary
+                self._record(self._trainer.change(name, getattr(checked, name)))
+
+    def evaluate(self, split: str = "valid", *, all_rows: bool = False) -> EvaluationCompleted:
+        """Loss and the method's metrics on a fixed set of rows of `split`, or on all of them, now."""
+        if split == "test" and not self.config.test and self._trainer is not None and not self._trainer.examples.test:
+            self._trainer.examples = dataclasses.replace(self._trainer.examples, test=self.material.tokenize("test"))
+        with self._turns.turn():
+            result = self.trainer.evaluate(split, all_rows=all_rows)
+        self._record(result)
+        return result
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        base: bool = False,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int = 0,
+        tools: Sequence[Any] | None = None,
+    ) -> Any:
+        """The model's answer, now. `prompt` is a text or a list of messages; a list of prompts gives a list.
+
+        A text is asked as the training rows are written: as a user message, or as raw text that goes on (see
+        `prompt_format`). Messages and `tools` are read and rendered like those of rows. Messages that end with one of
+        the assistant's have that one continued, and the answer is what follows it; DataError where the chat template
+        does not let it be continued exactly.
+        `base` answers with the adapter switched off. Temperature 0 is greedy. The run and the user's random stream
+        are left as they were. Other threads may ask too: while the run trains they wait for the end of an update.
+        """
+        from mlx_nb.model.memory import memory_errors
+        from mlx_nb.rollouts.generation import generate_texts
+
+        self._refuse_base(base)
+        _check_asking(prompt, max_tokens, temperature)
+        several = not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], Mapping))
+        prompts = list(prompt) if several else [prompt]
+        advice = "Fewer prompts at once, or a lower max_tokens, need less."
+        with self._turns.turn(), memory_errors("the model answered", advice):
+            answers = generate_texts(
+                self.model,
+                self.tokenizer,
+                prompts,  # type: ignore[arg-type]
+                base=base,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                seed=seed,
+                rendering=self.material.asking,
+                tools=tools,
+                roles=self.config.roles,
+            )
+        return answers if several else answers[0]
+
+    def save(self, path: str | Path | None = None) -> Path:
+        """Write the adapter in mlx-lm's format to `path` (default: the run's folder). Returns the folder.
+
+        A run whose own folder cannot be written, or has another run in it by now, moves to `path`: what it saves from
+        now on, checkpoints too, goes there. An adapter that was saved to `path` by an earlier run is moved to
+        `path.previous-1`. Raises FolderError when the folder is that of another run, when something in it was not
+        written by mlx_nb, and CheckpointError when it cannot be written.
+        """
+        trainer = self.trainer
+        folder = self.folder if path is None else folder_of(str(path), working_folder())
+        if same_folder(folder, self.folder):
+            with self.home.writing():
+                self._save_adapter(self.home)
+        elif self._blocked or not self._can_write():
+            self.home.release()
+            self._home = self._saved_to(folder, RUN)
+            self.config = self.config.replace(adapter_path=str(folder))
+            trainer.folder, trainer.write = folder, self._home.write
+            self.checkpoint("pause")
+        else:
+            self._saved_to(folder, EXPORT).release()
+        self._blocked = False
+        return folder
+
+    def _can_write(self) -> bool:
+        """Whether the run's own folder is still its own."""
+        try:
+            with self.home.writing():
+                return True
+        except FolderError:
+            return False
+
+    def _saved_to(self, path: Path, kind: str) -> RunFolder:
+        """The folder at `path`, held, with the adapter in it. Nothing of another run or of a person is written over."""
+        folder = RunFolder(path, self.name, self.home.run_id, kind=kind, at_rest=self._at_rest, let_go=self.release)
+        try:
+            folder.take_for_adapter()
+            self._save_adapter(folder)
+        except BaseException:
+            folder.release()
+            raise
+        return folder
+
+    def _save_adapter(self, folder: RunFolder) -> None:
+        try:
+            self.trainer.save_adapter(folder.path, write=folder.write)
+        except OSError as error:
+            raise CheckpointError(f"{folder.path} cannot be written: {error.strerror}. Give another folder.") from None
+
+    def adapter_bytes(self) -> dict[str, bytes]:
+        """The trainable parameters as they would be saved: raw little-endian bytes by name."""
+        import numpy as np
+
+        from mlx_nb.model.adapters import adapter_weights
+
+        return {name: np.array(array).tobytes() for name, array in adapter_weights(self.trainer.model).items()}
+
+    def listen(self, listener: Callable[[Event], None]) -> None:
+        """Call `listener` with every event. One that raises is named once on stderr; training does not notice."""
+        self._listeners.append(listener)
+
+    def unlisten(self, listener: Callable[[Event], None]) -> None:
+        """Call it no more."""
+        for listeners in (self._listeners, self._reported):
+            if listener in listeners:
+                listeners.remove(listener)
+
+    def _record(self, event: Event) -> None:
+        self.history.append(event)
+        self._tell(event)
+
+    def _tell(self, event: Event) -> None:
+        for listener in list(self._listeners):
+            try:
+                listener(event)
+            except Exception as error:
+                self._report_listener(listener, error)
+
+    def _report_listener(self, listener: Callable[[Event], None], error: Exception) -> None:
+        if listener in self._reported:
+            return
+        self._reported.append(listener)
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        print(
+            f"{self.name}: the listener {getattr(listener, '__qualname__', repr(listener))} raised "
+            f"{type(error).__name__}: {error} (line {where.lineno} of {where.name}). Training goes on, and it is "
+            "called again at the next event; this is said once.",
+            file=sys.stderr,
+        )
+
+    def __repr__(self) -> str:
+        done = f"{self.step_count} of {self._trainer.iters} updates" if self._trainer else "not started"
+        return f"Run({self.name!r}, model={self.config.model!r}, {self.config.fine_tune_type}, {done})"
+
+
+def _with_adapter_settings(config: RunConfig) -> RunConfig:
+    if config.resume_adapter_file is None:
+        return config
+    from mlx_nb.model.adapter_files import with_adapter_settings
+
+    return with_adapter_settings(config)
+
+
+def _check_template_file(config: RunConfig) -> None:
+    """Raise ConfigError where `chat_template` names a file that cannot be used."""
+    value = config.chat_template
+    if value is None or is_template_text(value):
+        return
+    if (problem := file_problem(value, config.working_folder or working_folder())) is not None:
+        raise ConfigError(problem)
+
+
+def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a run that does not keep it. Raises CommandError when that is gone."""
+    there, name = weakref.WeakMethod(method), method.__self__.name  # type: ignore[attr-defined]
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        found = there()
+        if found is None:
+            raise CommandError(f"{name} is gone: nobody refers to it any more, so there are no losses to show.")
+        return found(*arguments, **options)
+
+    return call
+
+
+def _in_words(request: Request) -> str:
+    match request:
+        case ChangeSetting(name, value):
+            return f"{name}={value}"
+        case Rewind(to):
+            return f"to go back to update {to}"
+        case _:
+            return type(request).__name__.lower()
+
+
+def _check_asking(prompt: Any, max_tokens: Any, temperature: Any) -> None:
+    """Raise CommandError for what nothing can be asked with."""
+    if isinstance(prompt, Mapping):
+        raise CommandError(f"cannot ask {shown(prompt)}, which is no list of messages. Write `[...]` around a message.")
+    prompts = [prompt] if isinstance(prompt, str) or not isinstance(prompt, Sequence) else list(prompt)
+    for one in prompts:
+        if not isinstance(one, str | Mapping) and not (isinstance(one, Sequence) and not isinstance(one, bytes)):
+            raise CommandError(f"cannot ask {one!r}. A prompt is a text, or a list of messages with role and content.")
+        if isinstance(one, str) and any("\ud800" <= character <= "\udfff" for character in one):
+            raise CommandError("the prompt has half a surrogate pair, which is no valid text. Remove it.")
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int):
+        raise CommandError(f"max_tokens must be a whole number of 1 or more, not {max_tokens!r}.")
+    number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    if not number or not 0 <= temperature < math.inf:
+        raise CommandError(f"temperature must be a number of at least 0, not {temperature!r}.")
+
+
+def raise_failure(event: Event | None) -> None:
+    """Raise the TrainingError of a RunFailed; pass over every other event."""
+    if isinstance(event, RunFailed):
+        raise TRAINING_ERRORS.get(event.reason, TrainingError)(event.error, event.rows, event.largest_gradients)

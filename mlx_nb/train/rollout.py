@@ -1,0 +1,381 @@
+"""Batches of what the model itself wrote: sampled, scored by the person's rewards, and used for some updates."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_nb.config.methods import method_named
+from mlx_nb.config.run_config import RunConfig
+from mlx_nb.data.examples.batches import BatchPlan, TokenBatch, evaluation_batches, pad, updates_until
+from mlx_nb.data.examples.split import PromptExample, TokenizedExample
+from mlx_nb.errors import DataError
+from mlx_nb.events import Event, Progress, RolloutCompleted
+from mlx_nb.model.lanes import lane_count, lanes_of
+from mlx_nb.model.logprobs import TargetInputs, TargetScorer, accurate_target_logprobs, target_values
+from mlx_nb.model.randomness import seed_for
+from mlx_nb.objectives.build import options_for
+from mlx_nb.rollouts.advantages import Advantages, group_advantages
+from mlx_nb.rollouts.rewards.resolve import Reward, completion_batch
+from mlx_nb.rollouts.rewards.score import Scores, score_completions
+from mlx_nb.rollouts.sampling import Completion, SamplingSettings, sample_groups
+from mlx_nb.train.batch_source import Measured
+from mlx_nb.train.reference_logprobs import ReferenceLogprobs
+from mlx_nb.train.step import Evaluation
+
+
+class NoReward(DataError):
+    """No completion of a rollout or an evaluation got a number from the reward functions."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sampled:
+    """Completions with the prompt of each, their scores, and how long sampling took."""
+
+    examples: list[PromptExample]
+    completions: list[Completion]
+    scores: Scores
+    seconds: float
+
+
+class RolloutFeed:
+    """One rollout is `group_size` completions of every prompt of an update; `updates_per_rollout` updates use it."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        examples: Sequence[PromptExample],
+        *,
+        scorer: TargetScorer,
+        tokenizer: Any,
+        rewards: Sequence[Reward],
+        reference: ReferenceLogprobs | None,
+        width_multiple: int,
+    ) -> None:
+        self._config = config
+        self._examples = examples
+        self._scorer = scorer
+        self._tokenizer = tokenizer
+        self._rewards = rewards
+        # A KL that weighs nothing in the loss is not worth a forward pass of the reference.
+        self._reference = reference if options_for(config).get("beta", 1.0) else None
+        self._width_multiple = width_multiple
+        self._columns = tuple(dict.fromkeys(name for example in examples for name in example.columns))
+        self.plan = BatchPlan([example.length for example in examples], config.batch_size, config.seed)
+        self.batches_per_epoch = self.plan.batches_per_epoch
+        self._batches: list[TokenBatch] = []
+        self._metrics: dict[str, float] = {}
+        self._updates_left = 0
+        self.interruptible = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether there are completions to train on."""
+        return self._updates_left > 0
+
+    def _prompts(self, first: int) -> list[list[PromptExample]]:
+        """The prompts of each micro-batch."""
+        chosen = self.plan.update(first, self._config.grad_accumulation_steps)
+        return [[self._examples[position] for position in positions] for positions in chosen]
+
+    def rows(self, first: int) -> tuple[int, ...]:
+        """The rows of the next update, sampled or not."""
+        return tuple(prompt.row for prompts in self._prompts(first) for prompt in prompts)
+
+    def prepare(self, step: int, first: int) -> Generator[Event, None, Event]:
+        """Sample and score the completions of the next update's prompts. Nothing changes before it has ended.
+
+        Raises NoReward when not one of them got a reward.
+        """
+        config = self._config
+        prompts = self._prompts(first)
+        seed = seed_for(config.seed, "rollout", first)
+        sampled = yield from self._sample(step, [one for chosen in prompts for one in chosen], config.group_size, seed)
+        self._require_reward(sampled.scores)
+        scale = config.scale_rewards or method_named(config.method).loss(config.loss).scale_rewards
+        advantages = group_advantages(sampled.scores.total_N, config.group_size, scale=scale)
+        batches, start = [], 0
+        for chosen in prompts:
+            end = start + len(chosen) * config.group_size
+            yield Progress(step, "reference", start, len(sampled.completions))
+            batches.append(self._batch(sampled, advantages, slice(start, end)))
+            start = end
+        self._batches, self._updates_left = batches, config.updates_per_rollout
+        self._metrics = {
+            **self._measured(sampled),
+            "reward_spread": _spread(sampled.scores.total_N, config.group_size),
+            "zero_variance_groups": advantages.zero_variance_share,
+        }
+        return RolloutCompleted(
+            step,
+            self._groups(sampled, advantages),
+            sampled.seconds,
+            {reward.name: float(seconds) for reward, seconds in zip(self._rewards, sampled.scores.seconds_F)},
+            tuple(problem.error for problem in sampled.scores.problems),
+        )
+
+    def _sample(
+        self, step: int, prompts: Sequence[PromptExample], group_size: int, seed: int
+    ) -> Generator[Event, None, Sampled]:
+        config = self._config
+        settings = SamplingSettings(
+            config.max_completion_length, config.temperature, config.top_p, config.top_k, config.stop or ()
+        )
+        started = time.perf_counter()
+        tokens = [example.prompt_tokens.tolist() for example in prompts]
+        sampling = sample_groups(self._scorer.model, self._tokenizer, tokens, group_size, settings, seed)
+        completions = yield from _progress(sampling, step, len(prompts) * group_size * config.max_completion_length)
+        seconds = time.perf_counter() - started
+        examples = [prompts[completion.prompt_index] for completion in completions]
+        batch = completion_batch(
+            examples, [one.text for one in completions], [one.tokens.tolist() for one in completions], self._columns
+        )
+        scoring = score_completions(self._rewards, config.reward_weights, batch, timeout=config.reward_timeout)
+        scores = yield from self._scoring(scoring, step)
+        return Sampled(examples, completions, scores, seconds)
+
+    def _require_reward(self, scores: Scores) -> None:
+        """Raise NoReward where no completion has a total, with the first problem of a function that gave no number."""
+        if np.isfinite(scores.total_N).any():
+            return
+        silent = [reward.name for reward, none in zip(self._rewards, np.isnan(scores.rewards_NF).all(axis=0)) if none]
+        problem = next(one for one in scores.problems if not silent or one.function in silent)
+        raise NoReward(f"no completion got a reward. {problem.error}")
+
+    def _scoring(self, scoring: Generator[Any, None, Scores], step: int) -> Generator[Event, None, Scores]:
+        try:
+            while True:
+                with self._person_at_work():
+                    progress = next(scoring)
+                yield Progress(step, f"reward {progress.function}", progress.done, progress.total)
+        except StopIteration as ended:
+            return ended.value
+        finally:
+            scoring.close()
+
+    @contextmanager
+    def _person_at_work(self) -> Generator[None, None, None]:
+        """While a function of the person's own runs: only there an interrupt may strike."""
+        self.interruptible = True
+        try:
+            yield
+        finally:
+            self.interruptible = False
+
+    def _batch(self, sampled: Sampled, advantages: Advantages, chosen: slice) -> TokenBatch:
+        completions, examples = sampled.completions[chosen], sampled.examples[chosen]
+        batch = pad([_as_example(prompt, said) for prompt, said in zip(examples, completions)], self._width_multiple)
+        behaviour_BT = np.zeros(batch.tokens_BT.shape, np.float32)
+        for index, said in enumerate(completions):
+            behaviour_BT[index, batch.lengths[index] - len(said.tokens) : batch.lengths[index]] = said.logprobs
+        counts = [said.finished or not self._config.mask_truncated_completions for said in completions]
+        batch = batch._replace(
+            row_values={"advantage": advantages.advantage_N[chosen], "counts": np.array(counts, np.float32)},
+            token_values={"behaviour": behaviour_BT},
+        )
+        return batch if self._reference is None else self._with_reference(batch, self._reference.scorer)
+
+    def _with_reference(self, batch: TokenBatch, scorer: TargetScorer) -> TokenBatch:
+        """At the sampling temperature, as the policy's."""
+        return batch._replace(token_values={**batch.token_values, "reference": self._logprobs(batch, scorer)})
+
+    def _logprobs(self, batch: TokenBatch, scorer: TargetScorer) -> np.ndarray:
+        """(B, T) at the sampling temperature, 0 where nothing is trained."""
+
+        def logprobs(inputs: TargetInputs) -> mx.array:
+            logits_SV = scorer.logits(inputs).astype(mx.float32) / self._config.temperature
+            return accurate_target_logprobs(logits_SV, inputs.target_S)
+
+        scorer.refuse_beyond_memory(batch)
+        logprobs_BT = np.zeros(batch.tokens_BT.shape, np.float32)
+        parts = lanes_of(batch, lane_count())
+        logprobs_BT[batch.loss_mask_BT != 0] = np.concatenate(target_values(parts, logprobs))
+        return logprobs_BT
+
+    def _measured(self, sampled: Sampled) -> dict[str, float]:
+        rewards_NF, total_N = sampled.scores.rewards_NF, sampled.scores.total_N
+        lengths = [len(said.tokens) for said in sampled.completions]
+        known_N = total_N[np.isfinite(total_N)]
+        measured = {
+            "completion_tokens": float(np.mean(lengths)),
+            "cut_off": float(np.mean([not said.finished for said in sampled.completions])),
+        }
+        if len(known_N):
+            measured["reward"] = float(known_N.mean())
+        for reward, values_N in zip(self._rewards, rewards_NF.T):
+            if np.isfinite(values_N).any():
+                measured[f"reward_{reward.name}"] = float(np.nanmean(values_N))
+        return measured
+
+    def _groups(self, sampled: Sampled, advantages: Advantages) -> tuple[dict[str, Any], ...]:
+        names, size = [reward.name for reward in self._rewards], self._config.group_size
+        scores = sampled.scores
+        groups = []
+        for start in range(0, len(sampled.completions), size):
+            example = sampled.examples[start]
+            said = [
+                {
+                    "text": sampled.completions[n].text,
+                    "rewards": {name: _plain(value) for name, value in zip(names, scores.rewards_NF[n])},
+                    "reward": _plain(scores.total_N[n]),
+                    "advantage": float(advantages.advantage_N[n]),
+                    "tokens": len(sampled.completions[n].tokens),
+                    "finished": sampled.completions[n].finished,
+                }
+                for n in range(start, start + size)
+            ]
+            groups.append({"row": example.row, "prompt": _text_of(example.prompt), "completions": said})
+        return tuple(groups)
+
+    def batches(self, first: int) -> list[TokenBatch]:
+        """The completions, a batch for each micro-batch of prompts."""
+        return self._batches
+
+    def used(self, first: int) -> int:
+        """After the last update on these completions the run moves on."""
+        self._updates_left -= 1
+        return first if self.ready else first + len(self._prompts(first))
+
+    def drop(self, first: int) -> int:
+        """Leave these prompts behind, with whatever was sampled."""
+        self._updates_left = 0
+        return first + len(self._prompts(first))
+
+    def updates_until(self, first: int, epochs: float) -> int:
+        """Updates from `first` until `epochs` passes over the prompts are done, 0 where they are."""
+        config = self._config
+        rollouts = updates_until(epochs, self.batches_per_epoch, config.grad_accumulation_steps, first)
+        made = config.updates_per_rollout - self._updates_left if self.ready and rollouts else 0
+        return rollouts * config.updates_per_rollout - made
+
+    def metrics(self) -> dict[str, float]:
+        """Of the completions: rewards and lengths."""
+        return self._metrics
+
+    def log_ratios(self) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """(row, tokens, log(policy now / policy that sampled)) of each completion of the last rollout, used or not."""
+        found = []
+        for batch in self._batches:
+            ratio_BT = self._logprobs(batch, self._scorer) - batch.token_values["behaviour"]
+            for index, row in enumerate(batch.rows):
+                said = batch.loss_mask_BT[index] != 0
+                found.append((row, batch.tokens_BT[index][said], ratio_BT[index][said]))
+        return found
+
+    def measure(
+        self,
+        step: int,
+        split: str,
+        examples: Sequence[PromptExample],
+        limit: int,
+        loss_of: Callable[[TokenBatch], Evaluation],
+    ) -> Generator[Event, None, Measured]:
+        """The reward of one completion of each of a fixed set of prompts, always drawn by the same numbers.
+
+        The loss is minus the reward, so that lower is better. Raises NoReward.
+        """
+        config = self._config
+        lengths = [example.length for example in examples]
+        chosen = evaluation_batches(lengths, config.batch_size, limit, config.seed)
+        prompts = [examples[position] for positions in chosen for position in positions]
+        sampled = yield from self._sample(step, prompts, 1, seed_for(config.seed, "evaluation"))
+        self._require_reward(sampled.scores)
+        rewards = sampled.scores.total_N
+        losses = [(example.row, -float(reward)) for example, reward in zip(prompts, rewards) if math.isfinite(reward)]
+        mean = sum(loss for _, loss in losses) / len(losses)
+        return Measured(mean, float(len(losses)), tuple(losses), self._measured(sampled))
+
+    def snapshot(self) -> dict[str, Any]:
+        """The completions in use: they cannot be sampled again once the policy has changed."""
+        if not self.ready:
+            return {"arrays": {}, "state": None}
+        arrays: dict[str, mx.array] = {}
+        for number, batch in enumerate(self._batches):
+            for name, array in _arrays_of(batch).items():
+                arrays[f"{number}.{name}"] = mx.array(array)
+        shapes = [{"rows": batch.rows, "lengths": batch.lengths} for batch in self._batches]
+        return {
+            "arrays": arrays,
+            "state": {"batches": shapes, "updates_left": self._updates_left, "metrics": self._metrics},
+        }
+
+    def restore(self, arrays: dict[str, mx.array], state: Any, first: int) -> None:
+        """Go on with the completions of a snapshot, where they answer the prompts from `first` on, batch by batch."""
+        self._batches, self._updates_left, self._metrics = [], 0, {}
+        asked = [[one.row for one in chosen for _ in range(self._config.group_size)] for chosen in self._prompts(first)]
+        if state is None or [list(shape["rows"]) for shape in state["batches"]] != asked:
+            return
+        self._updates_left, self._metrics = state["updates_left"], dict(state["metrics"])
+        self._batches = [
+            _batch_of({name: np.array(arrays[f"{number}.{name}"]) for name in _names(arrays, number)}, shape)
+            for number, shape in enumerate(state["batches"])
+        ]
+
+
+def _progress(
+    sampling: Generator[int, None, list[Completion]], step: int, total: int
+) -> Generator[Event, None, list[Completion]]:
+    try:
+        while True:
+            yield Progress(step, "completions", next(sampling), total)
+    except StopIteration as ended:
+        return ended.value
+    finally:
+        sampling.close()
+
+
+def _as_example(prompt: PromptExample, said: Completion) -> TokenizedExample:
+    tokens = np.concatenate([prompt.prompt_tokens, said.tokens]).astype(np.int32)
+    loss_mask = np.zeros(len(tokens), np.float32)
+    loss_mask[len(prompt.prompt_tokens) :] = 1
+    return TokenizedExample(tokens, loss_mask, prompt.row)
+
+
+def _spread(total_N: np.ndarray, group_size: int) -> float:
+    """Mean over groups of the deviation of their known rewards."""
+    groups = [group[np.isfinite(group)] for group in total_N.reshape(-1, group_size)]
+    return float(np.mean([group.std(ddof=1) if len(group) > 1 else 0.0 for group in groups]))
+
+
+def _plain(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _text_of(prompt: Any) -> str:
+    """A prompt to read: messages one after the other."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def _arrays_of(batch: TokenBatch) -> dict[str, np.ndarray]:
+    arrays = {"tokens": batch.tokens_BT, "loss_mask": batch.loss_mask_BT}
+    arrays.update({f"row.{name}": value for name, value in batch.row_values.items()})
+    arrays.update({f"token.{name}": value for name, value in batch.token_values.items()})
+    return arrays
+
+
+def _names(arrays: dict[str, mx.array], number: int) -> list[str]:
+    prefix = f"{number}."
+    return [name[len(prefix) :] for name in arrays if name.startswith(prefix)]
+
+
+def _batch_of(arrays: dict[str, np.ndarray], shape: dict[str, Any]) -> TokenBatch:
+    def having(prefix: str) -> dict[str, np.ndarray]:
+        return {name[len(prefix) :]: value for name, value in arrays.items() if name.startswith(prefix)}
+
+    return TokenBatch(
+        arrays["tokens"],
+        arrays["loss_mask"],
+        tuple(shape["rows"]),
+        tuple(shape["lengths"]),
+        having("row."),
+        having("token."),
+    )

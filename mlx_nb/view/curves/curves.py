@@ -1,0 +1,227 @@
+"""The live curves of a run: its events as small data for a browser, and the widget that draws them there."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+from operator import itemgetter
+from pathlib import Path
+from textwrap import shorten
+from types import MappingProxyType
+
+import anywidget
+import numpy as np
+import traitlets
+
+from mlx_nb import events
+from mlx_nb.config.methods import Metric
+from mlx_nb.history import History, decimated, evaluation_row
+from mlx_nb.view.curves.groups import LOSS, QUANTITIES, Group, first_groups, groups_of
+from mlx_nb.view.curves.points import SMOOTHING, Columns, Table, clock, kept_points, line, smoothed_at
+from mlx_nb.view.event_text import describe
+from mlx_nb.view.metric_text import reward_of
+
+# However long the run, at most so many numbers and words go to the browser: under 100 KB in all.
+LINE_POINTS, ALL_POINTS = 400, 3200
+LEFT_POINTS, LEFT_LINES = 600, 60
+RUN_KNOTS, LEFT_KNOTS = 300, 16
+MARKERS_OF_A_KIND, MARKER_LETTERS = 16, 90
+
+MARKERS: dict[type[events.Event], str] = {
+    events.CheckpointSaved: "save",
+    events.Rewound: "rewind",
+    events.SettingChanged: "setting",
+    events.RunPaused: "pause",
+    events.BatchSkipped: "skip",
+}
+UPDATE_COLUMNS = ("position", "step", "tokens", "seconds", "weight", "smoothed", LOSS, *QUANTITIES)
+Metrics = Mapping[str, Metric]
+NO_METRICS: Metrics = MappingProxyType({})
+
+
+class SeriesBuilder:
+    """The curves of one history, which may grow; only its new events are read each time.
+
+    `metrics` are those that the method says it measures: they come first, with what they say.
+    """
+
+    def __init__(self, history: History, metrics: Metrics = NO_METRICS) -> None:
+        self.history = history
+        self.metrics = metrics
+        self._read = 0
+        self._standing = 0
+        self._updates = Table(UPDATE_COLUMNS)
+        self._validations = Table(("position", "step", "loss"))
+        self._marked: dict[str, list[tuple[int, dict]]] = {kind: [] for kind in MARKERS.values()}
+        self._left: list[Columns] = []
+        self._measured: dict[str, None] = {}
+        self._in_nats = True
+
+    def series(self, iters: int) -> dict:
+        """Data for JSON, under 100 KB for any length of run and up to 30 metrics.
+
+        iters    updates of the whole run
+        clocks   `step` with the `tokens` and `seconds` of training until then, to interpolate between, 0 before; the
+                 first is that of the run, the others those of the branches that rewinds left
+        groups   `name`, `label` for the axis, `help` in words, `best` (low, high or empty: which validation is best)
+                 and `lines`: `name`, `role` (raw, train, valid or left; second, valid-first and valid-second where two
+                 metrics share a chart), index of the `clock`, `step` and `value` (five digits; None where not finite)
+        shown    names of the groups that say most
+        markers  `step`, `kind` (save, rewind, setting, pause or skip) and `text`
+        """
+        for event in self.history.events[self._read :]:
+            self._add(event)
+        updates, valid = self._updates.columns(), self._validations.columns()
+        updates["smoothed"] = np.where(np.isfinite(updates[LOSS]), updates["smoothed"], math.nan)
+        groups = groups_of(list(self._measured), valid.keys(), self.metrics, in_nats=self._in_nats and not self.metrics)
+        branches = self._left[-max(1, LEFT_LINES // len(groups)) :]
+        points = min(LINE_POINTS, ALL_POINTS // sum(len(group.lines) for group in groups))
+        left_points = LEFT_POINTS // (sum(len(group.columns) for group in groups) * max(1, len(branches)))
+        told = [
+            {
+                "name": group.name,
+                "label": group.label,
+                "help": group.help,
+                "best": group.best,
+                "lines": [
+                    *_lines(group, updates, valid, points),
+                    *_left_lines(group, branches, left_points),
+                ],
+            }
+            for group in groups
+        ]
+        clocks = [clock(updates, RUN_KNOTS), *(clock(branch, LEFT_KNOTS) for branch in branches)]
+        markers = [
+            marked[index][1] for marked in self._marked.values() for index in decimated(len(marked), MARKERS_OF_A_KIND)
+        ]
+        shown = first_groups(groups, self.metrics)
+        return {"iters": iters, "clocks": clocks, "groups": told, "shown": shown, "markers": markers}
+
+    def _add(self, event: events.Event) -> None:
+        self._read += 1
+        if isinstance(event, events.Rewound):
+            left = self._updates.cut(event.kept)
+            if len(left["step"]):
+                self._left.append(left)
+            self._validations.cut(event.kept)
+            for marked in self._marked.values():
+                del marked[bisect_left(marked, event.kept, key=itemgetter(0)) :]
+            self._standing = min(self._standing, event.kept)
+        match event:
+            case events.StepCompleted():
+                self._add_update(event)
+            case events.EvaluationCompleted(split="valid"):
+                self._add_validation(event)
+            case _ if type(event) in MARKERS:
+                # Cut first, because a text may name a thousand rows and `shorten` reads every word.
+                kind, text = MARKERS[type(event)], describe(event)[: 2 * MARKER_LETTERS]
+                text = shorten(text, MARKER_LETTERS, placeholder=" …")
+                self._marked[kind].append((self._standing, {"step": event.step, "kind": kind, "text": text}))
+        self._standing += 1
+
+    def _add_validation(self, event: events.EvaluationCompleted) -> None:
+        is_reward = reward_of(evaluation_row(event)) is not None
+        self._in_nats = event.perplexity is not None
+        self._validations.append(
+            {
+                "position": self._standing,
+                "step": event.step,
+                # Minus a reward is no point of the curve of the loss; the reward has its own.
+                LOSS: None if is_reward else event.loss,
+                **{_column(name): value for name, value in event.metrics.items()},
+            }
+        )
+
+    def _add_update(self, event: events.StepCompleted) -> None:
+        last = self._updates.last
+        weight, smoothed = last("weight"), last("smoothed")
+        if math.isfinite(event.loss):
+            weight = SMOOTHING * weight + 1 - SMOOTHING
+            smoothed += (1 - SMOOTHING) / weight * (event.loss - smoothed)
+        metrics = {_column(name): value for name, value in event.metrics.items()}
+        self._measured.update(dict.fromkeys(metrics))
+        self._updates.append(
+            {
+                "position": self._standing,
+                "step": event.step,
+                "tokens": last("tokens") + event.tokens,
+                "seconds": last("seconds") + event.seconds,
+                LOSS: event.loss,
+                "weight": weight,
+                "smoothed": smoothed,
+                "learning rate": event.learning_rate,
+                "gradient norm": event.gradient_norm,
+                "tokens per second": event.tokens / event.seconds if event.seconds > 0 else math.nan,
+                "memory (GB)": event.peak_memory / 1e9,
+                **metrics,
+            }
+        )
+
+
+def _column(metric: str) -> str:
+    """The column of a metric, which may have the name of another column."""
+    return f"{metric} (metric)" if metric in UPDATE_COLUMNS else metric
+
+
+def _lines(group: Group, updates: Columns, valid: Columns, points: int) -> list[dict]:
+    """The lines of a group, smoothed where it says so, through the same points as what they smooth."""
+    told = []
+    for one in group.lines:
+        columns = valid if one.of_validation else updates
+        values = columns.get(one.column, np.full(len(columns["step"]), math.nan))
+        shape = updates[LOSS] if one.column == "smoothed" else values
+        kept = kept_points(shape, points)
+        told.append(
+            line(one.name, one.role, columns["step"][kept], (smoothed_at if one.smooth else np.take)(values, kept))
+        )
+    return told
+
+
+def _left_lines(group: Group, branches: list[Columns], points: int) -> list[dict]:
+    """The branches that rewinds left."""
+    columns = [LOSS if column == "smoothed" else column for column in group.columns]
+    told = []
+    for number, branch in enumerate(branches, start=1):
+        for column in columns:
+            if column in branch:
+                kept = kept_points(branch[column], points)
+                told.append(line("rewound", "left", branch["step"][kept], branch[column][kept], number))
+    return told
+
+
+def series_of(history: History, iters: int, metrics: Metrics = NO_METRICS) -> dict:
+    """The curves of a history as data for JSON; see `SeriesBuilder.series`."""
+    return SeriesBuilder(history, metrics).series(iters)
+
+
+class Curves(anywidget.AnyWidget):
+    """The live curves of one run, under a cell; all drawing is in curves.js. `metrics` are those of its method.
+
+    series    what is drawn, as `SeriesBuilder.series` makes it
+    scale     of the values: linear or log;  axis: update, tokens or time;  group: the name of the group on show
+    selected  the update whose point was clicked, None before
+    """
+
+    # As text: anywidget watches a path, and by that keeps every widget.
+    _esm = Path(__file__).with_name("curves.js").read_text(encoding="utf-8")
+
+    series = traitlets.Dict().tag(sync=True)
+    scale = traitlets.Enum(("linear", "log"), "linear").tag(sync=True)
+    axis = traitlets.Enum(("update", "tokens", "time"), "update").tag(sync=True)
+    group = traitlets.Unicode("loss").tag(sync=True)
+    selected = traitlets.Int(None, allow_none=True).tag(sync=True)
+
+    def __init__(self, metrics: Metrics = NO_METRICS) -> None:
+        self._builder = SeriesBuilder(History(), metrics)
+        super().__init__(series=self._builder.series(0))
+
+    def refresh(self, history: History, iters: int) -> None:
+        """Show a history as it is now, of a run of so many updates."""
+        if self._builder.history is not history:
+            self._builder = SeriesBuilder(history, self._builder.metrics)
+        self.series = self._builder.series(iters)
+
+    def on_select(self, callback: Callable[[int], None]) -> None:
+        """Call back with the update whenever a point is clicked."""
+        self.observe(lambda change: None if change.new is None else callback(change.new), "selected")

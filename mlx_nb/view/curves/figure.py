@@ -1,0 +1,209 @@
+"""History to pictures: a matplotlib figure that stays, and a small SVG that moves while training."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable, Mapping
+from io import BytesIO
+from operator import itemgetter
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from mlx_nb.config.methods import Metric
+from mlx_nb.events import SettingChanged
+from mlx_nb.history import History, decimated, smoothed
+from mlx_nb.view.metric_text import headline, main_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TRAIN_COLOR = "#0072B2"
+VALID_COLOR = "#D55E00"
+LEFT_COLOR = "#8A8A8A"
+_LIVE_POINTS = 300
+_NAMED_CHANGES = 3
+
+
+def plot_history(history: History, title: str = "", metrics: Mapping[str, Metric] = MappingProxyType({})) -> Figure:
+    """Loss (train raw and smoothed, validation with the best marked) above learning rate and gradient norm.
+
+    Of a run that learns from rewards, the reward. Between them the metrics that say most of a method that measures
+    more than its loss; `metrics` are those it declares. Made with the object interface, so no window opens and no
+    global state of pyplot changes.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    large = live_quantity(history)
+    measured = [*(name for name in metrics if name in history.step_metrics), *history.step_metrics]
+    small = [name for name in (*main_metrics(measured), *(["loss"] if large != "loss" else [])) if name != large]
+    heights = (2.2, 1.2, 1) if small else (2.2, 1)
+    figure = Figure(figsize=(7.5, 6.2 if small else 4.6), dpi=110, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(len(heights), 6, height_ratios=heights)
+    _draw_large(figure.add_subplot(grid[0, :]), history, large, title)
+    width = 6 // max(1, len(small))
+    for place, name in enumerate(small):
+        axes = figure.add_subplot(grid[1, place * width : (place + 1) * width])
+        _draw_metric(axes, history, name, metrics.get(name))
+    for place, column in enumerate(("learning_rate", "gradient_norm")):
+        axes = figure.add_subplot(grid[len(heights) - 1, 3 * place : 3 * place + 3])
+        axes.plot(history["step"], history[column], color="#444444", linewidth=1.2)
+        axes.set_ylabel(column.replace("_", " "), fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+        axes.yaxis.get_offset_text().set_fontsize(7)
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.2)
+    return figure
+
+
+def _draw_large(axes, history: History, name: str, title: str) -> None:
+    """The loss or the reward, with what rewinds left and where settings were changed."""
+    for branch in history.abandoned():
+        left = [row["step"] for row in branch], [row.get(name, math.nan) for row in branch]
+        axes.plot(*left, color=LEFT_COLOR, linewidth=1, linestyle=":", marker=".", markersize=3, label="rewound")
+    _draw_updates(axes, history, name)
+    checked = [(row["step"], headline(row)) for row in history.evaluations("valid")]
+    best = min if name == "loss" else max
+    _draw_validation(axes, [(step, value) for step, (what, value) in checked if what == name], best)
+    _mark_changes(axes, history)
+    in_nats = not history.step_metrics and all(row["perplexity"] is not None for row in history.evaluations())
+    axes.set_ylabel("loss (nats per token)" if in_nats else name)
+    axes.set_xlabel("update")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8)
+    if title:
+        axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+
+
+def _draw_updates(axes, history: History, name: str) -> None:
+    """A quantity over the updates that told it, and smoothed."""
+    known = [(step, value) for step, value in zip(history["step"], history[name]) if not math.isnan(value)]
+    if known:
+        steps, values = zip(*known)
+        axes.plot(steps, values, color=TRAIN_COLOR, alpha=0.3, linewidth=1, label="train, each update")
+        axes.plot(steps, smoothed(values), color=TRAIN_COLOR, linewidth=1.8, label="train, smoothed")
+
+
+def _draw_metric(axes, history: History, name: str, metric: Metric | None) -> None:
+    """One metric over the updates that told it, and of validations; above it, where a healthy run moves it."""
+    _draw_updates(axes, history, name)
+    rows = [row for row in history.evaluations("valid") if name != "loss" or headline(row)[0] == "loss"]
+    _draw_validation(axes, [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))], None)
+    healthy = metric.healthy if metric else ""
+    axes.set_title(name.replace("_", " "), loc="left", fontsize=8)
+    if healthy:
+        axes.set_title(f"healthy: {healthy}", loc="right", fontsize=7, color="#555555")
+    axes.tick_params(labelsize=7)
+
+
+def _draw_validation(axes, valid: list[tuple[int, float]], best: Callable[..., Any] | None) -> None:
+    """Validations as (update, value), and which of them is `best`."""
+    if not valid:
+        return
+    axes.plot(
+        [step for step, _ in valid],
+        [value for _, value in valid],
+        color=VALID_COLOR,
+        marker="o",
+        markersize=4,
+        linewidth=1.5,
+        linestyle="--",
+        label="validation",
+    )
+    if best is None:
+        return
+    step, value = best(valid, key=itemgetter(1))
+    axes.annotate(
+        f"best {value:.3f}",
+        (step, value),
+        textcoords="offset points",
+        xytext=(0, 9),
+        ha="right" if step else "left",
+        fontsize=8,
+        color=VALID_COLOR,
+    )
+
+
+def _mark_changes(axes, history: History) -> None:
+    """A thin line where a setting was changed, named at its top; of many changes, only the last are named."""
+    changes = [event for event in history.standing if isinstance(event, SettingChanged)]
+    for number, event in enumerate(changes):
+        axes.axvline(event.step, color=LEFT_COLOR, linewidth=0.8, linestyle="--", zorder=0)
+        if number >= len(changes) - _NAMED_CHANGES:
+            axes.annotate(
+                f"{event.name} {event.new:g}" if isinstance(event.new, float) else f"{event.name} {event.new}"[:40],
+                (event.step, 1.0),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                xytext=(3, -9 - 9 * (number % _NAMED_CHANGES)),
+                fontsize=7,
+                color="#555555",
+            )
+
+
+def figure_png(figure: Figure) -> bytes:
+    """The figure as PNG bytes."""
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def live_svg(history: History, iters: int, width: int = 560, height: int = 150) -> str:
+    """The curve of the loss, or of the reward, as a small SVG string, under a millisecond and 10 KB for any run.
+
+    Text takes the page's colour, so it reads on light and dark themes. Empty before the first two updates.
+    """
+    name = live_quantity(history)
+    steps, values = history["step"], history[name]
+    points = [(step, value) for step, value in zip(steps, smoothed(values)) if math.isfinite(value)]
+    if len(points) < 2:
+        return ""
+    points = [points[index] for index in decimated(len(points), _LIVE_POINTS)]
+    checked = [(row["step"], headline(row)) for row in history.evaluations("valid")]
+    valid = [(step, value) for step, (what, value) in checked if what == name and math.isfinite(value)]
+    low, high = _value_range([value for _, value in points + valid])
+    left, top, bottom = 44, 10, height - 20
+
+    def place(step: float, value: float) -> tuple[float, float]:
+        x = left + (width - left - 10) * step / max(iters, 1)
+        y = bottom - (bottom - top) * (min(value, high) - low) / (high - low)
+        return round(x, 1), round(y, 1)
+
+    def line(series: list[tuple[float, float]]) -> str:
+        return " ".join(f"{x},{y}" for x, y in (place(*point) for point in series))
+
+    label = 'fill="currentColor" font-size="10" font-family="sans-serif" opacity="0.75"'
+    parts = [
+        f'<svg viewBox="0 0 {width} {height}" width="100%" style="max-width:{width}px;display:block" role="img" '
+        f'aria-label="{html.escape(f"training {name}, now {values[-1]:.3f}", quote=True)}">',
+        f'<line x1="{left}" y1="{bottom}" x2="{width - 10}" y2="{bottom}" stroke="currentColor" opacity="0.3"/>',
+        f'<text x="{left - 5}" y="{top + 6}" text-anchor="end" {label}>{high:.2f}</text>',
+        f'<text x="{left - 5}" y="{bottom}" text-anchor="end" {label}>{low:.2f}</text>',
+        f'<text x="{left}" y="{height - 6}" {label}>0</text>',
+        f'<text x="{width - 10}" y="{height - 6}" text-anchor="end" {label}>{iters} updates</text>',
+        f'<polyline points="{line(points)}" fill="none" stroke="{TRAIN_COLOR}" stroke-width="2"/>',
+    ]
+    if valid:
+        parts.append(
+            f'<polyline points="{line(valid)}" fill="none" stroke="{VALID_COLOR}" stroke-width="1.5" '
+            'stroke-dasharray="5 3"/>'
+        )
+        parts += [
+            f'<circle cx="{x}" cy="{y}" r="3" fill="{VALID_COLOR}"/>' for x, y in (place(*point) for point in valid)
+        ]
+    return "".join([*parts, "</svg>"])
+
+
+def live_quantity(history: History) -> str:
+    """What the small curve shows: `reward` of a method that learns from rewards, else `loss`."""
+    return "reward" if history.last_step is not None and "reward" in history.last_step.metrics else "loss"
+
+
+def _value_range(values: list[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    margin = 0.05 * (high - low) or 0.05
+    return (max(0.0, low - margin) if low >= 0 else low - margin), high + margin

@@ -1,0 +1,120 @@
+"""Which curves there are to choose from, what each says, and which lines it is made of. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+from mlx_nb.config.methods import Metric
+from mlx_nb.view.metric_text import SECONDS, main_metrics
+
+LOSS, NATS = "loss", "loss (nats per token)"
+QUANTITIES = {
+    "learning rate": "learning rate",
+    "gradient norm": "gradient norm (L2, before clipping)",
+    "tokens per second": "tokens per second",
+    "memory (GB)": "peak memory (GB)",
+}
+# Two metrics that say more in one chart.
+PAIRS = {
+    "rewards": ("reward_chosen", "reward_rejected"),
+    "log-probabilities": ("logprob_chosen", "logprob_rejected"),
+    "rewards by label": ("reward_desirable", "reward_undesirable"),
+}
+_BEST = {"up": "high", "down": "low"}
+
+
+class Line(NamedTuple):
+    """One line: its name, how it is drawn, and the column it shows, of the updates or of the validations."""
+
+    name: str
+    role: str
+    column: str
+    of_validation: bool = False
+    smooth: bool = False
+
+
+class Group(NamedTuple):
+    """One chart. `best` says which validation is the best: low, high, or empty."""
+
+    name: str
+    label: str
+    help: str
+    best: str
+    lines: tuple[Line, ...]
+
+    @property
+    def columns(self) -> list[str]:
+        """What it shows of the updates, each once."""
+        return list(dict.fromkeys(line.column for line in self.lines if not line.of_validation and line.role != "raw"))
+
+
+def groups_of(
+    measured: Sequence[str], validated: Collection[str], metrics: Mapping[str, Metric], *, in_nats: bool
+) -> list[Group]:
+    """The charts for the metrics that were `measured` in updates and `validated`.
+
+    First the loss and what the method declares in `metrics`, then what every run has, what else was measured, and
+    times at the end.
+    """
+    declared = [name for name in metrics if name in measured]
+    pairs = {name: pair for name, pair in PAIRS.items() if set(pair) <= set(declared) and name not in measured}
+    paired = {column for pair in pairs.values() for column in pair}
+    alone = [name for name in declared if name not in paired]
+    first = main_metrics(alone)
+    others = [name for name in measured if name not in metrics]
+    times = [name for name in others if name.startswith(SECONDS)]
+    singles = {name: _single(name, name in first, name in validated, metrics) for name in (*alone, *others)}
+    return [
+        _loss(in_nats),
+        *(singles[name] for name in first),
+        *(_pair(name, pair, validated, metrics) for name, pair in pairs.items()),
+        *(singles[name] for name in alone if name not in first),
+        *(Group(name, label, "", "", (Line(name, "train", name),)) for name, label in QUANTITIES.items()),
+        *(singles[name] for name in others if name not in times),
+        *(singles[name] for name in times),
+    ]
+
+
+def first_groups(groups: Sequence[Group], metrics: Mapping[str, Metric]) -> list[str]:
+    """Names of the charts that say most of a method that declares `metrics`."""
+    names = [group.name for group in groups]
+    return [LOSS, *main_metrics(name for name in metrics if name in names), *(name for name in PAIRS if name in names)]
+
+
+def _loss(in_nats: bool) -> Group:
+    lines = (
+        Line("train, each update", "raw", LOSS),
+        Line("train, smoothed", "train", "smoothed"),
+        Line("validation", "valid", LOSS, of_validation=True),
+    )
+    return Group(LOSS, NATS if in_nats else LOSS, "", "low", lines)
+
+
+def _single(name: str, main: bool, validated: bool, metrics: Mapping[str, Metric]) -> Group:
+    lines = [Line(name, "train", name)]
+    if main:
+        lines = [Line("train, each update", "raw", name), Line("train, smoothed", "train", name, smooth=True)]
+    if validated:
+        lines.append(Line("validation", "valid", name, of_validation=True))
+    known = metrics.get(name)
+    label = name if known is None else name.replace("_", " ")
+    return Group(name, label, _words(known), _BEST.get(known.healthy, "") if known else "", tuple(lines))
+
+
+def _pair(name: str, pair: tuple[str, str], validated: Collection[str], metrics: Mapping[str, Metric]) -> Group:
+    lines = []
+    for column, role, valid_role in zip(pair, ("train", "second"), ("valid-first", "valid-second")):
+        which = column.rpartition("_")[2]
+        lines.append(Line(f"{which}, smoothed", role, column, smooth=True))
+        if column in validated:
+            lines.append(Line(f"{which}, validation", valid_role, column, of_validation=True))
+    helps = " · ".join(_words(metrics[column]) for column in pair)
+    return Group(name, name, helps, "", tuple(lines))
+
+
+def _words(metric: Metric | None) -> str:
+    """What a metric says, and what is healthy."""
+    if metric is None:
+        return ""
+    return f"{metric.help}; healthy: {metric.healthy}" if metric.healthy else metric.help

@@ -1,0 +1,267 @@
+"""Events as text: the progress line, the summary and the table, for terminals and for outputs that must last."""
+
+from __future__ import annotations
+
+import html
+import math
+import statistics
+
+from mlx_nb.errors import counted
+from mlx_nb.events import (
+    BatchSkipped,
+    CheckpointSaved,
+    DataChanged,
+    EvaluationCompleted,
+    Event,
+    LossSpiked,
+    MemoryLow,
+    NothingLearned,
+    Progress,
+    RequestRefused,
+    Rewound,
+    RolloutCompleted,
+    RunFailed,
+    RunFinished,
+    RunPaused,
+    RunStarted,
+    SampleGenerated,
+    SettingChanged,
+    StateChanged,
+    StepCompleted,
+)
+from mlx_nb.history import History, evaluation_row
+from mlx_nb.view.metric_text import SECONDS, asides, headline, main_metrics, metric_words, number
+
+_NOTHING = "All gradients were 0, or all completions of each prompt got the same reward. Look at rewards and rows"
+
+
+def describe(event: Event) -> str:
+    """One line of plain text about an event."""
+    match event:
+        case RunStarted():
+            trained, total = event.trainable_parameters, event.total_parameters
+            share = 100 * trained / max(1, total)
+            return (
+                f"{event.name}: {event.iters} updates, {event.train_rows} training and {event.valid_rows} validation "
+                f"rows, {count(trained)} of {count(total)} parameters trained ({share:.2f}%)"
+                + (f": {event.trained}" if event.trained else "")
+            )
+        case StepCompleted():
+            measured = metric_words({name: event.metrics[name] for name in main_metrics(event.metrics, 2)})
+            return (
+                f"update {event.step}: loss {event.loss:.4f}, {measured}{', ' if measured else ''}"
+                f"learning rate {event.learning_rate:.2e}, gradient norm {event.gradient_norm:.3g}, "
+                f"{event.tokens / max(event.seconds, 1e-9):.0f} tokens/s"
+            )
+        case EvaluationCompleted():
+            best = ", best so far" if event.best and event.step > 0 else ""
+            row = evaluation_row(event)
+            name, value = headline(row)
+            told = f"{event.split} {name} {value:.4f}"
+            measured = asides(row, event.metrics)
+            told += f", {measured}" if measured else ""
+            return f"update {event.step}: {told} ({counted(event.rows, 'row')}{best})"
+        case SampleGenerated():
+            return f"update {event.step}: {event.prompt!r} → {event.answer!r}"
+        case RolloutCompleted():
+            return f"update {event.step}: {rollout_words(event)}"
+        case Progress():
+            return progress_words(event)
+        case StateChanged():
+            return f"{event.state} at update {event.step}"
+        case RequestRefused():
+            return event.error
+        case CheckpointSaved():
+            return f"update {event.step}: saved {event.kind} adapter to {event.path}"
+        case SettingChanged():
+            return f"update {event.step}: {event.name} changed from {event.old} to {event.new}"
+        case Rewound():
+            return f"went back from update {event.from_step} to {event.step}"
+        case BatchSkipped():
+            rows = ", ".join(map(str, dict.fromkeys(event.rows)))
+            return (
+                f"update {event.step}: left out the {f'batch with rows {rows}' if rows else 'prompts that were next'}"
+            )
+        case MemoryLow():
+            return (
+                f"update {event.step}: memory is nearly full, {event.peak / 1e9:.1f} of {event.limit / 1e9:.1f} GB. "
+                "A lower batch_size or max_seq_length needs less"
+            )
+        case LossSpiked():
+            return f"update {event.step}: {event.words}. The update was kept; a spike that lasts pauses the run"
+        case DataChanged():
+            return (
+                f"update {event.step}: {event.path} was changed since it was read. The run goes on with the rows as "
+                "they were; only a later resume needs them back (or `--allow-changed data`)"
+            )
+        case NothingLearned():
+            return f"update {event.step}: the last {event.updates} updates had nothing to learn from. {_NOTHING}"
+        case RunPaused():
+            return f"paused after update {event.step}: {event.reason}"
+        case RunFinished():
+            learned = "" if event.learned else f". Nothing was learned. {_NOTHING}"
+            return (
+                f"finished after update {event.step} ({event.reason}), {duration(event.seconds)} of training{learned}"
+            )
+        case RunFailed():
+            return f"stopped after update {event.step}: {event.error}"
+    return type(event).__name__
+
+
+def progress_words(progress: Progress) -> str:
+    """What is being done, and how far it is."""
+    done, total = progress.done, progress.total
+    kind, _, name = progress.what.partition(" ")
+    if kind == "completions":
+        return f"sampling completions: {done:,} of at most {total:,} tokens"
+    if kind == "reward" and name:
+        return f"reward {name}: {done:,} of {total:,} completions"
+    if kind == "loading":
+        return f"loading the model: {name}" + (f", {done:,} of {total:,}" if total else "")
+    if kind == "tokenizing":
+        pace = done / max(progress.seconds, 1e-9)
+        return f"tokenizing {name} rows: {done:,} of {total:,}, {pace:,.0f} rows a second"
+    if kind == "reference":
+        return f"log-probabilities of the reference: {done:,} of {total:,} completions"
+    return f"{progress.what}: {done} of {total}"
+
+
+def rollout_words(rollout: RolloutCompleted) -> str:
+    """`8 completions of 2 prompts, reward 0.43 ± 0.21, 3 cut off, sampled in 3 s, 1 problem`."""
+    said = [completion for group in rollout.groups for completion in group["completions"]]
+    prompts = len(rollout.groups)
+    rewards = [completion["reward"] for completion in said if completion["reward"] is not None]
+    parts = [f"{counted(len(said), 'completion')} of {counted(prompts, 'prompt')}"]
+    if rewards:
+        spread = f" ± {statistics.pstdev(rewards):.3g}" if len(rewards) > 1 else ""
+        parts.append(f"reward {statistics.fmean(rewards):.3g}{spread}")
+    else:
+        parts.append("no reward")
+    cut = sum(not completion["finished"] for completion in said)
+    parts += [f"{cut} cut off"] if cut else []
+    parts.append(f"sampled in {duration(rollout.seconds) if rollout.seconds >= 10 else f'{rollout.seconds:.1f} s'}")
+    problems = len(rollout.problems)
+    parts += [f"{problems} problem{'s' * (problems != 1)}"] if problems else []
+    return ", ".join(parts)
+
+
+def remarks(event: Event) -> tuple[str, ...]:
+    """What there is to say besides: notes at the start of a run, problems of reward functions."""
+    return event.notes if isinstance(event, RunStarted) else getattr(event, "problems", ())
+
+
+def progress_line(history: History, iters: int) -> str:
+    """`update 12 of 60  loss 1.23  ...  4:10 left`; the time left goes by the last updates."""
+    last = history.last_step
+    if last is None:
+        return f"update 0 of {iters}"
+    recent = history["seconds"][-20:]
+    tokens = history["tokens"][-20:]
+    left = (sum(recent) / len(recent) + rollout_pace(history)) * (iters - last.step)
+    parts = [
+        f"update {last.step} of {iters}",
+        f"loss {last.loss:.3f}",
+        f"{sum(tokens) / max(sum(recent), 1e-9):.0f} tokens/s",
+        f"memory {last.peak_memory / 1e9:.1f} GB",
+    ]
+    valid = history.evaluations("valid")
+    if valid:
+        parts.insert(2, validation_words(valid[-1]))
+    if "reward" in last.metrics:
+        parts.insert(2, f"reward {last.metrics['reward']:.3f}")
+    parts.append(f"{duration(left)} left" if left > 0.5 else duration(sum(history["seconds"])))
+    return "  ·  ".join(parts)
+
+
+def rollout_pace(history: History) -> float:
+    """Seconds that sampling and rewards take for each update, by the last ones; 0 for other methods."""
+    recent = history.last_steps(20)
+    spent = [value for event in recent for name, value in event.metrics.items() if name.startswith(SECONDS)]
+    # One rollout may be used, and told, by several updates.
+    share = history.rollout_count / max(1, len(history))
+    return sum(spent) / max(1, len(recent)) * min(1.0, share)
+
+
+def validation_words(evaluation: dict) -> str:
+    """The newest validation in two or three words."""
+    name, value = headline(evaluation)
+    return f"validation {value:.3f}" if name == "loss" else f"validation {name} {value:.3f}"
+
+
+def summary_rows(history: History) -> list[tuple[str, str]]:
+    """What a person wants to know afterwards, as (label, value)."""
+    started, last, finished = history.started, history.last_step, history.finished
+    rows: list[tuple[str, str]] = []
+    if started:
+        trained = f"{count(started.trainable_parameters)} of {count(started.total_parameters)}"
+        rows.append(("updates", f"{last.step if last else 0} of {history.iters}"))
+        rows.append(("rows", f"{started.train_rows} training, {started.valid_rows} validation"))
+        rows.append(("trained parameters", trained))
+        rows += [("trained", started.trained)] if started.trained else []
+    if last:
+        tokens, seconds = sum(history["tokens"]), sum(history["seconds"])
+        rows.append(("training loss", f"{history['loss'][0]:.4f} → {last.loss:.4f}"))
+        for name in main_metrics(history.step_metrics, 2):
+            known = [value for value in history[name] if math.isfinite(value)]
+            rows += [(f"training {name}", f"{number(known[0])} → {number(known[-1])}")] if known else []
+        rows.append(("tokens", f"{count(tokens)}, {tokens / max(seconds, 1e-9):.0f} a second"))
+        rows.append(("training time", duration(seconds)))
+        sampling = sum(rollout.seconds for rollout in history.last_rollouts(history.rollout_count))
+        rows += [("sampling time", duration(sampling))] if sampling else []
+        rows.append(("peak memory", f"{last.peak_memory / 1e9:.2f} GB"))
+    for split in ("valid", "test"):
+        evaluations = history.evaluations(split)
+        if evaluations:
+            first, final = evaluations[0], evaluations[-1]
+            label = "validation" if split == "valid" else split
+            name, value = headline(final)
+            change = f"{headline(first)[1]:.4f} → {value:.4f}" if len(evaluations) > 1 else f"{value:.4f}"
+            measured = asides(final, history.evaluation_metrics)
+            rows.append((f"{label} {name}", f"{change} ({measured})" if measured else change))
+    best = [row for row in history.evaluations("valid") if row["best"]]
+    if best:
+        name, value = headline(best[-1])
+        told = f"{value:.4f}" if name == "loss" else f"{name} {value:.4f}"
+        rows.append(("best validation", f"{told} at update {best[-1]['step']}"))
+    if finished and not finished.learned:
+        rows.append(("learned", f"nothing. {_NOTHING}"))
+    if finished and last and finished.step >= last.step:
+        rows.append(("adapter", str(finished.path)))
+    return rows
+
+
+def summary_text(history: History, title: str) -> str:
+    """The summary as aligned plain text."""
+    rows = summary_rows(history)
+    width = max((len(label) for label, _ in rows), default=0)
+    return "\n".join([title, *(f"  {label.ljust(width)}  {value}" for label, value in rows)])
+
+
+def summary_html(history: History, title: str) -> str:
+    """The summary and the validation table as HTML that survives an untrusted or exported notebook."""
+    cell = "text-align:left;padding:2px 14px 2px 0;border:none"
+    parts = [f'<div style="font-weight:600;margin-bottom:4px">{html.escape(title)}</div><table style="border:none">']
+    parts += [
+        f'<tr><td style="{cell};opacity:0.7">{html.escape(label)}</td>'
+        f'<td style="{cell};overflow-wrap:anywhere">{html.escape(value)}</td></tr>'
+        for label, value in summary_rows(history)
+    ]
+    return "".join([*parts, "</table>"])
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `3:05`, `1:02:03`."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def count(number: float) -> str:
+    """`512`, `4.9k`, `135M`: three significant digits."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            digits = max(0, 2 - math.floor(math.log10(number / size)))
+            return f"{number / size:.{digits}f}{letter}"
+    return f"{number:.0f}"

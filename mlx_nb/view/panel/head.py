@@ -1,0 +1,107 @@
+"""The first lines of the panel: which run, in what state, how far, and how long it will take."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+from mlx_nb.events import Progress
+from mlx_nb.history import History
+from mlx_nb.view.event_text import count, duration, progress_words, rollout_pace, validation_words
+from mlx_nb.view.theme import BLUE, GREEN, GREY, ORANGE, WRAP, Colour, tint
+
+# A sign besides the colour, so that a state is known without seeing colours.
+STATES: dict[str, tuple[str, Colour]] = {
+    "built": ("○", GREY),
+    "running": ("▶", BLUE),
+    "paused": ("❚❚", GREY),
+    "stopped": ("■", GREY),
+    "finished": ("✓", GREEN),
+    "failed": ("✗", ORANGE),
+}
+RECENT_UPDATES = 20
+
+
+def head_html(run: Any, device: str, warning: str | None = None) -> str:
+    """Name, state, method, model, parameters, device and memory of a run in two lines, and a `warning` below."""
+    sign, colour = STATES[run.state]
+    pill = (
+        f'<span role="status" style="border:1px solid {tint(colour, 0.9)};background:{tint(colour, 0.18)};'
+        f'border-radius:9px;padding:0 8px;font-size:.9em;white-space:nowrap">{sign} {run.state}</span>'
+    )
+    started, last = run.history.started, run.history.last_step
+    adapter = run.config.fine_tune_type.replace("lora", "LoRA").replace("doRA", "DoRA")
+    facts = [adapter if run.config.method == "sft" else f"{run.config.method}, {adapter}", run.config.model]
+    if started:
+        share = 100 * started.trainable_parameters / max(1, started.total_parameters)
+        facts.append(
+            f"{count(started.trainable_parameters)} of {count(started.total_parameters)} parameters ({share:.2g}%)"
+        )
+        facts += [started.trained] if started.trained else []
+    facts.append(device)
+    if last:
+        facts.append(f"peak {last.peak_memory / 1e9:.2f} GB")
+    line = "&ensp;·&ensp;".join(escape(fact) for fact in facts)
+    warned = f'<div role="note" style="font-size:.9em">⚠ {escape(warning)}</div>' if warning else ""
+    return (
+        f'<div style="{WRAP};line-height:1.5"><b style="font-size:1.1em">{escape(run.name)}</b>&ensp;{pill}'
+        f'<div style="font-size:.9em">{line}</div>{warned}</div>'
+    )
+
+
+def progress_html(history: History, iters: int | None, activity: str, tokens: int, seconds: float) -> str:
+    """A bar and a line: updates, loss, tokens, time gone and time left, and what is being done besides updates.
+
+    `tokens` and `seconds` are those of all updates.
+    """
+    last = history.last_step
+    done = last.step if last else 0
+    share = min(1.0, done / iters) if iters else 0.0
+    bar = (
+        f'<div style="height:5px;background:{tint(GREY, 0.25)};border-radius:3px;margin:3px 0" role="progressbar" '
+        f'aria-valuenow="{done}" aria-valuemin="0" aria-valuemax="{iters or 0}">'
+        f'<div style="height:5px;width:{100 * share:.1f}%;background:{tint(BLUE, 1)};border-radius:3px"></div></div>'
+    )
+    parts = [f"update {done} of {iters}" if iters else "not loaded yet"]
+    if last:
+        parts.append(f"loss {last.loss:.3f}")
+        parts += [f"reward {last.metrics['reward']:.3f}"] if "reward" in last.metrics else []
+        parts += [validation_words(row) for row in history.evaluations("valid")[-1:]]
+        recent = history.last_steps(RECENT_UPDATES)
+        pace = sum(event.tokens for event in recent) / max(sum(event.seconds for event in recent), 1e-9)
+        parts.append(f"{count(tokens)} tokens, {pace:.0f} a second")
+        parts.append(f"{duration(seconds)} gone")
+        left = time_left(history, iters or done)
+        if left > 0.5:
+            parts.append(f"{duration(left)} left")
+    if activity:
+        parts.append(activity)
+    line = "&ensp;·&ensp;".join(escape(part) for part in parts)
+    return f'{bar}<div style="font-size:.9em;font-variant-numeric:tabular-nums;{WRAP}">{line}</div>'
+
+
+def time_left(history: History, iters: int) -> float:
+    """Seconds that the updates, rollouts and validations to come will take, at the pace of the last ones.
+
+    0 before the first update.
+    """
+    last = history.last_step
+    if last is None:
+        return 0.0
+    recent = [event.seconds for event in history.last_steps(RECENT_UPDATES)]
+    # The first update of a process is slower than those after it, so it is left out as soon as there are others.
+    steady = recent[1:] if 1 < len(recent) < RECENT_UPDATES else recent
+    updates = iters - last.step
+    pace = sum(steady) / len(steady) + rollout_pace(history)
+    evaluations = history.evaluations("valid")
+    if len(evaluations) > 1 and last.step:
+        # Validations come at even distances, the one at the start is not repeated.
+        pace += evaluations[-1]["seconds"] * (len(evaluations) - 1) / last.step
+    return max(0.0, updates * pace)
+
+
+def activity_text(progress: Progress | None) -> str:
+    """What is being done besides updates, as a few words."""
+    if progress is None:
+        return ""
+    return progress_words(progress)

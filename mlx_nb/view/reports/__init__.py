@@ -1,0 +1,1 @@
+"""Reports: of a run, of a data check, of completions."""

@@ -1,0 +1,1 @@
+"""Rows on screen: tokens with the loss mask over them."""

@@ -1,0 +1,264 @@
+"""The arrays of one batch on screen: what goes in, what is predicted from where, what counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from itertools import groupby
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from mlx_nb.data.examples.batches import TokenBatch
+from mlx_nb.errors import DataError
+from mlx_nb.view import theme
+from mlx_nb.view.theme import BLUE, GREY, ORANGE, one_line, span, tint, visible_html
+
+# Of a long run of positions that are alike, the first and the last few say it all.
+_SHOWN = (8, 4)
+_SHOWN_PADDING = (2, 1)
+_OPEN_ROWS = 4
+_NOTHING_YET = "no completions are sampled yet: `%finetune step` samples those of the next update."
+_LONGEST_CHARACTER = 8  # tokens that one character may be split over
+
+_DIM = f"opacity:{theme.DIM}"
+_QUIET = "font-size:.85em;opacity:.8"
+_CARD = (
+    "display:inline-block;vertical-align:top;max-width:16em;margin:0 3px 5px 0;padding:1px 5px;"
+    f"border:1px solid {tint(GREY, 0.45)};border-radius:3px;{theme.WRAP}"
+)
+_TRAINED = f"background:{tint(BLUE, 0.28)};border-bottom:2px solid {tint(BLUE, 1)}"
+_CROSSING = f"background:{tint(ORANGE, 0.45)};border-bottom:2px dashed {tint(ORANGE, 1)}"
+
+
+def token_groups(tokens: Sequence[int], tokenizer: Any) -> list[tuple[int, str]]:
+    """(how many tokens, what they say): one token each, or those that one character is split over."""
+
+    def decoded(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    groups: list[tuple[int, str]] = []
+    at = 0
+    while at < len(tokens):
+        text = decoded(tokens[at : at + 1])
+        count = 1
+        if "\ufffd" in text:
+            count, text = next(
+                (
+                    (stop - at, joined)
+                    for stop in range(at + 2, min(at + _LONGEST_CHARACTER, len(tokens)) + 1)
+                    if "\ufffd" not in (joined := decoded(tokens[at:stop]))
+                ),
+                (1, text),
+            )
+        else:
+            raw = str(tokenizer.convert_ids_to_tokens(int(tokens[at])))
+            # Sentence-piece decoders drop the space before the first word.
+            text = f" {text}" if raw.startswith("▁") and not text.startswith(" ") else text or raw
+        groups.append((count, text))
+        at += count
+    return groups
+
+
+def _token_texts(tokens: Sequence[int], tokenizer: Any) -> list[str]:
+    """What each token says; the parts of a character that is split over tokens are numbered."""
+    return [
+        text if count == 1 else f"{text} {part}/{count}"
+        for count, text in token_groups(tokens, tokenizer)
+        for part in range(1, count + 1)
+    ]
+
+
+def _length(tokens_T: np.ndarray, loss_mask_T: np.ndarray) -> int:
+    """Tokens before the padding: the untrained zeros at the end of the row."""
+    used = np.flatnonzero((tokens_T != 0) | (loss_mask_T != 0))
+    return int(used[-1]) + 1 if len(used) else 0
+
+
+def _shown_positions(kinds: Sequence[tuple[bool, bool, int]]) -> list[int | range]:
+    """Positions to draw, and ranges left out of long runs of one kind; a kind starts with "is padding"."""
+    shown: list[int | range] = []
+    for kind, group in groupby(range(len(kinds)), key=lambda position: kinds[position]):
+        run = list(group)
+        first, last = _SHOWN_PADDING if kind[0] else _SHOWN
+        if len(run) <= first + last + 1:
+            shown += run
+        else:
+            shown += [*run[:first], range(run[first], run[-last]), *run[-last:]]
+    return shown
+
+
+def _token_html(text: str) -> str:
+    return visible_html(text).replace("\n", "").replace("\t", "")
+
+
+def _card_html(
+    position: int,
+    tokens: Sequence[int],
+    texts: Sequence[str],
+    weight: float,
+    segments: Sequence[int],
+    length: int,
+    values: Mapping[str, Sequence[float]],
+) -> str:
+    """One position: its token, and the token that is predicted from it with this weight."""
+    title = f"position {position} · id {tokens[position]} · segment {segments[position]}"
+    last = position + 1 == len(tokens)
+    crossing = bool(weight) and (position + 1 >= length or segments[position] != segments[position + 1])
+    if last:
+        title += " · the last position predicts nothing"
+    else:
+        title += f" → predicts token {position + 1} · id {tokens[position + 1]} · weight {weight:g}"
+        title += "".join(f" · {name} {given[position + 1]:.4g}" for name, given in values.items() if weight)
+    if crossing:
+        title += " · trained across a boundary"
+    target = "–" if last else _token_html(texts[position + 1])
+    style = _CROSSING if crossing else _TRAINED if weight else _DIM
+    label = f" ×{weight:g}" if weight not in (0.0, 1.0) else ""
+    new_segment = 0 < position < length and segments[position] != segments[position - 1]
+    return span(
+        f'<span style="font-size:.75em;opacity:.75">{position}</span> '
+        + span(_token_html(texts[position]), style=_DIM if position >= length else "", isolate=texts[position])
+        + f"<br>→ {span(target, style=style, isolate='' if last else texts[position + 1])}{label}",
+        style=f"{_CARD};border-left:4px solid {tint(BLUE, 0.85)}" if new_segment else _CARD,
+        title=title,
+    )
+
+
+def _row_html(
+    tokens: list[int],
+    loss_mask: list[float],
+    segments: list[int],
+    length: int,
+    tokenizer: Any,
+    values: Mapping[str, Sequence[float]],
+) -> str:
+    """The positions of one line of the batch. A target is weighted at its own token, one further on."""
+    weights = [*loss_mask[1:], 0.0]
+    kinds = [(position >= length, weights[position] != 0, segments[position]) for position in range(len(tokens))]
+    texts = _token_texts(tokens[:length], tokenizer) + [f"padding {token}" for token in tokens[length:]]
+    cards = "".join(
+        f'<span style="{_CARD};{_QUIET}">⋯ {len(position):,} more like this</span>'
+        if isinstance(position, range)
+        else _card_html(position, tokens, texts, weights[position], segments, length, values)
+        for position in _shown_positions(kinds)
+    )
+    return f'<div style="{theme.MONOSPACE};font-size:.9em;line-height:1.55;margin:4px 0 0 0">{cards}</div>'
+
+
+class BatchDisplay:
+    """What `%finetune batch` shows: the arrays of the next update, one table for each micro-batch."""
+
+    def __init__(self, batches: Sequence[TokenBatch], tokenizer: Any) -> None:
+        self.batches = batches
+        self._tokenizer = tokenizer
+
+    def _repr_html_(self) -> str:
+        if not self.batches:
+            return f"<div>{_NOTHING_YET}</div>"
+        return "".join(
+            render_batch_html(
+                batch.tokens_BT,
+                batch.loss_mask_BT,
+                self._tokenizer,
+                line_names(batch),
+                lengths=batch.lengths,
+                token_values=batch.token_values,
+            )
+            for batch in self.batches
+        )
+
+    def __repr__(self) -> str:
+        lines = [] if self.batches else [_NOTHING_YET]
+        for number, batch in enumerate(self.batches, start=1):
+            rows, width = batch.tokens_BT.shape
+            head = f"batch of the next update, {rows} × {width} positions"
+            lines.append(head if len(self.batches) == 1 else f"{head}, part {number} of {len(self.batches)}")
+            for name, length, mask_T in zip(line_names(batch), batch.lengths, batch.loss_mask_BT):
+                trained = np.count_nonzero(mask_T)
+                lines.append(f"  {name}: {length} tokens, {trained} trained, {width - length} padding")
+        return "\n".join(lines)
+
+
+def line_names(batch: TokenBatch) -> list[str]:
+    """What each line of `tokens_BT` is: `row 3`, `row 3 chosen`, `row 3, label: good`, `row 3 completion 0, ...`."""
+    values = batch.row_values
+    names = [f"row {row}" for row in batch.rows]
+    if len(batch.lengths) == 2 * len(names):
+        ends = [_pair_values(values, index) for index in range(len(names))]
+        return [f"{name} {answer}{end}" for answer in ("chosen", "rejected") for name, end in zip(names, ends)]
+    if "label" in values:
+        return [f"{name}, label: {'good' if label else 'bad'}" for name, label in zip(names, values["label"])]
+    if "advantage" in values:
+        numbers = [batch.rows[:index].count(row) for index, row in enumerate(batch.rows)]
+        counts = values.get("counts", np.ones(len(names)))
+        return [
+            f"{name} completion {number}, advantage {advantage:+.3f}{'' if count else ', cut and not trained'}"
+            for name, number, advantage, count in zip(names, numbers, values["advantage"], counts)
+        ]
+    return names
+
+
+def _pair_values(values: Mapping[str, np.ndarray], index: int) -> str:
+    """Weight and margin of a pair, where they are not the usual ones."""
+    usual = {"weight": 1.0, "margin": 0.0}
+    given = {name: float(values[name][index]) for name in usual if name in values}
+    return "".join(f", {name} {value:g}" for name, value in given.items() if value != usual[name])
+
+
+def render_batch_html(
+    tokens_BT: np.ndarray,
+    loss_mask_BT: np.ndarray,
+    tokenizer: Any,
+    rows: Sequence[object],
+    *,
+    segments_BT: np.ndarray | None = None,
+    lengths: Sequence[int] | None = None,
+    token_values: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> str:
+    """The very arrays of a batch: each position, the token it predicts, whether that counts, and the padding.
+
+    `tokens_BT` and `loss_mask_BT` are (B, T); `rows` names each line of the batch; `segments_BT` numbers the
+    packed rows. Without `lengths`, untrained zeros at the end of a line are taken for padding. Long stretches
+    that are alike are shortened. A target that counts across a segment or into the padding is marked.
+    `token_values` are constants (B, T) by name, told with the targets that count. Raises DataError when the shapes
+    do not agree.
+    """
+    tokens_BT, loss_mask_BT = np.asarray(tokens_BT), np.asarray(loss_mask_BT)
+    segments = None if segments_BT is None else np.asarray(segments_BT)
+    shapes = {tokens_BT.shape, loss_mask_BT.shape} | (set() if segments is None else {segments.shape})
+    if len(shapes) > 1 or tokens_BT.ndim != 2 or len(rows) != len(tokens_BT):
+        raise DataError(
+            f"the batch cannot be shown: tokens {tokens_BT.shape}, loss mask {loss_mask_BT.shape}, "
+            f"{len(rows)} row names. Tokens, mask and segments need one (B, T), and every B a row name."
+        )
+    parts = []
+    used = padding = 0
+    for index, row in enumerate(rows):
+        tokens_T, mask_T = tokens_BT[index], loss_mask_BT[index]
+        length = _length(tokens_T, mask_T) if lengths is None else int(lengths[index])
+        used, padding = used + length, padding + len(tokens_T) - length
+        name = f"row {row}" if isinstance(row, int | np.integer) else one_line(str(row))
+        segments_T = [0] * len(tokens_T) if segments is None else segments[index].tolist()
+        values = {what: value_BT[index].tolist() for what, value_BT in token_values.items()}
+        body = _row_html(tokens_T.tolist(), mask_T.tolist(), segments_T, length, tokenizer, values)
+        count = f"{length:,} tokens, {np.count_nonzero(mask_T):,} trained, {len(tokens_T) - length:,} padding"
+        parts.append(
+            f'<details{" open" if index < _OPEN_ROWS else ""} style="margin:0 0 10px 0">'
+            f'<summary><b>{escape(name, quote=True)}</b> <span style="{_QUIET}">{count}</span></summary>'
+            f"{body}</details>"
+        )
+    share = f"{padding / max(used + padding, 1):.0%}"
+    legend = (
+        "each card: position, token, → the token predicted from there&emsp; "
+        f"{span('counts', style=_TRAINED)}&emsp; {span('does not count', style=_DIM + ';white-space:nowrap')}"
+    )
+    if segments is not None:
+        crossing = span("counts across a boundary", style=f"{_CROSSING};white-space:nowrap")
+        legend += f"&emsp;a blue bar starts a segment&emsp; {crossing}"
+    heading = f"<b>batch</b>&emsp;{len(tokens_BT):,} × {tokens_BT.shape[1]:,} positions · {share} padding"
+    return (
+        f'<div class="mlx-nb-batch" dir="ltr" style="max-width:60em;text-align:left"><div>{heading}</div>'
+        f'<div style="font-size:.85em;line-height:1.7;margin:0 0 8px 0">{legend}</div>{"".join(parts)}</div>'
+    )

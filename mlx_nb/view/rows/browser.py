@@ -1,0 +1,224 @@
+"""Leaf through the rows of a run as the model sees them: ipywidgets around the row view. Nothing here trains."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from functools import partial
+from html import escape
+from typing import Any
+
+import ipywidgets as widgets
+
+from mlx_nb.data.examples.row_finder import ALL, FILTERS, RowFinder, Search
+from mlx_nb.data.examples.split import Examples, RowView
+from mlx_nb.errors import MlxNbError
+from mlx_nb.view.closing import close_widgets
+from mlx_nb.view.rows.display import RowDisplay, TokenLoss, measured_losses
+from mlx_nb.view.theme import WRAP, visible_html
+
+# A search looks at rows for this long at a click, so that the notebook never waits for a whole split.
+SECONDS_PER_CLICK = 1.0
+ROLES = ("system", "user", "assistant", "tool", "template")
+COLOURS = {"mask": "mask", "loss now": "loss", "change against the base": "compare", "nothing": "none"}
+
+
+class RowBrowser:
+    """The widgets of `%finetune browse`. It displays as `widget`; where there are none, as the row on show.
+
+    splits      {split: its Examples}
+    losses      split -> {row: loss} for the filter `highest loss`
+    token_loss  losses of the tokens of a row, for colouring; may raise MlxNbError
+    visits      (split, row) -> text about the losses of earlier visits, or ""; may raise MlxNbError
+
+    Its widgets are closed when nobody refers to it any more.
+    """
+
+    def __init__(
+        self,
+        splits: Mapping[str, Examples],
+        tokenizer: Any,
+        *,
+        losses: Callable[[str], Mapping[int, float]],
+        token_loss: TokenLoss,
+        visits: Callable[[str, int], str],
+    ) -> None:
+        self._splits = splits
+        self._tokenizer = tokenizer
+        self._token_loss = token_loss
+        self._visits = visits
+        self._finders = {split: RowFinder(examples, partial(losses, split)) for split, examples in splits.items()}
+        self.position = 0
+        self._page = 0
+        self._quiet = False
+        self._build()
+        self.search: Search = self._finder.search()
+        self._choose(0)
+
+    @property
+    def _finder(self) -> RowFinder:
+        return self._finders[self.split.value]
+
+    @property
+    def row(self) -> int | None:
+        """The number of the row on show; None when nothing was found."""
+        return self.search.found[self.position] if self.position < len(self.search.found) else None
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        # An exported notebook has no kernel behind its widgets: there the row itself is left.
+        bundle = self.widget._repr_mimebundle_(include=include, exclude=exclude)
+        return {
+            **bundle,
+            "text/html": self.view.value,
+            "text/plain": f"rows of {self.split.value}: {len(self._finder):,}",
+        }
+
+    def _build(self) -> None:
+        self.split = widgets.Dropdown(options=list(self._splits), description="split", layout=_width("11em"))
+        self.filter = widgets.Dropdown(options=FILTERS, description="show", layout=_width("14em"))
+        self.text = widgets.Text(
+            placeholder="that contain…", continuous_update=False, layout=_width("13em"), tooltip="press Enter to search"
+        )
+        self.regex = widgets.Checkbox(description="regex", indent=False, layout=_width("auto"))
+        self.previous = widgets.Button(description="◀ Previous", tooltip="the row before", layout=_width("auto"))
+        self.next = widgets.Button(description="Next ▶", tooltip="the row after", layout=_width("auto"))
+        self.jump = widgets.BoundedIntText(description="row", min=0, max=0, layout=_width("12em"))
+        self.colour = widgets.Dropdown(options=list(COLOURS), description="colour", layout=_width("17em"))
+        self.tokens = widgets.Checkbox(description="one cell per token", indent=False, layout=_width("auto"))
+        self.roles = {role: _toggle(role) for role in ROLES}
+        self.more = widgets.Button(description="Search on", tooltip="look at more rows", layout=_width("auto"))
+        self.page_back = widgets.Button(description="◀ page", layout=_width("auto"))
+        self.page_on = widgets.Button(description="page ▶", layout=_width("auto"))
+        self.status = widgets.HTML()
+        self.view = widgets.HTML()
+        for box in (self.split, self.filter, self.jump, self.colour):
+            box.style.description_width = "3.2em"
+        me = weakref.proxy(self)  # ipywidgets keeps the widgets, and their callbacks must not keep this
+        self.previous.on_click(lambda _: me._choose(me.position - 1))
+        self.next.on_click(lambda _: me._choose(me.position + 1))
+        self.more.on_click(lambda _: me._read_on())
+        self.page_back.on_click(lambda _: me._turn(-1))
+        self.page_on.on_click(lambda _: me._turn(1))
+        for box in (self.split, self.filter, self.text, self.regex):
+            box.observe(lambda _: me._search(), "value")
+        self.jump.observe(lambda change: me._jump(change["new"]), "value")
+        for box in (self.colour, self.tokens, *self.roles.values()):
+            box.observe(lambda _: me._show(), "value")
+        wrap = widgets.Layout(flex_flow="row wrap", align_items="center")
+        self.widget = widgets.VBox(
+            [
+                widgets.Box([self.split, self.filter, self.text, self.regex], layout=wrap),
+                widgets.Box([self.previous, self.next, self.jump, self.colour, self.tokens], layout=wrap),
+                widgets.Box([widgets.Label("roles"), *self.roles.values()], layout=wrap),
+                widgets.Box([self.status, self.more, self.page_back, self.page_on], layout=wrap),
+                self.view,
+            ]
+        )
+        weakref.finalize(self, close_widgets, self.widget).atexit = False
+
+    def _search(self) -> None:
+        if self._quiet:
+            return
+        try:
+            self.search = self._finder.search(self.filter.value, self.text.value, regex=self.regex.value)
+        except MlxNbError as error:
+            self._say(str(error))
+            return
+        self._read_on(first=True)
+
+    def _read_on(self, *, first: bool = False) -> None:
+        shown = None if first else self.row
+        self.search.read_on(SECONDS_PER_CLICK)
+        found = self.search.found
+        self._choose(found.index(shown) if shown is not None and shown in found else 0)
+
+    def _jump(self, row: int) -> None:
+        if self._quiet or row == self.row:
+            return
+        if self.filter.value != ALL or self.text.value:
+            self._quiet = True
+            self.filter.value, self.text.value = ALL, ""
+            self._quiet = False
+            self.search = self._finder.search()
+        self._choose(row)
+
+    def _choose(self, position: int) -> None:
+        """Show what was found at `position`."""
+        self.position = max(0, min(position, len(self.search.found) - 1))
+        self._page = 0
+        self._show()
+
+    def _turn(self, pages: int) -> None:
+        self._page += pages
+        self._show()
+
+    def _show(self) -> None:
+        row, found = self.row, len(self.search.found)
+        self._quiet = True
+        self.jump.max = max(0, len(self._finder) - 1)
+        if row is not None:
+            self.jump.value = row
+        self._quiet = False
+        self.previous.disabled = self.position <= 0
+        self.next.disabled = self.position >= found - 1
+        self.more.layout.display = "none" if self.search.done else ""
+        self._say(self._summary(found))
+        pages = 1
+        if row is None:
+            self.view.value = ""
+        else:
+            view = self._splits[self.split.value].view(row)
+            pages = self._show_row(view)
+        for button, useful in ((self.page_back, self._page > 0), (self.page_on, self._page < pages - 1)):
+            button.layout.display = "" if pages > 1 else "none"
+            button.disabled = not useful
+
+    def _show_row(self, view: RowView) -> int:
+        """Display one row; returns how many pages it has."""
+        note, losses = "", {}
+        choice = COLOURS[self.colour.value]
+        if choice in ("loss", "compare") and view.conversation is not None:
+            try:
+                losses = measured_losses(view, self._token_loss, compare=choice == "compare")
+            except MlxNbError as error:
+                losses, note = {}, str(error)
+        display = RowDisplay(
+            view,
+            self._tokenizer,
+            self.split.value,
+            per_token=self.tokens.value,
+            page=self._page,
+            show_mask=choice != "none",
+            hidden_roles=[role for role, toggle in self.roles.items() if not toggle.value],
+            **losses,
+        )
+        try:
+            visits = self._visits(self.split.value, view.row)
+        except MlxNbError as error:
+            visits = str(error)
+        self.view.value = display._repr_html_() + _note(note) + _note(visits)
+        return display.pages
+
+    def _summary(self, found: int) -> str:
+        search, total = self.search, len(self._finder)
+        if self.filter.value == ALL and not self.text.value:
+            return f"{total:,} rows"
+        if not search.total:
+            return "no losses are known yet: they are after the first steps, or an evaluation of this split"
+        where = f"{self.position + 1:,} of {found:,} found" if found else "nothing found"
+        return f"{where} in {search.read:,} of {search.total:,} rows"
+
+    def _say(self, text: str) -> None:
+        self.status.value = f'<span style="font-size:.9em;{WRAP}">{escape(text)}</span>&ensp;'
+
+
+def _width(width: str) -> widgets.Layout:
+    return widgets.Layout(width=width)
+
+
+def _toggle(role: str) -> widgets.ToggleButton:
+    return widgets.ToggleButton(True, description=role, tooltip=f"show or hide {role} messages", layout=_width("auto"))
+
+
+def _note(text: str) -> str:
+    return f'<div style="font-size:.85em;{WRAP}">{visible_html(text)}</div>' if text else ""

@@ -1,0 +1,75 @@
+"""Where two answers differ, word by word: a token is marked with the word it belongs to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from difflib import SequenceMatcher
+from typing import NamedTuple
+
+from mlx_nb.view.rows.cells import Cell
+
+# Difflib takes quadratic time on text that repeats itself, unless it may pass over what is everywhere.
+_LONGEST_EXACT_DIFF = 2000
+# So few words that agree between two longer differences do so by chance.
+_BY_CHANCE = 2
+_IDEOGRAPH = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+_WORD = re.compile(rf"\n+|[^\S\n]*(?:[{_IDEOGRAPH}]|[^\W{_IDEOGRAPH}]+|[^\w\s])|[^\S\n]+")
+
+
+class _Word(NamedTuple):
+    """What is compared, and the cells `[first, stop)` that it is made of."""
+
+    said: tuple[str, str]
+    first: int
+    stop: int
+
+
+def marked(chosen: list[Cell], rejected: list[Cell]) -> tuple[list[Cell], list[Cell]]:
+    """The cells of two answers, those that differ from the other answer marked."""
+    words = _words(chosen), _words(rejected)
+    differing = differing_places([word.said for word in words[0]], [word.said for word in words[1]])
+    return _with_marks(chosen, words[0], differing[0]), _with_marks(rejected, words[1], differing[1])
+
+
+def differing_places(one: Sequence[object], other: Sequence[object]) -> tuple[set[int], set[int]]:
+    """Places in each of two sequences that the other does not have there."""
+    most = min(len(one), len(other))
+    first = next((k for k in range(most) if one[k] != other[k]), most)
+    last = next((k for k in range(most - first) if one[-1 - k] != other[-1 - k]), most - first)
+    inner = one[first : len(one) - last], other[first : len(other) - last]
+    matcher = SequenceMatcher(None, *inner, autojunk=max(map(len, inner)) > _LONGEST_EXACT_DIFF)
+    codes = matcher.get_opcodes()
+    sizes = [max(i2 - i1, j2 - j1) for _, i1, i2, j1, j2 in codes]
+    only: tuple[set[int], set[int]] = (set(), set())
+    for k, (kind, i1, i2, j1, j2) in enumerate(codes):
+        between = 0 < k < len(codes) - 1 and sizes[k] <= _BY_CHANCE
+        if kind != "equal" or (between and sizes[k] < min(sizes[k - 1], sizes[k + 1])):
+            only[0].update(range(first + i1, first + i2))
+            only[1].update(range(first + j1, first + j2))
+    return only
+
+
+def _words(cells: list[Cell]) -> list[_Word]:
+    """The text of the cells as words, each with the spaces before it; what is no text is a word of its own."""
+    words: list[_Word] = []
+    at = 0
+    while at < len(cells):
+        stop = at
+        while stop < len(cells) and cells[stop].kind == "text":
+            stop += 1
+        if stop == at:
+            words.append(_Word((cells[at].text, cells[at].kind), at, at + 1))
+            at += 1
+            continue
+        owners = [index for index in range(at, stop) for _ in cells[index].text]
+        for found in _WORD.finditer("".join(cell.text for cell in cells[at:stop])):
+            words.append(_Word((found[0], "text"), owners[found.start()], owners[found.end() - 1] + 1))
+        at = stop
+    return words
+
+
+def _with_marks(cells: list[Cell], words: list[_Word], differing: set[int]) -> list[Cell]:
+    places = {cell for word in differing for cell in range(words[word].first, words[word].stop)}
+    return [replace(cell, differs=True) if index in places else cell for index, cell in enumerate(cells)]

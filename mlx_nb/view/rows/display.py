@@ -1,0 +1,216 @@
+"""A row that displays itself: tokens with the loss mask over them, in a notebook and in a terminal.
+
+A pair shows both answers, a labelled answer its label, a prompt what its rewards will be given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields
+from html import escape
+from typing import Any, Protocol
+
+import numpy as np
+
+from mlx_nb.data.examples.split import RowView
+from mlx_nb.data.rows.preference import LabelledRow, PreferenceRow
+from mlx_nb.data.rows.prompt import PromptRow
+from mlx_nb.view.rows import overlay
+from mlx_nb.view.rows.pair import Answer, pages_of_pair, pair_cells, render_pair_html, render_pair_text
+from mlx_nb.view.theme import BLUE, ORANGE, WRAP, one_line, tint, visible_html
+
+_LONGEST_COLUMN = 2000
+
+
+@dataclass(frozen=True, eq=False)
+class ShownRow(RowView):
+    """A row of a run, with what it takes to display itself in a cell."""
+
+    tokenizer: Any = field(default=None, repr=False)
+    split: str = "train"
+
+    @classmethod
+    def of(cls, view: RowView, tokenizer: Any, split: str) -> ShownRow:
+        values = {declared.name: getattr(view, declared.name) for declared in fields(RowView)}
+        return cls(**values, tokenizer=tokenizer, split=split)
+
+    def _repr_html_(self) -> str:
+        return RowDisplay(self, self.tokenizer, self.split)._repr_html_()
+
+    def __repr__(self) -> str:
+        return repr(RowDisplay(self, self.tokenizer, self.split))
+
+
+class TokenLoss(Protocol):
+    """(T,) losses in nats, of the base or of the model as it is; of a pair, of either answer."""
+
+    def __call__(self, row: RowView, *, base: bool, rejected: bool) -> np.ndarray: ...
+
+
+def measured_losses(view: RowView, token_loss: TokenLoss, *, compare: bool = False) -> dict[str, Any]:
+    """What `RowDisplay` colours the tokens by: the losses of both answers of a pair, with those of the base."""
+    names = [("token_loss", "token_loss_base")]
+    if view.rejected is not None:
+        names.append(("rejected_loss", "rejected_loss_base"))
+    return {
+        name: token_loss(view, base=of_base, rejected=of_rejected)
+        for of_rejected, (now, base) in zip((False, True), names)
+        for of_base, name in ((False, now), (True, base))
+        if compare or not of_base
+    }
+
+
+class RowDisplay:
+    """What `%finetune row 12` shows. `token_loss` (T,) colours the tokens by it; with the base's, by the change.
+
+    Of a pair these are of the chosen answer, and `rejected_loss` of the other.
+    """
+
+    def __init__(
+        self,
+        view: RowView,
+        tokenizer: Any,
+        split: str,
+        *,
+        per_token: bool = False,
+        page: int = 0,
+        show_mask: bool = True,
+        hidden_roles: Collection[str] = (),
+        token_loss: np.ndarray | None = None,
+        token_loss_base: np.ndarray | None = None,
+        rejected_loss: np.ndarray | None = None,
+        rejected_loss_base: np.ndarray | None = None,
+    ) -> None:
+        self.view = view
+        self._tokenizer = tokenizer
+        self._title = " · ".join([f"{split} row {view.row} ({view.location})", *filter(None, [view.format])])
+        self._per_token = per_token
+        self._page = page
+        self._show_mask = show_mask
+        self._hidden_roles = hidden_roles
+        self._token_loss = token_loss
+        self._token_loss_base = token_loss_base
+        self._rejected_loss = rejected_loss
+        self._rejected_loss_base = rejected_loss_base
+
+    @property
+    def pages(self) -> int:
+        """How many pages a long row has."""
+        conversation = self.view.conversation
+        if conversation is None:
+            return 1
+        if pair := self._pair():
+            return pages_of_pair(pair_cells(*pair, self._tokenizer))
+        return max(1, -(-len(conversation.tokens) // overlay.PAGE_TOKENS))
+
+    def _pair(self) -> tuple[Answer, Answer] | None:
+        view = self.view
+        if view.conversation is None or view.rejected is None:
+            return None
+        of_chosen = view.example.dropped_tokens if view.example else 0
+        return (
+            Answer(view.conversation, self._token_loss, self._token_loss_base, of_chosen),
+            Answer(view.rejected, self._rejected_loss, self._rejected_loss_base, view.dropped_tokens - of_chosen),
+        )
+
+    def _repr_html_(self) -> str:
+        if self.view.conversation is None:
+            return f'<div style="font-weight:600;{WRAP}">{visible_html(self._title)}</div>{self._left_out_html()}'
+        look: dict[str, Any] = {
+            "title": self._title,
+            "per_token": self._per_token,
+            "page": self._page,
+            "show_mask": self._show_mask,
+            "hidden_roles": self._hidden_roles,
+        }
+        if pair := self._pair():
+            shown = render_pair_html(*pair, self._tokenizer, **look)
+        else:
+            shown = overlay.render_html(
+                self.view.conversation,
+                self._tokenizer,
+                token_loss=self._token_loss,
+                token_loss_base=self._token_loss_base,
+                dropped_tokens=self.view.dropped_tokens,
+                **look,
+            )
+        left_out = self._left_out_html() if self.view.error else ""
+        remarks = "".join(f'<div dir="ltr" style="{WRAP}">⚠ {visible_html(one)}.</div>' for one in self.view.remarks)
+        return f"{_badges_html(_badges(self.view))}{shown}{remarks}{_columns_html(_columns(self.view))}{left_out}"
+
+    def _left_out_html(self) -> str:
+        # The colour stands beside the text, which keeps the contrast of the page.
+        style = f"border-left:3px solid {tint(ORANGE, 1)};padding:0 0 0 10px;{WRAP}"
+        return f'<div dir="ltr" style="{style}">left out: {visible_html(self.view.error or "")}</div>'
+
+    def __repr__(self) -> str:
+        if self.view.conversation is None:
+            return f"{one_line(self._title)}\nleft out: {one_line(self.view.error or '')}"
+        title = " · ".join([self._title, *(text for text, _ in _badges(self.view))])
+        if pair := self._pair():
+            shown = render_pair_text(*pair, self._tokenizer, title=title, color=False)
+        else:
+            shown = overlay.render_text(
+                self.view.conversation,
+                self._tokenizer,
+                title=title,
+                color=False,
+                token_loss=self._token_loss,
+                dropped_tokens=self.view.dropped_tokens,
+            )
+        remarks = (f"⚠ {one_line(remark)}." for remark in self.view.remarks)
+        lines = [shown, *remarks, *(f"{name}: {one_line(value)}" for name, value in _columns(self.view))]
+        return "\n".join([*lines, f"left out: {one_line(self.view.error)}"] if self.view.error else lines)
+
+
+def _badges(view: RowView) -> list[tuple[str, bool]]:
+    """What a person said about the row, each as (words, whether it speaks for the answer)."""
+    match view.content:
+        case LabelledRow(label=label):
+            return [(f"{'✓' if label else '✗'} label: {'good' if label else 'bad'}", label)]
+        case PreferenceRow(weight=weight, margin=margin):
+            return [
+                (f"{name}: {value:g}", True)
+                for name, value, usual in (("weight", weight, 1.0), ("margin", margin, 0.0))
+                if value != usual
+            ]
+    return []
+
+
+def _badges_html(badges: list[tuple[str, bool]]) -> str:
+    shown = "".join(
+        f'<span style="border:1px solid {tint(colour, 0.9)};background:{tint(colour, 0.18)};border-radius:9px;'
+        f'padding:0 8px;margin:0 6px 0 0;font-size:.9em;white-space:nowrap">{escape(text)}</span>'
+        for text, good in badges
+        for colour in [BLUE if good else ORANGE]
+    )
+    return f'<div style="margin:0 0 4px 0">{shown}</div>' if shown else ""
+
+
+def _columns(view: RowView) -> list[tuple[str, str]]:
+    """Of a prompt, what its rewards are given besides: the answer, then the other columns."""
+    if not isinstance(view.content, PromptRow):
+        return []
+    answer = {} if view.content.answer is None else {"answer": view.content.answer}
+    given = {**answer, **view.content.columns}
+    texts = {name: value if isinstance(value, str) else repr(value) for name, value in given.items()}
+    return [
+        (name, text if len(text) <= _LONGEST_COLUMN else f"{text[:_LONGEST_COLUMN]} … {len(text):,} characters in all")
+        for name, text in texts.items()
+    ]
+
+
+def _columns_html(columns: list[tuple[str, str]]) -> str:
+    cell = f"padding:2px 12px 2px 0;border:none;text-align:left;vertical-align:top;{WRAP}"
+    rows = "".join(
+        f'<tr style="background:none"><td style="{cell};opacity:.75">{visible_html(name)}</td>'
+        f'<td style="{cell}">{visible_html(value, edges=False)}</td></tr>'
+        for name, value in columns
+    )
+    if not rows:
+        return ""
+    said = "The model writes the answer itself. Its rewards are given:"
+    return (
+        f'<div dir="ltr" style="max-width:60em;text-align:left"><div style="font-size:.85em;opacity:.8">{said}</div>'
+        f'<table style="border:none;margin:4px 0 8px 0">{rows}</table></div>'
+    )

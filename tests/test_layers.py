@@ -1,0 +1,127 @@
+"""The house has one reading order: a room imports only from the rooms before it, and no module from one that needs it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import mlx_nb
+
+PACKAGE = Path(mlx_nb.__file__).parent
+# Folders and single files in reading order. A new file in a folder needs no place here.
+LAYERS = [
+    "errors",
+    "events",
+    "config",
+    "process",
+    "files",
+    "data.sources",
+    "data.masks",
+    "data.rows",
+    "data.examples",
+    "history",
+    "view",
+    "view.rows",
+    "view.curves",
+    "data.check",
+    "model.gguf",
+    "model",
+    "rollouts",
+    "rollouts.rewards",
+    "objectives",
+    "train",
+    "view.reports",
+    "view.panel",
+    "run",
+    "notebook",
+    "quickstart",
+    "cli",
+]
+HEAVY = ("mlx_lm", "transformers", "datasets", "matplotlib", "pandas", "torch")
+
+
+def modules_of(package: Path) -> dict[str, Path]:
+    """The files of a package by dotted name, without the package's own."""
+    files = {".".join(path.relative_to(package).with_suffix("").parts): path for path in package.rglob("*.py")}
+    return {name: path for name, path in files.items() if not name.endswith("__init__") and name != "__main__"}
+
+
+def imports(path: Path, modules: dict[str, Path]) -> set[str]:
+    """Names of the package's modules that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "mlx_nb":
+            inner = node.module.removeprefix("mlx_nb").lstrip(".")
+            for alias in node.names:
+                full = f"{inner}.{alias.name}".strip(".")
+                found.add(full if full in modules else inner)
+    return found - {""}
+
+
+def room_of(module: str, modules: dict[str, Path]) -> str:
+    """The folder of a module; a file at the top is a room of its own, and so is a folder that is imported from."""
+    return module if module not in modules or "." not in module else module.rpartition(".")[0]
+
+
+def faults(package: Path, layers: list[str]) -> list[str]:
+    """Imports from a later room, rooms without a layer, and circles, each in one line."""
+    modules = modules_of(package)
+    graph = {name: imports(path, modules) for name, path in modules.items()}
+    rooms = {name: room_of(name, modules) for name in {*graph, *(one for many in graph.values() for one in many)}}
+    found = [f"{room} has no layer" for room in sorted(set(rooms.values()) - set(layers))]
+    if not found:
+        found = [
+            f"{name} imports {other}, of a later room"
+            for name, others in sorted(graph.items())
+            for other in sorted(others)
+            if layers.index(rooms[other]) > layers.index(rooms[name])
+        ]
+    try:
+        TopologicalSorter({name: others & set(graph) for name, others in graph.items()}).prepare()
+    except CycleError as error:
+        found.append(f"circle: {' -> '.join(error.args[1])}")
+    return found
+
+
+def test_a_room_imports_only_from_rooms_before_it_and_no_module_in_a_circle():
+    assert faults(PACKAGE, LAYERS) == []
+
+
+def test_an_upward_import_a_circle_and_a_room_without_a_layer_are_named(tmp_path):
+    def write(name, text):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+
+    write("low/a.py", "from mlx_nb.high import b\n")
+    write("high/b.py", "def later():\n    from mlx_nb.high.c import x\n")
+    write("high/c.py", "from mlx_nb.high.b import y\n")
+    write("high/new.py", "from mlx_nb.low.a import z\n")
+    upward, circle = faults(tmp_path, ["low", "high"])
+    assert upward == "low.a imports high.b, of a later room"
+    assert circle in ("circle: high.b -> high.c -> high.b", "circle: high.c -> high.b -> high.c")
+    assert faults(tmp_path, ["low"])[0] == "high has no layer"
+
+
+@pytest.mark.parametrize("room", ["config", "data"])
+def test_settings_and_rows_do_not_know_mlx(room):
+    for path in (PACKAGE / room).rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        names = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+        roots = {alias.name.split(".")[0] for node in names if isinstance(node, ast.Import) for alias in node.names}
+        roots |= {node.module.split(".")[0] for node in names if isinstance(node, ast.ImportFrom) and node.module}
+        assert not roots & {"mlx", "mlx_lm"}, path
+
+
+def test_loading_the_extension_imports_nothing_heavy():
+    code = (
+        "from IPython.core.interactiveshell import InteractiveShell as S; import sys; before = set(sys.modules);"
+        "shell = S.instance(); shell.run_line_magic('load_ext', 'mlx_nb');"
+        f"loaded = [name for name in {HEAVY!r} if name in set(sys.modules) - before]; assert not loaded, loaded"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
