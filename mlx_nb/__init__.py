@@ -53,8 +53,12 @@ def __dir__() -> list[str]:
 
 def load_ipython_extension(shell: InteractiveShell) -> None:
     """Called by `%load_ext mlx_nb`: registers the magics and Tab completion."""
+    from mlx_nb.model.backend import prepare_backend
     from mlx_nb.notebook import extension
 
+    warning = prepare_backend().warning
+    if warning is not None:
+        print(f"mlx_nb: {warning}")
     extension.load(shell)
 
 

@@ -156,7 +156,7 @@ def _functions_in(path: str | None) -> dict[str, Any]:
 def _check(chosen: argparse.Namespace) -> int:
     import json
 
-    from mlx_nb.data.check.check import SAMPLED_ROWS, read_row_count
+    from mlx_nb.data.check.check import SAMPLED_ROWS, row_count
     from mlx_nb.run.run import Run
     from mlx_nb.view.reports.check import render_text
 
@@ -164,8 +164,8 @@ def _check(chosen: argparse.Namespace) -> int:
     rows = settings.pop("rows", None)
     config = _config_for_check(chosen, settings)
     if chosen.rows:
-        return _print_rows(config, chosen.split, None if rows is None else read_row_count(str(rows)))
-    check = Run(config).check(rows=SAMPLED_ROWS if rows is None else read_row_count(str(rows)))
+        return _print_rows(config, chosen.split, row_count(rows))
+    check = Run(config).check(rows=SAMPLED_ROWS if rows is None else rows)
     print(json.dumps(check.to_dict(), ensure_ascii=False, indent=1) if chosen.json else render_text(check))
     return 0 if check.ok else 1
 

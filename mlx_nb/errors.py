@@ -22,6 +22,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from typing import Any
 
 
 class MlxNbError(Exception):
@@ -135,6 +136,15 @@ def on_one_line(text: str) -> str:
 def shortened(text: str, size: int = 80) -> str:
     """At most `size` characters of a text, the last of them an ellipsis where it was longer."""
     return text if len(text) <= size else text[: size - 1].rstrip() + "…"
+
+
+def shown(value: Any) -> str:
+    """`repr` of a value on one line of at most 80 characters, whatever the value is."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # of an int of more than 4,300 digits, or of an object of somebody else's
+        text = f"a huge {type(value).__name__}" if isinstance(value, int) else f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def and_more(names: Sequence[str], most: int) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -332,6 +333,19 @@ class ChangeSetting(Request):
 
     name: str
     value: Any
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a person asks the live model: a text, or the messages of a chat, and who gets the answer as it grows.
+
+    `on_text(text so far, whether it is complete)` is called after each token.
+    """
+
+    messages: str | Sequence[Mapping[str, Any]]
+    on_text: Callable[[str, bool], None]
+    base: bool = False
+    max_tokens: int = 256
 
 
 # What was asked and not done yet is part of a checkpoint, but for what ends a run: who resumes it wants it to go on.

@@ -232,14 +232,6 @@ def evaluation_row(event: EvaluationCompleted) -> dict:
     return {**row, **{name: value for name, value in event.metrics.items() if name not in row}}
 
 
-def visits_text(visits: list[tuple[int, float]]) -> str:
-    """The losses of one row at its last few visits, as a line; empty when there was none."""
-    if not visits:
-        return ""
-    shown = ", ".join(f"{loss:.3f} after update {step}" for step, loss in visits[-6:])
-    return f"loss when visited ({len(visits)}×): {'… ' if len(visits) > 6 else ''}{shown}"
-
-
 def smoothed(values: Sequence[float], factor: float = 0.9) -> list[float]:
     """Exponential moving average without the start's pull towards zero (Adam's bias correction)."""
     average, result = 0.0, []

@@ -14,7 +14,6 @@ from IPython.core.interactiveshell import InteractiveShell
 from mlx_nb.errors import CheckpointError
 from mlx_nb.model import backend
 from mlx_nb.run.run import Run
-from mlx_nb.view.panel.panel import Panel
 from test_methods import run_of
 
 LIBRARY = backend.prepare_backend().library
@@ -110,7 +109,7 @@ def test_loading_the_extension_is_silent_where_mlx_is_fast(monkeypatch, capsys):
 
 def test_notes_and_panel_of_a_run_say_that_mlx_is_slow(slow, tmp_path, tiny_folder):
     run = run_of("sft", tmp_path, tiny_folder, iters=1)
-    panel = Panel(run)
+    panel = run.panel()
     assert slow in panel.head.value
     assert slow in run.trainer.notes
     run.run()

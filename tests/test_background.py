@@ -174,7 +174,7 @@ def test_a_question_and_kept_prompts_are_answered_between_updates(kernel, tiny_f
     kernel.run(cell(tiny_folder, "a", 100, "--paused"))
     kernel.run("plain = a.fork(name='plain'); _ = plain.run()")
     kernel.run("a.set(sample_prompts=['say red'], sample_every=20, sample_tokens=4); said = []")
-    kernel.run("from mlx_nb.rollouts.generation import Question")
+    kernel.run("from mlx_nb.events import Question")
     kernel.run("%finetune run")
     kernel.run("a.ask(Question('say blue', lambda text, done: said.append((text, done)), max_tokens=5))")
     kernel.wait_for("a.state", "finished")

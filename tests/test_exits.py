@@ -16,12 +16,12 @@ from pathlib import Path
 import ipywidgets
 import pytest
 
+import mlx_nb
 from mlx_nb import Run
 from mlx_nb.errors import CheckpointError, CommandError
 from mlx_nb.notebook.interrupted import LINE
 from mlx_nb.notebook.lasting_output import Outcome
 from mlx_nb.notebook.session import Session
-from mlx_nb.process import exits
 from mlx_nb.train.checkpoint import CheckpointStore
 from test_resume import rows_run
 from tiny import tiny_rows
@@ -508,7 +508,7 @@ def test_an_interrupt_at_any_line_of_a_command_is_one_line(shell, tiny_folder, c
     shell.run_cell_magic("finetune", "--paused -o run", cell)
     shell.user_ns["run"].step()
     code = CELLS[which].format(model=tiny_folder)
-    package = str(Path(exits.__file__).parent)
+    package = str(Path(mlx_nb.__file__).parent)
     lines = count_lines(shell, code, package)
     assert lines > 5
     for line in {*range(1, 40), *range(40, lines, max(1, lines // 60))} & set(range(1, lines + 1)):

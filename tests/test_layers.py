@@ -1,4 +1,4 @@
-"""The house has one reading order: a room imports only from the rooms before it, and no module from one that needs it."""
+"""The house has one reading order: a room imports only from the rooms before it, and modules in no circle."""
 
 from __future__ import annotations
 

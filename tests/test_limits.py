@@ -15,9 +15,8 @@ from mlx.utils import tree_flatten
 from mlx_nb import Run, RunConfig
 from mlx_nb.data.examples.limits import BeyondPositions, ModelLimits, OutsideVocabulary
 from mlx_nb.errors import DataError
-from mlx_nb.events import RequestRefused, SampleGenerated, StepCompleted
+from mlx_nb.events import Question, RequestRefused, SampleGenerated, StepCompleted
 from mlx_nb.model.limits import context_of, limits_by_name, limits_of
-from mlx_nb.rollouts.generation import Question
 from test_methods import ROWS, e_share, settings_for
 from tiny import save_tiny_model, tiny_rows
 

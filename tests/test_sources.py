@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_nb.data.sources import files, splits
+import mlx_nb
+from mlx_nb.data.sources import files
 from mlx_nb.data.sources.splits import RowSource, open_splits
 from mlx_nb.errors import DataError
 
@@ -529,7 +530,7 @@ def test_a_fingerprint_is_the_same_in_every_process_and_for_every_object(here):
         "rows = [{'text': f'row {index}', 'b': {1.5: None}, 'a': 2} for index in range(30)];"
         "print(open_splits('train.jsonl').train.fingerprint(), open_splits(rows).valid.fingerprint())"
     )
-    package = Path(splits.__file__).parent.parent.parent
+    package = Path(mlx_nb.__file__).parent.parent
     found = {
         subprocess.run(
             [sys.executable, "-c", code],
@@ -571,7 +572,7 @@ def test_opening_local_rows_imports_nothing_heavy(here):
         "open_splits([{'text': 'a'}]);"
         "print([name for name in ('mlx', 'datasets', 'pandas', 'pyarrow') if name in sys.modules])"
     )
-    package = Path(splits.__file__).parent.parent.parent
+    package = Path(mlx_nb.__file__).parent.parent
     environment = {**os.environ, "PYTHONPATH": str(package)}
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
     assert result.stdout.strip() == "[]"

@@ -12,12 +12,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import Field, fields
 from typing import Any
 
-from mlx_nb.config.fields import SettingError, shown
+from mlx_nb.config.fields import SettingError
 from mlx_nb.config.hints import ALL_ADAPTED, is_all_linear
 from mlx_nb.config.methods import METHODS, Loss, is_built_in, method_named, options_of
 from mlx_nb.config.optimizers import arguments_of, check_optimizer_config
 from mlx_nb.config.templates import template_problem
-from mlx_nb.errors import ConfigError, did_you_mean
+from mlx_nb.errors import ConfigError, did_you_mean, shown
 
 # Whose a message is; `function_call` is the assistant's, and its text is the JSON of a tool call.
 CALLING = "function_call"

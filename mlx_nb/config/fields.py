@@ -15,7 +15,7 @@ from dataclasses import field, fields
 from pathlib import PurePath
 from typing import Any, Literal
 
-from mlx_nb.errors import ConfigError, listed_problems, on_one_line, shortened
+from mlx_nb.errors import ConfigError, listed_problems, on_one_line, shortened, shown
 
 
 def setting(
@@ -211,15 +211,6 @@ def plain(value: Any, path: tuple[str, ...], depth: int = 0) -> Any:
         takes = "a finite number" if isinstance(value, float) else "numbers, texts, lists and mappings"
         raise SettingError(path, f"`{label}` cannot be {shown(value)}. It takes {takes}.")
     return converted
-
-
-def shown(value: Any) -> str:
-    """`repr` of a value on one line of at most 80 characters, whatever the value is."""
-    try:
-        text = " ".join(repr(value).split())
-    except Exception:  # of an int of more than 4,300 digits, or of an object of somebody else's
-        text = f"a huge {type(value).__name__}" if isinstance(value, int) else f"a {type(value).__name__}"
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def typo_of(word: str, known: Iterable[str]) -> str | None:

@@ -9,8 +9,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_nb.config.fields import as_float32, of_python, shown
-from mlx_nb.errors import did_you_mean, shortened
+from mlx_nb.config.fields import as_float32, of_python
+from mlx_nb.errors import did_you_mean, shortened, shown
 
 FEATURES = {
     "chat_feature": "messages",

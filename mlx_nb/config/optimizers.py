@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_nb.config.fields import SettingError, as_float32, shown, typo_of
+from mlx_nb.config.fields import SettingError, as_float32, typo_of
+from mlx_nb.errors import shown
 
 
 @dataclass(frozen=True)

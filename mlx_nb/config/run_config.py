@@ -17,13 +17,13 @@ from typing import Any, ClassVar, Literal
 
 from mlx_nb.config.checks import problems_of
 from mlx_nb.config.command_lines import read_command
-from mlx_nb.config.fields import SettingError, SettingErrors, Settings, coerce, names_given, plain, setting, shown
+from mlx_nb.config.fields import SettingError, SettingErrors, Settings, coerce, names_given, plain, setting
 from mlx_nb.config.hints import foreign_settings, inner_hint, value_hint
 from mlx_nb.config.methods import METHODS
 from mlx_nb.config.mixture_sources import is_mixture, is_source, source_problem
 from mlx_nb.config.optimizers import arguments_of
 from mlx_nb.config.yaml_text import Document, load_mapping, read_yaml_file
-from mlx_nb.errors import ConfigError, listed_problems
+from mlx_nb.errors import ConfigError, listed_problems, shown
 
 
 @dataclass(frozen=True)

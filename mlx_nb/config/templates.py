@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mlx_nb.config.fields import shown
 from mlx_nb.config.neighbor_words import TEMPLATE_NAMES, TEMPLATE_OF_MODEL
-from mlx_nb.errors import shortened
+from mlx_nb.errors import shortened, shown
 
 
 def is_template_text(value: str) -> bool:

@@ -15,8 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_nb.config.fields import shown
-from mlx_nb.errors import ConfigError, FolderError, FolderTaken, and_more
+from mlx_nb.errors import ConfigError, FolderError, FolderTaken, and_more, shown
 from mlx_nb.files.folder_lock import MARK, FolderLock, Holder
 from mlx_nb.files.whole_files import write_whole
 from mlx_nb.files.written_files import ADAPTER_FILE, CONFIG_FILE, RUN, WrittenFiles, run_in
@@ -97,15 +96,19 @@ class RunFolder:
             other.release()
         self.take()
 
+    def other_holder(self) -> RunFolder | None:
+        """The folder as another run of this process holds it."""
+        return holder_here(self.path, self)
+
     def share(self) -> None:
         """The same for a run that only reads at first: another run of this process may have it until then."""
-        if holder_here(self.path, self) is None:
+        if self.other_holder() is None:
             self.take()
 
     def _ask_here(self) -> None:
         """Have another run of this process let go: one that nobody refers to, or that is at rest with all saved."""
         gc.collect()
-        other = holder_here(self.path, self)
+        other = self.other_holder()
         if other is not None and other.at_rest():
             whom = "the same run, resumed" if other.run_id == self.run_id else f"the run {self.name!r}"
             other.give_up(f"{self.path} was taken over by {whom} in this process")

@@ -15,9 +15,9 @@ from mlx_nb.config.run_config import LIVE_SETTINGS
 from mlx_nb.config.yaml_text import read_words
 from mlx_nb.errors import CommandError, did_you_mean
 from mlx_nb.events import Pause, Stop
-from mlx_nb.history import visits_text
 from mlx_nb.notebook.session import Session
 from mlx_nb.run.run import SPLITS, Run
+from mlx_nb.view.event_text import visits_text
 from mlx_nb.view.metric_text import headline
 
 CELL_OPTIONS = {
@@ -313,14 +313,13 @@ def _browse(session: Session, arguments: argparse.Namespace) -> Any:
 
 
 def _check(session: Session, arguments: argparse.Namespace) -> Any:
-    from mlx_nb.data.check.check import read_row_count
     from mlx_nb.view.reports.check import CheckDisplay
 
     run = session.get(arguments.name)
     key, equals, value = arguments.rows.partition("=")
     if key != "rows" or not equals:
         raise CommandError(f"%finetune check: {arguments.rows!r} is not rows=NUMBER. For example: rows=20000")
-    check = run.check(rows=read_row_count(value))
+    check = run.check(rows=value)
     return _Text(json.dumps(check.to_dict(), ensure_ascii=False)) if arguments.json else CheckDisplay(check)
 
 

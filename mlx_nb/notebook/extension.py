@@ -6,7 +6,6 @@ from typing import Any
 
 from IPython.core.interactiveshell import InteractiveShell
 
-from mlx_nb.model.backend import prepare_backend
 from mlx_nb.notebook.magics import FinetuneMagics
 from mlx_nb.notebook.tab_completion import complete
 
@@ -18,9 +17,6 @@ def load(shell: InteractiveShell) -> None:
     """Register `%finetune` and `%%finetune` with Tab completion. Loading twice is loading once."""
     if getattr(shell, _MAGICS, None) is not None:
         unload(shell)
-    warning = prepare_backend().warning
-    if warning is not None:
-        print(f"mlx_nb: {warning}")
     magics = FinetuneMagics(shell)
     shell.register_magics(magics)
 

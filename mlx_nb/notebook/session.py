@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mlx_nb.errors import CommandError, MlxNbError, did_you_mean
-from mlx_nb.files.run_folder import holder_here
 
 if TYPE_CHECKING:
     from mlx_nb.notebook.lasting_output import Outcome
@@ -34,7 +33,7 @@ class Session:
             before.release(f"{run.name} was replaced by a new run of that name")
             self._close_shown(run.name)
             del self.runs[run.name]  # the newest is the last
-        holder = holder_here(run.folder, run.home)
+        holder = run.home.other_holder()
         if holder is not None:  # one that was made in Python
             holder.let_go(f"{holder.name} was replaced by the new run {run.name}")
         self.runs[run.name] = run

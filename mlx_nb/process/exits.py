@@ -22,11 +22,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
+import mlx_nb
 from mlx_nb.errors import MlxNbError
 from mlx_nb.events import Pause, Request
 from mlx_nb.process.signal_watch import SignalWatch
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(mlx_nb.__file__).parent
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 # Until a boundary is reached; Jupyter kills a kernel 2.5 s after SIGTERM.
 PATIENCE_SECONDS = 0.5

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.nn as nn
@@ -23,19 +22,6 @@ from mlx_nb.rollouts.sampling import SamplingSettings, sample_each
 
 Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Messages
-
-
-@dataclass(frozen=True)
-class Question:
-    """What a person asks the live model: a text, or the texts of a chat, and who is told the answer as it grows.
-
-    `told(text so far, whether it is complete)` is called after each token.
-    """
-
-    messages: Prompt
-    told: Callable[[str, bool], None]
-    base: bool = False
-    max_tokens: int = 256
 
 
 def generate_texts(

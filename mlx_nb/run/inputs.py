@@ -19,7 +19,7 @@ from mlx_nb.data.masks.prompt_format import CHAT, RAW, Rendering, has_chat_templ
 from mlx_nb.data.sources.row_source import RowSource
 from mlx_nb.data.sources.splits import Splits, open_splits
 from mlx_nb.errors import CommandError, DataError, MlxNbError, ModelError, counted, did_you_mean
-from mlx_nb.events import Progress
+from mlx_nb.events import Progress, Question
 from mlx_nb.process.own_code import code_digest, is_own
 from mlx_nb.process.pieces import finished
 from mlx_nb.run.resume import fingerprints
@@ -28,7 +28,6 @@ from mlx_nb.view.rows.display import ShownRow
 if TYPE_CHECKING:
     from mlx_nb.model.loading import LoadedModel
     from mlx_nb.model.logprobs import TargetScorer
-    from mlx_nb.rollouts.generation import Question
     from mlx_nb.rollouts.rewards.resolve import Reward
     from mlx_nb.train.reference_logprobs import ReferenceLogprobs
     from mlx_nb.train.trainer import TrainerExamples

@@ -10,10 +10,9 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_nb.config.fields import shown
 from mlx_nb.config.run_config import PATHS, SETTINGS, RunConfig, located
 from mlx_nb.data.examples.batches import ORDER
-from mlx_nb.errors import CheckpointError, ConfigError, did_you_mean, listed_problems
+from mlx_nb.errors import CheckpointError, ConfigError, did_you_mean, listed_problems, shown
 from mlx_nb.events import Request, SettingChanged, event_from_json, request_from_json
 from mlx_nb.files.history_file import HISTORY_FILE, read_history
 from mlx_nb.history import History

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_nb.config.fields import shown
 from mlx_nb.config.methods import method_named
 from mlx_nb.config.run_config import LIVE_SETTINGS, SETTINGS, RunConfig, unknown_settings
 from mlx_nb.config.templates import file_problem, is_template_text
@@ -32,6 +31,7 @@ from mlx_nb.errors import (
     MlxNbError,
     ModelError,
     TrainingError,
+    shown,
 )
 from mlx_nb.events import (
     BatchSkipped,
@@ -42,6 +42,7 @@ from mlx_nb.events import (
     Event,
     Pause,
     Progress,
+    Question,
     Request,
     RequestRefused,
     Rewind,
@@ -59,7 +60,7 @@ from mlx_nb.events import (
 from mlx_nb.files.folder_lock import is_locked
 from mlx_nb.files.run_folder import RunFolder, check_name, folder_of, holder_here, same_folder, working_folder
 from mlx_nb.files.written_files import CHECKPOINTS, EXPORT, REPORT_FILE, RUN
-from mlx_nb.history import History, visits_text
+from mlx_nb.history import History
 from mlx_nb.process import exits
 from mlx_nb.process.turns import Turns
 from mlx_nb.run.background import Background
@@ -79,7 +80,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from mlx_nb.model.loading import LoadedModel
-    from mlx_nb.rollouts.generation import Prompt, Question
+    from mlx_nb.rollouts.generation import Prompt
     from mlx_nb.train.checkpoint import Checkpoint, CheckpointInfo, CheckpointStore
     from mlx_nb.train.interrupts import Interrupts
     from mlx_nb.train.trainer import Trainer
@@ -334,10 +335,10 @@ class Run:
         if base and self.config.fine_tune_type == "full" and self.step_count:
             raise CommandError("full fine-tuning changes the base itself, so there is no base left to ask.")
 
-    def check(self, *, rows: int | None = SAMPLED_ROWS) -> DataCheck:
+    def check(self, *, rows: int | str | None = SAMPLED_ROWS) -> DataCheck:
         """What is wrong or odd with the rows, by number, before anything is trained. Loads the tokenizer alone.
 
-        All rows are read; `rows` of each split (None = all) are tokenised.
+        All rows are read; `rows` of each split (None or `all` = all) are tokenised.
         """
         kind = method_named(self.config.method).rows
         return check_data(self.splits, self.tokenizer, self.config, rows=rows, kind=kind, limits=self.material.limits)
@@ -395,7 +396,8 @@ class Run:
 
         Raises CommandError, also for a file that is no earlier report of this run: it is not written over.
         """
-        from mlx_nb.view.reports.run import report_html, write_report
+        from mlx_nb.files.report_file import write_report
+        from mlx_nb.view.reports.run import report_html
 
         page = report_html(
             self.history,
@@ -472,9 +474,10 @@ class Run:
 
         It does not keep the run: it closes when nobody else refers to that any more.
         """
+        from mlx_nb.model.backend import device_name, prepare_backend
         from mlx_nb.view.panel.panel import Panel
 
-        return Panel(self)
+        return Panel(self, device=device_name(), warning=prepare_backend().warning)
 
     def browse(self, split: str = "train") -> Any:
         """Leaf through the rows with widgets: previous, next, jump, filters, colours. Returns a RowBrowser.
@@ -498,6 +501,8 @@ class Run:
         return browser
 
     def _visits_text(self, split: str, row: int) -> str:
+        from mlx_nb.view.event_text import visits_text
+
         return visits_text(self.history.row_losses(split).get(row, []))
 
     # Moving
@@ -606,12 +611,12 @@ class Run:
             text = ""
             try:
                 for tokens, text in enumerate(self.material.stream(question)):
-                    question.told(text, False)
+                    question.on_text(text, False)
                     yield Progress(self.step_count, "answer", tokens, question.max_tokens)
             except DataError as error:
                 text = f"not asked: {error}"
                 self._tell(RequestRefused(self.step_count, text))
-            question.told(text, True)
+            question.on_text(text, True)
         while self._rewind_requests:
             try:
                 yield self._rewind(self._rewind_requests.pop(0).to)

@@ -108,6 +108,14 @@ def describe(event: Event) -> str:
     return type(event).__name__
 
 
+def visits_text(visits: list[tuple[int, float]]) -> str:
+    """The losses of one row at its last few visits, as a line; empty when there was none."""
+    if not visits:
+        return ""
+    shown = ", ".join(f"{loss:.3f} after update {step}" for step, loss in visits[-6:])
+    return f"loss when visited ({len(visits)}×): {'… ' if len(visits) > 6 else ''}{shown}"
+
+
 def progress_words(progress: Progress) -> str:
     """What is being done, and how far it is."""
     done, total = progress.done, progress.total

@@ -120,12 +120,22 @@ class DataCheck:
         return f"DataCheck({counts}; {', '.join(f'{split.rows} rows of {split.split}' for split in self.splits)})"
 
 
+def row_count(rows: int | str | None) -> int | None:
+    """`5000`, or None for all rows. Raises CommandError for what is no number of rows."""
+    if rows is None or rows == "all":
+        return None
+    words = str(rows)
+    if not words.isdecimal() or int(words) < 1:
+        raise CommandError(f"rows={words}: give a whole number of 1 or more, or `all`.")
+    return int(words)
+
+
 def check_data(
     splits: Splits,
     tokenizer: Any,
     config: RunConfig,
     *,
-    rows: int | None = SAMPLED_ROWS,
+    rows: int | str | None = SAMPLED_ROWS,
     kind: str = "tokens",
     limits: ModelLimits = UNLIMITED,
 ) -> DataCheck:
@@ -133,11 +143,12 @@ def check_data(
 
     kind    what the training method takes: tokens, pairs, labels or prompts
     limits  what the model can read
-    rows    how many rows of each split are tokenised; None = all. Everything else looks at every row.
+    rows    how many rows of each split are tokenised; None or `all` = all. Everything else looks at every row.
 
     Never raises for a bad row. Raises DataError when the data change while they are read, and for `prompt_format: chat`
     without a chat template.
     """
+    count = row_count(rows)
     sources = {name: source for name in _SPLITS if (source := getattr(splits, name)) is not None}
     settings = ExampleSettings.of(config, limits).resolved(tokenizer)
     readings, overlaps = read_splits(sources, settings, kind)
@@ -145,7 +156,7 @@ def check_data(
     checks: list[SplitCheck] = []
     for name, reading in readings.items():
         remarks = Collector(name)
-        chosen = sampled_rows(reading.rows, rows)
+        chosen = sampled_rows(reading.rows, count)
         counts = count_tokens(sources[name], chosen, tokenizer, settings, remarks, kind)
         checks.append(_split_check(reading, counts, config.max_seq_length))
         findings += reading.collector.findings(reading.rows) + remarks.findings(counts.checked)
@@ -169,15 +180,6 @@ def check_data(
         template=template,
         notes=splits.notes,
     )
-
-
-def read_row_count(words: str) -> int | None:
-    """`5000` or `all` (None). Raises CommandError for anything else."""
-    if words == "all":
-        return None
-    if not words.isdecimal() or int(words) < 1:
-        raise CommandError(f"rows={words}: give a whole number of 1 or more, or `all`.")
-    return int(words)
 
 
 def row_record(view: RowView, settings: ExampleSettings) -> dict[str, Any]:

@@ -31,7 +31,6 @@ from mlx_nb.events import (
     StepCompleted,
     Stop,
 )
-from mlx_nb.model.backend import device_name, prepare_backend
 from mlx_nb.view.closing import close_widgets
 from mlx_nb.view.curves.curves import Curves
 from mlx_nb.view.panel.completions import CompletionsTab
@@ -51,7 +50,7 @@ class Panel:
     it closes when nobody else refers to that any more.
     """
 
-    def __init__(self, run: Any) -> None:
+    def __init__(self, run: Any, *, device: str, warning: str | None = None) -> None:
         self._run = weakref.ref(run, lambda _: self._close_later())
         self._name = run.name
         try:
@@ -60,7 +59,7 @@ class Panel:
             self._loop = None
         self._progress: Progress | None = None
         self._drawn_at = 0.0
-        self._device = device_name()
+        self._device, self._warning = device, warning
         self._build()
         run.listen(self._heard)
         self.refresh()
@@ -228,7 +227,7 @@ class Panel:
         run, history = self.run, self.run.history
         iters = run.trainer.iters if run.prepared else run.config.iters
         state = run.state
-        self.head.value = head_html(run, self._device, prepare_backend().warning)
+        self.head.value = head_html(run, self._device, self._warning)
         tokens, seconds = (run.trainer.state.tokens, run.trainer.state.seconds) if run.prepared else (0, 0.0)
         self.progress.value = progress_html(history, iters, activity_text(self._progress), tokens, seconds)
         running, over = state == "running", state in ("finished", "stopped")

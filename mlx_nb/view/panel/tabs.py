@@ -12,7 +12,7 @@ import ipywidgets as widgets
 from mlx_nb.config.run_config import LIVE_SETTINGS, SETTINGS
 from mlx_nb.config.yaml_text import read_value
 from mlx_nb.errors import MlxNbError
-from mlx_nb.events import Event, Progress, Rewind, Sample, SampleGenerated, StateChanged, StepCompleted
+from mlx_nb.events import Event, Progress, Question, Rewind, Sample, SampleGenerated, StateChanged, StepCompleted
 from mlx_nb.history import losses_by_row
 from mlx_nb.view.event_text import describe, remarks
 from mlx_nb.view.rows.display import RowDisplay, measured_losses
@@ -174,8 +174,6 @@ class SamplesTab:
         text = self.message.value.strip()
         if not text or self._busy:
             return
-        from mlx_nb.rollouts.generation import Question
-
         self._talk.append({"role": "user", "content": text})
         asked = list(self._talk)
         self._talk.append({"role": "assistant", "content": "…"})
@@ -183,7 +181,7 @@ class SamplesTab:
         self._busy = self.send.disabled = True
         drawn_at = 0.0
 
-        def told(answer: str, done: bool) -> None:
+        def on_text(answer: str, done: bool) -> None:
             nonlocal drawn_at
             self._talk[-1]["content"] = answer
             if done:
@@ -193,7 +191,7 @@ class SamplesTab:
                 drawn_at = time.monotonic()
 
         self._draw_talk()
-        self._ask(Question(asked, told, base=self.base.value))
+        self._ask(Question(asked, on_text, base=self.base.value))
 
     def _draw_talk(self) -> None:
         colours = {"user": ORANGE, "assistant": BLUE}

@@ -5,15 +5,13 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from mlx_nb.config.methods import Metric
 from mlx_nb.config.run_config import RunConfig
-from mlx_nb.errors import CommandError
 from mlx_nb.events import SampleGenerated, StepCompleted
-from mlx_nb.files.whole_files import write_whole
+from mlx_nb.files.report_file import report_mark
 from mlx_nb.history import EVALUATION_COLUMNS, History
 from mlx_nb.view.curves.figure import figure_png, plot_history
 from mlx_nb.view.event_text import describe, summary_rows
@@ -66,46 +64,10 @@ def report_html(
         _section("What happened", _log(history)),
     ]
     viewport = '<meta name="viewport" content="width=device-width">'
-    head = f'<meta charset="utf-8">{_mark(name)}{viewport}<title>{escape(title)}</title>'
+    head = f'<meta charset="utf-8">{report_mark(name)}{viewport}<title>{escape(title)}</title>'
     return (
         f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head><body>{"".join(parts)}</body></html>'
     )
-
-
-def _mark(name: str) -> str:
-    """What says in a page that it is a report of the run `name`."""
-    return f'<meta name="generator" content="mlx_nb: {escape(name, quote=True)}">'
-
-
-def write_report(path: Path, page: str, name: str) -> Path:
-    """Write the page whole or not at all, over an earlier one of the same run only. Returns the path.
-
-    Raises CommandError, naming a file that is free where this one is somebody else's.
-    """
-    try:
-        if path.is_dir() or (path.exists() and not _is_report(path, name)):
-            there = "a folder" if path.is_dir() else f"not a report of {name}, so it is not written over"
-            raise CommandError(f"{path} is {there}. Give another name, such as {_free(path)}.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda file: file.write(page.encode()))
-    except OSError as error:
-        raise CommandError(f"{path} cannot be written: {error.strerror or error}. Name another file.") from None
-    return path
-
-
-def _is_report(path: Path, name: str) -> bool:
-    mark = _mark(name).encode()
-    with path.open("rb") as file:
-        return mark in file.read(1000 + len(mark))
-
-
-def _free(path: Path) -> Path:
-    """A name like this one that is not taken."""
-    ending = ".html" if path.is_dir() else path.suffix
-    number = 2
-    while (free := path.with_name(f"{path.stem}-{number}{ending}")).exists():
-        number += 1
-    return free
 
 
 def _section(title: str, content: str) -> str:
