@@ -13,7 +13,8 @@ from mlx_nb.data.examples.split import Examples, ExampleSettings
 from mlx_nb.data.masks.prompt_format import Rendering
 from mlx_nb.data.sources.splits import open_splits
 from mlx_nb.errors import ConfigError, DataError
-from mlx_nb.events import Question, SampleGenerated, generate_texts
+from mlx_nb.events import Question, SampleGenerated
+from mlx_nb.rollouts.generation import generate_texts
 from mlx_nb.run.run import Run
 from mlx_nb.view.rows.display import ShownRow
 

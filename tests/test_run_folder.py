@@ -21,7 +21,7 @@ import pytest
 from mlx_nb import Run, RunConfig
 from mlx_nb.errors import CheckpointError, CommandError, ConfigError, FolderError, FolderTaken, MlxNbError
 from mlx_nb.events import RunFinished, RunPaused
-from mlx_nb.folder_lock import FolderLock
+from mlx_nb.files.folder_lock import FolderLock
 from mlx_nb.notebook.session import Session
 from mlx_nb.train.checkpoint import CheckpointStore
 from tiny import save_tiny_model, tiny_pairs, tiny_rows
