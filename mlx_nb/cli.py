@@ -177,7 +177,7 @@ def _config_for_check(chosen: argparse.Namespace, settings: Mapping[str, Any]) -
     values = dict(settings)
     given = {"data": chosen.data} | ({"model": chosen.model} if chosen.model else {})
     method = METHODS.get(str(values.get("method")))
-    if method is not None and method.rows == "prompts":
+    if method is not None and method.kind.sampled:
         values.setdefault("rewards", ["number_match"])  # a run needs some; rows are read the same whatever they are
     return RunConfig.from_dict({**values, **given})
 

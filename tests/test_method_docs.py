@@ -13,7 +13,7 @@ import mlx_nb
 from mlx_nb.config.help import setting_help
 from mlx_nb.config.methods import METHODS, Method, is_built_in, options_of
 from mlx_nb.config.run_config import SETTINGS, RunConfig
-from mlx_nb.data.rows.kinds import recognise_as
+from mlx_nb.data.examples.kinds import recognize
 from mlx_nb.errors import ConfigError
 from mlx_nb.rollouts.rewards.builtin import REWARDS
 from mlx_nb.rollouts.rewards.resolve import resolve_rewards
@@ -154,7 +154,7 @@ def test_every_row_on_a_page_is_read_as_that_method_reads_it(name):
     examples = [line for block in blocks(page(name), "json", "jsonl") for line in block.splitlines()]
     assert examples
     for line in examples:
-        recognise_as(METHODS[name].rows, json.loads(line))
+        recognize(METHODS[name].rows, json.loads(line))
 
 
 @pytest.mark.parametrize("name", NAMES)

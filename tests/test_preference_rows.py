@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_nb.data.examples.imitation import ExampleSettings, LeftOut, TokenizedExample, TooLong
+from mlx_nb.data.examples.kinds import ROW_KINDS, recognize
 from mlx_nb.data.examples.preference import LabelledExample, with_mismatched
 from mlx_nb.data.examples.split import Examples, split_examples
 from mlx_nb.data.rows.columns import Columns
-from mlx_nb.data.rows.kinds import ROW_KINDS, recognise_as
 from mlx_nb.data.rows.preference import LabelledRow, NothingToPrefer, PreferenceRow
 from mlx_nb.data.sources.splits import open_splits
 from mlx_nb.errors import DataError
@@ -84,7 +84,7 @@ PAIRS = {
 def test_every_shape_of_a_pair_is_recognised_and_left_unchanged(name):
     record, expected = PAIRS[name]
     before = copy.deepcopy(record)
-    assert recognise_as("pairs", record) == expected
+    assert recognize("pairs", record) == expected
     assert record == before
 
 
@@ -113,24 +113,24 @@ LABELS = {
 @pytest.mark.parametrize("name", LABELS)
 def test_every_shape_of_a_labelled_answer_is_recognised(name):
     record, expected = LABELS[name]
-    assert recognise_as("labels", record) == expected
+    assert recognize("labels", record) == expected
 
 
 @pytest.mark.parametrize("kind", [np.bool_, np.int64, np.uint8, np.float32])
 def test_a_label_may_be_a_number_of_numpy(kind):
     for said in (True, False):
         record = {"prompt": "Ahoy?", "completion": "Arr.", "label": kind(said)}
-        assert recognise_as("labels", record) == LabelledRow("Ahoy?", "Arr.", said)
+        assert recognize("labels", record) == LabelledRow("Ahoy?", "Arr.", said)
 
 
 def test_columns_go_by_the_names_they_are_given():
     record = {"q": "Ahoy?", "better": "Arr.", "worse": "Hello.", "score": 3, "ok": 1, "prompt": "other"}
     columns = Columns(prompt="q", chosen="better", rejected="worse", preference_score="score")
-    assert recognise_as("pairs", record, columns) == PreferenceRow("Ahoy?", "Arr.", "Hello.", weight=3.0)
+    assert recognize("pairs", record, columns) == PreferenceRow("Ahoy?", "Arr.", "Hello.", weight=3.0)
     columns = Columns(prompt="q", completion="worse", label="ok")
-    assert recognise_as("labels", record, columns) == LabelledRow("Ahoy?", "Hello.", True)
+    assert recognize("labels", record, columns) == LabelledRow("Ahoy?", "Hello.", True)
     named = {"talk": [USER, GOOD], "ok": 0, **TEXTS}
-    assert recognise_as("labels", named, Columns(messages="talk", label="ok")) == LabelledRow([USER], [GOOD], False)
+    assert recognize("labels", named, Columns(messages="talk", label="ok")) == LabelledRow([USER], [GOOD], False)
 
 
 BAD_ROWS = [
@@ -173,7 +173,7 @@ BAD_ROWS = [
 @pytest.mark.parametrize(("kind", "record", "message"), BAD_ROWS)
 def test_a_bad_row_is_named_in_one_line(kind, record, message):
     with pytest.raises(DataError) as caught:
-        recognise_as(kind, record, row=17, location="train.jsonl line 18")
+        recognize(kind, record, row=17, location="train.jsonl line 18")
     text = str(caught.value)
     assert text.startswith("row 17 (train.jsonl line 18): ")
     assert message in text
@@ -182,7 +182,7 @@ def test_a_bad_row_is_named_in_one_line(kind, record, message):
 
 def test_identical_answers_are_an_error_of_their_own():
     with pytest.raises(NothingToPrefer, match="row 3: "):
-        recognise_as("pairs", {"chosen": [USER, GOOD], "rejected": [USER, dict(GOOD)]}, row=3)
+        recognize("pairs", {"chosen": [USER, GOOD], "rejected": [USER, dict(GOOD)]}, row=3)
 
 
 VALUES = st.recursive(
@@ -193,10 +193,10 @@ VALUES = st.recursive(
 COLUMNS = ["prompt", "chosen", "rejected", "completion", "messages", "label", "margin", "system", "tools", "answer"]
 
 
-@given(st.sampled_from(ROW_KINDS), st.dictionaries(st.sampled_from(COLUMNS), VALUES))
+@given(st.sampled_from(list(ROW_KINDS)), st.dictionaries(st.sampled_from(COLUMNS), VALUES))
 def test_any_row_is_either_recognised_or_refused_by_name(kind, record):
     try:
-        recognise_as(kind, record, row=3)
+        recognize(kind, record, row=3)
     except DataError as error:
         message = str(error)
     else:

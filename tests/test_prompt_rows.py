@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from mlx_nb.data.examples.imitation import ExampleSettings, TooLong
+from mlx_nb.data.examples.kinds import recognize
 from mlx_nb.data.examples.prompt import prompt_tokens
 from mlx_nb.data.examples.split import Examples, split_examples
 from mlx_nb.data.rows.columns import Columns
-from mlx_nb.data.rows.kinds import recognise_as
 from mlx_nb.data.rows.prompt import PromptRow
 from mlx_nb.data.sources.splits import open_splits
 from mlx_nb.errors import DataError
@@ -38,14 +38,14 @@ GOOD = {
 @pytest.mark.parametrize("name", GOOD)
 def test_every_shape_of_a_prompt_is_recognised(name):
     record, expected = GOOD[name]
-    assert recognise_as("prompts", record) == expected
+    assert recognize("prompts", record) == expected
 
 
 def test_columns_go_by_the_names_they_are_given():
     record = {"question": "Ahoy?", "solution": "Arr.", "answer": "long", "prompt": "other"}
     columns = Columns(prompt="question", answer="solution")
     others = {"answer": "long", "prompt": "other"}
-    assert recognise_as("prompts", record, columns) == PromptRow("Ahoy?", "Arr.", others, as_given="Ahoy?")
+    assert recognize("prompts", record, columns) == PromptRow("Ahoy?", "Arr.", others, as_given="Ahoy?")
 
 
 BAD = [
@@ -62,7 +62,7 @@ BAD = [
 @pytest.mark.parametrize(("record", "columns", "message"), BAD)
 def test_a_row_that_asks_nothing_is_named_in_one_line(record, columns, message):
     with pytest.raises(DataError) as caught:
-        recognise_as("prompts", record, columns, row=4, location="a.csv line 6")
+        recognize("prompts", record, columns, row=4, location="a.csv line 6")
     assert str(caught.value).startswith("row 4 (a.csv line 6): ")
     assert message in str(caught.value)
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from mlx_nb.data.examples.kinds import recognize
 from mlx_nb.data.rows.columns import AUTOMATIC, Columns
 from mlx_nb.data.rows.imitation import ChatRow, PromptCompletionRow, TextRow
-from mlx_nb.data.rows.kinds import recognise_as
 from mlx_nb.data.rows.preference import LabelledRow, PreferenceRow
 from mlx_nb.data.rows.prompt import PromptRow
 from mlx_nb.errors import DataError
@@ -251,16 +251,16 @@ def test_a_row_of_another_tool_is_read_as_what_it_says_and_left_unchanged(name):
     kind, record, expected = FORMS[name]
     before = copy.deepcopy(record)
     kind, _, named = kind.partition(" named ")
-    assert recognise_as(kind, record, Columns(**{named: named} if named else {})) == expected
+    assert recognize(kind, record, Columns(**{named: named} if named else {})) == expected
     assert record == before
 
 
 def test_a_named_column_wins_over_every_word_that_is_known():
     record = {"prompt": "Ahoy?", "chosen": "x", "better": "Arr.", "rejected": "y", "worse": "Hello."}
-    assert recognise_as("pairs", record, Columns(chosen="better", rejected="worse")) == TEXTS
+    assert recognize("pairs", record, Columns(chosen="better", rejected="worse")) == TEXTS
     record = {"question": "x", "asked": "Ahoy?", "output": "y", "answer": "Arr.", "ok": 1, "label": 0}
     columns = Columns(prompt="asked", completion="answer", label="ok")
-    assert recognise_as("labels", record, columns) == LabelledRow("Ahoy?", "Arr.", True)
+    assert recognize("labels", record, columns) == LabelledRow("Ahoy?", "Arr.", True)
 
 
 UNREADABLE: list[tuple[str, dict[str, Any], str]] = [
@@ -320,7 +320,7 @@ UNREADABLE: list[tuple[str, dict[str, Any], str]] = [
 @pytest.mark.parametrize(("kind", "record", "expected"), UNREADABLE)
 def test_a_row_for_something_else_is_refused_by_what_it_looks_like(kind, record, expected):
     with pytest.raises(DataError) as caught:
-        recognise_as(kind, record, row=3, location="a.jsonl line 4")
+        recognize(kind, record, row=3, location="a.jsonl line 4")
     message = str(caught.value)
     assert message.startswith("row 3 (a.jsonl line 4): ")
     assert expected in message
@@ -341,26 +341,26 @@ AS_TEXT = {
 )
 def test_an_answer_that_is_the_json_text_of_messages_is_read_as_messages(asking, answering, case):
     for value in (AS_TEXT[case], json.loads(AS_TEXT[case])):
-        row = recognise_as("tokens", {asking: "sail?", answering: value}, AUTOMATIC)
+        row = recognize("tokens", {asking: "sail?", answering: value}, AUTOMATIC)
         assert [(message["role"], message["content"]) for message in row.messages] == [
             ("user", "sail?"),
             ("assistant", "ay"),
         ]
-    judged = recognise_as("labels", {"prompt": "sail?", "completion": AS_TEXT[case], "label": True}, AUTOMATIC)
+    judged = recognize("labels", {"prompt": "sail?", "completion": AS_TEXT[case], "label": True}, AUTOMATIC)
     assert [(m["role"], m["content"]) for m in judged.completion] == [("assistant", "ay")]
 
 
 def test_a_text_that_is_the_json_of_a_conversation_is_read_as_one():
     talk = [{"role": "user", "content": "sail?"}, MESSAGE]
-    assert recognise_as("tokens", {"text": json.dumps(talk)}, AUTOMATIC).messages == talk
-    assert recognise_as("tokens", {"text": json.dumps(talk)}, Columns(text="text")) == TextRow(json.dumps(talk))
+    assert recognize("tokens", {"text": json.dumps(talk)}, AUTOMATIC).messages == talk
+    assert recognize("tokens", {"text": json.dumps(talk)}, Columns(text="text")) == TextRow(json.dumps(talk))
 
 
 @pytest.mark.parametrize(
     "answer", ['{"a": 1}', "[1, 2]", '{"role": "admin", "content": "x"}', '{"role": "assistant"}', "{"]
 )
 def test_an_answer_in_json_stays_a_text(answer):
-    assert recognise_as("tokens", {"prompt": "q", "completion": answer}, AUTOMATIC) == PromptCompletionRow("q", answer)
-    row = recognise_as("tokens", {"instruction": "q", "output": answer}, AUTOMATIC)
+    assert recognize("tokens", {"prompt": "q", "completion": answer}, AUTOMATIC) == PromptCompletionRow("q", answer)
+    row = recognize("tokens", {"instruction": "q", "output": answer}, AUTOMATIC)
     assert row.messages[-1] == {"role": "assistant", "content": answer}
-    assert recognise_as("tokens", {"text": answer}, AUTOMATIC) == TextRow(answer)
+    assert recognize("tokens", {"text": answer}, AUTOMATIC) == TextRow(answer)

@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerFast
 import mlx_nb
 from mlx_nb.config.run_config import RunConfig
 from mlx_nb.data.check.template_report import probe_template
+from mlx_nb.data.examples.kinds import recognize
 from mlx_nb.data.examples.prompt import prompt_tokens
 from mlx_nb.data.examples.split import Examples, ExampleSettings
 from mlx_nb.data.masks.conversation import TokenizedConversation, tokenize_conversation
 from mlx_nb.data.rows.imitation import Columns, recognise
-from mlx_nb.data.rows.kinds import recognise_as
 from mlx_nb.data.sources.splits import open_splits
 from mlx_nb.errors import ConfigError, DataError, MaskRefused
 from tiny import tiny_rows
@@ -224,7 +224,7 @@ def test_a_prompt_is_the_beginning_of_what_is_trained(template):
         asked = prompt_tokens(tokenizer, talk(arguments)[:-1], tools)
         assert trained.tokens[: len(asked)].tolist() == asked
         assert tokenizer.decode(trained.tokens[len(asked) :]) == "There.<|im_end|>\n"
-        rollout = recognise_as("prompts", {"prompt": talk(arguments)[:-1], "tools": tools})
+        rollout = recognize("prompts", {"prompt": talk(arguments)[:-1], "tools": tools})
         assert prompt_tokens(tokenizer, rollout.prompt, rollout.tools) == asked
 
 
@@ -391,7 +391,7 @@ def test_words_of_ones_own_for_roles_come_first():
     _, trained = text_of({"conversations": talk}, columns=columns)
     assert trained == ['<call>sail{"to": "Rome"}<|im_end|>', "There.<|im_end|>"]
     assert [m["role"] for m in recognise({"conversations": talk}, columns).messages][2] == "function"
-    pair = recognise_as(
+    pair = recognize(
         "pairs", {"prompt": talk[:1], "chosen": talk[3:], "rejected": [{**talk[3], "value": "No."}]}, columns
     )
     assert [pair.prompt[0]["role"], pair.chosen[0]["role"]] == ["user", "assistant"]

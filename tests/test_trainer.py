@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from mlx_nb.config.run_config import RunConfig
 from mlx_nb.data.examples.batches import TokenBatch, pad
-from mlx_nb.data.examples.split import TokenizedExample
+from mlx_nb.data.examples.imitation import TokenizedExample
 from mlx_nb.errors import ConfigError, DataError, ModelError
 from mlx_nb.events import (
     ChangeSetting,

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_nb.data.examples.split import TokenizedExample
+from mlx_nb.data.examples.imitation import TokenizedExample
 from mlx_nb.model.mlx_lm_import import import_mlx_lm
 
 import_mlx_lm()  # first, so that the limit of open files stays as it is

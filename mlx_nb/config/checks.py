@@ -117,15 +117,15 @@ def _check_rows(config: Readable) -> Iterator[SettingError]:
     method = METHODS.get(config.method)
     if method is None:
         return
-    if method.rows != "tokens" and config.truncate == "split":
+    if not method.kind.pieces and config.truncate == "split":
         yield SettingError(("truncate",), "`truncate: split` is for texts (`method: sft`). Use right, left or drop.")
-    if method.rows in ("pairs", "labels") and config.beta == 0:
+    if method.kind.judged and config.beta == 0:
         yield SettingError(("beta",), f"`beta: 0` leaves nothing of `method: {method.name}` to learn. Raise it.")
-    if method.rows in ("pairs", "labels") and config.loss_on == "all":
+    if method.kind.judged and config.loss_on == "all":
         yield SettingError(
             ("loss_on",), "`loss_on: all` trains prompts, and answers are judged without them. Remove it."
         )
-    if method.rows == "prompts" and config.loss_on != "assistant":
+    if method.kind.sampled and config.loss_on != "assistant":
         yield SettingError(("loss_on",), f"`loss_on` has no effect with `method: {method.name}`. Remove it.")
 
 
@@ -153,7 +153,7 @@ def _check_references(config: Readable) -> Iterator[SettingError]:
     if method is None or not method.reference:
         return
     given = [name for name in ("reference_model", "reference_adapter") if getattr(config, name) is not None]
-    if config.reference_free and (given or method.rows != "pairs"):
+    if config.reference_free and (given or not method.kind.pairs):
         what = f"`{given[0]}`" if given else f"`method: {config.method}`"
         yield SettingError(("reference_free",), f"`reference_free` and {what} exclude each other. Remove one of them.")
     elif config.reference_free and config.loss == "dpop":
@@ -162,7 +162,7 @@ def _check_references(config: Readable) -> Iterator[SettingError]:
             "`reference_free` and `loss: dpop` exclude each other: its penalty compares with the "
             "reference. Remove one of them.",
         )
-    if method.rows == "prompts" and config.beta == 0:
+    if method.kind.sampled and config.beta == 0:
         for name in given:
             yield SettingError((name,), f"`{name}` has no effect with `beta: 0`. Remove one of them.")
 
@@ -170,7 +170,7 @@ def _check_references(config: Readable) -> Iterator[SettingError]:
 def _check_rewards(config: Readable) -> Iterator[SettingError]:
     """What is wrong with the rewards of a method that learns from them."""
     method = METHODS.get(config.method)
-    if method is None or method.rows != "prompts":
+    if method is None or not method.kind.sampled:
         return
     if not config.rewards:
         yield SettingError(
@@ -190,7 +190,7 @@ def _check_rewards(config: Readable) -> Iterator[SettingError]:
 def _check_rollouts(config: Readable) -> Iterator[SettingError]:
     """What cannot go together where completions are sampled."""
     method = METHODS.get(config.method)
-    if method is None or method.rows != "prompts":
+    if method is None or not method.kind.sampled:
         return
     if config.lora_parameters.dropout:
         yield SettingError(

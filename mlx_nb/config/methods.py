@@ -11,9 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlx_nb.config.row_kinds import ROW_KINDS, KindFacts
 from mlx_nb.errors import ConfigError, did_you_mean
-
-ROW_KINDS = ("tokens", "pairs", "labels", "prompts")
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,11 @@ class Method:
     losses: Mapping[str, Loss]
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     reference: bool = False
+
+    @property
+    def kind(self) -> KindFacts:
+        """What is so of the rows that it takes."""
+        return ROW_KINDS[self.rows]
 
     def loss(self, variant: str | None) -> Loss:
         """The loss of a variant; None = the default."""

@@ -163,7 +163,7 @@ def with_adapter_settings(config: RunConfig) -> RunConfig:
         return config
     adapter = open_adapter(str(config.located(START)), START)
     shape = dict(adapter.shape)
-    if method_named(config.method).rows == "prompts":
+    if method_named(config.method).kind.sampled:
         shape.pop("lora_parameters.dropout", None)  # there completions are drawn without dropout
     low_rank = shape.get("fine_tune_type", config.fine_tune_type) != "full"
     if low_rank and SCALE not in shape and SCALE not in config.given:

@@ -79,7 +79,7 @@ def _other_model(config: RunConfig, loaded: LoadedModel) -> nn.Module:
             f"reference_model: {config.reference_model} has another vocabulary than {config.model} ({len(theirs)} and "
             f"{len(ours)} tokens), so their log-probabilities cannot be compared. Choose one with the same tokenizer."
         )
-    if method_named(config.method).rows == "prompts":
+    if method_named(config.method).kind.sampled:
         # Rows are checked one by one, but what the policy writes can be any token that it has a logit for.
         known, written = limits_of(other.model).ids, limits_of(loaded.model).targets
         if known is not None and written is not None and known < written:

@@ -288,17 +288,10 @@ def _top_loss(run: Run, split: str, count: int, measure: bool) -> _Text:
 def _row_loss_is(run: Run) -> str:
     """What the loss of a row measures with the method of the run."""
     method = method_named(run.config.method)
-    if method.rows != "tokens":
-        return _ROW_LOSSES[method.rows]
+    if method.kind.loss_of_row:
+        return method.kind.loss_of_row
     loss = run.config.loss or next(iter(method.losses))
     return "nats a trained token" if (method.name, loss) == ("sft", "nll") else "mean of its trained tokens"
-
-
-_ROW_LOSSES = {
-    "pairs": "of the pair",
-    "labels": "of the answer",
-    "prompts": "minus the mean reward where measured, of the completions where trained",
-}
 
 
 def _batch(session: Session, arguments: argparse.Namespace) -> Any:

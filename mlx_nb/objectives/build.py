@@ -10,20 +10,8 @@ from mlx_nb.config.methods import method_named, options_of
 from mlx_nb.config.run_config import RunConfig
 from mlx_nb.errors import LossRaised
 from mlx_nb.objectives.base import Objective
-from mlx_nb.objectives.grpo import completion_objective
-from mlx_nb.objectives.kto import label_objective
-from mlx_nb.objectives.preference import pair_objective
-from mlx_nb.objectives.sft import token_objective
+from mlx_nb.objectives.kinds import LOSS_KINDS
 from mlx_nb.process.own_code import describe_error, is_own
-
-_BY_ROWS: dict[str, Callable[[Callable[..., Any], float, RunConfig], Objective]] = {
-    "tokens": lambda loss, beta, config: token_objective(loss),
-    "pairs": lambda loss, beta, config: pair_objective(loss, beta),
-    "labels": lambda loss, beta, config: label_objective(loss, beta),
-    "prompts": lambda loss, beta, config: completion_objective(
-        loss, temperature=config.temperature, max_completion_length=config.max_completion_length
-    ),
-}
 
 
 def objective_for(config: RunConfig) -> Objective:
@@ -33,7 +21,7 @@ def objective_for(config: RunConfig) -> Objective:
     if is_own(loss):
         loss = _named_when_it_raises(loss, config.method)
     options = options_for(config)
-    return _BY_ROWS[method.rows](partial(loss, **options), float(options.get("beta") or 1.0), config)
+    return LOSS_KINDS[method.rows].wrap(partial(loss, **options), float(options.get("beta") or 1.0), config)
 
 
 def _named_when_it_raises(loss: Callable[..., Any], method: str) -> Callable[..., Any]:

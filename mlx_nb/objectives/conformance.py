@@ -10,10 +10,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
-from mlx_nb.config.methods import METHODS, Loss, Method, method_named
+from mlx_nb.config.methods import Loss, Method, method_named
 from mlx_nb.config.run_config import RunConfig
-from mlx_nb.data.examples.batches import TokenBatch, pad, pad_labelled, pad_pairs
-from mlx_nb.data.examples.split import LabelledExample, PreferenceExample, TokenizedExample
+from mlx_nb.data.examples.batches import TokenBatch
 from mlx_nb.errors import ConfigError
 from mlx_nb.model.logprobs import TargetInputs, TargetScorer, target_inputs
 from mlx_nb.model.mlx_lm_import import import_mlx_lm
@@ -21,8 +20,9 @@ from mlx_nb.model.randomness import random_stream
 from mlx_nb.model.trees import named_arrays
 from mlx_nb.objectives.base import LossSum, Objective
 from mlx_nb.objectives.build import objective_for
+from mlx_nb.objectives.kinds import LOSS_KINDS
+from mlx_nb.objectives.trial_batches import VOCABULARY
 
-VOCABULARY = 61
 ROWS = 6
 
 # (scorer, rows, width multiple) -> batch
@@ -50,12 +50,12 @@ def check_objective(name: str, loss: str | None = None, **settings: Any) -> tupl
     Returns the laws that were tried. Raises ConfigError at the first that does not hold: what differs, and by how much.
     """
     # With one update a rollout every ratio is 1, and options that bound it would be refused.
-    of_prompts = {"rewards": ["length"], "updates_per_rollout": 2} if method_named(name).rows == "prompts" else {}
+    of_prompts = {"rewards": ["length"], "updates_per_rollout": 2} if method_named(name).kind.sampled else {}
     config = RunConfig.from_dict({"method": name, "loss": loss, **of_prompts, **settings})
     method = method_named(name)
     with random_stream(0):
         scorer = TargetScorer(_model())
-    trial = Trial(config, objective_for(config), scorer, _MAKERS[method.rows], method, method.loss(loss))
+    trial = Trial(config, objective_for(config), scorer, LOSS_KINDS[method.rows].trial_batch, method, method.loss(loss))
     tried = []
     for law in _LAWS:
         try:
@@ -179,7 +179,7 @@ def _metrics_are_documented(trial: Trial) -> str:
     """Every metric is described in the method, finite, and over units above 0 or left out."""
     method, sums = trial.method, trial.objective(trial.scorer, trial.inputs())
     for metric, (total, divisor) in sums.metrics.items():
-        if metric not in method.metrics and metric not in _STANDARD[method.rows]:
+        if metric not in method.metrics and metric not in LOSS_KINDS[method.rows].metrics:
             return f"the metric {metric!r} is not described. Name it in `metrics` of register_objective."
         if not (mx.isfinite(total).item() and mx.isfinite(divisor).item()):
             return f"the metric {metric!r} is not finite."
@@ -196,13 +196,6 @@ _LAWS = (
     _gradient_is_that_of_the_loss,
     _metrics_are_documented,
 )
-# What the sums around a loss measure by themselves, whatever the method.
-_STANDARD = {
-    "tokens": frozenset[str](),
-    "pairs": frozenset(METHODS["dpo"].metrics),
-    "labels": frozenset(METHODS["kto"].metrics),
-    "prompts": frozenset(METHODS["grpo"].metrics),
-}
 
 
 def _gradient(trial: Trial, inputs: TargetInputs) -> tuple[LossSum, Any]:
@@ -261,51 +254,3 @@ def _model() -> nn.Module:
     model.eval()
     mx.eval(model.parameters())
     return model
-
-
-def _example(row: int, seed: int, longest: int = 18) -> TokenizedExample:
-    random = np.random.default_rng([seed, row])
-    length = int(random.integers(6, longest))
-    loss_mask = np.zeros(length, np.float32)
-    loss_mask[length // 2 :] = 1
-    return TokenizedExample(random.integers(1, VOCABULARY, length).astype(np.int32), loss_mask, row)
-
-
-def _noisy(scorer: TargetScorer, batch: TokenBatch, seed: int, size: float) -> np.ndarray:
-    """(B, T) log-probabilities of a model not far from the scorer's own; noise by row, so that batches agree."""
-    values_BT = np.zeros(batch.tokens_BT.shape, np.float32)
-    for index, length in enumerate(batch.lengths):
-        mask = batch.loss_mask_BT[index, :length] != 0
-        alone = TokenBatch(batch.tokens_BT[index : index + 1, :length], mask[None].astype(np.float32), (0,), (length,))
-        own = np.array(scorer.logprobs(target_inputs(alone)))
-        random = np.random.default_rng([seed, int(batch.tokens_BT[index, :length].sum())])
-        values_BT[index, :length][mask] = own + size * random.standard_normal(len(own))
-    return values_BT
-
-
-def _tokens(scorer: TargetScorer, rows: Sequence[int], width: int) -> TokenBatch:
-    batch = pad([_example(row, 1) for row in rows], width)
-    return batch._replace(token_values={"reference": _noisy(scorer, batch, 3, 0.5)})
-
-
-def _pairs(scorer: TargetScorer, rows: Sequence[int], width: int) -> TokenBatch:
-    pairs = [PreferenceExample(_example(row, 1), _example(row, 2), 0, row, weight=1 + row % 2) for row in rows]
-    batch = pad_pairs(pairs, width)
-    return batch._replace(token_values={"reference": _noisy(scorer, batch, 3, 0.5)})
-
-
-def _labels(scorer: TargetScorer, rows: Sequence[int], width: int) -> TokenBatch:
-    batch = pad_labelled([LabelledExample(_example(row, 1), row % 2 == 0, 0, row) for row in rows], width)
-    values = {**batch.row_values, "kl_estimate": np.full(len(rows), 0.3, np.float32)}
-    return batch._replace(row_values=values, token_values={"reference": _noisy(scorer, batch, 3, 0.5)})
-
-
-def _completions(scorer: TargetScorer, rows: Sequence[int], width: int) -> TokenBatch:
-    batch = pad([_example(row, 1) for row in rows], width)
-    advantages = np.array([(-1.2, 0.4, 0.8)[row % 3] for row in rows], np.float32)
-    values = {"advantage": advantages, "counts": np.ones(len(rows), np.float32)}
-    drawn = {"behaviour": _noisy(scorer, batch, 3, 0.1), "reference": _noisy(scorer, batch, 4, 0.3)}
-    return batch._replace(row_values=values, token_values=drawn)
-
-
-_MAKERS: dict[str, _Maker] = {"tokens": _tokens, "pairs": _pairs, "labels": _labels, "prompts": _completions}

@@ -155,7 +155,7 @@ class Material:
         """Raise ConfigError for a reward that is neither a function in the notebook nor built in."""
         from mlx_nb.rollouts.rewards.resolve import resolve_rewards
 
-        if method_named(self.config.method).rows == "prompts":
+        if method_named(self.config.method).kind.sampled:
             resolve_rewards(self.config.rewards, self.namespace or {})
 
     def rows(self, split: str) -> Rows:
@@ -257,7 +257,7 @@ class Material:
         """The reward functions of a method that needs some. Raises ConfigError for what cannot be called."""
         from mlx_nb.rollouts.rewards.resolve import check_rewards, resolve_rewards
 
-        if method_named(self.config.method).rows != "prompts":
+        if not method_named(self.config.method).kind.sampled:
             return ()
         rewards = resolve_rewards(self.config.rewards, self.namespace or {})
         columns = dict.fromkeys(name for example in self.examples.train for name in example.columns)

@@ -440,7 +440,7 @@ class Run:
         """
         from mlx_nb.view.reports.completions import CompletionsDisplay
 
-        if method_named(self.config.method).rows != "prompts":
+        if not method_named(self.config.method).kind.sampled:
             raise CommandError(f"`method: {self.config.method}` learns from rows: {self.name} samples no completions.")
         rollouts = self.history.last_rollouts(self.history.rollout_count)
         found = [rollout for rollout in rollouts if step is None or rollout.step <= step]

@@ -14,19 +14,14 @@ from mlx_nb.data.examples.batches import (
     BatchPlan,
     TokenBatch,
     evaluation_batches,
-    pad,
-    pad_labelled,
-    pad_mismatched,
-    pad_pairs,
     updates_until,
 )
 from mlx_nb.events import Event, Progress
 from mlx_nb.model.lanes import lane_count, lanes_of
 from mlx_nb.model.logprobs import TargetInputs, TargetScorer, target_values
+from mlx_nb.objectives.kinds import LOSS_KINDS
 from mlx_nb.train.reference_logprobs import ReferenceLogprobs
 from mlx_nb.train.step import Evaluation, add_metrics, mean_metrics
-
-_COLLATE: dict[str, Callable[..., TokenBatch]] = {"tokens": pad, "pairs": pad_pairs, "labels": pad_labelled}
 
 
 class Measured(NamedTuple):
@@ -106,12 +101,13 @@ class RowFeed:
     ) -> None:
         self._config = config
         self._examples = examples
-        self._rows = method_named(config.method).rows
+        self._kind = LOSS_KINDS[method_named(config.method).rows]
         self._scorer = scorer
         self._reference = reference
-        self._kl_reference = reference if self._rows == "labels" else None
+        self._kl_reference = reference if self._kind.mismatched else None
         self._width_multiple = width_multiple
-        labels = [example.label for example in examples] if self._rows == "labels" else None
+        spread = self._kind.spread
+        labels = None if spread is None else [spread(example) for example in examples]
         self.plan = BatchPlan([example.length for example in examples], config.batch_size, config.seed, labels)
         self.batches_per_epoch = self.plan.batches_per_epoch
 
@@ -177,16 +173,19 @@ class RowFeed:
         return []
 
     def _collate(self, groups: list[list[Any]], kl_estimate: float) -> list[TokenBatch]:
-        batches = [_COLLATE[self._rows](group, self._width_multiple) for group in groups]
+        batches = [self._kind.collate(group, self._width_multiple) for group in groups]
         if self._reference is not None:
             batches = [self._reference.fill(batch) for batch in batches]
-        if self._rows == "labels":
+        if self._kind.mismatched:
             batches = [_with_row_value(batch, "kl_estimate", kl_estimate) for batch in batches]
         return batches
 
     def _mismatched_sum(self, group: list[Any]) -> tuple[float, int]:
         """Sum of log(pi / pi_ref) over the mismatched answers of labelled rows, and their number; (0, 0) of others."""
-        if self._kl_reference is None or (mismatched := pad_mismatched(group, self._width_multiple)) is None:
+        answers_of_others = self._kind.mismatched
+        if self._kl_reference is None or answers_of_others is None:
+            return 0.0, 0
+        if (mismatched := answers_of_others(group, self._width_multiple)) is None:
             return 0.0, 0
         parts = lanes_of(self._kl_reference.fill(mismatched), lane_count())
         return float(sum(ratio_S.sum() for ratio_S in target_values(parts, self._log_ratio))), len(group)

@@ -15,7 +15,8 @@ import numpy as np
 from mlx_nb.config.methods import method_named
 from mlx_nb.config.run_config import RunConfig
 from mlx_nb.data.examples.batches import BatchPlan, TokenBatch, evaluation_batches, pad, updates_until
-from mlx_nb.data.examples.split import PromptExample, TokenizedExample
+from mlx_nb.data.examples.imitation import TokenizedExample
+from mlx_nb.data.examples.prompt import PromptExample
 from mlx_nb.errors import DataError
 from mlx_nb.events import Event, Progress, RolloutCompleted
 from mlx_nb.model.lanes import lane_count, lanes_of

@@ -127,7 +127,7 @@ class TrainerExamples:
 
 def _longest(config: RunConfig, examples: Sequence[Any]) -> int:
     """Tokens of the longest row, with the completion that a prompt may get."""
-    said = config.max_completion_length if method_named(config.method).rows == "prompts" else 0
+    said = config.max_completion_length if method_named(config.method).kind.sampled else 0
     return max(len(part.tokens) for example in examples for part in example.sequences) + said
 
 
@@ -210,7 +210,7 @@ class Trainer:
         except BaseException:
             self.close()
             raise
-        if method_named(config.method).rows == "prompts":
+        if method_named(config.method).kind.sampled:
             self.feed: Feed = RolloutFeed(
                 config,
                 examples.train,

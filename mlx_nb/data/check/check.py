@@ -21,7 +21,6 @@ from mlx_nb.data.examples.limits import UNLIMITED, ModelLimits
 from mlx_nb.data.examples.split import ExampleSettings, RowView
 from mlx_nb.data.masks.conversation import TokenizedConversation
 from mlx_nb.data.masks.prompt_format import CHAT, FORMAT_WORDS
-from mlx_nb.data.rows.preference import LabelledRow
 from mlx_nb.data.sources.splits import Splits
 from mlx_nb.errors import CommandError
 
@@ -199,8 +198,8 @@ def row_record(view: RowView, settings: ExampleSettings) -> dict[str, Any]:
     }
     if view.rejected:
         record["rejected"] = _sequence_record(view.rejected, view.error is None)
-    if isinstance(view.content, LabelledRow):
-        record["label"] = view.content.label
+    if view.content is not None and "label" in (marks := view.content.marks()):
+        record["label"] = marks["label"]
     return record
 
 

@@ -19,8 +19,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from mlx_nb.data.rows.imitation import ChatRow, PromptCompletionRow, TextRow
-from mlx_nb.data.rows.kinds import AnyRow, Asking
+from mlx_nb.data.rows.content import RowContent
 
 NEAR = 0.7
 BANDS, ROWS_PER_BAND = 16, 4
@@ -45,14 +44,15 @@ _OFFSETS = _RANDOM.integers(0, 1 << 63, BANDS * ROWS_PER_BAND, dtype=np.uint64)
 _MIXERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB), np.uint64(0x9E3779B97F4A7C15))
 
 
-def row_digest(content: AnyRow) -> bytes:
+def row_digest(content: RowContent) -> bytes:
     """16 bytes that two rows share when they hold the same messages, tools, weights and texts."""
     return _digest([type(content).__name__, vars(content)])
 
 
-def prompt_digest(content: AnyRow) -> bytes | None:
+def prompt_digest(content: RowContent) -> bytes | None:
     """16 bytes that two rows share when they ask the same; None for rows that are one with their answer."""
-    return _digest([content.prompt, content.tools]) if isinstance(content, Asking) else None
+    question = content.question()
+    return None if question is None else _digest(question)
 
 
 def _digest(value: object) -> bytes:
@@ -60,16 +60,12 @@ def _digest(value: object) -> bytes:
     return hashlib.blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def spoken_text(content: AnyRow) -> str:
+def spoken_text(content: RowContent) -> str:
     """What a row says of its own: all its texts but the system prompt and the tools, which rows often share.
 
     Of rows that differ by their answers, or have none, the prompt alone.
     """
-    if isinstance(content, PromptCompletionRow):
-        return f"{content.prompt}\n{content.completion}"
-    if isinstance(content, TextRow):
-        return content.text
-    said = content.messages if isinstance(content, ChatRow) else content.prompt
+    said = content.spoken()
     if isinstance(said, str):
         return said
     parts: list[str] = []

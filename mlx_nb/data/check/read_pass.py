@@ -19,15 +19,15 @@ from mlx_nb.data.check.duplicates import (
 from mlx_nb.data.check.findings import LISTED_ROWS, Collector, RowTally
 from mlx_nb.data.check.token_pass import sampled_rows
 from mlx_nb.data.examples.imitation import ExampleSettings
+from mlx_nb.data.examples.kinds import BY_PROMPT, ROW_KINDS, recognize
 from mlx_nb.data.examples.remarks import content_remarks
-from mlx_nb.data.rows.kinds import AnyRow, recognise_as
-from mlx_nb.data.rows.preference import LabelledRow, NothingToPrefer
-from mlx_nb.data.rows.turns import format_of, shape
+from mlx_nb.data.rows.content import RowContent
+from mlx_nb.data.rows.preference import NothingToPrefer
+from mlx_nb.data.rows.turns import format_of
 from mlx_nb.data.sources.splits import RowSource
 from mlx_nb.errors import DataError
 
 _BOILERPLATE_SAMPLE = 2000
-BY_PROMPT = "by their prompts"
 
 
 @dataclass(frozen=True)
@@ -93,16 +93,16 @@ class _Rows:
     def __len__(self) -> int:
         return self._length
 
-    def read(self, split: str, row: int) -> tuple[Mapping[str, Any], AnyRow | DataError]:
+    def read(self, split: str, row: int) -> tuple[Mapping[str, Any], RowContent | DataError]:
         """The columns of a row, none where the file is broken there; and the row, or why it cannot be read."""
         source, record = self.sources[split], {}
         try:
             record = source[row]
-            return record, recognise_as(self.kind, record, self.columns, location=source.location(row))
+            return record, recognize(self.kind, record, self.columns, location=source.location(row))
         except DataError as error:
             return record, error
 
-    def recognised(self, split: str, row: int) -> AnyRow | DataError:
+    def recognized(self, split: str, row: int) -> RowContent | DataError:
         """The row, or why it cannot be read."""
         return self.read(split, row)[1]
 
@@ -111,7 +111,7 @@ class _Rows:
         return split, number - self.starts[split]
 
     def text(self, number: int) -> str:
-        content = self.recognised(*self.place(number))
+        content = self.recognized(*self.place(number))
         return "" if isinstance(content, DataError) else spoken_text(content)
 
 
@@ -131,14 +131,14 @@ def _read(reading: SplitReading, train: SplitReading, rows: _Rows, index: NearIn
                 "identical_answers" if isinstance(content, NothingToPrefer) else "unreadable", row, reason
             )
             continue
-        found = shape(content)
+        found = content.shape
         first_shape = first_shape or found
         reading.shapes[found] += 1
         _count_format(reading, train, row, format_of(content, settings.rendering))
         if found != first_shape:
             reading.collector.add("mixed_shapes", row, f"{found}; the first row is {first_shape}")
-        if isinstance(content, LabelledRow):
-            reading.labels[content.label] += 1
+        if "label" in (marks := content.marks()):
+            reading.labels[marks["label"]] += 1
         for kind, remark in content_remarks(record, content, settings, rows.kind).items():
             reading.collector.add(kind, row, remark)
         if not _seen_before(content, row, reading, train):
@@ -156,7 +156,7 @@ def _count_format(reading: SplitReading, train: SplitReading, row: int, written_
         reading.collector.add("mixed_formats", row, f"{written_as}; the first training row is {train.first_format}")
 
 
-def _seen_before(content: AnyRow, row: int, reading: SplitReading, train: SplitReading) -> bool:
+def _seen_before(content: RowContent, row: int, reading: SplitReading, train: SplitReading) -> bool:
     """Whether an earlier row, of this split or of the training rows, is exactly this one, or asks exactly what it
     asks; collected if so."""
     digest, asked = row_digest(content), prompt_digest(content)
@@ -198,7 +198,7 @@ def _compare(
             similarity = index.similarity(first, second)
             if similarity >= NEAR:
                 near[later_split][b] = (a, round(similarity, 3))
-    remark = "" if rows.kind == "tokens" else BY_PROMPT
+    remark = ROW_KINDS[rows.kind].compared
     for name, reading in readings.items():
         for row, leader in sorted((row, group[0]) for group in reading.near.all() for row in group[1:]):
             reading.collector.add("near_duplicates", row, f"in a group with row {leader}", remark=remark)

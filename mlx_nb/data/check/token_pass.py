@@ -12,13 +12,14 @@ import numpy as np
 
 from mlx_nb.data.check.findings import Collector, RowTally
 from mlx_nb.data.examples.imitation import ExampleSettings, TooLong
+from mlx_nb.data.examples.kinds import ROW_KINDS, Conversations, Example, recognize
 from mlx_nb.data.examples.limits import BeyondPositions, OutsideVocabulary
-from mlx_nb.data.examples.split import Conversations, Example, beyond_context, examples_of, tokenize_as
+from mlx_nb.data.examples.split import beyond_context, examples_of, tokenize_as
 from mlx_nb.data.masks.control_tokens import control_tokens
 from mlx_nb.data.masks.conversation import written_sentences
 from mlx_nb.data.masks.render import fast_tokenizer
+from mlx_nb.data.rows.content import RowContent
 from mlx_nb.data.rows.imitation import TextRow
-from mlx_nb.data.rows.kinds import AnyRow, recognise_as
 from mlx_nb.data.rows.preference import NothingToPrefer
 from mlx_nb.data.sources.splits import RowSource
 from mlx_nb.errors import DataError, MaskRefused
@@ -102,7 +103,7 @@ def count_tokens(
     counts = TokenCounts(len(rows))
     for row in rows.tolist():
         try:
-            content = recognise_as(kind, source[row], settings.columns)
+            content = recognize(kind, source[row], settings.columns)
         except DataError:
             continue
         try:
@@ -159,7 +160,7 @@ def _compare_answers(said: Conversations, counts: TokenCounts) -> None:
         counts.longer_rejected += chosen < rejected
 
 
-def _collect_written(content: AnyRow, said: Conversations, row: int, tokenizer: Any, collector: Collector) -> None:
+def _collect_written(content: RowContent, said: Conversations, row: int, tokenizer: Any, collector: Collector) -> None:
     """A row whose text spells control tokens; of plain text it is a note, for it may have been written as a chat."""
     sentences = [sentence for conversation in said for sentence in written_sentences(conversation)]
     if sentences:
@@ -187,7 +188,7 @@ def _why_left_out(error: DataError, kind: str, settings: ExampleSettings) -> str
             return found
     if settings.truncate == "drop":
         return "dropped"
-    return "long_left_out" if settings.truncate == "split" or kind == "prompts" else "reply_cut_away"
+    return "long_left_out" if settings.truncate == "split" or not ROW_KINDS[kind].answered else "reply_cut_away"
 
 
 def kind_of(problem: str) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mlx_nb.config.run_config import SETTINGS, RunConfig
+from mlx_nb.data.examples.kinds import recognize
 from mlx_nb.data.examples.split import Examples, trains_plain_text
 from mlx_nb.data.rows.imitation import TextRow
-from mlx_nb.data.rows.kinds import recognise_as
 from mlx_nb.data.sources.splits import Splits
 from mlx_nb.errors import DataError
 
@@ -32,11 +32,9 @@ def refuse_loss_on(examples: Examples, loss_on: str) -> None:
 
 def _is_plain_text(examples: Examples) -> bool:
     """Whether no row has turns, not even as the control tokens of a chat that was written out."""
-    if examples.kind != "tokens":
-        return False
     for row in range(len(examples)):
         try:
-            content = recognise_as(examples.kind, examples.source[row], examples.settings.columns, row=row)
+            content = recognize(examples.kind, examples.source[row], examples.settings.columns, row=row)
         except DataError:
             continue
         if not isinstance(content, TextRow):

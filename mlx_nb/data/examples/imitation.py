@@ -88,7 +88,7 @@ class ExampleSettings:
             roles=config.roles,
         )
         rendering = Rendering.of(config)
-        completion = config.max_completion_length if method_named(config.method).rows == "prompts" else 0
+        completion = config.max_completion_length if method_named(config.method).kind.sampled else 0
         cut = (config.loss_on, config.max_seq_length, config.truncate)
         return cls(*cut, columns, config.stride, rendering, limits, completion)
 

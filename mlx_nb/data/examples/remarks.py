@@ -7,16 +7,16 @@ from itertools import pairwise
 from typing import Any
 
 from mlx_nb.data.examples.imitation import ExampleSettings
+from mlx_nb.data.examples.kinds import ROW_KINDS
 from mlx_nb.data.masks.tagging import REASONING_FIELDS
-from mlx_nb.data.rows.kinds import AnyRow
-from mlx_nb.data.rows.prompt import PromptRow
+from mlx_nb.data.rows.content import RowContent
 from mlx_nb.data.rows.turns import role_sequences, turns
 
 _CHARACTERS_PER_TOKEN = 4
 
 
 def content_remarks(
-    record: Mapping[str, Any], content: AnyRow, settings: ExampleSettings, kind: str = "tokens"
+    record: Mapping[str, Any], content: RowContent, settings: ExampleSettings, kind: str = "tokens"
 ) -> dict[str, str]:
     """The remarks about a row, by the kind of finding that each is; the first of each kind.
 
@@ -29,12 +29,10 @@ def content_remarks(
 
 
 def _all_remarks(
-    record: Mapping[str, Any], content: AnyRow, settings: ExampleSettings, kind: str
+    record: Mapping[str, Any], content: RowContent, settings: ExampleSettings, kind: str
 ) -> Iterator[tuple[str, str]]:
-    if isinstance(content, PromptRow) and content.answer is None:
-        yield "missing_answers", "the prompt has no answer"
     for roles in role_sequences(content):
-        yield from _role_remarks(roles, answered=not isinstance(content, PromptRow))
+        yield from _role_remarks(roles, answered=ROW_KINDS[kind].answered)
     long_turn = _CHARACTERS_PER_TOKEN * settings.max_seq_length
     for name, message in turns(content):
         text = message.get("content") or ""
@@ -42,20 +40,18 @@ def _all_remarks(
             yield "empty_turns", f"{name} is empty"
         elif len(text) > long_turn:
             yield "long_turns", f"{name} has {len(text):,} characters"
-    yield from _unused_columns(record, content, settings, kind)
+    yield from _unused_columns(record, content, settings)
+    yield from ROW_KINDS[kind].remarks(record, content)
 
 
 def _unused_columns(
-    record: Mapping[str, Any], content: AnyRow, settings: ExampleSettings, kind: str
+    record: Mapping[str, Any], content: RowContent, settings: ExampleSettings
 ) -> Iterator[tuple[str, str]]:
-    """What a row says in columns that its method, or its own messages, leave unread."""
+    """What a row says in columns that its own messages leave unread."""
     system = record.get("system") if settings.columns.system is None else None
     _, first = next(turns(content), ("", {}))
     if isinstance(system, str) and system.strip() and first.get("role") == "system" and first.get("content") != system:
         yield "two_systems", "the `system` column is not used: the messages begin with another system prompt"
-    # Not the number 0, which can be a class as well.
-    if kind == "tokens" and str(record.get("label")).strip().lower() == "false":
-        yield "labelled_bad", "the `label` says that the answer is bad"
 
 
 def _role_remarks(roles: Sequence[str], *, answered: bool) -> Iterator[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -14,62 +14,17 @@ from mlx_nb.data.examples.imitation import (
     TokenizedExample,
     TooLong,
     as_cut,
-    cut_row,
-    tokenize_row,
 )
-from mlx_nb.data.examples.preference import (
-    LabelledExample,
-    PreferenceExample,
-    labelled_example,
-    preference_example,
-    tokenize_labelled,
-    tokenize_pair,
-    with_mismatched,
-)
-from mlx_nb.data.examples.prompt import PromptExample, prompt_example, tokenize_prompt
+from mlx_nb.data.examples.kinds import ROW_KINDS, Conversations, Example, Result, recognize
 from mlx_nb.data.examples.remarks import content_remarks
 from mlx_nb.data.masks.conversation import TokenizedConversation, row_remarks
-from mlx_nb.data.masks.prompt_format import Rendering
+from mlx_nb.data.rows.content import RowContent
 from mlx_nb.data.rows.imitation import TextRow
-from mlx_nb.data.rows.kinds import AnyRow, recognise_as
 from mlx_nb.data.rows.turns import format_of
 from mlx_nb.data.sources.splits import RowSource
 from mlx_nb.errors import DataError
 
-Example = TokenizedExample | PreferenceExample | LabelledExample | PromptExample
-Result = Example | LeftOut
 _FIRST_ROWS = 100
-Conversations = tuple[TokenizedConversation, ...]
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """How rows of one kind become examples. `complete` is for what an example takes from other rows."""
-
-    tokenize: Callable[[Any, Any, str, Rendering], Conversations]
-    cut: Callable[[Any, Any, int, ExampleSettings], Sequence[Example]]
-    complete: Callable[[Any, ExampleSettings], Iterable[Result]] = lambda results, _settings: results
-
-
-_KINDS = {
-    "tokens": _Kind(
-        lambda *row: (tokenize_row(*row),),
-        lambda content, said, row, settings: cut_row(content, said[0], row, settings),
-    ),
-    "pairs": _Kind(
-        tokenize_pair,
-        lambda content, said, row, settings: [preference_example(content, said, row, settings)],
-    ),
-    "labels": _Kind(
-        lambda *row: (tokenize_labelled(*row),),
-        lambda content, said, row, settings: [labelled_example(content, said[0], row, settings)],
-        with_mismatched,
-    ),
-    "prompts": _Kind(
-        lambda content, tokenizer, _loss_on, rendering: (tokenize_prompt(content, tokenizer, rendering),),
-        lambda content, said, row, settings: [prompt_example(content, said[0], row, settings)],
-    ),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +40,7 @@ class RowView:
 
     row: int
     location: str
-    content: AnyRow | None
+    content: RowContent | None
     conversation: TokenizedConversation | None
     example: TokenizedExample | None
     error: str | None = None
@@ -126,12 +81,12 @@ class Examples:
     def view(self, row: int) -> RowView:
         """Row `row` with everything known about it. Never raises for a bad row: `error` says what is wrong."""
         location = self.source.location(row)
-        content: AnyRow | None = None
+        content: RowContent | None = None
         said: Conversations = ()
         record: Mapping[str, Any] = {}
         try:
             record = self.source[row]
-            content = recognise_as(self.kind, record, self.settings.columns, row=row, location=location)
+            content = recognize(self.kind, record, self.settings.columns, row=row, location=location)
             said = tokenize_as(self.kind, content, self.tokenizer, self.settings)
             examples = examples_of(self.kind, content, said, row, self.settings)
         except DataError as error:
@@ -141,7 +96,7 @@ class Examples:
         if len(examples) > 1:
             problem = f"the text is trained in {len(examples)} pieces; this is the first."
             said = (dataclasses.replace(said[0], problems=(*said[0].problems, problem)),)
-        example = None if self.kind == "prompts" else sequences[0]
+        example = sequences[0] if ROW_KINDS[self.kind].answered else None
         dropped, far = examples[0].dropped_tokens, beyond_context(examples, self.settings)
         return self._seen(row, record, content, said, example, dropped_tokens=dropped, far=far)
 
@@ -149,7 +104,7 @@ class Examples:
         self,
         row: int,
         record: Mapping[str, Any],
-        content: AnyRow | None,
+        content: RowContent | None,
         said: Conversations,
         example: TokenizedExample | None = None,
         *,
@@ -175,14 +130,14 @@ class Examples:
 
     def completed(self, results: Iterable[Result]) -> Iterable[Result]:
         """The results of all rows, with what an example takes from other rows."""
-        return _KINDS[self.kind].complete(results, self.settings)
+        return ROW_KINDS[self.kind].complete(results, self.settings)
 
     def each_row(self) -> Iterator[Sequence[Result]]:
         """What each row gives, in order, before it is `completed`. Raises as `tokenize_all`."""
         for row in range(len(self.source)):
             location = self.source.location(row)
             try:
-                content = recognise_as(self.kind, self.source[row], self.settings.columns, row=row, location=location)
+                content = recognize(self.kind, self.source[row], self.settings.columns, row=row, location=location)
                 said = tokenize_as(self.kind, content, self.tokenizer, self.settings)
                 made: Sequence[Result] = examples_of(self.kind, content, said, row, self.settings)
             except TooLong as error:
@@ -205,30 +160,28 @@ def beyond_context(examples: Sequence[Example], settings: ExampleSettings) -> in
 
 def trains_plain_text(examples: Examples) -> bool:
     """Whether the first row that can be read is plain text; not if it was written as a chat before it came here."""
-    if examples.kind != "tokens":
-        return False
     views = (examples.view(row) for row in range(min(len(examples), _FIRST_ROWS)))
     first = next((view for view in views if view.conversation is not None), None)
     return first is not None and isinstance(first.content, TextRow) and not first.conversations[0].written
 
 
-def tokenize_as(kind: str, content: AnyRow, tokenizer: Any, settings: ExampleSettings) -> Conversations:
+def tokenize_as(kind: str, content: RowContent, tokenizer: Any, settings: ExampleSettings) -> Conversations:
     """What the model reads of a row before anything is cut: of a pair the chosen, then the rejected answer.
 
     Raises MaskRefused when no trustworthy mask exists, DataError when the template does not render the row.
     """
-    return _KINDS[kind].tokenize(content, tokenizer, settings.loss_on, settings.rendering)
+    return ROW_KINDS[kind].tokenize(content, tokenizer, settings.loss_on, settings.rendering)
 
 
 def examples_of(
-    kind: str, content: AnyRow, said: Conversations, row: int, settings: ExampleSettings
+    kind: str, content: RowContent, said: Conversations, row: int, settings: ExampleSettings
 ) -> Sequence[Example]:
     """The example of a row within `max_seq_length`, or those of a split text; without what comes from other rows.
 
     Raises DataError when nothing is left to train on, TooLong with `truncate: error`, OutsideVocabulary and
     BeyondPositions for what the model cannot read. None names the row.
     """
-    examples = _KINDS[kind].cut(content, said, row, settings)
+    examples = ROW_KINDS[kind].cut(content, said, row, settings)
     for sequence in (sequence for example in examples for sequence in example.sequences):
         settings.limits.require(sequence.tokens, sequence.loss_mask, more=settings.completion)
     return examples

@@ -9,7 +9,8 @@ from collections.abc import Generator
 from datetime import date
 from typing import Any
 
-from mlx_nb.data.examples.split import Examples, LeftOut, Result, split_examples
+from mlx_nb.data.examples.kinds import ROW_KINDS, Result
+from mlx_nb.data.examples.split import Examples, LeftOut, split_examples
 from mlx_nb.data.masks.render import unwrapped
 from mlx_nb.process.pieces import SECONDS_BETWEEN_PIECES, on_thread
 
@@ -46,7 +47,7 @@ def tokenize_split(examples: Examples) -> Generator[tuple[int, float], None, Out
             since = time.monotonic()
     kept, left_out = split_examples(list(examples.completed(results)))
     # Reward functions are given what is in prompts, and may change it. Rows of a file are read one by one.
-    if examples.kind != "prompts" and not examples.source.changed():
+    if ROW_KINDS[examples.kind].answered and not examples.source.changed():
         _keep(key, (kept, left_out))
     return list(kept), list(left_out)
 

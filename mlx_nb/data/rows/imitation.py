@@ -19,6 +19,7 @@ from mlx_nb.data.rows.columns import (
     read_text,
     read_tools,
 )
+from mlx_nb.data.rows.content import Said
 from mlx_nb.data.rows.forms import (
     ASKING_COLUMNS,
     CONVERSATION_COLUMNS,
@@ -38,8 +39,23 @@ _PROMPT_WORDS = ("prompt", "question", "query", "instruction", "input", "problem
 _COMPLETION_WORDS = ("completion", "chosen", "answer", "response", "output", "reply", "solution", "target")
 
 
+class _Imitated:
+    """What all rows to imitate have in common: their answers are neither judged nor rewarded."""
+
+    def question(self) -> None:
+        """They are compared whole, not by their prompts."""
+
+    def marks(self) -> dict[str, Any]:
+        """Nothing is said about the answers."""
+        return {}
+
+    def given(self) -> dict[str, Any]:
+        """There are no rewards."""
+        return {}
+
+
 @dataclass(frozen=True)
-class ChatRow:
+class ChatRow(_Imitated):
     """A conversation. `messages` have `role` and `content`; `train: False` marks one never trained.
 
     `from_texts`: the row has a prompt and a completion as strings, perhaps with a system prompt or tools.
@@ -49,20 +65,52 @@ class ChatRow:
     tools: list[dict[str, Any]] | None = None
     from_texts: bool = field(default=False, compare=False)
 
+    shape = "chat"
+
+    def parts(self) -> dict[str, Said]:
+        """The messages."""
+        return {"": self.messages}
+
+    def spoken(self) -> Said:
+        """The messages."""
+        return self.messages
+
 
 @dataclass(frozen=True)
-class PromptCompletionRow:
+class PromptCompletionRow(_Imitated):
     """A prompt and its completion, as strings."""
 
     prompt: str
     completion: str
 
+    from_texts = False
+    shape = "prompt + completion"
+
+    def parts(self) -> dict[str, Said]:
+        """Both texts."""
+        return {"prompt": self.prompt, "completion": self.completion}
+
+    def spoken(self) -> Said:
+        """Both texts."""
+        return f"{self.prompt}\n{self.completion}"
+
 
 @dataclass(frozen=True)
-class TextRow:
+class TextRow(_Imitated):
     """Plain text, trained from its first to its last token."""
 
     text: str
+
+    from_texts = False
+    shape = "text"
+
+    def parts(self) -> dict[str, Said]:
+        """A plain text has no turns."""
+        return {}
+
+    def spoken(self) -> Said:
+        """The text."""
+        return self.text
 
 
 Row = ChatRow | PromptCompletionRow | TextRow

@@ -16,6 +16,7 @@ from mlx_nb.data.rows.columns import (
     read_system,
     read_tools,
 )
+from mlx_nb.data.rows.content import Said, is_of_messages
 from mlx_nb.data.rows.forms import (
     CONVERSATION_COLUMNS,
     answer_column,
@@ -56,6 +57,35 @@ class PreferenceRow:
     margin: float = 0.0
     from_texts: bool = field(default=False, compare=False)
 
+    @property
+    def shape(self) -> str:
+        """`pair of conversations` or `pair of texts`."""
+        return "pair of conversations" if is_of_messages(self) else "pair of texts"
+
+    def parts(self) -> dict[str, Said]:
+        """The prompt and both answers."""
+        return {"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
+
+    def spoken(self) -> Said:
+        """The prompt alone."""
+        return self.prompt
+
+    def question(self) -> list[Any]:
+        """The prompt and the tools."""
+        return [self.prompt, self.tools]
+
+    def marks(self) -> dict[str, Any]:
+        """Weight and margin, where they are not those of every pair."""
+        return {
+            name: value
+            for name, value, usual in (("weight", self.weight, 1.0), ("margin", self.margin, 0.0))
+            if value != usual
+        }
+
+    def given(self) -> dict[str, Any]:
+        """There are no rewards."""
+        return {}
+
 
 @dataclass(frozen=True)
 class LabelledRow:
@@ -69,6 +99,31 @@ class LabelledRow:
     label: bool
     tools: list[dict[str, Any]] | None = None
     from_texts: bool = field(default=False, compare=False)
+
+    @property
+    def shape(self) -> str:
+        """`labelled conversation` or `labelled text`."""
+        return "labelled conversation" if is_of_messages(self) else "labelled text"
+
+    def parts(self) -> dict[str, Said]:
+        """The prompt and the answer."""
+        return {"prompt": self.prompt, "completion": self.completion}
+
+    def spoken(self) -> Said:
+        """The prompt alone."""
+        return self.prompt
+
+    def question(self) -> list[Any]:
+        """The prompt and the tools."""
+        return [self.prompt, self.tools]
+
+    def marks(self) -> dict[str, Any]:
+        """Whether the answer is good."""
+        return {"label": self.label}
+
+    def given(self) -> dict[str, Any]:
+        """There are no rewards."""
+        return {}
 
 
 class NothingToPrefer(DataError):

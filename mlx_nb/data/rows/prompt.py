@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_nb.data.rows.columns import Columns, Messages, missing_column, read_messages
+from mlx_nb.data.rows.content import Said, is_of_messages
 from mlx_nb.data.rows.forms import conversation_column, looks_like, read_said
 from mlx_nb.data.rows.preference import all_texts, with_context
 from mlx_nb.errors import DataError
@@ -30,6 +31,31 @@ class PromptRow:
     tools: list[dict[str, Any]] | None = None
     as_given: str | Messages = ""
     from_texts: bool = field(default=False, compare=False)
+
+    @property
+    def shape(self) -> str:
+        """`prompt as messages` or `prompt as text`."""
+        return "prompt as messages" if is_of_messages(self) else "prompt as text"
+
+    def parts(self) -> dict[str, Said]:
+        """The prompt."""
+        return {"prompt": self.prompt}
+
+    def spoken(self) -> Said:
+        """The prompt."""
+        return self.prompt
+
+    def question(self) -> list[Any]:
+        """The prompt and the tools."""
+        return [self.prompt, self.tools]
+
+    def marks(self) -> dict[str, Any]:
+        """There is no answer to say anything about."""
+        return {}
+
+    def given(self) -> dict[str, Any]:
+        """The right answer, if the row has one, and all other columns."""
+        return {**({} if self.answer is None else {"answer": self.answer}), **self.columns}
 
 
 def prompt_row(record: Mapping[str, Any], columns: Columns) -> PromptRow:

@@ -103,7 +103,7 @@ class Panel:
         self.rewind.on_click(lambda _: later(lambda: request(Rewind(max(0, self.run.step_count - self.back.value)))))
         method = method_named(self.run.config.method)
         self.curves = Curves(method.metrics)
-        if method.rows == "prompts":
+        if method.kind.sampled:
             self.curves.group = "reward"  # the loss of what the model wrote stays near 0
         self.rows = RowsTab(run, later)
         self.samples = SamplesTab(run, later, self._ask, request)
@@ -113,7 +113,7 @@ class Panel:
         for event in self.run.history.events:
             self.log.add(event)
         self.curves.on_select(lambda step: later(lambda: self._open_rows(step)))
-        self.completions = CompletionsTab(run, later) if method.rows == "prompts" else None
+        self.completions = CompletionsTab(run, later) if method.kind.sampled else None
         self._pages: dict[str, Any] = {
             "Rows": self.rows,
             **({"Completions": self.completions} if self.completions else {}),

@@ -14,6 +14,7 @@ from mlx_nb.data.check.check import DataCheck, SplitCheck
 from mlx_nb.data.check.findings import ERROR, NOTE, SEVERITIES, WARNING, Finding
 from mlx_nb.data.check.template_report import WRITTEN, TemplateCheck
 from mlx_nb.data.check.token_pass import LengthSummary
+from mlx_nb.data.examples.kinds import ROW_KINDS
 from mlx_nb.view import theme
 from mlx_nb.view.event_text import count
 from mlx_nb.view.theme import BLUE, GREEN, GREY, ORANGE, one_line, tint
@@ -82,7 +83,7 @@ def length_rows(split: SplitCheck, check: DataCheck) -> list[tuple[str, str]]:
     lengths = split.lengths
     if lengths:
         measured = sum(lengths.histogram_counts)
-        unit = "answer" if check.kind == "pairs" else "row"
+        unit = ROW_KINDS[check.kind].unit
         over = f"{lengths.over_max_seq_length:,} ({_percent(lengths.over_max_seq_length, measured)})"
         rows += [
             (
@@ -115,7 +116,7 @@ def epoch_rows(check: DataCheck) -> list[tuple[str, str]]:
     if epoch is None:
         return []
     about = "about " if epoch.estimated else ""
-    trained = "of prompts" if check.kind == "prompts" else f"{count(epoch.trained_tokens)} of them trained"
+    trained = f"{count(epoch.trained_tokens)} of them trained" if ROW_KINDS[check.kind].answered else "of prompts"
     passes = f"{epoch.run_epochs:.3g} epoch{'s' * (epoch.run_epochs != 1)}"
     unit, amount = "rows", f"{epoch.rows:,} rows"
     if check.truncate == "split":

@@ -13,8 +13,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from mlx_nb.data.examples.split import RowView
-from mlx_nb.data.rows.preference import LabelledRow, PreferenceRow
-from mlx_nb.data.rows.prompt import PromptRow
 from mlx_nb.view.rows import overlay
 from mlx_nb.view.rows.pair import Answer, pages_of_pair, pair_cells, render_pair_html, render_pair_text
 from mlx_nb.view.theme import BLUE, ORANGE, WRAP, one_line, tint, visible_html
@@ -165,16 +163,13 @@ class RowDisplay:
 
 def _badges(view: RowView) -> list[tuple[str, bool]]:
     """What a person said about the row, each as (words, whether it speaks for the answer)."""
-    match view.content:
-        case LabelledRow(label=label):
-            return [(f"{'✓' if label else '✗'} label: {'good' if label else 'bad'}", label)]
-        case PreferenceRow(weight=weight, margin=margin):
-            return [
-                (f"{name}: {value:g}", True)
-                for name, value, usual in (("weight", weight, 1.0), ("margin", margin, 0.0))
-                if value != usual
-            ]
-    return []
+    marks = view.content.marks() if view.content else {}
+    return [
+        (f"{'✓' if value else '✗'} {name}: {'good' if value else 'bad'}", value)
+        if isinstance(value, bool)
+        else (f"{name}: {value:g}", True)
+        for name, value in marks.items()
+    ]
 
 
 def _badges_html(badges: list[tuple[str, bool]]) -> str:
@@ -189,10 +184,7 @@ def _badges_html(badges: list[tuple[str, bool]]) -> str:
 
 def _columns(view: RowView) -> list[tuple[str, str]]:
     """Of a prompt, what its rewards are given besides: the answer, then the other columns."""
-    if not isinstance(view.content, PromptRow):
-        return []
-    answer = {} if view.content.answer is None else {"answer": view.content.answer}
-    given = {**answer, **view.content.columns}
+    given = view.content.given() if view.content else {}
     texts = {name: value if isinstance(value, str) else repr(value) for name, value in given.items()}
     return [
         (name, text if len(text) <= _LONGEST_COLUMN else f"{text[:_LONGEST_COLUMN]} … {len(text):,} characters in all")

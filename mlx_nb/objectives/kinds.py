@@ -1,0 +1,65 @@
+"""What the losses of each kind of row have in common: their batches, the sums around them, what these measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_nb.config.methods import METHODS
+from mlx_nb.config.run_config import RunConfig
+from mlx_nb.data.examples.batches import TokenBatch, pad, pad_labelled, pad_mismatched, pad_pairs
+from mlx_nb.model.logprobs import TargetScorer
+from mlx_nb.objectives.base import Objective
+from mlx_nb.objectives.grpo import completion_objective
+from mlx_nb.objectives.kto import label_objective
+from mlx_nb.objectives.preference import pair_objective
+from mlx_nb.objectives.sft import token_objective
+from mlx_nb.objectives.trial_batches import trial_completions, trial_labels, trial_pairs, trial_tokens
+
+
+@dataclass(frozen=True)
+class LossKind:
+    """What is so of every loss of one kind of row.
+
+    wrap         (loss function with its options bound, beta, settings) -> the objective, with the sums around the loss
+    trial_batch  (scorer, row numbers, width that is padded to a multiple of) -> a batch on which its laws are tried
+    collate      (examples, width) -> their batch
+    metrics      what the sums around the loss measure by themselves
+    spread       of an example the label whose rows are spread over all batches; None = rows are alike
+    mismatched   (examples, width) -> their prompts with the answers of other rows, for an estimate of the KL to the
+                 reference that the loss is given as `kl_estimate`; None = it is given none
+    """
+
+    wrap: Callable[[Callable[..., Any], float, RunConfig], Objective]
+    trial_batch: Callable[[TargetScorer, Sequence[int], int], TokenBatch]
+    collate: Callable[[Sequence[Any], int], TokenBatch] = pad
+    metrics: frozenset[str] = frozenset()
+    spread: Callable[[Any], Any] | None = None
+    mismatched: Callable[[Sequence[Any], int], TokenBatch | None] | None = None
+
+
+LOSS_KINDS: dict[str, LossKind] = {
+    "tokens": LossKind(lambda loss, _beta, _config: token_objective(loss), trial_tokens),
+    "pairs": LossKind(
+        lambda loss, beta, _config: pair_objective(loss, beta),
+        trial_pairs,
+        pad_pairs,
+        frozenset(METHODS["dpo"].metrics),
+    ),
+    "labels": LossKind(
+        lambda loss, beta, _config: label_objective(loss, beta),
+        trial_labels,
+        pad_labelled,
+        frozenset(METHODS["kto"].metrics),
+        spread=lambda example: example.label,
+        mismatched=pad_mismatched,
+    ),
+    "prompts": LossKind(
+        lambda loss, _beta, config: completion_objective(
+            loss, temperature=config.temperature, max_completion_length=config.max_completion_length
+        ),
+        trial_completions,
+        metrics=frozenset(METHODS["grpo"].metrics),
+    ),
+}
