@@ -96,7 +96,7 @@ def test_it_shows_its_stars_and_the_check_names_a_bad_row(tmp_path, tiny_folder)
     check = run.check()
     assert check.splits[0].shapes == {"rated answer": 23}
     (found,) = [one for one in check.findings if one.kind == "unreadable"]
-    assert [example.row for example in found.examples] == [7]
+    assert [row for row, _ in found.examples] == [7]
     run.step()
     assert [left.row for left in run.left_out["train"]] == [7]
 
