@@ -10,7 +10,8 @@ from mlx_nb.events import EvaluationCompleted, Progress, RolloutCompleted, RunFi
 from mlx_nb.history import History
 from mlx_nb.view.event_text import describe, progress_line, remarks, rollout_words, summary_rows
 from mlx_nb.view.metric_text import main_metrics, number, reward_of
-from mlx_nb.view.panel.head import time_left
+from mlx_nb.view.pace import time_left
+from mlx_nb.view.panel.head import progress_html
 
 
 def update(step: int, loss: float = 1.0, **metrics: float) -> StepCompleted:
@@ -122,6 +123,13 @@ def test_a_rollout_is_counted_in_one_line_and_its_problems_are_told_beside():
 )
 def test_progress_says_what_is_being_done(what, said):
     assert describe(Progress(3, what, 1200, 4096)) == said
+
+
+def test_the_time_left_is_the_same_wherever_it_is_shown():
+    slow, *steady = [dataclasses.replace(update(step), seconds=1.0) for step in range(1, 5)]
+    history = History([dataclasses.replace(slow, seconds=10.0), *steady])
+    assert "1:36 left" in progress_line(history, 100)
+    assert "1:36 left" in progress_html(history, 100, "", 0, 0.0)
 
 
 def test_the_time_left_counts_sampling_too():

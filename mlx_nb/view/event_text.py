@@ -30,7 +30,8 @@ from mlx_nb.events import (
     StepCompleted,
 )
 from mlx_nb.history import History, evaluation_row
-from mlx_nb.view.metric_text import SECONDS, asides, headline, main_metrics, metric_words, number
+from mlx_nb.view.metric_text import asides, headline, main_metrics, metric_words, number
+from mlx_nb.view.pace import time_left, tokens_a_second
 
 _NOTHING = "All gradients were 0, or all completions of each prompt got the same reward. Look at rewards and rows"
 
@@ -163,13 +164,11 @@ def progress_line(history: History, iters: int) -> str:
     last = history.last_step
     if last is None:
         return f"update 0 of {iters}"
-    recent = history["seconds"][-20:]
-    tokens = history["tokens"][-20:]
-    left = (sum(recent) / len(recent) + rollout_pace(history)) * (iters - last.step)
+    left = time_left(history, iters)
     parts = [
         f"update {last.step} of {iters}",
         f"loss {last.loss:.3f}",
-        f"{sum(tokens) / max(sum(recent), 1e-9):.0f} tokens/s",
+        f"{tokens_a_second(history):.0f} tokens/s",
         f"memory {last.peak_memory / 1e9:.1f} GB",
     ]
     valid = history.evaluations("valid")
@@ -179,15 +178,6 @@ def progress_line(history: History, iters: int) -> str:
         parts.insert(2, f"reward {last.metrics['reward']:.3f}")
     parts.append(f"{duration(left)} left" if left > 0.5 else duration(sum(history["seconds"])))
     return "  ·  ".join(parts)
-
-
-def rollout_pace(history: History) -> float:
-    """Seconds that sampling and rewards take for each update, by the last ones; 0 for other methods."""
-    recent = history.last_steps(20)
-    spent = [value for event in recent for name, value in event.metrics.items() if name.startswith(SECONDS)]
-    # One rollout may be used, and told, by several updates.
-    share = history.rollout_count / max(1, len(history))
-    return sum(spent) / max(1, len(recent)) * min(1.0, share)
 
 
 def validation_words(evaluation: dict) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 
 from mlx_nb.events import Progress
 from mlx_nb.history import History
-from mlx_nb.view.event_text import count, duration, progress_words, rollout_pace, validation_words
+from mlx_nb.view.event_text import count, duration, progress_words, validation_words
+from mlx_nb.view.pace import time_left, tokens_a_second
 from mlx_nb.view.theme import BLUE, GREEN, GREY, ORANGE, WRAP, Colour, tint
 
 # A sign besides the colour, so that a state is known without seeing colours.
@@ -19,7 +20,6 @@ STATES: dict[str, tuple[str, Colour]] = {
     "finished": ("✓", GREEN),
     "failed": ("✗", ORANGE),
 }
-RECENT_UPDATES = 20
 
 
 def head_html(run: Any, device: str, warning: str | None = None) -> str:
@@ -50,7 +50,7 @@ def head_html(run: Any, device: str, warning: str | None = None) -> str:
 
 
 def progress_html(history: History, iters: int | None, activity: str, tokens: int, seconds: float) -> str:
-    """A bar and a line: updates, loss, tokens, time gone and time left, and what is being done besides updates.
+    """A bar and a line: updates, loss, tokens, time elapsed and time left, and what is being done besides updates.
 
     `tokens` and `seconds` are those of all updates.
     """
@@ -67,10 +67,8 @@ def progress_html(history: History, iters: int | None, activity: str, tokens: in
         parts.append(f"loss {last.loss:.3f}")
         parts += [f"reward {last.metrics['reward']:.3f}"] if "reward" in last.metrics else []
         parts += [validation_words(row) for row in history.evaluations("valid")[-1:]]
-        recent = history.last_steps(RECENT_UPDATES)
-        pace = sum(event.tokens for event in recent) / max(sum(event.seconds for event in recent), 1e-9)
-        parts.append(f"{count(tokens)} tokens, {pace:.0f} a second")
-        parts.append(f"{duration(seconds)} gone")
+        parts.append(f"{count(tokens)} tokens, {tokens_a_second(history):.0f} a second")
+        parts.append(f"{duration(seconds)} elapsed")
         left = time_left(history, iters or done)
         if left > 0.5:
             parts.append(f"{duration(left)} left")
@@ -78,26 +76,6 @@ def progress_html(history: History, iters: int | None, activity: str, tokens: in
         parts.append(activity)
     line = "&ensp;·&ensp;".join(escape(part) for part in parts)
     return f'{bar}<div style="font-size:.9em;font-variant-numeric:tabular-nums;{WRAP}">{line}</div>'
-
-
-def time_left(history: History, iters: int) -> float:
-    """Seconds that the updates, rollouts and validations to come will take, at the pace of the last ones.
-
-    0 before the first update.
-    """
-    last = history.last_step
-    if last is None:
-        return 0.0
-    recent = [event.seconds for event in history.last_steps(RECENT_UPDATES)]
-    # The first update of a process is slower than those after it, so it is left out as soon as there are others.
-    steady = recent[1:] if 1 < len(recent) < RECENT_UPDATES else recent
-    updates = iters - last.step
-    pace = sum(steady) / len(steady) + rollout_pace(history)
-    evaluations = history.evaluations("valid")
-    if len(evaluations) > 1 and last.step:
-        # Validations come at even distances, the one at the start is not repeated.
-        pace += evaluations[-1]["seconds"] * (len(evaluations) - 1) / last.step
-    return max(0.0, updates * pace)
 
 
 def activity_text(progress: Progress | None) -> str:
