@@ -140,8 +140,19 @@ class RequestRefused(Event):
 
 
 @dataclass(frozen=True)
-class CheckpointSaved(Event):
+class AdapterSaved(Event):
     """An adapter was written. `kind` is `last`, `best` or `step`."""
+
+    path: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class CheckpointSaved(Event):
+    """An exact checkpoint was written to the folder `path`. Not kept in the history.
+
+    `kind` says why: `step` or `best` with that adapter, `auto`, `pause`, `error`, `final`, `rewind`, `exit`.
+    """
 
     path: str
     kind: str
@@ -251,6 +262,7 @@ EVENT_TYPES: dict[str, type[Event]] = {
         Progress,
         StateChanged,
         RequestRefused,
+        AdapterSaved,
         CheckpointSaved,
         SettingChanged,
         RunPaused,

@@ -19,8 +19,8 @@ from traitlets import TraitError
 
 from mlx_nb.config.methods import METHODS
 from mlx_nb.events import (
+    AdapterSaved,
     BatchSkipped,
-    CheckpointSaved,
     EvaluationCompleted,
     Rewound,
     RunPaused,
@@ -74,7 +74,7 @@ def some_history(seed: int, events: int = 120) -> History:
             case "valid":
                 history.append(validation(step, draw.random()))
             case "save":
-                history.append(CheckpointSaved(step, "adapters/run", "last"))
+                history.append(AdapterSaved(step, "adapters/run", "last"))
             case "setting":
                 history.append(SettingChanged(step, "learning_rate", 1e-4, 5e-5))
             case "rewind":
@@ -138,8 +138,8 @@ def test_a_rewind_cuts_the_lines_as_it_cuts_the_history_and_leaves_the_branches(
     assert len(told) == min(len(branches), 10)
     assert all(set(line) <= set(branch) for line, branch in zip(told, branches[-len(told) :]))
     assert [clock["step"][-1] for clock in series["clocks"][1:]] == [line[-1][0] for line in told]
-    standing = [event for event in history.standing if isinstance(event, CheckpointSaved | SettingChanged | Rewound)]
-    if all(sum(type(event) is kind for event in standing) <= 16 for kind in (CheckpointSaved, SettingChanged, Rewound)):
+    standing = [event for event in history.standing if isinstance(event, AdapterSaved | SettingChanged | Rewound)]
+    if all(sum(type(event) is kind for event in standing) <= 16 for kind in (AdapterSaved, SettingChanged, Rewound)):
         assert sorted(marker["step"] for marker in series["markers"]) == sorted(event.step for event in standing)
 
 
@@ -266,13 +266,13 @@ def test_markers_name_what_happened_and_where():
     history = History(
         [
             update(1),
-            CheckpointSaved(1, "adapters/run", "best"),
+            AdapterSaved(1, "adapters/run", "best"),
             SettingChanged(1, "learning_rate", 0.1, 0.2),
             RunPaused(1, "asked to pause"),
             BatchSkipped(1, (3, 4)),
             update(2),
             Rewound(1, 2, 5),
-            CheckpointSaved(1, "adapters/" + "long " * 100, "last"),
+            AdapterSaved(1, "adapters/" + "long " * 100, "last"),
         ]
     )
     markers = series_of(history, 3)["markers"]
@@ -332,7 +332,7 @@ def long_history(updates: int, metrics: int = 0, branches: int = 0) -> History:
         history.append(update(100_000 + step, loss, measured, **changed, peak_memory=memory))
         if step % 20 == 0:
             history.append(validation(100_000 + step, draw.random()))
-            history.append(CheckpointSaved(100_000 + step, "a folder of some name/" * 8, "last"))
+            history.append(AdapterSaved(100_000 + step, "a folder of some name/" * 8, "last"))
             history.append(SettingChanged(100_000 + step, "learning_rate", 1e-4, "some long value " * 10))
             history.append(RunPaused(100_000 + step, "for a reason that takes some words " * 5))
             history.append(BatchSkipped(100_000 + step, tuple(range(1000))))
@@ -510,7 +510,7 @@ def told_history(updates: int = 140) -> History:
             history.append(update(step, loss, margin, learning_rate=rate, tokens=1300 + step, seconds=1.3))
             if step % 20 == 0:
                 history.append(validation(step, 1.05 + 2 * math.exp(-step / 50) + max(0, step - 100) / 200))
-                history.append(CheckpointSaved(step, "adapters/pirate", "last"))
+                history.append(AdapterSaved(step, "adapters/pirate", "last"))
 
     learn(1, 70)
     kept = len(history.standing)
@@ -801,9 +801,7 @@ def test_without_updates_the_chart_says_so(opened, screenshot):
 @pytest.mark.browser
 def test_names_are_text_and_never_markup(opened):
     attack = '<img src=x onerror="window.pwned = 1"><script>window.pwned = 2</script>'
-    history = History(
-        [update(1, 1.0, {attack: 1.0}), CheckpointSaved(1, attack, attack), update(2, 1.0, {attack: 2.0})]
-    )
+    history = History([update(1, 1.0, {attack: 1.0}), AdapterSaved(1, attack, attack), update(2, 1.0, {attack: 2.0})])
     page = opened(series_of(history, 2))
     page.get_by_label("curve").select_option(attack)
     page.mouse.move(*place_of(page, 1, 2))

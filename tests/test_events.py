@@ -32,7 +32,7 @@ EXAMPLES = [
         0.2,
         ("right: no number for completion 0",),
     ),
-    events.CheckpointSaved(3, "adapters/run", "best"),
+    events.AdapterSaved(3, "adapters/run", "best"),
     events.SettingChanged(3, "learning_rate", 1e-4, 5e-5),
     events.RunPaused(3, "interrupted"),
     events.RunFinished(10, "iters reached", 1.0, 400, 120.0, 1.0, 3, "adapters/run"),

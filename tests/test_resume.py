@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 from mlx_nb import Run, RunConfig
 from mlx_nb.errors import CheckpointError, CommandError
-from mlx_nb.events import EvaluationCompleted, Pause, RunPaused, StepCompleted
+from mlx_nb.events import AdapterSaved, CheckpointSaved, EvaluationCompleted, Pause, RunPaused, StepCompleted
 from mlx_nb.model.trees import named_arrays
 from mlx_nb.notebook.commands import run_line
 from mlx_nb.notebook.session import Session
@@ -338,3 +339,18 @@ def test_the_real_model_resumed_at_five_steps_is_the_run_that_was_never_stopped(
         resumed.run()
         assert resumed.history["loss"] == whole.history["loss"], step
         assert resumed.adapter_bytes() == whole.adapter_bytes(), step
+
+
+def test_every_exact_checkpoint_is_told_and_an_adapter_is_told_as_one(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder, iters=6, save_every=3, steps_per_eval=-1)
+    told = []
+    run.listen(told.append)
+    events = list(run.events())
+    saved = [event for event in told if isinstance(event, CheckpointSaved)]
+    assert [(event.step, event.kind) for event in saved if event.kind != "auto"] == [(3, "step"), (6, "final")]
+    assert [Path(event.path) for event in saved] == [info.path for info in run.checkpoints()]
+    assert [(event.step, event.kind) for event in events if isinstance(event, AdapterSaved)] == [
+        (3, "step"),
+        (6, "last"),
+    ]
+    assert not any(isinstance(event, CheckpointSaved) for event in run.history.events)

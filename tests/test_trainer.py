@@ -16,8 +16,8 @@ from mlx_nb.data.examples.batches import TokenBatch, pad
 from mlx_nb.data.examples.imitation import TokenizedExample
 from mlx_nb.errors import ConfigError, DataError, ModelError
 from mlx_nb.events import (
+    AdapterSaved,
     ChangeSetting,
-    CheckpointSaved,
     EvaluationCompleted,
     Pause,
     Progress,
@@ -258,7 +258,7 @@ def test_events_come_in_order_and_exactly_n_updates_are_done(tmp_path):
         StepCompleted,
         StepCompleted,
         EvaluationCompleted,
-        CheckpointSaved,
+        AdapterSaved,
     ]
     assert trainer.state.step == 2
     rest = [type(event) for event in trainer.events()]

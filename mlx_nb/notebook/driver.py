@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_nb.errors import CommandError
 from mlx_nb.events import (
-    CheckpointSaved,
+    AdapterSaved,
     DataChanged,
     Event,
     LossSpiked,
@@ -159,7 +159,7 @@ class _LiveDisplay:
             return
         self._iters = self._run.trainer.iters
         self._activity = event_text.progress_words(event) if isinstance(event, Progress) else ""
-        quick = isinstance(event, StepCompleted | RolloutCompleted | CheckpointSaved | Progress)
+        quick = isinstance(event, StepCompleted | RolloutCompleted | AdapterSaved | Progress)
         if since >= _SECONDS_BETWEEN_UPDATES or not quick:
             self._draw()
             self._shown_at = time.monotonic()

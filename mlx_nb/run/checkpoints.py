@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_nb.config.run_config import SETTINGS, RunConfig
 from mlx_nb.errors import CheckpointError, CommandError, ConfigError
-from mlx_nb.events import CheckpointSaved, Event, RunFailed, RunFinished, RunPaused, SettingChanged, StepCompleted
+from mlx_nb.events import AdapterSaved, Event, RunFailed, RunFinished, RunPaused, SettingChanged, StepCompleted
 from mlx_nb.files.history_file import HistoryFile, history_files, is_history
 from mlx_nb.history import History
 from mlx_nb.run.resume import history_of, live_change_lines
@@ -250,7 +250,7 @@ class Keeper:
     def kind_due(self, event: Event, autosave_minutes: float | None) -> str | None:
         """The kind of checkpoint to write after `event`, or None."""
         match event:
-            case CheckpointSaved(kind="step" | "best" as kind):
+            case AdapterSaved(kind="step" | "best" as kind):
                 return kind
             case StepCompleted() if autosave_minutes is not None:
                 longest = min(60 * autosave_minutes, self.save_seconds / SHARE_OF_SAVING)

@@ -34,6 +34,7 @@ from mlx_nb.errors import (
     shown,
 )
 from mlx_nb.events import (
+    AdapterSaved,
     BatchSkipped,
     ChangeSetting,
     CheckpointSaved,
@@ -577,7 +578,7 @@ class Run:
                 clear_cache()
             if isinstance(event, StepCompleted | BatchSkipped):
                 self._keeper.remember(trainer, self.history)
-            if isinstance(event, CheckpointSaved) and event.kind == "step":
+            if isinstance(event, AdapterSaved) and event.kind == "step":
                 with suppress(OSError, FolderError):  # the next save says so
                     self.home.keep_numbered(self.config.keep)
             yield event
@@ -764,7 +765,9 @@ class Run:
     def checkpoint(self, kind: str = "step") -> Path:
         """Write everything that the run's next update depends on. Returns the folder. Raises CheckpointError."""
         trainer = self.trainer
-        return self._keeper.save(trainer, self.history, self._checked_store(), kind, **self._about())
+        folder = self._keeper.save(trainer, self.history, self._checked_store(), kind, **self._about())
+        self._tell(CheckpointSaved(self.step_count, str(folder), kind))
+        return folder
 
     def _checked_store(self) -> CheckpointStore:
         """Where checkpoints go, once it is certain that the folder is this run's. Raises CheckpointError."""

@@ -20,9 +20,9 @@ from mlx_nb.config.run_config import RunConfig
 from mlx_nb.data.examples.batches import Place, TokenBatch
 from mlx_nb.errors import CheckpointError, DataError, FolderError, TrainingError
 from mlx_nb.events import (
+    AdapterSaved,
     BatchSkipped,
     ChangeSetting,
-    CheckpointSaved,
     Evaluate,
     EvaluationCompleted,
     Event,
@@ -670,7 +670,7 @@ class Trainer:
         except NoReward as error:
             return RequestRefused(self.state.step, f"test: {error}")
 
-    def _save(self, kind: str) -> CheckpointSaved:
+    def _save(self, kind: str) -> AdapterSaved:
         folder = self.folder / BEST_FOLDER if kind == "best" else self.folder
         if kind == "step":
             name = f"{self.state.step:07d}_{adapters.ADAPTER_FILE}"
@@ -678,7 +678,7 @@ class Trainer:
         path = self.save_adapter(folder)
         if self._reference is not None:
             self._reference.save(self.folder, self.write)
-        return CheckpointSaved(self.state.step, str(path), kind)
+        return AdapterSaved(self.state.step, str(path), kind)
 
     def put_back_best(self) -> None:
         """After a restore: make best/ hold the adapter of the best update that the run knows of.

@@ -8,6 +8,7 @@ import statistics
 
 from mlx_nb.errors import counted
 from mlx_nb.events import (
+    AdapterSaved,
     BatchSkipped,
     CheckpointSaved,
     DataChanged,
@@ -73,6 +74,8 @@ def describe(event: Event) -> str:
         case RequestRefused():
             return event.error
         case CheckpointSaved():
+            return f"update {event.step}: saved checkpoint ({event.kind}) to {event.path}"
+        case AdapterSaved():
             return f"update {event.step}: saved {event.kind} adapter to {event.path}"
         case SettingChanged():
             return f"update {event.step}: {event.name} changed from {event.old} to {event.new}"

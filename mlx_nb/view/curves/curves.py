@@ -29,7 +29,7 @@ RUN_KNOTS, LEFT_KNOTS = 300, 16
 MARKERS_OF_A_KIND, MARKER_LETTERS = 16, 90
 
 MARKERS: dict[type[events.Event], str] = {
-    events.CheckpointSaved: "save",
+    events.AdapterSaved: "save",
     events.Rewound: "rewind",
     events.SettingChanged: "setting",
     events.RunPaused: "pause",

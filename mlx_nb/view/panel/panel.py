@@ -17,6 +17,7 @@ import ipywidgets as widgets
 from mlx_nb.config.methods import method_named
 from mlx_nb.errors import CommandError, MlxNbError
 from mlx_nb.events import (
+    CheckpointSaved,
     Evaluate,
     Event,
     Pause,
@@ -199,6 +200,8 @@ class Panel:
     # What is shown
 
     def _heard(self, event: Event) -> None:
+        if isinstance(event, CheckpointSaved) and event.kind == "auto":
+            return  # many, and the page of checkpoints lists them
         self._progress = event if isinstance(event, Progress) else None
         self.log.add(event)
         if isinstance(event, RequestRefused):
