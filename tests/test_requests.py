@@ -12,6 +12,7 @@ import pytest
 from mlx_nb import Run, RunConfig
 from mlx_nb.errors import CommandError, ConfigError
 from mlx_nb.events import (
+    CheckpointSaved,
     Evaluate,
     EvaluationCompleted,
     Pause,
@@ -207,7 +208,7 @@ def test_a_listener_that_raises_is_named_once_and_kept(tiny_folder, tmp_path, ca
 
     run.listen(tracking)
     run.run()
-    assert [type(event) for event in seen if not isinstance(event, RequestRefused | Progress)] == [
+    assert [type(event) for event in seen if not isinstance(event, RequestRefused | Progress | CheckpointSaved)] == [
         type(event) for event in run.history.events
     ]
     said = capsys.readouterr().err
