@@ -55,7 +55,8 @@ def _carry_out(arguments: Sequence[str] | None) -> int:
         parser.print_help()
         return 2
     try:
-        return chosen.act(chosen)
+        result: int = chosen.act(chosen)
+        return result
     except MlxNbError as error:
         for line in str(error).splitlines():
             print(f"mlx-nb: {line}", file=sys.stderr)

@@ -64,7 +64,7 @@ class History:
             self._kept[type(event)].append((len(self.standing), event))
         self.standing.append(event)
 
-    def abandoned(self) -> list[list[dict]]:
+    def abandoned(self) -> list[list[dict[str, Any]]]:
         """The steps of each branch that a rewind left behind, the oldest first; dicts as those of `steps()`."""
         branches = [
             [_step_row(event) for event in branch if isinstance(event, StepCompleted)] for branch in self._abandoned
@@ -107,11 +107,11 @@ class History:
     def _repr_html_(self) -> str:
         return self.tail()._repr_html_()
 
-    def steps(self) -> list[dict]:
+    def steps(self) -> list[dict[str, Any]]:
         """One dict per update."""
         return [_step_row(event) for event in self._of(StepCompleted)]
 
-    def evaluations(self, split: str | None = None) -> list[dict]:
+    def evaluations(self, split: str | None = None) -> list[dict[str, Any]]:
         """One dict per evaluation, of one split or of all, the method's own metrics last."""
         return [evaluation_row(event) for event in self._of(EvaluationCompleted) if split in (None, event.split)]
 
@@ -162,7 +162,8 @@ class History:
         """Updates in the run, as was last said."""
         lengths = [event.new for event in self._of(SettingChanged) if event.name == "iters"]
         if lengths and lengths[-1] is not None:
-            return lengths[-1]
+            result: int | None = lengths[-1]
+            return result
         return self.started.iters if self.started else None
 
     @property
@@ -173,7 +174,7 @@ class History:
     def finished(self) -> RunFinished | None:
         return next(self._of(RunFinished, reverse=True), None)
 
-    def _of(self, kind: type, *, reverse: bool = False) -> Iterator:
+    def _of(self, kind: type, *, reverse: bool = False) -> Iterator[Any]:
         if kind in self._kept:
             kept = self._kept[kind]
             return (event for _, event in (reversed(kept) if reverse else kept))
@@ -186,7 +187,7 @@ class History:
 class HistoryTable:
     """Rows of a history as a table: HTML that lasts in a saved notebook, and plain text."""
 
-    def __init__(self, rows: list[dict], total: int) -> None:
+    def __init__(self, rows: list[dict[str, Any]], total: int) -> None:
         self.rows = rows
         self._title = f"the last {len(rows)} of {total} updates"
 
@@ -214,7 +215,7 @@ def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _step_row(event: StepCompleted) -> dict:
+def _step_row(event: StepCompleted) -> dict[str, Any]:
     return {**{name: getattr(event, name) for name in STEP_COLUMNS}, **event.metrics}
 
 
@@ -226,7 +227,7 @@ def losses_by_row(event: StepCompleted | EvaluationCompleted) -> list[tuple[int,
     return [(row, sum(several) / len(several)) for row, several in rows.items()]
 
 
-def evaluation_row(event: EvaluationCompleted) -> dict:
+def evaluation_row(event: EvaluationCompleted) -> dict[str, Any]:
     """An evaluation as a dict, the method's own metrics last."""
     row = {name: getattr(event, name) for name in EVALUATION_COLUMNS}
     return {**row, **{name: value for name, value in event.metrics.items() if name not in row}}

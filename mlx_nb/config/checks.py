@@ -38,7 +38,7 @@ class Readable:
             raise _Refused
         return getattr(self._config, name)
 
-    def declarations(self, wanted: Callable[[Field], bool]) -> Iterator[Field]:
+    def declarations(self, wanted: Callable[[Field[Any]], bool]) -> Iterator[Field[Any]]:
         """Of the settings that are wanted, those that were not refused and are not at their default."""
         for declared in filter(wanted, fields(self._config)):
             if declared.name not in self.refused and getattr(self._config, declared.name) != declared.default:
@@ -98,7 +98,7 @@ def _check_method(config: Readable) -> Iterator[SettingError]:
     yield from _check_option_kinds(config.method_options, method.loss(config.loss))
 
 
-def _declared(config: Readable) -> dict[str, Field]:
+def _declared(config: Readable) -> dict[str, Field[Any]]:
     return {declared.name: declared for declared in fields(config._config)}
 
 

@@ -57,7 +57,8 @@ class Settings:
     @property
     def given(self) -> frozenset[str]:
         """Names of the settings that were given; of a group each one alone, as in `lora_parameters.rank`."""
-        return self.__dict__["_given"]
+        result: frozenset[str] = self.__dict__["_given"]
+        return result
 
     def with_given(self, given: Iterable[str]) -> Any:
         """The same settings, as if those in `given` had been given."""
@@ -91,7 +92,7 @@ class SettingErrors(ConfigError):
         self.errors = tuple(errors)
 
 
-def coerce(value: Any, declared: dataclasses.Field, hint: Any, parent: tuple[str, ...] = ()) -> Any:
+def coerce(value: Any, declared: dataclasses.Field[Any], hint: Any, parent: tuple[str, ...] = ()) -> Any:
     """`value` as the declared type, inside its bounds: of plain Python types that JSON can hold.
 
     Raises SettingError with the path of the setting, SettingErrors for several inside a group.
@@ -133,7 +134,7 @@ def coerce(value: Any, declared: dataclasses.Field, hint: Any, parent: tuple[str
     return result
 
 
-def _null_means(declared: dataclasses.Field) -> str:
+def _null_means(declared: dataclasses.Field[Any]) -> str:
     """What the help of a setting says about null, which other programs may write as 0 or -1; "" where nothing."""
     found = re.search(r"null = [^.]*(?:\.\d[^.]*)*\.", declared.metadata["help"])
     return found.group() if found else ""
@@ -144,7 +145,7 @@ def _as_computed(value: Any) -> tuple[Any, ...]:
     return (value, as_float32(value)) if isinstance(value, float) else (value,)
 
 
-def _limits(declared: dataclasses.Field, kind: Any) -> list[tuple[str, float]]:
+def _limits(declared: dataclasses.Field[Any], kind: Any) -> list[tuple[str, float]]:
     """The bounds of a number: those it declares, and for a count what an array can be measured in."""
     bounds = dict(declared.metadata["bounds"])
     if kind is int:
@@ -257,7 +258,8 @@ MOST_KEYS = 100
 def as_float32(number: float) -> float:
     """A number as arrays hold it."""
     try:
-        return struct.unpack("f", struct.pack("f", number))[0]
+        result: float = struct.unpack("f", struct.pack("f", number))[0]
+        return result
     except (OverflowError, struct.error):  # a float, or an int, that is too large
         return math.inf if number > 0 else -math.inf
 

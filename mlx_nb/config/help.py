@@ -84,7 +84,7 @@ def settings_markdown() -> str:
     return "\n".join(parts)
 
 
-def _describe(name: str, declared: dataclasses.Field, hint: Any) -> SettingHelp:
+def _describe(name: str, declared: dataclasses.Field[Any], hint: Any) -> SettingHelp:
     return SettingHelp(
         name=name,
         group=declared.metadata["group"],
@@ -95,7 +95,7 @@ def _describe(name: str, declared: dataclasses.Field, hint: Any) -> SettingHelp:
     )
 
 
-def _default_text(declared: dataclasses.Field) -> str:
+def _default_text(declared: dataclasses.Field[Any]) -> str:
     default = declared.default
     if default is dataclasses.MISSING:
         return "{}"

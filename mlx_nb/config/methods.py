@@ -41,7 +41,8 @@ class Loss:
         if callable(self.where):
             return self.where
         module, name = self.where.split(":")
-        return getattr(importlib.import_module(module), name)
+        result: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        return result
 
 
 @dataclass(frozen=True)

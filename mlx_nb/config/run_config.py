@@ -566,7 +566,8 @@ class RunConfig(Settings):
         ):
             del kept["weight_decay"]  # adam has none, and that is no choice for another optimizer
         given = {name for name in self.given if name.partition(".")[0] not in changes} | names_given(changes)
-        return RunConfig.from_dict({**kept, **changes}).with_given(given).at(self.working_folder)
+        result: RunConfig = RunConfig.from_dict({**kept, **changes}).with_given(given).at(self.working_folder)
+        return result
 
     def at(self, working_folder: Path | None) -> RunConfig:
         """A copy whose relative paths begin in `working_folder`, wherever the process goes."""
@@ -643,7 +644,7 @@ def _names_files(data: Any) -> bool:
     return isinstance(data, str)
 
 
-def _taken(name: str, value: Any, declared: dataclasses.Field, kind: Any) -> Any:
+def _taken(name: str, value: Any, declared: dataclasses.Field[Any], kind: Any) -> Any:
     """The value of a setting as it is kept. Raises SettingError or SettingErrors."""
     if name == "data":
         return _data(value)
@@ -707,7 +708,7 @@ def unknown_settings(values: Mapping[str, Any]) -> list[SettingError]:
     return [one.error for one in foreign_settings(values, SETTINGS, _GROUPS, _fits)]
 
 
-def _default_of(declared: dataclasses.Field) -> Any:
+def _default_of(declared: dataclasses.Field[Any]) -> Any:
     if declared.default_factory is not dataclasses.MISSING:
         return declared.default_factory()
     return declared.default
@@ -756,7 +757,7 @@ def _settle(config: RunConfig) -> None:
     object.__setattr__(config, "optimizer_config", arguments)
 
 
-SETTINGS: dict[str, dataclasses.Field] = {declared.name: declared for declared in fields(RunConfig)}
+SETTINGS: dict[str, dataclasses.Field[Any]] = {declared.name: declared for declared in fields(RunConfig)}
 LIVE_SETTINGS: tuple[str, ...] = tuple(name for name, declared in SETTINGS.items() if declared.metadata["live"])
 RunConfig.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
     [

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from mlx_nb.files.whole_files import sync_folder, sync_tree
 
@@ -179,7 +180,7 @@ def damage(folder: Path) -> str | None:
         return str(error)
 
 
-def _json_of(path: Path) -> dict:
+def _json_of(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError):

@@ -117,7 +117,7 @@ class FolderLock:
         self.path = folder / MARK / LOCK_FILE
         self._name = name
         self._file: _LockFile | None = None
-        self._given_back: weakref.finalize | None = None
+        self._given_back: weakref.finalize[[], FolderLock] | None = None
         self._made: list[Path] = []
         _locks.add(self)
 

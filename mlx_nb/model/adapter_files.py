@@ -231,11 +231,11 @@ def _value(config: RunConfig, name: str) -> Any:
 
 def _agree(name: str, ours: Any, theirs: Any, adapter: AdapterFile, config: RunConfig) -> bool:
     if name == "num_layers" and adapter.shape.get("fine_tune_type") == "full":
-        return ours == theirs  # -1 is embeddings, norm and head too
+        return bool(ours == theirs)
     if name == "num_layers":
         return ours in (theirs, adapter.layers) or (ours == -1 and adapter.layers == _layers_of(config))
     if name != "lora_parameters.keys" or ours is None or ours == theirs:
-        return ours == theirs
+        return bool(ours == theirs)
     matches = {
         module: [key for key in ours if module == key or module.endswith(f".{key}")] for module in adapter.modules
     }

@@ -105,7 +105,8 @@ def _wrapped_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _base_of(module: nn.Module) -> nn.Module:
-    return module["linear"] if "linear" in module else module["embedding"]
+    result: nn.Module = module["linear"] if "linear" in module else module["embedding"]
+    return result
 
 
 @contextmanager

@@ -184,7 +184,8 @@ def forget_order() -> None:
 def is_cpu() -> bool:
     """Whether mlx computes on the CPU here."""
     mx = _mlx()
-    return mx.default_device().type == mx.DeviceType.cpu
+    result: bool = mx.default_device().type == mx.DeviceType.cpu
+    return result
 
 
 def device_name() -> str:

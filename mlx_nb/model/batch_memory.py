@@ -45,7 +45,8 @@ def least_bytes(batch: TokenBatch, sizes: ModelSizes, *, trained: bool, targets_
     positions = batch.tokens_BT.shape[0] * (int(columns.max(initial=0)) + 1)
     logits = (len(columns) if targets_only else positions) * sizes.vocabulary * 4
     hidden = positions * sizes.hidden * sizes.itemsize
-    return logits * 2 + hidden * sizes.layers if trained else logits + hidden
+    result: int = logits * 2 + hidden * sizes.layers if trained else logits + hidden
+    return result
 
 
 def refuse_beyond_memory(batch: TokenBatch, sizes: ModelSizes, *, trained: bool, targets_only: bool) -> None:

@@ -32,7 +32,8 @@ class _Witness(nn.Module):
 
     def __call__(self, ids: mx.array, *arguments: Any, **named: Any) -> mx.array:
         self._tell(ids)
-        return self["table"](mx.clip(ids, 0, self["table"].weight.shape[0] - 1), *arguments, **named)
+        result: mx.array = self["table"](mx.clip(ids, 0, self["table"].weight.shape[0] - 1), *arguments, **named)
+        return result
 
     def __getattr__(self, name: str) -> Any:
         if name in self or "table" not in self:

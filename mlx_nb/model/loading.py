@@ -143,7 +143,8 @@ def _meanwhile(what: str, function: Callable[[], _Result]) -> Generator[Progress
         try:
             next(work)
         except StopIteration as end:
-            return end.value
+            result: _Result = end.value
+            return result
         yield Progress(0, f"loading {what}", 0, 0, time.monotonic() - begun)
 
 

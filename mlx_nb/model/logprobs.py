@@ -141,7 +141,8 @@ class TargetScorer:
         """(S, V) logits at the predicting positions, in the model's type."""
         if self._split is None:
             logits_BTV = self.model(inputs.tokens_BT)
-            return logits_BTV.reshape(-1, logits_BTV.shape[-1])[inputs.position_S]
+            result: mx.array = logits_BTV.reshape(-1, logits_BTV.shape[-1])[inputs.position_S]
+            return result
         backbone, head = self._split
         hidden_BTD = backbone(inputs.tokens_BT)
         hidden_SD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[inputs.position_S]
@@ -189,10 +190,12 @@ def _logsumexp(logits: mx.array) -> mx.array:
     def _gradient(_logits: mx.array, cotangents: Any, found: Any) -> mx.array:
         _, terms, total = found
         with mx.stream(lane):
-            return terms * mx.where(total > 0, cotangents[0] / total, 0.0)[..., None]
+            result: mx.array = terms * mx.where(total > 0, cotangents[0] / total, 0.0)[..., None]
+            return result
 
     found: Any = sums(logits)
-    return found[0]
+    result: mx.array = found[0]
+    return result
 
 
 def _at_target(logits_SV: mx.array, target_S: mx.array) -> mx.array:
@@ -210,11 +213,13 @@ def _proven_split(model: nn.Module) -> _Split | None:
     if isinstance(model.get("lm_head"), nn.Module):
 
         def head(hidden: mx.array) -> mx.array:
-            return model["lm_head"](hidden)
+            result: mx.array = model["lm_head"](hidden)
+            return result
     elif hasattr(backbone.get("embed_tokens"), "as_linear"):
 
         def head(hidden: mx.array) -> mx.array:
-            return backbone["embed_tokens"].as_linear(hidden)
+            result: mx.array = backbone["embed_tokens"].as_linear(hidden)
+            return result
     else:
         return None
     probe = mx.array([[1, 5, 2, 7, 3]])

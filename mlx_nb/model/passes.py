@@ -175,7 +175,8 @@ class _Alone:
 
     def read(self, tokens: Sequence[int]) -> np.ndarray:
         """(T, V) float32 logits after each of the tokens, read in one pass."""
-        return _logits(self._model(mx.array([list(tokens)]), cache=self.caches))[0]
+        result: np.ndarray = _logits(self._model(mx.array([list(tokens)]), cache=self.caches))[0]
+        return result
 
 
 def _proved(model: nn.Module, lengths: tuple[int, ...], joining: int | None = None) -> bool:
@@ -265,7 +266,8 @@ def _random_tokens(model: nn.Module, count: int, draw: int) -> list[int]:
     """Ids that every embedding of the model has, 0 left out: it is often a padding that models treat apart."""
     sizes = [size for size in _embedding_sizes(model) if size >= _FEWEST_TOKENS]
     limit = min(sizes, default=_FEWEST_TOKENS)
-    return np.random.default_rng([draw, count]).integers(1, limit, count).tolist()
+    result: list[int] = np.random.default_rng([draw, count]).integers(1, limit, count).tolist()
+    return result
 
 
 def _logits(logits_BTV: mx.array) -> np.ndarray:

@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx_nb.config.methods import method_named
 from mlx_nb.config.run_config import RunConfig
 from mlx_nb.errors import ConfigError, ModelError
+from mlx_nb.files.written_files import ADAPTER_FILE, CONFIG_FILE
 from mlx_nb.model import adapters
 from mlx_nb.model.adapter_files import REFERENCE, START, AdapterFile, open_adapter, shape_of
 from mlx_nb.model.fingerprint import weights_fingerprint
@@ -66,8 +67,8 @@ def _adapter_digest(adapter: str | None) -> list[str] | None:
     if adapter in (None, BARE):
         return None
     path = Path(str(adapter)).expanduser()
-    weights = path / adapters.ADAPTER_FILE if path.is_dir() else path
-    files = [weights, weights.parent / adapters.CONFIG_FILE]
+    weights = path / ADAPTER_FILE if path.is_dir() else path
+    files = [weights, weights.parent / CONFIG_FILE]
     return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
 
 
@@ -91,7 +92,8 @@ def _other_model(config: RunConfig, loaded: LoadedModel) -> nn.Module:
 
 
 def _vocabulary(tokenizer: Any) -> dict[str, int]:
-    return getattr(tokenizer, "_tokenizer", tokenizer).get_vocab()
+    result: dict[str, int] = getattr(tokenizer, "_tokenizer", tokenizer).get_vocab()
+    return result
 
 
 def _attach(model: nn.Module, shape: RunConfig, adapter: AdapterFile) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Generator
+from typing import Any
 from weakref import WeakSet
 
 from mlx_nb.config.run_config import RunConfig
@@ -14,7 +15,7 @@ from mlx_nb.model.loading import LoadedModel, fetched_folder, load_in_pieces, mo
 from mlx_nb.model.trees import named_arrays
 from mlx_nb.process.pieces import finished
 
-_live: dict[tuple, WeakSet[LoadedModel]] = {}
+_live: dict[tuple[Any, ...], WeakSet[LoadedModel]] = {}
 
 
 def load_base(config: RunConfig) -> LoadedModel:

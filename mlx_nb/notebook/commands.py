@@ -16,7 +16,8 @@ from mlx_nb.config.yaml_text import read_words
 from mlx_nb.errors import CommandError, did_you_mean
 from mlx_nb.events import Pause, Stop
 from mlx_nb.notebook.session import Session
-from mlx_nb.run.run import SPLITS, Run
+from mlx_nb.run.inputs import SPLITS
+from mlx_nb.run.run import Run
 from mlx_nb.view.event_text import visits_text
 from mlx_nb.view.metric_text import headline
 
@@ -215,7 +216,7 @@ def _runs(session: Session, _arguments: argparse.Namespace) -> _Text:
     return _Text("\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in table))
 
 
-def _headline_text(evaluation: dict) -> str:
+def _headline_text(evaluation: dict[str, Any]) -> str:
     name, value = headline(evaluation)
     return f"{value:.4f}" if name == "loss" else f"{name} {value:.4f}"
 
@@ -336,7 +337,10 @@ def _row(session: Session, arguments: argparse.Namespace) -> Any:
 
 
 def _command(
-    name: str, help: str, act: Callable[[Session, argparse.Namespace], Any], *arguments: tuple[tuple, dict]
+    name: str,
+    help: str,
+    act: Callable[[Session, argparse.Namespace], Any],
+    *arguments: tuple[tuple[Any, ...], dict[str, Any]],
 ) -> Command:
     parser = _Parser(prog=name, description=help, add_help=False)
     for flags, options in arguments:
@@ -347,7 +351,7 @@ def _command(
     return Command(usage, help, act, parser)
 
 
-def _argument(*flags: str, **options: Any) -> tuple[tuple, dict]:
+def _argument(*flags: str, **options: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return flags, options
 
 

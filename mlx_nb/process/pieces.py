@@ -17,7 +17,8 @@ def finished(work: Generator[Any, None, Result]) -> Result:
         try:
             next(work)
         except StopIteration as end:
-            return end.value
+            result: Result = end.value
+            return result
 
 
 def on_thread(function: Callable[[], Result]) -> Generator[None, None, Result]:

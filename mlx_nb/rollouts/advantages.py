@@ -58,13 +58,16 @@ def group_advantages(total_N: np.ndarray, group_size: int, *, scale: str) -> Adv
 
 def _mean(values: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """Of the valid values of each row of the array, (rows, 1)."""
-    return np.sum(values, axis=1, keepdims=True, where=valid) / np.maximum(1, valid.sum(axis=1, keepdims=True))
+    counts = np.maximum(1, valid.sum(axis=1, keepdims=True))
+    result: np.ndarray = np.sum(values, axis=1, keepdims=True, where=valid) / counts
+    return result
 
 
 def _deviation(values: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """Sample standard deviation of the valid values of each row of the array, (rows, 1); 0 of fewer than 2."""
     squares = np.sum((values - _mean(values, valid)) ** 2, axis=1, keepdims=True, where=valid)
-    return np.sqrt(squares / np.maximum(1, valid.sum(axis=1, keepdims=True) - 1))
+    result: np.ndarray = np.sqrt(squares / np.maximum(1, valid.sum(axis=1, keepdims=True) - 1))
+    return result
 
 
 SCALES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray | float]] = {

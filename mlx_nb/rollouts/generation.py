@@ -66,7 +66,8 @@ def _text(tokenizer: Any, tokens: Sequence[int]) -> str:
         if token not in tokenizer.eos_token_ids:
             detokenizer.add_token(token)
     detokenizer.finalize()
-    return detokenizer.text
+    result: str = detokenizer.text
+    return result
 
 
 def stream_text(

@@ -87,7 +87,8 @@ def sample_each(
         try:
             next(sampling)
         except StopIteration as ended:
-            return ended.value
+            result: list[Completion] = ended.value
+            return result
 
 
 def _refuse_empty(prompts: Sequence[Sequence[int]]) -> None:

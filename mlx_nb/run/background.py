@@ -58,7 +58,7 @@ class Background:
 
     def __init__(self, run: Movable) -> None:
         self._run = run
-        self._task: asyncio.Task | None = None
+        self._task: asyncio.Task[None] | None = None
         self._events: Iterator[Event] | None = None
 
     @property

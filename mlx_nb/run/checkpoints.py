@@ -66,7 +66,8 @@ class Keeper:
     def held_bytes(self) -> int:
         """What the snapshots take besides the newest, which is the run as it stands; a shared array counts once."""
         newest = {id(array): array.nbytes for array in _arrays(self._recent[-1])} if self._recent else {}
-        return self._bytes - sum(newest.values())
+        result: int = self._bytes - sum(newest.values())
+        return result
 
     def _forget_oldest(self) -> None:
         """The one after it takes over the best adapter that both know of, so that the oldest always has its own."""
@@ -271,7 +272,8 @@ def _place_in(history: History) -> dict[str, int]:
 
 
 def _best_step(snapshot: Checkpoint) -> int | None:
-    return snapshot.state["trainer"]["best_step"]
+    result: int | None = snapshot.state["trainer"]["best_step"]
+    return result
 
 
 def _with_best(snapshot: Checkpoint, best: dict[str, Any] | None) -> Checkpoint:

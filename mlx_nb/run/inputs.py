@@ -12,8 +12,9 @@ import numpy as np
 from mlx_nb.config.methods import method_named
 from mlx_nb.config.run_config import SETTINGS, RunConfig
 from mlx_nb.data.examples.effects import refuse_ineffective, refuse_loss_on
+from mlx_nb.data.examples.imitation import ExampleSettings, LeftOut
 from mlx_nb.data.examples.limits import ModelLimits
-from mlx_nb.data.examples.split import Examples, ExampleSettings, LeftOut, RowView, longest, trains_plain_text
+from mlx_nb.data.examples.split import Examples, RowView, longest, trains_plain_text
 from mlx_nb.data.examples.tokenizing import Outcome, tokenize_split
 from mlx_nb.data.masks.prompt_format import CHAT, RAW, Rendering, has_chat_template
 from mlx_nb.data.sources.row_source import RowSource
@@ -224,7 +225,8 @@ class Material:
         self.left_out[split] = left_out
         if left_out and not kept:
             raise DataError(f"no row of {split} can be trained. The first: {left_out[0].reason}")
-        return kept
+        result: list[Any] = kept
+        return result
 
     @cached_property
     def reference(self) -> ReferenceLogprobs | None:

@@ -18,7 +18,8 @@ from mlx_nb.config.run_config import LIVE_SETTINGS, SETTINGS, RunConfig, unknown
 from mlx_nb.config.templates import file_problem, is_template_text
 from mlx_nb.data.check.check import SAMPLED_ROWS, DataCheck, check_data
 from mlx_nb.data.examples.effects import refuse_ineffective
-from mlx_nb.data.examples.split import LeftOut, RowView
+from mlx_nb.data.examples.imitation import LeftOut
+from mlx_nb.data.examples.split import RowView
 from mlx_nb.data.sources.splits import Splits
 from mlx_nb.errors import (
     TRAINING_ERRORS,

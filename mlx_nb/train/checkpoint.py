@@ -395,4 +395,5 @@ def _read_manifest(info: CheckpointInfo) -> dict[str, Any]:
         raise CheckpointError(f"{by} (checkpoint format {content['format']}, this mlx_nb reads {FORMAT})")
     if (content["save"], content["step"], content["kind"]) != (info.save, info.step, info.kind):
         raise CheckpointError(f"the folder was renamed: it is save {content['save']} at step {content['step']}")
-    return content
+    result: dict[str, Any] = content
+    return result

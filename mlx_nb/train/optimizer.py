@@ -34,10 +34,11 @@ class Muon(optimizers.Muon):
         super().__init__(learning_rate, momentum=momentum, weight_decay=0.0, nesterov=nesterov, ns_steps=ns_steps)
         self.decoupled_weight_decay = weight_decay
 
-    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
         """The new value of one parameter; `state` is replaced."""
         rate = self.learning_rate.astype(parameter.dtype)
-        return super().apply_single(gradient, parameter * (1 - rate * self.decoupled_weight_decay), state)
+        result: mx.array = super().apply_single(gradient, parameter * (1 - rate * self.decoupled_weight_decay), state)
+        return result
 
 
 _OPTIMIZERS: dict[str, Any] = {
@@ -79,7 +80,8 @@ def build_optimizer(config: RunConfig) -> optimizers.Optimizer:
     if config.optimizer == "adam" or config.optimizer == "adamw":
         # Without bias correction mlx's Adam takes its first steps about three times too long.
         arguments.setdefault("bias_correction", True)
-    return _OPTIMIZERS[config.optimizer](**arguments)
+    result: optimizers.Optimizer = _OPTIMIZERS[config.optimizer](**arguments)
+    return result
 
 
 def warmup_updates(config: RunConfig, iters: int) -> int:

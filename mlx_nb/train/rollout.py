@@ -24,9 +24,10 @@ from mlx_nb.model.logprobs import TargetInputs, TargetScorer, accurate_target_lo
 from mlx_nb.model.randomness import seed_for
 from mlx_nb.objectives.build import options_for
 from mlx_nb.rollouts.advantages import Advantages, group_advantages
+from mlx_nb.rollouts.completion_rows import Completion
 from mlx_nb.rollouts.rewards.resolve import Reward, completion_batch
 from mlx_nb.rollouts.rewards.score import Scores, score_completions
-from mlx_nb.rollouts.sampling import Completion, SamplingSettings, sample_groups
+from mlx_nb.rollouts.sampling import SamplingSettings, sample_groups
 from mlx_nb.train.batch_source import Measured
 from mlx_nb.train.reference_logprobs import ReferenceLogprobs
 from mlx_nb.train.step import Evaluation
@@ -157,7 +158,8 @@ class RolloutFeed:
                     progress = next(scoring)
                 yield Progress(step, f"reward {progress.function}", progress.done, progress.total)
         except StopIteration as ended:
-            return ended.value
+            result: Scores = ended.value
+            return result
         finally:
             scoring.close()
 
@@ -327,7 +329,8 @@ def _progress(
         while True:
             yield Progress(step, "completions", next(sampling), total)
     except StopIteration as ended:
-        return ended.value
+        result: list[Completion] = ended.value
+        return result
     finally:
         sampling.close()
 

@@ -46,7 +46,7 @@ from mlx_nb.events import (
     Stop,
 )
 from mlx_nb.files.whole_files import write_whole
-from mlx_nb.files.written_files import BEST_FOLDER
+from mlx_nb.files.written_files import ADAPTER_FILE, BEST_FOLDER
 from mlx_nb.model import adapters
 from mlx_nb.model.adapter_files import START, open_adapter, with_adapter_settings
 from mlx_nb.model.lanes import lane_count
@@ -611,7 +611,8 @@ class Trainer:
                 try:
                     next(evaluating)
                 except StopIteration as ended:
-                    return ended.value
+                    result: EvaluationCompleted = ended.value
+                    return result
 
     def _evaluating(self, split: str, all_rows: bool = False) -> Generator[Event, None, EvaluationCompleted]:
         """The same, with a Progress before each batch."""
@@ -673,7 +674,7 @@ class Trainer:
     def _save(self, kind: str) -> AdapterSaved:
         folder = self.folder / BEST_FOLDER if kind == "best" else self.folder
         if kind == "step":
-            name = f"{self.state.step:07d}_{adapters.ADAPTER_FILE}"
+            name = f"{self.state.step:07d}_{ADAPTER_FILE}"
             self.save_adapter(folder, name)
         path = self.save_adapter(folder)
         if self._reference is not None:
@@ -687,20 +688,18 @@ class Trainer:
         and FolderError.
         """
         folder, best = self.folder / BEST_FOLDER, self.best
-        there = (folder / adapters.ADAPTER_FILE).is_file()
+        there = (folder / ADAPTER_FILE).is_file()
         if best is not None and (self.state.best_step or there) and not _holds(folder, best):
             self._write_adapter(folder, weights=best)
         self.best_is_due = False
         if self.config.fine_tune_type == "full":
             self.best = None
 
-    def save_adapter(
-        self, folder: Path, file_name: str = adapters.ADAPTER_FILE, write: adapters.Write | None = None
-    ) -> Path:
+    def save_adapter(self, folder: Path, file_name: str = ADAPTER_FILE, write: adapters.Write | None = None) -> Path:
         """Write the adapter as it is now, by `write` or as the run's own files. Returns the path of its weights."""
         return self._write_adapter(folder, file_name, write=write or self.write)
 
-    def _write_adapter(self, folder: Path, file_name: str = adapters.ADAPTER_FILE, **options: Any) -> Path:
+    def _write_adapter(self, folder: Path, file_name: str = ADAPTER_FILE, **options: Any) -> Path:
         self.stepper.trainable()
         options = {"write": self.write, **options}
         return adapters.save_adapter(self.model, self.config, self.keys, folder, file_name, base=self._base, **options)
@@ -734,7 +733,7 @@ def _teaches(update: Update, metrics: dict[str, float], learning_rate: float) ->
 def _holds(folder: Path, weights: dict[str, mx.array]) -> bool:
     """Whether the adapter in a folder is this one, to the bit."""
     try:
-        there = typing.cast(dict[str, mx.array], mx.load(str(folder / adapters.ADAPTER_FILE)))
+        there = typing.cast(dict[str, mx.array], mx.load(str(folder / ADAPTER_FILE)))
     except (OSError, RuntimeError, ValueError):
         return False
     return there.keys() == weights.keys() and all(bool(mx.array_equal(there[name], weights[name])) for name in there)

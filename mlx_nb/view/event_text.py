@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 import statistics
+from typing import Any
 
 from mlx_nb.errors import counted
 from mlx_nb.events import (
@@ -183,7 +184,7 @@ def progress_line(history: History, iters: int) -> str:
     return "  ·  ".join(parts)
 
 
-def validation_words(evaluation: dict) -> str:
+def validation_words(evaluation: dict[str, Any]) -> str:
     """The newest validation in two or three words."""
     name, value = headline(evaluation)
     return f"validation {value:.3f}" if name == "loss" else f"validation {name} {value:.3f}"

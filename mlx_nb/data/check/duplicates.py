@@ -104,7 +104,8 @@ def _mixed(values: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64: every bit of the result depends on every bit of the value."""
     values = (values ^ (values >> np.uint64(30))) * _MIXERS[0]
     values = (values ^ (values >> np.uint64(27))) * _MIXERS[1]
-    return values ^ (values >> np.uint64(31))
+    result: np.ndarray = values ^ (values >> np.uint64(31))
+    return result
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:
@@ -185,7 +186,8 @@ class NearIndex:
 
 def _codes(order: np.ndarray, earlier: np.ndarray, later: np.ndarray, wanted: np.ndarray, size: int) -> np.ndarray:
     """Pairs of positions in `order` as single numbers, later * size + earlier."""
-    return order[later[wanted]] * np.int64(size) + order[earlier[wanted]]
+    result: np.ndarray = order[later[wanted]] * np.int64(size) + order[earlier[wanted]]
+    return result
 
 
 def _minima(sequences: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ from mlx_nb.data.examples.remarks import content_remarks
 from mlx_nb.data.rows.content import RowContent
 from mlx_nb.data.rows.preference import NothingToPrefer
 from mlx_nb.data.rows.turns import format_of
-from mlx_nb.data.sources.splits import RowSource
+from mlx_nb.data.sources.row_source import RowSource
 from mlx_nb.errors import DataError
 
 _BOILERPLATE_SAMPLE = 2000

@@ -108,9 +108,10 @@ def _render(
 ) -> str | None:
     """The rendered text, or None when the template refuses."""
     try:
-        return bare.apply_chat_template(
+        result: str | None = bare.apply_chat_template(
             list(messages), tools=tools, add_generation_prompt=prompt, tokenize=False, **(arguments or {})
         )
+        return result
     except Exception:  # a template is a program of its own and raises what it likes
         return None
 

@@ -21,7 +21,7 @@ from mlx_nb.data.masks.render import fast_tokenizer
 from mlx_nb.data.rows.content import RowContent
 from mlx_nb.data.rows.imitation import TextRow
 from mlx_nb.data.rows.preference import NothingToPrefer
-from mlx_nb.data.sources.splits import RowSource
+from mlx_nb.data.sources.row_source import RowSource
 from mlx_nb.errors import DataError, MaskRefused
 
 _BARS = 24

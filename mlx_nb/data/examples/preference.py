@@ -14,8 +14,8 @@ from mlx_nb.data.examples.imitation import ExampleSettings, LeftOut, TokenizedEx
 from mlx_nb.data.masks.conversation import TokenizedConversation, tokenize_conversation, tokenize_prompt_completion
 from mlx_nb.data.masks.prompt_format import AS_USUAL, Rendering
 from mlx_nb.data.rows.columns import Messages
-from mlx_nb.data.rows.imitation import refuse_context
-from mlx_nb.data.rows.preference import LabelledRow, NothingToPrefer, PreferenceRow, said_by
+from mlx_nb.data.rows.imitation import refuse_context, said_by
+from mlx_nb.data.rows.preference import LabelledRow, NothingToPrefer, PreferenceRow
 from mlx_nb.errors import DataError, MaskRefused
 
 

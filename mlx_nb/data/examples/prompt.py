@@ -71,7 +71,8 @@ def prompt_tokens(
     asked = _asked(tokenizer, prompt, tools, rendering)
     if not getattr(unwrapped(tokenizer), "is_fast", False) and not rendering.as_text:
         return list(tokenizer.encode(asked.text, add_special_tokens=asked.template is None))
-    return asked.encode(tokenizer, rendering).tokens.tolist()
+    result: list[int] = asked.encode(tokenizer, rendering).tokens.tolist()
+    return result
 
 
 def tokenize_prompt(content: PromptRow, tokenizer: Any, rendering: Rendering = AS_USUAL) -> TokenizedConversation:

@@ -21,7 +21,7 @@ from mlx_nb.data.masks.conversation import TokenizedConversation, row_remarks
 from mlx_nb.data.rows.content import RowContent
 from mlx_nb.data.rows.imitation import TextRow
 from mlx_nb.data.rows.turns import format_of
-from mlx_nb.data.sources.splits import RowSource
+from mlx_nb.data.sources.row_source import RowSource
 from mlx_nb.errors import DataError
 
 _FIRST_ROWS = 100

@@ -98,9 +98,10 @@ class ChatTemplate:
         if tools:
             given["tools"] = list(tools)
         try:
-            return self._renderer.apply_chat_template(
+            result: str = self._renderer.apply_chat_template(
                 list(messages), add_generation_prompt=add_generation_prompt, tokenize=False, **given
             )
+            return result
         except Exception as error:  # a template is a program of its own and raises what it likes
             raise RenderFailed(f"{type(error).__name__}: {error}".rstrip(".")) from error
 

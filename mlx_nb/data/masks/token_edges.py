@@ -76,7 +76,8 @@ class TokenOffsets:
 
 def _touch(starts: np.ndarray, ends: np.ndarray, start: int | np.ndarray, end: int | np.ndarray) -> np.ndarray:
     """(N,) bool: whether tokens cover a character of `[start, end)`."""
-    return (starts < end) & ((ends > start) | ((starts == ends) & (starts >= start)))
+    result: np.ndarray = (starts < end) & ((ends > start) | ((starts == ends) & (starts >= start)))
+    return result
 
 
 class Edges:

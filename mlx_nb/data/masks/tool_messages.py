@@ -114,7 +114,8 @@ def _render_call(tokenizer: Any, arguments: Any, tools: list[Any] | None, answer
         messages.append({"role": "assistant", "content": "b"})
     given = {"tools": tools} if tools else {}
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **given)
+        result: str | None = tokenizer.apply_chat_template(messages, tokenize=False, **given)
+        return result
     except Exception:  # a template is a program of its own and raises what it likes
         return None
 

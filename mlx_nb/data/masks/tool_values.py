@@ -134,7 +134,8 @@ def read_arguments(text: str, remarks: ValueRemarks) -> dict[str, Any]:
         raise NotJson(f"it is not valid JSON: {str(error) or 'too deep'}") from None
     if not isinstance(value, dict):
         raise NotJson("it is JSON, but no object")
-    return written_value(value, remarks, "", keep_nulls=True)
+    result: dict[str, Any] = written_value(value, remarks, "", keep_nulls=True)
+    return result
 
 
 def _number(value: float, remarks: ValueRemarks, where: str) -> float | int:

@@ -146,7 +146,9 @@ def _reason(error: Exception) -> str:
     return f"{text} is missing" if isinstance(error, KeyError) else text or type(error).__name__
 
 
-def _config(metadata: Mapping[str, Any], architecture: Architecture, name: str, tensors: Mapping[str, Any]) -> dict:
+def _config(
+    metadata: Mapping[str, Any], architecture: Architecture, name: str, tensors: Mapping[str, Any]
+) -> dict[str, Any]:
     def value(key: str, default: Any = None) -> Any:
         found = metadata.get(f"{name}.{key}", default)
         if found is None:

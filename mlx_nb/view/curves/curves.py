@@ -9,6 +9,7 @@ from operator import itemgetter
 from pathlib import Path
 from textwrap import shorten
 from types import MappingProxyType
+from typing import Any
 
 import anywidget
 import numpy as np
@@ -53,12 +54,12 @@ class SeriesBuilder:
         self._standing = 0
         self._updates = Table(UPDATE_COLUMNS)
         self._validations = Table(("position", "step", "loss"))
-        self._marked: dict[str, list[tuple[int, dict]]] = {kind: [] for kind in MARKERS.values()}
+        self._marked: dict[str, list[tuple[int, dict[str, Any]]]] = {kind: [] for kind in MARKERS.values()}
         self._left: list[Columns] = []
         self._measured: dict[str, None] = {}
         self._in_nats = True
 
-    def series(self, iters: int) -> dict:
+    def series(self, iters: int) -> dict[str, Any]:
         """Data for JSON, under 100 KB for any length of run and up to 30 metrics.
 
         iters    updates of the whole run
@@ -164,7 +165,7 @@ def _column(metric: str) -> str:
     return f"{metric} (metric)" if metric in UPDATE_COLUMNS else metric
 
 
-def _lines(group: Group, updates: Columns, valid: Columns, points: int) -> list[dict]:
+def _lines(group: Group, updates: Columns, valid: Columns, points: int) -> list[dict[str, Any]]:
     """The lines of a group, smoothed where it says so, through the same points as what they smooth."""
     told = []
     for one in group.lines:
@@ -178,7 +179,7 @@ def _lines(group: Group, updates: Columns, valid: Columns, points: int) -> list[
     return told
 
 
-def _left_lines(group: Group, branches: list[Columns], points: int) -> list[dict]:
+def _left_lines(group: Group, branches: list[Columns], points: int) -> list[dict[str, Any]]:
     """The branches that rewinds left."""
     columns = [LOSS if column == "smoothed" else column for column in group.columns]
     told = []
@@ -190,7 +191,7 @@ def _left_lines(group: Group, branches: list[Columns], points: int) -> list[dict
     return told
 
 
-def series_of(history: History, iters: int, metrics: Metrics = NO_METRICS) -> dict:
+def series_of(history: History, iters: int, metrics: Metrics = NO_METRICS) -> dict[str, Any]:
     """The curves of a history as data for JSON; see `SeriesBuilder.series`."""
     return SeriesBuilder(history, metrics).series(iters)
 

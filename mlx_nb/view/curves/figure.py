@@ -16,6 +16,7 @@ from mlx_nb.history import History, decimated, smoothed
 from mlx_nb.view.metric_text import headline, main_metrics
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 TRAIN_COLOR = "#0072B2"
@@ -60,7 +61,7 @@ def plot_history(history: History, title: str = "", metrics: Mapping[str, Metric
     return figure
 
 
-def _draw_large(axes, history: History, name: str, title: str) -> None:
+def _draw_large(axes: Axes, history: History, name: str, title: str) -> None:
     """The loss or the reward, with what rewinds left and where settings were changed."""
     for branch in history.abandoned():
         left = [row["step"] for row in branch], [row.get(name, math.nan) for row in branch]
@@ -79,7 +80,7 @@ def _draw_large(axes, history: History, name: str, title: str) -> None:
         axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
 
 
-def _draw_updates(axes, history: History, name: str) -> None:
+def _draw_updates(axes: Axes, history: History, name: str) -> None:
     """A quantity over the updates that told it, and smoothed."""
     known = [(step, value) for step, value in zip(history["step"], history[name]) if not math.isnan(value)]
     if known:
@@ -88,7 +89,7 @@ def _draw_updates(axes, history: History, name: str) -> None:
         axes.plot(steps, smoothed(values), color=TRAIN_COLOR, linewidth=1.8, label="train, smoothed")
 
 
-def _draw_metric(axes, history: History, name: str, metric: Metric | None) -> None:
+def _draw_metric(axes: Axes, history: History, name: str, metric: Metric | None) -> None:
     """One metric over the updates that told it, and of validations; above it, where a healthy run moves it."""
     _draw_updates(axes, history, name)
     rows = [row for row in history.evaluations("valid") if name != "loss" or headline(row)[0] == "loss"]
@@ -100,7 +101,7 @@ def _draw_metric(axes, history: History, name: str, metric: Metric | None) -> No
     axes.tick_params(labelsize=7)
 
 
-def _draw_validation(axes, valid: list[tuple[int, float]], best: Callable[..., Any] | None) -> None:
+def _draw_validation(axes: Axes, valid: list[tuple[int, float]], best: Callable[..., Any] | None) -> None:
     """Validations as (update, value), and which of them is `best`."""
     if not valid:
         return
@@ -128,7 +129,7 @@ def _draw_validation(axes, valid: list[tuple[int, float]], best: Callable[..., A
     )
 
 
-def _mark_changes(axes, history: History) -> None:
+def _mark_changes(axes: Axes, history: History) -> None:
     """A thin line where a setting was changed, named at its top; of many changes, only the last are named."""
     changes = [event for event in history.standing if isinstance(event, SettingChanged)]
     for number, event in enumerate(changes):

@@ -6,6 +6,7 @@ import math
 from array import array
 from bisect import bisect_left
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -65,7 +66,10 @@ def kept_points(values: np.ndarray, limit: int) -> np.ndarray:
     stretches = np.pad(values[there], (0, -len(there) % size), "edge").reshape(-1, size)
     starts = np.arange(0, len(there), size)
     ends = [0, len(there) - 1]
-    return there[np.unique(np.concatenate([ends, starts + stretches.argmin(1), starts + stretches.argmax(1)]))]
+    result: np.ndarray = there[
+        np.unique(np.concatenate([ends, starts + stretches.argmin(1), starts + stretches.argmax(1)]))
+    ]
+    return result
 
 
 def smoothed_at(values: np.ndarray, kept: np.ndarray) -> np.ndarray:
@@ -78,13 +82,13 @@ def smoothed_at(values: np.ndarray, kept: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(values[kept]), means, math.nan)
 
 
-def line(name: str, role: str, steps: np.ndarray, values: np.ndarray, clock: int = 0) -> dict:
+def line(name: str, role: str, steps: np.ndarray, values: np.ndarray, clock: int = 0) -> dict[str, Any]:
     """A line for JSON: five digits of each value, None where it is not finite."""
     told = [float(f"{value:.5g}") if math.isfinite(value) else None for value in values]
     return {"name": name, "role": role, "clock": clock, "step": [int(step) for step in steps], "value": told}
 
 
-def clock(columns: Columns, knots: int) -> dict[str, list]:
+def clock(columns: Columns, knots: int) -> dict[str, list[Any]]:
     """Tokens and seconds of training until the end of some of the updates, the first and the last among them."""
     kept = decimated(len(columns["step"]), knots)
     return {

@@ -22,9 +22,9 @@ class CompletionsTab:
     def __init__(self, run: Any, later: Later) -> None:
         self._run = run
         self._quiet = False
-        self._drawn: tuple | None = None
+        self._drawn: tuple[Any, ...] | None = None
         self._ratios: Ratios = ()
-        self._ratios_of: tuple | None = None
+        self._ratios_of: tuple[Any, ...] | None = None
         self._ratios_due = 0.0
         self.rollout = widgets.Dropdown(
             options=[NEWEST], description="rollout", style={"description_width": "4em"}, layout={"width": "16em"}

@@ -48,7 +48,7 @@ class RowsTab:
     def __init__(self, run: Any, later: Later) -> None:
         self._run = run
         self._step: int | None = None
-        self._drawn: tuple | None = None
+        self._drawn: tuple[Any, ...] | None = None
         self._quiet = False
         self._worst: list[tuple[int, float]] = []
         self._worst_due = 0.0
@@ -106,7 +106,8 @@ class RowsTab:
 
     def _event(self) -> StepCompleted | None:
         if self._step is None:
-            return self._run.history.last_step
+            result: StepCompleted | None = self._run.history.last_step
+            return result
         steps = (event for event in self._run.history.standing if isinstance(event, StepCompleted))
         return next((event for event in steps if event.step == self._step), None)
 
