@@ -14,10 +14,10 @@ import pytest
 
 from mlx_nb import Run
 from mlx_nb.config.fields import typo_of
-from mlx_nb.config.optimizers import OPTIMIZER_ARGUMENTS
+from mlx_nb.config.optimizers import OPTIMIZERS
 from mlx_nb.config.run_config import SETTINGS, RunConfig
 from mlx_nb.errors import CheckpointError, ConfigError
-from mlx_nb.train.optimizer import _OPTIMIZERS, build_optimizer
+from mlx_nb.train.optimizer import build_optimizer
 from tiny import tiny_rows
 
 # What a person may give, and what is kept of it.
@@ -107,16 +107,16 @@ def test_a_run_with_values_of_numpy_and_paths_writes_its_checkpoints(tmp_path, t
 # Optimizers
 
 
-@pytest.mark.parametrize("name", OPTIMIZER_ARGUMENTS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_table_of_optimizer_arguments_is_that_of_mlx(name):
-    taken = dict(inspect.signature(_OPTIMIZERS[name].__init__).parameters)
+    taken = dict(inspect.signature(type(OPTIMIZERS[name].made({"learning_rate": 1e-3})).__init__).parameters)
     for ours in ("self", "learning_rate", "weight_decay"):
         taken.pop(ours, None)
-    assert list(OPTIMIZER_ARGUMENTS[name]) == list(taken)
+    assert list(OPTIMIZERS[name].arguments) == list(taken)
     for argument, parameter in taken.items():
         if argument not in ("relative_step", "warmup_init"):
             default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
-            assert OPTIMIZER_ARGUMENTS[name][argument].fits(default), argument
+            assert OPTIMIZERS[name].arguments[argument].fits(default), argument
 
 
 OTHER = {
@@ -132,9 +132,9 @@ OTHER = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZER_ARGUMENTS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_argument_of_an_optimizer_arrives(name):
-    for argument in OPTIMIZER_ARGUMENTS[name]:
+    for argument in OPTIMIZERS[name].arguments:
         value = OTHER.get(argument, [1e-20, 1e-2] if name == "adafactor" else 1e-3)
         given = {argument: value}
         if argument in ("relative_step", "warmup_init"):

@@ -5,6 +5,7 @@ A test holds the table to the signatures of mlx.
 
 from __future__ import annotations
 
+import importlib
 import numbers
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -48,25 +49,45 @@ _STEPS = Argument(
     "a whole number from 1 to 100",
     lambda value: isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 100,
 )
-OPTIMIZER_ARGUMENTS: dict[str, dict[str, Argument]] = {
-    "adam": {"betas": _BETAS, "eps": _EPS, "bias_correction": _FLAG},
-    "adamw": {"betas": _BETAS, "eps": _EPS, "bias_correction": _FLAG},
-    "sgd": {"momentum": _SHARE, "dampening": _SHARE, "nesterov": _FLAG},
-    "adafactor": {
-        "eps": Argument(
-            "two numbers of at least 0, such as [1e-30, 1e-3]", lambda value: _is_pair(value, _is_positive)
-        ),
-        "clip_threshold": Argument("a number above 0", lambda value: _is_positive(value) and value > 0),
-        "decay_rate": Argument("a number of at most 0", lambda value: _is_number(value) and float("-inf") < value <= 0),
-        "beta_1": Argument(
-            "null, or a number of at least 0 and below 1", lambda value: value is None or _is_share(value)
-        ),
-        "scale_parameter": _FLAG,
-        "relative_step": _FLAG,
-        "warmup_init": _FLAG,
-    },
-    "muon": {"momentum": _SHARE, "nesterov": _FLAG, "ns_steps": _STEPS},
-    "lion": {"betas": _BETAS},
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Where the class of an optimizer is, as `module:name`, and what it takes besides rate and weight decay."""
+
+    where: str
+    arguments: dict[str, Argument]
+
+    def made(self, arguments: Mapping[str, Any]) -> Any:
+        """The optimizer itself, imported if need be."""
+        module, name = self.where.split(":")
+        return getattr(importlib.import_module(module), name)(**arguments)
+
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    "adam": Optimizer("mlx.optimizers:Adam", {"betas": _BETAS, "eps": _EPS, "bias_correction": _FLAG}),
+    "adamw": Optimizer("mlx.optimizers:AdamW", {"betas": _BETAS, "eps": _EPS, "bias_correction": _FLAG}),
+    "sgd": Optimizer("mlx.optimizers:SGD", {"momentum": _SHARE, "dampening": _SHARE, "nesterov": _FLAG}),
+    "adafactor": Optimizer(
+        "mlx.optimizers:Adafactor",
+        {
+            "eps": Argument(
+                "two numbers of at least 0, such as [1e-30, 1e-3]", lambda value: _is_pair(value, _is_positive)
+            ),
+            "clip_threshold": Argument("a number above 0", lambda value: _is_positive(value) and value > 0),
+            "decay_rate": Argument(
+                "a number of at most 0", lambda value: _is_number(value) and float("-inf") < value <= 0
+            ),
+            "beta_1": Argument(
+                "null, or a number of at least 0 and below 1", lambda value: value is None or _is_share(value)
+            ),
+            "scale_parameter": _FLAG,
+            "relative_step": _FLAG,
+            "warmup_init": _FLAG,
+        },
+    ),
+    "muon": Optimizer("mlx_nb.train.optimizer:Muon", {"momentum": _SHARE, "nesterov": _FLAG, "ns_steps": _STEPS}),
+    "lion": Optimizer("mlx.optimizers:Lion", {"betas": _BETAS}),
 }
 
 
@@ -77,7 +98,7 @@ def arguments_of(optimizer: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def is_nested(given: Mapping[str, Any]) -> bool:
     """Whether it is mlx-lm's form, {adamw: {betas: ...}}."""
-    return any(name in OPTIMIZER_ARGUMENTS for name in given)
+    return any(name in OPTIMIZERS for name in given)
 
 
 def check_optimizer_config(optimizer: str, given: Mapping[str, Any]) -> Iterator[SettingError]:
@@ -106,8 +127,8 @@ def check_optimizer_config(optimizer: str, given: Mapping[str, Any]) -> Iterator
 
 def _check_nested(optimizer: str, name: str, inner: Any) -> Iterator[SettingError]:
     path = ("optimizer_config", name)
-    if name not in OPTIMIZER_ARGUMENTS:
-        near = typo_of(name, OPTIMIZER_ARGUMENTS)
+    if name not in OPTIMIZERS:
+        near = typo_of(name, OPTIMIZERS)
         suggestion = f" Did you mean {near!r}?" if near else f" Put it inside `{optimizer}`."
         yield SettingError(path, f"`optimizer_config.{name}` is no optimizer.{suggestion}")
     elif inner is not None and not isinstance(inner, Mapping):
@@ -120,7 +141,7 @@ def _check_nested(optimizer: str, name: str, inner: Any) -> Iterator[SettingErro
 
 def _wrong_with(optimizer: str, name: str, value: Any) -> str | None:
     label = f"`optimizer_config.{name}`"
-    known = OPTIMIZER_ARGUMENTS[optimizer]
+    known = OPTIMIZERS[optimizer].arguments
     if name == "weight_decay" and optimizer != "adam":
         return None if _is_positive(value) else f"{label} cannot be {shown(value)}. It takes {_EPS.words}."
     if name in ("learning_rate", "lr"):
@@ -128,7 +149,7 @@ def _wrong_with(optimizer: str, name: str, value: Any) -> str | None:
     if name not in known:
         near = typo_of(name, known)
         suggestion = f" Did you mean {near!r}?" if near else ""
-        others = [f"`{other}`" for other, arguments in OPTIMIZER_ARGUMENTS.items() if name in arguments]
+        others = [f"`{other}`" for other, facts in OPTIMIZERS.items() if name in facts.arguments]
         taken = f" It is one of {', '.join(others)}." if others and not near else ""
         if name == "weight_decay":
             taken = " Use `optimizer: adamw`."

@@ -26,7 +26,7 @@ class _Witness(nn.Module):
     """An embedding that tells which ids it was asked for, and reads no row that it does not have."""
 
     def __init__(self, table: nn.Module, tell: Callable[[mx.array], None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.table = table
         self._tell = tell
 

@@ -11,6 +11,7 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 from mlx.utils import tree_map
 
+from mlx_nb.config.optimizers import OPTIMIZERS
 from mlx_nb.config.run_config import RunConfig
 from mlx_nb.errors import OutOfMemory
 from mlx_nb.model.memory import shortage
@@ -39,16 +40,6 @@ class Muon(optimizers.Muon):
         rate = self.learning_rate.astype(parameter.dtype)
         result: mx.array = super().apply_single(gradient, parameter * (1 - rate * self.decoupled_weight_decay), state)
         return result
-
-
-_OPTIMIZERS: dict[str, Any] = {
-    "adam": optimizers.Adam,
-    "adamw": optimizers.AdamW,
-    "sgd": optimizers.SGD,
-    "adafactor": optimizers.Adafactor,
-    "muon": Muon,
-    "lion": optimizers.Lion,
-}
 
 
 def refuse_beyond_memory(model: nn.Module, config: RunConfig) -> None:
@@ -80,7 +71,7 @@ def build_optimizer(config: RunConfig) -> optimizers.Optimizer:
     if config.optimizer == "adam" or config.optimizer == "adamw":
         # Without bias correction mlx's Adam takes its first steps about three times too long.
         arguments.setdefault("bias_correction", True)
-    result: optimizers.Optimizer = _OPTIMIZERS[config.optimizer](**arguments)
+    result: optimizers.Optimizer = OPTIMIZERS[config.optimizer].made(arguments)
     return result
 
 
