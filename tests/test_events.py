@@ -33,6 +33,7 @@ EXAMPLES = [
         ("right: no number for completion 0",),
     ),
     events.AdapterSaved(3, "adapters/run", "best"),
+    events.CheckpointSaved(3, "adapters/run/checkpoints/save-0001-step-0000003-best", "best"),
     events.SettingChanged(3, "learning_rate", 1e-4, 5e-5),
     events.RunPaused(3, "interrupted"),
     events.RunFinished(10, "iters reached", 1.0, 400, 120.0, 1.0, 3, "adapters/run"),

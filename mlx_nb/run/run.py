@@ -379,6 +379,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
+        """Whether it has ended: all updates are done, or it was stopped, or stopped early."""
         return self._trainer is not None and self._trainer.finished is not None
 
     @property

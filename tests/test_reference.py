@@ -1,0 +1,47 @@
+"""The reference says what the code has: every command, event, request, metric and public name, each with its words."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from pathlib import Path
+
+import pytest
+
+import mlx_nb
+from mlx_nb import events
+from mlx_nb.config.methods import METHODS, is_built_in
+from mlx_nb.notebook.commands import COMMANDS
+from mlx_nb.run.run import Run
+
+DOCS = Path(mlx_nb.__file__).parent.parent / "docs"
+
+
+@pytest.fixture(scope="module")
+def generate():
+    spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["commands", "events", "metrics", "python"])
+def test_a_page_is_what_is_generated(generate, name):
+    written = (DOCS / "reference" / f"{name}.md").read_text(encoding="utf-8")
+    assert written == generate.page(name), "run `python docs/generate.py`"
+
+
+def test_nothing_public_is_missing_or_without_words(generate):
+    pages = {name: generate.page(name) for name in generate.PAGES}
+    assert [name for name in COMMANDS if f"## {name}\n" not in pages["commands"]] == []
+    classes = [one for one in vars(events).values() if inspect.isclass(one) and one.__module__ == events.__name__]
+    told = [one for one in classes if issubclass(one, events.Event | events.Request)]
+    bases = (events.Event, events.Request)
+    assert [one.__name__ for one in told if one not in bases and f"### {one.__name__}\n" not in pages["events"]] == []
+    measured = {key for name, method in METHODS.items() if is_built_in(name) for key in method.metrics}
+    assert [key for key in measured if f"`{key}`" not in pages["metrics"]] == []
+    members = [name for name in vars(Run) if not name.startswith("_")]
+    assert [name for name in members if f"### {name}\n" not in pages["python"]] == []
+    wordless = [name for name in members if not inspect.getdoc(getattr(Run, name))]
+    assert wordless == []
+    assert [one.__name__ for one in told if not one.__doc__] == []
