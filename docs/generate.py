@@ -46,9 +46,9 @@ def _records(kinds: list[type]) -> Iterator[str]:
 
 
 def _prose(text: str) -> str:
-    """A docstring as Markdown: what is set in columns stays so."""
-    first, _, rest = text.partition("\n")
-    return f"{first}\n\n```text\n{rest.strip()}\n```" if rest.strip() else first
+    """A docstring as Markdown: paragraphs, and what is set in columns or indented as it stands."""
+    parts = [part.strip("\n") for part in text.split("\n\n")]
+    return "\n\n".join(f"```text\n{part}\n```" if re.search(r"^ |\S {2,}\S", part, re.M) else part for part in parts)
 
 
 def event_pages() -> Iterator[str]:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
@@ -14,18 +15,21 @@ PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGEL
 REPOSITORY = "https://github.com/mlx-nb/mlx-nb/blob/main/"
 
 
+@event_priority(100)  # before the plugin that turns notebooks into pages
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages that stand elsewhere in the repository."""
     for name, page in PAGES.items():
         text = (ROOT / name).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=text))
     for notebook in sorted((ROOT / "example_notebooks").glob("*.ipynb")):
-        files.append(File.generated(config, f"tutorials/{notebook.name}", abs_src_path=str(notebook)))
+        files.append(File(notebook.name, str(notebook.parent), config.site_dir, config.use_directory_urls))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Links of the repository as links of the site."""
+    if page.file.src_uri.endswith(".ipynb"):
+        return markdown
     up = "../" * page.file.src_uri.count("/")
     of_root = page.file.src_uri in PAGES.values()
     folder = Path() if of_root else Path("docs") / Path(page.file.src_uri).parent
@@ -35,7 +39,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         if target in PAGES:
             return f"]({up}{PAGES[target]})"
         if target.startswith("example_notebooks/"):
-            return f"]({up}tutorials/{Path(target).name})"
+            return f"]({up}{Path(target).name})"
         if target.startswith("docs/"):
             return f"]({up}{target.removeprefix('docs/')}{match[2] or ''})"
         return f"]({REPOSITORY}{target})"
