@@ -455,7 +455,7 @@ def test_the_epoch_counts_the_pieces_of_split_texts(tiny_folder):
 def test_the_check_loads_no_weights(tiny_folder):
     run = Run(RunConfig(model=str(tiny_folder), data="rows"), namespace={"rows": tiny_rows()})
     run.check()
-    assert "loaded" not in run.material.__dict__
+    assert "loaded" not in run.inputs.__dict__
 
 
 # --- template -------------------------------------------------------------------------------------------------------

@@ -282,7 +282,7 @@ WHERE = {
         run.step(5)
         def stream(*_arguments, **_options):
             os.kill(os.getpid(), number)
-        run.material.token_losses = stream
+        run.inputs.token_losses = stream
         run.token_losses(run.rows()[0], base=True)
     """,
 }
@@ -366,11 +366,11 @@ def test_a_signal_during_the_last_save_does_not_end_it(tmp_path, tiny_folder):
 BESIDES = {
     "another run loads": """
         other = Run(run.config.replace(data=tiny_rows(25), adapter_path=str(run.folder.parent / "b")), name="b")
-        real = other.material.tokenizing
+        real = other.inputs.tokenizing
         def tokenizing():
             os.kill(os.getpid(), signal.SIGTERM)
             yield from real()
-        other.material.tokenizing = tokenizing
+        other.inputs.tokenizing = tokenizing
         try:
             other.run()
         except KeyboardInterrupt:

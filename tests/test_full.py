@@ -137,7 +137,7 @@ def test_the_reference_of_a_full_fine_tune_keeps_every_starting_weight(tiny_fold
     start = parameters(run.model)
     assert run.step().loss == pytest.approx(math.log(2), abs=1e-5)
     run.step(2)
-    reference = run.material.reference._scorer.model
+    reference = run.inputs.reference._scorer.model
     assert not changed(start, parameters(reference))
     assert "model.embed_tokens.weight" in changed(start, parameters(run.model))
 

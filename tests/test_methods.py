@@ -213,12 +213,12 @@ def test_reference_log_probabilities_are_measured_once_and_kept_beside_the_run(t
     first = run_of("dpo", folder, tiny_folder)
     first.run()
     assert (folder / REFERENCE_FILE).is_file()
-    measured = len(first.material.reference)
+    measured = len(first.inputs.reference)
     assert measured > 10
     again = run_of("dpo", folder, tiny_folder)
     again.trainer.feed.batches(0)
-    assert again.material.reference._scorer is None
-    assert len(again.material.reference) == measured
+    assert again.inputs.reference._scorer is None
+    assert len(again.inputs.reference) == measured
     again.run()
     assert again.adapter_bytes() == first.adapter_bytes()
 
@@ -226,12 +226,12 @@ def test_reference_log_probabilities_are_measured_once_and_kept_beside_the_run(t
 def test_numbers_of_another_reference_or_a_torn_file_are_not_read(tmp_path, tiny_folder):
     folder = tmp_path / "adapter"
     run_of("dpo", folder, tiny_folder).run()
-    reference = run_of("dpo", tmp_path / "x", tiny_folder).material.reference
+    reference = run_of("dpo", tmp_path / "x", tiny_folder).inputs.reference
     reference.fingerprint = "another"
     reference.load(folder)
     assert len(reference) == 0
     (folder / REFERENCE_FILE).write_bytes((folder / REFERENCE_FILE).read_bytes()[:100])
-    torn = run_of("dpo", tmp_path / "y", tiny_folder).material.reference
+    torn = run_of("dpo", tmp_path / "y", tiny_folder).inputs.reference
     torn.load(folder)
     assert len(torn) == 0
 
@@ -272,7 +272,7 @@ def test_a_reference_model_of_another_vocabulary_or_an_adapter_that_is_not_there
 def test_reference_free_has_no_reference(tmp_path, tiny_folder):
     run = run_of("dpo", tmp_path, tiny_folder, reference_free=True)
     step = run.step()
-    assert run.material.reference is None
+    assert run.inputs.reference is None
     assert "kl" not in step.metrics
     assert abs(step.loss - math.log(2)) > 1e-3
 
@@ -451,7 +451,7 @@ def test_naming_and_leaving_out_the_next_rows_measures_and_samples_nothing(metho
     assert skipped.rows == rows
     assert len(rows) == 4
     assert not rollouts(run)
-    assert method == "grpo" or len(run.material.reference) == 0
+    assert method == "grpo" or len(run.inputs.reference) == 0
     update = next(event for event in events if isinstance(event, StepCompleted))
     assert not set(update.rows) & set(rows)
 
@@ -556,7 +556,7 @@ def test_reference_log_probabilities_are_kept_by_every_run_in_a_folder(tmp_path,
         run = run_of("dpo", tmp_path / "adapter", tiny_folder)
         run.run()
         assert (tmp_path / "adapter" / REFERENCE_FILE).is_file(), number
-        assert run.material.reference._scorer is None or number == 0
+        assert run.inputs.reference._scorer is None or number == 0
 
 
 def test_a_row_without_a_column_that_others_have_gives_none(tmp_path, tiny_folder):

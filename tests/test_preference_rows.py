@@ -151,9 +151,9 @@ BAD_ROWS = [
     ("pairs", {"prompt": "No?", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "`prompt` is not in what the two"),
     ("pairs", {"prompt": "Ahoy?", "chosen": [USER, GOOD], "rejected": [BAD]}, "part at message 0"),
     ("pairs", {**TEXTS, "preference_score": 0}, "`preference_score` is the weight of the pair and must be above 0"),
-    ("pairs", {**TEXTS, "preference_score": True}, "`preference_score` must be a number from 0, not True"),
-    ("pairs", {**TEXTS, "margin": -1}, "`margin` must be a number from 0, not -1"),
-    ("pairs", {**TEXTS, "margin": "nan"}, "`margin` must be a number from 0, not 'nan'"),
+    ("pairs", {**TEXTS, "preference_score": True}, "`preference_score` must be a number of at least 0, not True"),
+    ("pairs", {**TEXTS, "margin": -1}, "`margin` must be a number of at least 0, not -1"),
+    ("pairs", {**TEXTS, "margin": "nan"}, "`margin` must be a number of at least 0, not 'nan'"),
     ("labels", {"prompt": "x", "completion": "y"}, "no column 'label'"),
     (
         "labels",

@@ -205,14 +205,14 @@ CHAT_AS_TEXT = [{"text": f"<|user|>say red {k}<|end|>\n<|assistant|>red<|end|>\n
 )
 def test_every_way_of_asking_writes_a_text_as_the_rows_are_written(rows, settings, asked, tiny_folder, tmp_path):
     run = run_of(rows, tiny_folder, tmp_path, **settings)
-    assert run.material.asking == Rendering(asked)
+    assert run.inputs.asking == Rendering(asked)
     expected = answer(run, Rendering(asked))
     assert expected != answer(run, Rendering("raw" if asked == "chat" else "chat"))
     assert run.generate(PROMPT, max_tokens=6) == expected
     assert run.generate([PROMPT, PROMPT], max_tokens=6) == [expected, expected]
-    assert [*run.material.answers(PROMPT, 6)][-1][0] == expected
+    assert [*run.inputs.answers(PROMPT, 6)][-1][0] == expected
     for question in (PROMPT, [{"role": "user", "content": PROMPT}]):
-        said = [*run.material.stream(Question(question, lambda text, done: None, max_tokens=6))]
+        said = [*run.inputs.stream(Question(question, lambda text, done: None, max_tokens=6))]
         assert said[-1] == expected
     # Messages are a chat whatever the rows are.
     assert run.generate([{"role": "user", "content": PROMPT}], max_tokens=6) == answer(run, Rendering("chat"))
@@ -229,9 +229,9 @@ def test_kept_prompts_are_asked_as_the_rows_are_written(tiny_folder, tmp_path):
 
 def test_the_notes_of_a_run_on_plain_text_say_how_it_is_asked(tiny_folder, tmp_path):
     note = "The training rows are plain text, so the model is asked with raw text too."
-    assert any(text.startswith(note) for text in run_of(TEXT_ROWS, tiny_folder, tmp_path).material.notes())
+    assert any(text.startswith(note) for text in run_of(TEXT_ROWS, tiny_folder, tmp_path).inputs.notes())
     for rows, settings in ((STRING_ROWS, {}), (TEXT_ROWS, {"prompt_format": "raw"}), (CHAT_AS_TEXT, {})):
-        notes = run_of(rows, tiny_folder, tmp_path, **settings).material.notes()
+        notes = run_of(rows, tiny_folder, tmp_path, **settings).inputs.notes()
         assert not any(text.startswith(note) for text in notes)
 
 
@@ -256,6 +256,6 @@ def test_rollouts_are_asked_as_the_prompts_are_written(tiny_folder, tmp_path):
         rows = [{"prompt": PROMPT, "answer": "4"}]
         more = {"method": "grpo", "rewards": ["number_match"], "prompt_format": setting}
         run = run_of(rows, tiny_folder, tmp_path, **more)
-        (example,) = run.material.examples.train
+        (example,) = run.inputs.examples.train
         assert example.prompt_tokens.tolist() == prompt_tokens(run.tokenizer, PROMPT, rendering=Rendering(setting))
-        assert run.material.asking == Rendering(setting)
+        assert run.inputs.asking == Rendering(setting)

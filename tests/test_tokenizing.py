@@ -141,7 +141,7 @@ def test_the_same_rows_are_tokenized_once_and_others_again(tmp_path, tiny_folder
     def signs_of(number, **settings):
         settings = {"data": rows_of("kept"), "iters": 1, **settings}
         run = rows_run(tmp_path, tiny_folder, adapter_path=str(tmp_path / str(number)), **settings)
-        return len(tokenizing_signs(run.events())), run.material
+        return len(tokenizing_signs(run.events())), run.inputs
 
     first, material = signs_of(0)
     again, same = signs_of(1)
@@ -176,4 +176,4 @@ def test_who_asks_for_rows_while_they_are_tokenized_gets_them_and_the_run_goes_o
     }[caller]()
     assert found == 32
     assert [event.step for event in events if isinstance(event, StepCompleted)] == [1, 2]
-    assert run.trainer.examples is run.material.examples
+    assert run.trainer.examples is run.inputs.examples

@@ -1,4 +1,4 @@
-"""What of a configuration would have no effect, or cannot go together: each an error that names the setting.
+"""Settings that would have no effect, or that exclude each other: each an error that names the setting.
 
 Every check yields a SettingError for each thing that is wrong. The values that it reads are already of the right kind
 and inside their bounds.
@@ -50,7 +50,7 @@ class _Refused(Exception):
 
 
 def problems_of(config: Any, refused: Collection[str], given: Collection[str]) -> list[SettingError]:
-    """What of `config` has no effect or cannot go together, all of it.
+    """Yields every setting of `config` that has no effect or excludes another.
 
     `refused` are settings that are wrong anyway; `given` are those that were given, be it at their default.
     """
@@ -188,7 +188,7 @@ def _check_rewards(config: Readable) -> Iterator[SettingError]:
 
 
 def _check_rollouts(config: Readable) -> Iterator[SettingError]:
-    """What cannot go together where completions are sampled."""
+    """Yields settings that exclude each other where completions are sampled."""
     method = METHODS.get(config.method)
     if method is None or not method.kind.sampled:
         return

@@ -148,7 +148,7 @@ class RunConfig(Settings):
     )
     reference_adapter: str | None = setting(
         None,
-        "Adapter folder that the reference wears, or `none` for the bare base. null = what training starts from: "
+        "Adapter folder of the reference, or `none` for the bare base. null = what training starts from: "
         "resume_adapter_file if there is one.",
         group="method",
         only_for="reference",

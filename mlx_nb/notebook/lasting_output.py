@@ -30,9 +30,9 @@ class Outcome:
         self._waiting = f"{run.name}: the result is written here when the run pauses or ends."
         self._summary: Any = display({"text/plain": self._waiting}, raw=True, display_id=True)
         self._figure: Any = display({"text/plain": ""}, raw=True, display_id=True)
-        run.listen(self._heard)
+        run.listen(self._on_event)
 
-    def _heard(self, event: Event) -> None:
+    def _on_event(self, event: Event) -> None:
         if isinstance(event, RunFailed):
             self._error = event.error
         if isinstance(event, RunStarted) and event.notes and self._waiting:
@@ -45,7 +45,7 @@ class Outcome:
 
     def close(self) -> None:
         """Leave the outputs as they are, or with how it ended where the run was let go."""
-        self._run.unlisten(self._heard)
+        self._run.unlisten(self._on_event)
         if self._run.let_go:
             self._error = self._run.let_go
             self.publish()

@@ -14,7 +14,7 @@ from mlx_nb.train.interrupts import Interrupts
 SECONDS_BETWEEN_EVENTS = 0.001
 
 
-class Movable(Protocol):
+class Runnable(Protocol):
     """What the background needs of a run."""
 
     name: str
@@ -23,7 +23,7 @@ class Movable(Protocol):
     def request(self, request: Request) -> None: ...
 
 
-_moving: list[Movable] = []
+_moving: list[Runnable] = []
 _interrupts: Interrupts | None = None
 
 
@@ -44,7 +44,7 @@ def _pause_all(pause: Pause) -> None:
         run.request(pause)
 
 
-def _left(run: Movable) -> None:
+def _left(run: Runnable) -> None:
     global _interrupts
     if run in _moving:
         _moving.remove(run)
@@ -56,7 +56,7 @@ def _left(run: Movable) -> None:
 class Background:
     """The task that moves one run, if there is one. Everything happens on the thread of the loop."""
 
-    def __init__(self, run: Movable) -> None:
+    def __init__(self, run: Runnable) -> None:
         self._run = run
         self._task: asyncio.Task[None] | None = None
         self._events: Iterator[Event] | None = None

@@ -29,7 +29,7 @@ SHARE_OF_SAVING = 0.01  # of the time, at most, goes into checkpoints that nothi
 SAVED_BYTES_PER_SECOND, SHORTEST_SAVE = 200e6, 0.05  # the guess, in bytes and seconds, before the first is measured
 
 
-class Keeper:
+class Checkpoints:
     """The snapshots and checkpoints of one run. `about` is what a checkpoint says of it: name and fingerprints."""
 
     def __init__(self) -> None:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 SPLITS = ("train", "valid", "test")
 
 
-class Material:
+class RunInputs:
     """The model and the rows that a configuration names. `namespace` is where `data: name` looks for a variable.
 
     Raises ConfigError, DataError or ModelError, each in one line, at the first use of what is wrong.
@@ -50,11 +50,11 @@ class Material:
         self._base_answers: dict[tuple[str, int], str] = {}
         self._named_as_changed: set[str] = set()
 
-    def twin(self, config: RunConfig) -> Material:
+    def twin(self, config: RunConfig) -> RunInputs:
         """For a fork with other settings: the same rows, and the same base in modules of its own."""
         from mlx_nb.model.shared_base import twin
 
-        other = Material(config, self.namespace)
+        other = RunInputs(config, self.namespace)
         other.loaded, other.splits, other.left_out = twin(self.loaded), self.splits, self.left_out
         other.limits = self.limits
         other.reference = self.reference
@@ -63,9 +63,9 @@ class Material:
             other.examples = dataclasses.replace(self.examples, test=other.tokenize("test"))
         return other
 
-    def for_settings(self, config: RunConfig) -> Material:
+    def for_settings(self, config: RunConfig) -> RunInputs:
         """For a run that has not begun and whose settings were changed; a model that is loaded already is kept."""
-        other = Material(config, self.namespace)
+        other = RunInputs(config, self.namespace)
         decisive = ("model", "load_in_bits", "chat_template", "fine_tune_type")
         if "loaded" in self.__dict__ and all(getattr(self.config, name) == getattr(config, name) for name in decisive):
             other.loaded = self.loaded

@@ -66,8 +66,8 @@ from mlx_nb.history import History
 from mlx_nb.process import exits
 from mlx_nb.process.turns import Turns
 from mlx_nb.run.background import Background
-from mlx_nb.run.checkpoints import Keeper, differences, for_other_settings, refuse_own_folder
-from mlx_nb.run.inputs import SPLITS, Material, Rows
+from mlx_nb.run.checkpoints import Checkpoints, differences, for_other_settings, refuse_own_folder
+from mlx_nb.run.inputs import SPLITS, Rows, RunInputs
 from mlx_nb.run.resume import (
     allowed_changes,
     changes_since,
@@ -129,9 +129,9 @@ class Run:
         self.config = config if _from_checkpoint else _with_adapter_settings(config)
         self.name = name
         self.history = History()
-        self.material = Material(self.config, namespace)
+        self.inputs = RunInputs(self.config, namespace)
         self._resumed = False
-        self._keeper = Keeper()
+        self._checkpoints = Checkpoints()
         self._home: RunFolder | None = None
         self._forks = 0
         self._blocked = False
@@ -160,7 +160,7 @@ class Run:
         """From YAML text or a YAML file; `overrides` are settings that win over it."""
         config = RunConfig.from_yaml(source, **overrides)
         run = cls(config, name=name, namespace=namespace, allow_changed=allow_changed)
-        run.material.check_reward_names()
+        run.inputs.check_reward_names()
         return run
 
     # What the run stands on
@@ -168,7 +168,7 @@ class Run:
     @property
     def loaded(self) -> LoadedModel:
         """The model, tokenizer and where they came from; loaded at first use."""
-        return self.material.loaded
+        return self.inputs.loaded
 
     @property
     def model(self) -> Any:
@@ -178,12 +178,12 @@ class Run:
     @property
     def tokenizer(self) -> Any:
         """The tokenizer, with its chat template. Loaded alone when the model is not needed yet."""
-        return self.material.tokenizer
+        return self.inputs.tokenizer
 
     @property
     def splits(self) -> Splits:
         """The rows; opened at first use."""
-        return self.material.splits
+        return self.inputs.splits
 
     @property
     def folder(self) -> Path:
@@ -231,11 +231,11 @@ class Run:
 
     def _loading(self) -> Iterator[Progress]:
         """Load model and rows, refusing what cannot be trained as soon as it is known."""
-        self.material.check()
-        yield from self.material.loading()
+        self.inputs.check()
+        yield from self.inputs.loading()
         yield Progress(0, "loading a pass over a few tokens", 0, 0)
         self._refuse_model()
-        yield from self.material.tokenizing()
+        yield from self.inputs.tokenizing()
 
     @contextmanager
     def _folder_taken(self) -> Iterator[None]:
@@ -267,7 +267,7 @@ class Run:
     def _prepare(self) -> Trainer:
         """The trainer, in a folder that nobody else writes to."""
         with self._folder_taken():
-            self.material.check()
+            self.inputs.check()
             self._refuse_model()
             return self._made_trainer()
 
@@ -277,30 +277,30 @@ class Run:
         from mlx_nb.train.trainer import Trainer
 
         loaded = self.loaded
-        notes = self.material.notes()
+        notes = self.inputs.notes()
         if not self._from_checkpoint:
-            notes += self.material.adapter_notes(self._allow_changed)
-        reference = self.material.reference
+            notes += self.inputs.adapter_notes(self._allow_changed)
+        reference = self.inputs.reference
         exits.join(self)
         trainer = Trainer(
             self.config,
             loaded.model,
-            self.material.examples,
+            self.inputs.examples,
             name=self.name,
             folder=self.folder,
             notes=notes,
             compiled=not is_cpu(),
             memory_limit=memory_limit(),
-            sampler=lambda prompt: self.material.answers(prompt, self.config.sample_tokens),
+            sampler=lambda prompt: self.inputs.answers(prompt, self.config.sample_tokens),
             reference=reference,
             tokenizer=loaded.tokenizer,
-            rewards=self.material.rewards,
+            rewards=self.inputs.rewards,
             base=base_identity(loaded.weights, self.config.load_in_bits),
             from_checkpoint=self._from_checkpoint,
             inbox=self._inbox,
             write=self.home.write,
         )
-        _ = self.material.fingerprints  # of what was just read, and not of what will be there at the first checkpoint
+        _ = self.inputs.fingerprints  # of what was just read, and not of what will be there at the first checkpoint
         # Last, when nothing of the run itself can go wrong any more.
         try:
             set_aside = None if self._resumed else self.home.begin()
@@ -317,7 +317,7 @@ class Run:
 
     def rows(self, split: str = "train") -> Rows:
         """The rows of a split; `run.rows("train")[12]` is row 12 as the model will see it."""
-        return self.material.rows(split)
+        return self.inputs.rows(split)
 
     def row_losses(self, split: str = "train") -> dict[int, float]:
         """The loss of each row of `split` when it was last trained on or evaluated, the highest first."""
@@ -331,7 +331,7 @@ class Run:
         """
         self._refuse_base(base)
         with self._turns.turn():
-            return self.material.token_losses(row, base=base, rejected=rejected)
+            return self.inputs.token_losses(row, base=base, rejected=rejected)
 
     def _refuse_base(self, base: bool) -> None:
         if base and self.config.fine_tune_type == "full" and self.step_count:
@@ -343,12 +343,12 @@ class Run:
         All rows are read; `rows` of each split (None or `all` = all) are tokenised.
         """
         kind = method_named(self.config.method).rows
-        return check_data(self.splits, self.tokenizer, self.config, rows=rows, kind=kind, limits=self.material.limits)
+        return check_data(self.splits, self.tokenizer, self.config, rows=rows, kind=kind, limits=self.inputs.limits)
 
     @property
     def left_out(self) -> dict[str, list[LeftOut]]:
         """The rows that are not trained, by split, each with the reason. Filled when training is prepared."""
-        return self.material.left_out
+        return self.inputs.left_out
 
     @property
     def step_count(self) -> int:
@@ -565,8 +565,8 @@ class Run:
             raise
         except FolderError:
             pass  # a disk that takes nothing pauses the run at its next save
-        if not self._keeper.remembers:
-            self._keeper.remember(trainer, self.history)
+        if not self._checkpoints.remembers:
+            self._checkpoints.remember(trainer, self.history)
         self._failed, self._error = False, None
         yield from self._answer_requests()
         for event in trainer.events(updates):
@@ -579,7 +579,7 @@ class Run:
             if isinstance(event, EvaluationCompleted | SampleGenerated | RolloutCompleted | RunFailed):
                 clear_cache()
             if isinstance(event, StepCompleted | BatchSkipped):
-                self._keeper.remember(trainer, self.history)
+                self._checkpoints.remember(trainer, self.history)
             if isinstance(event, AdapterSaved) and event.kind == "step":
                 with suppress(OSError, FolderError):  # the next save says so
                     self.home.keep_numbered(self.config.keep)
@@ -590,8 +590,8 @@ class Run:
                 return
             yield from self._answer_requests()
             if isinstance(event, RunFinished):
-                self._keeper.release(self.folder)
-            if kind := self._keeper.kind_due(event, self.config.autosave_minutes):
+                self._checkpoints.release(self.folder)
+            if kind := self._checkpoints.kind_due(event, self.config.autosave_minutes):
                 try:
                     self.checkpoint(kind)
                 except CheckpointError as error:
@@ -601,7 +601,7 @@ class Run:
                     yield paused
                     return
                 self._blocked = False
-                for path in self.material.changed_files():
+                for path in self.inputs.changed_files():
                     self._record(changed := DataChanged(self.step_count, path))
                     yield changed
                 if isinstance(event, RunFinished):
@@ -613,7 +613,7 @@ class Run:
             question = self._questions.pop(0)
             text = ""
             try:
-                for tokens, text in enumerate(self.material.stream(question)):
+                for tokens, text in enumerate(self.inputs.stream(question)):
                     question.on_text(text, False)
                     yield Progress(self.step_count, "answer", tokens, question.max_tokens)
             except DataError as error:
@@ -644,13 +644,13 @@ class Run:
         """The state to go back to. Raises CommandError where there is none."""
         if not 0 <= target < self.step_count:
             raise CommandError(f"{self.name} is at update {self.step_count} and cannot go back to {target}.")
-        return self._keeper.find(target, self._store(), self.history, self.step_count)
+        return self._checkpoints.find(target, self._store(), self.history, self.step_count)
 
     def _rewind(self, target: int) -> Rewound:
         checkpoint = self._place_of(target)
         rewound = Rewound(target, self.step_count, checkpoint.state["standing"])
         self.trainer.restore(checkpoint)
-        self._keeper.forget_after(target)
+        self._checkpoints.forget_after(target)
         self._record(rewound)
         self._find_best()
         with suppress(OSError, FolderError):  # it is tried again, and said, when the run goes on
@@ -667,7 +667,7 @@ class Run:
         step = trainer.state.best_step
         if trainer.best is None and step is not None:
             with suppress(CommandError, CheckpointError):
-                trainer.best = self._keeper.find(step, self._store(), self.history, self.step_count).arrays[
+                trainer.best = self._checkpoints.find(step, self._store(), self.history, self.step_count).arrays[
                     "parameters"
                 ]
 
@@ -693,7 +693,7 @@ class Run:
         other = Run(config, name=name, _from_checkpoint=True)
         if other.folder.resolve() == self.folder.resolve():
             raise CommandError(f"a fork of {self.name} needs another folder than {self.folder}.")
-        other.material = self.material.twin(other.config)
+        other.inputs = self.inputs.twin(other.config)
         other.trainer.restore(for_other_settings(self.trainer.snapshot(), self.config, other.config))
         other.trainer.go_on()
         # Its own length and folder are other ones.
@@ -726,7 +726,7 @@ class Run:
         """
         if self.let_go or self.unsaved_updates <= 0:
             return False
-        folder = self._keeper.save_last_boundary(self.history, self._checked_store(), "exit", **self._about())
+        folder = self._checkpoints.save_last_boundary(self.history, self._checked_store(), "exit", **self._about())
         return folder is not None
 
     def release(self, reason: str = "") -> None:
@@ -749,7 +749,7 @@ class Run:
             f"{reason or f'{self.name} let go of {self.folder}'} after update {self.step_count}."
             f"{way_back if self.has_checkpoint else ''}".rstrip(".")
         )
-        self._keeper.forget()
+        self._checkpoints.forget()
 
     @property
     def let_go(self) -> str:
@@ -767,7 +767,7 @@ class Run:
     def checkpoint(self, kind: str = "step") -> Path:
         """Write everything that the run's next update depends on. Returns the folder. Raises CheckpointError."""
         trainer = self.trainer
-        folder = self._keeper.save(trainer, self.history, self._checked_store(), kind, **self._about())
+        folder = self._checkpoints.save(trainer, self.history, self._checked_store(), kind, **self._about())
         self._tell(CheckpointSaved(self.step_count, str(folder), kind))
         return folder
 
@@ -783,7 +783,7 @@ class Run:
         """What a checkpoint says of the run besides its state."""
         return {
             "name": self.name,
-            "made_from": self.material.fingerprints,
+            "made_from": self.inputs.fingerprints,
             "run_folder": self.folder,
             "asked": [*self._inbox.kept(), *(request.to_json() for request in self._rewind_requests)],
         }
@@ -811,7 +811,7 @@ class Run:
     @property
     def unsaved_updates(self) -> int:
         """Updates done since the last checkpoint."""
-        return self.step_count - self._keeper.saved_step
+        return self.step_count - self._checkpoints.saved_step
 
     def _store(self) -> CheckpointStore:
         from mlx_nb.train.checkpoint import CheckpointStore
@@ -849,14 +849,14 @@ class Run:
             run = cls(settings, name=checkpoint.state["name"], namespace=namespace, _from_checkpoint=True)
             home.name, home.at_rest, home.let_go = run.name, run._at_rest, run.release
             run._resumed, run._home = True, home
-            changed = changes_since(checkpoint, config, run.material.fingerprints, allow_changed)
+            changed = changes_since(checkpoint, config, run.inputs.fingerprints, allow_changed)
             run.trainer.restore(checkpoint)
             run.history, damage = read_history_of(checkpoint)
         except BaseException:
             home.release()
             raise
         run.trainer.notes += (*messages, *damage, *(f"changed since the checkpoint: {what}" for what in changed))
-        run._keeper.go_on_from(checkpoint, run.history, whole=not damage)
+        run._checkpoints.go_on_from(checkpoint, run.history, whole=not damage)
         run._find_best()
         run.trainer.notes += tuple(run._ask_again(requests_of(checkpoint)))
         return run
@@ -1005,7 +1005,7 @@ class Run:
         started = self._trainer is not None or self._from_checkpoint
         self.config = checked if started else _with_adapter_settings(checked)
         if self._trainer is None:
-            self.material = self.material.for_settings(self.config)
+            self.inputs = self.inputs.for_settings(self.config)
             return
         for name in changes:
             if self.background.active:
@@ -1016,7 +1016,7 @@ class Run:
     def evaluate(self, split: str = "valid", *, all_rows: bool = False) -> EvaluationCompleted:
         """Loss and the method's metrics on a fixed set of rows of `split`, or on all of them, now."""
         if split == "test" and not self.config.test and self._trainer is not None and not self._trainer.examples.test:
-            self._trainer.examples = dataclasses.replace(self._trainer.examples, test=self.material.tokenize("test"))
+            self._trainer.examples = dataclasses.replace(self._trainer.examples, test=self.inputs.tokenize("test"))
         with self._turns.turn():
             result = self.trainer.evaluate(split, all_rows=all_rows)
         self._record(result)
@@ -1058,7 +1058,7 @@ class Run:
                 max_tokens=max_tokens,
                 temperature=temperature,
                 seed=seed,
-                rendering=self.material.asking,
+                rendering=self.inputs.asking,
                 tools=tools,
                 roles=self.config.roles,
             )

@@ -55,7 +55,7 @@ ADVICE = {
     errno.ENOTDIR: "Move the file that stands in the place of the folder",
     errno.EEXIST: "Move the file that stands in the place of the folder",
     errno.ENOTEMPTY: "End the other run that saves into this folder",
-    errno.ENOENT: "Let the folder be while a run saves into it",
+    errno.ENOENT: "Do not move or delete the folder while a run saves into it",
 }
 
 

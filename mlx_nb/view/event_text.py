@@ -32,7 +32,7 @@ from mlx_nb.events import (
     StepCompleted,
 )
 from mlx_nb.history import History, evaluation_row
-from mlx_nb.view.metric_text import asides, headline, main_metrics, metric_words, number
+from mlx_nb.view.metric_text import headline, main_metrics, metric_words, number, side_metrics
 from mlx_nb.view.pace import time_left, tokens_a_second
 
 _NOTHING = "All gradients were 0, or all completions of each prompt got the same reward. Look at rewards and rows"
@@ -61,7 +61,7 @@ def describe(event: Event) -> str:
             row = evaluation_row(event)
             name, value = headline(row)
             told = f"{event.split} {name} {value:.4f}"
-            measured = asides(row, event.metrics)
+            measured = side_metrics(row, event.metrics)
             told += f", {measured}" if measured else ""
             return f"update {event.step}: {told} ({counted(event.rows, 'row')}{best})"
         case SampleGenerated():
@@ -218,7 +218,7 @@ def summary_rows(history: History) -> list[tuple[str, str]]:
             label = "validation" if split == "valid" else split
             name, value = headline(final)
             change = f"{headline(first)[1]:.4f} → {value:.4f}" if len(evaluations) > 1 else f"{value:.4f}"
-            measured = asides(final, history.evaluation_metrics)
+            measured = side_metrics(final, history.evaluation_metrics)
             rows.append((f"{label} {name}", f"{change} ({measured})" if measured else change))
     best = [row for row in history.evaluations("valid") if row["best"]]
     if best:

@@ -34,7 +34,7 @@ def headline(evaluation: Mapping[str, Any]) -> tuple[str, float]:
     return ("loss", evaluation["loss"]) if reward is None else ("reward", reward)
 
 
-def asides(evaluation: Mapping[str, Any], metrics: Iterable[str]) -> str:
+def side_metrics(evaluation: Mapping[str, Any], metrics: Iterable[str]) -> str:
     """`perplexity 2.31`, or the main ones of the method's `metrics`: what stands behind the headline."""
     if evaluation["perplexity"] is not None:
         return f"perplexity {evaluation['perplexity']:.2f}"

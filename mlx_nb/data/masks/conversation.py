@@ -212,7 +212,7 @@ def _weights(messages: Sequence[Message], loss_on: str) -> list[float]:
     for i, message in enumerate(messages):
         weight = 1.0 if message.get("weight") is None else message["weight"]
         if isinstance(weight, str) or not math.isfinite(weight) or weight < 0:
-            raise MaskRefused(f"message {i} has weight={weight!r}. A weight is a number from 0.")
+            raise MaskRefused(f"message {i} has weight={weight!r}. A weight is a number of at least 0.")
         chosen = loss_on == "all" or (message.get("role") == "assistant" and i >= first)
         weights.append(float(weight) if chosen and message.get("train") is not False else 0.0)
     return weights

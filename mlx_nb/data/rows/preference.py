@@ -325,7 +325,7 @@ def _number(record: Mapping[str, Any], named: str | None, usual: str, default: f
     except (TypeError, ValueError):
         number = math.nan
     if not 0 <= number < math.inf:
-        raise DataError(f"`{name}` must be a number from 0, not {value!r}.")
+        raise DataError(f"`{name}` must be a number of at least 0, not {value!r}.")
     return number
 
 

@@ -246,7 +246,8 @@ def check_rewards(rewards: Sequence[Reward], weights: Sequence[float] | None, co
             if parameter not in known:
                 how = "scores one completion at a time" if reward.scores_one else "scores all completions at once"
                 raise ConfigError(
-                    f"reward {reward.name} needs `{parameter}`, which there is not. It {how} and can take: "
+                    f"reward {reward.name} requires parameter `{parameter}`, but no column or argument has that name. "
+                    f"It {how} and can take: "
                     f"{', '.join(known)}.{did_you_mean(parameter, known)}"
                 )
     if weights is None:

@@ -62,7 +62,7 @@ class Panel:
         self._drawn_at = 0.0
         self._device, self._warning = device, warning
         self._build()
-        run.listen(self._heard)
+        run.listen(self._on_event)
         self.refresh()
 
     @property
@@ -199,7 +199,7 @@ class Panel:
 
     # What is shown
 
-    def _heard(self, event: Event) -> None:
+    def _on_event(self, event: Event) -> None:
         if isinstance(event, CheckpointSaved) and event.kind == "auto":
             return  # many, and the page of checkpoints lists them
         self._progress = event if isinstance(event, Progress) else None
@@ -257,7 +257,7 @@ class Panel:
     def close(self) -> None:
         """Take the widgets away and listen no more."""
         if (run := self._run()) is not None:
-            run.unlisten(self._heard)
+            run.unlisten(self._on_event)
         close_widgets(self.widget)
 
     def _close_later(self) -> None:
