@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
+import hypothesis
 import pytest
 
 from mlx_nb.model.backend import prepare_backend
@@ -13,6 +14,10 @@ prepare_backend()
 # Where the tests run as a job in the background of a shell, it has these ignored, and every child inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# How long an example takes is a matter of how busy the machine is, and says nothing about the law.
+hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("busy")
 
 SLOW_MARKERS = ("real_model", "kernel", "browser", "faults")
 
