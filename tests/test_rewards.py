@@ -177,7 +177,7 @@ def test_a_parameter_that_there_is_not_is_an_error_before_anything_is_called():
 
     with pytest.raises(ConfigError, match=r"second requires parameter `solution`.*can take: prompts, .*difficulty\."):
         scores_of(first, second)
-    with pytest.raises(ConfigError, match=r"third requires parameter `completions`.*scores one .* Did you mean 'completion'"):
+    with pytest.raises(ConfigError, match=r"third requires parameter `completions`.*scores one .* mean 'completion'"):
         scores_of(first, third)
     assert called == []
 
