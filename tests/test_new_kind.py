@@ -101,5 +101,9 @@ def test_it_shows_its_stars_and_the_check_names_a_bad_row(tmp_path, tiny_folder)
     assert [left.row for left in run.left_out["train"]] == [7]
 
 
+def test_every_kind_has_its_three_entries():
+    assert list(FACTS) == list(ROW_KINDS) == list(LOSS_KINDS)
+
+
 def test_its_losses_obey_the_laws():
     assert len(mlx_nb.check_objective("stars")) >= 6

@@ -152,6 +152,7 @@ class FolderLock:
                 return None
             holder = self._file.holder()
             self._file.close()
+            self._given_back.detach()
             if holder is not None:
                 return holder
             time.sleep(_WAIT_SECONDS)
