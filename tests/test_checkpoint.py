@@ -24,6 +24,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from every_line import at_line
 from mlx_nb.train import checkpoint as module
 from mlx_nb.train.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 
@@ -468,24 +469,7 @@ def test_a_folder_deleted_between_saves_is_made_again(two):
 
 def lines_of_a_save(store: CheckpointStore, at: int, act: Callable[[], None]) -> bool:
     """Save step 9 and call `act` before the `at`-th line that checkpoint.py runs. False when there is none."""
-    reached = 0
-
-    def trace(frame, event, _):
-        nonlocal reached
-        if frame.f_code.co_filename != module.__file__:
-            return None
-        if event == "line":
-            reached += 1
-            if reached == at:
-                act()
-        return trace
-
-    sys.settrace(trace)
-    try:
-        store.save(checkpoint(9), kind="step")
-    finally:
-        sys.settrace(None)
-    return reached >= at
+    return at_line(at, act, lambda: store.save(checkpoint(9), kind="step"), module.__file__)
 
 
 def fresh_copies(two, tmp_path):

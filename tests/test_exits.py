@@ -16,7 +16,7 @@ from pathlib import Path
 import ipywidgets
 import pytest
 
-import mlx_nb
+from every_line import PACKAGE, at_line, lines_of
 from mlx_nb import Run
 from mlx_nb.errors import CheckpointError, CommandError
 from mlx_nb.notebook.interrupted import LINE
@@ -508,58 +508,25 @@ def test_an_interrupt_at_any_line_of_a_command_is_one_line(shell, tiny_folder, c
     shell.run_cell_magic("finetune", "--paused -o run", cell)
     shell.user_ns["run"].step()
     code = CELLS[which].format(model=tiny_folder)
-    package = str(Path(mlx_nb.__file__).parent)
-    lines = count_lines(shell, code, package)
+    lines = len(lines_of(lambda: shell.run_cell(code)))
     assert lines > 5
     for line in {*range(1, 40), *range(40, lines, max(1, lines // 60))} & set(range(1, lines + 1)):
         capsys.readouterr()
-        result = interrupted_at(shell, code, package, line)
+        result = interrupted(shell, code, line)
         shown = capsys.readouterr()
         text = shown.out + shown.err
         assert "Traceback" not in text, text
-        assert package not in text, text
+        assert PACKAGE not in text, text
         if isinstance(result.error_in_exec, KeyboardInterrupt):
             assert LINE in text
         else:  # while it trains, an interrupt is a pause; while an error is being shown, IPython says so itself
             assert "paused" in text or text.strip() == "KeyboardInterrupt" or result.success
 
 
-def count_lines(shell, code, package):
-    seen = 0
-
-    def trace(frame, event, argument):
-        nonlocal seen
-        if not frame.f_code.co_filename.startswith(package):
-            return None
-        seen += event == "line"
-        return trace
-
-    run_traced(shell, code, trace)
-    return seen
-
-
-def interrupted_at(shell, code, package, wanted):
-    seen = 0
-
-    def trace(frame, event, argument):
-        nonlocal seen
-        if not frame.f_code.co_filename.startswith(package):
-            return None
-        seen += event == "line"
-        if seen == wanted:
-            sys.settrace(None)
-            os.kill(os.getpid(), signal.SIGINT)
-        return trace
-
-    return run_traced(shell, code, trace)
-
-
-def run_traced(shell, code, trace):
-    sys.settrace(trace)
-    try:
-        return shell.run_cell(code)
-    finally:
-        sys.settrace(None)
+def interrupted(shell, code, line):
+    results = []
+    at_line(line, lambda: os.kill(os.getpid(), signal.SIGINT), lambda: results.append(shell.run_cell(code)))
+    return results[0]
 
 
 def test_an_interrupt_of_a_persons_own_code_is_shown_as_ever_and_the_hook_is_given_back(shell, capsys):

@@ -302,7 +302,7 @@ def test_it_is_named_among_the_notes_and_to_who_asks_it(folders):
     loaded = load_model(folders("gemma3n"))
     [note] = [note for note in loaded.notes if "gemma3n" in note]
     assert "without a cache" in note
-    asked = {"base": False, "max_tokens": 2, "temperature": 0.0, "seed": 0}
+    asked = {"max_tokens": 2, "temperature": 0.0, "seed": 0}
     with pytest.warns(UserWarning, match="gemma3n answers, but cannot be trained"):
         assert generate_texts(loaded.model, loaded.tokenizer, ["say red"], **asked)
     assert not any("llama" in note for note in load_model(folders("llama")).notes)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import linecache
 import os
 import signal
 import threading
+import time
 
 import pytest
 
+from every_line import interrupted_at, lines_of, places_of
 from mlx_nb import Run
 from mlx_nb.errors import CommandError
 from mlx_nb.events import EvaluationCompleted, Pause, Progress, RunPaused, RunStarted, StepCompleted
+from mlx_nb.process import turns as turns_module
+from mlx_nb.process.turns import Turns
+from mlx_nb.run.inputs import RunInputs
 from mlx_nb.train.interrupts import Interrupts
 from test_resume import arrays_of, happened, rows_run, trainer_for
+from tiny import tiny_rows
 
 
 def interrupt(times=1):
@@ -115,22 +122,31 @@ def test_a_real_signal_while_run_computes_pauses_it(tmp_path, tiny_folder):
 
 
 def test_an_interrupt_while_loading_is_kept_and_a_second_gives_up(tmp_path, tiny_folder, monkeypatch):
-    run = rows_run(tmp_path, tiny_folder)
-    real, times = Run._prepare, 2
+    """Where the trainer is made nothing is broken off; the rows may be read by code that never ends."""
+    place, times = "mlx_nb.run.run.Run._prepare", 1
+    real = Run._prepare
 
-    def interrupted(self):
+    def interrupted(self, *arguments):
         interrupt(times)
-        return real(self)
+        return real(self, *arguments)
 
-    monkeypatch.setattr(Run, "_prepare", interrupted)
+    def paused(run):
+        with monkeypatch.context() as changed:
+            changed.setattr(place, interrupted)
+            return [type(event) for event in run.events() if not isinstance(event, Progress)]
+
+    for times in (1, 2, 3):
+        run = rows_run(tmp_path, tiny_folder, adapter_path=str(tmp_path / str(times)))
+        assert paused(run) == [RunPaused]
+        kinds = [type(event) for event in run.events() if not isinstance(event, Progress)]
+        assert kinds[:2] == [RunStarted, EvaluationCompleted]
+        assert kinds.count(StepCompleted) == 6
+    place, real, times = "mlx_nb.run.inputs.RunInputs.check", RunInputs.check, 2
+    run = rows_run(tmp_path, tiny_folder, adapter_path=str(tmp_path / "rows"))
     with pytest.raises(KeyboardInterrupt):
-        list(run.events())
-    run = rows_run(tmp_path, tiny_folder)
-    times = 1
-    assert [type(event) for event in run.events() if not isinstance(event, Progress)] == [RunPaused]
-    monkeypatch.undo()
+        paused(run)
+    assert not run.prepared
     kinds = [type(event) for event in run.events() if not isinstance(event, Progress)]
-    assert kinds[:2] == [RunStarted, EvaluationCompleted]
     assert kinds.count(StepCompleted) == 6
 
 
@@ -146,3 +162,64 @@ def test_a_failed_start_leaves_the_model_as_it_was_loaded(tmp_path, tiny_folder,
     whole = rows_run(tmp_path, tiny_folder, adapter_path=str(tmp_path / "whole"))
     whole.run()
     assert run.adapter_bytes() == whole.adapter_bytes()
+
+
+def test_rows_that_never_come_are_broken_off_by_a_second_interrupt(tmp_path, tiny_folder):
+    """A data set of a person's own may wait for a network; nothing but a signal ends that."""
+
+    class Endless(list):
+        def __iter__(self):
+            interrupt(2)
+            pytest.fail("the second one did not strike here")
+
+    run = Run.from_yaml(
+        f"model: {tiny_folder}\ndata: rows\niters: 2\nadapter_path: {tmp_path / 'a'}",
+        namespace={"rows": Endless(tiny_rows())},
+    )
+    with pytest.raises(KeyboardInterrupt):
+        list(run.events())
+    assert not run.home.held
+    assert run.state == "built"
+
+
+def test_a_turn_that_was_broken_off_holds_up_neither_its_own_thread_nor_others():
+    turns = Turns()
+    lines = lines_of(lambda: take(turns), turns_module.__file__)
+    for place in places_of(lines):
+        if "with self._lock" in linecache.getline(*lines[place - 1]) and place > lines.index(lines[place - 1]) + 1:
+            continue  # Python looks for no signal between the end of a `with` and giving back a lock of its own
+        interrupted_at(place, lambda: take(turns), turns_module.__file__)
+    begun = time.monotonic()
+    turns.give_way()
+    assert time.monotonic() - begun < turns_module.LONGEST_PAUSE
+    other = threading.Thread(target=take, args=(turns,), daemon=True)
+    other.start()
+    other.join(30)
+    assert not other.is_alive()
+
+
+def take(turns):
+    with turns.turn():
+        pass
+
+
+def test_one_that_waits_gets_its_turn_from_one_that_takes_one_after_another():
+    turns, had, done = Turns(), [], threading.Event()
+
+    def other():
+        with turns.turn():
+            had.append(rounds)
+        done.set()
+
+    rounds = 0
+    thread = threading.Thread(target=other)
+    while not done.is_set():
+        with turns.turn():
+            rounds += 1
+            if rounds == 10:
+                thread.start()
+                time.sleep(0.05)  # it waits by now
+        turns.give_way()
+        assert rounds < 1000
+    thread.join()
+    assert had == [10]

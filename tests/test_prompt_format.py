@@ -182,7 +182,7 @@ def run_of(rows, tiny_folder, tmp_path, **settings):
 
 def answer(run, rendering):
     (text,) = generate_texts(
-        run.model, run.tokenizer, [PROMPT], base=False, max_tokens=6, temperature=0.0, seed=0, rendering=rendering
+        run.model, run.tokenizer, [PROMPT], max_tokens=6, temperature=0.0, seed=0, rendering=rendering
     )
     return text
 

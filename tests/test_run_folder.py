@@ -18,9 +18,11 @@ from pathlib import Path
 
 import pytest
 
+from every_line import interrupted_at
 from mlx_nb import Run, RunConfig
 from mlx_nb.errors import CheckpointError, CommandError, ConfigError, FolderError, FolderTaken, MlxNbError
 from mlx_nb.events import RunFinished, RunPaused
+from mlx_nb.files import folder_lock
 from mlx_nb.files.folder_lock import FolderLock
 from mlx_nb.notebook.session import Session
 from mlx_nb.train.checkpoint import CheckpointStore
@@ -55,37 +57,6 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-# Numbered adapters
-
-
-def interrupted_at(moment, work):
-    """Do `work`, with KeyboardInterrupt raised at the start of line number `moment` of folder_lock.py that it comes to.
-
-    Returns whether it came that far.
-    """
-    seen = 0
-
-    def trace(frame, event, _):
-        nonlocal seen
-        if Path(frame.f_code.co_filename).name != "folder_lock.py":
-            return None
-        if event == "line":
-            seen += 1
-            if seen == moment:
-                raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        work()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
-
-
 @pytest.mark.parametrize("where", ["take", "release"])
 def test_an_interrupt_at_any_moment_leaves_a_folder_that_can_be_taken_again(here, where):
     moments = 0
@@ -94,13 +65,16 @@ def test_an_interrupt_at_any_moment_leaves_a_folder_that_can_be_taken_again(here
         lock = FolderLock(folder, "run")
         if where == "release":
             assert lock.take() is None
-        if not interrupted_at(moments + 1, getattr(lock, where)):
+        if not interrupted_at(moments + 1, getattr(lock, where), folder_lock.__file__):
             break
         moments += 1
         assert lock.take() is None, f"moment {moments}: the run that was interrupted cannot go on"
         lock.release()
         assert FolderLock(folder, "other").take() is None, f"moment {moments}: nobody else can have it"
     assert moments > 10
+
+
+# Numbered adapters
 
 
 def test_of_numbered_adapters_the_newest_stay_and_every_one_that_this_run_did_not_write(here, tiny_folder):

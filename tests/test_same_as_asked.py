@@ -138,7 +138,7 @@ def test_generate_answers_what_mlx_lm_answers_to_the_same_conversation(tiny_fold
     model, tokenizer = load(str(tiny_folder))
     for messages in CONVERSATIONS.values():
         theirs = generate(model, tokenizer, prompt=asked_by_mlx_lm(tokenizer, messages), max_tokens=8)
-        ours = generate_texts(model, tokenizer, [messages], base=False, max_tokens=8, temperature=0.0, seed=0)
+        ours = generate_texts(model, tokenizer, [messages], max_tokens=8, temperature=0.0, seed=0)
         assert ours == [theirs]
         assert [*stream_text(model, tokenizer, messages, 8)][-1] == theirs
 

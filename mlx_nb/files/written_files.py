@@ -88,7 +88,8 @@ class WrittenFiles:
 
     def _note(self, name: str, size: int, digest: str) -> None:
         """The name moves to the end: what was written last is the last."""
-        self._digests[name] = {*self._digests.pop(name, ()), (size, digest)}
+        others = {other: known for other, known in self._digests.items() if other != name}
+        self._digests = {**others, name: {*self._digests.get(name, ()), (size, digest)}}
 
     def _append(self, entry: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

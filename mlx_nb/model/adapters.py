@@ -1,4 +1,4 @@
-"""LoRA, DoRA and full fine-tuning: attach, count, switch off for a while, save and load in mlx-lm's format.
+"""LoRA, DoRA and full fine-tuning: attach, take out, save and load in mlx-lm's format.
 
 The modules are mlx-lm's own (`mlx_lm.tuner`), so what is saved here loads there.
 """
@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import typing
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,8 @@ Write = Callable[[Path, Callable[[Any], Any]], None]
 def attach_adapter(model: nn.Module, config: RunConfig) -> tuple[str, ...]:
     """Freeze the model and make what `config` names trainable. Returns the adapted module paths inside a layer.
 
-    `full` with `num_layers: -1` is every weight; with N it is those of the last N layers, as in mlx-lm.
+    `full` with `num_layers: -1` is every weight; with N it is those of the last N layers, as in mlx-lm. An adapter that
+    is there is taken out first: the new one would be attached to it.
 
     Adapter matrices are drawn from the current `mx.random` stream. Raises ConfigError when a key matches no module
     or `num_layers` exceeds the model, ModelError when `full` meets a quantised base.
@@ -43,6 +43,7 @@ def attach_adapter(model: nn.Module, config: RunConfig) -> tuple[str, ...]:
     layers = model.layers
     if config.num_layers > len(layers):
         raise ConfigError(f"`num_layers: {config.num_layers}`: this model has {len(layers)} layers. Use -1 for all.")
+    detach_adapter(model)
     chosen = layers[-config.num_layers :] if config.num_layers > 0 else layers
     model.freeze()
     if config.fine_tune_type == "full":
@@ -107,22 +108,6 @@ def _wrapped_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def _base_of(module: nn.Module) -> nn.Module:
     result: nn.Module = module["linear"] if "linear" in module else module["embedding"]
     return result
-
-
-@contextmanager
-def without_adapters(model: nn.Module) -> Iterator[None]:
-    """The base model while inside: adapter modules are taken out, and put back whatever happens.
-
-    Does nothing for full fine-tuning, where the base is not kept apart.
-    """
-    wrapped = _wrapped_modules(model)
-    try:
-        if wrapped:
-            model.update_modules(tree_unflatten([(path, _base_of(module)) for path, module in wrapped]))
-        yield
-    finally:
-        if wrapped:
-            model.update_modules(tree_unflatten(wrapped))
 
 
 def detach_adapter(model: nn.Module) -> None:

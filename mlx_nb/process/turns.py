@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 PAUSE = 0.0005  # seconds in which a thread that waits takes its turn
+LONGEST_PAUSE = 0.1  # seconds for which the one that trains waits for others at most: none can hold it up for ever
 
 
 class Turns:
@@ -15,28 +16,26 @@ class Turns:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._counting = threading.Lock()
-        self._waiting = 0
+        self._waiting: set[int] = set()  # threads, by number
 
     @contextmanager
     def turn(self) -> Iterator[None]:
         """No other thread has a turn while inside."""
-        with self._counting:
-            self._waiting += 1
+        me = threading.get_ident()
         try:
-            self._lock.acquire()
+            self._waiting.add(me)
+            with self._lock:  # which no interrupt leaves taken, as it could between taking it and a `try`
+                self._waiting.discard(me)
+                yield
         finally:
-            with self._counting:
-                self._waiting -= 1
-        try:
-            yield
-        finally:
-            self._lock.release()
+            self._waiting.discard(me)
 
     def give_way(self) -> None:
         """Between two turns of a thread that takes one after the other: let those that wait have theirs.
 
-        A lock alone would be taken again by the thread that has just released it.
+        A lock alone would be taken again by the thread that has just released it. This thread waits for nobody: where
+        it is among those that do, an interrupt broke off a turn that it was about to take.
         """
-        while self._waiting:
+        me, until = {threading.get_ident()}, time.monotonic() + LONGEST_PAUSE
+        while self._waiting - me and time.monotonic() < until:
             time.sleep(PAUSE)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import mlx.nn as nn
@@ -14,7 +13,6 @@ from mlx_nb.data.examples.prompt import prompt_tokens
 from mlx_nb.data.masks.prompt_format import AS_USUAL, Rendering
 from mlx_nb.data.rows.columns import AUTOMATIC
 from mlx_nb.errors import CommandError
-from mlx_nb.model.adapters import without_adapters
 from mlx_nb.model.limits import limits_of
 from mlx_nb.model.passes import doubt_note
 from mlx_nb.model.randomness import seed_for
@@ -29,7 +27,6 @@ def generate_texts(
     tokenizer: Any,
     prompts: Sequence[Prompt],
     *,
-    base: bool,
     max_tokens: int,
     temperature: float,
     seed: int,
@@ -40,11 +37,10 @@ def generate_texts(
     """One answer per prompt: those of a list are what each prompt alone gives, to rounding.
 
     A prompt is a list of messages, or a text: a user message, or where `rendering` says raw a text to be continued.
-    Messages, `tools` and `roles` are read and rendered like those of rows. `base` switches the adapter off. Above
-    temperature 0 the first of a list is what its prompt alone gives, and a prompt that is repeated gets other answers.
-    The model's adapter, its modes and the user's random stream are as before afterwards. An answer ends where the
-    model's learned positions do. Raises DataError for a prompt without tokens or with what the model cannot read,
-    CommandError for no tokens to say.
+    Messages, `tools` and `roles` are read and rendered like those of rows. Above temperature 0 the first of a list is
+    what its prompt alone gives, and a prompt that is repeated gets other answers. The model's modes and the user's
+    random stream are as before afterwards. An answer ends where the model's learned positions do. Raises DataError for
+    a prompt without tokens or with what the model cannot read, CommandError for no tokens to say.
     """
     from mlx_lm.generate import wired_limit
 
@@ -53,7 +49,7 @@ def generate_texts(
     tokens = [prompt_tokens(tokenizer, prompt, tools, rendering, roles) for prompt in prompts]
     room = _room(model, tokens, max_tokens)
     _tell_doubt(model)
-    with without_adapters(model) if base else nullcontext(), wired_limit(model):
+    with wired_limit(model):
         settings = SamplingSettings(max_tokens, temperature)
         completions = sample_each(model, tokenizer, tokens, settings, seed_for(seed, "generate"), room)
     return [_text(tokenizer, completion.tokens.tolist()) for completion in completions]

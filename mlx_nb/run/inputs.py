@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from functools import cached_property
+from inspect import GEN_CLOSED, getgeneratorstate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from mlx_nb.data.sources.row_source import RowSource
 from mlx_nb.data.sources.splits import Splits, open_splits
 from mlx_nb.errors import CommandError, DataError, MlxNbError, ModelError, counted, did_you_mean
 from mlx_nb.events import Progress, Question
+from mlx_nb.process.interruptible import Interruptible
 from mlx_nb.process.own_code import code_digest, is_own
 from mlx_nb.process.pieces import finished
 from mlx_nb.run.resume import fingerprints
@@ -46,6 +48,7 @@ class RunInputs:
         self.config = config
         self.namespace = namespace
         self.left_out: dict[str, list[LeftOut]] = {}
+        self.reading = Interruptible()  # rows, by code that may be a person's own
         self._tokenizing: dict[str, Generator[tuple[int, float], None, Outcome]] = {}
         self._base_answers: dict[tuple[str, int], str] = {}
         self._named_as_changed: set[str] = set()
@@ -210,19 +213,17 @@ class RunInputs:
             return []
         while True:
             # Asked anew each time: in between, another caller may have gone through with these rows.
-            rows = self._tokenizing.get(split) or tokenize_split(self.rows(split).examples)
-            self._tokenizing[split] = rows
+            rows = self._tokenizing.get(split)
+            if rows is None or getgeneratorstate(rows) == GEN_CLOSED:  # by an error or an interrupt
+                rows = self._tokenizing[split] = tokenize_split(self.rows(split).examples)
             try:
                 done, seconds = next(rows)
             except StopIteration as end:
                 kept, left_out = end.value
-                del self._tokenizing[split]
                 break
-            except BaseException:
-                del self._tokenizing[split]
-                raise
             yield Progress(0, f"tokenizing {split}", done, len(source), seconds)
         self.left_out[split] = left_out
+        self._tokenizing.pop(split, None)
         if left_out and not kept:
             raise DataError(f"no row of {split} can be trained. The first: {left_out[0].reason}")
         result: list[Any] = kept

@@ -231,11 +231,18 @@ class Run:
 
     def _loading(self) -> Iterator[Progress]:
         """Load model and rows, refusing what cannot be trained as soon as it is known."""
-        self.inputs.check()
+        with self.inputs.reading:
+            self.inputs.check()
         yield from self.inputs.loading()
         yield Progress(0, "loading a pass over a few tokens", 0, 0)
         self._refuse_model()
-        yield from self.inputs.tokenizing()
+        tokenizing = self.inputs.tokenizing()
+        while True:
+            with self.inputs.reading:
+                progress = next(tokenizing, None)
+            if progress is None:
+                return
+            yield progress
 
     @contextmanager
     def _folder_taken(self) -> Iterator[None]:
@@ -300,17 +307,17 @@ class Run:
             inbox=self._inbox,
             write=self.home.write,
         )
-        _ = self.inputs.fingerprints  # of what was just read, and not of what will be there at the first checkpoint
-        # Last, when nothing of the run itself can go wrong any more.
         try:
+            _ = self.inputs.fingerprints  # of what was just read, and not of what will be there at the first checkpoint
+            # Last, when nothing of the run itself can go wrong any more.
             set_aside = None if self._resumed else self.home.begin()
-        except FolderError:
+            if set_aside:
+                trainer.notes += (f"The adapter that was in {self.folder} is now in {set_aside}.",)
+            if reference is not None:  # an earlier run here may have measured the same one
+                reference.load(set_aside or self.folder)
+        except BaseException:
             trainer.close()
             raise
-        if set_aside:
-            trainer.notes += (f"The adapter that was in {self.folder} is now in {set_aside}.",)
-        if reference is not None:  # an earlier run here may have measured the same one
-            reference.load(set_aside or self.folder)
         return trainer
 
     # Looking
@@ -540,7 +547,7 @@ class Run:
     def _pause_words(self) -> str:
         if self.prepared:
             return "Pausing after this update. Interrupt again to drop the update in hand."
-        return "Pausing while it loads; rows that are tokenized stay so. Interrupt again to give up loading."
+        return "Pausing while it loads; rows that are tokenized stay so. Interrupt again to break off reading rows."
 
     def _events(self, updates: int | None) -> Iterator[Event]:
         yield from self.load()
@@ -972,16 +979,17 @@ class Run:
     def request(self, request: Request) -> None:
         """Ask for something at the next step boundary. Safe from a signal handler or a widget callback.
 
-        Before the model is loaded it waits until then; a pause at once gives up loading with KeyboardInterrupt.
+        While the run is loading that is between two pieces of it. Where rows are being read, a pause at once breaks
+        that off with KeyboardInterrupt: it may be code of the person's own, or a network, that never ends.
         """
         if isinstance(request, Rewind):
             self._rewind_requests.append(request)
         elif self._trainer is not None:
             self._trainer.request(request)
-        elif isinstance(request, Pause) and request.at_once:
-            self._inbox.drop(Request)
-            raise KeyboardInterrupt
         else:
+            if isinstance(request, Pause) and request.at_once and self.inputs.reading.inside:
+                self._inbox.drop(Request)
+                self.inputs.reading.strike(KeyboardInterrupt())
             self._inbox.put(request)
 
     def skip(self) -> None:
@@ -1051,10 +1059,9 @@ class Run:
         advice = "Fewer prompts at once, or a lower max_tokens, need less."
         with self._turns.turn(), memory_errors("the model answered", advice):
             answers = generate_texts(
-                self.model,
+                self.inputs.base_model if base else self.model,
                 self.tokenizer,
                 prompts,  # type: ignore[arg-type]
-                base=base,
                 max_tokens=max_tokens,
                 temperature=temperature,
                 seed=seed,

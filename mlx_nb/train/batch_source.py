@@ -20,6 +20,7 @@ from mlx_nb.events import Event, Progress
 from mlx_nb.model.lanes import lane_count, lanes_of
 from mlx_nb.model.logprobs import TargetInputs, TargetScorer, target_values
 from mlx_nb.objectives.kinds import LOSS_KINDS
+from mlx_nb.process.interruptible import Interruptible
 from mlx_nb.train.reference_logprobs import ReferenceLogprobs
 from mlx_nb.train.step import Evaluation, add_metrics, mean_metrics
 
@@ -37,12 +38,12 @@ class Feed(Protocol):
     """What a trainer asks for batches. Positions count micro-batches from 0, across epochs.
 
     An update has `grad_accumulation_steps` of them, or what is left of the epoch: it never reaches into the next.
-    `interruptible` says that a function of the person's own is running: an interrupt may strike right there.
+    `own_code` is entered while a function of the person's own is running: an interrupt may strike right there.
     """
 
     plan: BatchPlan
     batches_per_epoch: int
-    interruptible: bool
+    own_code: Interruptible
 
     @property
     def ready(self) -> bool:
@@ -87,7 +88,7 @@ class Feed(Protocol):
 class RowFeed:
     """Batches of rows: conversations, texts, pairs of answers, labelled answers."""
 
-    interruptible = False
+    own_code = Interruptible()  # which is never entered
     ready = True
 
     def __init__(

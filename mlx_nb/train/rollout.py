@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from mlx_nb.model.lanes import lane_count, lanes_of
 from mlx_nb.model.logprobs import TargetInputs, TargetScorer, accurate_target_logprobs, target_values
 from mlx_nb.model.randomness import seed_for
 from mlx_nb.objectives.build import options_for
+from mlx_nb.process.interruptible import Interruptible
 from mlx_nb.rollouts.advantages import Advantages, group_advantages
 from mlx_nb.rollouts.completion_rows import Completion
 from mlx_nb.rollouts.rewards.resolve import Reward, completion_batch
@@ -75,7 +75,7 @@ class RolloutFeed:
         self._batches: list[TokenBatch] = []
         self._metrics: dict[str, float] = {}
         self._updates_left = 0
-        self.interruptible = False
+        self.own_code = Interruptible()
 
     @property
     def ready(self) -> bool:
@@ -154,7 +154,7 @@ class RolloutFeed:
     def _scoring(self, scoring: Generator[Any, None, Scores], step: int) -> Generator[Event, None, Scores]:
         try:
             while True:
-                with self._person_at_work():
+                with self.own_code:
                     progress = next(scoring)
                 yield Progress(step, f"reward {progress.function}", progress.done, progress.total)
         except StopIteration as ended:
@@ -162,15 +162,6 @@ class RolloutFeed:
             return result
         finally:
             scoring.close()
-
-    @contextmanager
-    def _person_at_work(self) -> Generator[None, None, None]:
-        """While a function of the person's own runs: only there an interrupt may strike."""
-        self.interruptible = True
-        try:
-            yield
-        finally:
-            self.interruptible = False
 
     def _batch(self, sampled: Sampled, advantages: Advantages, chosen: slice) -> TokenBatch:
         completions, examples = sampled.completions[chosen], sampled.examples[chosen]

@@ -243,8 +243,8 @@ class Trainer:
         if isinstance(request, Pause) and request.at_once:
             self._break_off = True
         self._inbox.put(request)
-        if self._break_off and self.feed.interruptible:
-            raise _BrokenOff  # in the middle of a reward function, which nothing else could end
+        if self._break_off:
+            self.feed.own_code.strike(_BrokenOff())  # in the middle of a reward function
 
     def _poll(self) -> None:
         if self._break_off:

@@ -1,0 +1,75 @@
+"""Something happens at a chosen line of the package while a piece of work is done: interrupts, deletions."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import mlx_nb
+
+PACKAGE = str(Path(mlx_nb.__file__).parent)
+
+
+@contextmanager
+def _tracing(at_line: Callable[[FrameType], None], where: str) -> Iterator[None]:
+    """`at_line` is called before each line that this thread runs in files whose path begins with `where`."""
+
+    def trace(frame: FrameType, event: str, _: object):
+        if not frame.f_code.co_filename.startswith(where):
+            return None
+        if event == "line":
+            at_line(frame)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def lines_of(work: Callable[[], object], where: str = PACKAGE) -> list[tuple[str, int]]:
+    """Do `work`; (file, line) of each line that it comes to, in order."""
+    lines: list[tuple[str, int]] = []
+    with _tracing(lambda frame: lines.append((frame.f_code.co_filename, frame.f_lineno)), where):
+        work()
+    return lines
+
+
+def places_of(lines: list[tuple[str, int]]) -> list[int]:
+    """The numbers, from 1, of the first and the last visit to each different line."""
+    first = {line: number for number, line in reversed(list(enumerate(lines, 1)))}
+    last = {line: number for number, line in enumerate(lines, 1)}
+    return sorted({*first.values(), *last.values()})
+
+
+def at_line(number: int, act: Callable[[], object], work: Callable[[], object], where: str = PACKAGE) -> bool:
+    """Do `work`, and call `act` before line `number` that it comes to. Returns whether it came that far."""
+    reached = 0
+
+    def count(_: FrameType) -> None:
+        nonlocal reached
+        reached += 1
+        if reached == number:
+            act()
+
+    with _tracing(count, where):
+        work()
+    return reached >= number
+
+
+def interrupted_at(number: int, work: Callable[[], object], where: str = PACKAGE) -> bool:
+    """Do `work` until KeyboardInterrupt is raised before line `number`. Returns whether it was, and came out."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    try:
+        at_line(number, interrupt, work, where)
+    except KeyboardInterrupt:
+        return True
+    return False
