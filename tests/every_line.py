@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,12 +16,16 @@ PACKAGE = str(Path(mlx_nb.__file__).parent)
 
 @contextmanager
 def _tracing(at_line: Callable[[FrameType], None], where: str) -> Iterator[None]:
-    """`at_line` is called before each line that this thread runs in files whose path begins with `where`."""
+    """`at_line` is called before each line that this thread runs in files whose path begins with `where`.
+
+    Not at the end of a `with`, which is traced as its first line once more: there Python looks for no signal, so that
+    a lock is always given back.
+    """
 
     def trace(frame: FrameType, event: str, _: object):
         if not frame.f_code.co_filename.startswith(where):
             return None
-        if event == "line":
+        if event == "line" and not _ends_a_with(frame):
             at_line(frame)
         return trace
 
@@ -30,6 +35,12 @@ def _tracing(at_line: Callable[[FrameType], None], where: str) -> Iterator[None]
         yield
     finally:
         sys.settrace(before)
+
+
+def _ends_a_with(frame: FrameType) -> bool:
+    code, line = frame.f_code, frame.f_lineno
+    of_with = linecache.getline(code.co_filename, line).lstrip().startswith("with ")
+    return of_with and frame.f_lasti > min(start for start, _, of_line in code.co_lines() if of_line == line)
 
 
 def lines_of(work: Callable[[], object], where: str = PACKAGE) -> list[tuple[str, int]]:

@@ -77,6 +77,7 @@ from mlx_nb.run.resume import (
     settings_to_resume,
 )
 from mlx_nb.train.inbox import Inbox
+from mlx_nb.train.interrupts import interrupts_wait
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -638,6 +639,7 @@ class Run:
         self._refuse_base(question.base)
         self._questions.append(question)
 
+    @interrupts_wait()
     def rewind(self, updates: int | None = None, *, to: int | None = None) -> Rewound:
         """Go back by `updates` updates, or to update `to`: what follows is what would have followed then.
 
@@ -736,6 +738,7 @@ class Run:
         folder = self._checkpoints.save_last_boundary(self.history, self._checked_store(), "exit", **self._about())
         return folder is not None
 
+    @interrupts_wait()
     def release(self, reason: str = "") -> None:
         """End the run at the boundary where it is: what is not saved is written, then it writes there no more.
 
@@ -996,6 +999,7 @@ class Run:
         """Leave out the next batch: what to do when a tripwire stopped the run at rows that are to blame."""
         self.request(Skip())
 
+    @interrupts_wait()
     def set(self, **changes: Any) -> None:
         """Change live settings, such as learning_rate, from the next update on. Raises ConfigError for others."""
         problems = [str(error) for error in unknown_settings(changes)]
@@ -1071,6 +1075,7 @@ class Run:
             )
         return answers if several else answers[0]
 
+    @interrupts_wait()
     def save(self, path: str | Path | None = None) -> Path:
         """Write the adapter in mlx-lm's format to `path` (default: the run's folder). Returns the folder.
 

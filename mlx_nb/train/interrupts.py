@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -57,3 +57,12 @@ class Interrupts:
             if self.count == 1:
                 self._say()
         self._ask(Pause("interrupted", at_once=self.count > 1))
+
+
+@contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """SIGINT waits while inside, where a run is changed in several steps, and is raised as KeyboardInterrupt then."""
+    with Interrupts(lambda pause: None) as interrupts:
+        yield
+    if interrupts.count:
+        raise KeyboardInterrupt
