@@ -9,7 +9,8 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from enum import StrEnum
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,17 @@ class Progress(Event):
     seconds: float = 0.0
 
 
+class RunState(StrEnum):
+    """What a run is doing; each is equal to its word."""
+
+    BUILT = "built"
+    RUNNING = "running"
+    PAUSED = "paused"
+    STOPPED = "stopped"
+    FINISHED = "finished"
+    FAILED = "failed"
+
+
 @dataclass(frozen=True)
 class StateChanged(Event):
     """The run began or ceased to move in the background. Not kept in the history."""
@@ -180,6 +192,10 @@ class Rewound(Event):
 
     from_step: int
     kept: int
+
+
+# Why a run ended.
+ITERS_REACHED, EARLY_STOPPING, STOPPED = "iters reached", "early stopping", "stopped"
 
 
 @dataclass(frozen=True)
@@ -292,8 +308,6 @@ def event_from_json(line: str) -> Event:
 class Request:
     """Base of what a person may ask of a run; read at step boundaries only."""
 
-    applies: ClassVar[str] = "at the next step boundary"
-
     def to_json(self) -> str:
         """One JSON line; `request_from_json` reads it back."""
         return json.dumps({"request": type(self).__name__, **dataclasses.asdict(self)})
@@ -348,7 +362,7 @@ class ChangeSetting(Request):
 
 
 @dataclass(frozen=True)
-class Question:
+class Question(Request):
     """What a person asks the live model: a text, or the messages of a chat, and who gets the answer as it grows.
 
     `on_text(text so far, whether it is complete)` is called after each token.
@@ -360,6 +374,9 @@ class Question:
     max_tokens: int = 256
 
 
+# Who answers which: each of the two has a branch for every kind of its own, which the type checker holds it to.
+TrainerRequest = Pause | Stop | Skip | Save | Evaluate | Sample | ChangeSetting
+RunRequest = Question | Rewind
 # What was asked and not done yet is part of a checkpoint, but for what ends a run: who resumes it wants it to go on.
 KEPT_REQUESTS = (Skip, Save, Evaluate, Sample, Rewind, ChangeSetting)
 

@@ -6,17 +6,10 @@ import time
 
 import pytest
 
-from mlx_nb.events import EvaluationCompleted, Rewound, SettingChanged, StepCompleted
+from made_events import evaluation, update
+from mlx_nb.events import Rewound, SettingChanged
 from mlx_nb.history import History
 from mlx_nb.view.curves.figure import plot_history
-
-
-def update(step, loss=1.0, **metrics):
-    return StepCompleted(step, loss, 1e-4, 0.5, 12.0, 40, 0.1, 1000, 0.3, (4, 7), metrics, ((4, loss), (7, loss)))
-
-
-def evaluation(step, loss):
-    return EvaluationCompleted(step, "valid", loss, 2.0, 40.0, 4, 0.2)
 
 
 def test_a_rewind_cuts_the_columns_back_and_keeps_the_branch():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
-NOTEBOOKS = Path(__file__).parent.parent / "example_notebooks"
+from places import NOTEBOOKS
+
 SPLITS = ("train", "valid", "test")
 
 

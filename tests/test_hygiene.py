@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -21,7 +20,8 @@ from mlx_nb.events import Pause, RequestRefused, Rewind, Rewound, RunPaused, Ste
 from mlx_nb.notebook.commands import run_line
 from mlx_nb.notebook.session import Session
 from mlx_nb.train.checkpoint import CheckpointStore
-from test_resume import rows_run
+from places import SUPPORT
+from runs import rows_run
 from tiny import tiny_rows
 
 # Forks
@@ -235,7 +235,7 @@ from mlx_nb.model.backend import prepare_backend
 prepare_backend()
 from pathlib import Path
 from mlx_nb import Run
-from test_resume import rows_run
+from runs import rows_run
 run = rows_run(Path({folder!r}), Path({model!r}))
 run.run(until=1)
 soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -248,7 +248,7 @@ print(run.run())
 
 @pytest.mark.parametrize("limit", [0, 300, 20_000])
 def test_a_full_disk_pauses_with_the_reason_and_nothing_is_lost(tmp_path, tiny_folder, limit):
-    code = FULL_DISK.format(tests=str(Path(__file__).parent), folder=str(tmp_path), model=str(tiny_folder), limit=limit)
+    code = FULL_DISK.format(tests=str(SUPPORT), folder=str(tmp_path), model=str(tiny_folder), limit=limit)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
     assert done.returncode == 0, done.stderr
     paused, finished = done.stdout.strip().splitlines()

@@ -125,3 +125,14 @@ def test_loading_the_extension_imports_nothing_heavy():
         f"loaded = [name for name in {HEAVY!r} if name in set(sys.modules) - before]; assert not loaded, loaded"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_test_imports_another_test():
+    """What two of them need is in tests/support."""
+    tests = Path(__file__).parent
+    names = {path.stem for path in tests.rglob("test_*.py")}
+    for path in tests.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [node.module] if isinstance(node, ast.ImportFrom) else []
+            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not names & {str(module).split(".")[-1] for module in modules}, path

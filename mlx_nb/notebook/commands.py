@@ -14,7 +14,7 @@ from mlx_nb.config.methods import method_named
 from mlx_nb.config.run_config import LIVE_SETTINGS
 from mlx_nb.config.yaml_text import read_words
 from mlx_nb.errors import CommandError, did_you_mean
-from mlx_nb.events import Pause, Stop
+from mlx_nb.events import Pause, RunState, Stop
 from mlx_nb.notebook.session import Session
 from mlx_nb.run.inputs import SPLITS
 from mlx_nb.run.run import Run
@@ -137,7 +137,7 @@ def wait_of(arguments: argparse.Namespace) -> bool | None:
 
 def _pause(session: Session, arguments: argparse.Namespace) -> _Text:
     run = session.get(arguments.name)
-    if run.state != "running":
+    if run.state != RunState.RUNNING:
         raise CommandError(f"{run.name} is {run.state}, so there is nothing to pause.")
     run.request(Pause())
     return _Text(f"{run.name} pauses after this update.")
@@ -149,7 +149,7 @@ def _stop(session: Session, arguments: argparse.Namespace) -> _Text | None:
     run = session.get(arguments.name)
     _refuse_finished(run)
     run.request(Stop())
-    if run.state == "running":
+    if run.state == RunState.RUNNING:
         return _Text(f"{run.name} stops after this update and saves its adapter.")
     train(session, run, 0, wait=True)
     return None

@@ -9,7 +9,7 @@ import html
 import sys
 from typing import Any
 
-from mlx_nb.events import Event, RunFailed, RunStarted, StateChanged
+from mlx_nb.events import Event, RunFailed, RunStarted, RunState, StateChanged
 from mlx_nb.view import event_text
 from mlx_nb.view.curves.figure import figure_png
 from mlx_nb.view.reports.completions import last_rollout_html
@@ -38,7 +38,7 @@ class Outcome:
         if isinstance(event, RunStarted) and event.notes and self._waiting:
             self._put(f"<div>{html.escape(self._waiting)}</div>", self._waiting)
         if isinstance(event, StateChanged):
-            if event.state == "running":
+            if event.state == RunState.RUNNING:
                 self._error = ""
             elif len(self._run.history) or self._error:
                 self.publish()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Generator, Iterator, Mapping, 
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, assert_never, get_args
 
 from mlx_nb.config.methods import method_named
 from mlx_nb.config.run_config import LIVE_SETTINGS, SETTINGS, RunConfig, unknown_settings
@@ -35,6 +35,7 @@ from mlx_nb.errors import (
     shown,
 )
 from mlx_nb.events import (
+    STOPPED,
     AdapterSaved,
     BatchSkipped,
     ChangeSetting,
@@ -53,11 +54,14 @@ from mlx_nb.events import (
     RunFailed,
     RunFinished,
     RunPaused,
+    RunRequest,
     RunStarted,
+    RunState,
     SampleGenerated,
     Skip,
     StateChanged,
     StepCompleted,
+    TrainerRequest,
 )
 from mlx_nb.files.folder_lock import is_locked
 from mlx_nb.files.run_folder import RunFolder, check_name, folder_of, holder_here, same_folder, working_folder
@@ -92,6 +96,7 @@ if TYPE_CHECKING:
     from mlx_nb.view.rows.browser import RowBrowser
 
 
+_REQUESTS = "These can: " + ", ".join(kind.__name__ for kind in get_args(TrainerRequest) + get_args(RunRequest)) + "."
 _FORK_KEEPS_GROUPS = ("model", "rows", "adapter")
 # Its seed is the order of the rows: with another one the rest of the epoch would repeat some and never see others.
 _FORK_KEEPS = ("method", "reference_model", "reference_adapter", "reference_free", "seed")
@@ -138,8 +143,6 @@ class Run:
         self._blocked = False
         self._failed = False
         self._error: BaseException | None = None
-        self._rewind_requests: list[Rewind] = []
-        self._questions: list[Question] = []
         self.background = Background(self)
         self._inbox = Inbox()
         self._turns = Turns()
@@ -364,17 +367,17 @@ class Run:
         return self._trainer.state.step if self._trainer else 0
 
     @property
-    def state(self) -> str:
+    def state(self) -> RunState:
         """built, running (in the background), paused, stopped, finished or failed."""
         if self.background.active:
-            return "running"
+            return RunState.RUNNING
         if self._failed:
-            return "failed"
+            return RunState.FAILED
         if self._trainer is None or not self.history.events:
-            return "built"
+            return RunState.BUILT
         if self._trainer.finished is None:
-            return "paused"
-        return "stopped" if self._trainer.finished.reason == "stopped" else "finished"
+            return RunState.PAUSED
+        return RunState.STOPPED if self._trainer.finished.reason == STOPPED else RunState.FINISHED
 
     def _refuse_running(self, what: str) -> None:
         if self.background.active:
@@ -474,7 +477,7 @@ class Run:
         """The run in a few lines of text."""
         from mlx_nb.view.event_text import summary_text
 
-        if self._trainer is None and self._error is not None and self.state == "failed":
+        if self._trainer is None and self._error is not None and self.state == RunState.FAILED:
             return f"{self.name}: failed before its first update. {type(self._error).__name__}: {self._error}"
         if self._trainer is None:
             return f"{self.name}: built, no update done yet. `%finetune step` or `%finetune run` starts it."
@@ -617,27 +620,33 @@ class Run:
 
     def _answer_requests(self) -> Iterator[Event]:
         """Answer questions and go back, at this boundary. What cannot be done is said and changes nothing."""
-        while self._questions:
-            question = self._questions.pop(0)
-            text = ""
-            try:
-                for tokens, text in enumerate(self.inputs.stream(question)):
-                    question.on_text(text, False)
-                    yield Progress(self.step_count, "answer", tokens, question.max_tokens)
-            except DataError as error:
-                text = f"not asked: {error}"
-                self._tell(RequestRefused(self.step_count, text))
-            question.on_text(text, True)
-        while self._rewind_requests:
-            try:
-                yield self._rewind(self._rewind_requests.pop(0).to)
-            except MlxNbError as error:
-                self._tell(RequestRefused(self.step_count, str(error)))
+        request: RunRequest
+        for request in self._inbox.take(RunRequest):
+            match request:
+                case Question():
+                    yield from self._answer(request)
+                case Rewind(to):
+                    try:
+                        yield self._rewind(to)
+                    except MlxNbError as error:
+                        self._tell(RequestRefused(self.step_count, str(error)))
+                case _:
+                    assert_never(request)
+
+    def _answer(self, question: Question) -> Iterator[Event]:
+        text = ""
+        try:
+            for tokens, text in enumerate(self.inputs.stream(question)):
+                question.on_text(text, False)
+                yield Progress(self.step_count, "answer", tokens, question.max_tokens)
+        except DataError as error:
+            text = f"not asked: {error}"
+            self._tell(RequestRefused(self.step_count, text))
+        question.on_text(text, True)
 
     def ask(self, question: Question) -> None:
         """Have a question answered at the next step boundary, token by token, by the model as it is there."""
-        self._refuse_base(question.base)
-        self._questions.append(question)
+        self.request(question)
 
     @interrupts_wait()
     def rewind(self, updates: int | None = None, *, to: int | None = None) -> Rewound:
@@ -795,7 +804,7 @@ class Run:
             "name": self.name,
             "made_from": self.inputs.fingerprints,
             "run_folder": self.folder,
-            "asked": [*self._inbox.kept(), *(request.to_json() for request in self._rewind_requests)],
+            "asked": self._inbox.kept(),
         }
 
     def checkpoints(self) -> list[CheckpointInfo]:
@@ -975,7 +984,7 @@ class Run:
         yield from self.background.wait().__await__()
         if self._error is not None:
             raise self._error
-        if self.state == "failed":
+        if self.state == RunState.FAILED:
             raise_failure(next(event for event in reversed(self.history.events) if isinstance(event, RunFailed)))
         return self
 
@@ -983,16 +992,19 @@ class Run:
         """Ask for something at the next step boundary. Safe from a signal handler or a widget callback.
 
         While the run is loading that is between two pieces of it. Where rows are being read, a pause at once breaks
-        that off with KeyboardInterrupt: it may be code of the person's own, or a network, that never ends.
+        that off with KeyboardInterrupt: it may be code of the person's own, or a network, that never ends. Raises
+        CommandError for what no run answers.
         """
-        if isinstance(request, Rewind):
-            self._rewind_requests.append(request)
-        elif self._trainer is not None:
+        if not isinstance(request, TrainerRequest | RunRequest):
+            raise CommandError(f"{shown(request)} cannot be asked of a run. {_REQUESTS}")
+        if isinstance(request, Question):
+            self._refuse_base(request.base)
+        if isinstance(request, Pause) and request.at_once and self.inputs.reading.inside:
+            self._inbox.drop(Request)
+            self.inputs.reading.strike(KeyboardInterrupt())
+        if self._trainer is not None:
             self._trainer.request(request)
         else:
-            if isinstance(request, Pause) and request.at_once and self.inputs.reading.inside:
-                self._inbox.drop(Request)
-                self.inputs.reading.strike(KeyboardInterrupt())
             self._inbox.put(request)
 
     def skip(self) -> None:

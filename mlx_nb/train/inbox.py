@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from typing import TypeVar
+from types import UnionType
+from typing import Any, TypeVar
 
 from mlx_nb.events import KEPT_REQUESTS, Request
 
@@ -25,19 +26,30 @@ class Inbox:
         """Add a request behind all others."""
         self._requests.append(request)
 
-    def take(self) -> Iterator[Request]:
-        """The requests, each removed as it is given; ends when there are none."""
+    def take(self, kind: UnionType) -> Iterator[Any]:
+        """The requests of some kinds, each removed as it is given; ends when there are none."""
         while True:
-            try:
-                yield self._requests.popleft()
-            except IndexError:
+            asked = self._drained()
+            found = next((index for index, request in enumerate(asked) if isinstance(request, kind)), None)
+            taken = [] if found is None else [asked.pop(found)]
+            self._requests.extendleft(reversed(asked))
+            if not taken:
                 return
+            yield taken[0]
 
     def drop(self, kind: type[Kind]) -> list[Kind]:
         """Remove the requests of a kind and return them; the others stay in order, before what is asked meanwhile."""
-        asked = list(self.take())
+        asked = self._drained()
         self._requests.extendleft(reversed([request for request in asked if not isinstance(request, kind)]))
         return [request for request in asked if isinstance(request, kind)]
+
+    def _drained(self) -> list[Request]:
+        asked: list[Request] = []
+        while True:
+            try:
+                asked.append(self._requests.popleft())
+            except IndexError:
+                return asked
 
     def kept(self) -> list[str]:
         """What is here, and stays, of the requests that a checkpoint keeps, as JSON lines."""

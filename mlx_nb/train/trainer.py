@@ -20,6 +20,9 @@ from mlx_nb.config.run_config import RunConfig
 from mlx_nb.data.examples.batches import Place, TokenBatch
 from mlx_nb.errors import CheckpointError, DataError, FolderError, TrainingError
 from mlx_nb.events import (
+    EARLY_STOPPING,
+    ITERS_REACHED,
+    STOPPED,
     AdapterSaved,
     BatchSkipped,
     ChangeSetting,
@@ -44,6 +47,7 @@ from mlx_nb.events import (
     Skip,
     StepCompleted,
     Stop,
+    TrainerRequest,
 )
 from mlx_nb.files.whole_files import write_whole
 from mlx_nb.files.written_files import ADAPTER_FILE, BEST_FOLDER
@@ -67,7 +71,6 @@ from mlx_nb.train.rollout import NoReward, RolloutFeed
 from mlx_nb.train.step import COMPILED_WIDTHS, Stepper, Update
 from mlx_nb.train.tripwires import REMEMBERED_LOSSES, SpikeWatch, advice, length_class, out_of_memory
 
-ITERS_REACHED, EARLY_STOPPING, STOPPED = "iters reached", "early stopping", "stopped"
 MEMORY_WARNING = 0.9  # of the device's memory
 IDLE_UPDATES = 10  # in a row without anything to learn from, until that is said
 
@@ -476,7 +479,8 @@ class Trainer:
 
     def _read_requests(self) -> Generator[Event, None, bool]:
         """Carry out what was asked. The generator's value is True when training must not go on now."""
-        for request in self._inbox.take():
+        request: TrainerRequest
+        for request in self._inbox.take(TrainerRequest):
             match request:
                 case Pause(reason):
                     self.answer_pauses()
@@ -499,6 +503,8 @@ class Trainer:
                     yield self.change(name, value)
                 case Skip():
                     yield self._skip()
+                case _:
+                    typing.assert_never(request)
         return False
 
     def answer_pauses(self) -> None:

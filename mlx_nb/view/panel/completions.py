@@ -8,7 +8,7 @@ from typing import Any
 import ipywidgets as widgets
 
 from mlx_nb.errors import MlxNbError
-from mlx_nb.events import RolloutCompleted
+from mlx_nb.events import RolloutCompleted, RunState
 from mlx_nb.view.panel.tabs import Later, line, note_html
 from mlx_nb.view.reports.completions import Ratios, completions_html
 
@@ -76,7 +76,7 @@ class CompletionsTab:
     def _measured(self, rollout: RolloutCompleted) -> Ratios:
         """In the background measured only so often that it takes a twentieth of the time."""
         of, now = (id(rollout), self._run.step_count), time.monotonic()
-        if of == self._ratios_of or (self._run.state == "running" and now < self._ratios_due):
+        if of == self._ratios_of or (self._run.state == RunState.RUNNING and now < self._ratios_due):
             return self._ratios
         try:
             self._ratios, self.note.value = self._run.log_ratios(), ""

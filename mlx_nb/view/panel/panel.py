@@ -26,6 +26,7 @@ from mlx_nb.events import (
     RequestRefused,
     Rewind,
     Rewound,
+    RunState,
     Save,
     SettingChanged,
     Skip,
@@ -183,7 +184,7 @@ class Panel:
 
     def _applied(self) -> None:
         """A run that stands still is woken to read its requests, without an update."""
-        if self.run.state != "running" and (self.run.prepared or self.run.state == "built"):
+        if self.run.state != RunState.RUNNING and (self.run.prepared or self.run.state == RunState.BUILT):
             self.run.start(0)
 
     def _turn(self) -> None:
@@ -223,7 +224,7 @@ class Panel:
     def _watched(self) -> bool:
         """Whether a browser shows the panel. While a cell blocks the kernel, nobody can say."""
         new = time.monotonic() - self._built_at < SECONDS_TO_OPEN
-        return new or self.run.state != "running" or self.is_open
+        return new or self.run.state != RunState.RUNNING or self.is_open
 
     def refresh(self) -> None:
         """Draw what is on show as the run is now."""

@@ -1,0 +1,40 @@
+"""The widgets in a real JupyterLab in Chromium: what is on screen, and what a click does."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.browser
+ROW_SHOWN = "(row) => document.querySelector('.mlx-nb-tokens b')?.textContent.includes(`row ${row} `)"
+
+
+def test_the_row_browser_is_worked_by_hand(lab, tiny_folder, tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": f"number {row}"}, {"role": "assistant", "content": "yes " * row}]}
+        for row in range(1, 301)
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    body = f"%%finetune --paused\nmodel: {tiny_folder}\ndata: {data}\nval_set_size: 0\nmax_seq_length: 4000"
+    page = lab.open(["%load_ext mlx_nb", body, "%finetune browse"])
+    for cell in range(3):
+        lab.run_cell(page, cell)
+    page.wait_for_function(ROW_SHOWN, arg=0, timeout=60_000)
+    page.get_by_role("button", name="Next ▶").click()
+    page.wait_for_function(ROW_SHOWN, arg=1)
+    page.get_by_role("button", name="◀ Previous").click()
+    page.wait_for_function(ROW_SHOWN, arg=0)
+    assert page.get_by_role("button", name="◀ Previous").is_disabled()
+    number = page.get_by_role("spinbutton", name="row", exact=True)
+    number.fill("250")
+    number.press("Enter")
+    page.wait_for_function(ROW_SHOWN, arg=250)
+    page.locator(".widget-dropdown select").nth(1).select_option("longest")
+    page.wait_for_function(ROW_SHOWN, arg=299)
+    assert page.get_by_text("1 of 300 found in 300 of 300 rows").is_visible()
+    page.get_by_role("button", name="user", exact=True).click()
+    page.wait_for_selector("text=, hidden")
+    assert page.get_by_text("regex").is_visible()
+    assert page.get_by_text("one cell per token").is_visible()

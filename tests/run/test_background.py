@@ -1,0 +1,254 @@
+"""Training in the background of a real ipykernel: cells, clicks and interrupts in between, and the same numbers."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from kernels import SETUP, Kernel
+from killed import DIGEST
+from mlx_nb import Run
+from mlx_nb.train.checkpoint import CheckpointStore
+from places import SUPPORT
+from tiny import tiny_rows
+
+pytestmark = pytest.mark.kernel
+
+
+class LiveKernel(Kernel):
+    """A kernel with a front end that clicks."""
+
+    def wait_for(self, expression, wanted, timeout=60.0):
+        """Until the expression prints `wanted`; returns the seconds it took."""
+        begun = time.monotonic()
+        while (seen := self.value(expression)) != wanted:
+            assert time.monotonic() - begun < timeout, f"{expression} is {seen}"
+            time.sleep(0.01)
+        return time.monotonic() - begun
+
+    def click(self, widget, channel=None):
+        """Press a button, as a browser does: a comm message on the shell channel, or on that of a subshell."""
+        model = self.value(f"{widget}.model_id")
+        content = {"comm_id": model, "data": {"method": "custom", "content": {"event": "click"}}}
+        message = self.client.session.msg("comm_msg", content)
+        message["header"]["subshell_id"] = channel
+        self.client.shell_channel.send(message)
+
+    def new_subshell(self):
+        """The id of a new subshell; None for a kernel that has none and says so."""
+        self.client.kernel_info()
+        info = self.client.get_shell_msg(timeout=30)["content"]
+        if "kernel subshells" not in info.get("supported_features", []):
+            return None
+        self.client.control_channel.send(self.client.session.msg("create_subshell_request"))
+        return self.client.get_control_msg(timeout=30)["content"]["subshell_id"]
+
+
+@pytest.fixture
+def kernel(tmp_path, request):
+    kernel = LiveKernel(tmp_path)
+    status, text = kernel.run(SETUP.format(tests=str(SUPPORT)))
+    assert status == "ok", text
+    kernel.run(DIGEST)
+    yield kernel
+    kernel.close()
+
+
+def cell(tiny_folder, name, iters=300, options=""):
+    return (
+        f"%%finetune --name {name} -o {name} {options}\nmodel: {tiny_folder}\ndata: rows\niters: {iters}\n"
+        "learning_rate: 5e-3\nlora_parameters: {rank: 4, dropout: 0.1}\nsteps_per_eval: 20\nloss_spike: null"
+    )
+
+
+PANEL = "get_ipython()._mlx_nb_magics.session._shown['a'][0]"
+
+
+def whole_digest(kernel, tiny_folder, iters=300):
+    kernel.run(cell(tiny_folder, "whole", iters, "--paused"))
+    kernel.run("whole.run()")
+    return kernel.value("digest(whole)")
+
+
+def test_the_cell_returns_at_once_and_other_cells_use_the_live_model_in_between(kernel, tiny_folder):
+    expected = whole_digest(kernel, tiny_folder)
+    begun = time.monotonic()
+    status, text = kernel.run(cell(tiny_folder, "a", options="--background"))
+    returned = time.monotonic() - begun
+    assert status == "ok", text
+    assert kernel.value("a.state") == "running"
+    answered = []
+    while kernel.value("a.state") == "running":
+        begun = time.monotonic()
+        kernel.run(
+            "import mlx.core as mx, numpy as np\n"
+            "mx.random.normal((3,)); np.random.rand(3); a.model(mx.array([[1, 2, 3]])); a.generate('x', max_tokens=2)"
+        )
+        answered.append(time.monotonic() - begun)
+    assert kernel.value("a.state") == "finished"
+    assert len(answered) > 3
+    assert kernel.value("digest(a)") == expected
+    longest = float(kernel.value("sum(a.history['seconds'])"))
+    assert returned < max(2.0, longest)
+
+
+@pytest.mark.parametrize("where", ["main", "subshell"])
+def test_clicks_pause_step_and_run_on(kernel, tiny_folder, where):
+    """JupyterLab sends clicks to a subshell where the kernel has them, which may be another thread."""
+    channel = kernel.new_subshell() if where == "subshell" else None
+    expected = whole_digest(kernel, tiny_folder)
+    kernel.run(cell(tiny_folder, "a"))
+    assert kernel.value("a.state") == "running"
+    kernel.wait_for("a.step_count > 3", "True")
+    kernel.click(f"{PANEL}.pause", channel)
+    kernel.wait_for("a.state", "paused")
+    paused_at = int(kernel.value("a.step_count"))
+    assert 3 < paused_at < 300
+    assert kernel.value(f"({PANEL}.run_button.disabled, {PANEL}.pause.disabled)") == "(False, True)"
+    kernel.click(f"{PANEL}.step", channel)
+    kernel.wait_for("a.step_count", str(paused_at + 1))
+    kernel.wait_for("a.state", "paused")
+    kernel.click(f"{PANEL}.step_10", channel)
+    kernel.wait_for("a.step_count", str(paused_at + 11))
+    kernel.wait_for("a.state", "paused")
+    kernel.click(f"{PANEL}.rewind", channel)
+    kernel.wait_for("a.step_count", str(paused_at + 1))
+    kernel.wait_for("a.state", "paused")
+    kernel.click(f"{PANEL}.evaluate", channel)
+    kernel.wait_for(f"a.history.evaluations()[-1]['step'] == {paused_at + 1}", "True")
+    kernel.click(f"{PANEL}.run_button", channel)
+    kernel.wait_for("a.state", "finished")
+    assert kernel.value("a.adapter_bytes() == whole.adapter_bytes()") == "True"
+    assert kernel.value("a.history['loss'] == whole.history['loss']") == "True"
+    assert expected.split()[0] == kernel.value("digest(a)").split()[0]
+
+
+def test_an_interrupt_between_cells_pauses_and_the_handler_is_given_back(kernel, tiny_folder):
+    expected = whole_digest(kernel, tiny_folder)
+    before = kernel.value("__import__('signal').getsignal(2)")
+    kernel.run(cell(tiny_folder, "a"))
+    for _ in range(5):
+        kernel.run("import time; time.sleep(0.05)")
+        kernel.manager.interrupt_kernel()
+        kernel.wait_for("a.state", "paused")
+        kernel.run("%finetune run")
+        assert kernel.value("a.state") == "running"
+    kernel.wait_for("a.state", "finished")
+    assert kernel.value("digest(a)") == expected
+    assert kernel.value("__import__('signal').getsignal(2)") == before
+
+
+def test_await_waits_without_cancelling_and_two_runs_go_side_by_side(kernel, tiny_folder):
+    expected = whole_digest(kernel, tiny_folder, 60)
+    kernel.run(cell(tiny_folder, "a", 60))
+    kernel.run(cell(tiny_folder, "b", 60))
+    assert kernel.value("(a.state, b.state)") == "('running', 'running')"
+    status, text = kernel.run("_ = await a; _ = await b")
+    assert status == "ok", text
+    assert kernel.value("digest(a)") == expected
+    assert kernel.value("digest(b)") == expected
+
+
+def test_a_run_that_moves_refuses_what_would_collide_in_one_line(kernel, tiny_folder):
+    kernel.run(cell(tiny_folder, "a", 5000))
+    for code in ("a.step()", "%finetune rewind 1", "a.run()", "%finetune run"):
+        status, text = kernel.run(code)
+        assert status == "error", code
+        assert "pause" in text, text
+    status, text = kernel.run("%finetune pause")
+    assert "pauses after this update" in text
+    kernel.wait_for("a.state", "paused")
+    status, text = kernel.run("%finetune pause")
+    assert "nothing to pause" in text
+    kernel.run("%finetune set learning_rate=1e-3")
+    kernel.run("%finetune step")
+    assert kernel.value("a.history['learning_rate'][-1] <= 1e-3") == "True"
+    status, text = kernel.run("%finetune stop")
+    assert status == "ok", text
+    assert kernel.value("a.state") == "stopped"
+    status, text = kernel.run("%reload_ext mlx_nb")
+    assert status == "ok", text
+
+
+def test_a_question_and_kept_prompts_are_answered_between_updates(kernel, tiny_folder):
+    kernel.run(cell(tiny_folder, "a", 100, "--paused"))
+    kernel.run("plain = a.fork(name='plain'); _ = plain.run()")
+    kernel.run("a.set(sample_prompts=['say red'], sample_every=20, sample_tokens=4); said = []")
+    kernel.run("from mlx_nb.events import Question")
+    kernel.run("%finetune run")
+    kernel.run("a.ask(Question('say blue', lambda text, done: said.append((text, done)), max_tokens=5))")
+    kernel.wait_for("a.state", "finished")
+    assert kernel.value("said[-1][1]") == "True"
+    steps = kernel.value("[e.step for e in a.history.events if type(e).__name__ == 'SampleGenerated']")
+    assert steps == "[0, 20, 40, 60, 80, 100]"
+    assert kernel.value("a.history['loss'] == plain.history['loss']") == "True"
+    assert kernel.value("a.adapter_bytes() == plain.adapter_bytes()") == "True"
+
+
+def test_what_goes_wrong_in_the_background_is_shown_and_the_run_can_go_on(kernel, tiny_folder):
+    kernel.run(cell(tiny_folder, "a", 5000))
+    kernel.run("def bad(*_, **__): raise ValueError('broken on purpose')")
+    kernel.run("good = a.trainer.stepper.update; a.trainer.stepper.update = bad")
+    kernel.wait_for("a.state", "failed")
+    kernel.wait_for(f"'broken on purpose' in {PANEL}.head.value + repr({PANEL}.log._lines)", "True")
+    kernel.run("a.trainer.stepper.update = good")
+    kernel.run("%finetune run")
+    assert kernel.value("a.state") == "running"
+
+
+def test_a_broken_panel_never_touches_training(kernel, tiny_folder):
+    expected = whole_digest(kernel, tiny_folder, 100)
+    kernel.run(cell(tiny_folder, "a", 100, "--paused"))
+    kernel.run(f"{PANEL}.widget._view_count = 1")  # as a browser says that shows it
+    kernel.run(f"def broken(): raise RuntimeError('the tab is gone')\n{PANEL}.refresh = broken")
+    kernel.run("%finetune run")
+    kernel.wait_for("a.state", "finished")
+    assert kernel.value("digest(a)") == expected
+
+
+SAMPLED = """%%finetune --name {name} -o {name} --paused
+model: {model}
+data: prompts
+method: grpo
+rewards: [short]
+group_size: 3
+max_completion_length: 8
+updates_per_rollout: 2
+batch_size: 2
+iters: 30
+steps_per_eval: 10"""
+REWARD = """from tiny import tiny_prompts
+prompts = tiny_prompts()
+def short(completions): return [1.0 / (1 + len(text)) for text in completions]"""
+
+
+def test_watching_completions_with_their_ratios_changes_no_bit_of_a_run(kernel, tiny_folder):
+    kernel.run(REWARD)
+    kernel.run(SAMPLED.format(name="whole", model=tiny_folder))
+    status, text = kernel.run("whole.run()")
+    assert status == "ok", text
+    kernel.run(SAMPLED.format(name="a", model=tiny_folder))
+    kernel.run(f"{PANEL}.widget._view_count = 1")  # as a browser says that shows it
+    kernel.run(f"{PANEL}.tabs.value = 'Completions'\n{PANEL}.completions.colour.value = True")
+    kernel.run("%finetune run --background")
+    kernel.wait_for("a.state", "finished")
+    kernel.wait_for(f"'log(policy now' in {PANEL}.completions.view.value", "True")
+    assert kernel.value("digest(a)") == kernel.value("digest(whole)")
+    assert kernel.value(f"len({PANEL}.completions.rollout.options)") == "16"
+
+
+def test_a_kernel_that_is_shut_down_leaves_an_exact_checkpoint(kernel, tiny_folder, tmp_path):
+    body = cell(tiny_folder, "a", 5000).replace("steps_per_eval: 20", "steps_per_eval: -1\nsave_every: -1")
+    kernel.run(body)
+    kernel.wait_for("a.step_count > 10", "True")
+    seen = int(kernel.value("a.step_count"))
+    kernel.manager.shutdown_kernel(now=False)
+    (info,) = CheckpointStore(tmp_path / "adapters" / "a" / "checkpoints").list()
+    assert info.kind in ("exit", "pause")  # jupyter interrupts a kernel before it asks it to end
+    assert info.step >= seen
+    resumed = Run.resume(tmp_path / "adapters" / "a", data=tiny_rows(40))
+    whole = Run(resumed.config.replace(adapter_path=str(tmp_path / "whole"), data=tiny_rows(40)))
+    whole.run(until=info.step)
+    assert resumed.adapter_bytes() == whole.adapter_bytes()
+    assert resumed.history["loss"] == whole.history["loss"]

@@ -1,0 +1,52 @@
+"""A real ipykernel that is asked for values."""
+
+from __future__ import annotations
+
+import time
+
+from jupyter_client.manager import KernelManager
+
+SETUP = """%load_ext mlx_nb
+import sys; sys.path.insert(0, {tests!r})
+from tiny import tiny_rows
+rows = tiny_rows(40)"""
+
+
+class Kernel:
+    """One kernel and what its cells print."""
+
+    def __init__(self, folder):
+        self.manager = KernelManager(kernel_name="python3")
+        self.manager.start_kernel(cwd=str(folder))
+        self.client = self.manager.client()
+        self.client.start_channels()
+        self.client.wait_for_ready(timeout=60)
+
+    def run(self, code, timeout=120, on_output=lambda text: None):
+        """Execute; returns (status, text of all streams and results). `on_output` sees each piece as it comes."""
+        message_id = self.client.execute(code)
+        text = ""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            message = self.client.get_iopub_msg(timeout=timeout)
+            if message["parent_header"].get("msg_id") != message_id:
+                continue
+            kind, content = message["msg_type"], message["content"]
+            piece = content.get("text") or content.get("data", {}).get("text/plain", "") or content.get("evalue", "")
+            text += piece
+            on_output(piece)
+            if kind == "status" and content["execution_state"] == "idle":
+                break
+        reply = self.client.get_shell_msg(timeout=30)
+        while reply["parent_header"].get("msg_id") != message_id:
+            reply = self.client.get_shell_msg(timeout=30)
+        return reply["content"]["status"], text
+
+    def value(self, expression):
+        status, text = self.run(f"print({expression})")
+        assert status == "ok", text
+        return text.strip()
+
+    def close(self):
+        self.client.stop_channels()
+        self.manager.shutdown_kernel(now=True)

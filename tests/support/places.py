@@ -1,0 +1,10 @@
+"""Folders that tests and the processes they start need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+SUPPORT = Path(__file__).parent
+PROJECT = SUPPORT.parent.parent
+NOTEBOOKS = PROJECT / "example_notebooks"
+DOCS = PROJECT / "docs"
