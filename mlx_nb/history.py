@@ -53,6 +53,7 @@ class History:
             self.append(event)
 
     def append(self, event: Event) -> None:
+        """Add an event; after a Rewound, what it went back over stands no more."""
         self.events.append(event)
         if isinstance(event, Rewound):
             self._abandoned.append(self.standing[event.kept :])
@@ -155,6 +156,7 @@ class History:
 
     @property
     def started(self) -> RunStarted | None:
+        """How the run began, once it has."""
         return next(self._of(RunStarted), None)
 
     @property
@@ -168,10 +170,12 @@ class History:
 
     @property
     def last_step(self) -> StepCompleted | None:
+        """The last update that stands."""
         return next(self._of(StepCompleted, reverse=True), None)
 
     @property
     def finished(self) -> RunFinished | None:
+        """How the run ended, once it has."""
         return next(self._of(RunFinished, reverse=True), None)
 
     def _of(self, kind: type, *, reverse: bool = False) -> Iterator[Any]:

@@ -49,6 +49,7 @@ class Settings:
     """
 
     def __new__(cls, *values: Any, **named: Any) -> Any:
+        """Note which settings are given, before defaults fill in the others."""
         self = super().__new__(cls)
         names = [declared.name for declared in fields(cls)]  # type: ignore[arg-type]
         object.__setattr__(self, "_given", names_given({**dict(zip(names, values)), **named}))

@@ -43,6 +43,7 @@ class Holder:
 
     @property
     def is_this_process(self) -> bool:
+        """Whether it is a run of this process."""
         return self == _this_process(self.run, self.since)
 
     @property

@@ -57,6 +57,7 @@ class RunFolder:
 
     @property
     def held(self) -> bool:
+        """Whether this run may write there."""
         return self._lock.held
 
     def holds(self, path: Path) -> bool:

@@ -24,6 +24,7 @@ class HashedFile(io.BufferedWriter):
         self.sha256 = hashlib.sha256()
 
     def write(self, data: Any) -> int:
+        """Write, and add to the digest."""
         self.sha256.update(data)
         return super().write(data)
 

@@ -103,6 +103,7 @@ class TargetScorer:
 
     @property
     def projects_targets_only(self) -> bool:
+        """Whether the head is computed at targets alone."""
         return self._split is not None
 
     @cached_property

@@ -47,6 +47,7 @@ class Command:
 
     @property
     def options(self) -> list[str]:
+        """The words for its options, such as `--wait`."""
         return [
             word
             for action in self.parser._actions

@@ -87,4 +87,5 @@ class Session:
         return run
 
     def is_current(self, run: Run) -> bool:
+        """Whether a command without a name means this run."""
         return self._current is not None and self.runs[self._current] is run

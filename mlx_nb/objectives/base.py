@@ -67,7 +67,9 @@ def joined(parts: Sequence[LossSum]) -> LossSum:
 class Objective(Protocol):
     """`(scorer, inputs) -> LossSum`; pure, no state, no randomness but the model's own dropout."""
 
-    def __call__(self, scorer: TargetScorer, inputs: TargetInputs) -> LossSum: ...
+    def __call__(self, scorer: TargetScorer, inputs: TargetInputs) -> LossSum:
+        """The loss of a batch, summed, and its parts."""
+
 
 
 def sum_by_row(inputs: TargetInputs, value_S: mx.array) -> mx.array:

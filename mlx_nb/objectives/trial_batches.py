@@ -35,23 +35,27 @@ def _noisy(scorer: TargetScorer, batch: TokenBatch, seed: int, size: float) -> n
 
 
 def trial_tokens(scorer: TargetScorer, rows: Sequence[int], width: int) -> TokenBatch:
+    """Conversations, with log-probabilities of a reference."""
     batch = pad([_example(row, 1) for row in rows], width)
     return batch._replace(token_values={"reference": _noisy(scorer, batch, 3, 0.5)})
 
 
 def trial_pairs(scorer: TargetScorer, rows: Sequence[int], width: int) -> TokenBatch:
+    """Pairs of answers of weight 1 and 2, with log-probabilities of a reference."""
     pairs = [PreferenceExample(_example(row, 1), _example(row, 2), 0, row, weight=1 + row % 2) for row in rows]
     batch = pad_pairs(pairs, width)
     return batch._replace(token_values={"reference": _noisy(scorer, batch, 3, 0.5)})
 
 
 def trial_labels(scorer: TargetScorer, rows: Sequence[int], width: int) -> TokenBatch:
+    """Answers labelled good and bad in turn, with log-probabilities of a reference and an estimate of the KL."""
     batch = pad_labelled([LabelledExample(_example(row, 1), row % 2 == 0, 0, row) for row in rows], width)
     values = {**batch.row_values, "kl_estimate": np.full(len(rows), 0.3, np.float32)}
     return batch._replace(row_values=values, token_values={"reference": _noisy(scorer, batch, 3, 0.5)})
 
 
 def trial_completions(scorer: TargetScorer, rows: Sequence[int], width: int) -> TokenBatch:
+    """Completions with advantages, and log-probabilities of the policy that sampled them and of a reference."""
     batch = pad([_example(row, 1) for row in rows], width)
     advantages = np.array([(-1.2, 0.4, 0.8)[row % 3] for row in rows], np.float32)
     values = {"advantage": advantages, "counts": np.ones(len(rows), np.float32)}

@@ -39,10 +39,18 @@ class Unsaved(Protocol):
     name: str
 
     @property
-    def prepared(self) -> bool: ...
-    def request(self, request: Request) -> None: ...
-    def save_unsaved(self) -> bool: ...
-    def save_last_boundary(self) -> bool: ...
+    def prepared(self) -> bool:
+        """Whether model and rows are loaded."""
+
+    def request(self, request: Request) -> None:
+        """Ask for something at the next boundary."""
+
+    def save_unsaved(self) -> bool:
+        """Write a checkpoint if updates were done since the last one; whether it did."""
+
+    def save_last_boundary(self) -> bool:
+        """The same for the last boundary, from memory, while an update is being computed."""
+
 
 
 _runs: weakref.WeakSet[Unsaved] = weakref.WeakSet()

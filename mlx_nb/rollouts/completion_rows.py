@@ -45,6 +45,7 @@ class Row:
     text: str = ""
 
     def completion(self) -> Completion:
+        """What was sampled so far."""
         return Completion(
             np.array(self.tokens, np.int32),
             np.array(self.logprobs, np.float32),

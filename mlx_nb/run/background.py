@@ -19,8 +19,12 @@ class Runnable(Protocol):
 
     name: str
 
-    def events(self, updates: int | None = None) -> Iterator[Event]: ...
-    def request(self, request: Request) -> None: ...
+    def events(self, updates: int | None = None) -> Iterator[Event]:
+        """Move by `updates` updates, or to the end."""
+
+    def request(self, request: Request) -> None:
+        """Ask for something at the next boundary."""
+
 
 
 _moving: list[Runnable] = []
@@ -63,6 +67,7 @@ class Background:
 
     @property
     def active(self) -> bool:
+        """Whether it moves the run now."""
         return any(one is self._run for one in _moving)
 
     def start(self, updates: int | None = None, *, ended: Callable[[BaseException | None], None]) -> None:

@@ -137,6 +137,7 @@ class Checkpoints:
 
     @property
     def remembers(self) -> bool:
+        """Whether there is a boundary to go back to in memory."""
         return bool(self._recent)
 
     def find(self, step: int, store: CheckpointStore, history: History, now: int) -> Checkpoint:

@@ -235,6 +235,7 @@ def _live_changes(checkpoint: Checkpoint) -> list[SettingChanged]:
 
 
 def live_change_lines(checkpoint: Checkpoint) -> list[str]:
+    """The SettingChanged events until a checkpoint, a JSON line each."""
     if (lines := checkpoint.state.get("live_changes")) is not None:
         return list(lines)
     return [event.to_json() for event in history_of(checkpoint).events if isinstance(event, SettingChanged)]

@@ -113,6 +113,7 @@ class RowFeed:
         self.batches_per_epoch = self.plan.batches_per_epoch
 
     def prepare(self, step: int, first: int) -> Generator[Event, None, Event]:
+        """Never called."""
         raise AssertionError("rows are always ready")
         yield
 

@@ -53,6 +53,7 @@ class Parking:
 
     @property
     def steps(self) -> list[int]:
+        """The updates that are here."""
         return [snapshot.step for snapshot, _ in self._parked]
 
     def find(self, step: int) -> Checkpoint | None:

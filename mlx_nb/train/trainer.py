@@ -431,6 +431,7 @@ class Trainer:
 
     @property
     def validates(self) -> bool:
+        """Whether the run measures validation rows by itself."""
         return bool(self.examples.valid) and self.config.steps_per_eval != -1
 
     def _schedule_after_update(self) -> None:

@@ -221,6 +221,7 @@ class Groups:
         return number
 
     def join(self, a: int, b: int) -> None:
+        """Make the groups of `a` and `b` one, led by the lower of their leaders."""
         first, second = sorted((self.leader(a), self.leader(b)))
         self._parent[second] = first
 

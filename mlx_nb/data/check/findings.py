@@ -216,11 +216,13 @@ class RowTally:
     rows: list[tuple[int, str]] = field(default_factory=list)
 
     def add(self, row: int, reason: str) -> None:
+        """Count a row, and keep it while there are few."""
         self.count += 1
         if len(self.rows) < LISTED_ROWS:
             self.rows.append((row, reason))
 
     def listed(self) -> RowList:
+        """The rows counted so far."""
         return RowList(self.count, tuple(self.rows))
 
 

@@ -73,6 +73,7 @@ class BatchPlan:
 
     @property
     def batches_per_epoch(self) -> int:
+        """Batches that have every row once; the last may be smaller."""
         return -(-len(self.lengths) // self.batch_size)
 
     def batch(self, index: int) -> np.ndarray:

@@ -74,6 +74,7 @@ class ExampleSettings:
 
     @classmethod
     def of(cls, config: RunConfig, limits: ModelLimits = UNLIMITED) -> ExampleSettings:
+        """Those of a run, with what its model can read."""
         columns = Columns(
             messages=config.chat_feature,
             prompt=config.prompt_feature,

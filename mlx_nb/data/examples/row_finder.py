@@ -103,10 +103,12 @@ class Search:
 
     @property
     def done(self) -> bool:
+        """Whether all rows were read."""
         return self.read == self.total
 
     @property
     def found(self) -> Sequence[int]:
+        """The numbers of the rows that match, of those read so far, in order."""
         if self._found is None:
             self._keyed.sort()
             self._found = [row for _, _, row in self._keyed]

@@ -28,6 +28,7 @@ class Rendering:
 
     @classmethod
     def of(cls, config: RunConfig) -> Rendering:
+        """That of a run."""
         return cls(config.prompt_format, config.special_tokens_in_text)
 
     def resolved(self, tokenizer: Any) -> Rendering:

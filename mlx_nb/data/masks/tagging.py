@@ -73,6 +73,7 @@ class TaggedMessages:
     first: int
 
     def leaf(self, tag: str) -> Leaf:
+        """The text that stands at a tag."""
         return self.leaves[ord(tag) - self.first]
 
     @cached_property

@@ -55,6 +55,7 @@ class ValueRemarks:
     found: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def add(self, kind: str, where: str) -> None:
+        """Count a remark; `where` is kept of the first of its kind."""
         count, first = self.found.get(kind, (0, where))
         self.found[kind] = (count + 1, first)
 

@@ -29,6 +29,7 @@ class SplitWords:
     subset: str | None = None
 
     def refuse(self, names: Sequence[str], what: str) -> None:
+        """Raise DataError for the first of `names` that is given."""
         for name in names:
             if getattr(self, name) is not None:
                 raise DataError(f"`{name}: {getattr(self, name)}` has no effect: {what}. Remove it.")

@@ -32,13 +32,21 @@ class PromptRow(Protocol):
     """What a batch needs to know of a row (`PromptExample`)."""
 
     @property
-    def prompt(self) -> Any: ...
+    def prompt(self) -> Any:
+        """What was asked, as the person wrote it."""
+
     @property
-    def answer(self) -> Any: ...
+    def answer(self) -> Any:
+        """The answer that the row gives, None without one."""
+
     @property
-    def columns(self) -> Mapping[str, Any]: ...
+    def columns(self) -> Mapping[str, Any]:
+        """All other columns."""
+
     @property
-    def row(self) -> int: ...
+    def row(self) -> int:
+        """Its number."""
+
 
 
 @dataclass(frozen=True)

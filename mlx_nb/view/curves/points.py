@@ -29,6 +29,7 @@ class Table:
         self._columns: dict[str, array[float]] = {name: array("d") for name in names}
 
     def append(self, row: Mapping[str, float | None]) -> None:
+        """Add a row; a column that it lacks, or that earlier ones lacked, is NaN there."""
         for name in row.keys() - self._columns.keys():
             self._columns[name] = array("d", [math.nan]) * len(self._columns["position"])
         for name, column in self._columns.items():
@@ -49,6 +50,7 @@ class Table:
         return column[-1] if column else 0.0
 
     def columns(self) -> Columns:
+        """(rows,) float64 by name."""
         # Copies, because an array that lends its memory to numpy cannot grow.
         return {name: np.array(column) for name, column in self._columns.items()}
 

@@ -28,6 +28,7 @@ Later = Callable[[Callable[[], None]], None]
 
 
 def button(text: str, tooltip: str, style: str = "") -> widgets.Button:
+    """A button as wide as its text."""
     return widgets.Button(description=text, tooltip=tooltip, button_style=style, layout={"width": "auto"})
 
 
@@ -37,6 +38,7 @@ def line(*parts: widgets.Widget) -> widgets.Box:
 
 
 def note_html(text: str) -> str:
+    """A remark below the controls of a tab."""
     return f'<div style="font-size:.9em;{WRAP}">{escape(text)}</div>'
 
 
@@ -71,6 +73,7 @@ class RowsTab:
         self.refresh()
 
     def refresh(self) -> None:
+        """Show the rows of highest loss, or those of the next update, as they are now."""
         history = self._run.history
         if self.source.value == self.WORST:
             losses = self._worst_rows()
@@ -204,6 +207,7 @@ class SamplesTab:
         )
 
     def refresh(self) -> None:
+        """Show the answers to the kept prompts, the newest first."""
         samples: dict[str, list[SampleGenerated]] = {}
         for event in self._run.history.standing:
             if isinstance(event, SampleGenerated):
@@ -256,6 +260,7 @@ class SettingsTab:
         self.refresh()
 
     def refresh(self) -> None:
+        """Show the values that hold now."""
         self._quiet = True
         for name, field in self.fields.items():
             value = getattr(self._run.config, name)
@@ -299,6 +304,7 @@ class CheckpointsTab:
         self.widget = widgets.VBox([self.list, line(self.rewind, self.compare, self.delete), self.note])
 
     def refresh(self) -> None:
+        """List the checkpoints that are in the folder now."""
         try:
             infos = self._run.checkpoints()[::-1]
         except MlxNbError as error:
@@ -348,6 +354,7 @@ class LogTab:
         self.widget = widgets.VBox([self.text])
 
     def add(self, event: Event) -> None:
+        """Note an event, but for the frequent ones."""
         if isinstance(event, StepCompleted | Progress | StateChanged):
             return
         self._lines += [f"{time.strftime('%H:%M:%S')}  {describe(event)}"]
@@ -355,6 +362,7 @@ class LogTab:
         del self._lines[:-LINES_OF_LOG]
 
     def refresh(self) -> None:
+        """Show the lines, the newest first."""
         if self._lines:
             lines = "".join(f"<div>{escape(one_line(text))}</div>" for text in reversed(self._lines))
             frame = f"border:1px solid {tint(GREY, 0.35)};padding:4px 6px"

@@ -42,10 +42,12 @@ class Cell:
 
     @property
     def weight(self) -> float:
+        """The largest weight of its tokens, by size."""
         return max(self.weights, key=abs, default=0.0)
 
     @property
     def loss_known(self) -> bool:
+        """Whether there is a loss to color by."""
         return not (math.isnan(self.loss) and math.isnan(self.base_loss))
 
 
@@ -57,6 +59,7 @@ def added_tokens(tokenizer: Any) -> set[int]:
 
 
 def checked_loss(name: str, losses: np.ndarray | None, length: int) -> np.ndarray:
+    """(length,) losses, NaN where there are none. Raises ValueError for another length."""
     if losses is None:
         return np.full(length, np.nan)
     values = np.asarray(losses, dtype=np.float64)
@@ -201,14 +204,17 @@ def merged_runs(cells: Iterable[Cell], per_token: bool) -> Iterator[Cell]:
 
 
 def grouped(count: int) -> str:
+    """A number with its thousands set apart."""
     return f"{count:,}"
 
 
 def share(trained: int, total: int) -> str:
+    """How many percent of the tokens are trained."""
     return f"{trained / total:.0%}" if total else "0%"
 
 
 def summary(conversation: TokenizedConversation, dropped_tokens: int) -> str:
+    """Tokens, trained tokens and those cut off, in one line."""
     total, trained = len(conversation.tokens), int(np.count_nonzero(conversation.loss_mask))
     line = f"{grouped(total)} tokens · {grouped(trained)} trained ({share(trained, total)})"
     return f"{line} · {grouped(dropped_tokens)} tokens cut off" if dropped_tokens else line
@@ -225,6 +231,7 @@ def role_counts(cells: Iterable[Cell]) -> dict[str, tuple[int, int]]:
 
 
 def partial_weights(loss_mask: np.ndarray) -> dict[float, int]:
+    """How many tokens have each weight that is neither 0 nor 1."""
     counts = Counter(loss_mask.tolist())
     return {weight: counts[weight] for weight in sorted(counts) if weight not in (0.0, 1.0)}
 

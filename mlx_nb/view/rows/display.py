@@ -29,6 +29,7 @@ class ShownRow(RowView):
 
     @classmethod
     def of(cls, view: RowView, tokenizer: Any, split: str) -> ShownRow:
+        """A row with what it takes to show it."""
         values = {declared.name: getattr(view, declared.name) for declared in fields(RowView)}
         return cls(**values, tokenizer=tokenizer, split=split)
 
@@ -42,7 +43,9 @@ class ShownRow(RowView):
 class TokenLoss(Protocol):
     """(T,) losses in nats, of the base or of the model as it is; of a pair, of either answer."""
 
-    def __call__(self, row: RowView, *, base: bool, rejected: bool) -> np.ndarray: ...
+    def __call__(self, row: RowView, *, base: bool, rejected: bool) -> np.ndarray:
+        """(T,) loss in nats of each token of an answer; NaN for the first."""
+
 
 
 def measured_losses(view: RowView, token_loss: TokenLoss, *, compare: bool = False) -> dict[str, Any]:

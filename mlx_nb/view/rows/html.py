@@ -122,6 +122,7 @@ def _block_html(cells: list[Cell], tokens: np.ndarray, look: Look) -> str:
 
 
 def blocks_html(cells: Iterable[Cell], tokens: np.ndarray, look: Look) -> str:
+    """The cells, a block for each message."""
     groups = groupby(cells, key=lambda cell: cell.message)
     return "".join(_block_html(list(group), tokens, look) for _, group in groups)
 

@@ -131,6 +131,7 @@ def _marked(runs: Iterable[Cell]) -> list[Piece]:
 
 
 def highest_losses(conversation: TokenizedConversation, token_loss: np.ndarray, cells: list[Cell]) -> list[str]:
+    """Lines with the trained tokens of highest loss."""
     losses = np.where(conversation.loss_mask != 0, token_loss, np.nan)
     known = np.flatnonzero(~np.isnan(losses))
     worst = known[np.argsort(-losses[known], kind="stable")][:_HIGHEST_LOSSES]
