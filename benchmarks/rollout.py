@@ -10,7 +10,7 @@ Each round runs three processes in turn on the same prompts and settings, with t
     mlx_nb               `sample_groups`
 
 A few tokens are drawn first, untimed. Lengths of completions are chance, so the rates of a round are those of its own
-tokens; printed are medians of the rounds, and the ratios of tokens per second. mlx_nb's figures include the behaviour
+tokens; printed are medians of the rounds, and the ratios of tokens per second. mlx_nb's figures include the behavior
 log-probabilities, which the peer's function does not return. JSON comes last.
 """
 

@@ -2,7 +2,7 @@
 
     python example_notebooks/make_home_requests.py
 
-A request is made from a phrase and the values that fill it, so the right answer is known without anybody's judgement.
+A request is made from a phrase and the values that fill it, so the right answer is known without anybody's judgment.
 Every answer belongs to one split: a model that gets a test row right has never been shown that line of JSON, only its
 parts. The same seed gives the same files.
 """

@@ -20,10 +20,10 @@ What is the capital of Canada?|Ottawa
 What is the capital of Norway?|Oslo
 What is the capital of Kenya?|Nairobi
 What is the capital of Peru?|Lima
-What colour is a ripe lemon?|Yellow
-What colour is fresh grass?|Green
-What colour is coal?|Black
-What colour is fresh snow?|White
+What color is a ripe lemon?|Yellow
+What color is fresh grass?|Green
+What color is coal?|Black
+What color is fresh snow?|White
 How many legs does a spider have?|Eight
 How many days are in a week?|Seven
 How many months are in a year?|Twelve
@@ -41,7 +41,7 @@ Which insect makes honey?|A bee
 What do we call frozen water?|Ice
 What do we call a baby cat?|A kitten
 What do we call a baby dog?|A puppy
-What do we call the colour between red and yellow?|Orange
+What do we call the color between red and yellow?|Orange
 What is the opposite of hot?|Cold
 What is the opposite of early?|Late
 What is the opposite of full?|Empty

@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(act=_train)
     check = commands.add_parser("check", help="what is wrong or odd with the rows, by number")
     check.add_argument("data", help="folder, file or hub id, as the setting `data`")
-    check.add_argument("settings", nargs="*", metavar="key=value", help="settings, and rows=N (or all) to tokenise")
+    check.add_argument("settings", nargs="*", metavar="key=value", help="settings, and rows=N (or all) to tokenize")
     check.add_argument("--model", help="whose tokenizer and chat template; only those are loaded")
     check.add_argument("--json", action="store_true", help="one JSON document")
     check.add_argument("--rows", action="store_true", help="one JSON line a row, with tokens and loss mask")

@@ -84,8 +84,8 @@ _PAIR_METRICS = {
 }
 _KL = {"kl": Metric("KL to the reference per token, k2 estimate on the rows' answers, nats", "small")}
 _LABEL_METRICS = {
-    "reward_desirable": Metric("beta * log(policy / reference) of answers labelled true", "up"),
-    "reward_undesirable": Metric("beta * log(policy / reference) of answers labelled false", "down"),
+    "reward_desirable": Metric("beta * log(policy / reference) of answers labeled true", "up"),
+    "reward_undesirable": Metric("beta * log(policy / reference) of answers labeled false", "down"),
     "kl_estimate": Metric("z0: mean log-ratio of mismatched answers, at least 0", "small"),
     "accuracy": Metric("share of answers on the side of z0 that their label says", "up"),
     **_KL,
@@ -131,7 +131,7 @@ METHODS: dict[str, Method] = {
                 ipo=("beta",),
                 dpop=("beta", "delta"),
                 robust=("beta", "label_smoothing"),
-                normalised=("beta",),
+                normalized=("beta",),
             ),
             {**_PAIR_METRICS, **_KL},
             reference=True,

@@ -79,7 +79,7 @@ class RunConfig(Settings):
 
     method: str = setting(
         "sft",
-        "What is learned from: sft (rows to imitate), dpo, cpo, orpo (pairs of answers), kto (answers labelled good or "
+        "What is learned from: sft (rows to imitate), dpo, cpo, orpo (pairs of answers), kto (answers labeled good or "
         "bad), grpo (rewards of what the model writes), or a name given to register_objective.",
         group="method",
     )
@@ -88,7 +88,7 @@ class RunConfig(Settings):
     )
     beta: float | None = setting(
         None,
-        "How firmly the policy is held to the reference (dpo, kto: 0.1; normalised: 2; grpo, weight of the KL: 0.04), "
+        "How firmly the policy is held to the reference (dpo, kto: 0.1; normalized: 2; grpo, weight of the KL: 0.04), "
         "the slope of the preference (cpo: 0.1, simpo: 2), or its weight (orpo: 0.1). null = the number in brackets.",
         group="method",
         at_least=0,
@@ -123,10 +123,10 @@ class RunConfig(Settings):
         None, "simpo: margin that is aimed at. null = 0.5.", group="method", at_least=0, only_for="option"
     )
     desirable_weight: float | None = setting(
-        None, "kto: weight of answers labelled true. null = 1.", group="method", above=0, only_for="option"
+        None, "kto: weight of answers labeled true. null = 1.", group="method", above=0, only_for="option"
     )
     undesirable_weight: float | None = setting(
-        None, "kto: weight of answers labelled false. null = 1.", group="method", above=0, only_for="option"
+        None, "kto: weight of answers labeled false. null = 1.", group="method", above=0, only_for="option"
     )
     method_options: dict[str, Any] = field(
         default_factory=dict,
@@ -227,11 +227,11 @@ class RunConfig(Settings):
     )
     model: str = setting(
         "smollm2-135m",
-        "An alias (smollm2-135m), hub id, local folder, or .gguf file. A quantised model gives QLoRA by itself.",
+        "An alias (smollm2-135m), hub id, local folder, or .gguf file. A quantized model gives QLoRA by itself.",
         group="model",
     )
     load_in_bits: Literal[2, 3, 4, 6, 8] | None = setting(
-        None, "Quantise the base to this many bits on load. null = as it is.", group="model"
+        None, "Quantize the base to this many bits on load. null = as it is.", group="model"
     )
     chat_template: str | None = setting(
         None,

@@ -35,7 +35,7 @@ def attach_adapter(model: nn.Module, config: RunConfig) -> tuple[str, ...]:
     is there is taken out first: the new one would be attached to it.
 
     Adapter matrices are drawn from the current `mx.random` stream. Raises ConfigError when a key matches no module
-    or `num_layers` exceeds the model, ModelError when `full` meets a quantised base.
+    or `num_layers` exceeds the model, ModelError when `full` meets a quantized base.
     """
     import_mlx_lm()
     from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -66,7 +66,7 @@ def _unfreeze_weights(modules: list[nn.Module]) -> None:
     """Make every float weight in `modules` trainable."""
     every = [inner for module in modules for inner in module.modules()]
     if any(type(module).__name__.startswith("Quantized") for module in every):
-        raise ModelError("`fine_tune_type: full` needs float weights, and this base is quantised. Use lora or dora.")
+        raise ModelError("`fine_tune_type: full` needs float weights, and this base is quantized. Use lora or dora.")
     for module in every:
         module.unfreeze(recurse=False)
         own = [name for name, array in module.items() if isinstance(array, mx.array)]

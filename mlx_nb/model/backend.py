@@ -245,7 +245,7 @@ def format_doctor_report() -> str:
 
 
 def measured_gflops(dtype: object, size: int = 1024, seconds: float = 0.3) -> float:
-    """Speed of (256, size) @ (size, size) in GFLOP/s; `dtype` None multiplies by a 4-bit quantised matrix."""
+    """Speed of (256, size) @ (size, size) in GFLOP/s; `dtype` None multiplies by a 4-bit quantized matrix."""
     mx = _mlx()
     left = mx.ones((256, size), dtype=dtype or mx.float32)
     right = mx.random.normal((size, size), key=mx.random.key(0))

@@ -19,7 +19,7 @@ def weights_fingerprint(folder: Path) -> Weights:
 
 
 def base_identity(fingerprint: Weights, load_in_bits: int | None) -> dict[str, Any]:
-    """What an adapter says of the base it was trained on: a digest of its weights, and how it was quantised on load."""
+    """What an adapter says of the base it was trained on: a digest of its weights, and how it was quantized on load."""
     weights = hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()
     return {"weights": weights, "load_in_bits": load_in_bits}
 

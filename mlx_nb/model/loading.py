@@ -59,7 +59,7 @@ ALIASES = {
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model ready to train. `quantized_bits` is that of the source, even where it was dequantised in memory.
+    """A model ready to train. `quantized_bits` is that of the source, even where it was dequantized in memory.
 
     `weights` is the `weights_fingerprint` of its files, taken when they were read.
     """
@@ -82,10 +82,10 @@ class LoadedModel:
 def load_model(model: str, *, load_in_bits: int | None = None, chat_template: str | None = None) -> LoadedModel:
     """Load a model and tokenizer through mlx-lm. `model` is what `model_folder` takes.
 
-    `load_in_bits` (2, 3, 4, 5, 6 or 8) quantises a float base on load, all matrices but the embedding. On a CPU the
-    base, quantised or not, is then held in float32 with the values it had, and a note says so: mlx's other CPU
+    `load_in_bits` (2, 3, 4, 5, 6 or 8) quantizes a float base on load, all matrices but the embedding. On a CPU the
+    base, quantized or not, is then held in float32 with the values it had, and a note says so: mlx's other CPU
     kernels are tens of times slower. `chat_template`, Jinja text or the path of a file with it, replaces the
-    tokenizer's. Raises ModelError in one line when something is missing, cannot be read or is quantised already, and
+    tokenizer's. Raises ModelError in one line when something is missing, cannot be read or is quantized already, and
     for weights that are NaN or infinite, naming the tensor; OutOfMemory where the model does not fit.
     """
     return finished(load_in_pieces(model, load_in_bits=load_in_bits, chat_template=chat_template))
@@ -111,7 +111,7 @@ def load_in_pieces(
         if load_in_bits is not None:
             if bits is not None:
                 raise ModelError(
-                    f"load_in_bits: {load_in_bits}: {model} is already quantised to {bits} bits. Remove load_in_bits."
+                    f"load_in_bits: {load_in_bits}: {model} is already quantized to {bits} bits. Remove load_in_bits."
                 )
             _quantize(network, load_in_bits)
             bits = load_in_bits
@@ -363,7 +363,7 @@ def _is_model(entry: Path) -> bool:
 
 
 def _quantize(network: nn.Module, bits: int) -> None:
-    """Quantise every matrix but embeddings, in groups of 64 columns, or 32 where only these divide it."""
+    """Quantize every matrix but embeddings, in groups of 64 columns, or 32 where only these divide it."""
     if bits not in _BITS:
         raise ModelError(f"load_in_bits: {bits} is not possible; possible are {', '.join(map(str, _BITS))}.")
 
@@ -378,7 +378,7 @@ def _quantize(network: nn.Module, bits: int) -> None:
 
 
 def _compute_in_float32(network: nn.Module) -> None:
-    """Replace quantised matrices by float32 ones of the same values, and cast all other floats to float32."""
+    """Replace quantized matrices by float32 ones of the same values, and cast all other floats to float32."""
     plain = [
         (path, _dequantized(module))
         for path, module in network.named_modules()

@@ -48,7 +48,7 @@ def reference_scorer(config: RunConfig, loaded: LoadedModel, start: nn.Module | 
 
 
 def reference_fingerprint(config: RunConfig, loaded: LoadedModel) -> str:
-    """Which reference that is, as a digest: its weights, adapter, quantisation and mlx's version."""
+    """Which reference that is, as a digest: its weights, adapter, quantization and mlx's version."""
     other = config.reference_model
     weights = (
         loaded.weights if other is None else weights_fingerprint(model_folder(model_named(config, "reference_model")))

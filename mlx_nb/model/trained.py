@@ -20,7 +20,7 @@ def trainable_count(model: nn.Module) -> int:
 
 
 def total_count(model: nn.Module) -> int:
-    """Numbers in the model, quantised weights counted unpacked, adapters included."""
+    """Numbers in the model, quantized weights counted unpacked, adapters included."""
     from mlx_lm.utils import get_total_parameters
 
     return int(get_total_parameters(model))

@@ -5,7 +5,7 @@ it, with the sums, the units and the metrics of that kind:
 
     tokens    Targets           -> (S,) loss of each target                (objectives/sft.py)
     pairs     PairLogprobs      -> (P,) loss of each pair                  (objectives/preference.py)
-    labels    LabelledLogprobs  -> (B,) loss of each answer                (objectives/kto.py)
+    labels    LabeledLogprobs  -> (B,) loss of each answer                (objectives/kto.py)
     prompts   Completions       -> (S,) loss of each token of a completion (objectives/grpo.py)
 
 Those of tokens, pairs and labels may also return `(losses, {name: values})`: metrics of their own, one value for each
@@ -69,7 +69,6 @@ class Objective(Protocol):
 
     def __call__(self, scorer: TargetScorer, inputs: TargetInputs) -> LossSum:
         """The loss of a batch, summed, and its parts."""
-
 
 
 def sum_by_row(inputs: TargetInputs, value_S: mx.array) -> mx.array:

@@ -61,7 +61,7 @@ def robust(pairs: PairLogprobs, *, beta: float = 0.1, label_smoothing: float = 0
     return -(kept - flipped) / (1 - 2 * label_smoothing)
 
 
-def normalised(pairs: PairLogprobs, *, beta: float = 2.0) -> tuple[mx.array, dict[str, mx.array]]:
+def normalized(pairs: PairLogprobs, *, beta: float = 2.0) -> tuple[mx.array, dict[str, mx.array]]:
     """-log sigmoid(beta d), d of log-probabilities per token: length is no advantage (Tulu 3, Lambert et al. 2024)."""
     chosen, rejected = _ratios_per_token(pairs)
     loss = -log_sigmoid(beta * (chosen - rejected) - pairs.margin_P)

@@ -35,7 +35,7 @@ _SEQUENCE_EPSILON, _SEQUENCE_EPSILON_HIGH = 3e-4, 4e-4
 class Completions(NamedTuple):
     """N completions as their S tokens.
 
-    logprob_S    under the policy;  behaviour_S  when they were sampled;  reference_S  under the reference (constants;
+    logprob_S    under the policy;  behavior_S  when they were sampled;  reference_S  under the reference (constants;
                  the policy's own where weight_S is 0)
     advantage_S  of the completion that each token is in
     weight_S     1 for a token that counts, 0 for padding and for completions that are masked
@@ -44,7 +44,7 @@ class Completions(NamedTuple):
     """
 
     logprob_S: mx.array
-    behaviour_S: mx.array
+    behavior_S: mx.array
     reference_S: mx.array
     advantage_S: mx.array
     weight_S: mx.array
@@ -77,12 +77,12 @@ def completion_objective(
         # The target of padding is token 0, which at a low temperature can be e^-88 and less likely: against the
         # policy itself its log-ratios are 0, where exp(log-ratio) would overflow and inf * 0 be NaN.
         own_S = mx.stop_gradient(logprob_S)
-        behaviour_S, reference_S = (
-            mx.where(weight_S > 0, inputs.token_values.get(name, own_S), own_S) for name in ("behaviour", "reference")
+        behavior_S, reference_S = (
+            mx.where(weight_S > 0, inputs.token_values.get(name, own_S), own_S) for name in ("behavior", "reference")
         )
         completions = Completions(
             logprob_S,
-            behaviour_S,
+            behavior_S,
             reference_S,
             inputs.row_values["advantage"][row_S],
             weight_S,
@@ -165,7 +165,7 @@ def _bounds(low: float | None, high: float | None, level: str, token_high: float
 
 def _token_losses(c: Completions, beta: float, low: float, high: float, level: str) -> tuple[mx.array, mx.array]:
     """(loss, clipped) of each token: equation 3 with the k3 estimate of the KL (equation 4)."""
-    log_ratio_S = (c.logprob_S - c.behaviour_S) * c.weight_S
+    log_ratio_S = (c.logprob_S - c.behavior_S) * c.weight_S
     if level == "sequence":
         # One ratio for a completion, the geometric mean of those of its tokens (GSPO, Zheng et al. 2025, equation 7).
         sums_B = mx.zeros(c.completions).at[c.row_S].add(log_ratio_S)

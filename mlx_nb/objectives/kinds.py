@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_nb.config.methods import METHODS
 from mlx_nb.config.run_config import RunConfig
-from mlx_nb.data.examples.batches import TokenBatch, pad, pad_labelled, pad_mismatched, pad_pairs
+from mlx_nb.data.examples.batches import TokenBatch, pad, pad_labeled, pad_mismatched, pad_pairs
 from mlx_nb.model.logprobs import TargetScorer
 from mlx_nb.objectives.base import Objective
 from mlx_nb.objectives.grpo import completion_objective
@@ -50,7 +50,7 @@ LOSS_KINDS: dict[str, LossKind] = {
     "labels": LossKind(
         lambda loss, beta, _config: label_objective(loss, beta),
         trial_labels,
-        pad_labelled,
+        pad_labeled,
         frozenset(METHODS["kto"].metrics),
         spread=lambda example: example.label,
         mismatched=pad_mismatched,

@@ -1,4 +1,4 @@
-"""Kahneman-Tversky optimization (Ethayarajh et al. 2024): answers labelled good or bad, without pairs."""
+"""Kahneman-Tversky optimization (Ethayarajh et al. 2024): answers labeled good or bad, without pairs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mlx_nb.model.logprobs import TargetInputs, TargetScorer
 from mlx_nb.objectives.base import LossSum, Metrics, Objective, k2, sum_by_row, with_metrics
 
 
-class LabelledLogprobs(NamedTuple):
+class LabeledLogprobs(NamedTuple):
     """Of B answers: log-probability under policy and reference, and label 1 or 0, each (B,).
 
     Those of the reference are constants, and 0 for a method without one.
@@ -26,13 +26,13 @@ class LabelledLogprobs(NamedTuple):
     kl_estimate_B: mx.array
 
 
-def label_objective(loss: Callable[[LabelledLogprobs], Any], beta: float) -> Objective:
+def label_objective(loss: Callable[[LabeledLogprobs], Any], beta: float) -> Objective:
     """Units are answers; a loss function gives one loss for each."""
 
     def objective(scorer: TargetScorer, inputs: TargetInputs) -> LossSum:
         logprob_S = scorer.logprobs(inputs)
         reference_S = inputs.token_values.get("reference", mx.zeros_like(logprob_S))
-        answers = LabelledLogprobs(
+        answers = LabeledLogprobs(
             sum_by_row(inputs, logprob_S * inputs.weight_S),
             sum_by_row(inputs, reference_S * inputs.weight_S),
             inputs.row_values["label"],
@@ -57,7 +57,7 @@ def label_objective(loss: Callable[[LabelledLogprobs], Any], beta: float) -> Obj
 
 
 def kto(
-    answers: LabelledLogprobs, *, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
+    answers: LabeledLogprobs, *, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
 ) -> mx.array:
     """lambda_y - v(x, y) of each answer (KTO):
 

@@ -3,7 +3,7 @@
     L = - sum_t w_t log p(y_t | y_<t)  /  sum_t w_t        over the target tokens of the WHOLE optimizer update
 
 mlx-lm averages inside each micro-batch and averages the averages; with rows of different lengths that weights a
-token by how few neighbours it has.
+token by how few neighbors it has.
 """
 
 from __future__ import annotations
@@ -76,6 +76,3 @@ def dft(targets: Targets, *, z_loss: float = 0.0) -> Any:
 
 def _z_loss(targets: Targets, weight: float) -> mx.array:
     return weight * mx.square(mx.logsumexp(targets.logits_SV, axis=-1))
-
-
-sft_loss = token_objective(nll)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mlx_nb.data.examples.batches import TokenBatch, pad, pad_labelled, pad_pairs
+from mlx_nb.data.examples.batches import TokenBatch, pad, pad_labeled, pad_pairs
 from mlx_nb.data.examples.imitation import TokenizedExample
-from mlx_nb.data.examples.preference import LabelledExample, PreferenceExample
+from mlx_nb.data.examples.preference import LabeledExample, PreferenceExample
 from mlx_nb.model.logprobs import TargetScorer, target_inputs
 
 VOCABULARY = 61
@@ -48,8 +48,8 @@ def trial_pairs(scorer: TargetScorer, rows: Sequence[int], width: int) -> TokenB
 
 
 def trial_labels(scorer: TargetScorer, rows: Sequence[int], width: int) -> TokenBatch:
-    """Answers labelled good and bad in turn, with log-probabilities of a reference and an estimate of the KL."""
-    batch = pad_labelled([LabelledExample(_example(row, 1), row % 2 == 0, 0, row) for row in rows], width)
+    """Answers labeled good and bad in turn, with log-probabilities of a reference and an estimate of the KL."""
+    batch = pad_labeled([LabeledExample(_example(row, 1), row % 2 == 0, 0, row) for row in rows], width)
     values = {**batch.row_values, "kl_estimate": np.full(len(rows), 0.3, np.float32)}
     return batch._replace(row_values=values, token_values={"reference": _noisy(scorer, batch, 3, 0.5)})
 
@@ -59,5 +59,5 @@ def trial_completions(scorer: TargetScorer, rows: Sequence[int], width: int) -> 
     batch = pad([_example(row, 1) for row in rows], width)
     advantages = np.array([(-1.2, 0.4, 0.8)[row % 3] for row in rows], np.float32)
     values = {"advantage": advantages, "counts": np.ones(len(rows), np.float32)}
-    drawn = {"behaviour": _noisy(scorer, batch, 3, 0.1), "reference": _noisy(scorer, batch, 4, 0.3)}
+    drawn = {"behavior": _noisy(scorer, batch, 3, 0.1), "reference": _noisy(scorer, batch, 4, 0.3)}
     return batch._replace(row_values=values, token_values=drawn)

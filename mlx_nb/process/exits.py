@@ -52,7 +52,6 @@ class Unsaved(Protocol):
         """The same for the last boundary, from memory, while an update is being computed."""
 
 
-
 _runs: weakref.WeakSet[Unsaved] = weakref.WeakSet()
 _computing: list[Unsaved] = []
 _before: dict[int, Any] = {}

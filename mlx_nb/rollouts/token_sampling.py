@@ -22,7 +22,7 @@ _LIKELIEST = 1024
 def draw_tokens(
     logits_BV: Array, uniform_B2: Array, temperature: float, top_k: int | None = None, top_p: float = 1.0
 ) -> tuple[Array, Array]:
-    """A token for each row of float32 logits and its behaviour log-probability: (B,) int32, (B,) float32.
+    """A token for each row of float32 logits and its behavior log-probability: (B,) int32, (B,) float32.
 
     The token is drawn from softmax(logits / temperature), restricted to the `top_k` likeliest and of those to the
     smallest set that holds `top_p` of their probability (in this order, as TRL and vLLM do; tokens exactly as likely

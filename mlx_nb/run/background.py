@@ -26,7 +26,6 @@ class Runnable(Protocol):
         """Ask for something at the next boundary."""
 
 
-
 _moving: list[Runnable] = []
 _interrupts: Interrupts | None = None
 

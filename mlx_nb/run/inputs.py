@@ -174,7 +174,7 @@ class RunInputs:
 
     @cached_property
     def examples(self) -> TrainerExamples:
-        """The rows of all splits, tokenised; those that cannot be trained are in `left_out`.
+        """The rows of all splits, tokenized; those that cannot be trained are in `left_out`.
 
         The rows are fingerprinted with it: what a person does to them later changes neither.
         """
@@ -394,7 +394,7 @@ class RunInputs:
 
 
 class Rows(Sequence[RowView]):
-    """The rows of one split as the model will see them; each is tokenised when asked for, and displays itself."""
+    """The rows of one split as the model will see them; each is tokenized when asked for, and displays itself."""
 
     def __init__(self, examples: Examples, split: str) -> None:
         self.examples = examples

@@ -212,7 +212,7 @@ class Run:
 
     @property
     def trainer(self) -> Trainer:
-        """The trainer: rows tokenised, adapter attached. Made at first use."""
+        """The trainer: rows tokenized, adapter attached. Made at first use."""
         if self._trainer is None:
             self._trainer = self._prepare()
         return self._trainer
@@ -268,7 +268,7 @@ class Run:
         loaded = self.loaded
         if self.config.fine_tune_type == "full" and loaded.quantized_bits:
             raise ModelError(
-                f"`fine_tune_type: full` needs float weights, and {self.config.model} is quantised to "
+                f"`fine_tune_type: full` needs float weights, and {self.config.model} is quantized to "
                 f"{loaded.quantized_bits} bits. Use lora or dora, or a float version of the model."
             )
         from mlx_nb.model.passes import refuse_cache_doubt
@@ -351,7 +351,7 @@ class Run:
     def check(self, *, rows: int | str | None = SAMPLED_ROWS) -> DataCheck:
         """What is wrong or odd with the rows, by number, before anything is trained. Loads the tokenizer alone.
 
-        All rows are read; `rows` of each split (None or `all` = all) are tokenised.
+        All rows are read; `rows` of each split (None or `all` = all) are tokenized.
         """
         kind = method_named(self.config.method).rows
         return check_data(self.splits, self.tokenizer, self.config, rows=rows, kind=kind, limits=self.inputs.limits)
@@ -449,7 +449,7 @@ class Run:
     def completions(self, step: int | None = None, *, ratios: bool = False) -> CompletionsDisplay:
         """The completions of the last rollout, or of the last until update `step`, as a table that displays itself.
 
-        With `ratios` their tokens are coloured by log(policy now / policy that sampled), which only those of the last
+        With `ratios` their tokens are colored by log(policy now / policy that sampled), which only those of the last
         rollout have. Raises CommandError when there are none.
         """
         from mlx_nb.view.reports.completions import CompletionsDisplay
@@ -494,7 +494,7 @@ class Run:
         return Panel(self, device=device_name(), warning=prepare_backend().warning)
 
     def browse(self, split: str = "train") -> Any:
-        """Leaf through the rows with widgets: previous, next, jump, filters, colours. Returns a RowBrowser.
+        """Leaf through the rows with widgets: previous, next, jump, filters, colors. Returns a RowBrowser.
 
         That does not keep the run; once the run is gone the rows are still there, without losses.
         """

@@ -86,7 +86,7 @@ class Feed(Protocol):
 
 
 class RowFeed:
-    """Batches of rows: conversations, texts, pairs of answers, labelled answers."""
+    """Batches of rows: conversations, texts, pairs of answers, labeled answers."""
 
     own_code = Interruptible()  # which is never entered
     ready = True
@@ -183,7 +183,7 @@ class RowFeed:
         return batches
 
     def _mismatched_sum(self, group: list[Any]) -> tuple[float, int]:
-        """Sum of log(pi / pi_ref) over the mismatched answers of labelled rows, and their number; (0, 0) of others."""
+        """Sum of log(pi / pi_ref) over the mismatched answers of labeled rows, and their number; (0, 0) of others."""
         answers_of_others = self._kind.mismatched
         if self._kl_reference is None or answers_of_others is None:
             return 0.0, 0

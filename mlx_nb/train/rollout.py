@@ -166,13 +166,13 @@ class RolloutFeed:
     def _batch(self, sampled: Sampled, advantages: Advantages, chosen: slice) -> TokenBatch:
         completions, examples = sampled.completions[chosen], sampled.examples[chosen]
         batch = pad([_as_example(prompt, said) for prompt, said in zip(examples, completions)], self._width_multiple)
-        behaviour_BT = np.zeros(batch.tokens_BT.shape, np.float32)
+        behavior_BT = np.zeros(batch.tokens_BT.shape, np.float32)
         for index, said in enumerate(completions):
-            behaviour_BT[index, batch.lengths[index] - len(said.tokens) : batch.lengths[index]] = said.logprobs
+            behavior_BT[index, batch.lengths[index] - len(said.tokens) : batch.lengths[index]] = said.logprobs
         counts = [said.finished or not self._config.mask_truncated_completions for said in completions]
         batch = batch._replace(
             row_values={"advantage": advantages.advantage_N[chosen], "counts": np.array(counts, np.float32)},
-            token_values={"behaviour": behaviour_BT},
+            token_values={"behavior": behavior_BT},
         )
         return batch if self._reference is None else self._with_reference(batch, self._reference.scorer)
 
@@ -257,7 +257,7 @@ class RolloutFeed:
         """(row, tokens, log(policy now / policy that sampled)) of each completion of the last rollout, used or not."""
         found = []
         for batch in self._batches:
-            ratio_BT = self._logprobs(batch, self._scorer) - batch.token_values["behaviour"]
+            ratio_BT = self._logprobs(batch, self._scorer) - batch.token_values["behavior"]
             for index, row in enumerate(batch.rows):
                 said = batch.loss_mask_BT[index] != 0
                 found.append((row, batch.tokens_BT[index][said], ratio_BT[index][said]))

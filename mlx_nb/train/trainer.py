@@ -121,7 +121,7 @@ class _BrokenOff(BaseException):
 
 @dataclass(frozen=True)
 class TrainerExamples:
-    """The rows of a run as the examples of its method, tokenised. `valid` and `test` may be empty."""
+    """The rows of a run as the examples of its method, tokenized. `valid` and `test` may be empty."""
 
     train: Sequence[Any]
     valid: Sequence[Any] = ()

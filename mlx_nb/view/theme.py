@@ -1,7 +1,7 @@
-"""Colours, inline styles and visible characters shared by the HTML and terminal views.
+"""Colors, inline styles and visible characters shared by the HTML and terminal views.
 
 Notebooks that are not trusted lose style sheets, variables, `ch` lengths and newer property values, so every
-style here is an inline one that survives; text keeps the inherited colour, on half-transparent tints only, so
+style here is an inline one that survives; text keeps the inherited color, on half-transparent tints only, so
 that one output reads on light and on dark.
 """
 
@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from functools import lru_cache
 from html import escape
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
-BLUE: Colour = (0, 114, 178)
-ORANGE: Colour = (213, 94, 0)
-GREEN: Colour = (0, 158, 115)
-GREY: Colour = (128, 128, 128)
-ROLE_COLOURS = {"system": GREY, "user": ORANGE, "assistant": BLUE, "tool": GREEN}
+BLUE: Color = (0, 114, 178)
+ORANGE: Color = (213, 94, 0)
+GREEN: Color = (0, 158, 115)
+GREY: Color = (128, 128, 128)
+ROLE_COLORS = {"system": GREY, "user": ORANGE, "assistant": BLUE, "tool": GREEN}
 
 # The strongest tint on which inherited text keeps a contrast of 4.5:1 in the usual light and dark themes.
 STRONGEST_TINT = 0.55
@@ -41,9 +41,9 @@ _UNASSIGNED_BLANK = re.compile("[\u2065\ufdd0-\ufdef\ufff0-\uffff\U000e0000-\U00
 _BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0")
 
 
-def tint(colour: Colour, alpha: float) -> str:
-    """The colour at this opacity, as an inline style can say it."""
-    return f"rgba({colour[0]},{colour[1]},{colour[2]},{alpha:.2g})"
+def tint(color: Color, alpha: float) -> str:
+    """The color at this opacity, as an inline style can say it."""
+    return f"rgba({color[0]},{color[1]},{color[2]},{alpha:.2g})"
 
 
 def loss_tint(loss: float) -> str:
@@ -105,7 +105,7 @@ def visible_parts(text: str, *, edges: bool = True) -> Iterator[tuple[str, str]]
         elif _prints_nothing(found) or (at == 0 and "\U0001f3fb" <= found <= "\U0001f3ff"):
             if found in "\u200d\ufe0f" and _joins_emoji(text, at):
                 continue
-            # A skin tone at the start would colour the emoji of the text before.
+            # A skin tone at the start would color the emoji of the text before.
             pieces = ((f"‹U+{ord(found):04X}›", "escape"),)
         elif at == 0 and _joins_what_stands_before(text):
             pieces = (("◌", "glyph"), (found, "text"))
@@ -141,7 +141,7 @@ def one_line(text: str, *, edges: bool = False) -> str:
 def span(content: str, *, style: str = "", title: str = "", isolate: str = "") -> str:
     """One inline element around `content`, which is HTML already; `title` is escaped here.
 
-    When `isolate`, the raw text inside, holds right-to-left letters, it cannot reorder its neighbours.
+    When `isolate`, the raw text inside, holds right-to-left letters, it cannot reorder its neighbors.
     """
     tag = "bdi" if isolate and _RIGHT_TO_LEFT.search(isolate) else "span"
     title_attribute = f' title="{escape(title, quote=True)}"' if title else ""

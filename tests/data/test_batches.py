@@ -13,12 +13,12 @@ from mlx_nb.data.examples.batches import (
     BatchPlan,
     evaluation_batches,
     pad,
-    pad_labelled,
+    pad_labeled,
     pad_mismatched,
     pad_pairs,
     updates_until,
 )
-from mlx_nb.data.examples.preference import LabelledExample, PreferenceExample
+from mlx_nb.data.examples.preference import LabeledExample, PreferenceExample
 from tiny import random_examples
 
 
@@ -117,17 +117,17 @@ def test_pairs_are_padded_chosen_first_then_rejected():
         assert np.array_equal(mask, answer.loss_mask)
 
 
-def test_labelled_answers_are_padded_with_their_labels_and_their_mismatched_answers_alike():
+def test_labeled_answers_are_padded_with_their_labels_and_their_mismatched_answers_alike():
     answers = random_examples(6)
-    labelled = [LabelledExample(answers[k], k != 1, 2, k, answers[k + 3]) for k in range(3)]
-    batch, mismatched = pad_labelled(labelled), pad_mismatched(labelled)
+    labeled = [LabeledExample(answers[k], k != 1, 2, k, answers[k + 3]) for k in range(3)]
+    batch, mismatched = pad_labeled(labeled), pad_mismatched(labeled)
     assert batch.row_values["label"].tolist() == [1.0, 0.0, 1.0]
     assert batch.rows == (0, 1, 2)
     for lines, expected in ((batch, answers[:3]), (mismatched, answers[3:])):
         for (tokens, mask), answer in zip(padded(lines), expected):
             assert np.array_equal(tokens, answer.tokens)
             assert np.array_equal(mask, answer.loss_mask)
-    assert pad_mismatched([LabelledExample(answers[0], True, 2, 0)]) is None
+    assert pad_mismatched([LabeledExample(answers[0], True, 2, 0)]) is None
 
 
 def test_a_batch_of_tokens_has_no_values_that_another_could_change():

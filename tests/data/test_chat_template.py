@@ -29,7 +29,7 @@ CHATML = TEMPLATES["chatml"].source
 
 CONVERSATIONS = {
     "one turn": chat("What is 2+2?", "It is 4."),
-    "three turns": chat("Hi", "Hello!", "A colour?", "Blue.", "Another?", "Green."),
+    "three turns": chat("Hi", "Hello!", "A color?", "Blue.", "Another?", "Green."),
     "system": chat("Hi", "Hey.", "Bye", "Bye!", system="Be terse."),
     "the same words": chat("yes", "yes", "yes", "yes", system="yes"),
     "role words": chat("assistant", "user", "model", "assistant", "system", "model"),
@@ -58,7 +58,7 @@ def test_what_is_trained_is_what_the_assistant_says_and_its_end_of_turn(name: st
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_the_tokens_are_those_of_one_tokenisation_of_one_render(name: str) -> None:
+def test_the_tokens_are_those_of_one_tokenization_of_one_render(name: str) -> None:
     tokenizer = tokenizer_of(name)
     for messages in CONVERSATIONS.values():
         row = tokenize_conversation(messages, tokenizer)
@@ -344,7 +344,7 @@ def adds_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def test_prompt_and_completion_are_tokenised_as_one_text_and_split_by_character() -> None:
+def test_prompt_and_completion_are_tokenized_as_one_text_and_split_by_character() -> None:
     tokenizer = new_tokenizer(None)
     row = tokenize_prompt_completion("the quick", " brown", tokenizer)
     ids = tokenizer("the quick brown", add_special_tokens=False)["input_ids"]

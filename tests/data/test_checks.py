@@ -91,7 +91,7 @@ FINDINGS = {
     "mixed_shapes": ({"text": "plain"}, {}, "note"),
     "mask_problem": (chat("a blank one", " "), {}, "warning"),
     "two_systems": ({"system": "Be brief.", **chat(("system", "Be kind."), ("user", "hi"), "yes")}, {}, "warning"),
-    "labelled_bad": ({"label": False, **chat("is this good", "no")}, {}, "warning"),
+    "labeled_bad": ({"label": False, **chat("is this good", "no")}, {}, "warning"),
     "exact_duplicates": (tiny_rows()[2], {}, "warning"),
 }
 
@@ -127,7 +127,7 @@ def test_a_row_without_findings_is_never_named(tokenizer):
     ],
 )
 def test_columns_that_say_nothing_else_are_no_finding(row, tokenizer):
-    assert not {"two_systems", "labelled_bad"} & kinds(check(tokenizer, [*tiny_rows(), row]))
+    assert not {"two_systems", "labeled_bad"} & kinds(check(tokenizer, [*tiny_rows(), row]))
 
 
 def test_reasons_are_listed_by_number_and_counted_beyond_the_list(tokenizer):
@@ -172,7 +172,7 @@ def pair(k, chosen="yes it is so", rejected="no it is not"):
     return {"prompt": f"question {k} of {k * k}", "chosen": chosen + " !" * (k % 2 * 9), "rejected": rejected}
 
 
-def labelled(k, label=None):
+def labeled(k, label=None):
     return {"prompt": f"question {k} of {k * k}", "completion": "yes", "label": k % 2 if label is None else label}
 
 
@@ -180,7 +180,7 @@ def prompt(k):
     return {"prompt": f"question {k} of {k * k}", "answer": k}
 
 
-MADE = {"pairs": pair, "labels": labelled, "prompts": prompt}
+MADE = {"pairs": pair, "labels": labeled, "prompts": prompt}
 
 
 @pytest.mark.parametrize("kind", MADE)
@@ -211,7 +211,7 @@ JUDGED = {
     "exact_duplicates": ("pairs", pair(29), {}, "warning"),
     "empty_turns": ("pairs", pair(50, rejected=" "), {}, "warning"),
     "truncated": ("pairs", pair(50, rejected="no " * 200), {"max_seq_length": 200}, "warning"),
-    "reply_cut_away": ("labels", {**labelled(50), "prompt": "why " * 300}, {"max_seq_length": 200}, "warning"),
+    "reply_cut_away": ("labels", {**labeled(50), "prompt": "why " * 300}, {"max_seq_length": 200}, "warning"),
     "last_not_assistant": (
         "labels",
         {
@@ -256,7 +256,7 @@ def test_pairs_that_teach_length_are_pointed_out_with_their_share(tokenizer):
 
 
 def test_labels_are_counted_and_lopsided_ones_pointed_out(tokenizer):
-    result = check(tokenizer, [labelled(k, k < 2) for k in range(30)], kind="labels")
+    result = check(tokenizer, [labeled(k, k < 2) for k in range(30)], kind="labels")
     assert result.splits[0].labels == {"true": 2, "false": 28}
     assert found(result, "lopsided_labels").what.endswith("7% are true")
 
@@ -417,7 +417,7 @@ def test_a_sample_depends_on_the_number_of_rows_alone():
     assert len(first) == 50
 
 
-def test_a_sample_reads_all_rows_tokenises_some_and_says_so(tokenizer):
+def test_a_sample_reads_all_rows_tokenizes_some_and_says_so(tokenizer):
     rows = [chat(f"say {i}", f"{i}") for i in range(200)]
     rows[199] = {"nothing": 1}
     result = check(tokenizer, rows, rows=20)

@@ -1,4 +1,4 @@
-"""Pairs and labelled answers: every shape is recognised, the answers alone are trained, and bad rows are named."""
+"""Pairs and labeled answers: every shape is recognized, the answers alone are trained, and bad rows are named."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from mlx_nb.data.examples.imitation import ExampleSettings, LeftOut, TokenizedExample, TooLong
 from mlx_nb.data.examples.kinds import ROW_KINDS, recognize
-from mlx_nb.data.examples.preference import LabelledExample, with_mismatched
+from mlx_nb.data.examples.preference import LabeledExample, with_mismatched
 from mlx_nb.data.examples.split import Examples, split_examples
 from mlx_nb.data.rows.columns import Columns
-from mlx_nb.data.rows.preference import LabelledRow, NothingToPrefer, PreferenceRow
+from mlx_nb.data.rows.preference import LabeledRow, NothingToPrefer, PreferenceRow
 from mlx_nb.data.sources.splits import open_splits
 from mlx_nb.errors import DataError
 
@@ -81,7 +81,7 @@ PAIRS = {
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_every_shape_of_a_pair_is_recognised_and_left_unchanged(name):
+def test_every_shape_of_a_pair_is_recognized_and_left_unchanged(name):
     record, expected = PAIRS[name]
     before = copy.deepcopy(record)
     assert recognize("pairs", record) == expected
@@ -89,29 +89,29 @@ def test_every_shape_of_a_pair_is_recognised_and_left_unchanged(name):
 
 
 LABELS = {
-    "texts": ({"prompt": "Ahoy?", "completion": "Arr.", "label": True}, LabelledRow("Ahoy?", "Arr.", True)),
+    "texts": ({"prompt": "Ahoy?", "completion": "Arr.", "label": True}, LabeledRow("Ahoy?", "Arr.", True)),
     "as in a CSV file": (
         {"prompt": "Ahoy?", "completion": "Arr.", "label": "False"},
-        LabelledRow("Ahoy?", "Arr.", False),
+        LabeledRow("Ahoy?", "Arr.", False),
     ),
-    "a number": ({"prompt": "Ahoy?", "completion": "Arr.", "label": 0.0}, LabelledRow("Ahoy?", "Arr.", False)),
+    "a number": ({"prompt": "Ahoy?", "completion": "Arr.", "label": 0.0}, LabeledRow("Ahoy?", "Arr.", False)),
     "messages": (
         {"prompt": [USER], "completion": [GOOD], "label": 1},
-        LabelledRow([USER], [GOOD], True),
+        LabeledRow([USER], [GOOD], True),
     ),
     "a whole conversation": (
         {"messages": [USER, BAD, AGAIN, GOOD], "label": True},
-        LabelledRow([USER, BAD, AGAIN], [GOOD], True),
+        LabeledRow([USER, BAD, AGAIN], [GOOD], True),
     ),
     "system and tools": (
         {"prompt": "Ahoy?", "completion": "Arr.", "label": True, "system": "Be a pirate.", "tools": [TOOL]},
-        LabelledRow([SYSTEM, USER], [GOOD], True, [TOOL]),
+        LabeledRow([SYSTEM, USER], [GOOD], True, [TOOL]),
     ),
 }
 
 
 @pytest.mark.parametrize("name", LABELS)
-def test_every_shape_of_a_labelled_answer_is_recognised(name):
+def test_every_shape_of_a_labeled_answer_is_recognized(name):
     record, expected = LABELS[name]
     assert recognize("labels", record) == expected
 
@@ -120,7 +120,7 @@ def test_every_shape_of_a_labelled_answer_is_recognised(name):
 def test_a_label_may_be_a_number_of_numpy(kind):
     for said in (True, False):
         record = {"prompt": "Ahoy?", "completion": "Arr.", "label": kind(said)}
-        assert recognize("labels", record) == LabelledRow("Ahoy?", "Arr.", said)
+        assert recognize("labels", record) == LabeledRow("Ahoy?", "Arr.", said)
 
 
 def test_columns_go_by_the_names_they_are_given():
@@ -128,9 +128,9 @@ def test_columns_go_by_the_names_they_are_given():
     columns = Columns(prompt="q", chosen="better", rejected="worse", preference_score="score")
     assert recognize("pairs", record, columns) == PreferenceRow("Ahoy?", "Arr.", "Hello.", weight=3.0)
     columns = Columns(prompt="q", completion="worse", label="ok")
-    assert recognize("labels", record, columns) == LabelledRow("Ahoy?", "Hello.", True)
+    assert recognize("labels", record, columns) == LabeledRow("Ahoy?", "Hello.", True)
     named = {"talk": [USER, GOOD], "ok": 0, **TEXTS}
-    assert recognize("labels", named, Columns(messages="talk", label="ok")) == LabelledRow([USER], [GOOD], False)
+    assert recognize("labels", named, Columns(messages="talk", label="ok")) == LabeledRow([USER], [GOOD], False)
 
 
 BAD_ROWS = [
@@ -194,7 +194,7 @@ COLUMNS = ["prompt", "chosen", "rejected", "completion", "messages", "label", "m
 
 
 @given(st.sampled_from(list(ROW_KINDS)), st.dictionaries(st.sampled_from(COLUMNS), VALUES))
-def test_any_row_is_either_recognised_or_refused_by_name(kind, record):
+def test_any_row_is_either_recognized_or_refused_by_name(kind, record):
     try:
         recognize(kind, record, row=3)
     except DataError as error:
@@ -359,15 +359,15 @@ def test_a_long_answer_stops_a_run_with_truncate_error(tokenizer):
         list(examples([TEXTS, LONG], tokenizer, limit=60, truncate="error").tokenize_all())
 
 
-# --- labelled answers -----------------------------------------------------------------------------------------------
+# --- labeled answers -----------------------------------------------------------------------------------------------
 
 
-def labelled(*answers):
+def labeled(*answers):
     return [{"prompt": asked, "completion": said, "label": k % 2 == 0} for k, (asked, said) in enumerate(answers)]
 
 
-def test_a_labelled_answer_is_trained_after_its_prompt(tokenizer):
-    (first, second), _ = made(labelled(("one", "yes"), ("two", "no")), tokenizer, "labels")
+def test_a_labeled_answer_is_trained_after_its_prompt(tokenizer):
+    (first, second), _ = made(labeled(("one", "yes"), ("two", "no")), tokenizer, "labels")
     assert (first.label, second.label) == (True, False)
     assert trained(tokenizer, first.example) == "yes<|end|>"
     assert tokenizer.decode(first.example.tokens[: first.prompt_length]) == "<|user|>one<|end|>\n<|assistant|>"
@@ -375,7 +375,7 @@ def test_a_labelled_answer_is_trained_after_its_prompt(tokenizer):
 
 
 def test_the_mismatched_answer_is_that_of_the_next_row_with_another_prompt(tokenizer):
-    rows = labelled(("one", "yes"), ("one", "no"), ("two", "good"), ("three", "bad"), ("one", "late"))
+    rows = labeled(("one", "yes"), ("one", "no"), ("two", "good"), ("three", "bad"), ("one", "late"))
     kept, _ = made(rows, tokenizer, "labels")
     said = [tokenizer.decode(example.mismatched.tokens) for example in kept]
     head, tail = "<|user|>{}<|end|>\n<|assistant|>", "{}<|end|>\n"
@@ -392,19 +392,19 @@ def test_the_mismatched_answer_is_that_of_the_next_row_with_another_prompt(token
 
 
 def test_rows_that_are_left_out_lend_no_answer(tokenizer):
-    rows = [*labelled(("one", "yes")), {"prompt": "x", "completion": "y"}, *labelled(("two", "no"))]
+    rows = [*labeled(("one", "yes")), {"prompt": "x", "completion": "y"}, *labeled(("two", "no"))]
     kept, left_out = made(rows, tokenizer, "labels")
     assert [row.row for row in left_out] == [1]
     assert [trained(tokenizer, example.mismatched) for example in kept] == ["no<|end|>", "yes<|end|>"]
 
 
 def test_a_single_row_has_no_mismatched_answer(tokenizer):
-    (only,), _ = made(labelled(("one", "yes")), tokenizer, "labels")
+    (only,), _ = made(labeled(("one", "yes")), tokenizer, "labels")
     assert only.mismatched is None
 
 
 def test_a_mismatched_answer_stays_within_the_length_and_keeps_its_trained_start(tokenizer):
-    rows = labelled(("a long question " * 3, "yes"), ("two", "a long answer " * 3))
+    rows = labeled(("a long question " * 3, "yes"), ("two", "a long answer " * 3))
     (whole, _), _ = made(rows, tokenizer, "labels")
     limit = len(whole.example.tokens) + 2
     (cut, _), _ = made(rows, tokenizer, "labels", limit=limit)
@@ -421,7 +421,7 @@ def test_every_kept_row_gets_another_prompts_answer_where_there_is_one(prompts):
     results = [
         LeftOut(row, "")
         if prompt is None
-        else LabelledExample(
+        else LabeledExample(
             TokenizedExample(np.array([prompt, 100 + row], np.int32), np.array([0, 1], np.float32), row), True, 1, row
         )
         for row, prompt in enumerate(prompts)

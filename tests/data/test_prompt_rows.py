@@ -1,4 +1,4 @@
-"""Prompts to be answered: recognised with all their columns, tokenised as the model is asked, never cut at the end."""
+"""Prompts to be answered: recognized with all their columns, tokenized as the model is asked, never cut at the end."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ GOOD = {
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_every_shape_of_a_prompt_is_recognised(name):
+def test_every_shape_of_a_prompt_is_recognized(name):
     record, expected = GOOD[name]
     assert recognize("prompts", record) == expected
 

@@ -11,7 +11,7 @@ import pytest
 from mlx_nb.data.examples.kinds import recognize
 from mlx_nb.data.rows.columns import AUTOMATIC, Columns
 from mlx_nb.data.rows.imitation import ChatRow, PromptCompletionRow, TextRow
-from mlx_nb.data.rows.preference import LabelledRow, PreferenceRow
+from mlx_nb.data.rows.preference import LabeledRow, PreferenceRow
 from mlx_nb.data.rows.prompt import PromptRow
 from mlx_nb.errors import DataError
 
@@ -217,28 +217,28 @@ FORMS: dict[str, tuple[str, dict[str, Any], Any]] = {
     "kto_tag": (
         "labels",
         {"instruction": "Say", "input": "it.", "output": "Arr.", "kto_tag": True},
-        LabelledRow("Say\n\nit.", "Arr.", True),
+        LabeledRow("Say\n\nit.", "Arr.", True),
     ),
     "ShareGPT with kto_tag": (
         "labels",
         {"conversations": [{"from": "human", "value": "Ahoy?"}, GPT["bad"]], "kto_tag": False},
-        LabelledRow([USER], [BAD], False),
+        LabeledRow([USER], [BAD], False),
     ),
-    "a response": ("labels", {"prompt": "Ahoy?", "response": "Arr.", "label": 1}, LabelledRow("Ahoy?", "Arr.", True)),
+    "a response": ("labels", {"prompt": "Ahoy?", "response": "Arr.", "label": 1}, LabeledRow("Ahoy?", "Arr.", True)),
     "a question and a completion": (
         "labels",
         {"question": "Ahoy?", "completion": "Arr.", "label": 1},
-        LabelledRow("Ahoy?", "Arr.", True),
+        LabeledRow("Ahoy?", "Arr.", True),
     ),
-    "HH prompt, labelled": (
+    "HH prompt, labeled": (
         "labels",
         {"prompt": HH, "completion": " Arr.", "label": 1},
-        LabelledRow(LONG.prompt, [GOOD], True),
+        LabeledRow(LONG.prompt, [GOOD], True),
     ),
-    "one message, labelled": (
+    "one message, labeled": (
         "labels",
         {"prompt": [USER], "completion": GOOD, "label": 1},
-        LabelledRow([USER], [GOOD], True),
+        LabeledRow([USER], [GOOD], True),
     ),
     # prompts
     "HH prompt alone": ("prompts", {"prompt": HH, "answer": 1}, PromptRow(LONG.prompt, 1, as_given=LONG.prompt)),
@@ -260,7 +260,7 @@ def test_a_named_column_wins_over_every_word_that_is_known():
     assert recognize("pairs", record, Columns(chosen="better", rejected="worse")) == TEXTS
     record = {"question": "x", "asked": "Ahoy?", "output": "y", "answer": "Arr.", "ok": 1, "label": 0}
     columns = Columns(prompt="asked", completion="answer", label="ok")
-    assert recognize("labels", record, columns) == LabelledRow("Ahoy?", "Arr.", True)
+    assert recognize("labels", record, columns) == LabeledRow("Ahoy?", "Arr.", True)
 
 
 UNREADABLE: list[tuple[str, dict[str, Any], str]] = [
@@ -293,7 +293,7 @@ UNREADABLE: list[tuple[str, dict[str, Any], str]] = [
         {"prompt": "x", "responses": ["a", "b"], "scores": [1, 2]},
         "`responses` holds several answers: take a better",
     ),
-    ("pairs", {"prompt": "x", "completion": "y", "label": True}, "These are labelled answers, for `method: kto`."),
+    ("pairs", {"prompt": "x", "completion": "y", "label": True}, "These are labeled answers, for `method: kto`."),
     ("pairs", {"messages": [USER, GOOD]}, "These are answers to imitate, for `method: sft`."),
     ("pairs", {"prompt": "x"}, "These are prompts without an answer, for `method: grpo`."),
     (

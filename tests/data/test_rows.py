@@ -1,4 +1,4 @@
-"""Every shape of row is recognised, and every bad row is named in one line."""
+"""Every shape of row is recognized, and every bad row is named in one line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_nb.data.rows.imitation import ChatRow, Columns, PromptCompletionRow, Row, TextRow, recognise
+from mlx_nb.data.examples.kinds import recognize
+from mlx_nb.data.rows.imitation import ChatRow, Columns, PromptCompletionRow, Row, TextRow
 from mlx_nb.errors import DataError
 
 USER, ASSISTANT = {"role": "user", "content": "Ahoy?"}, {"role": "assistant", "content": "Arr."}
@@ -79,10 +80,10 @@ GOOD: dict[str, tuple[dict, Row]] = {
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_every_known_shape_is_recognised_and_left_unchanged(name):
+def test_every_known_shape_is_recognized_and_left_unchanged(name):
     record, expected = GOOD[name]
     before = copy.deepcopy(record)
-    assert recognise(record) == expected
+    assert recognize("tokens", record) == expected
     assert record == before
 
 
@@ -95,13 +96,13 @@ def test_a_named_column_chooses_the_shape():
         "body": "Arr.",
     }
     columns = Columns(prompt="question", completion="answer")
-    assert recognise(record, columns) == PromptCompletionRow("Ahoy?", "Arr.")
+    assert recognize("tokens", record, columns) == PromptCompletionRow("Ahoy?", "Arr.")
     with_system = Columns(prompt="question", completion="answer", system="who")
-    assert recognise(record, with_system) == ChatRow([SYSTEM, USER, ASSISTANT])
-    assert recognise(record, Columns(text="body")) == TextRow("Arr.")
-    assert recognise({"talk": [USER]}, Columns(messages="talk")) == ChatRow([USER])
+    assert recognize("tokens", record, with_system) == ChatRow([SYSTEM, USER, ASSISTANT])
+    assert recognize("tokens", record, Columns(text="body")) == TextRow("Arr.")
+    assert recognize("tokens", {"talk": [USER]}, Columns(messages="talk")) == ChatRow([USER])
     tools = Columns(messages="talk", tools="can")
-    assert recognise({"talk": [USER], "can": [TOOL]}, tools) == ChatRow([USER], [TOOL])
+    assert recognize("tokens", {"talk": [USER], "can": [TOOL]}, tools) == ChatRow([USER], [TOOL])
 
 
 BAD = [
@@ -162,7 +163,7 @@ BAD = [
 @pytest.mark.parametrize(("record", "expected"), BAD)
 def test_a_bad_row_is_one_line_that_names_row_place_and_fault(record, expected):
     with pytest.raises(DataError) as error:
-        recognise(record, row=17, location="train.jsonl line 18")
+        recognize("tokens", record, row=17, location="train.jsonl line 18")
     assert str(error.value).startswith("row 17 (train.jsonl line 18): ")
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
@@ -183,14 +184,14 @@ BAD_COLUMNS = [
 @pytest.mark.parametrize(("columns", "expected"), BAD_COLUMNS)
 def test_a_named_column_that_is_missing_or_without_effect_is_an_error(columns, expected):
     with pytest.raises(DataError) as error:
-        recognise({"prompt": "Ahoy?", "completion": "Arr."}, columns)
+        recognize("tokens", {"prompt": "Ahoy?", "completion": "Arr."}, columns)
     assert expected in str(error.value)
 
 
 def test_two_different_system_prompts_are_refused_when_the_column_was_named():
     record = {"messages": [SYSTEM, USER], "who": "Be a parrot."}
     with pytest.raises(DataError, match="two different system prompts"):
-        recognise(record, Columns(system="who"))
+        recognize("tokens", record, Columns(system="who"))
 
 
 JSON = st.recursive(
@@ -217,10 +218,10 @@ COLUMN_NAMES = [
 
 
 @given(st.dictionaries(st.sampled_from(COLUMN_NAMES), JSON, max_size=4))
-def test_any_row_is_either_recognised_or_refused_by_name(record):
+def test_any_row_is_either_recognized_or_refused_by_name(record):
     message = ""
     try:
-        recognise(record, row=3)
+        recognize("tokens", record, row=3)
     except DataError as error:
         message = str(error)
     assert message == "" or message.startswith("row 3: ")

@@ -19,7 +19,7 @@ from mlx_nb.data.examples.kinds import recognize
 from mlx_nb.data.examples.prompt import prompt_tokens
 from mlx_nb.data.examples.split import Examples, ExampleSettings
 from mlx_nb.data.masks.conversation import TokenizedConversation, tokenize_conversation
-from mlx_nb.data.rows.imitation import Columns, recognise
+from mlx_nb.data.rows.imitation import Columns
 from mlx_nb.data.sources.splits import open_splits
 from mlx_nb.errors import ConfigError, DataError, MaskRefused
 from tiny import tiny_rows
@@ -219,7 +219,7 @@ def test_a_prompt_is_the_beginning_of_what_is_trained(template):
     tokenizer, tools = tokenizer_of(template), [{"name": "sail", "parameters": {"default": None}}]
     for arguments in ({"to": "Rome", "n": 1.0}, '{"to":"Rome","n":1}'):
         record = {"messages": talk(arguments), "tools": tools}
-        row = recognise(record)
+        row = recognize("tokens", record)
         trained = tokenize_conversation(row.messages, tokenizer, tools=row.tools)
         asked = prompt_tokens(tokenizer, talk(arguments)[:-1], tools)
         assert trained.tokens[: len(asked)].tolist() == asked
@@ -243,7 +243,7 @@ def test_a_run_is_asked_with_tool_calls_as_its_rows_are_written(tiny_folder, tmp
     standard = [{"role": "user", "content": "Where to?"}, called, {"role": "tool", "content": "done"}]
     first, second = run.generate([prompt, standard], max_tokens=6, tools=tools)
     assert first == second == run.generate(prompt, max_tokens=6, tools=tools)
-    row = recognise({"messages": [*standard, {"role": "assistant", "content": "There."}], "tools": tools})
+    row = recognize("tokens", {"messages": [*standard, {"role": "assistant", "content": "There."}], "tools": tools})
     trained = tokenize_conversation(row.messages, run.tokenizer, tools=row.tools).tokens.tolist()
     asked = prompt_tokens(run.tokenizer, prompt, tools, roles=run.config.roles)
     assert trained[: len(asked)] == asked
@@ -270,7 +270,7 @@ def without_ids(messages: list[dict]) -> list[dict]:
 
 def text_of(record: dict, template: str = "tojson", columns: Columns | None = None) -> tuple[str, list[str]]:
     """What is rendered, and the texts that are trained."""
-    row = recognise(record, columns or Columns())
+    row = recognize("tokens", record, columns or Columns())
     made = tokenize_conversation(row.messages, tokenizer_of(template), tools=row.tools)
     return made.text, [made.text[s.start : s.end] for s in made.spans if s.weight]
 
@@ -347,11 +347,11 @@ def test_calls_that_are_messages_of_their_own_are_one_turn_of_the_assistant():
 
 def test_tools_are_the_same_in_every_dialect():
     wrapped = {"type": "function", "function": WEATHER}
-    expected = recognise({"messages": [USER, REPLY], "tools": [wrapped]}).tools
+    expected = recognize("tokens", {"messages": [USER, REPLY], "tools": [wrapped]}).tools
     for tools in ([WEATHER], json.dumps([WEATHER]), [{"type": "function", **WEATHER}], (wrapped,)):
-        assert recognise({"messages": [USER, REPLY], "tools": tools}).tools == expected
-    assert recognise({"messages": [USER, REPLY], "functions": [WEATHER]}).tools == expected
-    assert recognise({"messages": [USER, REPLY], "tools": [{"type": "web_search", "name": "x"}]}).tools == [
+        assert recognize("tokens", {"messages": [USER, REPLY], "tools": tools}).tools == expected
+    assert recognize("tokens", {"messages": [USER, REPLY], "functions": [WEATHER]}).tools == expected
+    assert recognize("tokens", {"messages": [USER, REPLY], "tools": [{"type": "web_search", "name": "x"}]}).tools == [
         {"type": "web_search", "name": "x"}
     ]
 
@@ -373,7 +373,7 @@ BAD = [
 @pytest.mark.parametrize(("message", "expected"), BAD)
 def test_a_bad_call_or_role_is_one_line_with_the_cure(message, expected):
     with pytest.raises(DataError) as error:
-        recognise({"messages": [USER, message]}, row=3)
+        recognize("tokens", {"messages": [USER, message]}, row=3)
     assert str(error.value).startswith("row 3: ")
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
@@ -390,7 +390,7 @@ def test_words_of_ones_own_for_roles_come_first():
     ]
     _, trained = text_of({"conversations": talk}, columns=columns)
     assert trained == ['<call>sail{"to": "Rome"}<|im_end|>', "There.<|im_end|>"]
-    assert [m["role"] for m in recognise({"conversations": talk}, columns).messages][2] == "function"
+    assert [m["role"] for m in recognize("tokens", {"conversations": talk}, columns).messages][2] == "function"
     pair = recognize(
         "pairs", {"prompt": talk[:1], "chosen": talk[3:], "rejected": [{**talk[3], "value": "No."}]}, columns
     )

@@ -429,7 +429,7 @@ def test_other_weights_under_the_same_name_are_another_base(tiny_folder, tmp_pat
     assert "has other weights now" in message
 
 
-def test_a_base_that_was_quantised_on_load_is_another_one(adapter, tiny_folder, tmp_path):
+def test_a_base_that_was_quantized_on_load_is_another_one(adapter, tiny_folder, tmp_path):
     message = refusal(run_of(tmp_path / "own", tiny_folder, resume_adapter_file=str(adapter[0]), load_in_bits=4).step)
     assert "`load_in_bits: null` there, `load_in_bits: 4` here" in message
 

@@ -151,17 +151,17 @@ def test_another_run_on_the_same_base_does_not_see_a_full_fine_tune(tiny_folder,
     assert not changed(before, parameters(run_of(tmp_path / "c", tiny_folder).model))
 
 
-def test_full_is_refused_where_any_trained_weight_is_quantised(tiny_folder, tmp_path):
+def test_full_is_refused_where_any_trained_weight_is_quantized(tiny_folder, tmp_path):
     model = tiny_model()
     nn.quantize(model, group_size=32, bits=4, class_predicate=lambda _, module: isinstance(module, nn.Embedding))
-    with pytest.raises(ModelError, match="quantised"):
+    with pytest.raises(ModelError, match="quantized"):
         adapters.attach_adapter(model, RunConfig.from_dict({"fine_tune_type": "full"}))
     model = tiny_model()
     nn.quantize(model, group_size=32, bits=4, class_predicate=lambda _, module: isinstance(module, nn.Linear))
     for layers in (-1, 1):
-        with pytest.raises(ModelError, match="quantised"):
+        with pytest.raises(ModelError, match="quantized"):
             adapters.attach_adapter(model, RunConfig.from_dict({"fine_tune_type": "full", "num_layers": layers}))
-    with pytest.raises(MlxNbError, match="quantised"):
+    with pytest.raises(MlxNbError, match="quantized"):
         run_of(tmp_path, tiny_folder, fine_tune_type="full", load_in_bits=4).step()
 
 

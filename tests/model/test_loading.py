@@ -66,7 +66,7 @@ def test_the_tokenizer_alone_is_that_of_the_model(tiny_folder):
 
 
 @on_cpu
-def test_a_quantised_base_is_float32_on_a_cpu_and_computes_the_same(gguf_file):
+def test_a_quantized_base_is_float32_on_a_cpu_and_computes_the_same(gguf_file):
     loaded = load_model(str(gguf_file))
     theirs, _ = mlx_lm.load(str(loaded.folder))
     assert {array.dtype for _, array in tree_flatten(loaded.model.parameters())} == {mx.float32}
@@ -88,7 +88,7 @@ def test_a_quantised_base_is_float32_on_a_cpu_and_computes_the_same(gguf_file):
 
 
 @on_cpu
-def test_biases_and_float_neighbours_of_quantised_matrices_are_kept(tmp_path):
+def test_biases_and_float_neighbors_of_quantized_matrices_are_kept(tmp_path):
     synthetic(tmp_path / "small.gguf", "qwen2", Q.Q4_0, embedding=Q.Q6_K)
     loaded = load_model(str(tmp_path / "small.gguf"))
     theirs, _ = mlx_lm.load(str(loaded.folder))
@@ -99,7 +99,7 @@ def test_biases_and_float_neighbours_of_quantised_matrices_are_kept(tmp_path):
 
 @on_cpu
 @pytest.mark.parametrize("mode", ["affine", "mxfp4"])
-def test_every_quantisation_of_mlx_keeps_its_values_in_float32(tiny_folder, tmp_path, mode):
+def test_every_quantization_of_mlx_keeps_its_values_in_float32(tiny_folder, tmp_path, mode):
     model, _ = mlx_lm.load(str(tiny_folder))
     nn.quantize(model, group_size=32, bits=4, mode=mode)
     target = edited(tiny_folder, tmp_path / "packed", quantization={"group_size": 32, "bits": 4, "mode": mode})
@@ -108,7 +108,7 @@ def test_every_quantisation_of_mlx_keeps_its_values_in_float32(tiny_folder, tmp_
     np.testing.assert_allclose(np.array(ours), np.array(expected), atol=1e-4)
 
 
-def test_load_in_bits_quantises_all_matrices_but_the_embedding(tiny_folder):
+def test_load_in_bits_quantizes_all_matrices_but_the_embedding(tiny_folder):
     loaded = load_model(str(tiny_folder), load_in_bits=4)
     theirs, _ = mlx_lm.load(str(tiny_folder))
 
@@ -133,7 +133,7 @@ def test_load_in_bits_groups_by_64_where_columns_allow(tiny_folder):
 
 
 def test_load_in_bits_is_refused_where_it_cannot_be(tiny_folder, gguf_file):
-    assert "already quantised to 4 bits" in refusal(load_model, str(gguf_file), load_in_bits=8)
+    assert "already quantized to 4 bits" in refusal(load_model, str(gguf_file), load_in_bits=8)
     assert "2, 3, 4, 5, 6, 8" in refusal(load_model, str(tiny_folder), load_in_bits=7)
 
 
@@ -365,12 +365,12 @@ def test_the_real_model_knows_the_capital_of_france(smollm2):
 
 
 @pytest.mark.real_model
-def test_the_float32_base_says_what_the_quantised_one_says(smollm2):
+def test_the_float32_base_says_what_the_quantized_one_says(smollm2):
     loaded = smollm2()
     theirs, tokenizer = mlx_lm.load(str(loaded.folder))
-    # Still quantised, but with float32 scales: in half precision this takes minutes on a CPU.
+    # Still quantized, but with float32 scales: in half precision this takes minutes on a CPU.
     theirs.apply(lambda array: array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array)
-    for prompt in ("What is the capital of France?", "Name a colour."):
+    for prompt in ("What is the capital of France?", "Name a color."):
         expected = greedy(theirs, tokenizer, prompt, 8)
         assert greedy(loaded.model, loaded.tokenizer, prompt, 8) == expected
 

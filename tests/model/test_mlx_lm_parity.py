@@ -17,7 +17,7 @@ from mlx_nb.data.examples.batches import TokenBatch
 from mlx_nb.model import adapters
 from mlx_nb.model.logprobs import TargetScorer
 from mlx_nb.model.randomness import random_stream
-from mlx_nb.objectives.sft import sft_loss
+from mlx_nb.objectives.sft import nll, token_objective
 from mlx_nb.train.optimizer import build_optimizer
 from mlx_nb.train.step import Stepper
 from tiny import VOCABULARY, tiny_model
@@ -71,7 +71,7 @@ def attach_every_weight(model):
 
 def assert_parity(model, fine_tune_type, rows, batch_size=4):
     config = attach_every_weight(model) if fine_tune_type == "every weight" else attach(model, fine_tune_type)[0]
-    stepper = Stepper(model, build_optimizer(config), sft_loss, TargetScorer(model), compiled=False)
+    stepper = Stepper(model, build_optimizer(config), token_objective(nll), TargetScorer(model), compiled=False)
     theirs = nn.value_and_grad(model, default_loss)
     compared = 0
     for batch, lengths in iterate_batches(rows, batch_size, max_seq_length=512):

@@ -124,7 +124,7 @@ def test_the_loss_of_every_pair_and_its_gradient_are_those_of_trl_or_else_of_the
     same_gradients(gradient_S, np.repeat(per_answer, lengths))
 
 
-WITHOUT_LIKELIHOOD = ["dpo sigmoid", "dpo robust", "dpo hinge", "dpo ipo", "dpo normalised", "simpo"]
+WITHOUT_LIKELIHOOD = ["dpo sigmoid", "dpo robust", "dpo hinge", "dpo ipo", "dpo normalized", "simpo"]
 
 
 @pytest.mark.parametrize("name", WITHOUT_LIKELIHOOD)
@@ -133,7 +133,7 @@ def test_the_loss_of_a_batch_of_pairs_is_that_of_trl(name):
 
 
 MEASURED = [
-    name for name, case in PAIR_CASES.items() if "metrics" in case and name not in ("dpo ipo", "dpo normalised")
+    name for name, case in PAIR_CASES.items() if "metrics" in case and name not in ("dpo ipo", "dpo normalized")
 ]
 
 
@@ -158,7 +158,7 @@ def labels_measured(name):
 
 
 @pytest.mark.parametrize("name", LABEL_CASES)
-def test_the_loss_of_every_labelled_answer_and_its_gradient_are_those_of_trl(name):
+def test_the_loss_of_every_labeled_answer_and_its_gradient_are_those_of_trl(name):
     case = LABEL_CASES[name]
     sums, gradient_S = labels_measured(name)
     same_losses(sums.row_total_R, case["losses"])
@@ -176,7 +176,7 @@ def completions_measured(name, chosen=slice(None)):
     said = {key: rows[chosen] for key, rows in COMPLETIONS.items()}
     inputs = inputs_of(
         said["policy"],
-        {"behaviour": said["behaviour"], "reference": said["reference"]},
+        {"behavior": said["behavior"], "reference": said["reference"]},
         {"advantage": said["advantage"], "counts": said["counts"]},
     )
     objective = completion_objective(loss, temperature=1.0, max_completion_length=8)
@@ -245,7 +245,7 @@ def ratios(half, values):
     return [np.subtract(policy, known) for policy, known in zip(values[half], values[f"reference_{half}"])]
 
 
-@pytest.mark.parametrize("name", ["dpo ipo", "dpo normalised"])
+@pytest.mark.parametrize("name", ["dpo ipo", "dpo normalized"])
 def test_rewards_shown_are_those_that_a_loss_compares_where_trl_shows_those_of_whole_answers(name):
     case, metrics = PAIR_CASES[name], pairs_measured(name)[0].metrics
     beta = case["options"]["beta"]
@@ -292,7 +292,7 @@ def test_these_defaults_are_otherwise_than_in_trl():
         for name, both in {"beta": (0.0, 0.04), "epsilon": (0.2, None)}.items()  # None: 0.2, but 3e-4 for sequences
     }
     assert differ == {
-        "dpo normalised: beta": (0.1, 2.0),
+        "dpo normalized: beta": (0.1, 2.0),
         "cpo simpo: beta": (0.1, 2.0),
         "cpo simpo: cpo_alpha": (1.0, 0.0),
         **of_all_grpo,

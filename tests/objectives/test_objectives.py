@@ -71,7 +71,7 @@ def test_padding_whose_token_is_all_but_impossible_changes_nothing(settings, own
     @register_objective("raw", rows="prompts", reference=True)
     def raw(completions):
         ratio_S = mx.exp(completions.reference_S - completions.logprob_S)
-        return ratio_S - mx.exp(completions.logprob_S - completions.behaviour_S) * completions.advantage_S
+        return ratio_S - mx.exp(completions.logprob_S - completions.behavior_S) * completions.advantage_S
 
     counted, targets, vocabulary = 5, 8, 4
     logits_SV = np.random.default_rng(0).normal(size=(targets, vocabulary)).astype(np.float32)
@@ -82,7 +82,7 @@ def test_padding_whose_token_is_all_but_impossible_changes_nothing(settings, own
             return mx.array(np.pad(np.array(values, dtype), (0, size - counted)))
 
         rows = {"advantage": mx.array([1.0, -0.5]), "counts": mx.ones(2)}
-        drawn = {"behaviour": padded([-1.0, -2, -1, -1.5, -1]), "reference": padded([-1.5, -1, -1, -2, -1.2])}
+        drawn = {"behavior": padded([-1.0, -2, -1, -1.5, -1]), "reference": padded([-1.5, -1, -1, -2, -1.2])}
         position_S, target_S = padded([0, 1, 2, 3, 4], np.int32), padded([1, 2, 3, 1, 2], np.int32)
         return TargetInputs(mx.zeros((2, 3), mx.int32), position_S, target_S, padded([1.0] * 5), rows, drawn)
 

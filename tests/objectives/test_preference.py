@@ -64,8 +64,8 @@ CASES = {
         lambda p: dpo.dpop(p, beta=BETA, delta=5.0),
         lambda v: -np.log(sigmoid(BETA * (margin(v) - 5.0 * np.maximum(0, v["reference_chosen_P"] - v["chosen_P"])))),
     ),
-    "dpo normalised": (
-        lambda p: dpo.normalised(p, beta=2.0),
+    "dpo normalized": (
+        lambda p: dpo.normalized(p, beta=2.0),
         lambda v: -np.log(sigmoid(2.0 * margin_per_token(v))),
     ),
     "cpo": (

@@ -164,7 +164,7 @@ def test_a_replaced_run_its_model_trainer_and_panel_leave_memory_and_the_widgets
 
 def browser_in_the_cell(run):
     browser = run.browse()
-    browser.colour.value = "loss now"
+    browser.color.value = "loss now"
     return browser
 
 
@@ -232,7 +232,7 @@ def test_a_browser_of_a_run_that_is_gone_still_shows_the_rows_and_says_why_there
     assert "say green" in browser.view.value
     browser.filter.value = "highest loss"
     assert "run is gone" in browser.status.value
-    browser.colour.value = "loss now"
+    browser.color.value = "loss now"
     assert "run is gone" in browser.view.value
 
 

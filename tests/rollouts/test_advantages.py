@@ -15,10 +15,10 @@ from mlx_nb.rollouts.advantages import group_advantages
 def test_advantages_follow_their_formula(scale):
     totals = np.array([1.0, 2.0, 6.0, 0.0, 0.0, 3.0])
     groups = totals.reshape(2, 3)
-    centred = groups - groups.mean(axis=1, keepdims=True)
+    centered = groups - groups.mean(axis=1, keepdims=True)
     scales = {"group": groups.std(axis=1, ddof=1, keepdims=True) + 1e-4, "batch": totals.std(ddof=1) + 1e-4, "none": 1}
     found = group_advantages(totals, 3, scale=scale)
-    np.testing.assert_allclose(found.advantage_N, (centred / scales[scale]).reshape(-1), rtol=1e-6)
+    np.testing.assert_allclose(found.advantage_N, (centered / scales[scale]).reshape(-1), rtol=1e-6)
     assert found.advantage_N.dtype == np.float32
     assert found.valid_N.all()
     assert found.zero_variance_share == 0.0

@@ -142,12 +142,12 @@ def test_completions_come_in_order_group_by_group(tiny, device):
         assert completion.tokens.shape == completion.logprobs.shape
 
 
-def test_behaviour_logprobs_are_those_that_training_computes(tiny, device):
+def test_behavior_logprobs_are_those_that_training_computes(tiny, device):
     model, tokenizer, prompts = tiny
     assert_training_agrees(model, prompts, sampled(model, tokenizer, prompts))
 
 
-def test_behaviour_logprobs_are_those_of_the_whole_distribution_at_its_temperature(tiny):
+def test_behavior_logprobs_are_those_of_the_whole_distribution_at_its_temperature(tiny):
     model, tokenizer, prompts = tiny
     for completion in sampled(model, tokenizer, prompts, temperature=0.6, top_k=7, top_p=0.9):
         prompt = prompts[completion.prompt_index]

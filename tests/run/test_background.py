@@ -230,7 +230,7 @@ def test_watching_completions_with_their_ratios_changes_no_bit_of_a_run(kernel, 
     assert status == "ok", text
     kernel.run(SAMPLED.format(name="a", model=tiny_folder))
     kernel.run(f"{PANEL}.widget._view_count = 1")  # as a browser says that shows it
-    kernel.run(f"{PANEL}.tabs.value = 'Completions'\n{PANEL}.completions.colour.value = True")
+    kernel.run(f"{PANEL}.tabs.value = 'Completions'\n{PANEL}.completions.color.value = True")
     kernel.run("%finetune run --background")
     kernel.wait_for("a.state", "finished")
     kernel.wait_for(f"'log(policy now' in {PANEL}.completions.view.value", "True")

@@ -206,7 +206,7 @@ BAD_RUNS = {
     "an unknown module": ({"target_modules": ["q_prj"]}, ConfigError, "q_proj"),
     "more layers than there are": ({"num_layers": 9}, ConfigError, "2 layers"),
     "an optimizer argument it does not take": ({"optimizer_config": {"betaz": 1}}, ConfigError, "betaz"),
-    "a quantised full fine-tune": ({"load_in_bits": 4, "fine_tune_type": "full"}, MlxNbError, "quantised"),
+    "a quantized full fine-tune": ({"load_in_bits": 4, "fine_tune_type": "full"}, MlxNbError, "quantized"),
     "empty rows": ({"rows": []}, DataError, "rows"),
     "rows of no known shape": ({"rows": [{"question": "a", "reply": "b"}] * 4}, DataError, "question"),
 }

@@ -184,14 +184,14 @@ def synthetic(
             values = values[order]
         tensors[source], reference[target] = (array, None if array.dtype != np.uint8 else kind), values
 
-    def vector(source: str, target: str, size: int, centre: float, offset: float = 0.0) -> None:
-        values = (centre + 0.1 * random.standard_normal(size)).astype(np.float32)
+    def vector(source: str, target: str, size: int, center: float, offset: float = 0.0) -> None:
+        values = (center + 0.1 * random.standard_normal(size)).astype(np.float32)
         tensors[source], reference[target] = (values + np.float32(offset), None), values
 
     gemma = architecture == "gemma3"
-    centre, offset = (0.0, 1.0) if gemma else (1.0, 0.0)
+    center, offset = (0.0, 1.0) if gemma else (1.0, 0.0)
     matrix("token_embd.weight", "model.embed_tokens.weight", vocabulary, HIDDEN, embedding or kind)
-    vector("output_norm.weight", "model.norm.weight", HIDDEN, centre, offset)
+    vector("output_norm.weight", "model.norm.weight", HIDDEN, center, offset)
     if untied:
         matrix("output.weight", "lm_head.weight", vocabulary, HIDDEN, kind)
     for layer in range(LAYERS[architecture]):
@@ -205,16 +205,16 @@ def synthetic(
                     values, _ = tensors[f"{source}.{name}.bias"]
                     tensors[f"{source}.{name}.bias"] = interleaved(values, heads), None
         for name, module in NORMS.get(architecture, NORMS["llama"]).items():
-            vector(f"{source}.{name}.weight", f"{target}.{module}.weight", HIDDEN, centre, offset)
+            vector(f"{source}.{name}.weight", f"{target}.{module}.weight", HIDDEN, center, offset)
         if architecture in ("qwen3", "gemma3"):
             for name in ("q_norm", "k_norm"):
-                vector(f"{source}.attn_{name}.weight", f"{target}.self_attn.{name}.weight", HEAD_DIM, centre, offset)
+                vector(f"{source}.attn_{name}.weight", f"{target}.self_attn.{name}.weight", HEAD_DIM, center, offset)
     write_gguf(path, metadata, tensors)
     return reference, vocabulary
 
 
 def float_weights(model) -> dict[str, np.ndarray]:
-    """Every weight and bias of a loaded model as float32, dequantised."""
+    """Every weight and bias of a loaded model as float32, dequantized."""
     found = {}
     for path, module in model.named_modules():
         if "scales" in module:

@@ -37,7 +37,7 @@ SCRIPTS = (
 )
 
 
-# The colours, sizes and padding that JupyterLab's light and dark themes give to an output; plain has none of them.
+# The colors, sizes and padding that JupyterLab's light and dark themes give to an output; plain has none of them.
 THEMES = {
     "light": ("true", "white", "rgba(0, 0, 0, 0.87)"),
     "dark": ("false", "#111", "#fff"),
@@ -49,10 +49,10 @@ def document(html: str, theme: str) -> str:
     """A page that holds one output as JupyterLab does, or as a bare browser would."""
     if THEMES[theme] is None:
         return f'<!doctype html><meta charset="utf-8"><body><div id="output">{html}</div></body>'
-    is_light, background, colour = THEMES[theme]
+    is_light, background, color = THEMES[theme]
     return (
         '<!doctype html><meta charset="utf-8"><style>'
-        f":root {{ --jp-layout-color0: {background}; --jp-content-font-color1: {colour}; }}"
+        f":root {{ --jp-layout-color0: {background}; --jp-content-font-color1: {color}; }}"
         "body { margin: 0; background: var(--jp-layout-color0); }"
         ".jp-OutputArea-output { padding: 5px 20px 5px 72px; color: var(--jp-content-font-color1);"
         " font: 14px/1.6 system-ui, sans-serif; }"
@@ -129,8 +129,8 @@ CONTRAST = """() => {
         return numbers.length < 4 ? [...numbers, 1] : numbers;
     };
     const over = (top, under) => under.map((value, index) => top[3] * top[index] + (1 - top[3]) * value);
-    const luminance = colour => {
-        const [r, g, b] = colour.map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    const luminance = color => {
+        const [r, g, b] = color.map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
         return 0.2126 * r + 0.7152 * g + 0.0722 * b;
     };
     const draw = (styles, at, under, ink) => {

@@ -19,7 +19,7 @@ MARKERS = ["<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|system|
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog. " * 3,
-    "user assistant system model tool hello world, it is 4! yes no\n\nNamed colours: blue green red",
+    "user assistant system model tool hello world, it is 4! yes no\n\nNamed colors: blue green red",
     '{"name": "get_weather", "arguments": {"city": "Paris"}}\n\n\n',
 ]
 

@@ -228,7 +228,7 @@ def test_loaded_arrays_do_not_depend_on_the_files_any_more(two):
 # Damage
 
 
-def test_any_altered_byte_in_any_file_is_recognised_and_the_one_before_is_used(two):
+def test_any_altered_byte_in_any_file_is_recognized_and_the_one_before_is_used(two):
     store, newest = two
     for file in [newest / name for name in FILES]:
         original = file.read_bytes()
@@ -245,7 +245,7 @@ def test_any_altered_byte_in_any_file_is_recognised_and_the_one_before_is_used(t
     assert is_step(store.load()[0], 2)
 
 
-def test_any_altered_byte_in_latest_is_recognised_and_the_newest_is_used(two):
+def test_any_altered_byte_in_latest_is_recognized_and_the_newest_is_used(two):
     store, newest = two
     latest = store.folder / "latest"
     original = latest.read_bytes()
@@ -261,7 +261,7 @@ def test_any_altered_byte_in_latest_is_recognised_and_the_newest_is_used(two):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_cut_at_any_length_is_recognised_and_the_one_before_is_used(two, name):
+def test_a_file_cut_at_any_length_is_recognized_and_the_one_before_is_used(two, name):
     store, newest = two
     original = (newest / name).read_bytes()
     for length in [*range(0, len(original), max(1, len(original) // 20)), len(original) - 1]:
@@ -275,7 +275,7 @@ def test_a_file_cut_at_any_length_is_recognised_and_the_one_before_is_used(two, 
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_missing_file_is_recognised_and_the_one_before_is_used(two, name):
+def test_a_missing_file_is_recognized_and_the_one_before_is_used(two, name):
     store, newest = two
     (newest / name).unlink()
     loaded, messages = store.load()

@@ -33,7 +33,7 @@ from mlx_nb.model import adapters
 from mlx_nb.model.logprobs import TargetScorer, target_inputs
 from mlx_nb.model.randomness import random_stream, seed_for
 from mlx_nb.objectives.grpo import bnpo, completion_objective, dapo
-from mlx_nb.objectives.sft import sft_loss
+from mlx_nb.objectives.sft import nll, token_objective
 from mlx_nb.train.optimizer import build_optimizer, learning_rate_at
 from mlx_nb.train.step import Stepper
 from mlx_nb.train.trainer import Trainer, TrainerExamples
@@ -56,7 +56,7 @@ def stepper_for(model, **settings):
             model.load_weights(
                 [(name, 0.1 * mx.random.normal(array.shape, key=mx.random.key(len(name))))], strict=False
             )
-    return Stepper(model, build_optimizer(config), sft_loss, TargetScorer(model), compiled=False)
+    return Stepper(model, build_optimizer(config), token_objective(nll), TargetScorer(model), compiled=False)
 
 
 # Law 1 and the definition of the loss
@@ -71,7 +71,7 @@ def test_loss_is_the_mean_negative_log_likelihood_of_the_trained_tokens():
         row = logits[position - 1]
         logprob = row[example.tokens[position]] - np.log(np.exp(row - row.max()).sum()) - row.max()
         total -= example.loss_mask[position] * logprob
-    sums = sft_loss(TargetScorer(model), target_inputs(pad([example])))
+    sums = token_objective(nll)(TargetScorer(model), target_inputs(pad([example])))
     assert sums.total.item() == pytest.approx(total, rel=1e-5)
     assert sums.units.item() == example.loss_mask.sum()
 
@@ -95,7 +95,7 @@ def test_token_losses_are_those_of_the_objective(taken_apart):
         scorer._split = None
     losses = scorer.token_losses(example.tokens)
     assert np.isnan(losses[0])
-    total = sft_loss(scorer, target_inputs(pad([example]))).total.item()
+    total = token_objective(nll)(scorer, target_inputs(pad([example]))).total.item()
     assert (losses[1:] * example.loss_mask[1:]).sum() == pytest.approx(total, rel=1e-5)
 
 
@@ -130,7 +130,7 @@ def test_an_update_in_which_no_completion_counts_has_no_gradient(loss):
     batch = pad(random_examples(3))
     batch = batch._replace(
         row_values={"advantage": np.ones(3, np.float32), "counts": np.zeros(3, np.float32)},
-        token_values={"behaviour": np.full(batch.tokens_BT.shape, -1.0, np.float32)},
+        token_values={"behavior": np.full(batch.tokens_BT.shape, -1.0, np.float32)},
     )
     stepper = stepper_for(tiny_model())
     stepper.objective = completion_objective(loss, temperature=1.0, max_completion_length=8)

@@ -217,7 +217,7 @@ def test_the_legend_counts_what_the_mask_trains(kind, nasty, tokenizer, opened):
 
 @pytest.mark.parametrize("theme", THEMES)
 @pytest.mark.parametrize("kind", VIEWS)
-def test_text_keeps_its_contrast_on_every_colour(kind, theme, nasty, tokenizer, opened):
+def test_text_keeps_its_contrast_on_every_color(kind, theme, nasty, tokenizer, opened):
     drawn = opened(shown(nasty, tokenizer, kind), theme).evaluate(CONTRAST)
     assert len(drawn) > 3
     assert [item for item in drawn if item[0] < 4.5 and item[2] == "text"] == []

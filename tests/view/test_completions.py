@@ -1,4 +1,4 @@
-"""Completions on screen: every number of a rollout, nothing of a text that runs or gets lost, colours that mean it."""
+"""Completions on screen: every number of a rollout, nothing of a text that runs or gets lost, colors that mean it."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def ratios_of(group: list[dict], *values: list[float]) -> list[tuple[int, np.nda
     ]
 
 
-def test_tokens_are_coloured_by_how_their_probability_changed():
+def test_tokens_are_colored_by_how_their_probability_changed():
     text = "the capital"
     ids = TOKENIZER.bpe.encode(text).ids
     values = [0.2 * (-1) ** k for k in range(len(ids))]
@@ -251,7 +251,7 @@ def test_the_page_shows_the_newest_completions_and_those_chosen(make_run):
     assert tab.view.value == completions_html(run.history.last_rollouts(1)[0])
 
 
-def test_the_toggle_colours_the_newest_completions_and_measures_once_for_an_update(make_run):
+def test_the_toggle_colors_the_newest_completions_and_measures_once_for_an_update(make_run):
     run = make_run("grpo", updates_per_rollout=2)
     run.step(2)
     panel = run.panel()
@@ -259,7 +259,7 @@ def test_the_toggle_colours_the_newest_completions_and_measures_once_for_an_upda
     tab, measured, log_ratios = panel.completions, [], run.log_ratios
     run.log_ratios = lambda: measured.append(run.step_count) or log_ratios()
     plain = tab.view.value
-    tab.colour.value = True
+    tab.color.value = True
     assert "log(policy now" in tab.view.value
     for _ in range(3):
         panel.refresh()
@@ -270,7 +270,7 @@ def test_the_toggle_colours_the_newest_completions_and_measures_once_for_an_upda
     tab.rollout.value = "after update 0"
     assert "log(policy now" not in tab.view.value
     assert "only the newest" in tab.note.value
-    tab.colour.value = False
+    tab.color.value = False
     assert (tab.view.value, tab.note.value) == (plain, "")
 
 
@@ -284,7 +284,7 @@ def test_what_cannot_be_measured_is_said_on_the_page(make_run):
         raise RuntimeError("[malloc] Unable to allocate")
 
     run.log_ratios = full
-    panel.completions.colour.value = True
+    panel.completions.color.value = True
     assert "Unable to allocate" in panel.completions.note.value
     assert panel.completions.view.value == completions_html(run.history.last_rollouts(1)[0])
     run.run()

@@ -28,11 +28,15 @@ from mlx_nb.events import (
 )
 from mlx_nb.history import History, smoothed
 from mlx_nb.view.curves import curves
-from mlx_nb.view.curves.curves import Curves, SeriesBuilder, series_of
+from mlx_nb.view.curves.curves import NO_METRICS, Curves, SeriesBuilder
 from mlx_nb.view.curves.points import kept_points, smoothed_at
 
 SCRIPT = Path(curves.__file__).with_name("curves.js")
 GROUPS = ["loss", "learning rate", "gradient norm", "tokens per second", "memory (GB)"]
+
+
+def series_of(history, iters, metrics=NO_METRICS):
+    return SeriesBuilder(history, metrics).series(iters)
 
 
 def lines_of(series: dict, group: str, role: str) -> list[list[tuple[int, float | None]]]:
@@ -516,8 +520,8 @@ TEXTS = """() => {
         return numbers.length < 4 ? [...numbers, 1] : numbers;
     };
     const over = (top, under) => under.map((value, index) => top[3] * top[index] + (1 - top[3]) * value);
-    const luminance = colour => {
-        const [r, g, b] = colour.map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    const luminance = color => {
+        const [r, g, b] = color.map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
         return 0.2126 * r + 0.7152 * g + 0.0722 * b;
     };
     const found = [];

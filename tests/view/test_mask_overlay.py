@@ -79,7 +79,7 @@ def test_a_nasty_row_is_shown_as_written_and_named_where_it_hides():
     assert "👩‍👩‍👧 ❤️" in text
 
 
-def test_right_to_left_text_is_isolated_from_its_neighbours():
+def test_right_to_left_text_is_isolated_from_its_neighbors():
     page = Page(render_html(conversation([("user", "שלום"), ("assistant", "x")]), TOKENIZER, per_token=True))
     hebrew = [tag for tag, _, text in page.elements if set("".join(text)) & set("שלום") and tag in {"span", "bdi"}]
     assert hebrew
@@ -260,13 +260,13 @@ def test_a_long_row_is_paged_and_pages_together_hold_every_token():
         render_html(row, TOKENIZER, per_token=True, page=3)
 
 
-def luminance(colour) -> float:
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (x / 255 for x in colour)]
+def luminance(color) -> float:
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (x / 255 for x in color)]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def over(colour, alpha, background):
-    return [alpha * c + (1 - alpha) * b for c, b in zip(colour, background)]
+def over(color, alpha, background):
+    return [alpha * c + (1 - alpha) * b for c, b in zip(color, background)]
 
 
 @pytest.mark.parametrize(
@@ -283,8 +283,8 @@ def test_inherited_text_keeps_its_contrast_on_every_tint_and_when_dim(background
         bright, dark = sorted((luminance(one), luminance(other)), reverse=True)
         return (bright + 0.05) / (dark + 0.05)
 
-    for colour in (theme.BLUE, theme.ORANGE):
-        tinted = over(colour, theme.STRONGEST_TINT, background)
+    for color in (theme.BLUE, theme.ORANGE):
+        tinted = over(color, theme.STRONGEST_TINT, background)
         assert contrast(over(text, text_alpha, tinted), tinted) >= 4.5
     assert contrast(over(text, text_alpha * theme.DIM, background), background) >= 4.5
 

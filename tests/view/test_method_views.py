@@ -41,7 +41,7 @@ def test_the_constants_of_a_batch_are_told_with_the_tokens_that_count(make_run):
     assert html.count("· reference") == np.count_nonzero(batch.loss_mask_BT)
 
 
-def test_each_line_of_a_batch_of_labelled_answers_says_its_label(make_run):
+def test_each_line_of_a_batch_of_labeled_answers_says_its_label(make_run):
     (batch,) = make_run("kto").trainer.next_batches()
     assert line_names(batch) == [f"row {row}, label: {'good' if row % 2 else 'bad'}" for row in batch.rows]
 
@@ -132,13 +132,13 @@ def test_losses_of_both_answers_are_measured_and_shown(make_run):
         assert f"mean loss of the trained tokens {mean:.3f} nats" in html
     assert run_line(session, "row 1 --compare base")._repr_html_().count("base model") > 2
     browser = run.browse()
-    browser.colour.value = "loss now"
+    browser.color.value = "loss now"
     assert browser.view.value.count("mean loss of the trained tokens") == 2
     with pytest.raises(DataError, match="row 1 is no pair"):
         make_run("kto").token_losses(make_run("kto").rows()[1], rejected=True)
 
 
-def test_a_labelled_row_says_its_label(make_run):
+def test_a_labeled_row_says_its_label(make_run):
     rows = make_run("kto").rows()
     for row, said in ((0, "✗ label: bad"), (1, "✓ label: good")):
         assert said in rows[row]._repr_html_()

@@ -81,17 +81,17 @@ def test_a_search_reads_on_from_where_it_was(run):
     assert list(search.found) == found(run, "longest")
 
 
-def test_nothing_is_tokenised_until_it_is_shown(run):
-    tokenised = []
+def test_nothing_is_tokenized_until_it_is_shown(run):
+    tokenized = []
     examples = run.rows().examples
     view = examples.view
-    examples.view = lambda row: tokenised.append(row) or view(row)
+    examples.view = lambda row: tokenized.append(row) or view(row)
     finder = RowFinder(examples, dict)
     assert finder.search("all rows", "hello").read_on(60)
-    assert tokenised == []
+    assert tokenized == []
     assert finder.search("longest").read_on(60)
     assert finder.search("shortest").read_on(60)
-    assert tokenised == list(range(len(ROWS)))
+    assert tokenized == list(range(len(ROWS)))
 
 
 def test_the_buttons_lead_through_the_rows(run):
@@ -133,7 +133,7 @@ def test_filters_text_and_roles_change_what_is_shown(run):
     assert "one two three" not in browser.view.value
     browser.roles["user"].value = True
     masked = browser.view.value
-    browser.colour.value = "nothing"
+    browser.color.value = "nothing"
     assert "rgba" in masked
     assert len(browser.view.value) < len(masked)
     browser.regex.value = True
@@ -141,7 +141,7 @@ def test_filters_text_and_roles_change_what_is_shown(run):
     assert "not a regular expression" in browser.status.value
 
 
-def test_losses_colour_the_row_and_earlier_visits_are_told(run):
+def test_losses_color_the_row_and_earlier_visits_are_told(run):
     browser = run.browse()
     run.run()
     browser.next.click()
@@ -149,7 +149,7 @@ def test_losses_colour_the_row_and_earlier_visits_are_told(run):
     visits = run.history.row_losses()[0]
     assert len(visits) >= 1
     assert f"{visits[-1][1]:.3f} after update {visits[-1][0]}" in browser.view.value
-    browser.colour.value = "change against the base"
+    browser.color.value = "change against the base"
     assert "nats" in browser.view.value
     browser.filter.value = "highest loss"
     assert browser.row == next(iter(run.row_losses()))

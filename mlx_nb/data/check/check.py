@@ -1,6 +1,6 @@
 """The data check: what is wrong or odd with these rows, by row number, before anything is trained.
 
-Two passes. Every row is read: its shape, the order of its roles, empty turns, duplicates. Then rows are tokenised
+Two passes. Every row is read: its shape, the order of its roles, empty turns, duplicates. Then rows are tokenized
 as training would do it, all of them or, in a large split, a sample that depends on nothing but the number of rows.
 """
 
@@ -32,11 +32,11 @@ _LOPSIDED, _ENOUGH_TO_COMPARE = 0.8, 20
 
 @dataclass(frozen=True)
 class SplitCheck:
-    """One split. `rows` were read and `checked` of them tokenised; what follows `checked` is about those.
+    """One split. `rows` were read and `checked` of them tokenized; what follows `checked` is about those.
 
-    shapes         rows by shape: chat, prompt + completion, text; pair of texts, labelled text, prompt as text, ...
+    shapes         rows by shape: chat, prompt + completion, text; pair of texts, labeled text, prompt as text, ...
     formats        rows by how they are written for the model: "chat template", "raw text"
-    labels         of labelled answers, how many are "true" and "false"
+    labels         of labeled answers, how many are "true" and "false"
     trainable      of the checked rows, those that become `examples`, with `tokens` and `trained_tokens` in all; as many
                    examples as rows, or more with `truncate: split`
     longer_chosen  of the pairs whose answers differ in length, the share in which the chosen one is longer
@@ -143,7 +143,7 @@ def check_data(
 
     kind    what the training method takes: tokens, pairs, labels or prompts
     limits  what the model can read
-    rows    how many rows of each split are tokenised; None or `all` = all. Everything else looks at every row.
+    rows    how many rows of each split are tokenized; None or `all` = all. Everything else looks at every row.
 
     Never raises for a bad row. Raises DataError when the data change while they are read, and for `prompt_format: chat`
     without a chat template.
@@ -187,7 +187,7 @@ def row_record(view: RowView, settings: ExampleSettings) -> dict[str, Any]:
 
     A span is [start, end, role, message, weight] in characters of the rendered text. A row that is not trained has
     `tokens` and `loss_mask` null and the reason among `problems`. A pair has these of its chosen answer, and
-    `rejected` with the other's; a labelled answer has its `label` besides.
+    `rejected` with the other's; a labeled answer has its `label` besides.
     """
     problems = view.problems
     if view.dropped_tokens:

@@ -1,6 +1,6 @@
 """Rows that say the same thing: exactly, or nearly.
 
-Exact: equal digests of the whole recognised row. Near: the sets of three-word sequences of two rows overlap by
+Exact: equal digests of the whole recognized row. Near: the sets of three-word sequences of two rows overlap by
 `NEAR` or more (Jaccard similarity). Candidates come from MinHash with banding (Broder 1997; Leskovec, Rajaraman and
 Ullman, Mining of Massive Datasets, 3.4), in time and memory linear in the rows; every candidate is then compared in
 full, so a pair that is reported is a pair. With 16 bands of 4 a pair at `NEAR` is found with probability 0.988, one

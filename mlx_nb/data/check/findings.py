@@ -103,7 +103,7 @@ KINDS: dict[str, Kind] = {
         "rows whose `system` column is not used, because their messages begin with another system prompt",
         "Remove one of the two. `system_feature: system` refuses such rows.",
     ),
-    "labelled_bad": Kind(
+    "labeled_bad": Kind(
         WARNING,
         "rows whose `label` says that the answer is bad",
         "Set `method: kto`, which learns from it, or drop them: as it is, the answer is imitated.",
@@ -174,7 +174,7 @@ KINDS: dict[str, Kind] = {
     "double_bos": Kind(
         NOTE,
         "the template writes a BOS and the tokenizer adds another",
-        "Nothing to do here: one is kept. Elsewhere, tokenise with add_special_tokens=False.",
+        "Nothing to do here: one is kept. Elsewhere, tokenize with add_special_tokens=False.",
     ),
 }
 

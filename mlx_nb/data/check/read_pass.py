@@ -47,7 +47,7 @@ class SplitReading:
     formats               how many rows are written in which format
     first_format          that of the first row
     first_with            the first row with a digest; `first_asking` the first with a digest of its prompt
-    labels                how many answers are labelled True and False
+    labels                how many answers are labeled True and False
     """
 
     split: str

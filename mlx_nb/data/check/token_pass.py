@@ -1,4 +1,4 @@
-"""The second pass of the data check: rows are tokenised as training does it, and counted."""
+"""The second pass of the data check: rows are tokenized as training does it, and counted."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class LengthSummary:
 
 
 def sampled_rows(total: int, wanted: int | None) -> np.ndarray:
-    """Which rows are tokenised: all, or `wanted` drawn by the number of rows alone; in order."""
+    """Which rows are tokenized: all, or `wanted` drawn by the number of rows alone; in order."""
     if wanted is None or wanted >= total:
         return np.arange(total)
     return np.sort(np.random.default_rng([total, wanted]).choice(total, wanted, replace=False))
@@ -68,7 +68,7 @@ def sampled_rows(total: int, wanted: int | None) -> np.ndarray:
 
 @dataclass
 class TokenCounts:
-    """What tokenising the chosen rows of one split gives. `lengths` are before, the other numbers after cutting.
+    """What tokenizing the chosen rows of one split gives. `lengths` are before, the other numbers after cutting.
 
     Of pairs, `lengths` has both answers, each with its prompt. `longer_chosen` and `longer_rejected` count the pairs
     in which that answer has more trained tokens, before cutting. A trainable row is one of the `examples`, or several

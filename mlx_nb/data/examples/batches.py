@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlx_nb.data.examples.imitation import TokenizedExample
-from mlx_nb.data.examples.preference import LabelledExample, PreferenceExample
+from mlx_nb.data.examples.preference import LabeledExample, PreferenceExample
 
 # Batches are formed inside windows of at most this many batches, sorted by length: little padding, still well shuffled.
 _BATCHES_PER_WINDOW = 16
@@ -214,13 +214,13 @@ def split_rows(batch: TokenBatch, parts: int) -> list[TokenBatch]:
     return found
 
 
-def pad_labelled(examples: Sequence[LabelledExample], pad_to_multiple: int = 1) -> TokenBatch:
-    """P labelled answers as one padded batch; the row value `label` is 1 for a good answer, else 0, (P,)."""
+def pad_labeled(examples: Sequence[LabeledExample], pad_to_multiple: int = 1) -> TokenBatch:
+    """P labeled answers as one padded batch; the row value `label` is 1 for a good answer, else 0, (P,)."""
     labels = np.array([example.label for example in examples], np.float32)
     return pad([example.example for example in examples], pad_to_multiple)._replace(row_values={"label": labels})
 
 
-def pad_mismatched(examples: Sequence[LabelledExample], pad_to_multiple: int = 1) -> TokenBatch | None:
+def pad_mismatched(examples: Sequence[LabeledExample], pad_to_multiple: int = 1) -> TokenBatch | None:
     """The same prompts, each with another row's answer; None where there is no other row."""
     mismatched = [example.mismatched for example in examples if example.mismatched is not None]
     return pad(mismatched, pad_to_multiple) if len(mismatched) == len(examples) else None

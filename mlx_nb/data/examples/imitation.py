@@ -105,7 +105,7 @@ class TooLong(DataError):
 def tokenize_row(
     content: Row, tokenizer: object, loss_on: str, rendering: Rendering = AS_USUAL
 ) -> TokenizedConversation:
-    """The tokens and loss mask of one recognised row.
+    """The tokens and loss mask of one recognized row.
 
     Raises MaskRefused when no trustworthy mask exists, DataError for strings that cannot be raw text.
     """

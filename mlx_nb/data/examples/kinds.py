@@ -12,11 +12,11 @@ from typing import Any
 
 from mlx_nb.data.examples.imitation import ExampleSettings, LeftOut, TokenizedExample, cut_row, tokenize_row
 from mlx_nb.data.examples.preference import (
-    LabelledExample,
+    LabeledExample,
     PreferenceExample,
-    labelled_example,
+    labeled_example,
     preference_example,
-    tokenize_labelled,
+    tokenize_labeled,
     tokenize_pair,
     with_mismatched,
 )
@@ -26,10 +26,10 @@ from mlx_nb.data.masks.prompt_format import Rendering
 from mlx_nb.data.rows.columns import AUTOMATIC, Columns, placed
 from mlx_nb.data.rows.content import RowContent
 from mlx_nb.data.rows.imitation import token_row
-from mlx_nb.data.rows.preference import labelled_row, preference_row
+from mlx_nb.data.rows.preference import labeled_row, preference_row
 from mlx_nb.data.rows.prompt import prompt_row
 
-Example = TokenizedExample | PreferenceExample | LabelledExample | PromptExample
+Example = TokenizedExample | PreferenceExample | LabeledExample | PromptExample
 Result = Example | LeftOut
 Conversations = tuple[TokenizedConversation, ...]
 Remarks = Iterator[tuple[str, str]]
@@ -74,7 +74,7 @@ BY_PROMPT = "by their prompts"
 def _label_of_a_bad_answer(record: Mapping[str, Any], _content: Any) -> Remarks:
     # Not the number 0, which can be a class as well.
     if str(record.get("label")).strip().lower() == "false":
-        yield "labelled_bad", "the `label` says that the answer is bad"
+        yield "labeled_bad", "the `label` says that the answer is bad"
 
 
 def _answer_is_missing(_record: Mapping[str, Any], content: Any) -> Remarks:
@@ -97,9 +97,9 @@ ROW_KINDS: dict[str, RowKind] = {
         unit="answer",
     ),
     "labels": RowKind(
-        labelled_row,
-        lambda *row: (tokenize_labelled(*row),),
-        lambda content, read, row, settings: [labelled_example(content, read[0], row, settings)],
+        labeled_row,
+        lambda *row: (tokenize_labeled(*row),),
+        lambda content, read, row, settings: [labeled_example(content, read[0], row, settings)],
         with_mismatched,
         compared=BY_PROMPT,
     ),
@@ -121,7 +121,7 @@ def recognize(
 
     tokens   ChatRow, PromptCompletionRow or TextRow: something to imitate
     pairs    PreferenceRow: two answers to one prompt, the first better
-    labels   LabelledRow: one answer, good or bad
+    labels   LabeledRow: one answer, good or bad
     prompts  PromptRow: a question that the model answers itself
 
     `record` is not changed. `row` and `location` name the row in errors. Raises DataError: one line, what is wrong.

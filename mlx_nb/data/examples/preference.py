@@ -15,7 +15,7 @@ from mlx_nb.data.masks.conversation import TokenizedConversation, tokenize_conve
 from mlx_nb.data.masks.prompt_format import AS_USUAL, Rendering
 from mlx_nb.data.rows.columns import Messages
 from mlx_nb.data.rows.imitation import refuse_context, said_by
-from mlx_nb.data.rows.preference import LabelledRow, NothingToPrefer, PreferenceRow
+from mlx_nb.data.rows.preference import LabeledRow, NothingToPrefer, PreferenceRow
 from mlx_nb.errors import DataError, MaskRefused
 
 
@@ -53,7 +53,7 @@ class PreferenceExample:
 
 
 @dataclass(frozen=True, eq=False)
-class LabelledExample:
+class LabeledExample:
     """An answer after its prompt, and whether it is a good one; only the answer is trained.
 
     prompt_length  tokens before the first that is trained
@@ -99,15 +99,15 @@ def tokenize_pair(
     return chosen, rejected
 
 
-def tokenize_labelled(
-    content: LabelledRow, tokenizer: Any, loss_on: str, rendering: Rendering = AS_USUAL
+def tokenize_labeled(
+    content: LabeledRow, tokenizer: Any, loss_on: str, rendering: Rendering = AS_USUAL
 ) -> TokenizedConversation:
     """The prompt with the answer that is judged. Raises as `tokenize_answer`."""
     _refuse_raw_context(content, tokenizer, rendering)
     return tokenize_answer(content.prompt, content.completion, content.tools, tokenizer, loss_on, rendering)
 
 
-def _refuse_raw_context(content: PreferenceRow | LabelledRow, tokenizer: Any, rendering: Rendering) -> None:
+def _refuse_raw_context(content: PreferenceRow | LabeledRow, tokenizer: Any, rendering: Rendering) -> None:
     if content.from_texts and not isinstance(content.prompt, str) and rendering.is_raw(tokenizer):
         refuse_context(content.prompt, content.tools)
 
@@ -170,23 +170,23 @@ def _require_difference(chosen: TokenizedExample, rejected: TokenizedExample, se
     raise NothingToPrefer("chosen and rejected are the same tokens: there is nothing to prefer. Drop the row.")
 
 
-def labelled_example(
-    content: LabelledRow, conversation: TokenizedConversation, row: int, settings: ExampleSettings
-) -> LabelledExample:
-    """The example of a labelled answer, without `mismatched`. Raises DataError when nothing is left to train on."""
+def labeled_example(
+    content: LabeledRow, conversation: TokenizedConversation, row: int, settings: ExampleSettings
+) -> LabeledExample:
+    """The example of a labeled answer, without `mismatched`. Raises DataError when nothing is left to train on."""
     example = cut_to_length(conversation, row, settings)
-    return LabelledExample(example, content.label, _first_trained(example.loss_mask), row)
+    return LabeledExample(example, content.label, _first_trained(example.loss_mask), row)
 
 
 def with_mismatched(
-    results: Iterable[LabelledExample | LeftOut], settings: ExampleSettings
-) -> Iterator[LabelledExample | LeftOut]:
+    results: Iterable[LabeledExample | LeftOut], settings: ExampleSettings
+) -> Iterator[LabeledExample | LeftOut]:
     """The same results, each example with the answer of the next row that has another prompt (KTO's KL estimate).
 
     The next in order of rows, the first row following the last; simply the next where all prompts are the same.
     """
     results = list(results)
-    kept = [result for result in results if isinstance(result, LabelledExample)]
+    kept = [result for result in results if isinstance(result, LabeledExample)]
     others = iter(_next_with_another_prompt(kept))
     for result in results:
         if isinstance(result, LeftOut) or len(kept) == 1:
@@ -195,7 +195,7 @@ def with_mismatched(
             yield dataclasses.replace(result, mismatched=_spliced(result, kept[next(others)], settings))
 
 
-def _next_with_another_prompt(examples: Sequence[LabelledExample]) -> list[int]:
+def _next_with_another_prompt(examples: Sequence[LabeledExample]) -> list[int]:
     prompts = [example.example.tokens[: example.prompt_length].tobytes() for example in examples]
     count = len(prompts)
     following = [(k + 1) % count for k in range(count)]
@@ -207,7 +207,7 @@ def _next_with_another_prompt(examples: Sequence[LabelledExample]) -> list[int]:
     return following
 
 
-def _spliced(asked: LabelledExample, answered: LabelledExample, settings: ExampleSettings) -> TokenizedExample:
+def _spliced(asked: LabeledExample, answered: LabeledExample, settings: ExampleSettings) -> TokenizedExample:
     """The prompt of one example with the answer of another, within `max_seq_length`."""
     own, other, start = asked.example, answered.example, answered.prompt_length
     tokens = np.concatenate([own.tokens[: asked.prompt_length], other.tokens[start:]])

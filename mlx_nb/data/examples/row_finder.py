@@ -35,7 +35,7 @@ FILTERS = (ALL, *_FILTERS, HIGHEST_LOSS)
 
 
 class RowFinder:
-    """Finds rows of one split. Each row is tokenised once at most, and only for a filter that needs it.
+    """Finds rows of one split. Each row is tokenized once at most, and only for a filter that needs it.
 
     `losses()` gives {row: loss}, for the filter `highest loss`.
     """
@@ -70,7 +70,7 @@ class RowFinder:
         return len(self._examples)
 
     def facts(self, row: int) -> RowFacts:
-        """What is known of row `row`; tokenises it the first time."""
+        """What is known of row `row`; tokenizes it the first time."""
         if row not in self._facts:
             view = self._examples.view(row)
             tokens = sum(len(said.tokens) for said in view.conversations)

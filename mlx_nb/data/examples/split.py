@@ -34,7 +34,7 @@ class RowView:
     `conversation` holds the tokens that truncation left; of a pair the chosen answer's, and `rejected` the other's.
     `format` says how its strings are written: "chat template" or "raw text"; empty for a row that cannot be read.
     `error` says why the row cannot be trained; then `example` is None, and `conversation` too unless the row could
-    be tokenised. Of a prompt nothing is trained, so `example` is None without an error.
+    be tokenized. Of a prompt nothing is trained, so `example` is None without an error.
     `remarks` are what the data check, too, says about what the row says and how long it is.
     """
 
@@ -51,7 +51,7 @@ class RowView:
 
     @property
     def conversations(self) -> Conversations:
-        """What the model reads: of a pair both answers; nothing of a row that could not be tokenised."""
+        """What the model reads: of a pair both answers; nothing of a row that could not be tokenized."""
         return tuple(said for said in (self.conversation, self.rejected) if said is not None)
 
     @property
@@ -64,9 +64,9 @@ class RowView:
 
 
 class Examples:
-    """The examples of one split. A row is tokenised when it is asked for, and not before.
+    """The examples of one split. A row is tokenized when it is asked for, and not before.
 
-    `kind` is what the training method takes: tokens, pairs, labels or prompts (see `recognise_as`).
+    `kind` is what the training method takes: tokens, pairs, labels or prompts (see `recognize`).
     """
 
     def __init__(self, source: RowSource, tokenizer: object, settings: ExampleSettings, kind: str = "tokens") -> None:

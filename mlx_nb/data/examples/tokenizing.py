@@ -25,10 +25,10 @@ _kept: OrderedDict[str, tuple[Outcome, int]] = OrderedDict()
 
 
 def tokenize_split(examples: Examples) -> Generator[tuple[int, float], None, Outcome]:
-    """Tokenise all rows; gives (rows done, seconds it took) many times a second, and returns the outcome.
+    """Tokenize all rows; gives (rows done, seconds it took) many times a second, and returns the outcome.
 
-    It can be left after any of them and go on later. Rows, tokenizer and settings that were tokenised before in this
-    process are not tokenised again. Raises TooLong at the first long row when `truncate` is `error`.
+    It can be left after any of them and go on later. Rows, tokenizer and settings that were tokenized before in this
+    process are not tokenized again. Raises TooLong at the first long row when `truncate` is `error`.
     """
     for _ in on_thread(examples.source.fingerprint):  # of rows in memory it takes as long as it takes to read them
         yield 0, 0.0

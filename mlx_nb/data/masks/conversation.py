@@ -44,7 +44,7 @@ class TokenizedConversation:
 
     tokens     (T,) int32
     loss_mask  (T,) float32, the weight of each token as a target; `loss_mask[0] == 0`
-    text       the rendered text, tokenised once without added special tokens
+    text       the rendered text, tokenized once without added special tokens
     offsets    (T, 2) int32, the characters of `text` that each token covers
     spans      where each message's text lies, in order; weight > 0 where trained
     problems   what a person should know about this mask; empty when there is nothing to say
@@ -152,7 +152,7 @@ def tokenize_conversation(
 def tokenize_prompt_completion(
     prompt: str, completion: str, tokenizer: Any, *, end_of_turn: bool = True, rendering: Rendering = AS_USUAL
 ) -> TokenizedConversation:
-    """Tokenise prompt and completion as one raw text; train the tokens that touch the completion.
+    """Tokenize prompt and completion as one raw text; train the tokens that touch the completion.
 
     A token across the boundary is trained, with a note in `problems`. With `end_of_turn` the end-of-sequence token
     is appended and trained. The beginning-of-sequence token comes first where the tokenizer adds one, never twice.
@@ -167,7 +167,7 @@ def tokenize_prompt_completion(
 
 
 def tokenize_text(text: str, tokenizer: Any, rendering: Rendering = AS_USUAL) -> TokenizedConversation:
-    """Tokenise a text and train all of it but position 0; an end-of-sequence token is appended and trained.
+    """Tokenize a text and train all of it but position 0; an end-of-sequence token is appended and trained.
 
     Raises MaskRefused for a tokenizer without character offsets, and for an empty text.
     """

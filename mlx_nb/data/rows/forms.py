@@ -147,7 +147,7 @@ def rejected_column(record: Mapping[str, Any]) -> str | None:
 
 
 def answer_column(record: Mapping[str, Any]) -> str | None:
-    """The column of a labelled answer."""
+    """The column of a labeled answer."""
     if "completion" in record:
         return "completion"
     return _only(_filled(record, _ANSWER_COLUMNS), "completion")
@@ -189,7 +189,7 @@ def looks_like(record: Mapping[str, Any]) -> str:
     if chosen_column(record) and rejected_column(record):
         return "These are pairs, for `method: dpo`, `method: cpo` or `method: orpo`."
     if label_column(record) is not None and (answered or answer_column(record)):
-        return "These are labelled answers, for `method: kto`."
+        return "These are labeled answers, for `method: kto`."
     if any(
         _two_of(names, stem) for stem in ("response", "answer", "completion", "output", "conversation", "human_ref")
     ):

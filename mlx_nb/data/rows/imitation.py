@@ -7,13 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_nb.data.rows.columns import (
-    AUTOMATIC,
     Columns,
     Messages,
     kind_of_value,
     listed,
     missing_column,
-    placed,
     read_messages,
     read_system,
     read_text,
@@ -118,9 +116,7 @@ Row = ChatRow | PromptCompletionRow | TextRow
 _Builder = Callable[[Mapping[str, Any], Columns], Row]
 
 
-def recognise(
-    record: Mapping[str, Any], columns: Columns = AUTOMATIC, *, row: int | None = None, location: str = ""
-) -> Row:
+def token_row(record: Mapping[str, Any], columns: Columns) -> Row:
     """The shape of one row; the first of these whose columns are there and not null.
 
     messages                        ChatRow, also from a JSON string; `from`/`value` count as `role`/`content`
@@ -132,14 +128,8 @@ def recognise(
     text                            TextRow; ChatRow if the text is a dialog of `Human:` and `Assistant:` (HH-RLHF)
 
     A `system` column becomes the first message, unless the conversation already starts with one. `record` is
-    not changed. `row` and `location` name the row in errors. Raises DataError: one line, what is wrong.
+    not changed. Raises DataError: one line, what is wrong.
     """
-    with placed(row, location):
-        return token_row(record, columns)
-
-
-def token_row(record: Mapping[str, Any], columns: Columns) -> Row:
-    """`recognise` without the row's place in its errors."""
     return _builder(record, columns)(record, columns)
 
 

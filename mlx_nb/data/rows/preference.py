@@ -88,7 +88,7 @@ class PreferenceRow:
 
 
 @dataclass(frozen=True)
-class LabelledRow:
+class LabeledRow:
     """An answer to a prompt, and whether it is a good one. Both are texts, or both are messages.
 
     `from_texts`: the messages are texts with the row's system prompt or tools.
@@ -102,8 +102,8 @@ class LabelledRow:
 
     @property
     def shape(self) -> str:
-        """`labelled conversation` or `labelled text`."""
-        return "labelled conversation" if is_of_messages(self) else "labelled text"
+        """`labeled conversation` or `labeled text`."""
+        return "labeled conversation" if is_of_messages(self) else "labeled text"
 
     def parts(self) -> dict[str, Said]:
         """The prompt and the answer."""
@@ -168,7 +168,7 @@ def preference_row(record: Mapping[str, Any], columns: Columns) -> PreferenceRow
     return PreferenceRow(prompt, chosen, rejected, tools, weight, margin, from_texts)
 
 
-def labelled_row(record: Mapping[str, Any], columns: Columns) -> LabelledRow:
+def labeled_row(record: Mapping[str, Any], columns: Columns) -> LabeledRow:
     """The answer in a row and its label: prompt + completion, or messages (what follows the last user message).
 
     Raises DataError for everything that is neither.
@@ -193,7 +193,7 @@ def labelled_row(record: Mapping[str, Any], columns: Columns) -> LabelledRow:
         completion = _after(record, columns, completion)
     from_texts = all_texts(prompt, completion)
     prompt, (completion,), tools = with_context(prompt, (completion,), record, columns)
-    return LabelledRow(prompt, completion, label, tools, from_texts)
+    return LabeledRow(prompt, completion, label, tools, from_texts)
 
 
 def with_context(

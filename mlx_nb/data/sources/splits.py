@@ -79,7 +79,7 @@ def open_splits(
     - Without any weight an epoch holds every row of every source exactly once.
     - With weights (1 where missing) the numbers of rows drawn from the sources are to each other as their
       weights, whatever the sizes. The epoch is the shortest in which every row occurs at least once: the rows
-      of one source occur once, those of the others repeat, no row more than once more than its neighbours.
+      of one source occur once, those of the others repeat, no row more than once more than its neighbors.
     - Sources are interleaved evenly, each in an order drawn by `seed`; every epoch is the same mixture.
     - Holding out comes first, so no row is both trained and validated on. valid and test join the splits of
       all sources that have one, unweighted.

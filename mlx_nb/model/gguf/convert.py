@@ -1,7 +1,7 @@
 """A GGUF file as an mlx-lm folder: weights, configuration, tokenizer and chat template.
 
-Q4_0, Q4_1 and Q8_0 blocks are MLX's affine quantisation in other clothes (groups of 32, value = scale * q + bias), so
-they are repacked, not requantised. Every other type is dequantised by the `gguf` package.
+Q4_0, Q4_1 and Q8_0 blocks are MLX's affine quantization in other clothes (groups of 32, value = scale * q + bias), so
+they are repacked, not requantized. Every other type is dequantized by the `gguf` package.
 
 The layout of names and values is llama.cpp's (`convert_hf_to_gguf.py`), turned back.
 """
@@ -46,7 +46,7 @@ _TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "
 
 
 class Packed(NamedTuple):
-    """An affine quantised matrix: `weight` (rows, cols * bits / 32) uint32, `scales` and `biases` (rows, cols / 32)."""
+    """An affine quantized matrix: `weight` (rows, cols * bits / 32) uint32, `scales` and `biases` (rows, cols / 32)."""
 
     weight: np.ndarray
     scales: np.ndarray
@@ -286,9 +286,9 @@ def _module_name(name: str, architecture: Architecture) -> tuple[str, str]:
 
 
 def decode_tensor(tensor: Any) -> Packed | np.ndarray:
-    """A tensor of a GGUFReader: packed when MLX has the same quantisation, else float32 of its own shape.
+    """A tensor of a GGUFReader: packed when MLX has the same quantization, else float32 of its own shape.
 
-    Raises ModelError for a type that the `gguf` package cannot dequantise.
+    Raises ModelError for a type that the `gguf` package cannot dequantize.
     """
     import gguf
 
@@ -299,7 +299,7 @@ def decode_tensor(tensor: Any) -> Packed | np.ndarray:
     try:
         values = gguf.quants.dequantize(tensor.data, kind)
     except NotImplementedError:
-        raise ModelError(f"tensor {tensor.name} is of type {kind.name}, which cannot be dequantised.") from None
+        raise ModelError(f"tensor {tensor.name} is of type {kind.name}, which cannot be dequantized.") from None
     return values.astype(np.float32)
 
 

@@ -48,7 +48,6 @@ class PromptRow(Protocol):
         """Its number."""
 
 
-
 @dataclass(frozen=True)
 class CompletionBatch:
     """N completions to be scored. Every field has one item per completion.

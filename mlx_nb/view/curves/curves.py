@@ -191,11 +191,6 @@ def _left_lines(group: Group, branches: list[Columns], points: int) -> list[dict
     return told
 
 
-def series_of(history: History, iters: int, metrics: Metrics = NO_METRICS) -> dict[str, Any]:
-    """The curves of a history as data for JSON; see `SeriesBuilder.series`."""
-    return SeriesBuilder(history, metrics).series(iters)
-
-
 class Curves(anywidget.AnyWidget):
     """The live curves of one run, under a cell; all drawing is in curves.js. `metrics` are those of its method.
 

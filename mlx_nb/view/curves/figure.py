@@ -156,7 +156,7 @@ def figure_png(figure: Figure) -> bytes:
 def live_svg(history: History, iters: int, width: int = 560, height: int = 150) -> str:
     """The curve of the loss, or of the reward, as a small SVG string, under a millisecond and 10 KB for any run.
 
-    Text takes the page's colour, so it reads on light and dark themes. Empty before the first two updates.
+    Text takes the page's color, so it reads on light and dark themes. Empty before the first two updates.
     """
     name = live_quantity(history)
     steps, values = history["step"], history[name]

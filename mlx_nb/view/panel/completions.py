@@ -17,7 +17,7 @@ NEWEST = "newest"
 
 
 class CompletionsTab:
-    """The newest rollout, or one of the last, as tables; on demand with its tokens coloured by log-ratio."""
+    """The newest rollout, or one of the last, as tables; on demand with its tokens colored by log-ratio."""
 
     def __init__(self, run: Any, later: Later) -> None:
         self._run = run
@@ -29,16 +29,16 @@ class CompletionsTab:
         self.rollout = widgets.Dropdown(
             options=[NEWEST], description="rollout", style={"description_width": "4em"}, layout={"width": "16em"}
         )
-        self.colour = widgets.ToggleButton(
-            description="Colour by log-prob ratio",
+        self.color = widgets.ToggleButton(
+            description="Color by log-prob ratio",
             tooltip="log(policy now / policy that sampled) of each token of the newest completions",
             layout={"width": "auto"},
         )
         self.note = widgets.HTML()
         self.view = widgets.HTML(note_html("no completions are sampled yet"), layout={"width": "100%"})
         self.rollout.observe(lambda _: later(self._chosen), "value")
-        self.colour.observe(lambda _: later(self.refresh), "value")
-        self.widget = widgets.VBox([line(self.rollout, self.colour), self.note, self.view])
+        self.color.observe(lambda _: later(self.refresh), "value")
+        self.widget = widgets.VBox([line(self.rollout, self.color), self.note, self.view])
 
     def _chosen(self) -> None:
         if not self._quiet:
@@ -53,11 +53,11 @@ class CompletionsTab:
         at = self.rollout.index
         shown = rollouts[-max(1, at)]
         newest = shown is rollouts[-1]
-        ratios = self._measured(shown) if self.colour.value and newest else ()
-        note = "" if newest or not self.colour.value else "only the newest completions can be compared with the policy"
+        ratios = self._measured(shown) if self.color.value and newest else ()
+        note = "" if newest or not self.color.value else "only the newest completions can be compared with the policy"
         if note:
             self.note.value = note_html(note)
-        elif not self.colour.value:
+        elif not self.color.value:
             self.note.value = ""
         drawn = (shown.step, id(shown), self._ratios_of if ratios else None)
         if drawn != self._drawn:

@@ -9,10 +9,10 @@ from mlx_nb.events import Progress
 from mlx_nb.history import History
 from mlx_nb.view.event_text import count, duration, progress_words, validation_words
 from mlx_nb.view.pace import time_left, tokens_a_second
-from mlx_nb.view.theme import BLUE, GREEN, GREY, ORANGE, WRAP, Colour, tint
+from mlx_nb.view.theme import BLUE, GREEN, GREY, ORANGE, WRAP, Color, tint
 
-# A sign besides the colour, so that a state is known without seeing colours.
-STATES: dict[str, tuple[str, Colour]] = {
+# A sign besides the color, so that a state is known without seeing colors.
+STATES: dict[str, tuple[str, Color]] = {
     "built": ("○", GREY),
     "running": ("▶", BLUE),
     "paused": ("❚❚", GREY),
@@ -24,9 +24,9 @@ STATES: dict[str, tuple[str, Colour]] = {
 
 def head_html(run: Any, device: str, warning: str | None = None) -> str:
     """Name, state, method, model, parameters, device and memory of a run in two lines, and a `warning` below."""
-    sign, colour = STATES[run.state]
+    sign, color = STATES[run.state]
     pill = (
-        f'<span role="status" style="border:1px solid {tint(colour, 0.9)};background:{tint(colour, 0.18)};'
+        f'<span role="status" style="border:1px solid {tint(color, 0.9)};background:{tint(color, 0.18)};'
         f'border-radius:9px;padding:0 8px;font-size:.9em;white-space:nowrap">{sign} {run.state}</span>'
     )
     started, last = run.history.started, run.history.last_step

@@ -56,7 +56,7 @@ class RowsTab:
         self._worst_due = 0.0
         self.source = widgets.ToggleButtons(options=[self.THIS, self.WORST], style={"button_width": "auto"})
         self.latest = button("Latest update", "go with the training again")
-        self.measure = button("Losses now", "colour the tokens by the model's loss on them, now")
+        self.measure = button("Losses now", "color the tokens by the model's loss on them, now")
         self.rows = widgets.Select(options=[], rows=6, layout={"width": "auto", "min_width": "16em"})
         self.note = widgets.HTML()
         self.view = widgets.HTML()
@@ -198,9 +198,9 @@ class SamplesTab:
         self._ask(Question(asked, on_text, base=self.base.value))
 
     def _draw_talk(self) -> None:
-        colours = {"user": ORANGE, "assistant": BLUE}
+        colors = {"user": ORANGE, "assistant": BLUE}
         self.talk.value = "".join(
-            f'<div style="border-left:3px solid {tint(colours[turn["role"]], 1)};padding:2px 0 2px 8px;margin:4px 0;'
+            f'<div style="border-left:3px solid {tint(colors[turn["role"]], 1)};padding:2px 0 2px 8px;margin:4px 0;'
             f'{WRAP}"><span style="font-size:.8em;opacity:.75">{turn["role"]}</span><br>'
             f"{visible_html(turn['content'], edges=False)}</div>"
             for turn in self._talk

@@ -19,8 +19,8 @@ from mlx_nb.view import theme
 from mlx_nb.view.event_text import count
 from mlx_nb.view.theme import BLUE, GREEN, GREY, ORANGE, one_line, tint
 
-AMBER: theme.Colour = (230, 159, 0)
-_COLOURS = {ERROR: ORANGE, WARNING: AMBER, NOTE: BLUE}
+AMBER: theme.Color = (230, 159, 0)
+_COLORS = {ERROR: ORANGE, WARNING: AMBER, NOTE: BLUE}
 _SIGNS = {ERROR: "✕", WARNING: "!", NOTE: "i"}
 _QUIET = "font-size:12px;opacity:.72"
 _HEADING = "font-size:13px;font-weight:600;margin:22px 0 8px 0"
@@ -70,9 +70,9 @@ def examples(found: Finding) -> list[str]:
 
 
 def checked_words(split: SplitCheck) -> str:
-    """`24 rows, all tokenised`, or how many of them."""
+    """`24 rows, all tokenized`, or how many of them."""
     if split.checked == split.rows:
-        return f"{split.rows:,} {_rows_word(split.rows)}, all tokenised"
+        return f"{split.rows:,} {_rows_word(split.rows)}, all tokenized"
     return f"checked {split.checked:,} of {split.rows:,} rows for tokens; read all of them"
 
 
@@ -234,7 +234,7 @@ def render_html(check: DataCheck) -> str:
 
 def _header(check: DataCheck) -> str:
     chips = "".join(
-        _chip(f"{check.count(severity)} {severity}{'s' * (check.count(severity) != 1)}", _COLOURS[severity])
+        _chip(f"{check.count(severity)} {severity}{'s' * (check.count(severity) != 1)}", _COLORS[severity])
         for severity in SEVERITIES
         if check.count(severity)
     )
@@ -247,15 +247,15 @@ def _header(check: DataCheck) -> str:
     )
 
 
-def _chip(text: str, colour: theme.Colour) -> str:
-    style = f"background:{tint(colour, 0.18)};border:1px solid {tint(colour, 0.7)};border-radius:10px;padding:1px 9px"
+def _chip(text: str, color: theme.Color) -> str:
+    style = f"background:{tint(color, 0.18)};border:1px solid {tint(color, 0.7)};border-radius:10px;padding:1px 9px"
     return f'<span style="{style};font-size:12px;font-weight:600;white-space:nowrap">{escape(text)}</span>'
 
 
 def _finding_html(found: Finding) -> str:
-    colour = _COLOURS[found.severity]
+    color = _COLORS[found.severity]
     sign = (
-        f'<span title="{found.severity}" style="background:{tint(colour, 0.3)};border:1px solid {tint(colour, 0.9)};'
+        f'<span title="{found.severity}" style="background:{tint(color, 0.3)};border:1px solid {tint(color, 0.9)};'
         "border-radius:9px;width:16px;height:16px;line-height:16px;text-align:center;font-size:11px;font-weight:700;"
         f'display:inline-block;flex-shrink:0;margin:2px 0 0 0">{_SIGNS[found.severity]}</span>'
     )
@@ -266,7 +266,7 @@ def _finding_html(found: Finding) -> str:
     summary = f'<summary style="{_QUIET};cursor:pointer">examples</summary>'
     details = f'<details style="margin:3px 0 0 0">{summary}{shown}</details>' if shown else ""
     return (
-        f'<div style="display:flex;gap:10px;background:{tint(colour, 0.07)};border-left:3px solid {tint(colour, 0.9)};'
+        f'<div style="display:flex;gap:10px;background:{tint(color, 0.07)};border-left:3px solid {tint(color, 0.9)};'
         f'border-radius:3px;padding:8px 12px;margin:0 0 6px 0">{sign}<div style="min-width:0;{theme.WRAP}">'
         f'<div><span style="font-weight:600">{_sentence(found.what)}</span> '
         f'<span style="{_QUIET}">{escape(where(found))}</span></div>'
@@ -323,8 +323,8 @@ def _histogram_html(lengths: LengthSummary, max_seq_length: int) -> str:
 
 
 def _bar(start: int, end: int, rows: int, height: float, over: bool) -> str:
-    colour = tint(ORANGE, 0.85) if over else tint(BLUE, 0.75)
-    shown = f'<div style="width:100%;height:{max(2.0, height):.1f}px;background:{colour}"></div>' if rows else ""
+    color = tint(ORANGE, 0.85) if over else tint(BLUE, 0.75)
+    shown = f'<div style="width:100%;height:{max(2.0, height):.1f}px;background:{color}"></div>' if rows else ""
     title = f"{start:,} to {end - 1:,} tokens: {rows:,} {_rows_word(rows)}"
     return f'<div title="{title}" style="flex:1 1 0%;height:96px;display:flex;align-items:flex-end">{shown}</div>'
 

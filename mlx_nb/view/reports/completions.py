@@ -23,7 +23,7 @@ _MOST_GROUPS, _OPEN_GROUPS = 16, 3
 _FOLDED_AT = 320  # characters of a text that are shown unfolded
 _FOLDED_LINES = 6
 _LONGEST_TEXT = 20_000
-_COLOURED_TOKENS = 2400  # of all completions together; more would make a notebook slow
+_COLORED_TOKENS = 2400  # of all completions together; more would make a notebook slow
 _SMALLEST_SCALE = 0.01
 _BAR = 18  # pixels of the largest advantage
 
@@ -41,7 +41,7 @@ Ratios = Sequence[tuple[int, np.ndarray, np.ndarray]]
 
 
 class CompletionsDisplay:
-    """What `%finetune rollouts` shows. With `ratios` the tokens are coloured by how their probability has changed."""
+    """What `%finetune rollouts` shows. With `ratios` the tokens are colored by how their probability has changed."""
 
     def __init__(self, rollout: RolloutCompleted, tokenizer: Any = None, ratios: Ratios = ()) -> None:
         self.rollout = rollout
@@ -55,7 +55,7 @@ class CompletionsDisplay:
         return completions_text(self.rollout)
 
 
-class _Colours(NamedTuple):
+class _Colors(NamedTuple):
     """The log-ratios of completions in the order of the rollout, and the one that is drawn strongest."""
 
     tokenizer: Any
@@ -73,19 +73,19 @@ def fits(rollout: RolloutCompleted, ratios: Ratios) -> bool:
 def completions_html(rollout: RolloutCompleted, tokenizer: Any = None, ratios: Ratios = ()) -> str:
     """The rollout as HTML that lasts in a saved notebook; texts that are long fold, and so do most prompts of many.
 
-    `ratios` colour the tokens, which `tokenizer` decodes; those of other completions are not used.
+    `ratios` color the tokens, which `tokenizer` decodes; those of other completions are not used.
     """
-    colours = _colours(tokenizer, ratios) if ratios and fits(rollout, ratios) else None
+    colors = _colors(tokenizer, ratios) if ratios and fits(rollout, ratios) else None
     parts, start = [], 0
     largest = _largest_advantage(rollout)
     for index, group in enumerate(rollout.groups[:_MOST_GROUPS]):
-        parts.append(_group_html(group, start, largest, colours, is_open=index < _OPEN_GROUPS))
+        parts.append(_group_html(group, start, largest, colors, is_open=index < _OPEN_GROUPS))
         start += len(group["completions"])
     left_out = len(rollout.groups) - _MOST_GROUPS
     if left_out > 0:
         parts.append(f'<div style="{_QUIET}">… and {counted(left_out, "more prompt")}</div>')
     parts += [f'<div style="{theme.WRAP}">⚠ {visible_html(problem, edges=False)}</div>' for problem in rollout.problems]
-    legend = _scale_html(colours.strongest) if colours else ""
+    legend = _scale_html(colors.strongest) if colors else ""
     return (
         f'<div class="mlx-nb-completions" dir="ltr" style="max-width:90em;text-align:left">'
         f"<div><b>after update {rollout.step}</b>&ensp;{escape(rollout_words(rollout))}</div>"
@@ -117,13 +117,11 @@ def _group_words(group: Mapping[str, Any]) -> str:
     return words if teaches else f"{words}, all advantages are 0: this prompt teaches nothing now"
 
 
-def _group_html(
-    group: Mapping[str, Any], start: int, largest: float, colours: _Colours | None, *, is_open: bool
-) -> str:
+def _group_html(group: Mapping[str, Any], start: int, largest: float, colors: _Colors | None, *, is_open: bool) -> str:
     names = list(dict.fromkeys(name for said in group["completions"] for name in said["rewards"]))
     heads = [_head_html(name, _NUMBER) for name in ("advantage", "reward", *names, "tokens")]
     lines = [
-        _line_html(k, said, names, largest, _said_html(said, start + k, colours))
+        _line_html(k, said, names, largest, _said_html(said, start + k, colors))
         for k, said in enumerate(group["completions"])
     ]
     prompt = (
@@ -167,8 +165,8 @@ def _number_html(value: float | None, *, bold: bool = False) -> str:
 def _advantage_html(value: float, largest: float) -> str:
     """The number with its sign, and a bar: to the right where it is above 0, to the left below."""
     length = _BAR * abs(value) / largest if largest else 0.0
-    colour = tint(BLUE if value > 0 else ORANGE, 0.9)
-    bar = f'<span style="display:inline-block;width:{length:.1f}px;height:9px;background:{colour}"></span>'
+    color = tint(BLUE if value > 0 else ORANGE, 0.9)
+    bar = f'<span style="display:inline-block;width:{length:.1f}px;height:9px;background:{color}"></span>'
     half = f"display:inline-block;width:{_BAR}px;height:9px;line-height:9px"
     middle = f"border-left:1px solid {tint(GREY, 0.9)}"
     return (
@@ -199,18 +197,18 @@ def _folded_html(text: str) -> str:
     )
 
 
-def _said_html(said: Mapping[str, Any], index: int, colours: _Colours | None) -> str:
-    """A completion: its text, or its tokens coloured by their log-ratio."""
-    if colours is None:
+def _said_html(said: Mapping[str, Any], index: int, colors: _Colors | None) -> str:
+    """A completion: its text, or its tokens colored by their log-ratio."""
+    if colors is None:
         return _folded_html(said["text"])
-    _, tokens, ratio_T = colours.ratios[index]
-    shown = tokens[: colours.tokens].tolist()
+    _, tokens, ratio_T = colors.ratios[index]
+    shown = tokens[: colors.tokens].tolist()
     spans, first = [], 0
-    for count, text in token_groups(shown, colours.tokenizer):
+    for count, text in token_groups(shown, colors.tokenizer):
         ids, ratio = shown[first : first + count], float(ratio_T[first : first + count].sum())
         title = f"token {first} · id {', '.join(map(str, ids))} · log-ratio {ratio:+.3f}"
         title += f" · probability × {math.exp(min(ratio, 50)):.3g}"
-        style = _ratio_style(ratio, colours.strongest)
+        style = _ratio_style(ratio, colors.strongest)
         spans.append(span(visible_html(text, edges=False), style=style, title=title, isolate=text))
         first += count
     more = len(tokens) - len(shown)
@@ -218,10 +216,10 @@ def _said_html(said: Mapping[str, Any], index: int, colours: _Colours | None) ->
     return f'<div style="{theme.MONOSPACE};font-size:.95em;line-height:1.6;{theme.WRAP}">{"".join(spans)}{ending}</div>'
 
 
-def _colours(tokenizer: Any, ratios: Ratios) -> _Colours:
+def _colors(tokenizer: Any, ratios: Ratios) -> _Colors:
     sizes = np.abs(np.concatenate([ratio_T for _, _, ratio_T in ratios]))
     usual = float(np.quantile(sizes, 0.95)) if len(sizes) else 0.0
-    return _Colours(tokenizer, ratios, _round(max(usual, _SMALLEST_SCALE)), max(40, _COLOURED_TOKENS // len(ratios)))
+    return _Colors(tokenizer, ratios, _round(max(usual, _SMALLEST_SCALE)), max(40, _COLORED_TOKENS // len(ratios)))
 
 
 def _round(size: float) -> float:
@@ -235,9 +233,9 @@ def _ratio_style(ratio: float, strongest: float) -> str:
     share = min(abs(ratio) / strongest, 1.0)
     if share < 0.1:
         return ""
-    colour = BLUE if ratio > 0 else ORANGE
+    color = BLUE if ratio > 0 else ORANGE
     line = "solid" if ratio > 0 else "dashed"
-    return f"background:{tint(colour, theme.STRONGEST_TINT * share)};border-bottom:2px {line} {tint(colour, 1)}"
+    return f"background:{tint(color, theme.STRONGEST_TINT * share)};border-bottom:2px {line} {tint(color, 1)}"
 
 
 def _scale_html(strongest: float) -> str:

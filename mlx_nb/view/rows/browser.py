@@ -20,7 +20,7 @@ from mlx_nb.view.theme import WRAP, visible_html
 # A search looks at rows for this long at a click, so that the notebook never waits for a whole split.
 SECONDS_PER_CLICK = 1.0
 ROLES = ("system", "user", "assistant", "tool", "template")
-COLOURS = {"mask": "mask", "loss now": "loss", "change against the base": "compare", "nothing": "none"}
+COLORS = {"mask": "mask", "loss now": "loss", "change against the base": "compare", "nothing": "none"}
 
 
 class RowBrowser:
@@ -28,7 +28,7 @@ class RowBrowser:
 
     splits      {split: its Examples}
     losses      split -> {row: loss} for the filter `highest loss`
-    token_loss  losses of the tokens of a row, for colouring; may raise MlxNbError
+    token_loss  losses of the tokens of a row, for coloring; may raise MlxNbError
     visits      (split, row) -> text about the losses of earlier visits, or ""; may raise MlxNbError
 
     Its widgets are closed when nobody refers to it any more.
@@ -83,7 +83,7 @@ class RowBrowser:
         self.previous = widgets.Button(description="◀ Previous", tooltip="the row before", layout=_width("auto"))
         self.next = widgets.Button(description="Next ▶", tooltip="the row after", layout=_width("auto"))
         self.jump = widgets.BoundedIntText(description="row", min=0, max=0, layout=_width("12em"))
-        self.colour = widgets.Dropdown(options=list(COLOURS), description="colour", layout=_width("17em"))
+        self.color = widgets.Dropdown(options=list(COLORS), description="color", layout=_width("17em"))
         self.tokens = widgets.Checkbox(description="one cell per token", indent=False, layout=_width("auto"))
         self.roles = {role: _toggle(role) for role in ROLES}
         self.more = widgets.Button(description="Search on", tooltip="look at more rows", layout=_width("auto"))
@@ -91,7 +91,7 @@ class RowBrowser:
         self.page_on = widgets.Button(description="page ▶", layout=_width("auto"))
         self.status = widgets.HTML()
         self.view = widgets.HTML()
-        for box in (self.split, self.filter, self.jump, self.colour):
+        for box in (self.split, self.filter, self.jump, self.color):
             box.style.description_width = "3.2em"
         me = weakref.proxy(self)  # ipywidgets keeps the widgets, and their callbacks must not keep this
         self.previous.on_click(lambda _: me._choose(me.position - 1))
@@ -102,13 +102,13 @@ class RowBrowser:
         for box in (self.split, self.filter, self.text, self.regex):
             box.observe(lambda _: me._search(), "value")
         self.jump.observe(lambda change: me._jump(change["new"]), "value")
-        for box in (self.colour, self.tokens, *self.roles.values()):
+        for box in (self.color, self.tokens, *self.roles.values()):
             box.observe(lambda _: me._show(), "value")
         wrap = widgets.Layout(flex_flow="row wrap", align_items="center")
         self.widget = widgets.VBox(
             [
                 widgets.Box([self.split, self.filter, self.text, self.regex], layout=wrap),
-                widgets.Box([self.previous, self.next, self.jump, self.colour, self.tokens], layout=wrap),
+                widgets.Box([self.previous, self.next, self.jump, self.color, self.tokens], layout=wrap),
                 widgets.Box([widgets.Label("roles"), *self.roles.values()], layout=wrap),
                 widgets.Box([self.status, self.more, self.page_back, self.page_on], layout=wrap),
                 self.view,
@@ -176,7 +176,7 @@ class RowBrowser:
     def _show_row(self, view: RowView) -> int:
         """Display one row; returns how many pages it has."""
         note, losses = "", {}
-        choice = COLOURS[self.colour.value]
+        choice = COLORS[self.color.value]
         if choice in ("loss", "compare") and view.conversation is not None:
             try:
                 losses = measured_losses(view, self._token_loss, compare=choice == "compare")

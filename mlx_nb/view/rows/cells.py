@@ -1,4 +1,4 @@
-"""A tokenised row as cells and runs to show, and what there is to count in it; no HTML, no terminal."""
+"""A tokenized row as cells and runs to show, and what there is to count in it; no HTML, no terminal."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def _of_template(cell: Cell) -> bool:
 
 
 def merged_runs(cells: Iterable[Cell], per_token: bool) -> Iterator[Cell]:
-    """Neighbouring cells that would look and read the same, joined; a cell with a known loss stays alone."""
+    """Neighboring cells that would look and read the same, joined; a cell with a known loss stays alone."""
     for _, group in groupby(
         cells,
         key=lambda cell: (

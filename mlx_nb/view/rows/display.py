@@ -1,6 +1,6 @@
 """A row that displays itself: tokens with the loss mask over them, in a notebook and in a terminal.
 
-A pair shows both answers, a labelled answer its label, a prompt what its rewards will be given.
+A pair shows both answers, a labeled answer its label, a prompt what its rewards will be given.
 """
 
 from __future__ import annotations
@@ -47,9 +47,8 @@ class TokenLoss(Protocol):
         """(T,) loss in nats of each token of an answer; NaN for the first."""
 
 
-
 def measured_losses(view: RowView, token_loss: TokenLoss, *, compare: bool = False) -> dict[str, Any]:
-    """What `RowDisplay` colours the tokens by: the losses of both answers of a pair, with those of the base."""
+    """What `RowDisplay` colors the tokens by: the losses of both answers of a pair, with those of the base."""
     names = [("token_loss", "token_loss_base")]
     if view.rejected is not None:
         names.append(("rejected_loss", "rejected_loss_base"))
@@ -62,7 +61,7 @@ def measured_losses(view: RowView, token_loss: TokenLoss, *, compare: bool = Fal
 
 
 class RowDisplay:
-    """What `%finetune row 12` shows. `token_loss` (T,) colours the tokens by it; with the base's, by the change.
+    """What `%finetune row 12` shows. `token_loss` (T,) colors the tokens by it; with the base's, by the change.
 
     Of a pair these are of the chosen answer, and `rejected_loss` of the other.
     """
@@ -140,7 +139,7 @@ class RowDisplay:
         return f"{_badges_html(_badges(self.view))}{shown}{remarks}{_columns_html(_columns(self.view))}{left_out}"
 
     def _left_out_html(self) -> str:
-        # The colour stands beside the text, which keeps the contrast of the page.
+        # The color stands beside the text, which keeps the contrast of the page.
         style = f"border-left:3px solid {tint(ORANGE, 1)};padding:0 0 0 10px;{WRAP}"
         return f'<div dir="ltr" style="{style}">left out: {visible_html(self.view.error or "")}</div>'
 
@@ -177,10 +176,10 @@ def _badges(view: RowView) -> list[tuple[str, bool]]:
 
 def _badges_html(badges: list[tuple[str, bool]]) -> str:
     shown = "".join(
-        f'<span style="border:1px solid {tint(colour, 0.9)};background:{tint(colour, 0.18)};border-radius:9px;'
+        f'<span style="border:1px solid {tint(color, 0.9)};background:{tint(color, 0.18)};border-radius:9px;'
         f'padding:0 8px;margin:0 6px 0 0;font-size:.9em;white-space:nowrap">{escape(text)}</span>'
         for text, good in badges
-        for colour in [BLUE if good else ORANGE]
+        for color in [BLUE if good else ORANGE]
     )
     return f'<div style="margin:0 0 4px 0">{shown}</div>' if shown else ""
 

@@ -17,7 +17,7 @@ from mlx_nb.data.masks.conversation import TokenizedConversation, row_remarks
 from mlx_nb.errors import DataError
 from mlx_nb.view import theme
 from mlx_nb.view.rows.cells import TEMPLATE, Cell, grouped, mean_losses, merged_runs, partial_weights, role_counts
-from mlx_nb.view.theme import BLUE, GREY, ORANGE, ROLE_COLOURS, one_line, span, tint, visible_html
+from mlx_nb.view.theme import BLUE, GREY, ORANGE, ROLE_COLORS, one_line, span, tint, visible_html
 
 # A notebook keeps every output: a row that would take more shows one page at a time.
 _MOST_BYTES = 600_000
@@ -43,9 +43,9 @@ class Look(NamedTuple):
 
 def _trained_style(weight: float) -> str:
     line = "2px solid" if weight == 1 else "2px dashed"
-    colour = BLUE if weight > 0 else ORANGE
+    color = BLUE if weight > 0 else ORANGE
     strength = 0.08 + 0.20 * min(abs(weight), 1.0)
-    return f"background:{tint(colour, strength)};border-bottom:{line} {tint(colour, 1)}"
+    return f"background:{tint(color, strength)};border-bottom:{line} {tint(color, 1)}"
 
 
 def _style(cell: Cell, look: Look) -> str:
@@ -102,7 +102,7 @@ def _run_html(cell: Cell, tokens: np.ndarray, look: Look) -> str:
 
 
 def _block_html(cells: list[Cell], tokens: np.ndarray, look: Look) -> str:
-    """The cells of one message, behind a bar in the colour of its role."""
+    """The cells of one message, behind a bar in the color of its role."""
     # Cells of a page may hold no more of a message than what the template puts around it.
     role = next((cell.role for cell in cells if cell.role != TEMPLATE), TEMPLATE if cells[0].message < 0 else "")
     hidden = role in look.hidden_roles
@@ -114,7 +114,7 @@ def _block_html(cells: list[Cell], tokens: np.ndarray, look: Look) -> str:
     count = f"{grouped(trained)} of {grouped(total)} trained" if trained else f"{grouped(total)} tokens"
     count += ", hidden" if hidden else ""
     return (
-        f'<div style="border-left:3px solid {tint(ROLE_COLOURS.get(role, GREY), 0.85)};'
+        f'<div style="border-left:3px solid {tint(ROLE_COLORS.get(role, GREY), 0.85)};'
         f'padding:0 0 0 10px;margin:0 0 12px 0">'
         f'<div style="{QUIET};line-height:1.4">{label} {count}</div>'
         f'<div style="{theme.MONOSPACE};font-size:.95em;line-height:1.65">{body}</div></div>'
@@ -136,8 +136,8 @@ def strip_html(loss_mask: np.ndarray) -> str:
     bars = []
     for share, group in groupby(shares, key=lambda item: item[0]):
         width = 100 * sum(length for _, length in group) / len(loss_mask)
-        colour = tint(BLUE, 0.25 + 0.75 * share) if share else tint(GREY, 0.25)
-        bars.append(f'<span style="width:{width:.2f}%;background:{colour}"></span>')
+        color = tint(BLUE, 0.25 + 0.75 * share) if share else tint(GREY, 0.25)
+        bars.append(f'<span style="width:{width:.2f}%;background:{color}"></span>')
     title = "the whole row from first to last token; blue where it is trained"
     return f'<div title="{title}" style="display:flex;height:5px;margin:6px 0 8px 0">{"".join(bars)}</div>'
 
@@ -148,7 +148,7 @@ def _sample_html(text: str, style: str) -> str:
 
 def _scale_html(words: str, low: str, tints: Sequence[tuple[str, str]], high: str) -> str:
     swatches = "".join(
-        f'<span style="background:{colour};padding:0 6px">{escape(label, quote=True)}</span>' for label, colour in tints
+        f'<span style="background:{color};padding:0 6px">{escape(label, quote=True)}</span>' for label, color in tints
     )
     return f'{words} <span style="white-space:nowrap">{low} {swatches} {high}</span>'
 

@@ -182,7 +182,7 @@ def render_pair_text(
 
     Without `color` `▸` and `◂` stand around what differs.
     """
-    # Only colours can tell the loss of each token.
+    # Only colors can tell the loss of each token.
     quiet = [answer if color else replace(answer, token_loss=None) for answer in (chosen, rejected)]
     cells = pair_cells(quiet[0], quiet[1], tokenizer)
     heading = f"{one_line(title)}  " if title else ""

@@ -27,10 +27,10 @@ from mlx_nb.view.rows.cells import (
 from mlx_nb.view.theme import one_line, visible_parts
 
 _BOLD, _DIM, _UNDERLINED, _REVERSED = "1", "2", "4", "7"
-# Colour 32 of the 256 is a blue that reads on black and on white; the loss scale sets its own black text.
+# Color 32 of the 256 is a blue that reads on black and on white; the loss scale sets its own black text.
 _TRAINED = "4;38;5;32"
 _DIFFERS = "1;4;38;5;166"
-_LOSS_COLOURS = (
+_LOSS_COLORS = (
     (1.0, ""),
     (2.0, "38;5;16;48;5;223"),
     (4.0, "38;5;16;48;5;216"),
@@ -86,7 +86,7 @@ def _painted(pieces: Iterable[Piece]) -> str:
 def _style(run: Cell) -> str:
     styles = [_BOLD] if run.kind == "special" else []
     if not math.isnan(run.loss):
-        styles.append(next(style for limit, style in _LOSS_COLOURS if run.loss < limit or limit == math.inf))
+        styles.append(next(style for limit, style in _LOSS_COLORS if run.loss < limit or limit == math.inf))
         if run.weight:
             styles.append(_UNDERLINED)
     else:
@@ -94,7 +94,7 @@ def _style(run: Cell) -> str:
     return ";".join(style for style in styles if style)
 
 
-def _coloured(runs: Iterable[Cell]) -> list[Piece]:
+def _colored(runs: Iterable[Cell]) -> list[Piece]:
     pieces: list[Piece] = []
     for run in runs:
         style = _style(run)
@@ -157,7 +157,7 @@ def render_text(
     """The row for a terminal of `width` columns: trained tokens underlined and blue, the rest dim.
 
     Without `color` there are no escape sequences at all and `⟦` `⟧` stand around what is trained.
-    `token_loss` is (T,) in nats, NaN where unknown: it colours the tokens and lists the highest losses.
+    `token_loss` is (T,) in nats, NaN where unknown: it colors the tokens and lists the highest losses.
     `dropped_tokens` were cut off before the row got here. Control characters of the row are named, never
     sent to the terminal. Raises DataError for losses of the wrong length.
     """
@@ -199,7 +199,7 @@ def note_lines(
     told = " · ".join(f"{one_line(role)} {grouped(n)} of {grouped(total)}" for role, (total, n) in counts)
     lines = [f"trained: {told}"]
     if color and token_loss is not None:
-        labels = zip(("0–1", "1–2", "2–4", "4+"), _LOSS_COLOURS)
+        labels = zip(("0–1", "1–2", "2–4", "4+"), _LOSS_COLORS)
         scale = " ".join(_paint(f" {label} ", style or "0", color) for label, (_, style) in labels)
         lines.append(f"loss in nats {scale}")
     means = mean_losses(conversation, (token_loss,))
@@ -215,7 +215,7 @@ def block_lines(cells: Iterable[Cell], width: int, *, color: bool) -> list[str]:
         role = next((cell.role for cell in block if cell.role != TEMPLATE), "")
         lines += ["", _paint(one_line(role), _BOLD, color)] if role else [""]
         runs = merged_runs(block, per_token=False)
-        wrapped = _wrapped(_coloured(runs) if color else _marked(runs), max(width - 2, 10))
+        wrapped = _wrapped(_colored(runs) if color else _marked(runs), max(width - 2, 10))
         if not wrapped[-1]:
             wrapped.pop()
         lines += [f"│ {_painted(line)}".rstrip() for line in wrapped]

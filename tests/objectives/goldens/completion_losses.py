@@ -39,7 +39,7 @@ def grpo(leaf: torch.Tensor, said: dict[str, Any], all_counted: int, steps: int,
         "completion_ids": torch.zeros_like(mask),
         "completion_mask": mask,
         "advantages": torch.tensor(said["advantage"]),
-        "old_per_token_logps": padded(said["behaviour"], leaf.shape[1]),
+        "old_per_token_logps": padded(said["behavior"], leaf.shape[1]),
         "ref_per_token_logps": padded(said["reference"], leaf.shape[1]),
         "num_items_in_batch": torch.tensor(all_counted),
     }

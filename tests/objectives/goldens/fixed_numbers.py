@@ -46,7 +46,7 @@ def completions() -> dict[str, Any]:
         "advantage": [-1.2, 0.7, -1.1, 0.9, 0.4, -0.8],
         "counts": [1, 1, 1, 1, 0, 1],
         "policy": policy,
-        "behaviour": near(policy, 0.6),
+        "behavior": near(policy, 0.6),
         "reference": near(policy, 0.5),
     }
 

@@ -90,7 +90,7 @@ PAIR_CASES: dict[str, tuple[str, dict[str, float], Any, dict[str, Any]]] = {
     "dpo robust": ("dpo.robust", {"beta": 0.3, "label_smoothing": 0.2}, dpo, {"loss_type": "robust"}),
     "dpo hinge": ("dpo.hinge", {"beta": 1.0}, dpo, {"loss_type": "hinge"}),
     "dpo ipo": ("dpo.ipo", {"beta": 0.3}, dpo, {"loss_type": "ipo"}),
-    "dpo normalised": ("dpo.normalised", {"beta": 2.0}, dpo, {"loss_type": "sigmoid_norm"}),
+    "dpo normalized": ("dpo.normalized", {"beta": 2.0}, dpo, {"loss_type": "sigmoid_norm"}),
     "dpo dpop": ("dpo.dpop", {"beta": 0.3, "delta": 5.0}, equation, {"name": "dpop"}),
     "dpo with margins": ("dpo.sigmoid", {"beta": 0.3}, equation, {"name": "margins"}),
     "cpo sigmoid": ("cpo.sigmoid", {"beta": 0.3, "cpo_alpha": 0.7}, cpo, {"loss_type": "sigmoid"}),
