@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from mlx_nb.events import Event, RunFailed, RunStarted, RunState, StateChanged
+from mlx_nb.run.run import Run
 from mlx_nb.view import event_text
 from mlx_nb.view.curves.figure import figure_png
 from mlx_nb.view.reports.completions import last_rollout_html
@@ -22,7 +23,7 @@ class Outcome:
     What there is to say about model and rows, such as which rows are left out, is there from the first update on.
     """
 
-    def __init__(self, run: Any) -> None:
+    def __init__(self, run: Run) -> None:
         from IPython.display import display
 
         self._run = run

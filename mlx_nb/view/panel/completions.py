@@ -9,6 +9,7 @@ import ipywidgets as widgets
 
 from mlx_nb.errors import MlxNbError
 from mlx_nb.events import RolloutCompleted, RunState
+from mlx_nb.view.panel.run_handle import RunHandle
 from mlx_nb.view.panel.tabs import Later, line, note_html
 from mlx_nb.view.reports.completions import Ratios, completions_html
 
@@ -19,7 +20,7 @@ NEWEST = "newest"
 class CompletionsTab:
     """The newest rollout, or one of the last, as tables; on demand with its tokens colored by log-ratio."""
 
-    def __init__(self, run: Any, later: Later) -> None:
+    def __init__(self, run: RunHandle, later: Later) -> None:
         self._run = run
         self._quiet = False
         self._drawn: tuple[Any, ...] | None = None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from html import escape
-from typing import Any
 
 from mlx_nb.events import Progress
 from mlx_nb.history import History
 from mlx_nb.view.event_text import count, duration, progress_words, validation_words
 from mlx_nb.view.pace import time_left, tokens_a_second
+from mlx_nb.view.panel.run_handle import RunHandle
 from mlx_nb.view.theme import BLUE, GREEN, GREY, ORANGE, WRAP, Color, tint
 
 # A sign besides the color, so that a state is known without seeing colors.
@@ -22,7 +22,7 @@ STATES: dict[str, tuple[str, Color]] = {
 }
 
 
-def head_html(run: Any, device: str, warning: str | None = None) -> str:
+def head_html(run: RunHandle, device: str, warning: str | None = None) -> str:
     """Name, state, method, model, parameters, device and memory of a run in two lines, and a `warning` below."""
     sign, color = STATES[run.state]
     pill = (

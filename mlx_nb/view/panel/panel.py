@@ -37,6 +37,7 @@ from mlx_nb.view.closing import close_widgets
 from mlx_nb.view.curves.curves import Curves
 from mlx_nb.view.panel.completions import CompletionsTab
 from mlx_nb.view.panel.head import activity_text, head_html, progress_html
+from mlx_nb.view.panel.run_handle import RunHandle
 from mlx_nb.view.panel.tabs import CheckpointsTab, LogTab, RowsTab, SamplesTab, SettingsTab, button, line, note_html
 
 SECONDS_BETWEEN_REFRESHES = 0.4
@@ -52,7 +53,7 @@ class Panel:
     it closes when nobody else refers to that any more.
     """
 
-    def __init__(self, run: Any, *, device: str, warning: str | None = None) -> None:
+    def __init__(self, run: RunHandle, *, device: str, warning: str | None = None) -> None:
         self._run = weakref.ref(run, lambda _: self._close_later())
         self._name = run.name
         try:

@@ -12,9 +12,20 @@ import ipywidgets as widgets
 from mlx_nb.config.run_config import LIVE_SETTINGS, SETTINGS
 from mlx_nb.config.yaml_text import read_value
 from mlx_nb.errors import MlxNbError
-from mlx_nb.events import Event, Progress, Question, Rewind, Sample, SampleGenerated, StateChanged, StepCompleted
+from mlx_nb.events import (
+    Event,
+    Progress,
+    Question,
+    Request,
+    Rewind,
+    Sample,
+    SampleGenerated,
+    StateChanged,
+    StepCompleted,
+)
 from mlx_nb.history import losses_by_row
 from mlx_nb.view.event_text import describe, remarks
+from mlx_nb.view.panel.run_handle import RunHandle
 from mlx_nb.view.rows.display import RowDisplay, measured_losses
 from mlx_nb.view.theme import BLUE, GREY, ORANGE, WRAP, one_line, tint, visible_html
 
@@ -24,6 +35,7 @@ WORST_ROWS = 30
 STEPS_OF_A_SAMPLE = 8
 CELL = f"padding:3px 10px 3px 0;text-align:left;vertical-align:top;{WRAP}"
 
+Requester = Callable[[Request], None]
 Later = Callable[[Callable[[], None]], None]
 
 
@@ -47,7 +59,7 @@ class RowsTab:
 
     THIS, WORST = "of one update", "highest loss so far"
 
-    def __init__(self, run: Any, later: Later) -> None:
+    def __init__(self, run: RunHandle, later: Later) -> None:
         self._run = run
         self._step: int | None = None
         self._drawn: tuple[Any, ...] | None = None
@@ -129,7 +141,7 @@ class RowsTab:
 class SamplesTab:
     """Kept prompts answered by the base and by the model over steps, and a chat with the model as it is now."""
 
-    def __init__(self, run: Any, later: Later, ask: Callable[[Any], None], request: Callable[[Any], None]) -> None:
+    def __init__(self, run: RunHandle, later: Later, ask: Callable[[Question], None], request: Requester) -> None:
         self._run = run
         self._ask = ask
         self._request = request
@@ -238,7 +250,7 @@ def _sample_html(prompt: str, answers: list[SampleGenerated]) -> str:
 class SettingsTab:
     """What may change during the run, applied at the next boundary and recorded."""
 
-    def __init__(self, run: Any, later: Later, applied: Callable[[], None]) -> None:
+    def __init__(self, run: RunHandle, later: Later, applied: Callable[[], None]) -> None:
         self._run = run
         self._applied = applied
         self._quiet = False
@@ -289,7 +301,7 @@ class SettingsTab:
 class CheckpointsTab:
     """The exact checkpoints on disk: go back to one, compare the run with it, delete it."""
 
-    def __init__(self, run: Any, later: Later, request: Callable[[Any], None]) -> None:
+    def __init__(self, run: RunHandle, later: Later, request: Requester) -> None:
         self._run = run
         self._infos: list[Any] = []
         self._request = request

@@ -1,0 +1,100 @@
+"""What the panel needs of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mlx_nb.config.run_config import RunConfig
+from mlx_nb.data.examples.split import Examples
+from mlx_nb.events import Event, Question, Request, RunState
+from mlx_nb.history import History
+
+if TYPE_CHECKING:
+    from mlx_nb.train.checkpoint import CheckpointInfo
+    from mlx_nb.train.trainer import Trainer
+
+
+class RowsOfSplit(Protocol):
+    """The rows of a split as the model will see them."""
+
+    examples: Examples
+
+
+class RunHandle(Protocol):
+    """A run as the panel sees it; `Run` says what each of these is."""
+
+    name: str
+    config: RunConfig
+    history: History
+
+    @property
+    def state(self) -> RunState:
+        """What it is doing."""
+
+    @property
+    def prepared(self) -> bool:
+        """Whether model and rows are loaded."""
+
+    @property
+    def step_count(self) -> int:
+        """Updates done."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it saves."""
+
+    @property
+    def let_go(self) -> str:
+        """Why it trains and saves no more; empty while it may."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+
+    @property
+    def trainer(self) -> Trainer:
+        """What it is trained by."""
+
+    def status(self) -> str:
+        """It in a few lines of text."""
+
+    def start(self, updates: int | None = None) -> None:
+        """Train in the background."""
+
+    def request(self, request: Request) -> None:
+        """Ask for something at the next boundary."""
+
+    def ask(self, question: Question) -> None:
+        """Have a question answered at the next boundary."""
+
+    def set(self, **changes: Any) -> None:
+        """Change live settings."""
+
+    def rows(self, split: str = "train") -> RowsOfSplit:
+        """The rows of a split."""
+
+    def row_losses(self, split: str = "train") -> dict[int, float]:
+        """The latest loss of each row."""
+
+    def token_losses(self, row: Any, *, base: bool = False, rejected: bool = False) -> Any:
+        """The loss of each token of a row."""
+
+    def log_ratios(self) -> list[tuple[int, Any, Any]]:
+        """How much likelier the tokens of the last rollout have become."""
+
+    def checkpoints(self) -> list[CheckpointInfo]:
+        """Those in its folder."""
+
+    def delete_checkpoint(self, info: CheckpointInfo) -> None:
+        """Remove one."""
+
+    def compare_checkpoint(self, info: CheckpointInfo) -> list[tuple[str, str]]:
+        """The run as it is now against one."""
+
+    def listen(self, listener: Callable[[Event], None]) -> None:
+        """Be told every event."""
+
+    def unlisten(self, listener: Callable[[Event], None]) -> None:
+        """Be told no more."""
