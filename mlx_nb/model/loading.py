@@ -20,6 +20,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map, tree_unflatten
 
 from mlx_nb.config.run_config import RunConfig
+from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.errors import ModelError, OutOfMemory, nearest
 from mlx_nb.events import Progress
 from mlx_nb.files.cache_folder import cache_folder, damage, made_once, mended_note
@@ -65,7 +66,7 @@ class LoadedModel:
     """
 
     model: nn.Module
-    tokenizer: Any
+    tokenizer: Tokenizer
     folder: Path
     source: str
     quantized_bits: int | None
@@ -415,7 +416,7 @@ def _dequantized(module: nn.QuantizedLinear | nn.QuantizedEmbedding) -> nn.Modul
     return linear
 
 
-def _set_chat_template(tokenizer: Any, chat_template: str) -> None:
+def _set_chat_template(tokenizer: Tokenizer, chat_template: str) -> None:
     if "{" not in chat_template:
         try:
             chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")

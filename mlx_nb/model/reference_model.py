@@ -13,6 +13,7 @@ import mlx.nn as nn
 
 from mlx_nb.config.methods import method_named
 from mlx_nb.config.run_config import RunConfig
+from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.errors import ConfigError, ModelError
 from mlx_nb.files.written_files import ADAPTER_FILE, CONFIG_FILE
 from mlx_nb.model import adapters
@@ -91,7 +92,7 @@ def _other_model(config: RunConfig, loaded: LoadedModel) -> nn.Module:
     return other.model
 
 
-def _vocabulary(tokenizer: Any) -> dict[str, int]:
+def _vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
     result: dict[str, int] = getattr(tokenizer, "_tokenizer", tokenizer).get_vocab()
     return result
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
+from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.model.passes import SideBySide
 
 
@@ -94,7 +94,7 @@ class Waiting:
 class Endings:
     """Where a completion ends: an end token of the tokenizer, or a stop string in the text."""
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
         self._tokenizer = tokenizer
         self._stop = stop
         # Every token but a special one is a byte or more; the spare ones keep the window's edge off the stop string.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.nn as nn
 import numpy as np
 
 from mlx_nb.data.examples.prompt import prompt_tokens
 from mlx_nb.data.masks.prompt_format import AS_USUAL, Rendering
+from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.data.rows.columns import AUTOMATIC
 from mlx_nb.errors import CommandError
 from mlx_nb.model.limits import limits_of
@@ -24,7 +25,7 @@ Prompt = str | Messages
 
 def generate_texts(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     *,
     max_tokens: int,
@@ -55,7 +56,7 @@ def generate_texts(
     return [_text(tokenizer, completion.tokens.tolist()) for completion in completions]
 
 
-def _text(tokenizer: Any, tokens: Sequence[int]) -> str:
+def _text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
     """The answer as `stream_text` ends: without the end token, in the words of mlx-lm's streaming detokenizer."""
     detokenizer = tokenizer.detokenizer
     for token in tokens:
@@ -67,7 +68,7 @@ def _text(tokenizer: Any, tokens: Sequence[int]) -> str:
 
 
 def stream_text(
-    model: nn.Module, tokenizer: Any, prompt: Prompt, max_tokens: int, rendering: Rendering = AS_USUAL
+    model: nn.Module, tokenizer: Tokenizer, prompt: Prompt, max_tokens: int, rendering: Rendering = AS_USUAL
 ) -> Iterator[str]:
     """The greedy answer to one prompt as it grows: all of it so far, after each token. Raises as `generate_texts`."""
     from mlx_lm import stream_generate
@@ -76,7 +77,7 @@ def stream_text(
     text = ""
     tokens = prompt_tokens(tokenizer, prompt, rendering=rendering)
     (room,) = _room(model, [tokens], max_tokens)
-    for part in stream_generate(model, tokenizer, tokens, max_tokens=room):
+    for part in stream_generate(model, cast(Any, tokenizer), tokens, max_tokens=room):
         text += part.text
         yield text
 

@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.errors import DataError, ModelError
 from mlx_nb.model.backend import is_cpu
 from mlx_nb.model.passes import SideBySide, evaluating, merged, side_by_side, unbatchable
@@ -44,7 +45,7 @@ class SamplingSettings:
 
 def sample_groups(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     group_size: int,
     settings: SamplingSettings,
@@ -71,7 +72,7 @@ def sample_groups(
 
 def sample_each(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     settings: SamplingSettings,
     seed: int,
@@ -99,7 +100,7 @@ def _refuse_empty(prompts: Sequence[Sequence[int]]) -> None:
 
 def _sample(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     group_size: int,
     settings: SamplingSettings,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_nb.config.run_config import PATHS, SETTINGS, RunConfig, located
 from mlx_nb.data.examples.batches import ORDER
+from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.errors import CheckpointError, ConfigError, did_you_mean, listed_problems, shown
 from mlx_nb.events import Request, SettingChanged, event_from_json, request_from_json
 from mlx_nb.files.history_file import HISTORY_FILE, read_history
@@ -241,7 +242,7 @@ def live_change_lines(checkpoint: Checkpoint) -> list[str]:
     return [event.to_json() for event in history_of(checkpoint).events if isinstance(event, SettingChanged)]
 
 
-def fingerprints(sources: Iterable[Any], tokenizer: Any, weights: Iterable[Iterable[str]]) -> dict[str, Any]:
+def fingerprints(sources: Iterable[Any], tokenizer: Tokenizer, weights: Iterable[Iterable[str]]) -> dict[str, Any]:
     """What a run's numbers depend on besides its settings, by name."""
     from importlib.metadata import version
 

@@ -16,6 +16,7 @@ from mlx_nb.config.run_config import RunConfig
 from mlx_nb.data.examples.batches import BatchPlan, TokenBatch, evaluation_batches, pad, updates_until
 from mlx_nb.data.examples.imitation import TokenizedExample
 from mlx_nb.data.examples.prompt import PromptExample
+from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.errors import DataError
 from mlx_nb.events import Event, Progress, RolloutCompleted
 from mlx_nb.model.lanes import lane_count, lanes_of
@@ -56,7 +57,7 @@ class RolloutFeed:
         examples: Sequence[PromptExample],
         *,
         scorer: TargetScorer,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         rewards: Sequence[Reward],
         reference: ReferenceLogprobs | None,
         width_multiple: int,

@@ -18,6 +18,7 @@ from mlx.utils import tree_unflatten
 from mlx_nb.config.methods import method_named
 from mlx_nb.config.run_config import RunConfig
 from mlx_nb.data.examples.batches import Place, TokenBatch
+from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.errors import CheckpointError, DataError, FolderError, TrainingError
 from mlx_nb.events import (
     EARLY_STOPPING,
@@ -156,7 +157,7 @@ class Trainer:
         memory_limit: int | None = None,
         sampler: Sampler | None = None,
         reference: ReferenceLogprobs | None = None,
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
         rewards: Sequence[Reward] = (),
         base: dict[str, Any] | None = None,
         from_checkpoint: bool = False,
@@ -214,6 +215,7 @@ class Trainer:
             self.close()
             raise
         if method_named(config.method).kind.sampled:
+            assert tokenizer is not None, "completions are sampled by a tokenizer"
             self.feed: Feed = RolloutFeed(
                 config,
                 examples.train,

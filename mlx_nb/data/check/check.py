@@ -22,6 +22,7 @@ from mlx_nb.data.examples.limits import UNLIMITED, ModelLimits
 from mlx_nb.data.examples.split import RowView
 from mlx_nb.data.masks.conversation import TokenizedConversation
 from mlx_nb.data.masks.prompt_format import CHAT, FORMAT_WORDS
+from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.data.sources.splits import Splits
 from mlx_nb.errors import CommandError
 
@@ -132,7 +133,7 @@ def row_count(rows: int | str | None) -> int | None:
 
 def check_data(
     splits: Splits,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     config: RunConfig,
     *,
     rows: int | str | None = SAMPLED_ROWS,

@@ -11,6 +11,7 @@ import numpy as np
 from mlx_nb.data.masks.conversation import tokenize_conversation
 from mlx_nb.data.masks.render import ChatTemplate
 from mlx_nb.data.masks.tagging import REASONING_FIELDS
+from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.data.masks.tool_messages import shown_conversation
 from mlx_nb.errors import MaskRefused
 
@@ -65,7 +66,7 @@ class TemplateCheck:
     problem: str = ""
 
 
-def probe_template(tokenizer: Any) -> TemplateCheck | None:
+def probe_template(tokenizer: Tokenizer) -> TemplateCheck | None:
     """Ask the tokenizer's chat template what it can do; None when there is no template."""
     bare = _bare(tokenizer)
     if getattr(bare, "chat_template", None) is None:
@@ -92,7 +93,7 @@ def probe_template(tokenizer: Any) -> TemplateCheck | None:
     )
 
 
-def _bare(tokenizer: Any) -> Any:
+def _bare(tokenizer: Tokenizer) -> Any:
     """The transformers tokenizer inside mlx-lm's wrapper; its own `_tokenizer` knows no chat template."""
     inner = getattr(tokenizer, "_tokenizer", tokenizer)
     return inner if hasattr(inner, "apply_chat_template") else tokenizer
@@ -125,7 +126,7 @@ def _fate(bare: Any, word: str, messages: Sequence[Mapping[str, Any]], tools: Se
     return WRITTEN if word in rendered else LEFT_OUT
 
 
-def _end_of_turn(tokenizer: Any) -> tuple[tuple[str, ...] | None, bool, str]:
+def _end_of_turn(tokenizer: Tokenizer) -> tuple[tuple[str, ...] | None, bool, str]:
     try:
         conversation = tokenize_conversation([_USER, _ASSISTANT], tokenizer)
     except MaskRefused as error:

@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from mlx_nb.data.examples.split import beyond_context, examples_of, tokenize_as
 from mlx_nb.data.masks.control_tokens import control_tokens
 from mlx_nb.data.masks.conversation import written_sentences
 from mlx_nb.data.masks.render import fast_tokenizer
+from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.data.rows.content import RowContent
 from mlx_nb.data.rows.imitation import TextRow
 from mlx_nb.data.rows.preference import NothingToPrefer
@@ -91,7 +91,7 @@ class TokenCounts:
 def count_tokens(
     source: RowSource,
     rows: np.ndarray,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     settings: ExampleSettings,
     collector: Collector,
     kind: str = "tokens",
@@ -160,7 +160,9 @@ def _compare_answers(said: Conversations, counts: TokenCounts) -> None:
         counts.longer_rejected += chosen < rejected
 
 
-def _collect_written(content: RowContent, said: Conversations, row: int, tokenizer: Any, collector: Collector) -> None:
+def _collect_written(
+    content: RowContent, said: Conversations, row: int, tokenizer: Tokenizer, collector: Collector
+) -> None:
     """A row whose text spells control tokens; of plain text it is a note, for it may have been written as a chat."""
     sentences = [sentence for conversation in said for sentence in written_sentences(conversation)]
     if sentences:

@@ -17,6 +17,7 @@ from mlx_nb.data.masks.conversation import (
     tokenize_text,
 )
 from mlx_nb.data.masks.prompt_format import AS_USUAL, Rendering
+from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.data.rows.columns import Columns
 from mlx_nb.data.rows.imitation import ChatRow, PromptCompletionRow, Row, TextRow, raw_strings
 from mlx_nb.errors import DataError, MaskRefused
@@ -93,7 +94,7 @@ class ExampleSettings:
         cut = (config.loss_on, config.max_seq_length, config.truncate)
         return cls(*cut, columns, config.stride, rendering, limits, completion)
 
-    def resolved(self, tokenizer: object) -> ExampleSettings:
+    def resolved(self, tokenizer: Tokenizer) -> ExampleSettings:
         """With the format of strings decided for this tokenizer. Raises DataError as `Rendering.resolved`."""
         return dataclasses.replace(self, rendering=self.rendering.resolved(tokenizer))
 
@@ -103,7 +104,7 @@ class TooLong(DataError):
 
 
 def tokenize_row(
-    content: Row, tokenizer: object, loss_on: str, rendering: Rendering = AS_USUAL
+    content: Row, tokenizer: Tokenizer, loss_on: str, rendering: Rendering = AS_USUAL
 ) -> TokenizedConversation:
     """The tokens and loss mask of one recognized row.
 

@@ -13,6 +13,7 @@ import numpy as np
 from mlx_nb.data.examples.imitation import ExampleSettings, LeftOut, TokenizedExample, cut_to_length
 from mlx_nb.data.masks.conversation import TokenizedConversation, tokenize_conversation, tokenize_prompt_completion
 from mlx_nb.data.masks.prompt_format import AS_USUAL, Rendering
+from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.data.rows.columns import Messages
 from mlx_nb.data.rows.imitation import refuse_context, said_by
 from mlx_nb.data.rows.preference import LabeledRow, NothingToPrefer, PreferenceRow
@@ -84,7 +85,7 @@ class LabeledExample:
 
 
 def tokenize_pair(
-    content: PreferenceRow, tokenizer: Any, loss_on: str, rendering: Rendering = AS_USUAL
+    content: PreferenceRow, tokenizer: Tokenizer, loss_on: str, rendering: Rendering = AS_USUAL
 ) -> tuple[TokenizedConversation, TokenizedConversation]:
     """The prompt with the chosen, and with the rejected answer. Raises MaskRefused, naming the answer."""
     _refuse_raw_context(content, tokenizer, rendering)
@@ -100,14 +101,14 @@ def tokenize_pair(
 
 
 def tokenize_labeled(
-    content: LabeledRow, tokenizer: Any, loss_on: str, rendering: Rendering = AS_USUAL
+    content: LabeledRow, tokenizer: Tokenizer, loss_on: str, rendering: Rendering = AS_USUAL
 ) -> TokenizedConversation:
     """The prompt with the answer that is judged. Raises as `tokenize_answer`."""
     _refuse_raw_context(content, tokenizer, rendering)
     return tokenize_answer(content.prompt, content.completion, content.tools, tokenizer, loss_on, rendering)
 
 
-def _refuse_raw_context(content: PreferenceRow | LabeledRow, tokenizer: Any, rendering: Rendering) -> None:
+def _refuse_raw_context(content: PreferenceRow | LabeledRow, tokenizer: Tokenizer, rendering: Rendering) -> None:
     if content.from_texts and not isinstance(content.prompt, str) and rendering.is_raw(tokenizer):
         refuse_context(content.prompt, content.tools)
 
@@ -116,7 +117,7 @@ def tokenize_answer(
     prompt: str | Messages,
     answer: str | Messages,
     tools: Sequence[Any] | None,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     loss_on: str,
     rendering: Rendering = AS_USUAL,
 ) -> TokenizedConversation:

@@ -13,6 +13,7 @@ from mlx_nb.data.masks.conversation import Span, TokenizedConversation
 from mlx_nb.data.masks.prompt_format import AS_USUAL, Rendering, has_chat_template
 from mlx_nb.data.masks.render import ChatTemplate, Encoded, encode_raw, unwrapped
 from mlx_nb.data.masks.template_facts import RenderFailed
+from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.data.masks.tool_messages import ShownConversation, shown_conversation
 from mlx_nb.data.rows.columns import AUTOMATIC, Messages, read_messages, read_tools
 from mlx_nb.data.rows.imitation import refuse_context
@@ -52,7 +53,7 @@ class PromptExample:
 
 
 def prompt_tokens(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     prompt: str | Sequence[Mapping[str, Any]],
     tools: Sequence[Any] | None = None,
     rendering: Rendering = AS_USUAL,
@@ -75,7 +76,7 @@ def prompt_tokens(
     return result
 
 
-def tokenize_prompt(content: PromptRow, tokenizer: Any, rendering: Rendering = AS_USUAL) -> TokenizedConversation:
+def tokenize_prompt(content: PromptRow, tokenizer: Tokenizer, rendering: Rendering = AS_USUAL) -> TokenizedConversation:
     """`prompt_tokens` of a row with the characters they cover; nothing is trained.
 
     Raises DataError when the template does not render the prompt, MaskRefused for a tokenizer without offsets.
@@ -126,14 +127,14 @@ class _Asked:
     template: ChatTemplate | None = None
     shown: ShownConversation | None = None
 
-    def encode(self, tokenizer: Any, rendering: Rendering) -> Encoded:
+    def encode(self, tokenizer: Tokenizer, rendering: Rendering) -> Encoded:
         if self.template is None or self.shown is None:
             return encode_raw(self.text, tokenizer, rendering)
         return self.template.encode(self.shown.messages, self.text, True, rendering)
 
 
 def _asked(
-    tokenizer: Any, prompt: str | Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, rendering: Rendering
+    tokenizer: Tokenizer, prompt: str | Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, rendering: Rendering
 ) -> _Asked:
     if isinstance(prompt, str):
         if rendering.is_raw(tokenizer):

@@ -18,6 +18,7 @@ from mlx_nb.data.examples.imitation import (
 from mlx_nb.data.examples.kinds import ROW_KINDS, Conversations, Example, Result, recognize
 from mlx_nb.data.examples.remarks import content_remarks
 from mlx_nb.data.masks.conversation import TokenizedConversation, row_remarks
+from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.data.rows.content import RowContent
 from mlx_nb.data.rows.imitation import TextRow
 from mlx_nb.data.rows.turns import format_of
@@ -69,7 +70,9 @@ class Examples:
     `kind` is what the training method takes: tokens, pairs, labels or prompts (see `recognize`).
     """
 
-    def __init__(self, source: RowSource, tokenizer: object, settings: ExampleSettings, kind: str = "tokens") -> None:
+    def __init__(
+        self, source: RowSource, tokenizer: Tokenizer, settings: ExampleSettings, kind: str = "tokens"
+    ) -> None:
         self.source = source
         self.tokenizer = tokenizer
         self.settings = settings.resolved(tokenizer)
@@ -165,7 +168,7 @@ def trains_plain_text(examples: Examples) -> bool:
     return first is not None and isinstance(first.content, TextRow) and not first.conversations[0].written
 
 
-def tokenize_as(kind: str, content: RowContent, tokenizer: Any, settings: ExampleSettings) -> Conversations:
+def tokenize_as(kind: str, content: RowContent, tokenizer: Tokenizer, settings: ExampleSettings) -> Conversations:
     """What the model reads of a row before anything is cut: of a pair the chosen, then the rejected answer.
 
     Raises MaskRefused when no trustworthy mask exists, DataError when the template does not render the row.

@@ -13,6 +13,7 @@ from mlx_nb.data.examples.imitation import LeftOut
 from mlx_nb.data.examples.kinds import ROW_KINDS, Result
 from mlx_nb.data.examples.split import Examples, split_examples
 from mlx_nb.data.masks.render import unwrapped
+from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.process.pieces import SECONDS_BETWEEN_PIECES, on_thread
 
 # Bytes of tokens and masks that stay when no run uses them any more.
@@ -62,7 +63,7 @@ def _keep(key: str, outcome: Outcome) -> None:
 
 def _key(examples: Examples) -> str:
     """All that the outcome depends on: the rows and where they come from, the tokenizer, its template, the settings."""
-    tokenizer: Any = examples.tokenizer
+    tokenizer: Tokenizer = examples.tokenizer
     inner = unwrapped(tokenizer)
     parts = [
         examples.source.fingerprint(),

@@ -19,6 +19,7 @@ import numpy as np
 
 from mlx_nb.data.masks.tagging import Unproved
 from mlx_nb.data.masks.template_facts import RenderFailed, texts_in
+from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.errors import MaskRefused
 
 # Private-use planes whose characters can spell the control tokens in a copy of the tokenizer.
@@ -72,7 +73,7 @@ _KNOWN: WeakKeyDictionary[Any, tuple[int, ControlTokens]] = WeakKeyDictionary()
 _COPIES: WeakKeyDictionary[Any, dict[tuple[int, int], _PlainCopy]] = WeakKeyDictionary()
 
 
-def control_tokens(tokenizer: Any) -> ControlTokens:
+def control_tokens(tokenizer: Tokenizer) -> ControlTokens:
     """Those of a fast tokenizer."""
     size = len(tokenizer)
     known = _KNOWN.get(tokenizer)
@@ -81,7 +82,7 @@ def control_tokens(tokenizer: Any) -> ControlTokens:
     return known[1]
 
 
-def _read_control_tokens(tokenizer: Any) -> ControlTokens:
+def _read_control_tokens(tokenizer: Tokenizer) -> ControlTokens:
     added = tokenizer.added_tokens_decoder
     special = {int(i) for i, token in added.items() if token.special} | {int(i) for i in tokenizer.all_special_ids}
     spelled = {int(i): str(token.content) for i, token in added.items()}
@@ -90,7 +91,7 @@ def _read_control_tokens(tokenizer: Any) -> ControlTokens:
     return ControlTokens(spelled, frozenset(special & spelled.keys()))
 
 
-def written_out(tokens: np.ndarray, offsets: np.ndarray, text: str, tokenizer: Any) -> tuple[Written, ...]:
+def written_out(tokens: np.ndarray, offsets: np.ndarray, text: str, tokenizer: Tokenizer) -> tuple[Written, ...]:
     """The control tokens that the characters of `text` spell, in order; one that stands for unknown text is none."""
     control = control_tokens(tokenizer)
     found, alone = [], control.alone
@@ -257,7 +258,7 @@ class _PlainCopy:
     ids: Mapping[int, int]
 
 
-def encode_as_text(text: str, genuine: Sequence[Written], tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+def encode_as_text(text: str, genuine: Sequence[Written], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """(T,) int32 tokens and (T, 2) int32 characters they cover, in which only `genuine` are control tokens.
 
     Raises MaskRefused where the tokenizer makes a control token of the other characters all the same.
@@ -282,7 +283,7 @@ def encode_as_text(text: str, genuine: Sequence[Written], tokenizer: Any) -> tup
     return tokens, offsets
 
 
-def _plain_copy(tokenizer: Any, plane: int) -> _PlainCopy:
+def _plain_copy(tokenizer: Tokenizer, plane: int) -> _PlainCopy:
     copies = _COPIES.setdefault(tokenizer, {})
     key = len(tokenizer), plane
     if key not in copies:
@@ -291,8 +292,8 @@ def _plain_copy(tokenizer: Any, plane: int) -> _PlainCopy:
     return copies[key]
 
 
-def _made_plain_copy(tokenizer: Any, plane: int) -> _PlainCopy:
-    from tokenizers import Tokenizer
+def _made_plain_copy(tokenizer: Tokenizer, plane: int) -> _PlainCopy:
+    from tokenizers import Tokenizer as PlainTokenizer
 
     spelled = control_tokens(tokenizer).spelled
     if len(spelled) >= _PLANE_SIZE:
@@ -312,7 +313,7 @@ def _made_plain_copy(tokenizer: Any, plane: int) -> _PlainCopy:
         model["unk_token"] = private[model["unk_token"]]
     if "merges" in model:
         model["merges"] = [merge for merge in model["merges"] if not _makes(merge, private)]
-    copy = Tokenizer.from_str(json.dumps(made))
+    copy = PlainTokenizer.from_str(json.dumps(made))
     ids = {own: index for index, text in spelled.items() if (own := copy.token_to_id(private[text])) is not None}
     stripped = {text.strip(): characters.strip() for text, characters in private.items()}
     return _PlainCopy(copy, stripped, ids)

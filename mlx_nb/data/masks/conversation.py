@@ -18,6 +18,7 @@ from mlx_nb.data.masks.spans import Turn
 from mlx_nb.data.masks.tagging import REASONING_FIELDS, Unproved
 from mlx_nb.data.masks.template_facts import Message, RenderFailed
 from mlx_nb.data.masks.token_edges import Edges, TokenOffsets
+from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.data.masks.tool_messages import shown_conversation
 from mlx_nb.errors import MaskRefused, did_you_mean
 
@@ -64,7 +65,7 @@ class TokenizedConversation:
 
 def tokenize_conversation(
     messages: Sequence[Message],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     tools: Sequence[Any] | None = None,
     loss_on: str = "assistant",
@@ -150,7 +151,7 @@ def tokenize_conversation(
 
 
 def tokenize_prompt_completion(
-    prompt: str, completion: str, tokenizer: Any, *, end_of_turn: bool = True, rendering: Rendering = AS_USUAL
+    prompt: str, completion: str, tokenizer: Tokenizer, *, end_of_turn: bool = True, rendering: Rendering = AS_USUAL
 ) -> TokenizedConversation:
     """Tokenize prompt and completion as one raw text; train the tokens that touch the completion.
 
@@ -166,7 +167,7 @@ def tokenize_prompt_completion(
     return _tokenize_strings(prompt + completion, spans, tokenizer, end_of_turn, rendering)
 
 
-def tokenize_text(text: str, tokenizer: Any, rendering: Rendering = AS_USUAL) -> TokenizedConversation:
+def tokenize_text(text: str, tokenizer: Tokenizer, rendering: Rendering = AS_USUAL) -> TokenizedConversation:
     """Tokenize a text and train all of it but position 0; an end-of-sequence token is appended and trained.
 
     Raises MaskRefused for a tokenizer without character offsets, and for an empty text.
@@ -175,7 +176,7 @@ def tokenize_text(text: str, tokenizer: Any, rendering: Rendering = AS_USUAL) ->
 
 
 def _tokenize_strings(
-    text: str, spans: tuple[Span, ...], tokenizer: Any, end: bool, rendering: Rendering
+    text: str, spans: tuple[Span, ...], tokenizer: Tokenizer, end: bool, rendering: Rendering
 ) -> TokenizedConversation:
     if not text:
         raise MaskRefused("the row is empty: there is nothing to train. Drop the row.")
@@ -283,7 +284,7 @@ def written_sentences(conversation: TokenizedConversation) -> list[str]:
     return list(sentences)
 
 
-def _token_problems(tokens: np.ndarray, tokenizer: Any) -> list[str]:
+def _token_problems(tokens: np.ndarray, tokenizer: Tokenizer) -> list[str]:
     bos = tokenizer.bos_token_id
     if bos is not None and len(tokens) > 1 and tokens[0] == tokens[1] == bos:
         return [f"the text starts with {tokenizer.bos_token!r} twice."]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from mlx_nb.config.run_config import RunConfig
+from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.errors import DataError
 
 CHAT, RAW = "chat", "raw"
@@ -31,7 +31,7 @@ class Rendering:
         """That of a run."""
         return cls(config.prompt_format, config.special_tokens_in_text)
 
-    def resolved(self, tokenizer: Any) -> Rendering:
+    def resolved(self, tokenizer: Tokenizer) -> Rendering:
         """The same with its format decided. Raises DataError for "chat" with a tokenizer without a template."""
         template = has_chat_template(tokenizer)
         if self.prompt_format == CHAT and not template:
@@ -41,7 +41,7 @@ class Rendering:
             )
         return self if self.prompt_format else replace(self, prompt_format=CHAT if template else RAW)
 
-    def is_raw(self, tokenizer: Any) -> bool:
+    def is_raw(self, tokenizer: Tokenizer) -> bool:
         """Whether strings are raw text for this tokenizer. Raises as `resolved`."""
         return self.resolved(tokenizer).prompt_format == RAW
 
@@ -54,11 +54,11 @@ class Rendering:
 AS_USUAL = Rendering()
 
 
-def has_chat_template(tokenizer: Any) -> bool:
+def has_chat_template(tokenizer: Tokenizer) -> bool:
     """Whether messages can be rendered: by a template of the tokenizer, or by mlx-lm's own code for the model."""
     return getattr(tokenizer, "chat_template", None) is not None or has_own_code(tokenizer)
 
 
-def has_own_code(tokenizer: Any) -> bool:
+def has_own_code(tokenizer: Tokenizer) -> bool:
     """Whether mlx-lm's wrapper renders by its own code for the model, whatever template the tokenizer has."""
     return getattr(tokenizer, "_chat_template", None) is not None

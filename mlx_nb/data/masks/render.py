@@ -13,6 +13,7 @@ from mlx_nb.data.masks.control_tokens import Written, encode_as_text, from_conte
 from mlx_nb.data.masks.prompt_format import AS_USUAL, Rendering, has_own_code
 from mlx_nb.data.masks.tagging import Unproved
 from mlx_nb.data.masks.template_facts import Message, RenderFailed, TemplateFacts, study_template
+from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.errors import MaskRefused
 
 _FACTS: dict[tuple[str, tuple[tuple[str, str], ...], bool], TemplateFacts] = {}
@@ -48,7 +49,7 @@ class ChatTemplate:
     Raises MaskRefused for a tokenizer without a template.
     """
 
-    def __init__(self, tokenizer: Any, tools: Sequence[Any] | None) -> None:
+    def __init__(self, tokenizer: Tokenizer, tools: Sequence[Any] | None) -> None:
         self.tokenizer = unwrapped(tokenizer)
         self.tools = list(tools) if tools else None
         # mlx-lm's wrapper adds arguments of its own (enable_thinking), and renders some models without a template.
@@ -153,7 +154,7 @@ class ChatTemplate:
         return [(a, b) for a, b in encoded.offsets[is_eos].tolist()]
 
 
-def encode_raw(text: str, tokenizer: Any, rendering: Rendering = AS_USUAL) -> Encoded:
+def encode_raw(text: str, tokenizer: Tokenizer, rendering: Rendering = AS_USUAL) -> Encoded:
     """The tokens of a text that no template is put around, after what the tokenizer begins every text with.
 
     That is mostly a beginning-of-sequence token, and never twice. Raises MaskRefused for a tokenizer without offsets.
@@ -171,7 +172,7 @@ def encode_raw(text: str, tokenizer: Any, rendering: Rendering = AS_USUAL) -> En
     return Encoded(tokens, offsets, written, written)
 
 
-def leading_tokens(tokenizer: Any) -> list[int]:
+def leading_tokens(tokenizer: Tokenizer) -> list[int]:
     """What a tokenizer puts in front of a text by itself."""
     whole = list(tokenizer("a", verbose=False)["input_ids"])
     alone = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
@@ -179,14 +180,14 @@ def leading_tokens(tokenizer: Any) -> list[int]:
     return whole[: next(starts, 0)]
 
 
-def unwrapped(tokenizer: Any) -> Any:
+def unwrapped(tokenizer: Tokenizer) -> Any:
     """The transformers tokenizer inside mlx-lm's wrapper."""
     inner = getattr(tokenizer, "_tokenizer", tokenizer)
     # A fast tokenizer of transformers has a `_tokenizer` of its own, which knows no chat template.
     return inner if hasattr(inner, "apply_chat_template") else tokenizer
 
 
-def fast_tokenizer(tokenizer: Any) -> Any:
+def fast_tokenizer(tokenizer: Tokenizer) -> Any:
     """The transformers tokenizer inside mlx-lm's wrapper. Raises MaskRefused for one that gives no offsets."""
     inner = unwrapped(tokenizer)
     if not getattr(inner, "is_fast", False):
@@ -197,7 +198,7 @@ def fast_tokenizer(tokenizer: Any) -> Any:
     return inner
 
 
-def encode_with_offsets(tokenizer: Any, text: str) -> tuple[np.ndarray, np.ndarray]:
+def encode_with_offsets(tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, np.ndarray]:
     """(T,) int32 tokens and (T, 2) int32 characters they cover, without what the tokenizer puts around texts."""
     backend = tokenizer.backend_tokenizer
     if backend.truncation or backend.padding or backend.encode_special_tokens != tokenizer.split_special_tokens:

@@ -15,6 +15,7 @@ import numpy as np
 
 from mlx_nb.data.masks.control_tokens import written_out
 from mlx_nb.data.masks.render import Encoded, encode_with_offsets
+from mlx_nb.data.masks.tokenizer import Tokenizer
 
 # What precedes an answer is mostly the same few characters of the template.
 _SHORT, _REMEMBERED = 200, 1000
@@ -83,7 +84,7 @@ def _touch(starts: np.ndarray, ends: np.ndarray, start: int | np.ndarray, end: i
 class Edges:
     """The tokens of a text at the edges of its spans."""
 
-    def __init__(self, text: str, encoded: Encoded, tokenizer: Any) -> None:
+    def __init__(self, text: str, encoded: Encoded, tokenizer: Tokenizer) -> None:
         self.text, self.tokens, self.tokenizer = text, encoded.tokens, tokenizer
         self.offsets = TokenOffsets(encoded.offsets)
         self._control = encoded.control
@@ -144,7 +145,7 @@ class Edges:
         return "" if same else f"{before[-8:]!r} before it has other tokens when the model is asked."
 
 
-def _asked(before: str, tokenizer: Any) -> _Asked:
+def _asked(before: str, tokenizer: Tokenizer) -> _Asked:
     known = _ASKED.setdefault(tokenizer, {})
     key = len(tokenizer), before
     if key in known:

@@ -14,6 +14,7 @@ from typing import Any
 
 from mlx_nb.data.masks.render import SOME_TOOL
 from mlx_nb.data.masks.template_facts import Message
+from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.data.masks.tool_values import NotJson, ValueRemarks, read_arguments, written_value
 from mlx_nb.errors import MaskRefused
 
@@ -54,7 +55,9 @@ class ShownConversation:
 _FORMS: dict[tuple[str, bool], ArgumentsForm] = {}
 
 
-def shown_conversation(messages: Sequence[Message], tools: Sequence[Any] | None, tokenizer: Any) -> ShownConversation:
+def shown_conversation(
+    messages: Sequence[Message], tools: Sequence[Any] | None, tokenizer: Tokenizer
+) -> ShownConversation:
     """The messages and tools in the form that the tokenizer's chat template wants them.
 
     Raises MaskRefused for a value that cannot be written, and for arguments in a form that the template cannot take.
@@ -77,7 +80,7 @@ def shown_conversation(messages: Sequence[Message], tools: Sequence[Any] | None,
     return ShownConversation(shown, shown_tools, problems, tuple(note for writer in writers for note in writer.notes()))
 
 
-def arguments_form(tokenizer: Any, *, with_tools: bool) -> ArgumentsForm:
+def arguments_form(tokenizer: Tokenizer, *, with_tools: bool) -> ArgumentsForm:
     """How the tokenizer's chat template writes arguments, found out once for each template."""
     # mlx-lm's wrapper renders some models by code of its own.
     source = repr([getattr(tokenizer, name, None) for name in ("chat_template", "_chat_template")])
@@ -87,7 +90,7 @@ def arguments_form(tokenizer: Any, *, with_tools: bool) -> ArgumentsForm:
     return _FORMS[key]
 
 
-def _study_form(tokenizer: Any, tools: list[Any] | None) -> ArgumentsForm:
+def _study_form(tokenizer: Tokenizer, tools: list[Any] | None) -> ArgumentsForm:
     """Render a call with an object and with its text, ending the conversation or followed by its result."""
     text = json.dumps(_ARGUMENTS)
     only_text_renders = False
@@ -102,7 +105,7 @@ def _study_form(tokenizer: Any, tools: list[Any] | None) -> ArgumentsForm:
     return ArgumentsForm(not only_text_renders, False)
 
 
-def _render_call(tokenizer: Any, arguments: Any, tools: list[Any] | None, answered: bool) -> str | None:
+def _render_call(tokenizer: Tokenizer, arguments: Any, tools: list[Any] | None, answered: bool) -> str | None:
     """The rendered text, or None when the template refuses."""
     call = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": arguments}}
     messages: list[dict[str, Any]] = [

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.errors import counted
 from mlx_nb.events import RolloutCompleted
 from mlx_nb.history import History
@@ -43,7 +44,7 @@ Ratios = Sequence[tuple[int, np.ndarray, np.ndarray]]
 class CompletionsDisplay:
     """What `%finetune rollouts` shows. With `ratios` the tokens are colored by how their probability has changed."""
 
-    def __init__(self, rollout: RolloutCompleted, tokenizer: Any = None, ratios: Ratios = ()) -> None:
+    def __init__(self, rollout: RolloutCompleted, tokenizer: Tokenizer | None = None, ratios: Ratios = ()) -> None:
         self.rollout = rollout
         self._tokenizer = tokenizer
         self._ratios = ratios
@@ -58,7 +59,7 @@ class CompletionsDisplay:
 class _Colors(NamedTuple):
     """The log-ratios of completions in the order of the rollout, and the one that is drawn strongest."""
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     ratios: Ratios
     strongest: float
     tokens: int
@@ -70,12 +71,12 @@ def fits(rollout: RolloutCompleted, ratios: Ratios) -> bool:
     return said == [(row, len(tokens)) for row, tokens, _ in ratios]
 
 
-def completions_html(rollout: RolloutCompleted, tokenizer: Any = None, ratios: Ratios = ()) -> str:
+def completions_html(rollout: RolloutCompleted, tokenizer: Tokenizer | None = None, ratios: Ratios = ()) -> str:
     """The rollout as HTML that lasts in a saved notebook; texts that are long fold, and so do most prompts of many.
 
     `ratios` color the tokens, which `tokenizer` decodes; those of other completions are not used.
     """
-    colors = _colors(tokenizer, ratios) if ratios and fits(rollout, ratios) else None
+    colors = _colors(tokenizer, ratios) if tokenizer is not None and ratios and fits(rollout, ratios) else None
     parts, start = [], 0
     largest = _largest_advantage(rollout)
     for index, group in enumerate(rollout.groups[:_MOST_GROUPS]):
@@ -216,7 +217,7 @@ def _said_html(said: Mapping[str, Any], index: int, colors: _Colors | None) -> s
     return f'<div style="{theme.MONOSPACE};font-size:.95em;line-height:1.6;{theme.WRAP}">{"".join(spans)}{ending}</div>'
 
 
-def _colors(tokenizer: Any, ratios: Ratios) -> _Colors:
+def _colors(tokenizer: Tokenizer, ratios: Ratios) -> _Colors:
     sizes = np.abs(np.concatenate([ratio_T for _, _, ratio_T in ratios]))
     usual = float(np.quantile(sizes, 0.95)) if len(sizes) else 0.0
     return _Colors(tokenizer, ratios, _round(max(usual, _SMALLEST_SCALE)), max(40, _COLORED_TOKENS // len(ratios)))

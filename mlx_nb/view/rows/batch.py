@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import groupby
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
 from mlx_nb.data.examples.batches import TokenBatch
+from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.errors import DataError
 from mlx_nb.view import theme
 from mlx_nb.view.theme import BLUE, GREY, ORANGE, one_line, span, tint, visible_html
@@ -32,7 +32,7 @@ _TRAINED = f"background:{tint(BLUE, 0.28)};border-bottom:2px solid {tint(BLUE, 1
 _CROSSING = f"background:{tint(ORANGE, 0.45)};border-bottom:2px dashed {tint(ORANGE, 1)}"
 
 
-def token_groups(tokens: Sequence[int], tokenizer: Any) -> list[tuple[int, str]]:
+def token_groups(tokens: Sequence[int], tokenizer: Tokenizer) -> list[tuple[int, str]]:
     """(how many tokens, what they say): one token each, or those that one character is split over."""
 
     def decoded(ids: Sequence[int]) -> str:
@@ -61,7 +61,7 @@ def token_groups(tokens: Sequence[int], tokenizer: Any) -> list[tuple[int, str]]
     return groups
 
 
-def _token_texts(tokens: Sequence[int], tokenizer: Any) -> list[str]:
+def _token_texts(tokens: Sequence[int], tokenizer: Tokenizer) -> list[str]:
     """What each token says; the parts of a character that is split over tokens are numbered."""
     return [
         text if count == 1 else f"{text} {part}/{count}"
@@ -131,7 +131,7 @@ def _row_html(
     loss_mask: list[float],
     segments: list[int],
     length: int,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     values: Mapping[str, Sequence[float]],
 ) -> str:
     """The positions of one line of the batch. A target is weighted at its own token, one further on."""
@@ -150,7 +150,7 @@ def _row_html(
 class BatchDisplay:
     """What `%finetune batch` shows: the arrays of the next update, one table for each micro-batch."""
 
-    def __init__(self, batches: Sequence[TokenBatch], tokenizer: Any) -> None:
+    def __init__(self, batches: Sequence[TokenBatch], tokenizer: Tokenizer) -> None:
         self.batches = batches
         self._tokenizer = tokenizer
 
@@ -210,7 +210,7 @@ def _pair_values(values: Mapping[str, np.ndarray], index: int) -> str:
 def render_batch_html(
     tokens_BT: np.ndarray,
     loss_mask_BT: np.ndarray,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     rows: Sequence[object],
     *,
     segments_BT: np.ndarray | None = None,

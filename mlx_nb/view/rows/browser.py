@@ -12,6 +12,7 @@ import ipywidgets as widgets
 
 from mlx_nb.data.examples.row_finder import ALL, FILTERS, RowFinder, Search
 from mlx_nb.data.examples.split import Examples, RowView
+from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.errors import MlxNbError
 from mlx_nb.view.closing import close_widgets
 from mlx_nb.view.rows.display import RowDisplay, TokenLoss, measured_losses
@@ -37,7 +38,7 @@ class RowBrowser:
     def __init__(
         self,
         splits: Mapping[str, Examples],
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         *,
         losses: Callable[[str], Mapping[int, float]],
         token_loss: TokenLoss,

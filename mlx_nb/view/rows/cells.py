@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
-from typing import Any
 
 import numpy as np
 
 from mlx_nb.data.masks.conversation import TokenizedConversation
+from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.errors import DataError
 
 TEMPLATE = "template"
@@ -51,7 +51,7 @@ class Cell:
         return not (math.isnan(self.loss) and math.isnan(self.base_loss))
 
 
-def added_tokens(tokenizer: Any) -> set[int]:
+def added_tokens(tokenizer: Tokenizer) -> set[int]:
     """Ids outside the learned vocabulary that mean something: `<|im_end|>`, `<think>`, not runs of spaces."""
     added = getattr(tokenizer, "added_tokens_decoder", None) or {}
     visible = {int(token_id) for token_id, token in added.items() if token.special or str(token).strip()}
@@ -73,7 +73,7 @@ def checked_loss(name: str, losses: np.ndarray | None, length: int) -> np.ndarra
 
 def row_cells(
     conversation: TokenizedConversation,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     token_loss: np.ndarray | None = None,
     token_loss_base: np.ndarray | None = None,
     *,

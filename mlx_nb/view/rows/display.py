@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mlx_nb.data.examples.split import RowView
+from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.view.rows import overlay
 from mlx_nb.view.rows.pair import Answer, pages_of_pair, pair_cells, render_pair_html, render_pair_text
 from mlx_nb.view.theme import BLUE, ORANGE, WRAP, one_line, tint, visible_html
@@ -24,11 +25,11 @@ _LONGEST_COLUMN = 2000
 class ShownRow(RowView):
     """A row of a run, with what it takes to display itself in a cell."""
 
-    tokenizer: Any = field(default=None, repr=False)
+    tokenizer: Tokenizer = field(kw_only=True, repr=False)
     split: str = "train"
 
     @classmethod
-    def of(cls, view: RowView, tokenizer: Any, split: str) -> ShownRow:
+    def of(cls, view: RowView, tokenizer: Tokenizer, split: str) -> ShownRow:
         """A row with what it takes to show it."""
         values = {declared.name: getattr(view, declared.name) for declared in fields(RowView)}
         return cls(**values, tokenizer=tokenizer, split=split)
@@ -69,7 +70,7 @@ class RowDisplay:
     def __init__(
         self,
         view: RowView,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         split: str,
         *,
         per_token: bool = False,

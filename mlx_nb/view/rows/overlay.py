@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from html import escape
-from typing import Any
 
 import numpy as np
 
 from mlx_nb.data.masks.conversation import TokenizedConversation
+from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.errors import DataError
 from mlx_nb.view import theme
 from mlx_nb.view.rows.batch import render_batch_html
@@ -26,7 +26,7 @@ __all__ = ["PAGE_TOKENS", "render_batch_html", "render_html", "render_text"]
 
 def render_html(
     conversation: TokenizedConversation,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     title: str = "",
     token_loss: np.ndarray | None = None,

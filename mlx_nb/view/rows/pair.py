@@ -6,11 +6,12 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from html import escape
 from math import nan
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from mlx_nb.data.masks.conversation import TokenizedConversation
+from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.errors import DataError
 from mlx_nb.view import theme
 from mlx_nb.view.rows.cells import Cell, checked_loss, grouped, row_cells, summary
@@ -50,7 +51,7 @@ class PairCells(NamedTuple):
     rejected: list[Cell]
 
 
-def pair_cells(chosen: Answer, rejected: Answer, tokenizer: Any) -> PairCells:
+def pair_cells(chosen: Answer, rejected: Answer, tokenizer: Tokenizer) -> PairCells:
     """The cells of a pair, those that differ marked. Of the prompt no loss is told."""
     sides = [
         row_cells(
@@ -97,7 +98,7 @@ def pages_of_pair(cells: PairCells) -> int:
 def render_pair_html(
     chosen: Answer,
     rejected: Answer,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     title: str = "",
     per_token: bool = False,
@@ -176,7 +177,7 @@ def _column_html(name: str, answer: Answer, cells: list[Cell], look: Look, page:
 
 
 def render_pair_text(
-    chosen: Answer, rejected: Answer, tokenizer: Any, *, title: str = "", color: bool = True, width: int = 100
+    chosen: Answer, rejected: Answer, tokenizer: Tokenizer, *, title: str = "", color: bool = True, width: int = 100
 ) -> str:
     """The pair for a terminal: the prompt, then the chosen answer, then the rejected one, as `render_text` shows rows.
 

@@ -7,11 +7,11 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 
 from mlx_nb.data.masks.conversation import TokenizedConversation, row_remarks
+from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.view.rows.cells import (
     TEMPLATE,
     Cell,
@@ -146,7 +146,7 @@ def highest_losses(conversation: TokenizedConversation, token_loss: np.ndarray, 
 
 def render_text(
     conversation: TokenizedConversation,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     title: str = "",
     color: bool = True,
