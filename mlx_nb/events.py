@@ -127,7 +127,9 @@ class Progress(Event):
 
 
 class RunState(StrEnum):
-    """What a run is doing; each is equal to its word."""
+    """What a run is doing; each is equal to its word, and shown as it."""
+
+    __repr__ = str.__repr__
 
     BUILT = "built"
     RUNNING = "running"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from mlx_nb import events
+from mlx_nb.events import RunState
 
 EXAMPLES = [
     events.RunStarted(0, "run", 10, 100, 1000, 20, 4, ("a note",)),
@@ -59,3 +62,10 @@ def test_an_event_survives_json(event):
 
 def test_every_event_type_is_tried_here():
     assert {type(event) for event in EXAMPLES} == set(events.EVENT_TYPES.values())
+
+
+def test_the_state_of_a_run_is_its_word():
+    assert {str(state) for state in RunState} == {"built", "running", "paused", "stopped", "finished", "failed"}
+    assert RunState.PAUSED == "paused"
+    assert repr(RunState.PAUSED) == "'paused'"
+    assert json.dumps(RunState.PAUSED) == '"paused"'
