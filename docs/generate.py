@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import inspect
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import mlx_nb
 from mlx_nb import events
+from mlx_nb.cli import command_line
 from mlx_nb.config.methods import METHODS, is_built_in
 from mlx_nb.notebook.commands import COMMANDS
 from mlx_nb.run.run import Run
@@ -26,14 +28,36 @@ def commands() -> Iterator[str]:
     """Every `%finetune` command with its arguments."""
     yield "# Commands\n\n`%finetune COMMAND`, in a cell. `--name` or `-n` chooses another run than the current one.\n"
     for name, command in COMMANDS.items():
-        yield f"## {name}\n\n`%finetune {command.usage}`\n\n{command.help[0].upper()}{command.help[1:]}.\n"
-        rows = [
-            f"| `{', '.join(one.option_strings) or one.dest}` | {one.help or ''} |"
-            for one in command.parser._actions
-            if one.help and one.dest not in ("name", "help")
-        ]
-        if rows:
-            yield "\n".join(["| argument | |", "|---|---|", *rows]) + "\n"
+        usage = f"%finetune {name} {command.usage}".strip()
+        yield f"## {name}\n\n`{usage}`\n\n{_sentence(command.help)}\n"
+        yield from _arguments(command.parser, ("name", "help"))
+
+
+def _sentence(words: str) -> str:
+    return f"{words[0].upper()}{words[1:]}."
+
+
+def _arguments(parser: argparse.ArgumentParser, but: Collection[str]) -> Iterator[str]:
+    """The arguments of a parser as a table."""
+    rows = [
+        f"| `{', '.join(one.option_strings) or one.metavar or one.dest}` | {(one.help or '').replace('%%', '%')} |"
+        for one in parser._actions
+        if one.help and one.dest not in but
+    ]
+    if rows:
+        yield "\n".join(["| argument | |", "|---|---|", *rows]) + "\n"
+
+
+def terminal() -> Iterator[str]:
+    """Every `mlx-nb` command with its arguments."""
+    yield "# In a terminal\n"
+    yield "The exit status is 0 when all went well, 1 after an error, 130 after an interrupt and 143 after SIGTERM.\n"
+    (subparsers,) = (one for one in command_line()._actions if isinstance(one, argparse._SubParsersAction))
+    helps = {one.dest: one.help or "" for one in subparsers._choices_actions}
+    for name, parser in subparsers.choices.items():
+        usage = " ".join(parser.format_usage().split()[1:]).replace("[-h] ", "").replace(" [-h]", "")
+        yield f"## {name}\n\n`{usage}`\n\n{_sentence(helps[name])}\n"
+        yield from _arguments(parser, ("help",))
 
 
 def _records(kinds: list[type]) -> Iterator[str]:
@@ -97,7 +121,7 @@ def _plain(signature: str) -> str:
     return re.sub(r"\((?:self|cls)(?:, )?", "(", text)
 
 
-PAGES = {"commands": commands, "events": event_pages, "metrics": metrics, "python": python}
+PAGES = {"commands": commands, "terminal": terminal, "events": event_pages, "metrics": metrics, "python": python}
 
 
 def page(name: str) -> str:

@@ -44,7 +44,7 @@ def _discard_output() -> None:
 
 
 def _carry_out(arguments: Sequence[str] | None) -> int:
-    parser = _parser()
+    parser = command_line()
     chosen, further = parser.parse_known_args(arguments)
     # argparse fills DATA and the settings at the first of them, and gives back settings that follow an option.
     if further and (not hasattr(chosen, "settings") or any(word.startswith("-") for word in further)):
@@ -66,7 +66,8 @@ def _carry_out(arguments: Sequence[str] | None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_line() -> argparse.ArgumentParser:
+    """What `mlx-nb` understands."""
     parser = argparse.ArgumentParser(prog="mlx-nb", description="Fine-tune a language model with MLX.")
     parser.set_defaults(act=None)
     commands = parser.add_subparsers(title="commands", metavar="")

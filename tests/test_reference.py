@@ -25,7 +25,7 @@ def generate():
     return module
 
 
-@pytest.mark.parametrize("name", ["commands", "events", "metrics", "python"])
+@pytest.mark.parametrize("name", ["commands", "terminal", "events", "metrics", "python"])
 def test_a_page_is_what_is_generated(generate, name):
     written = (DOCS / "reference" / f"{name}.md").read_text(encoding="utf-8")
     assert written == generate.page(name), "run `python docs/generate.py`"
@@ -34,6 +34,8 @@ def test_a_page_is_what_is_generated(generate, name):
 def test_nothing_public_is_missing_or_without_words(generate):
     pages = {name: generate.page(name) for name in generate.PAGES}
     assert [name for name in COMMANDS if f"## {name}\n" not in pages["commands"]] == []
+    assert "`%finetune rewind " in pages["commands"]
+    assert all(f"## {name}\n" in pages["terminal"] for name in ("quickstart", "train", "check", "doctor", "settings"))
     classes = [one for one in vars(events).values() if inspect.isclass(one) and one.__module__ == events.__name__]
     told = [one for one in classes if issubclass(one, events.Event | events.Request)]
     bases = (events.Event, events.Request)
