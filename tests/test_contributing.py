@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import mlx_nb
 from mlx_nb.config.methods import METHODS
-from mlx_nb.config.optimizers import OPTIMIZERS
+from mlx_nb.config.optimizers import OPTIMIZERS, OptimizerName
 from mlx_nb.config.run_config import RunConfig
 from mlx_nb.errors import ConfigError
 from mlx_nb.notebook.commands import COMMANDS, _command
@@ -52,6 +53,7 @@ def test_a_command_is_one_entry(monkeypatch):
 
 
 def test_an_optimizer_is_an_entry_and_a_name():
+    assert set(get_args(OptimizerName)) == set(OPTIMIZERS)
     for name in OPTIMIZERS:
         assert RunConfig.from_dict({"optimizer": name}).optimizer == name
     with pytest.raises(ConfigError):

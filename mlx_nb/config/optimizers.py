@@ -9,7 +9,7 @@ import importlib
 import numbers
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from mlx_nb.config.fields import SettingError, as_float32, typo_of
 from mlx_nb.errors import shown
@@ -64,6 +64,7 @@ class Optimizer:
         return getattr(importlib.import_module(module), name)(**arguments)
 
 
+OptimizerName = Literal["adam", "adamw", "sgd", "adafactor", "muon", "lion"]
 OPTIMIZERS: dict[str, Optimizer] = {
     "adam": Optimizer("mlx.optimizers:Adam", {"betas": _BETAS, "eps": _EPS, "bias_correction": _FLAG}),
     "adamw": Optimizer("mlx.optimizers:AdamW", {"betas": _BETAS, "eps": _EPS, "bias_correction": _FLAG}),

@@ -21,7 +21,7 @@ from mlx_nb.config.fields import SettingError, SettingErrors, Settings, coerce, 
 from mlx_nb.config.hints import foreign_settings, inner_hint, value_hint
 from mlx_nb.config.methods import METHODS
 from mlx_nb.config.mixture_sources import is_mixture, is_source, source_problem
-from mlx_nb.config.optimizers import arguments_of
+from mlx_nb.config.optimizers import OptimizerName, arguments_of
 from mlx_nb.config.yaml_text import Document, load_mapping, read_yaml_file
 from mlx_nb.errors import ConfigError, listed_problems, shown
 
@@ -338,7 +338,7 @@ class RunConfig(Settings):
         "then the adapter's own.",
         group="adapter",
     )
-    optimizer: Literal["adam", "adamw", "sgd", "adafactor", "muon", "lion"] = setting(
+    optimizer: OptimizerName = setting(
         "adamw",
         "An optimizer of mlx.optimizers. muon orthogonalizes every matrix, as in mlx-lm; with fine_tune_type: full and "
         "num_layers: -1 also embeddings and head, which its author leaves to AdamW.",

@@ -101,7 +101,8 @@ class Background:
             error = caught
         self._events = self._task = None
         _left(self._run)
-        ended(None if isinstance(error, SystemExit) else error)
+        # An interrupt that broke off the reading of rows is a pause: nothing has begun.
+        ended(None if isinstance(error, SystemExit | KeyboardInterrupt) else error)
         if isinstance(error, asyncio.CancelledError | SystemExit):
             raise error
 

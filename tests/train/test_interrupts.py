@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
@@ -163,22 +164,42 @@ def test_a_failed_start_leaves_the_model_as_it_was_loaded(tmp_path, tiny_folder,
     assert run.adapter_bytes() == whole.adapter_bytes()
 
 
-def test_rows_that_never_come_are_broken_off_by_a_second_interrupt(tmp_path, tiny_folder):
+class Endless(list):
     """A data set of a person's own may wait for a network; nothing but a signal ends that."""
 
-    class Endless(list):
-        def __iter__(self):
+    waits = True
+
+    def __iter__(self):
+        if self.waits:
             interrupt(2)
             pytest.fail("the second one did not strike here")
+        return super().__iter__()
 
+
+@pytest.mark.parametrize("where", ["in the foreground", "in the background"])
+def test_rows_that_never_come_are_broken_off_by_a_second_interrupt(tmp_path, tiny_folder, where):
+    rows = Endless(tiny_rows())
     run = Run.from_yaml(
-        f"model: {tiny_folder}\ndata: rows\niters: 2\nadapter_path: {tmp_path / 'a'}",
-        namespace={"rows": Endless(tiny_rows())},
+        f"model: {tiny_folder}\ndata: rows\niters: 2\nadapter_path: {tmp_path / 'a'}", namespace={"rows": rows}
     )
-    with pytest.raises(KeyboardInterrupt):
-        list(run.events())
+
+    async def moved():
+        run.start()
+        await run
+
+    def move():
+        asyncio.run(moved()) if where == "in the background" else list(run.events())
+
+    if where == "in the background":
+        move()
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            move()
     assert not run.home.held
     assert run.state == "built"
+    rows.waits = False
+    move()
+    assert run.state == "finished"
 
 
 def test_a_turn_that_was_broken_off_holds_up_neither_its_own_thread_nor_others():
