@@ -8,18 +8,10 @@ TEXTS = [
     {"text": f"say {word} and again {word} and then say it once more {word}"} for word in ["red", "green", "blue"] * 4
 ]
 
-
 SFT = {"data": tiny_rows(12), "iters": 3, "batch_size": 4, "learning_rate": 1e-2, "val_set_size": 2}
-
-
 TEXT = {**SFT, "data": TEXTS}
-
-
 PAIRS = {**SFT, "method": "dpo", "data": tiny_pairs(12)}
-
-
 LABELS = {**SFT, "method": "kto", "data": tiny_labels(12)}
-
 
 PROMPTS = {
     **SFT,
@@ -32,13 +24,11 @@ PROMPTS = {
     "lora_parameters": {"rank": 4},
 }
 
-
 SPLIT = {
     **SFT,
     "val_set_size": 0.1,
     "data": {"train": tiny_rows(12), "valid": tiny_rows(4), "test": tiny_rows(6), "other": tiny_rows(3)},
 }
-
 
 MORE = {**PROMPTS, "updates_per_rollout": 2, "learning_rate": 0.3, "iters": 4}
 

@@ -8,14 +8,8 @@ import numpy as np
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 Q = gguf.GGMLQuantizationType
-
-
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FEED_FORWARD = 256, 4, 2, 64, 512
-
-
 LAYERS = {"llama": 2, "qwen2": 2, "qwen3": 2, "gemma3": 6}  # the sixth of a gemma3 is its first of full attention
-
-
 PRE = {"llama": "smollm", "qwen2": "qwen2", "qwen3": "qwen2", "gemma3": None}
 
 
@@ -29,7 +23,6 @@ MATRICES = {
     "ffn_up": ("mlp.up_proj", FEED_FORWARD, HIDDEN),
     "ffn_down": ("mlp.down_proj", HIDDEN, FEED_FORWARD),
 }
-
 
 NORMS = {
     "llama": {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"},

@@ -19,9 +19,7 @@ DIGEST = (
     ".encode()).hexdigest())"
 )
 
-
 AUTOSAVE_SECONDS = 0.03
-
 
 SETTINGS = {
     "iters": 20_000,

@@ -22,7 +22,6 @@ pages = int(open('/proc/self/statm').read().split()[1])
 print('measured', json.dumps([pages * os.sysconf('SC_PAGE_SIZE') / 1e6, len(ipywidgets.widget._instances)]), 'end')
 """
 
-
 MODELS_IN_THE_BROWSER = """async () => {
     const notebook = window.jupyterapp.shell.currentWidget.content;
     const renderer = notebook.rendermime.createRenderer('application/vnd.jupyter.widget-view+json');
@@ -30,10 +29,7 @@ MODELS_IN_THE_BROWSER = """async () => {
     return Object.keys(manager._models).length;
 }"""
 
-
 COUNT = "(index) => window.jupyterapp.shell.currentWidget.content.widgets[index].model.executionCount"
-
-
 PANELS = "() => document.querySelectorAll('[role=status]').length"
 
 

@@ -6,7 +6,6 @@ import time
 
 STATE = "(state) => document.querySelector('[role=status]')?.textContent.includes(state)"
 
-
 TEXT_OF_CELL = """(index) => {
     const cell = window.jupyterapp.shell.currentWidget.content.widgets[index];
     return cell.outputArea.node.innerText + '|' + (cell.model.executionCount ?? '');

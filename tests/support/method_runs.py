@@ -19,7 +19,6 @@ ROWS = {
     "grpo": tiny_prompts,
 }
 
-
 ROLLOUTS = {
     "rewards": [e_share],
     "group_size": 4,

@@ -8,11 +8,7 @@ from pathlib import Path
 
 import pytest
 
-sync_api = pytest.importorskip("playwright.sync_api")
-
-
 SITE = "http://row.test/"
-
 
 ATTACK = (
     '<script>window.pwned = 1; alert(1)</script><img src=x onerror="window.pwned = 2; alert(2)">'
@@ -22,13 +18,11 @@ ATTACK = (
     ' " \' onmouseover="window.pwned = 4" javascript:alert(3) &lt;b&gt; &#60; &amp;amp; ${1} {{ 1 }} $x^2$'
 )
 
-
 HIDING = (
     "\x1b[31mred\x1b[0m \x1b]0;title\x07 \x9b2J \x08\x08 \r\n"
     "abc \u202egnirts\u202c def \u2066ghi\u2069 \u200fjkl\u200e \u061c m\u200bn\ufeffo\u00adp \u00a0\u2003\u2028\u2029 "
     "\U000e0041 \ue000 \x00 q\tr  s   t \u3164|\u2800| Z" + "\u0301" * 40
 )
-
 
 SCRIPTS = (
     "👩‍👩‍👧 👍🏽 ❤️ 🏳️‍🌈 🇫🇷 1️⃣ | "
@@ -63,11 +57,12 @@ def document(html: str, theme: str) -> str:
 
 @pytest.fixture(scope="module")
 def browser():
+    sync_api = pytest.importorskip("playwright.sync_api")
     found = os.environ.get("MLX_NB_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
     if found is None:
         pytest.skip("no Chromium here")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield browser
         browser.close()
 

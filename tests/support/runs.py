@@ -15,7 +15,6 @@ from trainers import make_trainer
 
 SCHEDULE = {"name": "cosine_decay", "arguments": [1e-2, 40], "warmup": 5}
 
-
 SETTINGS = {
     "iters": 40,
     "grad_accumulation_steps": 3,

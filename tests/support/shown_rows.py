@@ -12,13 +12,11 @@ from mlx_nb.data.masks.conversation import Span, TokenizedConversation
 
 WORDS = "What is the capital of France? Arr, the capital be Paris, me hearty. You are a helpful assistant.\n"
 
-
 MESSAGES = [
     ("system", "You are a helpful assistant."),
     ("user", "What is the capital of France?"),
     ("assistant", "Arr, the capital be Paris, me hearty."),
 ]
-
 
 NASTY = (
     '<script>alert(1)</script><img src=x onerror="alert(2)"> \' & &lt; </span></div> '
@@ -27,10 +25,7 @@ NASTY = (
     "Z" + "\u0301" * 40
 )
 
-
 TAGS = {"div", "span", "bdi", "b", "br", "sup", "details", "summary"}
-
-
 ATTRIBUTES = {"class", "dir", "style", "title", "open"}
 
 

@@ -16,13 +16,11 @@ from mlx_nb.data.masks.conversation import (
 
 MARKERS = ["<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|system|>", "[INST]", "[/INST]", "<|end|>"]
 
-
 CORPUS = [
     "the quick brown fox jumps over the lazy dog. " * 3,
     "user assistant system model tool hello world, it is 4! yes no\n\nNamed colors: blue green red",
     '{"name": "get_weather", "arguments": {"city": "Paris"}}\n\n\n',
 ]
-
 
 Messages = list[dict]
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import re
-import shutil
 import time
 from pathlib import Path
 
@@ -418,18 +416,6 @@ def page_of(series: dict, theme: str) -> str:
     return PAGE % {"style": style, "state": json.dumps(state, allow_nan=False).replace("<", "\\u003c")}
 
 
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    found = os.environ.get("MLX_NB_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-    if found is None:
-        pytest.skip("no Chromium here")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def opened(browser):
     """Open a page with the curves of a history; at the end nothing may have gone wrong or elsewhere."""
@@ -459,13 +445,6 @@ def opened(browser):
     for page in pages:
         page.close()
     assert wrong == []
-
-
-@pytest.fixture
-def screenshot(tmp_path):
-    folder = Path(os.environ.get("MLX_NB_SCREENSHOTS") or tmp_path)
-    folder.mkdir(parents=True, exist_ok=True)
-    return lambda page, name: page.screenshot(path=folder / f"curves_{name}.png")
 
 
 def told_history(updates: int = 140) -> History:
@@ -589,10 +568,10 @@ def test_every_curve_on_every_axis_can_be_read(theme, width, told, opened, scree
     show(page, group="loss", scale="linear", axis="update")
     page.mouse.click(*place_of(page, 60))
     page.mouse.move(*place_of(page, 111))
-    screenshot(page, f"{theme}_{width}")
+    screenshot(page, f"curves_{theme}_{width}")
     page.get_by_role("button", name="Log").click()
     page.get_by_role("button", name="Time").click()
-    screenshot(page, f"log_{theme}_{width}")
+    screenshot(page, f"curves_log_{theme}_{width}")
 
 
 @pytest.mark.browser
@@ -615,7 +594,7 @@ def test_the_curves_of_a_method_can_be_read_and_chosen(method, theme, width, ope
         button.click()
         assert page.evaluate("model.get('group')") == name
         assert button.get_attribute("aria-pressed") == "true"
-    screenshot(page, f"{method}_{theme}_{width}")
+    screenshot(page, f"curves_{method}_{theme}_{width}")
 
 
 @pytest.mark.browser
@@ -765,7 +744,7 @@ def test_without_updates_the_chart_says_so(opened, screenshot):
     assert page.evaluate("window.sent") == []
     empty = opened(Curves().series)
     assert "no update yet" in empty.locator(".mlx-nb-chart").text_content()
-    screenshot(empty, "empty")
+    screenshot(empty, "curves_empty")
 
 
 @pytest.mark.browser
