@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
+from operator import attrgetter
 from typing import Any
 
 from mlx_nb.errors import CommandError
@@ -115,6 +116,15 @@ class History:
     def evaluations(self, split: str | None = None) -> list[dict[str, Any]]:
         """One dict per evaluation, of one split or of all, the method's own metrics last."""
         return [evaluation_row(event) for event in self._of(EvaluationCompleted) if split in (None, event.split)]
+
+    @property
+    def best_validation(self) -> dict[str, Any] | None:
+        """The validation whose adapter is in `best/`; of those of a run that marked none, the one of lowest loss."""
+        valid = [event for event in self._of(EvaluationCompleted) if event.split == "valid"]
+        marked = [event for event in valid if event.best]
+        finite = [event for event in valid if math.isfinite(event.loss)]
+        best = marked[-1] if marked else min(finite, key=attrgetter("loss"), default=None)
+        return None if best is None else evaluation_row(best)
 
     @property
     def evaluation_metrics(self) -> list[str]:
@@ -238,11 +248,16 @@ def evaluation_row(event: EvaluationCompleted) -> dict[str, Any]:
 
 
 def smoothed(values: Sequence[float], factor: float = 0.9) -> list[float]:
-    """Exponential moving average without the start's pull towards zero (Adam's bias correction)."""
-    average, result = 0.0, []
-    for count, value in enumerate(values, start=1):
-        average = factor * average + (1 - factor) * value
-        result.append(average / (1 - factor**count))
+    """Exponential moving average without the start's pull towards zero (Adam's bias correction).
+
+    What is not finite is passed over, and NaN itself.
+    """
+    average, weight, result = 0.0, 0.0, []
+    for value in values:
+        known = math.isfinite(value)
+        if known:
+            average, weight = factor * average + (1 - factor) * value, factor * weight + 1 - factor
+        result.append(average / weight if known else math.nan)
     return result
 
 

@@ -24,7 +24,7 @@ from mlx_nb.events import (
 )
 from mlx_nb.run.run import raise_failure
 from mlx_nb.view import event_text
-from mlx_nb.view.curves.figure import figure_png, live_quantity, live_svg
+from mlx_nb.view.curves.figure import live_svg, live_words
 from mlx_nb.view.reports.completions import last_rollout_html
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ class _LiveDisplay:
         head = f"<b>{html.escape(self._run.name)}</b>&ensp;{html.escape(line)}"
         legend = (
             '<div style="font-size:11px;opacity:0.75"><span style="color:#0072B2">━</span> '
-            f'training {live_quantity(history)}, smoothed&ensp;<span style="color:#D55E00">╍●</span> validation</div>'
+            f'{live_words(history)}&ensp;<span style="color:#D55E00">╍●</span> validation</div>'
         )
         curve = live_svg(history, self._iters)
         self._put(
@@ -203,11 +203,7 @@ class _LiveDisplay:
         from IPython.display import display
 
         try:
-            png = figure_png(self._run.plot())
-            display(
-                {"image/png": png, "text/plain": event_text.progress_line(self._run.history, self._iters)},
-                raw=True,
-            )
+            display(self._run.plot()._repr_mimebundle_(), raw=True)
         except Exception as error:
             print(f"the figure could not be drawn ({error}); the run is not affected.", file=sys.stderr)
 

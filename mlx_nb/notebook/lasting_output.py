@@ -12,7 +12,6 @@ from typing import Any
 from mlx_nb.events import Event, RunFailed, RunStarted, RunState, StateChanged
 from mlx_nb.run.run import Run
 from mlx_nb.view import event_text
-from mlx_nb.view.curves.figure import figure_png
 from mlx_nb.view.reports.completions import last_rollout_html
 from mlx_nb.view.theme import ORANGE, WRAP, tint
 
@@ -65,8 +64,7 @@ class Outcome:
         self._waiting = ""
         try:
             if len(history) > 1:
-                line = event_text.progress_line(history, run.trainer.iters)
-                self._figure.update({"image/png": figure_png(run.plot()), "text/plain": line}, raw=True)
+                self._figure.update(run.plot()._repr_mimebundle_(), raw=True)
         except Exception as error:
             self._say_unshown(error)
 

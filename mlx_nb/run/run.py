@@ -84,13 +84,12 @@ from mlx_nb.train.inbox import Inbox
 from mlx_nb.train.interrupts import interrupts_wait
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from mlx_nb.model.loading import LoadedModel
     from mlx_nb.rollouts.generation import Prompt
     from mlx_nb.train.checkpoint import Checkpoint, CheckpointInfo, CheckpointStore
     from mlx_nb.train.interrupts import Interrupts
     from mlx_nb.train.trainer import Trainer
+    from mlx_nb.view.curves.shown_figure import ShownFigure
     from mlx_nb.view.panel.panel import Panel
     from mlx_nb.view.reports.completions import CompletionsDisplay
     from mlx_nb.view.rows.browser import RowBrowser
@@ -398,8 +397,8 @@ class Run:
         """Whether it has ended and no update is left: one that was stopped, or stopped early, can go on."""
         return self._trainer is not None and self._trainer.over
 
-    def plot(self) -> Figure:
-        """The run so far as a matplotlib Figure."""
+    def plot(self) -> ShownFigure:
+        """The run so far as a matplotlib Figure that displays itself; `run.plot().savefig("curves.png")` keeps it."""
         from mlx_nb.view.curves.figure import plot_history
 
         metrics = method_named(self.config.method).metrics

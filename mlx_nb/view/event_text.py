@@ -220,11 +220,11 @@ def summary_rows(history: History) -> list[tuple[str, str]]:
             change = f"{headline(first)[1]:.4f} → {value:.4f}" if len(evaluations) > 1 else f"{value:.4f}"
             measured = side_metrics(final, history.evaluation_metrics)
             rows.append((f"{label} {name}", f"{change} ({measured})" if measured else change))
-    best = [row for row in history.evaluations("valid") if row["best"]]
-    if best:
-        name, value = headline(best[-1])
+    best = history.best_validation
+    if best is not None:
+        name, value = headline(best)
         told = f"{value:.4f}" if name == "loss" else f"{name} {value:.4f}"
-        rows.append(("best validation", f"{told} at update {best[-1]['step']}"))
+        rows.append(("best validation", f"{told} at update {best['step']}"))
     if finished and not finished.learned:
         rows.append(("learned", f"nothing. {_NOTHING}"))
     if finished and last and finished.step >= last.step:

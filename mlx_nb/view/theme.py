@@ -19,6 +19,8 @@ BLUE: Color = (0, 114, 178)
 ORANGE: Color = (213, 94, 0)
 GREEN: Color = (0, 158, 115)
 GREY: Color = (128, 128, 128)
+# For words in pictures, which inherit no color: 4.3:1 or more on white and on the #111 of dark notebooks.
+INK = "#7A7A7A"
 ROLE_COLORS = {"system": GREY, "user": ORANGE, "assistant": BLUE, "tool": GREEN}
 
 # The strongest tint on which inherited text keeps a contrast of 4.5:1 in the usual light and dark themes.

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import math
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+
 import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.text import Text
 
 from curve_histories import method_history, update, validation
 from mlx_nb.config.methods import METHODS
-from mlx_nb.events import Rewound
-from mlx_nb.history import History
-from mlx_nb.view.curves.figure import live_svg, plot_history
+from mlx_nb.events import Rewound, SettingChanged
+from mlx_nb.history import History, smoothed
+from mlx_nb.view.curves.curves import SeriesBuilder
+from mlx_nb.view.curves.figure import live_svg, live_words, plot_history
+from mlx_nb.view.curves.shown_figure import drawable
+from mlx_nb.view.event_text import summary_rows
+from places import SUPPORT
 
 
 def titles(figure) -> list[str]:
@@ -65,3 +77,109 @@ def test_the_small_curve_is_of_the_reward_where_there_is_one_and_reaches_below_z
     falling = live_svg(History(update(step, -step) for step in range(1, 5)), 10)
     points = falling.split('points="')[1].split('"')[0].split()
     assert len({point.split(",")[1] for point in points}) == 4
+
+
+def luminance(color: tuple[float, float, float]) -> float:
+    linear = [one / 12.92 if one <= 0.04045 else ((one + 0.055) / 1.055) ** 2.4 for one in color[:3]]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: float, other: float) -> float:
+    return (max(one, other) + 0.05) / (min(one, other) + 0.05)
+
+
+@pytest.mark.parametrize("ground", [(1, 1, 1), (0x11 / 255,) * 3])
+def test_all_words_of_the_figure_can_be_read_on_a_light_and_on_a_dark_page(ground):
+    figure = plot_history(method_history("dpo"), "bees: smollm2-135m", METHODS["dpo"].metrics)
+    assert {figure.get_facecolor()[3], *(axes.get_facecolor()[3] for axes in figure.axes)} == {0}
+    figure.draw_without_rendering()
+    words = [text for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()]
+    assert len(words) > 20
+    for text in words:
+        assert contrast(luminance(to_rgb(text.get_color())), luminance(ground)) > 3.8, text
+
+
+def test_a_notebook_gets_a_picture_without_any_backend_of_pyplot():
+    code = (
+        "from IPython.core.interactiveshell import InteractiveShell\n"
+        "from curve_histories import method_history\n"
+        "from mlx_nb.view.curves.figure import plot_history\n"
+        "figure = plot_history(method_history('dpo'), 'bees: m')\n"
+        "data, _ = InteractiveShell.instance().display_formatter.format(figure)\n"
+        "import sys; assert 'matplotlib.pyplot' not in sys.modules\n"
+        "print(sorted(data), data['image/png'][:4], data['text/plain'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SUPPORT)
+    assert done.stdout.strip() == (
+        "['image/png', 'text/plain'] b'\\x89PNG' bees: m, 60 updates (a figure: "
+        '`.savefig("curves.png")` writes it to a file)'
+    ), done.stderr
+
+
+@pytest.mark.parametrize("name", ["模型 🐝", "a$b$c", "$\\frac{", "été"])
+def test_no_name_brings_a_warning_or_an_error_into_the_picture(name):
+    history = History([update(1, 2.0, {name: 1.0}), update(2, 1.0, {name: 2.0}), SettingChanged(2, name, "a", name)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = plot_history(history, f"{name}: {name}")
+        assert figure._repr_png_()[:4] == b"\x89PNG"
+    title = figure.axes[0].get_title(loc="left")
+    assert title == f"{drawable(name)}: {drawable(name)}"
+    assert len(title) == 2 * len(name) + 2
+
+
+def widths(axes) -> dict[str, float]:
+    return {line.get_label(): line.get_linewidth() for line in axes.get_lines()}
+
+
+def test_what_is_smoothed_is_the_heavier_line_only_where_there_are_many_updates():
+    few, many = (
+        widths(plot_history(History(update(step, 1 / step) for step in range(1, n))).axes[0]) for n in (13, 99)
+    )
+    assert few["train, each update"] > few["train, smoothed"]
+    assert many["train, smoothed"] > many["train, each update"]
+    assert live_words(History(update(step, 1.0) for step in range(1, 13))) == "training loss"
+    assert live_words(History(update(step, 1.0) for step in range(1, 99))) == "training loss, smoothed"
+
+
+def test_an_average_passes_over_what_is_not_finite():
+    assert smoothed([2.0, math.nan, 2.0, math.inf, 2.0]) == pytest.approx([2, math.nan, 2, math.nan, 2], nan_ok=True)
+
+
+def test_the_best_mark_is_the_best_of_the_summary_and_covers_no_curve():
+    history = History([replace(validation(0, 3.0), best=True)])
+    for step in range(1, 9):
+        history.append(update(step, 3 - step / 4))
+    history.append(replace(validation(4, 2.0), best=True))
+    history.append(validation(8, 1.5))  # by hand, of other rows: no adapter was kept for it
+    axes = plot_history(history).axes[0]
+    told = dict(summary_rows(history))["best validation"]
+    assert told == "2.0000 at update 4"
+    (ring,) = (line for line in axes.get_lines() if line.get_markersize() == 9)
+    assert (list(ring.get_xdata()), list(ring.get_ydata())) == ([4], [2.0])
+    (label,) = (text for text in axes.texts if text.get_text() == "best 2.000")
+    figure = axes.figure
+    figure.draw_without_rendering()
+    assert label.get_window_extent().y0 >= axes.get_window_extent().y1
+    assert SeriesBuilder(history).series(8)["best"] == {"group": "loss", "step": 4}
+
+
+def test_what_a_rewind_left_is_inside_the_axes_and_squeezes_what_stands_to_a_third_at_most():
+    def limits(left: float) -> tuple[float, float]:
+        history = History(update(step, 2 - step / 10) for step in range(1, 11))
+        history.append(update(11, left))
+        history.append(Rewound(10, 11, 10))
+        return plot_history(history).axes[0].get_ylim()
+
+    assert limits(2.5)[1] > 2.5
+    low, high = limits(1e6)
+    assert high < 4
+    assert (high - low) <= 3.1 * (1.9 - 1.0)
+
+
+def test_updates_are_whole_numbers_on_the_axis_and_a_steady_rate_is_told_as_it_is():
+    figure = plot_history(History([update(1, 2.0), update(2, 1.0, learning_rate=1e-4 - 1e-15)]))
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        assert all(float(tick) == int(tick) for tick in axes.get_xticks())
+    assert "+" not in figure.axes[1].yaxis.get_offset_text().get_text()

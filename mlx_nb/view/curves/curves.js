@@ -10,6 +10,11 @@ const LOOKS = {
   "valid-second": { stroke: SECOND, "stroke-width": 1.6, "stroke-dasharray": "6 4" },
   left: { stroke: LEFT, "stroke-width": 1.8, "stroke-dasharray": "0.1 4", "stroke-linecap": "round" },
 };
+// While there are few updates they are the curve, and their average, which lags, is a hint.
+const SHORT_LOOKS = {
+  raw: { stroke: TRAIN, "stroke-width": 2.2 },
+  train: { stroke: TRAIN, "stroke-width": 1, "stroke-opacity": 0.65 },
+};
 const HEIGHT = 230, NARROWEST = 260, TOP = 26, BOTTOM = HEIGHT - 40, RIGHT = 14, NEAR = 5;
 const LETTER = 6.6; // Width of a digit, so that the axis has room before anything is drawn.
 const CHOICES = {
@@ -29,7 +34,6 @@ const STYLE = `
   background: var(--jp-layout-color1, Canvas); max-width: 100%; overflow-wrap: anywhere; }
 .mlx-nb-chart { display: block; cursor: crosshair; font-size: 11px; touch-action: pan-y; outline: none; }
 .mlx-nb-curves :focus-visible { outline: 2px solid var(--jp-brand-color1, ${TRAIN}); outline-offset: -2px; }
-.mlx-nb-best { paint-order: stroke; stroke: var(--jp-layout-color0, transparent); stroke-width: 4px; }
 .mlx-nb-plot { position: relative; } .mlx-nb-tip svg { flex: none; }
 .mlx-nb-tip { position: absolute; top: ${TOP + 4}px; padding: 4px 8px; pointer-events: none; box-sizing: border-box; }
 .mlx-nb-help { margin-bottom: 4px; overflow-wrap: anywhere; } .mlx-nb-bar .mlx-nb-set { flex-wrap: wrap; }
@@ -97,10 +101,15 @@ function layout(series, group, scale, axis, width) {
   const isDrawn = (value) => value !== null && (scale !== "log" || value > 0);
   const lines = group.lines.map((line) => ({ ...line, along: line.step.map((step) => along(step, line.clock)) }));
   const heights = (some) => some.flatMap((line) => line.value.filter(isDrawn).map(into));
-  // A branch that was left may have exploded; it does not squeeze the curve that stands.
+  // A branch that was left may have exploded; it squeezes the curve that stands to a third at most.
   const standing = heights(lines.filter((line) => line.role !== "left"));
   const values = standing.length ? standing : heights(lines);
-  const lowest = Math.min(...values), highest = Math.max(...values);
+  let lowest = Math.min(...values), highest = Math.max(...values);
+  const span = highest - lowest, behind = heights(lines.filter((line) => line.role === "left"));
+  if (span > 0 && behind.length) {
+    lowest = Math.max(lowest - span, Math.min(lowest, ...behind));
+    highest = Math.min(highest + span, Math.max(highest, ...behind));
+  }
   const margin = 0.06 * (highest - lowest) || (scale === "log" ? 0.1 : 0.1 * Math.abs(highest) || 1);
   const low = scale !== "log" && lowest >= 0 ? Math.max(0, lowest - margin) : lowest - margin, high = highest + margin;
   const up = !values.length ? { ticks: [] }
@@ -116,10 +125,12 @@ function layout(series, group, scale, axis, width) {
   const tenth = (pixels) => Math.round(pixels * 10) / 10;
   const x = (value) => tenth(left + ((width - RIGHT - left) * value) / end);
   const y = (value) => tenth(BOTTOM - ((BOTTOM - TOP) * (into(value) - low)) / (high - low));
+  const looks = series.short && lines.some((line) => line.role === "raw") ? { ...LOOKS, ...SHORT_LOOKS } : LOOKS;
   for (const line of lines)
     line.places = line.along.map((at, index) => [x(at), isDrawn(line.value[index]) ? y(line.value[index]) : null]);
   return {
-    width, left, lines, upLabel: group.label, best: group.best, steps: lines[0].step,
+    width, left, lines, looks, upLabel: group.label, best: group.best,
+    bestStep: series.best?.group === group.name ? series.best.step : null, steps: lines[0].step,
     upTicks: up.ticks.map((tick, index) => [y(tick), upTexts[index]]),
     acrossTicks: across.ticks.map((tick) => [x(tick * unit), short(tick, across.gap)]),
     acrossLabel: axis === "tokens" ? "tokens trained on" : axis === "time" ? `time in training (${unitName})`
@@ -130,10 +141,10 @@ function layout(series, group, scale, axis, width) {
   };
 }
 
-function keyed(parent, tag, role, text) {
+function keyed(parent, tag, role, text, looks) {
   const entry = add(parent, tag), picture = add(entry, "svg", { width: 24, height: 10, "aria-hidden": "true" });
-  add(picture, "path", { ...LOOKS[role], d: "M2 5H22" });
-  if (isValid(role)) add(picture, "circle", { cx: 12, cy: 5, r: 3, fill: LOOKS[role].stroke });
+  add(picture, "path", { ...looks[role], d: "M2 5H22" });
+  if (isValid(role)) add(picture, "circle", { cx: 12, cy: 5, r: 3, fill: looks[role].stroke });
   entry.append(text);
   return entry;
 }
@@ -171,17 +182,19 @@ function paint(chart, view) {
   const box = [left - 6, TOP - 6, right - left + 12, BOTTOM - TOP + 12];
   const inside = add(chart, "svg", { x: box[0], y: box[1], width: box[2], height: box[3], viewBox: box.join(" ") });
   for (const line of [...lines].sort((a, b) => (b.role === "left") - (a.role === "left"))) {
-    add(inside, "path", { ...LOOKS[line.role], d: pathOf(line.places), class: `mlx-nb-${line.role}`, fill: "none" });
+    add(inside, "path", { ...view.looks[line.role], d: pathOf(line.places), class: `mlx-nb-${line.role}`, fill: "none" });
     const shown = line.places.filter(([, y]) => y !== null);
     const dots = isTrend(line.role) ? shown.slice(-1) : isValid(line.role) && shown.length * 8 < width ? shown : [];
     for (const [cx, cy] of dots) add(inside, "circle", { cx, cy, r: 3.2, fill: LOOKS[line.role].stroke });
     if (line.role !== "valid" || !shown.length || !view.best) continue;
     const sign = view.best === "low" ? 1 : -1;
-    const best = shown.reduce((found, place) => (sign * place[1] > sign * found[1] ? place : found));
-    const text = `best ${line.value[line.places.indexOf(best)]}`, half = (LETTER * text.length) / 2;
+    const saved = line.places[line.step.lastIndexOf(view.bestStep)];
+    const best = saved && saved[1] !== null ? saved
+      : shown.reduce((found, place) => (sign * place[1] > sign * found[1] ? place : found));
+    const text = `best ${line.value[line.places.indexOf(best)]}`;
     add(inside, "circle", { cx: best[0], cy: best[1], r: 5.5, fill: "none", stroke: VALID, "stroke-width": 1.5 });
-    const x = Math.min(Math.max(best[0], left + half), width - half);
-    write(x, best[1] + (best[1] > TOP + 12 ? -11 : 20), "middle", text, { class: "mlx-nb-best" });
+    // Above the plot, where it covers no curve.
+    write(right, 13, "end", text, { class: "mlx-nb-best" });
   }
 }
 
@@ -221,7 +234,7 @@ function render({ model, el }) {
     view = layout(series, group, model.get("scale"), model.get("axis"), Math.max(NARROWEST, plot.clientWidth));
     const entries = new Map(view.lines.filter(({ step }) => step.length).map(({ name, role }) => [name, role]));
     legend.replaceChildren();
-    for (const [name, role] of entries.size > 1 ? entries : []) keyed(legend, "span", role, name);
+    for (const [name, role] of entries.size > 1 ? entries : []) keyed(legend, "span", role, name, view.looks);
     paint(chart, view);
     pointer = add(chart, "g", { "pointer-events": "none", stroke: "currentColor" });
     const { step, value } = series.groups[0].lines[0];
@@ -279,7 +292,7 @@ function render({ model, el }) {
       const index = nearest(line.step, pointed), there = line.step[index];
       if (index < 0 || (line.role === "left" && !isNear(line.places[index][0]))) continue;
       const name = there === pointed ? line.name : `${line.name} at ${whole(there)}`;
-      add(keyed(tip, "div", line.role, name), "b", {}, ` ${line.value[index] ?? "not finite"}`);
+      add(keyed(tip, "div", line.role, name, view.looks), "b", {}, ` ${line.value[index] ?? "not finite"}`);
     }
     for (const { text } of view.markers.filter((marker) => isNear(marker.x)).slice(-3)) add(tip, "div", {}, text);
     tip.style.left = 0;

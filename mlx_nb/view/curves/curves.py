@@ -19,9 +19,9 @@ from mlx_nb import events
 from mlx_nb.config.methods import Metric
 from mlx_nb.history import History, decimated, evaluation_row
 from mlx_nb.view.curves.groups import LOSS, QUANTITIES, Group, first_groups, groups_of
-from mlx_nb.view.curves.points import SMOOTHING, Columns, Table, clock, kept_points, line, smoothed_at
+from mlx_nb.view.curves.points import SHORT_RUN, SMOOTHING, Columns, Table, clock, kept_points, line, smoothed_at
 from mlx_nb.view.event_text import describe
-from mlx_nb.view.metric_text import reward_of
+from mlx_nb.view.metric_text import headline, reward_of
 
 # However long the run, at most so many numbers and words go to the browser: under 100 KB in all.
 LINE_POINTS, ALL_POINTS = 400, 3200
@@ -69,6 +69,8 @@ class SeriesBuilder:
                  and `lines`: `name`, `role` (raw, train, valid or left; second, valid-first and valid-second where two
                  metrics share a chart), index of the `clock`, `step` and `value` (five digits; None where not finite)
         shown    names of the groups that say most
+        best     `group` and `step` of the validation whose adapter is in best/, None before there is one
+        short    whether the updates themselves are the curve, and what is smoothed is a hint
         markers  `step`, `kind` (save, rewind, setting, pause or skip) and `text`
         """
         for event in self.history.events[self._read :]:
@@ -97,7 +99,16 @@ class SeriesBuilder:
             marked[index][1] for marked in self._marked.values() for index in decimated(len(marked), MARKERS_OF_A_KIND)
         ]
         shown = first_groups(groups, self.metrics)
-        return {"iters": iters, "clocks": clocks, "groups": told, "shown": shown, "markers": markers}
+        best = self.history.best_validation
+        return {
+            "iters": iters,
+            "clocks": clocks,
+            "groups": told,
+            "shown": shown,
+            "markers": markers,
+            "best": best and {"group": headline(best)[0], "step": best["step"]},
+            "short": len(updates["step"]) < SHORT_RUN,
+        }
 
     def _add(self, event: events.Event) -> None:
         self._read += 1

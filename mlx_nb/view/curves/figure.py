@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable, Mapping
-from io import BytesIO
-from operator import itemgetter
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from mlx_nb.config.methods import Metric
+from mlx_nb.errors import counted
 from mlx_nb.events import SettingChanged
 from mlx_nb.history import History, decimated, smoothed
+from mlx_nb.view.curves.points import SHORT_RUN
 from mlx_nb.view.metric_text import headline, main_metrics
+from mlx_nb.view.theme import INK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+
+    from mlx_nb.view.curves.shown_figure import ShownFigure
 
 TRAIN_COLOR = "#0072B2"
 VALID_COLOR = "#D55E00"
@@ -26,22 +30,23 @@ _LIVE_POINTS = 300
 _NAMED_CHANGES = 3
 
 
-def plot_history(history: History, title: str = "", metrics: Mapping[str, Metric] = MappingProxyType({})) -> Figure:
+def plot_history(
+    history: History, title: str = "", metrics: Mapping[str, Metric] = MappingProxyType({})
+) -> ShownFigure:
     """Loss (train raw and smoothed, validation with the best marked) above learning rate and gradient norm.
 
     Of a run that learns from rewards, the reward. Between them the metrics that say most of a method that measures
     more than its loss; `metrics` are those it declares. Made with the object interface, so no window opens and no
-    global state of pyplot changes.
+    global state of pyplot changes. Its ground is transparent, and it reads on light and on dark.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from mlx_nb.view.curves.shown_figure import ShownFigure
 
     large = live_quantity(history)
     measured = [*(name for name in metrics if name in history.step_metrics), *history.step_metrics]
     small = [name for name in (*main_metrics(measured), *(["loss"] if large != "loss" else [])) if name != large]
     heights = (2.2, 1.2, 1) if small else (2.2, 1)
-    figure = Figure(figsize=(7.5, 6.2 if small else 4.6), dpi=110, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
+    words = f"{title or 'run'}, {counted(len(history), 'update')}"
+    figure = ShownFigure(words, (7.5, 6.2 if small else 4.6))
     grid = figure.add_gridspec(len(heights), 6, height_ratios=heights)
     _draw_large(figure.add_subplot(grid[0, :]), history, large, title)
     width = 6 // max(1, len(small))
@@ -50,26 +55,25 @@ def plot_history(history: History, title: str = "", metrics: Mapping[str, Metric
         _draw_metric(axes, history, name, metrics.get(name))
     for place, column in enumerate(("learning_rate", "gradient_norm")):
         axes = figure.add_subplot(grid[len(heights) - 1, 3 * place : 3 * place + 3])
-        axes.plot(history["step"], history[column], color="#444444", linewidth=1.2)
+        axes.plot(history["step"], history[column], color=LEFT_COLOR, linewidth=1.4)
         axes.set_ylabel(column.replace("_", " "), fontsize=8)
         axes.tick_params(labelsize=7)
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useOffset=False)
         axes.yaxis.get_offset_text().set_fontsize(7)
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.2)
+    figure.finish()
     return figure
 
 
 def _draw_large(axes: Axes, history: History, name: str, title: str) -> None:
     """The loss or the reward, with what rewinds left and where settings were changed."""
-    for branch in history.abandoned():
+    for number, branch in enumerate(history.abandoned()):
         left = [row["step"] for row in branch], [row.get(name, math.nan) for row in branch]
-        axes.plot(*left, color=LEFT_COLOR, linewidth=1, linestyle=":", marker=".", markersize=3, label="rewound")
+        label = "_rewound" if number else "rewound"  # one entry in the legend
+        axes.plot(*left, color=LEFT_COLOR, linewidth=1, linestyle=":", marker=".", markersize=3, label=label)
     _draw_updates(axes, history, name)
-    checked = [(row["step"], headline(row)) for row in history.evaluations("valid")]
-    best = min if name == "loss" else max
-    _draw_validation(axes, [(step, value) for step, (what, value) in checked if what == name], best)
+    _draw_validation(axes, validations_of(history, name))
+    _mark_best(axes, history, name)
+    _make_room_for_left(axes)
     _mark_changes(axes, history)
     in_nats = not history.step_metrics and all(row["perplexity"] is not None for row in history.evaluations())
     axes.set_ylabel("loss (nats per token)" if in_nats else name)
@@ -85,47 +89,85 @@ def _draw_updates(axes: Axes, history: History, name: str) -> None:
     known = [(step, value) for step, value in zip(history["step"], history[name]) if not math.isnan(value)]
     if known:
         steps, values = zip(*known)
-        axes.plot(steps, values, color=TRAIN_COLOR, alpha=0.3, linewidth=1, label="train, each update")
-        axes.plot(steps, smoothed(values), color=TRAIN_COLOR, linewidth=1.8, label="train, smoothed")
+        strong, faint = (1.8, 1.0), (1.0, 0.8)  # width and opacity
+        # An average of a few updates is mostly the first of them, so it is no more than a hint there.
+        each, average = (strong, faint) if len(values) < SHORT_RUN else (faint, strong)
+        for heights, (width, opacity), label in (
+            (values, each, "train, each update"),
+            (smoothed(values), average, "train, smoothed"),
+        ):
+            axes.plot(steps, heights, color=TRAIN_COLOR, linewidth=width, alpha=opacity, label=label)
 
 
 def _draw_metric(axes: Axes, history: History, name: str, metric: Metric | None) -> None:
     """One metric over the updates that told it, and of validations; above it, where a healthy run moves it."""
     _draw_updates(axes, history, name)
     rows = [row for row in history.evaluations("valid") if name != "loss" or headline(row)[0] == "loss"]
-    _draw_validation(axes, [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))], None)
+    _draw_validation(axes, [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))])
     healthy = metric.healthy if metric else ""
     axes.set_title(name.replace("_", " "), loc="left", fontsize=8)
     if healthy:
-        axes.set_title(f"healthy: {healthy}", loc="right", fontsize=7, color="#555555")
+        axes.set_title(f"healthy: {healthy}", loc="right", fontsize=7)
     axes.tick_params(labelsize=7)
 
 
-def _draw_validation(axes: Axes, valid: list[tuple[int, float]], best: Callable[..., Any] | None) -> None:
-    """Validations as (update, value), and which of them is `best`."""
-    if not valid:
+def validations_of(history: History, name: str) -> list[tuple[int, float]]:
+    """(update, value) of the validations whose first number is `name`: loss or reward."""
+    checked = [(row["step"], headline(row)) for row in history.evaluations("valid")]
+    return [(step, value) for step, (what, value) in checked if what == name and math.isfinite(value)]
+
+
+def _draw_validation(axes: Axes, valid: list[tuple[int, float]]) -> None:
+    """Validations as (update, value)."""
+    if valid:
+        axes.plot(
+            [step for step, _ in valid],
+            [value for _, value in valid],
+            color=VALID_COLOR,
+            marker="o",
+            markersize=4,
+            linewidth=1.5,
+            linestyle="--",
+            label="validation",
+        )
+
+
+def _mark_best(axes: Axes, history: History, name: str) -> None:
+    """A ring around the best validation, the one of the summary, and its value above the axes, clear of the curves."""
+    best = history.best_validation
+    if best is None or headline(best)[0] != name:
         return
-    axes.plot(
-        [step for step, _ in valid],
-        [value for _, value in valid],
-        color=VALID_COLOR,
-        marker="o",
-        markersize=4,
-        linewidth=1.5,
-        linestyle="--",
-        label="validation",
-    )
-    if best is None:
-        return
-    step, value = best(valid, key=itemgetter(1))
+    value = headline(best)[1]
+    axes.plot([best["step"]], [value], "o", markersize=9, markerfacecolor="none", markeredgecolor=VALID_COLOR)
     axes.annotate(
         f"best {value:.3f}",
-        (step, value),
+        (1, 1),
+        xycoords="axes fraction",
         textcoords="offset points",
-        xytext=(0, 9),
-        ha="right" if step else "left",
+        xytext=(0, 6),
+        ha="right",
         fontsize=8,
         color=VALID_COLOR,
+    )
+
+
+def _make_room_for_left(axes: Axes) -> None:
+    """What a rewind left is inside the axes, as far as it does not squeeze what stands into less than a third."""
+    values: dict[bool, list[float]] = {True: [], False: []}
+    for line in axes.get_lines():
+        heights = [float(value) for value in np.asarray(line.get_ydata(), float) if math.isfinite(value)]
+        values[str(line.get_label()).endswith("rewound")] += heights
+    if values[True] and values[False]:
+        low, high = _value_range(values[False])
+        axes.set_ylim(*room_for_left(low, high, values[True]))
+
+
+def room_for_left(low: float, high: float, left: list[float]) -> tuple[float, float]:
+    """The range from `low` to `high` with the values of `left` in it, at most once its size further on each side."""
+    span, margin = high - low, 0.05 * (high - low)
+    return (
+        max(low - span, min(low, min(left) - margin)),
+        min(high + span, max(high, max(left) + margin)),
     )
 
 
@@ -142,15 +184,8 @@ def _mark_changes(axes: Axes, history: History) -> None:
                 textcoords="offset points",
                 xytext=(3, -9 - 9 * (number % _NAMED_CHANGES)),
                 fontsize=7,
-                color="#555555",
+                color=INK,
             )
-
-
-def figure_png(figure: Figure) -> bytes:
-    """The figure as PNG bytes."""
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
 
 
 def live_svg(history: History, iters: int, width: int = 560, height: int = 150) -> str:
@@ -160,12 +195,12 @@ def live_svg(history: History, iters: int, width: int = 560, height: int = 150) 
     """
     name = live_quantity(history)
     steps, values = history["step"], history[name]
-    points = [(step, value) for step, value in zip(steps, smoothed(values)) if math.isfinite(value)]
+    heights = values if len(values) < SHORT_RUN else smoothed(values)
+    points = [(step, value) for step, value in zip(steps, heights) if math.isfinite(value)]
     if len(points) < 2:
         return ""
     points = [points[index] for index in decimated(len(points), _LIVE_POINTS)]
-    checked = [(row["step"], headline(row)) for row in history.evaluations("valid")]
-    valid = [(step, value) for step, (what, value) in checked if what == name and math.isfinite(value)]
+    valid = validations_of(history, name)
     low, high = _value_range([value for _, value in points + valid])
     left, top, bottom = 44, 10, height - 20
 
@@ -174,7 +209,7 @@ def live_svg(history: History, iters: int, width: int = 560, height: int = 150) 
         y = bottom - (bottom - top) * (min(value, high) - low) / (high - low)
         return round(x, 1), round(y, 1)
 
-    def line(series: list[tuple[float, float]]) -> str:
+    def line(series: Sequence[tuple[float, float]]) -> str:
         return " ".join(f"{x},{y}" for x, y in (place(*point) for point in series))
 
     label = 'fill="currentColor" font-size="10" font-family="sans-serif" opacity="0.75"'
@@ -202,6 +237,11 @@ def live_svg(history: History, iters: int, width: int = 560, height: int = 150) 
 def live_quantity(history: History) -> str:
     """What the small curve shows: `reward` of a method that learns from rewards, else `loss`."""
     return "reward" if history.last_step is not None and "reward" in history.last_step.metrics else "loss"
+
+
+def live_words(history: History) -> str:
+    """What the small curve shows, for its legend: `training loss, smoothed`."""
+    return f"training {live_quantity(history)}" + ("" if len(history) < SHORT_RUN else ", smoothed")
 
 
 def _value_range(values: list[float]) -> tuple[float, float]:

@@ -13,6 +13,7 @@ import numpy as np
 from mlx_nb.history import decimated
 
 SMOOTHING = 0.9
+SHORT_RUN = 30  # updates; the average of fewer lags so far behind them that they themselves are the curve
 _REMEMBERED = 100  # updates; older ones weigh less than 3e-5
 
 Columns = dict[str, np.ndarray]

@@ -13,7 +13,7 @@ from mlx_nb.config.run_config import RunConfig
 from mlx_nb.events import SampleGenerated, StepCompleted
 from mlx_nb.files.report_file import report_mark
 from mlx_nb.history import EVALUATION_COLUMNS, History
-from mlx_nb.view.curves.figure import figure_png, plot_history
+from mlx_nb.view.curves.figure import plot_history
 from mlx_nb.view.event_text import describe, summary_rows
 from mlx_nb.view.metric_text import SECONDS, reward_of
 from mlx_nb.view.reports.completions import completions_html
@@ -27,7 +27,7 @@ h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 1.8em; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; max-width: 100%; }
 td, th { text-align: left; vertical-align: top; padding: 2px 16px 2px 0; overflow-wrap: anywhere; font-weight: normal; }
 th { opacity: .75; }
-img { max-width: 100%; background: white; border-radius: 4px; }
+img { max-width: 100%; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85em; }
 .scroll { overflow-x: auto; }
 @media print { details { display: block; } body { margin: 0; } }
@@ -88,7 +88,7 @@ def _pairs(pairs: Sequence[tuple[str, str]]) -> str:
 def _figure(history: History, title: str, metrics: Mapping[str, Metric]) -> str:
     if not len(history):
         return ""
-    picture = base64.b64encode(figure_png(plot_history(history, title, metrics))).decode()
+    picture = base64.b64encode(plot_history(history, title, metrics)._repr_png_()).decode()
     return f'<p><img alt="{escape(title, quote=True)}: loss by update" src="data:image/png;base64,{picture}"></p>'
 
 
