@@ -224,7 +224,7 @@ def _changed_settings(config: RunConfig, checkpoint: Checkpoint) -> list[str]:
         began_with[event.name] = event.old
     if not _LENGTHS.isdisjoint(event.name for event in changes):  # either takes the place of the other
         began_with = {name: value for name, value in began_with.items() if name not in _LENGTHS}
-    now = json.loads(json.dumps(config.to_dict(), default=str))
+    now = json.loads(json.dumps(config.described(), default=str))
     counted = [name for name in began_with if name in now and SETTINGS[name].metadata["group"] != "saving"]
     return [name for name in counted if began_with[name] != now[name]]
 

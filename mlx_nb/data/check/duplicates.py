@@ -10,7 +10,6 @@ at 0.9 with probability 1 - 2e-8.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import unicodedata
 import zlib
@@ -20,6 +19,7 @@ from functools import lru_cache
 import numpy as np
 
 from mlx_nb.data.rows.content import RowContent
+from mlx_nb.data.sources.row_values import value_text
 
 NEAR = 0.7
 BANDS, ROWS_PER_BAND = 16, 4
@@ -56,8 +56,7 @@ def prompt_digest(content: RowContent) -> bytes | None:
 
 
 def _digest(value: object) -> bytes:
-    plain = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return hashlib.blake2b(value_text(value).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def spoken_text(content: RowContent) -> str:
@@ -71,7 +70,7 @@ def spoken_text(content: RowContent) -> str:
     parts: list[str] = []
     for message in said:
         if message["role"] != "system":
-            parts += [json.dumps(call, default=str) for call in message.get("tool_calls", ())]
+            parts += [value_text(call) for call in message.get("tool_calls", ())]
             parts.append(message.get("content") or "")
     return "\n".join(parts)
 

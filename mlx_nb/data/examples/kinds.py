@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from mlx_nb.data.examples.imitation import ExampleSettings, LeftOut, TokenizedExample, cut_row, tokenize_row
 from mlx_nb.data.examples.preference import (
     LabeledExample,
@@ -73,7 +75,8 @@ BY_PROMPT = "by their prompts"
 
 def _label_of_a_bad_answer(record: Mapping[str, Any], _content: Any) -> Remarks:
     # Not the number 0, which can be a class as well.
-    if str(record.get("label")).strip().lower() == "false":
+    label = record.get("label")
+    if label.strip().lower() == "false" if isinstance(label, str) else isinstance(label, bool | np.bool_) and not label:
         yield "labeled_bad", "the `label` says that the answer is bad"
 
 

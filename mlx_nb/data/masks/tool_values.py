@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from mlx_nb.data.sources.plain_values import is_missing, plain_value
+from mlx_nb.data.sources.row_values import OddRow, refuse_odd_value
 
 _EXACT_WHOLE = 2.0**53
 NULLS, WHOLE, TIMES, REPEATED, INEXACT = "nulls", "whole", "times", "repeated", "inexact"
@@ -131,8 +132,9 @@ def read_arguments(text: str, remarks: ValueRemarks) -> dict[str, Any]:
         value = json.loads(text, object_pairs_hook=pairs, parse_float=number, parse_constant=no_number)
     except NotJson:
         raise
-    except (ValueError, RecursionError) as error:
-        raise NotJson(f"it is not valid JSON: {str(error) or 'too deep'}") from None
+        refuse_odd_value(value, "it")
+    except (ValueError, RecursionError, OddRow) as error:
+        raise NotJson(f"it is not valid JSON: {str(error).rstrip('.') or 'too deep'}") from None
     if not isinstance(value, dict):
         raise NotJson("it is JSON, but no object")
     result: dict[str, Any] = written_value(value, remarks, "", keep_nulls=True)

@@ -12,7 +12,8 @@ from mlx_nb.config.checks import CALLING, MESSAGE_ROLES
 from mlx_nb.data.rows.message_lists import spread
 from mlx_nb.data.rows.roles import calls_in_text, joined_calls, known_role, whole_call, whole_tool
 from mlx_nb.data.sources.plain_values import plain_value
-from mlx_nb.errors import DataError, and_more, did_you_mean
+from mlx_nb.data.sources.row_values import DEEPEST, MOST_DIGITS, is_known, refuse_odd_value
+from mlx_nb.errors import DataError, and_more, did_you_mean, shown
 
 Messages = list[dict[str, Any]]
 
@@ -78,8 +79,7 @@ def read_tools(record: Mapping[str, Any], columns: Columns) -> list[dict[str, An
     if columns.tools and column not in record:
         raise DataError(f"{missing_column(record, (column,))} A row without tools needs null there.")
     value = decoded(record.get(column), column)
-    refuse_unwritable(value, f"`{column}`")
-    value = plain_value(value)
+    value = writable(value, f"`{column}`")
     if value is None or value == "":
         return None
     if isinstance(value, (list, tuple)):
@@ -95,8 +95,7 @@ def read_messages(value: Any, column: str, roles: Mapping[str, str] = AUTOMATIC.
     Messages that are tool calls become part of the assistant's turn before them. `roles` as in Columns.
     """
     value = decoded(value, column)
-    refuse_unwritable(value, f"`{column}`")
-    value = spread(plain_value(value))
+    value = spread(writable(value, f"`{column}`"))
     if not isinstance(value, (list, tuple)):
         raise DataError(
             f"`{column}` must be a list of messages such as {{role: user, content: ...}}, not {kind_of_value(value)}."
@@ -158,7 +157,6 @@ def _read_role(role: Any, message: Mapping[str, Any], where: str, roles: Mapping
 
 
 LARGEST_WEIGHT = 1_000_000
-DEEPEST = 64
 
 # What the APIs that messages come from call a part that is text.
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -173,19 +171,19 @@ def _read_content(content: Any, where: str) -> str:
             texts.append(read_text(part, f"text part in {where}"))
             continue
         if not isinstance(part, Mapping) or part.get("type", "text") not in _TEXT_PARTS:
-            shown = repr(part.get("type")) if isinstance(part, Mapping) else kind_of_value(part)
-            raise DataError(f"{where} has a part that is not text ({shown}). Only text can be trained.")
+            what = shown(part.get("type")) if isinstance(part, Mapping) else kind_of_value(part)
+            raise DataError(f"{where} has a part that is not text ({what}). Only text can be trained.")
         texts.append(read_text(part.get("text"), f"text part in {where}"))
     return "".join(texts)
 
 
 def _check_training_marks(message: Mapping[str, Any], where: str) -> None:
     if not isinstance(message.get("train", True), bool):
-        raise DataError(f"train of {where} must be true or false, not {message['train']!r}.")
+        raise DataError(f"train of {where} must be true or false, not {shown(message['train'])}.")
     weight = message.get("weight", 1)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= LARGEST_WEIGHT:
         raise DataError(
-            f"weight of {where} must be a number of at least 0 and at most {LARGEST_WEIGHT:,}, not {weight!r}."
+            f"weight of {where} must be a number of at least 0 and at most {LARGEST_WEIGHT:,}, not {shown(weight)}."
         )
 
 
@@ -194,7 +192,7 @@ def read_text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{where} must be text, not {kind_of_value(value)}.")
     _refuse_half_pair(value, where)
-    return value
+    return value if type(value) is str else str.__str__(value)
 
 
 def _refuse_half_pair(text: str, where: str) -> None:
@@ -208,26 +206,30 @@ def _refuse_half_pair(text: str, where: str) -> None:
         ) from None
 
 
-def refuse_unwritable(value: Any, where: str) -> None:
-    """Raise DataError for a value with a text that is none anywhere inside, or nested deeper than any template writes.
+def writable(value: Any, where: str) -> Any:
+    """A value as JSON would hold it. Raises DataError where a text or a key inside is none, or it nests without end.
 
     Templates may write every field of a message, so all of them count: reasoning, names, arguments, keys.
     """
+    refuse_odd_value(value, where)
+    value = plain_value(value)
     level: list[tuple[Any, str]] = [(value, where)]
-    for _ in range(DEEPEST):
+    while level:
         below: list[tuple[Any, str]] = []
         for item, place in level:
             if isinstance(item, str):
                 _refuse_half_pair(item, place)
-            elif isinstance(item, Mapping):
+            elif isinstance(item, dict):
                 for key, inner in item.items():
-                    below += [(key, f"a key of {place}"), (inner, f"{str(key)!a} in {where}")]
-            elif isinstance(item, list | tuple):
+                    if not isinstance(key, str):
+                        raise DataError(f"{where} has the key {shown(key)}, and keys are text. Write it in quotes.")
+                    below += [(key, f"a key of {place}"), (inner, f"{key!a} in {where}")]
+            elif isinstance(item, list):
                 below += [(inner, place) for inner in item]
-        if not below:
-            return
+            elif not is_known(item):
+                raise DataError(f"{place} is a {type(item).__name__}, which no text can be made of. Write it as text.")
         level = below
-    raise DataError(f"{where} is nested more than {DEEPEST} deep. Drop the row.")
+    return value
 
 
 def decoded(value: Any, column: str) -> Any:
@@ -235,9 +237,15 @@ def decoded(value: Any, column: str) -> Any:
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
     try:
-        return json.loads(value)
-    except (json.JSONDecodeError, RecursionError) as error:
+        found = json.loads(value)
+    except json.JSONDecodeError as error:
         raise DataError(f"`{column}` is text, but not the JSON of a list ({error}).") from None
+    except RecursionError:
+        raise DataError(f"`{column}` is nested more than {DEEPEST} deep. Drop the row.") from None
+    except ValueError:
+        raise DataError(f"`{column}` has a whole number of more than {MOST_DIGITS:,} digits. Drop the row.") from None
+    refuse_odd_value(found, f"`{column}`")
+    return found
 
 
 def missing_column(record: Mapping[str, Any], needed: tuple[str, ...]) -> str:
@@ -252,7 +260,7 @@ def missing_column(record: Mapping[str, Any], needed: tuple[str, ...]) -> str:
 
 def listed(names: Iterable[Any]) -> str:
     """The first eight names in quotes."""
-    return and_more([repr(str(name)) for name in names], 8)
+    return and_more([shown(name if isinstance(name, str) else str(name)) for name in names], 8)
 
 
 def kind_of_value(value: Any) -> str:
@@ -262,7 +270,7 @@ def kind_of_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true or false"
     if isinstance(value, (int, float)):
-        return f"the number {value}"
+        return f"the number {value}" if isinstance(value, float) or abs(value) < 10**80 else "a huge number"
     if isinstance(value, str):
         return "text"
     if isinstance(value, (list, tuple)):

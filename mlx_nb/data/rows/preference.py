@@ -32,7 +32,7 @@ from mlx_nb.data.rows.forms import (
     rejected_column,
 )
 from mlx_nb.data.rows.imitation import chat_row, said_by
-from mlx_nb.errors import DataError
+from mlx_nb.errors import DataError, shown
 
 PAIR_FORMATS = "prompt + chosen + rejected, or chosen + rejected as whole conversations"
 LABEL_FORMATS = "prompt + completion + label, or messages + label"
@@ -322,10 +322,10 @@ def _number(record: Mapping[str, Any], named: str | None, usual: str, default: f
         return default
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not 0 <= number < math.inf:
-        raise DataError(f"`{name}` must be a number of at least 0, not {value!r}.")
+        raise DataError(f"`{name}` must be a number of at least 0, not {shown(value)}.")
     return number
 
 
@@ -333,8 +333,8 @@ def _label(value: Any, name: str) -> bool:
     """True or false, as a word, a bool or a number; also of numpy and pandas, whose kinds all become a float."""
     try:
         known = _LABELS.get(value.strip().lower() if isinstance(value, str) else float(value))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         known = None
     if known is None:
-        raise DataError(f"`{name}` must be true or false (or 1 or 0), not {value!r}.")
+        raise DataError(f"`{name}` must be true or false (or 1 or 0), not {shown(value)}.")
     return known

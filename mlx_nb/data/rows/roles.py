@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlx_nb.config.checks import CALLING, MESSAGE_ROLES
-from mlx_nb.errors import DataError, did_you_mean
+from mlx_nb.data.sources.row_values import refuse_odd_value
+from mlx_nb.errors import DataError, did_you_mean, shortened
 
 # The right side is the word of the chat templates; the left side adds the words of other kinds of files.
 _ROLES = {
@@ -30,6 +31,7 @@ def known_role(role: str, own: Mapping[str, str], where: str) -> str:
     """
     found = own.get(role) or _ROLES.get(role.strip().lower().replace("-", "_").replace(" ", "_"))
     if found is None:
+        role = shortened(role)
         near = did_you_mean(role.lower(), [*own, *_ROLES])
         known = ", ".join(MESSAGE_ROLES)
         raise DataError(
@@ -44,6 +46,7 @@ def calls_in_text(value: Any, role: str, where: str) -> list[dict[str, Any]]:
     try:
         found = json.loads(value, object_pairs_hook=_once) if isinstance(value, str) else value
         problem = ""
+        refuse_odd_value(found, where)
     except (ValueError, RecursionError) as error:
         found, problem = None, f" ({error or 'too deep'})"
     calls = found if isinstance(found, (list, tuple)) else [found]

@@ -20,7 +20,7 @@ import numpy as np
 
 from mlx_nb.data.sources.compression import compression_of, decompressed, row_endings
 from mlx_nb.data.sources.folders import TRAIN_NAMES
-from mlx_nb.data.sources.row_source import RowSource, as_record, is_of_messages
+from mlx_nb.data.sources.row_source import RowSource, is_of_messages
 from mlx_nb.errors import DataError, did_you_mean
 
 _SCAN_BYTES = 1 << 22
@@ -196,7 +196,7 @@ class _JsonLines:
             kind = "an array" if isinstance(record, list) else f"{record!r:.40}"
             fix = "Rename the file to .json" if isinstance(record, list) and row == 0 else "Fix or delete the line"
             raise DataError(f"{self.location(row)}: a row must be a JSON object {{...}}, not {kind}. {fix}.")
-        return as_record(record, self.location(row))
+        return record if isinstance(record, dict) else {"messages": record}
 
     def digest(self) -> str:
         """Of the bytes that were indexed."""

@@ -7,6 +7,7 @@ import json
 import os
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from mlx_nb.config.mixture_sources import FEATURES, ROW_COLUMNS, is_mixture, source_problem
 from mlx_nb.data.sources.row_source import RowSource, gathered
+from mlx_nb.data.sources.row_values import OddRow
 from mlx_nb.errors import DataError, did_you_mean
 
 _HELD_OUT_AT_MOST = 200
@@ -131,8 +133,9 @@ def renamed(source: RowSource, columns: Mapping[str, str]) -> RowSource:
     def digest() -> str:
         return hashlib.sha256((source.fingerprint() + json.dumps(columns, sort_keys=True)).encode()).hexdigest()
 
-    read(0)
-    return RowSource(source.name, len(source), read, source.location, digest, source.changed)
+    with suppress(OddRow):
+        read(0)
+    return RowSource(source.name, len(source), read, source.location, digest, source.changed, of_sources=True)
 
 
 def mixed(sources: Sequence[RowSource], weights: Sequence[float | None], seed: int) -> tuple[RowSource, str]:

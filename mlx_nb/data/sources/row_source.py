@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from mlx_nb.errors import DataError
+from mlx_nb.data.sources.row_values import OddRow, refuse_odd
+from mlx_nb.errors import DataError, MlxNbError, shortened
 
 
 class RowSource:
@@ -18,7 +20,8 @@ class RowSource:
     `fingerprint()` is a sha256 over the content (of a file: over its bytes), the same in every process. It is taken
     once: of a file when it is opened, of what is in memory when it is first asked for.
     `changed()` names the files whose content is no longer what was read.
-    Reading a row that is broken raises DataError naming its location.
+    Reading a row that is broken raises DataError naming its location; OddRow where only a value in it is to blame.
+    `of_sources` says that `read` gives rows of other sources, which were looked at there.
     """
 
     def __init__(
@@ -29,6 +32,8 @@ class RowSource:
         locate: Callable[[int], str],
         digest: Callable[[], str],
         changed: Callable[[], list[str]] = list,
+        *,
+        of_sources: bool = False,
     ) -> None:
         self.name = name
         self._length = length
@@ -36,6 +41,7 @@ class RowSource:
         self._locate = locate
         self._digest = digest
         self.changed = changed
+        self._of_sources = of_sources
         self._fingerprint: str | None = None
 
     def __len__(self) -> int:
@@ -43,8 +49,10 @@ class RowSource:
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         position = self._position(row)
-        record = self._read(position)
-        return dict(record) if isinstance(record, Mapping) else as_record(record, self._locate(position))
+        if self._of_sources:
+            return dict(self._read(position))
+        with _located(self._locate(position)):
+            return as_record(self._read(position))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[row] for row in range(self._length))
@@ -77,14 +85,46 @@ def is_of_messages(value: Any) -> bool:
     )
 
 
-def as_record(value: Any, location: str) -> dict[str, Any]:
-    """A row as its columns; a list of messages is a row with nothing else. Raises DataError for anything else."""
+def as_record(value: Any) -> dict[str, Any]:
+    """A row as its columns; a list of messages is a row with nothing else.
+
+    Raises DataError for anything else, OddRow for a column that no row can have.
+    """
     if isinstance(value, Mapping):
-        return dict(value)
-    if is_of_messages(value):
-        return {"messages": list(value)}
-    fix = ' Plain text is {"text": ...}.' if isinstance(value, str) else ""
-    raise DataError(f"{location}: a row must be a dict of columns, not {type(value).__name__}.{fix}")
+        record = dict(value.items())
+    elif is_of_messages(value):
+        record = {"messages": list(value)}
+    else:
+        fix = ' Plain text is {"text": ...}.' if isinstance(value, str) else ""
+        raise DataError(f"a row must be a dict of columns, not {type(value).__name__}.{fix}")
+    refuse_odd(record)
+    return record
+
+
+@contextmanager
+def _located(location: str) -> Iterator[None]:
+    """Errors inside name the location of the row, also those of code that a row brings with it.
+
+    What is wrong with the disk or the memory is no fault of the row, and is raised as it is.
+    """
+    try:
+        yield
+    except DataError as error:
+        text = str(error)
+        raise type(error)(text if text.startswith(f"{location}: ") else f"{location}: {text}") from None
+    except Exception as error:
+        broken_machine = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
+        if broken_machine or isinstance(error, MlxNbError):
+            raise
+        raise OddRow(f"{location}: it cannot be read ({_in_words(error)}). Correct it, or drop the row.") from None
+
+
+def _in_words(error: Exception) -> str:
+    try:
+        said = " ".join(str(error).split())
+    except Exception:
+        said = ""
+    return f"{type(error).__name__}: {shortened(said)}" if said else type(error).__name__
 
 
 def gathered(sources: Sequence[RowSource], source_ids: np.ndarray, row_ids: np.ndarray, name: str = "") -> RowSource:
@@ -111,7 +151,7 @@ def gathered(sources: Sequence[RowSource], source_ids: np.ndarray, row_ids: np.n
         return list(dict.fromkeys(name for source in sources for name in source.changed()))
 
     name = name or " + ".join(dict.fromkeys(source.name for source in sources))
-    return RowSource(name, len(row_ids), read, locate, digest, changed)
+    return RowSource(name, len(row_ids), read, locate, digest, changed, of_sources=True)
 
 
 def joined(sources: Sequence[RowSource], name: str = "") -> RowSource | None:

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ from mlx_nb.data.sources.folders import (
 )
 from mlx_nb.data.sources.mixtures import SourceSpec, SplitWords, hold_out, mixed, mixture_specs, renamed
 from mlx_nb.data.sources.row_source import RowSource, joined
+from mlx_nb.data.sources.row_values import OddRow
 from mlx_nb.data.sources.tables import KNOWN_KINDS, could_be_rows, saved_dataset, table_in_memory
 from mlx_nb.errors import DataError, did_you_mean
 
@@ -304,7 +306,8 @@ def _open_table(value: object, label: str) -> RowSource:
     if not len(source):
         raise DataError(f"{source.name} has no rows. Add rows, or remove it.")
     for row in range(min(len(source), _ROWS_LOOKED_AT)):
-        source[row]
+        with suppress(OddRow):  # left out like any row that cannot be trained
+            source[row]
     return source
 
 

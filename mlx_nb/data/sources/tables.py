@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from mlx_nb.data.sources.files import without_nested_none
 from mlx_nb.data.sources.plain_values import is_missing, plain_value
 from mlx_nb.data.sources.row_source import RowSource
+from mlx_nb.data.sources.row_values import exact_digest, refuse_odd, value_text
 from mlx_nb.errors import DataError
 
 KNOWN_KINDS = (
@@ -36,7 +36,7 @@ def table_in_memory(value: object, label: str) -> RowSource:
     library, kind = type(value).__module__.split(".")[0], type(value).__name__
     if library == "pandas" and kind == "DataFrame":
         frame: Any = value
-        return _in_memory([plain_value(record) for record in frame.to_dict("records")], label)
+        return _in_memory(frame.to_dict("records"), label, _of_frame)
     if library == "datasets" and kind == "Dataset":
         dataset: Any = value
         return _lazy_table(label, len(dataset), lambda row: without_nested_none(_with_plain_columns(dataset[row])))
@@ -63,27 +63,51 @@ def _with_plain_columns(record: Any) -> Any:
     """A row whose columns may be arrays, and NaN where they have no value, as `to_dict` of pandas gives them."""
     if not isinstance(record, Mapping):
         return record
-    return {
-        key: plain_value(item) if isinstance(item, np.ndarray) or is_missing(item) else item
-        for key, item in record.items()
-    }
+    try:
+        return {
+            key: plain_value(item) if isinstance(item, np.ndarray) or is_missing(item) else item
+            for key, item in record.items()
+        }
+    except MemoryError:
+        raise
+    except Exception:  # of an endless array, or a mapping of somebody else's: said when the row is read
+        return record
 
 
-def _in_memory(records: Sequence[Any], label: str) -> RowSource:
-    return _lazy_table(label, len(records), records.__getitem__, lambda row: f"{label}[{row}]")
+def _of_frame(record: Mapping[Any, Any]) -> dict[str, Any]:
+    """A row of a DataFrame. Its columns may be called by numbers."""
+    refuse_odd({str(column): value for column, value in record.items()})
+    return {str(column): plain_value(value) for column, value in record.items()}
+
+
+def _in_memory(records: Sequence[Any], label: str, read: Callable[[Any], Any] = lambda record: record) -> RowSource:
+    def locate(row: int) -> str:
+        return f"{label}[{row}]"
+
+    return _lazy_table(label, len(records), lambda row: read(records[row]), locate, records.__getitem__)
 
 
 def _lazy_table(
     label: str,
     length: int,
-    read: Callable[[int], Mapping[str, Any]],
+    read: Callable[[int], Any],
     locate: Callable[[int], str] | None = None,
+    raw: Callable[[int], Any] | None = None,
 ) -> RowSource:
+    """`raw` gives a row that `read` refuses, to be told from others all the same."""
+
     def digest() -> str:
         content = hashlib.sha256()
         for row in range(length):
-            record = json.dumps(read(row), sort_keys=True, default=str)
-            content.update(record.encode() + b"\n")
+            content.update(text(row).encode() + b"\n")
         return content.hexdigest()
+
+    def text(row: int) -> str:
+        try:
+            return value_text(read(row))
+        except MemoryError:
+            raise
+        except Exception as error:
+            return exact_digest(raw(row)) if raw is not None else f"{type(error).__name__}: {error}"
 
     return RowSource(label, length, read, locate or (lambda row: f"{label} row {row}"), digest)

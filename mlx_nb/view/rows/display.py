@@ -14,6 +14,7 @@ import numpy as np
 
 from mlx_nb.data.examples.split import RowView
 from mlx_nb.data.masks.tokenizer import Tokenizer
+from mlx_nb.errors import shown
 from mlx_nb.view.rows import overlay
 from mlx_nb.view.rows.pair import Answer, pages_of_pair, pair_cells, render_pair_html, render_pair_text
 from mlx_nb.view.theme import BLUE, ORANGE, WRAP, one_line, tint, visible_html
@@ -188,11 +189,19 @@ def _badges_html(badges: list[tuple[str, bool]]) -> str:
 def _columns(view: RowView) -> list[tuple[str, str]]:
     """Of a prompt, what its rewards are given besides: the answer, then the other columns."""
     given = view.content.given() if view.content else {}
-    texts = {name: value if isinstance(value, str) else repr(value) for name, value in given.items()}
+    texts = {name: value if isinstance(value, str) else _written(value) for name, value in given.items()}
     return [
         (name, text if len(text) <= _LONGEST_COLUMN else f"{text[:_LONGEST_COLUMN]} … {len(text):,} characters in all")
         for name, text in texts.items()
     ]
+
+
+def _written(value: Any) -> str:
+    """A value as Python writes it, of an object that cannot be written its kind."""
+    try:
+        return repr(value)
+    except Exception:
+        return shown(value)
 
 
 def _columns_html(columns: list[tuple[str, str]]) -> str:
