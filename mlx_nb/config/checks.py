@@ -79,11 +79,9 @@ def _check_method(config: Readable) -> Iterator[SettingError]:
         )
         return
     options = method.loss(config.loss).options
-    effective = {None, method.rows, "reference"} if method.reference else {None, method.rows}
     for declared in config.declarations(lambda one: one.metadata["only_for"] is not None):
-        only_for, name = declared.metadata["only_for"], declared.name
-        kinds = only_for if isinstance(only_for, tuple) else (only_for,)
-        if not effective.isdisjoint(kinds) or name in options:
+        name = declared.name
+        if method.uses(name, declared.metadata["only_for"], options):
             continue
         yield SettingError((name,), f"`{name}` has no effect with `method: {method.name}`{_remedy(config, name)}")
     for name in config.method_options:

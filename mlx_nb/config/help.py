@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import textwrap
 import types
 import typing
 from typing import Any, Literal
 
+from mlx_nb.config.methods import METHODS
 from mlx_nb.config.run_config import SETTINGS, LoraParameters, LrSchedule, RunConfig
+from mlx_nb.errors import shortened
 
 _GROUP_TITLES = {
     "method": "Method",
@@ -84,6 +87,41 @@ def settings_markdown() -> str:
     return "\n".join(parts)
 
 
+def short_help(text: str, longest: int = 68) -> str:
+    """The first sentence of a help text, or as much of it as fits on one short line."""
+    sentence = re.split(r"[.:;](?:\s|$)", text, maxsplit=1)[0]
+    return shortened(sentence, longest)
+
+
+def choices_of(name: str, method: str | None = None) -> dict[str, str]:
+    """The values that a setting chooses from, with what each means where that is known; empty where it takes others.
+
+    `name` may be one inside a group, such as `lr_schedule.name`.
+    """
+    outer, _, inner = name.partition(".")
+    if name == "method":
+        return {one.name: one.kind.words for one in METHODS.values()}
+    if name == "loss":
+        return dict.fromkeys(METHODS[method or "sft"].losses if (method or "sft") in METHODS else (), "")
+    if name == "lr_schedule":
+        return choices_of("lr_schedule.name")
+    kinds = typing.get_type_hints(_NESTED[outer] if inner and outer in _NESTED else RunConfig)
+    kind = _without_none(kinds.get(inner or outer, Any))
+    if kind is bool:
+        return {"true": "", "false": ""}
+    return {str(one): "" for one in typing.get_args(kind)} if typing.get_origin(kind) is Literal else {}
+
+
+def inner_settings(name: str) -> dict[str, str]:
+    """The settings inside a group, with their help; empty where `name` is no group."""
+    return {one.name: one.metadata["help"] for one in dataclasses.fields(_NESTED[name])} if name in _NESTED else {}
+
+
+def _without_none(hint: Any) -> Any:
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return next(option for option in options if option is not type(None))
+
+
 def _describe(name: str, declared: dataclasses.Field[Any], hint: Any) -> SettingHelp:
     return SettingHelp(
         name=name,
@@ -108,8 +146,7 @@ def _default_text(declared: dataclasses.Field[Any]) -> str:
 
 
 def _kind_text(hint: Any, bounds: dict[str, float]) -> str:
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    kind = next(option for option in options if option is not type(None))
+    kind = _without_none(hint)
     if typing.get_origin(kind) is Literal:
         text = ", ".join(str(choice) for choice in typing.get_args(kind))
     elif typing.get_origin(kind) is tuple:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,16 @@ class Method:
     def kind(self) -> KindFacts:
         """What is so of the rows that it takes."""
         return ROW_KINDS[self.rows]
+
+    def uses(self, name: str, only_for: str | tuple[str, ...] | None, options: Collection[str] | None = None) -> bool:
+        """Whether a setting that was declared with `only_for` has an effect with a loss that has these `options`.
+
+        None = with any loss of the method.
+        """
+        kinds = only_for if isinstance(only_for, tuple) else (only_for,)
+        effective = {None, self.rows, "reference"} if self.reference else {None, self.rows}
+        some = {option for loss in self.losses.values() for option in loss.options} if options is None else options
+        return not effective.isdisjoint(kinds) or name in some
 
     def loss(self, variant: str | None) -> Loss:
         """The loss of a variant; None = the default."""

@@ -171,6 +171,19 @@ def model_named(config: RunConfig, setting: str = "model") -> str:
     return name if name in ALIASES else config.located(setting) or name
 
 
+def models_at_hand() -> dict[str, str]:
+    """Names of models that need no download, with where they are: in our cache and in the hub's; and our aliases."""
+    there = {folder.name for folder in (cache_folder() / "models").glob("*")}
+    at_hand = {
+        alias: "at hand" if f"{alias}-{packaged.version}" in there else "fetched once"
+        for alias, packaged in ALIASES.items()
+    }
+    hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface") / "hub"
+    for folder in sorted(Path(hub).expanduser().glob("models--*--*/snapshots")):
+        at_hand[folder.parent.name.removeprefix("models--").replace("--", "/", 1)] = "in the hub cache"
+    return at_hand
+
+
 def model_folder(model: str) -> Path:
     """The mlx-lm folder of an alias, local folder, GGUF file or hub id `owner/name`, as an absolute path.
 

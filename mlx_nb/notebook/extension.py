@@ -7,10 +7,9 @@ from typing import Any
 from IPython.core.interactiveshell import InteractiveShell
 
 from mlx_nb.notebook.magics import FinetuneMagics
-from mlx_nb.notebook.tab_completion import complete
+from mlx_nb.notebook.tab_completion import matcher
 
 _MAGICS = "_mlx_nb_magics"
-_KEYS = ("%finetune", "%%finetune", "finetune")
 
 
 def load(shell: InteractiveShell) -> None:
@@ -19,12 +18,9 @@ def load(shell: InteractiveShell) -> None:
         unload(shell)
     magics = FinetuneMagics(shell)
     shell.register_magics(magics)
-
-    def completer(_shell: Any, event: Any) -> list[str]:
-        return complete(magics.session, event.line)
-
-    for key in _KEYS:
-        shell.set_hook("complete_command", completer, str_key=key)
+    cell: Any = magics.finetune_cell
+    magics.matcher = matcher(magics.session, cell.parser)
+    shell.Completer.custom_matchers.append(magics.matcher)
     setattr(shell, _MAGICS, magics)
 
 
@@ -41,8 +37,6 @@ def unload(shell: InteractiveShell) -> None:
     manager.registry.pop(type(magics).__name__, None)
     if magics in shell.configurables:
         shell.configurables.remove(magics)
-    hooks = shell.strdispatchers.get("complete_command")
-    if hooks is not None:
-        for key in _KEYS:
-            hooks.strs.pop(key, None)
+    if magics.matcher in shell.Completer.custom_matchers:
+        shell.Completer.custom_matchers.remove(magics.matcher)
     setattr(shell, _MAGICS, None)

@@ -25,6 +25,7 @@ class FinetuneMagics(Magics):
         super().__init__(shell)
         self.session = Session(self.shell.user_ns if self.shell else None)
         self.interrupts = InterruptsInOneLine(shell)
+        self.matcher: Any = None
 
     @no_var_expand
     @line_magic("finetune")  # type: ignore[arg-type]

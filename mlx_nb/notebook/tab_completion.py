@@ -1,32 +1,163 @@
-"""Tab completion for `%finetune` and the first line of `%%finetune`."""
+"""Tab completion: the options of `%%finetune` and the settings below it, the commands of `%finetune` and theirs.
+
+Where it answers nobody else does: in settings and commands no name of Python has a meaning.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import argparse
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mlx_nb.config.run_config import LIVE_SETTINGS
-from mlx_nb.notebook.commands import CELL_OPTIONS, COMMANDS
+from mlx_nb.config.help import short_help
+from mlx_nb.config.run_config import LIVE_SETTINGS, SETTINGS
+from mlx_nb.notebook.choices import Choice, adapters, inner_keys, keys, paths, values
+from mlx_nb.notebook.commands import COMMANDS
+from mlx_nb.notebook.yaml_place import place_of, settings_in
+from mlx_nb.run.resume import MADE_FROM
 
 if TYPE_CHECKING:
     from mlx_nb.notebook.session import Session
 
+_FIRST = 1000.0  # before the matchers of IPython
+_COMMAND = re.compile(r"\s*(?:[\w., ]+=\s*)?%finetune\s+(.*)|\s*finetune\s+(?![=.(\[])(.*)")
 
-def complete(session: Session, line: str) -> list[str]:
-    """What may come next on `line`: a subcommand, an option of it, a run, or a live setting."""
-    words = line.lstrip().split(" ")
-    if words[0].startswith("%%"):
-        return list(CELL_OPTIONS)
-    before = [word for word in words[1:-1] if word]
-    if before and before[-1] in ("--name", "-n"):
-        return list(session.runs)
-    if not before:
-        return list(COMMANDS)
-    command = COMMANDS.get(before[0])
+
+class Offer(NamedTuple):
+    """What may stand in place of `fragment`, the text before the cursor that is being typed."""
+
+    fragment: str
+    choices: list[Choice]
+
+
+class _Answered(list[Any]):
+    """Completions which are the answer even where there are none: IPython would ask others for an empty list."""
+
+    def __len__(self) -> int:
+        return max(1, super().__len__())
+
+
+def matcher(session: Session, cell_parser: argparse.ArgumentParser) -> Callable[[Any], Any]:
+    """For `Completer.custom_matchers`; `cell_parser` has the options of `%%finetune`."""
+    from IPython.core.completer import CompletionContext, SimpleCompletion, context_matcher
+
+    def match(context: CompletionContext) -> dict[str, Any]:
+        offer = complete(session, cell_parser, context.full_text, context.cursor_line, context.cursor_position)
+        if offer is None:
+            return {"completions": [], "suppress": False}
+        # The terminal and JupyterLab show the type of a completion beside it.
+        found = [SimpleCompletion(choice.text, type=short_help(choice.help) or "value") for choice in offer.choices]
+        return {
+            "completions": _Answered(found),
+            "matched_fragment": offer.fragment,
+            "suppress": True,
+            "ordered": True,
+        }
+
+    decorated: Callable[[Any], Any] = context_matcher(priority=_FIRST, identifier="mlx_nb.finetune")(match)
+    return decorated
+
+
+def complete(session: Session, cell_parser: argparse.ArgumentParser, text: str, line: int, column: int) -> Offer | None:
+    """What may come next at a place in a cell; None where that is not ours to say."""
+    lines = text.split("\n")
+    before = lines[line][:column]
+    first = next((at for at, one in enumerate(lines) if one.strip()), 0)
+    if re.match(r"%%finetune(\s|$)", lines[first]) and line >= first:
+        if line > first:
+            return _setting(session, lines[first + 1 : line], before, lines[line + 1 :])
+        return _words(session, cell_parser, before.removeprefix("%%finetune"))
+    command = _COMMAND.fullmatch(before)
     if command is None:
-        return []
-    options = [*command.options, "--name"]
-    if before[0] == "set":
-        options += [f"{name}=" for name in LIVE_SETTINGS]
-    if before[0] in ("use", "panel"):
-        options += list(session.runs)
-    return options
+        return None
+    rest = command[1] if command[1] is not None else command[2]
+    name, space, after = rest.partition(" ")
+    if not space:
+        return _offer(name, [Choice(one, command.help) for one, command in COMMANDS.items()])
+    return _words(session, COMMANDS[name].parser, f" {after}") if name in COMMANDS else Offer("", [])
+
+
+def _setting(session: Session, above: Sequence[str], before: str, below: Sequence[str]) -> Offer:
+    """In the YAML body."""
+    place = place_of(above, before)
+    if place is None:
+        return Offer("", [])
+    body = settings_in([*above, *below])
+    path, fragment = place.path, place.fragment
+    namespace = session.namespace or {}
+    if not place.is_key:
+        return _offer(fragment, values(path, fragment, namespace, body, lists=place.in_list))
+    if path:
+        return _offer(fragment, inner_keys(path[0], body.get("optimizer", "adamw")))
+    return _offer(fragment, keys(body.get("method"), body))
+
+
+def _words(session: Session, parser: argparse.ArgumentParser, line: str) -> Offer:
+    """In a line of options and arguments, of which the last word is being typed."""
+    *before, fragment = line.split(" ")
+    pending, position, given = None, 0, set()
+    positional = [action for action in parser._actions if not action.option_strings]
+    for word in filter(None, before):
+        option = parser._option_string_actions.get(word)
+        if option is not None:
+            given.add(option.dest)
+            pending = None if option.nargs == 0 else option
+        elif pending is not None:
+            pending = pending if pending.nargs == "+" else None
+        else:
+            position += 1
+    if pending is not None and not fragment.startswith("-"):
+        return _argument(session, parser, pending, fragment)
+    options = [
+        Choice(max(action.option_strings, key=len), action.help or "")
+        for action in parser._actions
+        if action.option_strings and action.dest not in given
+    ]
+    if fragment.startswith("-"):
+        return _offer(fragment, options)
+    place = min(position, len(positional) - 1)
+    if place < 0 or (position > place and positional[place].nargs not in ("+", "*")):
+        return _offer(fragment, options)
+    offer = _argument(session, parser, positional[place], fragment)
+    return offer if fragment else Offer("", [*offer.choices, *options])
+
+
+def _argument(session: Session, parser: argparse.ArgumentParser, action: argparse.Action, fragment: str) -> Offer:
+    """One argument of a command."""
+    name, equals, value = fragment.partition("=")
+    if equals and name in SETTINGS:
+        return _offer(value, values((name,), value, session.namespace or {}, {}))
+    if action.choices is not None:
+        return _offer(fragment, [Choice(str(one)) for one in action.choices])
+    return _offer(fragment, _of_kind(session, parser.prog, action.dest, fragment))
+
+
+def _of_kind(session: Session, command: str, kind: str, fragment: str) -> list[Choice]:
+    made = [Choice(run.name, f"{run.state}, {run.config.model}") for run in session.runs.values()]
+    match kind:
+        case "name":
+            return made
+        case "run":
+            known = {one.text for one in made}
+            saved = [Choice(Path(one.text).name, one.help) for one in adapters()] if command != "use" else []
+            return [*made, *(one for one in saved if one.text not in known)]
+        case "changes":
+            names = LIVE_SETTINGS if command == "set" else tuple(SETTINGS)
+            helps = {one.text.removesuffix(": "): one.help for one in keys(None)}
+            return [Choice(f"{name}=", helps[name]) for name in names]
+        case "command":
+            return [Choice(name, one.help) for name, one in COMMANDS.items()]
+        case "allow_changed":
+            return [Choice(one) for one in MADE_FROM if " " not in one]
+        case "path":
+            return paths(fragment, lambda path: False)
+        case "rows":
+            return [Choice("rows=all"), Choice("rows=5000", "default")]
+    return []
+
+
+def _offer(fragment: str, choices: Iterable[Choice]) -> Offer:
+    """Those of the choices that begin as what is typed."""
+    return Offer(fragment, [one for one in choices if one.text.lower().startswith(fragment.lower())])

@@ -1,0 +1,157 @@
+"""What a setting or an argument may be in this notebook: choices with a few words about each, for completion."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlx_nb.config.checks import MESSAGE_ROLES
+from mlx_nb.config.help import choices_of, inner_settings, setting_help, short_help
+from mlx_nb.config.methods import METHODS
+from mlx_nb.config.optimizers import OPTIMIZERS
+from mlx_nb.config.run_config import SETTINGS
+from mlx_nb.data.sources.tables import could_be_rows
+from mlx_nb.errors import counted
+from mlx_nb.files.written_files import CHECKPOINTS
+
+_MOST_ENTRIES = 300  # of a folder
+_ROW_FILES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".gz", ".zst", ".bz2", ".xz")
+_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_OF_A_SOURCE = {"path": "rows to mix in, named as `data` names them", "weight": "its share, relative to the others"}
+
+
+class Choice(NamedTuple):
+    """One thing that may stand there, and what it is."""
+
+    text: str
+    help: str = ""
+
+
+def keys(method: str | None, given: Iterable[str] = ()) -> list[Choice]:
+    """The settings that have an effect with a method (None = any), but those that are given."""
+    known = METHODS.get(method) if method else None
+    used = [
+        name
+        for name, declared in SETTINGS.items()
+        if name not in given and (known is None or known.uses(name, declared.metadata["only_for"]))
+    ]
+    helps = {line.name: line.help for line in setting_help()}
+    return [Choice(f"{name}: ", short_help(helps[name])) for name in used]
+
+
+def inner_keys(group: str, optimizer: str = "adamw") -> list[Choice]:
+    """The settings inside a group."""
+    if group == "data":
+        return [Choice(f"{name}: ", help) for name, help in _OF_A_SOURCE.items()]
+    if group == "optimizer_config":
+        known = OPTIMIZERS.get(optimizer)
+        return [Choice(f"{name}: ", one.words) for name, one in known.arguments.items()] if known else []
+    return [Choice(f"{name}: ", short_help(help)) for name, help in inner_settings(group).items()]
+
+
+def values(
+    path: tuple[str, ...], fragment: str, namespace: Mapping[str, Any], body: Mapping[str, str], *, lists: bool = False
+) -> list[Choice]:
+    """What the setting at `path` may be. `body` has the other settings of the cell, as text.
+
+    With `lists` elements are meant where it is a list; else its value.
+    """
+    name = path[0]
+    if path in (("data",), ("data", "path")):
+        return [*_row_variables(namespace), *paths(fragment, lambda path: path.suffix in _ROW_FILES)]
+    if name in ("model", "reference_model"):
+        return [*_models(), *paths(fragment, lambda path: path.suffix == ".gguf")]
+    if name in ("resume_adapter_file", "reference_adapter"):
+        bare = [Choice("none", "the bare base")] if name == "reference_adapter" else []
+        return [*bare, *adapters(), *paths(fragment, lambda path: path.suffix == ".safetensors")]
+    if name == "chat_template":
+        return paths(fragment, lambda path: path.suffix in (".jinja", ".txt"))
+    if name == "rewards":
+        return _rewards(namespace) if lists else [Choice(f"[{one.text}]", one.help) for one in _rewards(namespace)]
+    if path in (("target_modules",), ("lora_parameters", "keys")):
+        return [Choice(one) for one in _MODULES] if lists else [Choice("[q_proj, v_proj]", "names of modules")]
+    if name.endswith("_feature"):
+        return [Choice(one, "column") for one in _columns(namespace.get(body.get("data", "")))]
+    if name == "roles" and len(path) > 1:
+        return [Choice(one) for one in MESSAGE_ROLES]
+    chosen = [Choice(text, help) for text, help in choices_of(".".join(path), body.get("method")).items()]
+    return chosen or _default(path)
+
+
+def _default(path: tuple[str, ...]) -> list[Choice]:
+    """The default of a setting that takes a number or text, as one thing to begin with."""
+    line = next((line for line in setting_help() if line.name == ".".join(path)), None)
+    if line is None or line.default in ("null", "{}", "{...}"):
+        return []
+    return [Choice(line.default, "default")]
+
+
+def _row_variables(namespace: Mapping[str, Any]) -> Iterator[Choice]:
+    """Variables of the notebook that hold rows."""
+    for name, value in namespace.items():
+        if name.startswith("_") or name in ("In", "Out") or not could_be_rows(value):
+            continue
+        if isinstance(value, list | tuple):
+            if value and isinstance(value[0], Mapping):
+                yield Choice(name, counted(len(value), "row"))
+        elif isinstance(value, Mapping):
+            if value and all(could_be_rows(one) for one in value.values()):
+                yield Choice(name, f"splits {', '.join(map(str, value))}"[:60])
+        else:
+            yield Choice(name, f"a {type(value).__name__} in this notebook")
+
+
+def _columns(rows: Any) -> list[str]:
+    """The names of the columns of rows in memory."""
+    if isinstance(rows, Mapping):
+        rows = next(iter(rows.values()), None)
+    if isinstance(rows, Sequence) and rows and isinstance(rows[0], Mapping):
+        return [str(name) for name in rows[0]]
+    return [str(name) for name in getattr(rows, "columns", getattr(rows, "column_names", None)) or ()]
+
+
+def _models() -> list[Choice]:
+    from mlx_nb.model.loading import models_at_hand
+
+    return [Choice(name, where) for name, where in models_at_hand().items()]
+
+
+def _rewards(namespace: Mapping[str, Any]) -> list[Choice]:
+    from mlx_nb.rollouts.rewards.builtin import REWARDS
+
+    own = [
+        Choice(name, "a function in this notebook")
+        for name, value in namespace.items()
+        if inspect.isfunction(value) and value.__module__ == "__main__" and not name.startswith("_")
+    ]
+    built_in = [
+        Choice(name if one.example is None else f"{{{name}: {one.example}}}", short_help(one.function.__doc__ or ""))
+        for name, one in REWARDS.items()
+    ]
+    return own + built_in
+
+
+def adapters(folder: str = "adapters") -> list[Choice]:
+    """The folders of runs that can be gone on from."""
+    there = sorted(Path(folder).glob(f"*/{CHECKPOINTS}"))
+    return [Choice(str(one.parent), "a run's folder") for one in there]
+
+
+def paths(fragment: str, wanted: Callable[[Path], bool]) -> list[Choice]:
+    """Folders, and the files that are wanted, which a path that is begun may go on with."""
+    begun = fragment[: fragment.rfind("/") + 1]
+    folder = Path(begun).expanduser() if begun else Path()
+    found: list[Choice] = []
+    try:
+        for entry in sorted(folder.iterdir())[:_MOST_ENTRIES]:
+            if entry.name.startswith(".") or entry.name == "__pycache__":
+                continue
+            if entry.is_dir():
+                found.append(Choice(f"{begun}{entry.name}/", "folder"))
+            elif wanted(entry):
+                found.append(Choice(f"{begun}{entry.name}", "file"))
+    except OSError:
+        return []
+    return found
