@@ -12,6 +12,8 @@ from mlx_nb.data.examples.batches import TokenBatch
 from mlx_nb.errors import OutOfMemory
 from mlx_nb.model.memory import available_memory, shortage
 from mlx_nb.model.randomness import random_stream
+from mlx_nb.model.text_model import TextModel
+from mlx_nb.model.trees import named_arrays
 
 _WORTH_A_LOOK = 256 * 1024**2  # bytes; less is there or the machine could not run at all
 
@@ -25,14 +27,15 @@ class ModelSizes(NamedTuple):
     itemsize: int
 
     @classmethod
-    def of(cls, model: nn.Module, backbone: object = None) -> ModelSizes:
+    def of(cls, model: nn.Module, text: TextModel | None) -> ModelSizes:
         """From the shapes of a forward pass that is never computed."""
         token = mx.array([[1]])
         with random_stream(0):  # dropout would draw from the run's own
             logits = model(token)
-            hidden = backbone(token) if callable(backbone) else None
+            hidden = text.hidden(token, mx.array([0])) if text is not None else []
         layers = len(getattr(model, "layers", ()))
-        return cls(logits.shape[-1], hidden.shape[-1] if hidden is not None else 0, layers, logits.dtype.size)
+        width = max((array.shape[-1] for _, array in named_arrays(hidden)), default=0)
+        return cls(logits.shape[-1], width, layers, logits.dtype.size)
 
 
 def least_bytes(batch: TokenBatch, sizes: ModelSizes, *, trained: bool, targets_only: bool) -> int:

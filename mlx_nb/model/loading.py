@@ -33,6 +33,7 @@ from mlx_nb.model.memory import memory_errors, shortage
 from mlx_nb.model.mlx_lm_import import files_for_a_model, import_mlx_lm
 from mlx_nb.model.passes import doubt_note
 from mlx_nb.model.randomness import random_stream
+from mlx_nb.model.text_model import whole_note
 from mlx_nb.model.trees import named_arrays
 from mlx_nb.process.pieces import SECONDS_BETWEEN_PIECES, finished, on_thread
 
@@ -76,8 +77,8 @@ class LoadedModel:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a person should know of it; the first question tries the model on a few tokens."""
-        doubt = doubt_note(self.model)
-        return self.loading_notes if doubt is None else (*self.loading_notes, doubt)
+        found = (doubt_note(self.model), whole_note(self.model))
+        return (*self.loading_notes, *(note for note in found if note is not None))
 
 
 def load_model(model: str, *, load_in_bits: int | None = None, chat_template: str | None = None) -> LoadedModel:

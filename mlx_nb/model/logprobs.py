@@ -22,6 +22,7 @@ from mlx_nb.model import backend
 from mlx_nb.model.batch_memory import ModelSizes, refuse_beyond_memory
 from mlx_nb.model.lanes import in_lanes
 from mlx_nb.model.passes import refuse_cache_doubt
+from mlx_nb.model.text_model import part_of, text_model
 
 _TARGETS_AT_ONCE = 512
 _SUMMED_AT_ONCE = 512
@@ -91,25 +92,25 @@ def target_values(parts: Sequence[TokenBatch], function: Callable[[TargetInputs]
 class TargetScorer:
     """Log-probabilities of targets under one model, live: it reads the model's parameters at each call.
 
-    Hidden states and vocabulary projection are taken apart when that is PROVED to give the model's own logits, on a
-    probe; a model that does more to its logits (soft caps, scales) is run whole. Raises ModelError for a family whose
+    The head is computed at targets alone where that is PROVED, on a probe, to give the model's own logits; where it is
+    not, the model is run whole. Raises ModelError for a family whose
     pass without a cache, which is what is scored here, is not the one that answers take.
     """
 
     def __init__(self, model: nn.Module) -> None:
         refuse_cache_doubt(model)
         self.model = model
-        self._split = _proven_split(model)
+        self._text = text_model(model)
 
     @property
     def projects_targets_only(self) -> bool:
         """Whether the head is computed at targets alone."""
-        return self._split is not None
+        return self._text is not None
 
     @cached_property
     def sizes(self) -> ModelSizes:
         """What the memory of a batch depends on."""
-        return ModelSizes.of(self.model, self._split[0] if self._split else None)
+        return ModelSizes.of(self.model, self._text)
 
     def refuse_beyond_memory(self, batch: TokenBatch, *, trained: bool = False) -> None:
         """Raise OutOfMemory for a batch that cannot fit, `trained` with its gradient."""
@@ -127,27 +128,23 @@ class TargetScorer:
         row = TokenBatch(tokens[None], np.ones((1, len(tokens)), np.float32), (0,), (len(tokens),))
         inputs = target_inputs(row)
         losses = np.full(len(tokens), np.nan, np.float32)
-        if self._split is None:
+        if self._text is None:
             losses[1:] = -np.array(self.logprobs(inputs))
             return losses
-        backbone, head = self._split
-        hidden_TD = backbone(inputs.tokens_BT)[0]
+        hidden = self._text.hidden(inputs.tokens_BT, inputs.position_S)
         for start in range(0, len(tokens) - 1, _TARGETS_AT_ONCE):
             chosen = slice(start, start + _TARGETS_AT_ONCE)
-            logits_SV = head(hidden_TD[chosen][None])[0]
+            logits_SV = self._text.logits(part_of(hidden, chosen))
             losses[1:][chosen] = -np.array(target_logprobs(logits_SV, inputs.target_S[chosen]))
         return losses
 
     def logits(self, inputs: TargetInputs) -> mx.array:
         """(S, V) logits at the predicting positions, in the model's type."""
-        if self._split is None:
+        if self._text is None:
             logits_BTV = self.model(inputs.tokens_BT)
             result: mx.array = logits_BTV.reshape(-1, logits_BTV.shape[-1])[inputs.position_S]
             return result
-        backbone, head = self._split
-        hidden_BTD = backbone(inputs.tokens_BT)
-        hidden_SD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[inputs.position_S]
-        return head(hidden_SD[None])[0]
+        return self._text.logits_at(inputs.tokens_BT, inputs.position_S)
 
 
 def target_logprobs(logits_SV: mx.array, target_S: mx.array) -> mx.array:
@@ -201,32 +198,3 @@ def _logsumexp(logits: mx.array) -> mx.array:
 
 def _at_target(logits_SV: mx.array, target_S: mx.array) -> mx.array:
     return mx.take_along_axis(logits_SV, target_S[:, None], axis=-1)[:, 0]
-
-
-_Split = tuple[Callable[[mx.array], mx.array], Callable[[mx.array], mx.array]]
-
-
-def _proven_split(model: nn.Module) -> _Split | None:
-    """(tokens -> hidden, hidden -> logits) when their composition equals the model on a probe, else None."""
-    backbone = model.get("model")
-    if not isinstance(backbone, nn.Module):
-        return None
-    if isinstance(model.get("lm_head"), nn.Module):
-
-        def head(hidden: mx.array) -> mx.array:
-            result: mx.array = model["lm_head"](hidden)
-            return result
-    elif hasattr(backbone.get("embed_tokens"), "as_linear"):
-
-        def head(hidden: mx.array) -> mx.array:
-            result: mx.array = backbone["embed_tokens"].as_linear(hidden)
-            return result
-    else:
-        return None
-    probe = mx.array([[1, 5, 2, 7, 3]])
-    try:
-        whole, taken_apart = model(probe), head(backbone(probe))
-        same = whole.shape == taken_apart.shape and mx.allclose(whole, taken_apart, rtol=1e-3, atol=1e-3).item()
-    except (TypeError, ValueError, AttributeError):
-        return None
-    return (backbone, head) if same else None

@@ -44,7 +44,7 @@ class SideBySide(Enum):
     ONE_BY_ONE = "one by one"
 
 
-def _once(question: Callable[Asked, Answer]) -> Callable[Asked, Answer]:
+def once_a_model(question: Callable[Asked, Answer]) -> Callable[Asked, Answer]:
     """`question` about a model, asked once in each way; the answer is kept for as long as the model lives."""
     answers: dict[tuple[Any, ...], tuple[weakref.ref[nn.Module], Answer]] = {}
 
@@ -91,16 +91,16 @@ def refuse_cache_doubt(model: nn.Module, longest: int = 0) -> None:
     raise ModelError(f"{family_of(model)} cannot be trained with this mlx-lm: {doubt}. {advice}")
 
 
-@_once
+@once_a_model
 def _doubt_over(model: nn.Module, count: int) -> str | None:
     """The same on rows of so many tokens, the last of which are read one after the other."""
     differences = []
     for draw in range(_DRAWS):
-        row = _random_tokens(model, count, draw)
+        row = random_tokens(model, count, draw)
         try:
             whole_TV = _logits(model(mx.array([row])))[0]
         except Exception as error:  # whatever a family's own code raises
-            return f"a pass without a cache, as training needs it, fails ({_one_line(error)})"
+            return f"a pass without a cache, as training needs it, fails ({one_line(error)})"
         try:
             alone = _Alone(model)
             singly = 1 if count == _FEW_TOKENS else 2
@@ -108,7 +108,7 @@ def _doubt_over(model: nn.Module, count: int) -> str | None:
         except Exception:
             return None
         differences.append(_difference(cached_TV, whole_TV))
-        if not differences[-1] > _CACHE_TOLERANCE[_is_half(model)]:  # nor does NaN tell
+        if not differences[-1] > _CACHE_TOLERANCE[is_half(model)]:  # nor does NaN tell
             return None
     return (
         "its logits without a cache, as training computes them, are not those with one, as answers are computed "
@@ -116,7 +116,7 @@ def _doubt_over(model: nn.Module, count: int) -> str | None:
     )
 
 
-@_once
+@once_a_model
 def side_by_side(model: nn.Module) -> SideBySide:
     """Which rows may be decoded side by side from caches that were filled alone, merged, extended and filtered.
 
@@ -182,7 +182,7 @@ class _Alone:
 def _proved(model: nn.Module, lengths: tuple[int, ...], joining: int | None = None) -> bool:
     """Whether rows of these lengths come out side by side as alone; a row of length `joining` comes in later."""
     try:
-        tolerance = _SIDE_BY_SIDE_TOLERANCE[_is_half(model)]
+        tolerance = _SIDE_BY_SIDE_TOLERANCE[is_half(model)]
         return any(_side_by_side_difference(model, lengths, joining, draw) <= tolerance for draw in range(_DRAWS))
     except Exception:  # whatever a family's own code raises there: it is no proof
         return False
@@ -192,7 +192,7 @@ class _Row:
     """A row of random tokens, of which all but one of its `length` first ones were read alone."""
 
     def __init__(self, model: nn.Module, length: int, draw: int) -> None:
-        self._tokens = iter(_random_tokens(model, length + 3, draw))
+        self._tokens = iter(random_tokens(model, length + 3, draw))
         self._alone = _Alone(model)
         for _ in range(length - 1):
             self._alone.read([next(self._tokens)])
@@ -262,7 +262,7 @@ def _embedding_sizes(model: nn.Module) -> list[int]:
     return [module.weight.shape[0] for module in model.modules() if isinstance(module, kinds)]
 
 
-def _random_tokens(model: nn.Module, count: int, draw: int) -> list[int]:
+def random_tokens(model: nn.Module, count: int, draw: int) -> list[int]:
     """Ids that every embedding of the model has, 0 left out: it is often a padding that models treat apart."""
     sizes = [size for size in _embedding_sizes(model) if size >= _FEWEST_TOKENS]
     limit = min(sizes, default=_FEWEST_TOKENS)
@@ -280,10 +280,12 @@ def _difference(found_TV: np.ndarray, expected_TV: np.ndarray) -> float:
     return float(np.max(apart_T / np.maximum(expected_TV.std(axis=-1), 1e-9)))
 
 
-def _is_half(model: nn.Module) -> bool:
+def is_half(model: nn.Module) -> bool:
+    """Whether some of its numbers are of half precision."""
     return any(array.dtype in (mx.float16, mx.bfloat16) for _, array in named_arrays(model.parameters()))
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What an error says, without line breaks and not too long."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:200]}…"

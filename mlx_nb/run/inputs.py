@@ -268,11 +268,16 @@ class RunInputs:
         return rewards
 
     def notes(self) -> list[str]:
-        """What a person should know about model and rows before training."""
+        """What a person should know about model and rows before training.
+
+        Raises ModelError for a model that cannot be trained as the settings say.
+        """
         from mlx_nb.model.backend import prepare_backend
+        from mlx_nb.model.training_trial import training_notes
 
         warning = prepare_backend().warning
-        notes = [*([warning] if warning else []), *self.loaded.notes, *self.splits.notes]
+        of_model = (*self.loaded.notes, *training_notes(self.loaded, self.config))
+        notes = [*([warning] if warning else []), *of_model, *self.splits.notes]
         if (
             self.config.prompt_format is None
             and self.asking.is_raw(self.tokenizer)

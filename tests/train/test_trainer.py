@@ -83,7 +83,7 @@ def test_projecting_targets_only_equals_the_whole_model(tied):
     assert scorer.projects_targets_only
     inputs = target_inputs(pad(random_examples(4)))
     split = scorer.logprobs(inputs)
-    scorer._split = None
+    scorer._text = None
     assert mx.allclose(split, scorer.logprobs(inputs), atol=1e-5).item()
 
 
@@ -92,22 +92,23 @@ def test_token_losses_are_those_of_the_objective(taken_apart):
     model, example = tiny_model(), random_examples(1, shortest=20)[0]
     scorer = TargetScorer(model)
     if not taken_apart:
-        scorer._split = None
+        scorer._text = None
     losses = scorer.token_losses(example.tokens)
     assert np.isnan(losses[0])
     total = token_objective(nll)(scorer, target_inputs(pad([example]))).total.item()
     assert (losses[1:] * example.loss_mask[1:]).sum() == pytest.approx(total, rel=1e-5)
 
 
-def test_a_model_that_changes_its_logits_is_run_whole():
+def test_a_model_that_changes_its_logits_changes_them_at_targets_too():
     class Capped(type(tiny_model())):
         def __call__(self, inputs, cache=None):
             return mx.tanh(super().__call__(inputs, cache))
 
     model = Capped(tiny_model().args)
-    scorer = TargetScorer(model)
-    assert not scorer.projects_targets_only
-    assert scorer.logits(target_inputs(pad(random_examples(2)))).shape[-1] == VOCABULARY
+    scorer, inputs = TargetScorer(model), target_inputs(pad(random_examples(2)))
+    assert scorer.projects_targets_only
+    whole_SV = model(inputs.tokens_BT).reshape(-1, VOCABULARY)[inputs.position_S]
+    assert mx.allclose(scorer.logits(inputs), whole_SV, atol=1e-5).item()
 
 
 # Laws 2 and 3

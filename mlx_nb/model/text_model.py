@@ -1,0 +1,205 @@
+"""Where the text part of a model ends and its head begins, found by trying: for wrappers and any family alike.
+
+Of the head nothing is assumed: it is what the model's own call does after its backbone, with scales, soft caps, biases
+and tied embeddings. The call is made on copies of the modules around the backbone (their parts are shared), so that the
+model itself is never changed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map
+
+from mlx_nb.model.passes import family_of, is_half, once_a_model, random_tokens
+from mlx_nb.model.trees import named_arrays
+
+_ROWS, _TOKENS = 2, 5
+_PROBED = (0, 3, 6, 9, 8)  # of the ten positions of the probe
+# The same products over other numbers of rows: as parts of the largest logit, in single and half precision.
+_TOLERANCE = (2e-5, 0.02)
+
+# What of a call goes on: of the backbone's result, or of what the head is given.
+_Step = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module by its path from the model, and whether positions are chosen from its result or from its input."""
+
+    path: tuple[str, ...]
+    after: bool
+
+
+class TextModel:
+    """A model whose head is computed at chosen positions, live: it reads the model's parameters at each call."""
+
+    def __init__(self, model: nn.Module, place: Place) -> None:
+        self.model = model
+        self.place = place
+
+    def hidden(self, tokens_BT: mx.array, position_S: mx.array) -> Any:
+        """(1, S, D) what the head is given at positions of the flattened rows; a tuple where the backbone gives one."""
+        taken: list[Any] = []
+
+        def choose(hidden: Any) -> Any:
+            taken.append(_chosen(hidden, tokens_BT.shape, position_S))
+            return taken[-1]
+
+        self._called(tokens_BT, choose)  # what the head makes of it is never computed
+        [hidden] = taken
+        return hidden
+
+    def logits(self, hidden: Any) -> mx.array:
+        """(S, V) what the head makes of what it is given."""
+        positions = named_arrays(hidden)[0][1].shape[1]
+        return self._called(mx.zeros((1, positions), mx.int32), lambda _whole: hidden, computes=False)[0]
+
+    def logits_at(self, tokens_BT: mx.array, position_S: mx.array) -> mx.array:
+        """(S, V) logits at positions of the flattened rows."""
+        return self._called(tokens_BT, lambda hidden: _chosen(hidden, tokens_BT.shape, position_S))[0]
+
+    def _called(self, tokens_BT: mx.array, step: _Step, *, computes: bool = True) -> mx.array:
+        path, kind = self.place.path, _Backbone if self.place.after else _Head
+        result: mx.array = _with_stand_in(self.model, path, lambda module: kind(module, step, computes))(tokens_BT)
+        return result
+
+
+class _StandIn:
+    """Takes a module's place in a copy of the one around it; all but the call is the module's own."""
+
+    def __init__(self, module: nn.Module, step: _Step, computes: bool) -> None:
+        self._module, self._step, self._computes = module, step, computes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._module[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._module
+
+
+class _Backbone(_StandIn):
+    """Positions are chosen from its result; where the result is known, the module is not called."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._step(self._module(*args, **kwargs) if self._computes else None)
+
+
+class _Head(_StandIn):
+    """Positions are chosen from its input; a tied embedding is a head by `as_linear`."""
+
+    def __call__(self, x: mx.array) -> Any:
+        tied = hasattr(self._module, "as_linear")
+        return self._module(x) if tied else self._module(self._step(x))
+
+    def as_linear(self, x: mx.array) -> Any:
+        return self._module.as_linear(self._step(x))
+
+
+def _with_stand_in(module: nn.Module, path: tuple[str, ...], stand_in: Callable[[nn.Module], Any]) -> nn.Module:
+    """A copy of `module` that shares all its parts but the one at `path`."""
+    twin, part = copy.copy(module), module[path[0]]
+    twin[path[0]] = stand_in(part) if len(path) == 1 else _with_stand_in(part, path[1:], stand_in)
+    return twin
+
+
+def _chosen(hidden: Any, shape: tuple[int, ...], position_S: mx.array) -> Any:
+    def at_positions(value: Any) -> Any:
+        if not isinstance(value, mx.array) or value.ndim < 3 or value.shape[:2] != shape:
+            return value
+        return value.reshape(-1, *value.shape[2:])[position_S][None]
+
+    return tree_map(at_positions, hidden)
+
+
+def part_of(hidden: Any, chosen: slice) -> Any:
+    """Some of the positions of what `TextModel.hidden` gives."""
+    return tree_map(lambda array: array[:, chosen], hidden)
+
+
+def text_model(model: nn.Module) -> TextModel | None:
+    """The model taken apart where that is proved, on a few random tokens, to give its own logits; else None."""
+    place = _proved_place(model)
+    return None if place is None else TextModel(model, place)
+
+
+def whole_note(model: nn.Module) -> str | None:
+    """One line for who trains a model that is not taken apart, None for all others."""
+    if _proved_place(model) is not None:
+        return None
+    return (
+        f"{family_of(model)}: no backbone was found whose result alone gives this model's logits, so it is run whole: "
+        "logits are computed at all positions, not only at those that are trained. The numbers are the same; it takes "
+        "more memory and time."
+    )
+
+
+@once_a_model
+def _proved_place(model: nn.Module) -> Place | None:
+    tokens_BT = mx.array([random_tokens(model, _TOKENS, draw) for draw in range(_ROWS)])
+    try:
+        whole_BTV = model(tokens_BT)
+        expected_SV = _numbers(whole_BTV.reshape(-1, whole_BTV.shape[-1])[mx.array(_PROBED)])
+    except Exception:  # whatever a family's own code raises
+        return None
+    return next(
+        (place for place in _places(model) if _is_proved(TextModel(model, place), tokens_BT, expected_SV)), None
+    )
+
+
+def _is_proved(text: TextModel, tokens_BT: mx.array, expected_SV: np.ndarray) -> bool:
+    """In one call and in two, of which the second sees a part of the positions."""
+    position_S = mx.array(_PROBED)
+    try:
+        hidden = text.hidden(tokens_BT, position_S)
+        if any(_numbers(array)[0].shape == expected_SV.shape for _, array in named_arrays(hidden)):
+            return False  # these are the logits
+        part = part_of(hidden, slice(1, 4))
+        found = [(text.logits_at(tokens_BT, position_S), expected_SV), (text.logits(part), expected_SV[1:4])]
+        most = _TOLERANCE[is_half(text.model)] * np.abs(expected_SV).max()
+        return all(
+            logits.shape == expected.shape and bool(np.abs(_numbers(logits) - expected).max() <= most)
+            for logits, expected in found
+        )
+    except Exception:
+        return False
+
+
+def _places(model: nn.Module) -> Iterator[Place]:
+    """Where positions may be chosen: after modules that hold layers, the innermost first, then before heads."""
+    around = [((), model), *_holders(model)]
+    for path, _ in reversed(around[1:]):
+        yield Place(path, after=True)
+    for path, module in around:
+        for name, part in module.items():
+            if isinstance(part, nn.Module) and not _holds_layers(part):
+                yield Place((*path, name), after=False)
+
+
+def _holders(module: nn.Module, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], nn.Module]]:
+    found = []
+    for name, part in module.items():
+        if isinstance(part, nn.Module) and _holds_layers(part):
+            found += [((*path, name), part), *_holders(part, (*path, name))]
+    return found
+
+
+def _holds_layers(module: nn.Module) -> bool:
+    return any(
+        isinstance(value, list) and any(isinstance(one, nn.Module) for one in value)
+        for inner in module.modules()
+        for value in inner.values()
+    )
+
+
+def _numbers(logits: mx.array) -> np.ndarray:
+    return np.array(logits.astype(mx.float32))
