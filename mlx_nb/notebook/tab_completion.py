@@ -47,8 +47,7 @@ def matcher(session: Session, cell_parser: argparse.ArgumentParser) -> Callable[
         offer = complete(session, cell_parser, context.full_text, context.cursor_line, context.cursor_position)
         if offer is None:
             return {"completions": [], "suppress": False}
-        # The terminal and JupyterLab show the type of a completion beside it.
-        found = [SimpleCompletion(choice.text, type=short_help(choice.help) or "value") for choice in offer.choices]
+        found = [SimpleCompletion(choice.text, type=_beside(choice.help)) for choice in offer.choices]
         return {
             "completions": _Answered(found),
             "matched_fragment": offer.fragment,

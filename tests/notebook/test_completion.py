@@ -18,7 +18,7 @@ def complete(shell):
         with provisionalcompleter():
             found = list(shell.Completer.completions(text + after, len(text)))
         assert all(text[one.start :] == text[one.start : one.end] for one in found)
-        return {one.text: one.type for one in found}
+        return {one.text: one.type.replace("\u00a0", " ") for one in found}
 
     shell.user_ns |= {
         "bees": [{"question": "a", "reply": "b"}] * 30,
