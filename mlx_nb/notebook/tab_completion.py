@@ -59,6 +59,11 @@ def matcher(session: Session, cell_parser: argparse.ArgumentParser) -> Callable[
     return decorated
 
 
+def _beside(help: str) -> str:
+    """What terminals and JupyterLab show beside a completion, as its type; JupyterLab would break it at its spaces."""
+    return short_help(help).replace(" ", "\u00a0") or "value"
+
+
 def complete(session: Session, cell_parser: argparse.ArgumentParser, text: str, line: int, column: int) -> Offer | None:
     """What may come next at a place in a cell; None where that is not ours to say."""
     lines = text.split("\n")
