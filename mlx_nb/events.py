@@ -174,11 +174,16 @@ class CheckpointSaved(Event):
 
 @dataclass(frozen=True)
 class SettingChanged(Event):
-    """A live setting changed at a step boundary."""
+    """A live setting changed at a step boundary.
+
+    `iters` is how many updates the run has from then on, and `note` what else the change does, in words.
+    """
 
     name: str
     old: Any
     new: Any
+    iters: int | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)

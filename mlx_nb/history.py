@@ -172,10 +172,13 @@ class History:
     @property
     def iters(self) -> int | None:
         """Updates in the run, as was last said."""
-        lengths = [event.new for event in self._of(SettingChanged) if event.name == "iters"]
-        if lengths and lengths[-1] is not None:
-            result: int | None = lengths[-1]
-            return result
+        for event in self._of(SettingChanged, reverse=True):
+            if event.name not in ("iters", "epochs"):
+                continue
+            if length := event.iters or (
+                event.new if event.name == "iters" else None
+            ):  # an older mlx_nb told no length
+                return int(length)
         return self.started.iters if self.started else None
 
     @property

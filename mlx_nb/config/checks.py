@@ -306,6 +306,10 @@ def _check_decay(config: Readable) -> Iterator[SettingError]:
 
 def _check_schedule(config: Readable) -> Iterator[SettingError]:
     schedule = config.lr_schedule
+    if config.schedule_iters is not None and schedule.name == "constant":
+        yield SettingError(
+            ("schedule_iters",), "`schedule_iters` has no effect with `lr_schedule: constant`. Remove it."
+        )
     if schedule.arguments is None:
         if schedule.name in ("exponential_decay", "step_decay"):
             yield SettingError(

@@ -404,6 +404,14 @@ class RunConfig(Settings):
         above=0,
         live=True,
     )
+    schedule_iters: int | None = setting(
+        None,
+        "Updates that lr_schedule is for; the rate of the last of them stays for all after it. null = the whole run: "
+        "the schedule of one that gets longer is stretched.",
+        group="optimizer",
+        at_least=1,
+        live=True,
+    )
     batch_size: int = setting(4, "Rows, pairs or prompts in one forward pass.", group="training", at_least=1)
     grad_accumulation_steps: int = setting(
         1,
@@ -765,6 +773,7 @@ RunConfig.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         for name, declared in SETTINGS.items()
     ]
 )
+LENGTHS = ("iters", "epochs")  # of which a run has one
 PATHS = ("data", "model", "resume_adapter_file", "reference_model", "reference_adapter", "chat_template")
 # Live settings that switch something off with null, and the settings about it.
 _SWITCHES = {"sample_prompts": ("sample_every", "sample_tokens"), "loss_spike": ("spike_patience",)}

@@ -130,13 +130,14 @@ def save_adapter(
     file_name: str = ADAPTER_FILE,
     *,
     base: dict[str, Any] | None = None,
+    update: int | None = None,
     write: Write = write_whole,
     weights: dict[str, mx.array] | None = None,
 ) -> Path:
     """Write the adapter in mlx-lm's format, each file whole or not at all. Returns the weights' path.
 
-    `mlx_lm.load(model, adapter_path=folder)` reads it. `base` is the `base_identity` of what it was trained on, and
-    `weights` are those of another update than the model is at.
+    `mlx_lm.load(model, adapter_path=folder)` reads it. `base` is the `base_identity` of what it was trained on,
+    `update` how many updates were done, and `weights` are those of another update than the model is at.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parameters = config.lora_parameters
@@ -148,7 +149,7 @@ def save_adapter(
         "fine_tune_type": config.fine_tune_type,
         "num_layers": config.num_layers,
         "lora_parameters": lora,
-        "mlx_nb": {"settings": config.changed(), "base": base},
+        "mlx_nb": {"settings": config.changed(), "base": base, "update": update},
     }
     text = json.dumps(description, indent=2, default=str).encode()
     write(folder / CONFIG_FILE, lambda file: file.write(text))

@@ -15,10 +15,11 @@ from mlx_nb.config.run_config import LIVE_SETTINGS
 from mlx_nb.config.yaml_text import read_words
 from mlx_nb.errors import CommandError, did_you_mean
 from mlx_nb.events import Pause, RunState, Stop
+from mlx_nb.notebook.queued_cells import NOW
 from mlx_nb.notebook.session import Session
 from mlx_nb.run.inputs import SPLITS
 from mlx_nb.run.run import Run
-from mlx_nb.view.event_text import visits_text
+from mlx_nb.view.event_text import remarks, visits_text
 from mlx_nb.view.metric_text import headline
 
 CELL_OPTIONS = {
@@ -26,7 +27,8 @@ CELL_OPTIONS = {
     "-o": "bind the Run to this variable",
     "--paused": "build the run, load nothing, train nothing",
     "--wait": "stay in the cell until the run pauses or ends",
-    "--background": "return at once and train in the background, whoever looks",
+    "--background": "return at once and train in the background, whoever looks; queued cells do not wait for it",
+    NOW: "do not wait for a run that a cell before started, where this one is queued behind it",
     "--resume": "go on from the newest checkpoint of this name, if there is one",
     "--allow-changed": "go on although this changed since (with --resume: a setting, data, template, model, ...; with "
     "resume_adapter_file or reference_adapter: model)",
@@ -38,12 +40,17 @@ _EXAMPLE = "learning_rate=5e-5"
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand: what it takes, what it does, and the function `(session, arguments) -> object to display`."""
+    """One subcommand: what it takes, what it does, and the function `(session, arguments) -> object to display`.
+
+    `of_now` says that its answer is about the run as it is at that moment: of one that is running the answer names the
+    update.
+    """
 
     usage: str
     help: str
     act: Callable[[Session, argparse.Namespace], Any]
     parser: argparse.ArgumentParser
+    of_now: bool
 
     @property
     def options(self) -> list[str]:
@@ -70,6 +77,8 @@ def _usage(parser: argparse.ArgumentParser) -> str:
 
 def run_line(session: Session, line: str) -> Any:
     """Carry out the line of a `%finetune` magic. Returns what is to be displayed, or None."""
+    if session.queued is not None:
+        session.queued.note_request()
     try:
         words = shlex.split(line)
     except ValueError as error:
@@ -82,7 +91,25 @@ def run_line(session: Session, line: str) -> Any:
             f"%finetune has no command {name!r}.{did_you_mean(name, COMMANDS)} `%finetune help` lists them."
         )
     command = COMMANDS[name]
-    return command.act(session, command.parser.parse_args(rest))
+    arguments = command.parser.parse_args(rest)
+    if session.queued is not None and name not in _STEERING and not arguments.now:
+        session.queued.before_command()
+    if not command.of_now or (stamp := _running_at(session, arguments.name)) is None:
+        return command.act(session, arguments)
+    answer = command.act(session, arguments)
+    if isinstance(answer, _Text):
+        return answer.stamped(stamp)
+    print(stamp)
+    return answer
+
+
+def _running_at(session: Session, name: str | None) -> str | None:
+    """`update 7 of 60, running` of a run that moves in the background; None of every other."""
+    run = session.get(name)
+    if run.state != RunState.RUNNING:
+        return None
+    iters = run.trainer.iters if run.prepared else run.config.iters
+    return f"update {run.step_count}{f' of {iters}' if iters else ''}, running"
 
 
 def _help_text(name: str | None = None) -> _Text:
@@ -98,17 +125,25 @@ def _help_text(name: str | None = None) -> _Text:
                 "%%finetune [--name NAME] [-o VARIABLE] [--paused] [--wait] [--resume] above YAML builds a run.",
                 "`%%finetune?` lists its settings. On a run:",
                 *lines,
-                "All take --name NAME for another run than the current one.",
+                "All take --name NAME for another run than the current one. A cell that was queued behind one that",
+                f"starts a run, as by Run All, waits for that run; with {NOW} it acts at once.",
             ]
         )
     )
 
 
 class _Text(str):
-    """Text that displays as it is, without quotes."""
+    """Text that displays as it is, without quotes; below it a line that is not part of it, if it was stamped."""
+
+    stamp = ""
 
     def __repr__(self) -> str:
-        return str(self)
+        return f"{self}\n({self.stamp})" if self.stamp else str(self)
+
+    def stamped(self, stamp: str) -> _Text:
+        """The same text with a line below."""
+        self.stamp = stamp
+        return self
 
 
 def _step(session: Session, arguments: argparse.Namespace) -> None:
@@ -125,8 +160,15 @@ def _run(session: Session, arguments: argparse.Namespace) -> None:
     from mlx_nb.notebook.driver import train
 
     run = session.get(arguments.name)
-    _refuse_finished(run)
-    train(session, run, wait=wait_of(arguments))
+    if arguments.n is None:
+        _refuse_finished(run)
+        train(session, run, wait=wait_of(arguments))
+        return
+    known = len(run.history.events)
+    updates = run.more(arguments.n)
+    for note in _notes_since(run, known):
+        print(note)
+    train(session, run, updates, wait=wait_of(arguments))
 
 
 def wait_of(arguments: argparse.Namespace) -> bool | None:
@@ -164,7 +206,10 @@ def _panel(session: Session, arguments: argparse.Namespace) -> None:
 
 def _refuse_finished(run: Run) -> None:
     if run.over:
-        raise CommandError(f"{run.name} is finished after update {run.step_count}. A %%finetune cell starts a new run.")
+        raise CommandError(
+            f"{run.name} is finished: all {run.step_count} updates are done. `%finetune run 20` does 20 more, and "
+            "`%finetune set iters=...` makes it longer."
+        )
 
 
 def _eval(session: Session, arguments: argparse.Namespace) -> _Text:
@@ -187,8 +232,15 @@ def _generate(session: Session, arguments: argparse.Namespace) -> _Text:
 
 def _set(session: Session, arguments: argparse.Namespace) -> _Text:
     run = session.get(arguments.name)
+    known = len(run.history.events)
     run.set(**read_words(arguments.changes, "%finetune set", _EXAMPLE))
-    return _Text(f"{run.name}: from the next update on, " + ", ".join(arguments.changes).replace("=", ": "))
+    changed = f"{run.name}: from the next update on, " + ", ".join(arguments.changes).replace("=", ": ")
+    return _Text("\n".join([changed, *_notes_since(run, known)]))
+
+
+def _notes_since(run: Run, known: int) -> list[str]:
+    """What else the changes of settings do that came after the first `known` events."""
+    return [note for event in run.history.events[known:] for note in remarks(event)]
 
 
 def _save(session: Session, arguments: argparse.Namespace) -> _Text:
@@ -342,6 +394,7 @@ def _command(
     help: str,
     act: Callable[[Session, argparse.Namespace], Any],
     *arguments: tuple[tuple[Any, ...], dict[str, Any]],
+    of_now: bool = False,
 ) -> Command:
     parser = _Parser(prog=name, description=help, add_help=False)
     for flags, options in arguments:
@@ -349,20 +402,26 @@ def _command(
     usage = _usage(parser)
     if name not in ("runs", "help", "use", "resume"):
         parser.add_argument("--name", "-n", default=None, help="another run than the current one")
-    return Command(usage, help, act, parser)
+    parser.add_argument(
+        NOW, action="store_true", help="act at once, while a run goes on that this cell is queued behind"
+    )
+    return Command(usage, help, act, parser, of_now)
 
 
 def _argument(*flags: str, **options: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return flags, options
 
 
+# What a person does to a run that is running, and looks that show it so: in the cell that starts one they do not wait.
+_STEERING = ("pause", "stop", "set", "skip", "panel", "status", "runs", "use", "browse", "help")
 _SPLIT = _argument("split", nargs="?", default="train", choices=SPLITS)
 COMMANDS: dict[str, Command] = {
     "step": _command("step", "do exactly n updates (default 1)", _step, _argument("n", nargs="?", type=int, default=1)),
     "run": _command(
         "run",
-        "train to the end, in the background where somebody looks",
+        "train to the end, or n more updates, in the background where somebody looks",
         _run,
+        _argument("n", nargs="?", type=int),
         _argument("--wait", action="store_true", help="stay in the cell"),
         _argument("--background", action="store_true", help="return at once"),
     ),
@@ -377,6 +436,7 @@ COMMANDS: dict[str, Command] = {
         "loss of a split and what the method measures, now",
         _eval,
         _argument("split", nargs="?", default="valid", choices=SPLITS),
+        of_now=True,
     ),
     "generate": _command(
         "generate",
@@ -387,6 +447,7 @@ COMMANDS: dict[str, Command] = {
         _argument("--max-tokens", type=int, default=256),
         _argument("--temperature", type=float, default=0.0),
         _argument("--seed", type=int, default=0),
+        of_now=True,
     ),
     "set": _command(
         "set",
@@ -404,6 +465,7 @@ COMMANDS: dict[str, Command] = {
         _argument("--loss", action="store_true", help="color the tokens by the model's loss on them, now"),
         _argument("--compare", choices=["base"], help="color by what training changed, against the base"),
         _argument("--page", type=int, default=0, help="page of a long row"),
+        of_now=True,
     ),
     "rows": _command(
         "rows",
@@ -412,15 +474,17 @@ COMMANDS: dict[str, Command] = {
         _SPLIT,
         _argument("--top-loss", type=int, metavar="N", help="the N rows of highest loss when last visited"),
         _argument("--measure", action="store_true", help="measure every row of the split now"),
+        of_now=True,
     ),
     "browse": _command("browse", "leaf through the rows: previous, next, jump, filters, colors", _browse, _SPLIT),
-    "batch": _command("batch", "the very arrays that the next update will train on", _batch),
+    "batch": _command("batch", "the very arrays that the next update will train on", _batch, of_now=True),
     "rollouts": _command(
         "rollouts",
         "the newest completions: what each reward function said, and their advantages",
         _rollouts,
         _argument("--step", type=int, metavar="UPDATE", help="the newest until this update"),
         _argument("--ratios", action="store_true", help="color tokens by log(policy now / policy that sampled)"),
+        of_now=True,
     ),
     "check": _command(
         "check",
@@ -429,12 +493,15 @@ COMMANDS: dict[str, Command] = {
         _argument("rows", nargs="?", default="rows=5000", metavar="rows=N", help="rows to tokenize, or all"),
         _argument("--json", action="store_true", help="as one JSON document"),
     ),
-    "plot": _command("plot", "the curves so far", lambda session, arguments: session.get(arguments.name).plot()),
+    "plot": _command(
+        "plot", "the curves so far", lambda session, arguments: session.get(arguments.name).plot(), of_now=True
+    ),
     "save": _command(
         "save",
         "write the adapter in mlx-lm's format",
         _save,
         _argument("path", nargs="?", help="folder (default: the run's own)"),
+        of_now=True,
     ),
     "runs": _command("runs", "the runs of this notebook", _runs),
     "rewind": _command(
@@ -451,6 +518,7 @@ COMMANDS: dict[str, Command] = {
         _fork,
         _argument("changes", nargs="*", metavar="key=value"),
         _argument("--as", dest="as_name", metavar="NAME", help="name of the fork (default: this run's, with -fork)"),
+        of_now=True,
     ),
     "resume": _command(
         "resume",

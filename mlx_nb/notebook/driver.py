@@ -39,17 +39,18 @@ def train(session: Session, run: Run, updates: int | None = None, *, wait: bool 
     """Move `run` by `updates` updates, or to its end, showing what happens.
 
     Where a person has the notebook open this returns at once, the run goes on in the background, and a panel stands
-    under the cell. `wait` True stays in the cell, as it does by itself under nbconvert and papermill, where nobody
-    would wait for the background. Raises TrainingError when an update was not kept.
+    under the cell; cells that are queued behind this one wait for it, unless `wait` is False. `wait` True stays in the
+    cell, as it does by itself under nbconvert and papermill, where nobody would wait for the background. Raises
+    TrainingError when an update was not kept.
     """
-    if wait is None:
-        wait = not has_live_front_end()
-    if wait:
+    if wait or (wait is None and not has_live_front_end()):
         train_here(run, updates, quiet=session.panel_of(run) is not None)
         return
     if session.panel_of(run) is None:
         show_panel(session, run)
     run.start(updates)
+    if wait is None and session.queued is not None:
+        session.queued.follow(run)
 
 
 def show_panel(session: Session, run: Run) -> None:

@@ -13,6 +13,7 @@ from mlx_nb.config.help import settings_text
 from mlx_nb.errors import CommandError
 from mlx_nb.notebook.commands import CELL_OPTIONS, run_line, wait_of
 from mlx_nb.notebook.interrupted import InterruptsInOneLine
+from mlx_nb.notebook.queued_cells import NOW, QueuedCells
 from mlx_nb.notebook.session import Session
 from mlx_nb.notebook.templating import fill
 
@@ -23,7 +24,8 @@ class FinetuneMagics(Magics):
 
     def __init__(self, shell: InteractiveShell) -> None:
         super().__init__(shell)
-        self.session = Session(self.shell.user_ns if self.shell else None)
+        self.queued = QueuedCells(shell)
+        self.session = Session(shell.user_ns, self.queued)
         self.interrupts = InterruptsInOneLine(shell)
         self.matcher: Any = None
 
@@ -41,6 +43,7 @@ class FinetuneMagics(Magics):
     @argument("--paused", action="store_true", help=CELL_OPTIONS["--paused"])
     @argument("--wait", action="store_true", help=CELL_OPTIONS["--wait"])
     @argument("--background", action="store_true", help=CELL_OPTIONS["--background"])
+    @argument(NOW, action="store_true", help=CELL_OPTIONS[NOW])
     @argument("--resume", action="store_true", help=CELL_OPTIONS["--resume"])
     @argument("--allow-changed", nargs="+", metavar="WHAT", default=(), help=CELL_OPTIONS["--allow-changed"])
     def finetune_cell(self, line: str, cell: str) -> None:
@@ -48,6 +51,7 @@ class FinetuneMagics(Magics):
         from mlx_nb.notebook.driver import has_live_front_end, show_panel, train
         from mlx_nb.run.run import Run
 
+        self.queued.note_request()
         arguments = _parse(self.finetune_cell, line)
         if not arguments.name.replace("-", "").replace("_", "").replace(".", "").isalnum():
             raise CommandError(f"--name {arguments.name!r}: use letters, digits, - and _ only; it names a folder.")

@@ -10,15 +10,20 @@ from mlx_nb.errors import CommandError, MlxNbError, did_you_mean
 
 if TYPE_CHECKING:
     from mlx_nb.notebook.lasting_output import Outcome
+    from mlx_nb.notebook.queued_cells import QueuedCells
     from mlx_nb.run.run import Run
     from mlx_nb.view.panel.panel import Panel
 
 
 class Session:
-    """Runs in the order they were made; `namespace` is the notebook's. Making a run of an existing name replaces it."""
+    """Runs in the order they were made; `namespace` is the notebook's. Making a run of an existing name replaces it.
 
-    def __init__(self, namespace: Mapping[str, Any] | None = None) -> None:
+    `queued` has the cells wait that are queued behind one that starts a run.
+    """
+
+    def __init__(self, namespace: Mapping[str, Any] | None = None, queued: QueuedCells | None = None) -> None:
         self.namespace = namespace
+        self.queued = queued
         self.runs: dict[str, Run] = {}
         self._current: str | None = None
         self._shown: dict[str, tuple[Panel, Outcome]] = {}
@@ -55,6 +60,8 @@ class Session:
 
     def close(self) -> None:
         """Stop what moves where it is, save it, and take the panels away: the extension is being unloaded."""
+        if self.queued is not None:
+            self.queued.close()
         for run in self.runs.values():
             run.background.stop()
         self.save_all()

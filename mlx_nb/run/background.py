@@ -19,7 +19,7 @@ class Runnable(Protocol):
 
     name: str
 
-    def events(self, updates: int | None = None) -> Iterator[Event]:
+    def moves(self, updates: int | None = None) -> Iterator[Event]:
         """Move by `updates` updates, or to the end."""
 
     def request(self, request: Request) -> None:
@@ -62,7 +62,9 @@ class Background:
     def __init__(self, run: Runnable) -> None:
         self._run = run
         self._task: asyncio.Task[None] | None = None
+        self._updates: int | None = None
         self._events: Iterator[Event] | None = None
+        self._ended: Callable[[BaseException | None], None] = lambda error: None
 
     @property
     def active(self) -> bool:
@@ -72,8 +74,8 @@ class Background:
     def start(self, updates: int | None = None, *, ended: Callable[[BaseException | None], None]) -> None:
         """Begin to move the run by `updates` updates, or to its end; returns at once.
 
-        `ended` is called in the loop when it stops, with the error if there was one. Raises CommandError without a
-        running event loop, and when the run moves already.
+        `ended` is called when it stops, with the error if there was one. Raises CommandError without a running event
+        loop, and when the run moves already.
         """
         if self.active:
             raise CommandError(f"{self._run.name} is running. `%finetune pause` stops it after this update.")
@@ -84,27 +86,50 @@ class Background:
                 f"{self._run.name} cannot train in the background here: no event loop is running. Use run.run()."
             ) from None
         _moving.append(self._run)
-        self._task = loop.create_task(self._pump(updates, ended), name=f"mlx_nb {self._run.name}")
+        self._updates, self._ended = updates, ended
+        self._task = loop.create_task(self._pump(), name=f"mlx_nb {self._run.name}")
 
-    async def _pump(self, updates: int | None, ended: Callable[[BaseException | None], None]) -> None:
-        error: BaseException | None = None
+    async def _pump(self) -> None:
+        me = asyncio.current_task()
         try:
             # Let the cell that started it end first, and its output with it.
             await asyncio.sleep(SECONDS_BETWEEN_EVENTS)
-            if self.active:
-                _hold_interrupts()
-                self._events = self._run.events(updates)
-                for _ in self._events:
-                    _hold_interrupts()
-                    await asyncio.sleep(SECONDS_BETWEEN_EVENTS)
-        except BaseException as caught:
-            error = caught
+            while self._task is me and self._advance() is not None:
+                await asyncio.sleep(SECONDS_BETWEEN_EVENTS)
+        except asyncio.CancelledError as error:
+            if self._task is me:
+                self._end(error)
+            raise
+
+    def _advance(self) -> Event | None:
+        """The next event; None when the run stands still, which whoever started it has been told then."""
+        try:
+            _hold_interrupts()
+            if self._events is None:
+                self._events = self._run.moves(self._updates)
+            event = next(self._events, None)
+        except BaseException as error:
+            self._end(error)
+            if isinstance(error, asyncio.CancelledError | SystemExit):
+                raise
+            return None
+        if event is None:
+            self._end(None)
+        return event
+
+    def _end(self, error: BaseException | None) -> None:
         self._events = self._task = None
         _left(self._run)
         # An interrupt that broke off the reading of rows is a pause: nothing has begun.
-        ended(None if isinstance(error, SystemExit | KeyboardInterrupt) else error)
-        if isinstance(error, asyncio.CancelledError | SystemExit):
-            raise error
+        self._ended(None if isinstance(error, SystemExit | KeyboardInterrupt) else error)
+
+    def here(self) -> Iterator[Event]:
+        """Move the run on in a cell that waits for it, in place of the task, until it stands still.
+
+        While a cell is executed the loop has no turn. The first interrupt pauses the run, as between cells.
+        """
+        while self.active and (event := self._advance()) is not None:
+            yield event
 
     def stop(self) -> None:
         """Stop at the boundary where the run is, without waiting for another; it is active no more.
@@ -118,7 +143,7 @@ class Background:
                 self._events.close()
         except ValueError:
             raise CommandError(f"{self._run.name} is in the middle of an update, so it cannot end here.") from None
-        _left(self._run)
+        self._end(None)
 
     async def wait(self) -> None:
         """Until the run stops moving. An interrupt or a cancellation here asks the run to pause, and waits no more."""

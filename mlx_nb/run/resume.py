@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_nb.config.run_config import PATHS, SETTINGS, RunConfig, located
+from mlx_nb.config.run_config import LENGTHS, PATHS, SETTINGS, RunConfig, located
 from mlx_nb.data.examples.batches import ORDER
 from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.errors import CheckpointError, ConfigError, did_you_mean, listed_problems, shown
@@ -20,8 +20,6 @@ from mlx_nb.history import History
 
 if TYPE_CHECKING:
     from mlx_nb.train.checkpoint import Checkpoint
-
-_LENGTHS = {"iters", "epochs"}
 
 # What a run is made from besides its settings, by the names of its fingerprints.
 MADE_FROM = (
@@ -131,6 +129,7 @@ def _is_like(value: Any, standard: Any) -> bool:
 def settings_to_resume(checkpoint: Checkpoint, folder: Path, config: RunConfig | None, data: Any) -> RunConfig:
     """What a run goes on with: `config` with the live changes since, or null = the settings of the checkpoint.
 
+    Its length is that of the checkpoint, until `length_given` changes it.
     Raises CheckpointError when the rows were an object and are not given again.
     """
     values = dict(checkpoint.state["config"])
@@ -140,6 +139,7 @@ def settings_to_resume(checkpoint: Checkpoint, folder: Path, config: RunConfig |
         config = with_shape_of(checkpoint, config)
         for event in _live_changes(checkpoint):
             config = config.with_live(**{event.name: event.new})
+        config = config.replace(**{name: values[name] for name in LENGTHS})  # see `length_given`
         values = {**config.to_dict(), "rewards": config.rewards}
     values["adapter_path"] = str(folder)
     if data is not None:
@@ -148,6 +148,32 @@ def settings_to_resume(checkpoint: Checkpoint, folder: Path, config: RunConfig |
         raise CheckpointError(f"the rows of {folder} were an object in memory. Pass them again as `data`.")
     started_in = config.working_folder if config is not None else working_folder_of(checkpoint, folder)
     return RunConfig.from_dict(values).at(started_in)
+
+
+def length_given(checkpoint: Checkpoint, config: RunConfig | None) -> dict[str, Any]:
+    """The length that `config` gives a run which has another one; empty where it began, or stands, with that one.
+
+    The change is a live one: it is part of the history, and what was done is not taken back.
+    """
+    if config is None:
+        return {}
+    given = {name: getattr(config, name) for name in LENGTHS}
+    known = [
+        {name: values[name] for name in LENGTHS} for values in (_began_with(checkpoint), checkpoint.state["config"])
+    ]
+    if given in known:
+        return {}
+    return {name: value for name, value in given.items() if value is not None} or {"epochs": 1.0}
+
+
+def _began_with(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The settings that the run of a checkpoint began with."""
+    began_with = dict(checkpoint.state["config"])
+    for event in reversed(_live_changes(checkpoint)):
+        began_with[event.name] = event.old
+        if event.name in LENGTHS and event.old is not None:
+            began_with |= {name: None for name in LENGTHS if name != event.name}
+    return began_with
 
 
 def with_shape_of(checkpoint: Checkpoint, config: RunConfig) -> RunConfig:
@@ -216,14 +242,14 @@ def _why(refused: Collection[str]) -> str:
 def _changed_settings(config: RunConfig, checkpoint: Checkpoint) -> list[str]:
     """The settings in which `config` differs from those that the run of `checkpoint` began with.
 
-    Where something is saved changes no number, so those settings do not count.
+    Where something is saved changes no number, so those settings do not count, and neither does a longer run: that is
+    the same as making it longer now.
     """
-    began_with = dict(checkpoint.state["config"])
-    changes = _live_changes(checkpoint)
-    for event in reversed(changes):
-        began_with[event.name] = event.old
-    if not _LENGTHS.isdisjoint(event.name for event in changes):  # either takes the place of the other
-        began_with = {name: value for name, value in began_with.items() if name not in _LENGTHS}
+    began_with = _began_with(checkpoint)
+    changed_live = any(event.name in LENGTHS for event in _live_changes(checkpoint))
+    longer = all((getattr(config, name) or 0) >= (began_with.get(name) or 0) for name in LENGTHS)
+    if changed_live or longer:
+        began_with = {name: value for name, value in began_with.items() if name not in LENGTHS}
     now = json.loads(json.dumps(config.described(), default=str))
     counted = [name for name in began_with if name in now and SETTINGS[name].metadata["group"] != "saving"]
     return [name for name in counted if began_with[name] != now[name]]

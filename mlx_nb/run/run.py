@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never, get_args
 
 from mlx_nb.config.methods import method_named
-from mlx_nb.config.run_config import LIVE_SETTINGS, SETTINGS, RunConfig, unknown_settings
+from mlx_nb.config.run_config import LENGTHS, LIVE_SETTINGS, SETTINGS, RunConfig, unknown_settings
 from mlx_nb.config.templates import file_problem, is_template_text
 from mlx_nb.data.check.check import SAMPLED_ROWS, DataCheck, check_data
 from mlx_nb.data.examples.effects import refuse_ineffective
@@ -75,6 +75,7 @@ from mlx_nb.run.inputs import SPLITS, Rows, RunInputs
 from mlx_nb.run.resume import (
     allowed_changes,
     changes_since,
+    length_given,
     read_history_of,
     refuse_unusable,
     requests_of,
@@ -95,6 +96,7 @@ if TYPE_CHECKING:
     from mlx_nb.view.rows.browser import RowBrowser
 
 
+WAY_ON = "`%finetune run 20` or `run.set(iters=...)` goes on."
 _REQUESTS = "These can: " + ", ".join(kind.__name__ for kind in get_args(TrainerRequest) + get_args(RunRequest)) + "."
 _FORK_KEEPS_GROUPS = ("model", "rows", "adapter")
 # Its seed is the order of the rows: with another one the rest of the epoch would repeat some and never see others.
@@ -524,8 +526,13 @@ class Run:
         """Train for `updates` optimizer updates (None = to the end), yielding what happens.
 
         While it computes, a first SIGINT asks for a pause at the next step boundary, and a second one drops the
-        update in hand as if it had never begun.
+        update in hand as if it had never begun. Raises CommandError while the run moves in the background.
         """
+        self._refuse_running("train here")
+        yield from self.moves(updates)
+
+    def moves(self, updates: int | None = None) -> Iterator[Event]:
+        """The same for whoever moves the run already, as the background does."""
         from mlx_nb.model.memory import device_limits
 
         exits.go_on_ending()
@@ -705,13 +712,17 @@ class Run:
             raise ConfigError("\n".join(problems))
         if name == self.name:
             raise CommandError(f"a fork of {name} needs another name.")
-        config = self.config.replace(**{"adapter_path": None, **changes})
+        given = [length for length in LENGTHS if changes.get(length) is not None]
+        own = {"adapter_path": None, **(dict.fromkeys(LENGTHS) if given else {})}
+        config = self.config.replace(**{**own, **changes})
         name = name or self._fork_name(config)
         other = Run(config, name=name, _from_checkpoint=True)
         if other.folder.resolve() == self.folder.resolve():
             raise CommandError(f"a fork of {self.name} needs another folder than {self.folder}.")
         other.inputs = self.inputs.twin(other.config)
         other.trainer.restore(for_other_settings(self.trainer.snapshot(), self.config, other.config))
+        if not changes.keys().isdisjoint(LENGTHS):
+            other.trainer.refuse_shorter_than_done(other.config)
         other.trainer.go_on()
         # Its own length and folder are other ones.
         own = (event for event in self.history.events if not isinstance(event, RunFinished))
@@ -870,11 +881,13 @@ class Run:
             changed = changes_since(checkpoint, config, run.inputs.fingerprints, allow_changed)
             run.trainer.restore(checkpoint)
             run.history, damage = read_history_of(checkpoint)
+            run._checkpoints.go_on_from(checkpoint, run.history, whole=not damage)
+            if length := length_given(checkpoint, config):
+                run.set(**length)
         except BaseException:
             home.release()
             raise
         run.trainer.notes += (*messages, *damage, *(f"changed since the checkpoint: {what}" for what in changed))
-        run._checkpoints.go_on_from(checkpoint, run.history, whole=not damage)
         run._find_best()
         run.trainer.notes += tuple(run._ask_again(requests_of(checkpoint)))
         return run
@@ -918,7 +931,7 @@ class Run:
         if not isinstance(n, int) or n < 1:
             raise CommandError(f"cannot do {n!r} updates. Give a whole number of 1 or more.")
         if self.over:
-            raise CommandError(f"{self.name} is finished: all {self.trainer.iters} updates are done.")
+            raise CommandError(f"{self.name} is finished: all {self.trainer.iters} updates are done. {WAY_ON}")
         last = failed = paused = None
         with self.interrupts() as interrupts:
             for event in self.events(n):
@@ -937,12 +950,15 @@ class Run:
     def run(self, until: int | None = None) -> RunFinished | RunPaused:
         """To the end, or to update `until`. Returns how it ended. Raises TrainingError as `step` does.
 
-        A run that was stopped, or stopped early, goes on; one whose updates are all done returns how it ended.
+        A run that was stopped, or stopped early, goes on; one whose updates are all done returns how it ended. Where
+        `until` is beyond the last update the run gets so much longer, as by `set(iters=until)`.
 
         An interrupt pauses, and outside a notebook is raised as KeyboardInterrupt once the pause is saved, so that
         a loop over runs ends there too.
         """
         self._refuse_running("run")
+        if until is not None:
+            self._lengthen(until)
         if self._trainer is not None and self._trainer.finished is not None and self._trainer.over:
             return self._trainer.finished
         updates = None if until is None else max(0, until - self.step_count)
@@ -956,6 +972,25 @@ class Run:
         self._raise_interrupt(interrupts)
         raise_failure(failed)  # only now: the checkpoint of a failure is written after its event
         return ended or self.trainer.finished or RunPaused(self.step_count, f"reached update {until}")
+
+    def _lengthen(self, until: int) -> None:
+        """Make the run as long as that takes. One that goes by epochs has a length once its rows are loaded."""
+        if isinstance(until, bool) or not isinstance(until, int) or until < 0:
+            raise CommandError(f"cannot train to update {until!r}. Give a whole number of 0 or more.")
+        length = self._trainer.iters if self._trainer is not None else self.config.iters
+        if length is not None and until > length:
+            self.set(iters=until)
+
+    def more(self, updates: int) -> int:
+        """Make sure that so many updates are left, with a longer run where it takes one. Returns `updates`.
+
+        Raises CommandError for less than one.
+        """
+        if isinstance(updates, bool) or not isinstance(updates, int) or updates < 1:
+            raise CommandError(f"cannot do {updates!r} updates. Give a whole number of 1 or more.")
+        self._refuse_running("do more updates")
+        self._lengthen(self.step_count + updates)
+        return updates
 
     def _raise_interrupt(self, interrupts: Interrupts) -> None:
         """In a script whoever interrupts means the script; in a notebook, the run."""
@@ -1025,6 +1060,8 @@ class Run:
         checked = self.config.with_live(**changes)
         if self._trainer is not None:
             refuse_ineffective(checked, self.splits)
+            if not changes.keys().isdisjoint(LENGTHS):
+                self._trainer.refuse_shorter_than_done(checked)
         started = self._trainer is not None or self._from_checkpoint
         self.config = checked if started else _with_adapter_settings(checked)
         if self._trainer is None:

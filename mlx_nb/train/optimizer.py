@@ -86,9 +86,12 @@ def learning_rate_at(config: RunConfig, iters: int, step: int) -> float:
 
     Warm-up rises linearly from `warmup_init` and reaches the peak at its last update, so no update is spent at
     rate 0. After it, mlx's schedule runs from its own step 0. `learning_rate` scales schedules with `arguments` so
-    that a change during a run acts on every schedule alike.
+    that a change during a run acts on every schedule alike. With `schedule_iters` the schedule is for so many updates,
+    and those after them have the rate of the last.
     """
     schedule = config.lr_schedule
+    if config.schedule_iters is not None:
+        iters, step = config.schedule_iters, min(step, config.schedule_iters - 1)
     warmup = warmup_updates(config, iters)
     if step < warmup:
         return schedule.warmup_init + (config.learning_rate - schedule.warmup_init) * (step + 1) / warmup
@@ -98,6 +101,20 @@ def learning_rate_at(config: RunConfig, iters: int, step: int) -> float:
     arguments = schedule.arguments or _arguments_to_zero(schedule.name, config.learning_rate, max(1, iters - warmup))
     shape = getattr(optimizers.schedulers, schedule.name)(*_with_whole_steps(schedule.name, arguments))
     return float(shape(mx.array(after))) * config.learning_rate / arguments[0]
+
+
+def stretched_words(config: RunConfig, before: int, after: int, step: int) -> str:
+    """What becomes of the learning rate when a run of `before` updates is longer from `step` on; empty when nothing."""
+    if after <= before or all(
+        learning_rate_at(config, before, at) == learning_rate_at(config, after, at) for at in (step, before - 1)
+    ):
+        return ""
+    last, then = (learning_rate_at(config, *at) for at in ((before, max(0, step - 1)), (after, step)))
+    return (
+        f"The learning rate schedule is stretched over {after} updates: update {step + 1} has a rate of {then:.2e}, "
+        f"where the one before had {last:.2e}. `schedule_iters={before}` leaves it as it was, with its last rate for "
+        "what is added."
+    )
 
 
 def _arguments_to_zero(name: str, peak: float, updates: int) -> tuple[float, ...]:

@@ -16,10 +16,10 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_nb.config.methods import method_named
-from mlx_nb.config.run_config import RunConfig
+from mlx_nb.config.run_config import LENGTHS, RunConfig
 from mlx_nb.data.examples.batches import Place, TokenBatch
 from mlx_nb.data.masks.tokenizer import Tokenizer
-from mlx_nb.errors import CheckpointError, DataError, FolderError, TrainingError
+from mlx_nb.errors import CheckpointError, ConfigError, DataError, FolderError, TrainingError
 from mlx_nb.events import (
     EARLY_STOPPING,
     ITERS_REACHED,
@@ -66,7 +66,7 @@ from mlx_nb.rollouts.rewards.resolve import Reward
 from mlx_nb.train.batch_source import Feed, RowFeed
 from mlx_nb.train.checkpoint import Checkpoint
 from mlx_nb.train.inbox import Inbox
-from mlx_nb.train.optimizer import build_optimizer, learning_rate_at, refuse_beyond_memory
+from mlx_nb.train.optimizer import build_optimizer, learning_rate_at, refuse_beyond_memory, stretched_words
 from mlx_nb.train.reference_logprobs import ReferenceLogprobs
 from mlx_nb.train.rollout import NoReward, RolloutFeed
 from mlx_nb.train.step import COMPILED_WIDTHS, Stepper, Update
@@ -503,7 +503,10 @@ class Trainer:
                 case Sample():
                     self._due += self._samples_due()
                 case ChangeSetting(name, value):
-                    yield self.change(name, value)
+                    try:
+                        yield self.change(name, value)
+                    except ConfigError as error:
+                        yield RequestRefused(self.state.step, str(error))
                 case Skip():
                     yield self._skip()
                 case _:
@@ -534,13 +537,39 @@ class Trainer:
             self._due_at_the_end()
 
     def change(self, name: str, value: Any) -> SettingChanged:
-        """Change a live setting, at a step boundary. A run that gets longer goes on from its end."""
-        old = getattr(self.config, name)
-        self.config = self.config.with_live(**{name: value})
-        if name in ("iters", "epochs"):
-            self._end_where_due()
-            self.go_on()
-        return SettingChanged(self.state.step, name, old, getattr(self.config, name))
+        """Change a live setting, at a step boundary. A run that gets longer goes on from its end.
+
+        Raises ConfigError for a length below what is done.
+        """
+        old, before = getattr(self.config, name), self.iters
+        config = self.config.with_live(**{name: value})
+        if name not in LENGTHS:
+            self.config = config
+            return SettingChanged(self.state.step, name, old, getattr(config, name))
+        self.refuse_shorter_than_done(config)
+        self.config = config
+        self._end_where_due()
+        self.go_on()
+        note = stretched_words(config, before, self.iters, self.state.step)
+        return SettingChanged(self.state.step, name, old, getattr(config, name), self.iters, note)
+
+    def refuse_shorter_than_done(self, config: RunConfig) -> None:
+        """Raise ConfigError for settings of a length that the run is beyond already."""
+        step, done = self.state.step, self.state.batches / self.feed.batches_per_epoch
+        share = config.grad_accumulation_steps / self.feed.batches_per_epoch  # of an epoch, which an update rounds up
+        back = "A rewind goes further back."
+        if config.iters is not None:
+            if config.iters < step:
+                raise ConfigError(
+                    f"`iters: {config.iters}` is less than what is done: {self.name} is at update {step}. The smallest "
+                    f"value is {step}, which ends it there. {back}"
+                )
+        elif done - (config.epochs or 1.0) > share - 1e-9:
+            given = "null" if config.epochs is None else f"{config.epochs:g}"
+            raise ConfigError(
+                f"`epochs: {given}` is less than what is done: {self.name} is at update {step}, {done:.4g} passes over "
+                f"the rows. The smallest value is {math.floor(done * 1e4) / 1e4:g}, which ends it there. {back}"
+            )
 
     def _update(self) -> StepCompleted:
         config, state = self.config, self.state
@@ -699,7 +728,7 @@ class Trainer:
         folder, best = self.folder / BEST_FOLDER, self.best
         there = (folder / ADAPTER_FILE).is_file()
         if best is not None and (self.state.best_step or there) and not _holds(folder, best):
-            self._write_adapter(folder, weights=best)
+            self._write_adapter(folder, weights=best, update=self.state.best_step)
         self.best_is_due = False
         if self.config.fine_tune_type == "full":
             self.best = None
@@ -710,7 +739,7 @@ class Trainer:
 
     def _write_adapter(self, folder: Path, file_name: str = ADAPTER_FILE, **options: Any) -> Path:
         self.stepper.trainable()
-        options = {"write": self.write, **options}
+        options = {"write": self.write, "update": self.state.step, **options}
         return adapters.save_adapter(self.model, self.config, self.keys, folder, file_name, base=self._base, **options)
 
     def _finish(self, reason: str) -> RunFinished:

@@ -79,7 +79,8 @@ def describe(event: Event) -> str:
         case AdapterSaved():
             return f"update {event.step}: saved {event.kind} adapter to {event.path}"
         case SettingChanged():
-            return f"update {event.step}: {event.name} changed from {event.old} to {event.new}"
+            note = f". {event.note}" if event.note else ""
+            return f"update {event.step}: {event.name} changed from {event.old} to {event.new}{note}"
         case Rewound():
             return f"went back from update {event.from_step} to {event.step}"
         case BatchSkipped():
@@ -159,8 +160,14 @@ def rollout_words(rollout: RolloutCompleted) -> str:
 
 
 def remarks(event: Event) -> tuple[str, ...]:
-    """What there is to say besides: notes at the start of a run, problems of reward functions."""
-    return event.notes if isinstance(event, RunStarted) else getattr(event, "problems", ())
+    """What there is to say besides: notes at the start of a run, problems of reward functions, what a change does."""
+    match event:
+        case RunStarted():
+            return event.notes
+        case SettingChanged():
+            return (event.note,) if event.note else ()
+        case _:
+            return getattr(event, "problems", ())
 
 
 def progress_line(history: History, iters: int) -> str:

@@ -245,7 +245,8 @@ def test_a_finished_run_can_be_given_more_updates_and_goes_on(tiny_folder, tmp_p
     assert (ended.step, run.state) == (5, "finished")
     assert run.history["loss"] == longer.history["loss"]
     assert run.adapter_bytes() == longer.adapter_bytes()
-    run.set(iters=2)
+    with pytest.raises(ConfigError, match="The smallest value is 5"):
+        run.set(iters=2)
     run.run()
     assert run.step_count == 5
 

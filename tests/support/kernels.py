@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import queue
 import time
+from contextlib import suppress
+from datetime import timedelta
 
 from jupyter_client.manager import KernelManager
 
@@ -41,6 +44,32 @@ class Kernel:
         while reply["parent_header"].get("msg_id") != message_id:
             reply = self.client.get_shell_msg(timeout=30)
         return reply["content"]["status"], text
+
+    def run_all(self, cells, timeout=120, clock=0.0):
+        """Send all cells at once, as Run All does; returns (status, text) of each.
+
+        `clock` is by how many seconds the clock of the front end is ahead of the kernel's.
+        """
+        sent = []
+        for code in cells:
+            content = {"code": code, "silent": False, "store_history": True, "allow_stdin": True, "stop_on_error": True}
+            message = self.client.session.msg("execute_request", content)
+            message["header"]["date"] += timedelta(seconds=clock)
+            self.client.shell_channel.send(message)
+            sent.append(message["header"]["msg_id"])
+        texts, statuses = dict.fromkeys(sent, ""), {}
+        while len(statuses) < len(sent):
+            reply = self.client.get_shell_msg(timeout=timeout)
+            if (parent := reply["parent_header"].get("msg_id")) in texts:
+                statuses[parent] = reply["content"]["status"]
+        with suppress(queue.Empty):
+            while True:
+                message = self.client.get_iopub_msg(timeout=0.5)
+                content = message["content"]
+                if (parent := message["parent_header"].get("msg_id")) in texts:
+                    shown = content.get("data", {}).get("text/plain") or content.get("evalue")
+                    texts[parent] += f"{shown}\n" if shown else content.get("text", "")
+        return [(statuses[one], texts[one]) for one in sent]
 
     def value(self, expression):
         status, text = self.run(f"print({expression})")
