@@ -122,6 +122,7 @@ TABLE = {
     "lr_schedule.warmup": (SFT, [None, 2]),
     "lr_schedule.warmup_init": ({**SFT, "lr_schedule": {"warmup": 2}}, [0.0, 5e-3]),
     "warmup": (SFT, [None, 2]),
+    "schedule_iters": (SFT, [None, 2]),
     "weight_decay": (SFT, [0.01, 0.5]),
     "grad_clip": (SFT, [1.0, 1e-3]),
     "loss_spike": ({**SFT, "iters": 60, "learning_rate": 0.5, "loss_spike": None, "steps_per_eval": -1}, [None, 1e-3]),
