@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from mlx_nb.config.methods import METHODS
 from mlx_nb.config.run_config import SETTINGS, LoraParameters, LrSchedule, RunConfig
-from mlx_nb.errors import shortened
 
 _GROUP_TITLES = {
     "method": "Method",
@@ -69,6 +68,18 @@ def settings_text(width: int = 100) -> str:
     return "\n".join(parts)
 
 
+def full_help(name: str, width: int = 100) -> str:
+    """All about one setting; empty where there is none of this name."""
+    for line in setting_help():
+        if line.name == name:
+            live = " It may change during a run." if line.live else ""
+            text = f"{line.help}{live} It takes: {line.kind}."
+            return f"{line.name}: {line.default}\n" + textwrap.fill(
+                text, width, initial_indent="  ", subsequent_indent="  "
+            )
+    return ""
+
+
 def settings_markdown() -> str:
     """The settings as the reference page in docs."""
     parts = [
@@ -88,9 +99,14 @@ def settings_markdown() -> str:
 
 
 def short_help(text: str, longest: int = 68) -> str:
-    """The first sentence of a help text, or as much of it as fits on one short line."""
-    sentence = re.split(r"[.:;](?:\s|$)", text, maxsplit=1)[0]
-    return shortened(sentence, longest)
+    """The first sentence of a help text, or as much of it as makes sense on one short line."""
+    sentence = re.split(r"(?:\.|;)(?:\s|$)", text, maxsplit=1)[0]
+    for divide in (": ", ", "):
+        while len(sentence) > longest and sentence.rpartition(divide)[0].count(" ") >= 2:
+            sentence = sentence.rpartition(divide)[0]
+    if len(sentence) <= longest:
+        return sentence
+    return sentence[: longest - 1].rpartition(" ")[0].rstrip(",") + "…"
 
 
 def choices_of(name: str, method: str | None = None) -> dict[str, str]:

@@ -7,14 +7,15 @@ import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from mlx_nb.config.methods import method_named
-from mlx_nb.config.run_config import LIVE_SETTINGS
 from mlx_nb.config.yaml_text import read_words
 from mlx_nb.errors import CommandError, did_you_mean
 from mlx_nb.events import Pause, RunState, Stop
+from mlx_nb.notebook.help_text import WIDTH, commands_help, help_of
 from mlx_nb.notebook.queued_cells import NOW
 from mlx_nb.notebook.session import Session
 from mlx_nb.run.inputs import SPLITS
@@ -113,23 +114,7 @@ def _running_at(session: Session, name: str | None) -> str | None:
 
 
 def _help_text(name: str | None = None) -> _Text:
-    if name is not None:
-        if name not in COMMANDS:
-            raise CommandError(f"%finetune has no command {name!r}.{did_you_mean(name, COMMANDS)}")
-        return _Text(COMMANDS[name].parser.format_help().replace("usage: ", "usage: %finetune "))
-    width = max(len(f"{name} {command.usage}") for name, command in COMMANDS.items())
-    lines = [f"  {f'{name} {command.usage}'.ljust(width)}  {command.help}" for name, command in COMMANDS.items()]
-    return _Text(
-        "\n".join(
-            [
-                "%%finetune [--name NAME] [-o VARIABLE] [--paused] [--wait] [--resume] above YAML builds a run.",
-                "`%%finetune?` lists its settings. On a run:",
-                *lines,
-                "All take --name NAME for another run than the current one. A cell that was queued behind one that",
-                f"starts a run, as by Run All, waits for that run; with {NOW} it acts at once.",
-            ]
-        )
-    )
+    return _Text(commands_help(COMMANDS) if name is None else help_of(name, COMMANDS))
 
 
 class _Text(str):
@@ -396,7 +381,9 @@ def _command(
     *arguments: tuple[tuple[Any, ...], dict[str, Any]],
     of_now: bool = False,
 ) -> Command:
-    parser = _Parser(prog=name, description=help, add_help=False)
+    # Its usage begins with "%finetune" besides.
+    shape = partial(argparse.HelpFormatter, width=WIDTH - len("%finetune "), max_help_position=20)
+    parser = _Parser(prog=name, description=help, add_help=False, formatter_class=shape)
     for flags, options in arguments:
         parser.add_argument(*flags, **options)
     usage = _usage(parser)
@@ -451,7 +438,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "set": _command(
         "set",
-        f"change a setting during the run: {', '.join(LIVE_SETTINGS)}",
+        "change a setting during the run",
         _set,
         _argument("changes", nargs="+", metavar="key=value"),
     ),
@@ -536,7 +523,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "help": _command(
         "help",
-        "this list, or one command",
+        "this list, or all about one command or setting",
         lambda _session, arguments: _help_text(arguments.command),
         _argument("command", nargs="?"),
     ),

@@ -9,9 +9,9 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class, no_var_expand
 from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
 
-from mlx_nb.config.help import settings_text
 from mlx_nb.errors import CommandError
 from mlx_nb.notebook.commands import CELL_OPTIONS, run_line, wait_of
+from mlx_nb.notebook.help_text import cell_help
 from mlx_nb.notebook.interrupted import InterruptsInOneLine
 from mlx_nb.notebook.queued_cells import NOW, QueuedCells
 from mlx_nb.notebook.session import Session
@@ -91,4 +91,4 @@ def _parse(magic: Any, line: str) -> Any:
 
 
 _cell: Any = FinetuneMagics.finetune_cell
-_cell.__doc__ = f"{_cell.__doc__}\n\nSettings (the YAML body):\n\n{settings_text()}\n"
+_cell.__doc__ = cell_help(_cell.parser)

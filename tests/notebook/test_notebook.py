@@ -11,7 +11,9 @@ import pytest
 from IPython.utils.capture import capture_output
 
 import mlx_nb
+from mlx_nb.config.run_config import SETTINGS
 from mlx_nb.errors import CommandError, DataError
+from mlx_nb.notebook.commands import COMMANDS
 from mlx_nb.notebook.lasting_output import Outcome
 from mlx_nb.notebook.templating import fill
 from tiny import tiny_rows
@@ -155,6 +157,7 @@ BAD_COMMANDS = {
     "%finetune status --name tyni": "Did you mean 'tiny'",
     "%finetune use nothing": "nothing",
     "%finetune help stepp": "Did you mean 'step'",
+    "%finetune help lerning_rate": "Did you mean 'learning_rate'",
     "%%finetune --nmae x\nmodel: a": "--nmae",
     "%%finetune --name a/b\nmodel: a": "letters",
     "%%finetune -o 1x\nmodel: a": "variable name",
@@ -183,6 +186,28 @@ def test_help_of_the_cell_magic_lists_the_settings(shell, capsys):
     shown = capsys.readouterr().out
     assert "lora_parameters.rank" in shown
     assert "--paused" in shown
+    places = [shown.index(text) for text in ("%%finetune --name bees", "Most often changed", "Other settings", "With")]
+    assert places == sorted(places)
+    assert max(map(len, shown.split("\n"))) <= 100
+    assert all(f"{name.partition('.')[0]}" in shown for name in SETTINGS)
+
+
+def test_help_fits_a_narrow_notebook_with_a_line_for_each_command(shell):
+    lines = str(run_cell(shell, "%finetune help")).split("\n")
+    assert max(map(len, lines)) <= 66
+    assert all(sum(line.split()[:1] == [name] and line.startswith("  ") for line in lines) == 1 for name in COMMANDS)
+    assert len(lines) < len(COMMANDS) + 25
+    for name in COMMANDS:
+        told = str(run_cell(shell, f"%finetune help {name}"))
+        assert max(map(len, told.split("\n"))) <= 70, name
+        assert f"%finetune {name}" in told
+    assert "learning_rate" in str(run_cell(shell, "%finetune help set"))
+
+
+def test_help_tells_all_about_a_setting(shell):
+    told = str(run_cell(shell, "%finetune help loss_spike"))
+    assert told.startswith("loss_spike: 10.0\n")
+    assert " ".join(SETTINGS["loss_spike"].metadata["help"].split()) in " ".join(told.split())
 
 
 def test_tab_completes_commands_options_and_settings(trained):
