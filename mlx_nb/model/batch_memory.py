@@ -14,6 +14,7 @@ from mlx_nb.model.memory import available_memory, shortage
 from mlx_nb.model.randomness import random_stream
 from mlx_nb.model.text_model import TextModel
 from mlx_nb.model.trees import named_arrays
+from mlx_nb.model.vocabulary_chunks import targets_at_once
 
 _WORTH_A_LOOK = 256 * 1024**2  # bytes; less is there or the machine could not run at all
 
@@ -27,7 +28,7 @@ class ModelSizes(NamedTuple):
     itemsize: int
 
     @classmethod
-    def of(cls, model: nn.Module, text: TextModel | None) -> ModelSizes:
+    def of(cls, model: nn.Module, text: TextModel | None = None) -> ModelSizes:
         """From the shapes of a forward pass that is never computed."""
         token = mx.array([[1]])
         with random_stream(0):  # dropout would draw from the run's own
@@ -41,12 +42,13 @@ class ModelSizes(NamedTuple):
 def least_bytes(batch: TokenBatch, sizes: ModelSizes, *, trained: bool, targets_only: bool) -> int:
     """A lower bound of the memory that computing `batch` takes.
 
-    Logits in float32, twice for a gradient, at the positions that are projected; the hidden states of one layer, or
-    for a gradient of all.
+    Logits in float32, twice for a gradient, at the positions that are projected at a time; the hidden states of one
+    layer, or for a gradient of all.
     """
     columns = np.nonzero(batch.loss_mask_BT[:, 1:])[1]
     positions = batch.tokens_BT.shape[0] * (int(columns.max(initial=0)) + 1)
-    logits = (len(columns) if targets_only else positions) * sizes.vocabulary * 4
+    projected = min(len(columns), targets_at_once(sizes.vocabulary)) if targets_only else positions
+    logits = projected * sizes.vocabulary * 4
     hidden = positions * sizes.hidden * sizes.itemsize
     result: int = logits * 2 + hidden * sizes.layers if trained else logits + hidden
     return result

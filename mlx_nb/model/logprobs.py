@@ -22,9 +22,9 @@ from mlx_nb.model import backend
 from mlx_nb.model.batch_memory import ModelSizes, refuse_beyond_memory
 from mlx_nb.model.lanes import in_lanes
 from mlx_nb.model.passes import refuse_cache_doubt
-from mlx_nb.model.text_model import part_of, text_model
+from mlx_nb.model.text_model import text_model
+from mlx_nb.model.vocabulary_chunks import TargetFunction, head_arrays, over_chunks, targets_at_once
 
-_TARGETS_AT_ONCE = 512
 _SUMMED_AT_ONCE = 512
 _IS_X86 = platform.machine() in ("x86_64", "AMD64")
 
@@ -118,24 +118,36 @@ class TargetScorer:
 
     def logprobs(self, inputs: TargetInputs) -> mx.array:
         """(S,) float32: log p(target | the tokens before it)."""
-        return target_logprobs(self.logits(inputs), inputs.target_S)
+        [logprob_S] = self.at_targets(inputs, lambda logits_CV, target_C: (target_logprobs(logits_CV, target_C),))
+        return logprob_S
+
+    def at_targets(self, inputs: TargetInputs, function: TargetFunction, *values_S: mx.array) -> tuple[mx.array, ...]:
+        """What `function(logits (C, V), target (C,), values (C,) ...)` gives for each target, as arrays (S,).
+
+        It is called with some of the targets at a time where logits of all would be large, so each number may depend on
+        its own target alone. Gradients are passed through the first of its arrays; the others pass none.
+        """
+        targets = (inputs.target_S, *values_S)
+        size = targets_at_once(self.sizes.vocabulary)
+        if self._text is not None and len(inputs.target_S) > size:
+            hidden = self._text.hidden(inputs.tokens_BT, inputs.position_S)
+            if isinstance(hidden, mx.array):
+                own, at_once = self._head_arrays, self.model.training
+                return over_chunks(self._text, function, hidden, targets, own, size=size, at_once=at_once)
+        first, *others = function(self.logits(inputs), *targets)
+        return first, *(mx.stop_gradient(other) for other in others)
+
+    @cached_property
+    def _head_arrays(self) -> list[tuple[nn.Module, str]]:
+        assert self._text is not None, "there is no head"
+        return head_arrays(self._text, self.sizes.hidden)
 
     def token_losses(self, tokens: np.ndarray) -> np.ndarray:
-        """(T,) float32: negative log-likelihood in nats of each token after those before it; NaN for the first.
-
-        Projected to the vocabulary a few hundred positions at a time, so that a long row fits.
-        """
+        """(T,) float32: negative log-likelihood in nats of each token after those before it; NaN for the first."""
         row = TokenBatch(tokens[None], np.ones((1, len(tokens)), np.float32), (0,), (len(tokens),))
         inputs = target_inputs(row)
         losses = np.full(len(tokens), np.nan, np.float32)
-        if self._text is None:
-            losses[1:] = -np.array(self.logprobs(inputs))
-            return losses
-        hidden = self._text.hidden(inputs.tokens_BT, inputs.position_S)
-        for start in range(0, len(tokens) - 1, _TARGETS_AT_ONCE):
-            chosen = slice(start, start + _TARGETS_AT_ONCE)
-            logits_SV = self._text.logits(part_of(hidden, chosen))
-            losses[1:][chosen] = -np.array(target_logprobs(logits_SV, inputs.target_S[chosen]))
+        losses[1:] = -np.array(self.logprobs(inputs))
         return losses
 
     def logits(self, inputs: TargetInputs) -> mx.array:
@@ -149,6 +161,8 @@ class TargetScorer:
 
 def target_logprobs(logits_SV: mx.array, target_S: mx.array) -> mx.array:
     """(S,) float32: log-softmax of each row of logits at its target, with the terms added up as mlx adds them."""
+    if not backend.is_cpu() and hasattr(mx.fast, "cross_entropy"):
+        return -mx.fast.cross_entropy(logits_SV, target_S)  # fused, in float32 from logits of any precision
     logits_SV = logits_SV.astype(mx.float32)
     return _at_target(logits_SV, target_S) - _logsumexp(logits_SV)
 

@@ -12,6 +12,7 @@ log-probabilities are at the sampling temperature, before top_p and top_k.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -69,8 +70,7 @@ def completion_objective(
     """A loss function gives TokenLosses, or a loss for each token (S,), averaged as in `grpo`."""
 
     def objective(scorer: TargetScorer, inputs: TargetInputs) -> LossSum:
-        logits_SV = scorer.logits(inputs).astype(mx.float32) / temperature
-        logprob_S = accurate_target_logprobs(logits_SV, inputs.target_S)
+        logprob_S, entropy_S = scorer.at_targets(inputs, partial(_logprob_and_entropy, temperature=temperature))
         row_S = row_of_target(inputs)
         weight_S = inputs.weight_S * inputs.row_values["counts"][row_S]
         length_S = mx.maximum(sum_by_row(inputs, weight_S), 1.0)[row_S]
@@ -100,7 +100,6 @@ def completion_objective(
             loss_S, extra = with_metrics(result, logprob_S, "token")
             result = TokenLosses(loss_S, 1 / length_S, _count(completions), mx.zeros_like(loss_S))
         counted_S = result.loss_S * result.share_S * weight_S
-        entropy_S = mx.stop_gradient(_entropy(logits_SV))
         tokens = weight_S.sum()  # 0 where all completions are masked: then there is nothing to measure
         metrics: Metrics = {
             "entropy": ((entropy_S * weight_S).sum(), tokens),
@@ -113,6 +112,11 @@ def completion_objective(
         return LossSum(counted_S.sum(), result.units, metrics, row_total_B, mx.ones_like(row_total_B))
 
     return objective
+
+
+def _logprob_and_entropy(logits_SV: mx.array, target_S: mx.array, *, temperature: float) -> tuple[mx.array, mx.array]:
+    logits_SV = logits_SV.astype(mx.float32) / temperature
+    return accurate_target_logprobs(logits_SV, target_S), _entropy(logits_SV)
 
 
 def _entropy(logits_SV: mx.array) -> mx.array:

@@ -18,9 +18,10 @@ from mlx_nb.objectives.base import LossSum, Objective, sum_by_row, with_metrics
 
 
 class Targets(NamedTuple):
-    """The targets of a batch: logits (S, V) float32, and log p(target) (S,) under policy and reference.
+    """Targets of a batch: logits (S, V) float32, and log p(target) (S,) under policy and reference.
 
-    Those of the reference are constants, and 0 for a method without one.
+    Where they are many, a loss function is given some of them at a time. Those of the reference are constants, and 0
+    for a method without one.
     """
 
     logits_SV: mx.array
@@ -29,13 +30,21 @@ class Targets(NamedTuple):
 
 
 def token_objective(loss: Callable[[Targets], Any]) -> Objective:
-    """Units are weighted target tokens; a loss function gives one loss for each target."""
+    """Units are weighted target tokens; a loss function gives one loss for each target, from that target alone."""
 
     def objective(scorer: TargetScorer, inputs: TargetInputs) -> LossSum:
-        logits_SV = scorer.logits(inputs).astype(mx.float32)
-        logprob_S = target_logprobs(logits_SV, inputs.target_S)
-        reference_S = inputs.token_values.get("reference", mx.zeros_like(logprob_S))
-        loss_S, extra = with_metrics(loss(Targets(logits_SV, logprob_S, reference_S)), logprob_S, "target")
+        names: list[str] = []
+
+        def losses(logits_SV: mx.array, target_S: mx.array, reference_S: mx.array) -> tuple[mx.array, ...]:
+            logprob_S = target_logprobs(logits_SV, target_S)
+            targets = Targets(logits_SV.astype(mx.float32), logprob_S, reference_S)
+            loss_S, extra = with_metrics(loss(targets), logprob_S, "target")
+            names[:] = extra
+            return loss_S, *extra.values()
+
+        reference_S = inputs.token_values.get("reference", mx.zeros(inputs.target_S.shape))
+        loss_S, *values = scorer.at_targets(inputs, losses, reference_S)
+        extra = dict(zip(names, values))
         weighted_S, units = loss_S * inputs.weight_S, inputs.weight_S.sum()
         return LossSum(
             weighted_S.sum(),

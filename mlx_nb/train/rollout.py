@@ -184,9 +184,12 @@ class RolloutFeed:
     def _logprobs(self, batch: TokenBatch, scorer: TargetScorer) -> np.ndarray:
         """(B, T) at the sampling temperature, 0 where nothing is trained."""
 
+        def tempered(logits_CV: mx.array, target_C: mx.array) -> tuple[mx.array]:
+            logits_CV = logits_CV.astype(mx.float32) / self._config.temperature
+            return (accurate_target_logprobs(logits_CV, target_C),)
+
         def logprobs(inputs: TargetInputs) -> mx.array:
-            logits_SV = scorer.logits(inputs).astype(mx.float32) / self._config.temperature
-            return accurate_target_logprobs(logits_SV, inputs.target_S)
+            return scorer.at_targets(inputs, tempered)[0]
 
         scorer.refuse_beyond_memory(batch)
         logprobs_BT = np.zeros(batch.tokens_BT.shape, np.float32)

@@ -41,9 +41,10 @@ class Given:
     def logprobs(self, inputs):
         return self.logprob_S
 
-    def logits(self, inputs):
-        """Of a vocabulary of two: token 0, which all targets are, and the other one."""
-        return mx.stack([self.logprob_S, log_one_minus_exp(self.logprob_S)], axis=-1)
+    def at_targets(self, inputs, function, *values_S):
+        """With logits of a vocabulary of two: token 0, which all targets are, and the other one."""
+        logits_SV = mx.stack([self.logprob_S, log_one_minus_exp(self.logprob_S)], axis=-1)
+        return function(logits_SV, inputs.target_S, *values_S)
 
 
 def flat(rows):
@@ -208,7 +209,8 @@ def test_the_loss_of_targets_and_its_gradient_are_those_of_trl_or_else_of_the_eq
     targets, counts_S = mx.array(TARGETS["target"]), mx.array(TARGETS["counts"])
 
     def mean(logits_SV):
-        logits = type("Logits", (), {"logits": lambda self, inputs: logits_SV})()
+        at_targets = lambda _self, inputs, function, *values: function(logits_SV, inputs.target_S, *values)  # noqa: E731
+        logits = type("Logits", (), {"at_targets": at_targets})()
         inputs = inputs_of([[0]] * len(TARGETS["target"]), {}, {})._replace(target_S=targets, weight_S=counts_S)
         sums = token_objective(loss)(logits, inputs)
         return sums.total / sums.units

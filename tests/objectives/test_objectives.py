@@ -88,7 +88,8 @@ def test_padding_whose_token_is_all_but_impossible_changes_nothing(settings, own
 
     def measured(size):
         def total(logits_SV):
-            sums = objective_for(config)(SimpleNamespace(logits=lambda _: logits_SV), inputs(size))
+            scorer = SimpleNamespace(at_targets=lambda inputs, function: function(logits_SV, inputs.target_S))
+            sums = objective_for(config)(scorer, inputs(size))
             return sums.total, sums
 
         (_, sums), gradient_SV = mx.value_and_grad(total)(mx.array(logits_SV[:size]))

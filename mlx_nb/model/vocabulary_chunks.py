@@ -1,0 +1,154 @@
+"""Functions of the logits of each target, a few targets at a time: memory of (chunk x vocabulary), however many.
+
+mlx is free to compute chunks side by side, so each is made to depend on the one before it. The gradient of a chunk
+needs its logits, which are not kept: where the head is frozen it is taken while they are there, else they are computed
+again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_nb.model.randomness import random_stream
+from mlx_nb.model.text_model import TextModel
+from mlx_nb.model.trees import named_arrays
+
+_CHUNK_BYTES = 64 * 1024**2  # of logits in float32
+_FEWEST = 64  # targets in a chunk: with fewer, reading the head takes longer than multiplying with it
+
+# (logits (C, V), target (C,), other values of targets (C,) ...) -> arrays (C,), each number from its own target alone
+TargetFunction = Callable[..., tuple[mx.array, ...]]
+_Own = list[tuple[nn.Module, str]]
+
+
+def targets_at_once(vocabulary: int) -> int:
+    """How many targets are in a chunk."""
+    return max(_FEWEST, _CHUNK_BYTES // (4 * vocabulary))
+
+
+def head_arrays(text: TextModel, width: int) -> _Own:
+    """The trained arrays that the head reads: those in a module of which some array has a gradient from logits.
+
+    `width` is the number of columns of what the head is given.
+    """
+    model = text.model
+    trained = dict(named_arrays(model.trainable_parameters()))
+    if not trained:
+        return []
+    places = {
+        f"{path}.{name}" if path else name: (module, name)
+        for path, module in model.named_modules()
+        for name in module
+        if (f"{path}.{name}" if path else name) in trained
+    }
+    # A factor of zeros would hide the gradient of the other one.
+    with random_stream(0):
+        noise = mx.random.normal((1, 2, width))
+        values = [array + (0.02 * mx.random.normal(array.shape)).astype(array.dtype) for array in trained.values()]
+        own = [places[name] for name in trained]
+
+        def reach(*values: mx.array) -> mx.array:
+            with _in_place(own, values):
+                return mx.square(text.logits(noise).astype(mx.float32)).sum()
+
+        gradients = mx.grad(reach, argnums=tuple(range(len(values))))(*values)
+        gradients = gradients if isinstance(gradients, (tuple, list)) else [gradients]
+        read = {id(module) for (module, _), slope in zip(own, gradients) if mx.any(slope != 0).item()}
+    return [(module, name) for module, name in own if id(module) in read]
+
+
+def over_chunks(
+    text: TextModel,
+    function: TargetFunction,
+    hidden: mx.array,
+    values: Sequence[mx.array],
+    own: _Own,
+    *,
+    size: int,
+    at_once: bool,
+) -> tuple[mx.array, ...]:
+    """What `function` gives for all targets; of the first array alone a gradient is passed, to `hidden` and to `own`.
+
+    `hidden` is (1, S, D), `values` (S,) are the targets and what else the function takes. `at_once`: the gradient to
+    `hidden` is computed with the values, for who will ask for it.
+    """
+    positions = hidden.shape[1]
+    chunks = [slice(start, min(start + size, positions)) for start in range(0, positions, size)]
+    stream = mx.default_stream(mx.default_device())
+    at_once = at_once and not own
+
+    def chunk(chosen: slice) -> Callable[..., tuple[mx.array, ...]]:
+        def of(hidden: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
+            with _in_place(own, arrays):
+                first, *others = function(text.logits(hidden), *(value[chosen] for value in values))
+            return first, *(mx.stop_gradient(other) for other in others)
+
+        return of
+
+    @mx.custom_function
+    def all_targets(hidden: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
+        found: list[list[mx.array]] = []
+        for chosen in chunks:
+            part = hidden[:, chosen]
+            if found:
+                part = mx.depends(part, found[-1])
+            if not at_once:
+                found.append(list(chunk(chosen)(part, *arrays)))
+                continue
+            results, slopes = _with_slopes(chunk(chosen), [part])
+            found.append([*results, slopes[0]])
+        return tuple(mx.concatenate(list(parts), axis=-2 if parts[0].ndim == 3 else -1) for parts in zip(*found))
+
+    @all_targets.vjp
+    def _gradient(primals: Any, cotangents: Any, results: Any) -> Any:
+        hidden, *arrays = primals if isinstance(primals, (tuple, list)) else [primals]
+        with mx.stream(stream):
+            if at_once:
+                return (results[-1] * cotangents[0][None, :, None].astype(hidden.dtype),)
+            slopes_of_parts: list[mx.array] = []
+            totals = [mx.zeros_like(array) for array in arrays]
+            for chosen in chunks:
+                part = hidden[:, chosen]
+                if slopes_of_parts:
+                    part = mx.depends(part, [slopes_of_parts[-1], *totals])
+                _, slopes = _with_slopes(chunk(chosen), [part, *arrays], cotangents[0][chosen])
+                slopes_of_parts.append(slopes[0])
+                totals = [total + slope for total, slope in zip(totals, slopes[1:])]
+            return (mx.concatenate(slopes_of_parts, axis=1), *totals)
+
+    found: Any = all_targets(hidden, *(module[name] for module, name in own))
+    return tuple(found[:-1] if at_once else found)
+
+
+def _with_slopes(
+    function: Callable[..., tuple[mx.array, ...]], arrays: list[mx.array], cotangent: mx.array | None = None
+) -> tuple[list[mx.array], list[mx.array]]:
+    """Values, and the gradient of the first of them times `cotangent` (1 by itself) to each of the arrays."""
+    rest: list[mx.array] = []
+
+    def first(*arrays: mx.array) -> mx.array:
+        value, *others = function(*arrays)
+        rest[:] = others
+        return value
+
+    ones = mx.ones(arrays[0].shape[1], mx.float32) if cotangent is None else cotangent
+    values, slopes = mx.vjp(first, arrays, [ones])
+    return [*values, *rest], slopes
+
+
+@contextmanager
+def _in_place(own: _Own, values: Sequence[mx.array]) -> Iterator[None]:
+    """The arrays of some modules are these while inside."""
+    before = [module[name] for module, name in own]
+    try:
+        for (module, name), value in zip(own, values):
+            module[name] = value
+        yield
+    finally:
+        for (module, name), value in zip(own, before):
+            module[name] = value
