@@ -17,7 +17,7 @@ from mlx_nb.errors import CheckpointError, CommandError, ConfigError
 from mlx_nb.events import AdapterSaved, Event, RunFailed, RunFinished, RunPaused, SettingChanged, StepCompleted
 from mlx_nb.files.history_file import HistoryFile, history_files, is_history
 from mlx_nb.history import History
-from mlx_nb.run.resume import history_of, live_change_lines
+from mlx_nb.run.resume import history_of, live_change_lines, refuse_unusable
 from mlx_nb.view.metric_text import headline
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class Checkpoints:
         parked = {one for parking in self._parked for one in parking.steps}
         there = sorted({info.step for info in store.list()} | {one.step for one in self._recent} | parked)
         try:
-            checkpoint, _ = store.load(step)
+            checkpoint, _ = store.load(step, refuse_unusable)
         except CheckpointError:
             reachable = ", ".join(str(one) for one in there if one < now) or "none"
             lost = "" if store.folder.exists() else f" {store.folder} is not there any more."
@@ -200,6 +200,7 @@ class Checkpoints:
     ) -> Path:
         """Write a snapshot with the settings and the history until then, and with what is `asked` now besides."""
         from mlx_nb.train.checkpoint import save_error
+        from mlx_nb.train.record import sealed
 
         begun = time.monotonic()
         events = history.events[: snapshot.state["events"]]
@@ -222,7 +223,7 @@ class Checkpoints:
             "live_changes": list(self._live_changes),
             "working_folder": _working_folder(config, run_folder),
         }
-        folder = store.save(replace(snapshot, state=state), kind=kind)
+        folder = store.save(replace(snapshot, state=sealed(state)), kind=kind)
         self._saved_at, self.saved_step = time.monotonic(), snapshot.step
         self._measured(self._saved_at - begun)
         _remove_left_histories(store)

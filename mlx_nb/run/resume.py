@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -14,12 +15,16 @@ from mlx_nb.config.run_config import LENGTHS, PATHS, SETTINGS, RunConfig, locate
 from mlx_nb.data.examples.batches import ORDER
 from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.errors import CheckpointError, ConfigError, did_you_mean, listed_problems, shown
-from mlx_nb.events import Request, SettingChanged, event_from_json, request_from_json
+from mlx_nb.events import Event, Request, SettingChanged, event_from_json, request_from_json
 from mlx_nb.files.history_file import HISTORY_FILE, read_history
+from mlx_nb.files.run_folder import check_name
+from mlx_nb.files.typed_json import read_as
 from mlx_nb.history import History
 
 if TYPE_CHECKING:
     from mlx_nb.train.checkpoint import Checkpoint
+
+_GROUPS = tuple(name for name in SETTINGS if dataclasses.is_dataclass(getattr(RunConfig(), name)))
 
 # What a run is made from besides its settings, by the names of its fingerprints.
 MADE_FROM = (
@@ -63,14 +68,16 @@ def history_of(checkpoint: Checkpoint) -> History:
 
 def read_history_of(checkpoint: Checkpoint) -> tuple[History, list[str]]:
     """The same, and what is wrong with it, in words."""
-    lines, problems = checkpoint.state["history"], list[str]()
+    lines, problems, whole = checkpoint.state["history"], list[str](), False
     if parts := checkpoint.state.get("history_parts"):
         assert checkpoint.path is not None
         lines, problems = read_history(checkpoint.path.parent, parts)
+        whole = not problems  # byte for byte what was written
     history = History()
     for number, line in enumerate(lines):
         try:
-            history.append(event_from_json(line))
+            event = event_from_json(line)
+            history.append(event if whole else _typed(event))
         except _FOREIGN as error:
             said = f"event {number} of the history is unknown ({_reason(error)}), so it is left out from there on"
             return history, [*problems, said]
@@ -79,7 +86,7 @@ def read_history_of(checkpoint: Checkpoint) -> tuple[History, list[str]]:
 
 def requests_of(checkpoint: Checkpoint) -> list[Request]:
     """What had been asked of the run and was not done yet."""
-    return [request_from_json(line) for line in checkpoint.state.get("asked", ())]
+    return [_typed(request_from_json(line)) for line in checkpoint.state.get("asked", ())]
 
 
 # What reading raises that was not written by this mlx_nb, or by none.
@@ -92,25 +99,25 @@ def _reason(error: Exception) -> str:
 
 def refuse_unusable(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError for a checkpoint, whole as it may be, that does not hold what a run goes on from."""
-    from mlx_nb.train.trainer import TrainerState
+    from mlx_nb.train.record import check_seal, read_record
 
     try:
-        state = checkpoint.state
-        kinds = {"name": str, "config": dict, "made_from": dict, "history": list, "due": list, "trainer": dict}
-        wrong = [name for name, kind in kinds.items() if not isinstance(state[name], kind)]
-        trainer, fresh = state["trainer"], vars(TrainerState(**state["trainer"]))
-        wrong += [name for name, value in vars(TrainerState()).items() if not _is_like(fresh[name], value)]
-        if trainer["step"] != checkpoint.step:
-            wrong.append("step")
+        record = read_record(checkpoint.state)
+        wrong = [] if record.trainer.step == checkpoint.step else ["step"]
         for group in ("parameters", "optimizer"):
             checkpoint.arrays[group]
-        RunConfig.from_dict({name: value for name, value in state["config"].items() if name != "data"})
-        for part in state.get("history_parts", ()):
-            if not HISTORY_FILE.fullmatch(part["file"]) or not isinstance(part["bytes"], int):
-                wrong.append("history_parts")
-        _live_changes(checkpoint)
+        for number in range(len(record.feed.batches) if record.feed else 0):
+            for name in ("tokens", "loss_mask"):
+                checkpoint.arrays["feed"][f"{number}.{name}"]
+        RunConfig.from_dict({name: value for name, value in record.config.items() if name != "data"})
+        if "data" in record.config and not isinstance(record.config["data"], str | list):
+            wrong.append("config.data")
+        check_name(record.name)
+        wrong += ["history_parts" for part in record.history_parts if not HISTORY_FILE.fullmatch(part.file)]
+        wrong += ["live_changes" for event in _live_changes(checkpoint) if event.name not in SETTINGS]
         requests_of(checkpoint)
-        _ = [(what, how) for what, how in state["due"]], state["started"], state["finished"], state["standing"]
+        if not wrong:
+            check_seal(checkpoint.state)
     except _FOREIGN as error:
         raise CheckpointError(f"it does not hold what a run goes on from ({_reason(error)})") from error
     except ConfigError as error:
@@ -119,11 +126,35 @@ def refuse_unusable(checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"it does not hold what a run goes on from (wrong: {', '.join(wrong)})")
 
 
-def _is_like(value: Any, standard: Any) -> bool:
-    """Whether a value is of the kind of a standard one; null stands for a number that is not there yet."""
-    if isinstance(standard, list):
-        return isinstance(value, list)
-    return (value is None and standard is None) or (isinstance(value, int | float) and not isinstance(value, bool))
+def _typed(found: Event | Request) -> Any:
+    """An event or a request of a file, its values of the kinds that it declares."""
+    return read_as(type(found), vars(found), type(found).__name__)
+
+
+def settings_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The settings of a checkpoint as plain values; those that came later at their defaults (see `defaults_taken`)."""
+    config = dict(checkpoint.state["config"])
+    for name, value in RunConfig().to_dict().items():
+        if name == "data":
+            continue
+        if name in _GROUPS and isinstance(config.get(name), dict):
+            config[name] = {**value, **config[name]}
+        config.setdefault(name, value)
+    return config
+
+
+def defaults_taken(checkpoint: Checkpoint) -> list[str]:
+    """A line about each setting that the checkpoint says nothing of: there was none when it was written."""
+    written, filled = checkpoint.state["config"], settings_of(checkpoint)
+    flat = [(name, name in written, filled[name]) for name in filled if name not in _GROUPS or name not in written]
+    for group in _GROUPS:
+        if isinstance(inner := written.get(group), dict):
+            flat += [(f"{group}.{name}", name in inner, value) for name, value in filled[group].items()]
+    return [
+        f"the checkpoint does not say `{name}`, which an older mlx_nb did not have: it is {shown(value)}"
+        for name, there, value in flat
+        if not there
+    ]
 
 
 def settings_to_resume(checkpoint: Checkpoint, folder: Path, config: RunConfig | None, data: Any) -> RunConfig:
@@ -132,7 +163,7 @@ def settings_to_resume(checkpoint: Checkpoint, folder: Path, config: RunConfig |
     Its length is that of the checkpoint, until `length_given` changes it.
     Raises CheckpointError when the rows were an object and are not given again.
     """
-    values = dict(checkpoint.state["config"])
+    values = settings_of(checkpoint)
     if values["optimizer"] == "adam":
         values["weight_decay"] = 0.0  # it has none; a checkpoint may have been written with the default of others
     if config is not None:
@@ -158,9 +189,7 @@ def length_given(checkpoint: Checkpoint, config: RunConfig | None) -> dict[str, 
     if config is None:
         return {}
     given = {name: getattr(config, name) for name in LENGTHS}
-    known = [
-        {name: values[name] for name in LENGTHS} for values in (_began_with(checkpoint), checkpoint.state["config"])
-    ]
+    known = [{name: values[name] for name in LENGTHS} for values in (_began_with(checkpoint), settings_of(checkpoint))]
     if given in known:
         return {}
     return {name: value for name, value in given.items() if value is not None} or {"epochs": 1.0}
@@ -168,7 +197,7 @@ def length_given(checkpoint: Checkpoint, config: RunConfig | None) -> dict[str, 
 
 def _began_with(checkpoint: Checkpoint) -> dict[str, Any]:
     """The settings that the run of a checkpoint began with."""
-    began_with = dict(checkpoint.state["config"])
+    began_with = settings_of(checkpoint)
     for event in reversed(_live_changes(checkpoint)):
         began_with[event.name] = event.old
         if event.name in LENGTHS and event.old is not None:
@@ -180,7 +209,7 @@ def with_shape_of(checkpoint: Checkpoint, config: RunConfig) -> RunConfig:
     """`config`, which starts from an adapter, with the shape that the run of `checkpoint` took from it."""
     from mlx_nb.model.adapter_files import filled
 
-    began_with = checkpoint.state["config"]
+    began_with = settings_of(checkpoint)
     if config.resume_adapter_file is None or began_with.get("resume_adapter_file") is None:
         return config
     lora = {f"lora_parameters.{name}": value for name, value in began_with["lora_parameters"].items()}
@@ -258,7 +287,7 @@ def _changed_settings(config: RunConfig, checkpoint: Checkpoint) -> list[str]:
 def _live_changes(checkpoint: Checkpoint) -> list[SettingChanged]:
     """The settings that were changed while the run of `checkpoint` went on, in order."""
     changes = [event_from_json(line) for line in live_change_lines(checkpoint)]
-    return [event for event in changes if isinstance(event, SettingChanged)]
+    return [_typed(event) for event in changes if isinstance(event, SettingChanged)]
 
 
 def live_change_lines(checkpoint: Checkpoint) -> list[str]:

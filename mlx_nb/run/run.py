@@ -75,6 +75,7 @@ from mlx_nb.run.inputs import SPLITS, Rows, RunInputs
 from mlx_nb.run.resume import (
     allowed_changes,
     changes_since,
+    defaults_taken,
     length_given,
     read_history_of,
     refuse_unusable,
@@ -829,7 +830,7 @@ class Run:
 
     def compare_checkpoint(self, info: CheckpointInfo) -> list[tuple[str, str]]:
         """(label, value) lines: the run as it is now against a checkpoint. Raises CheckpointError."""
-        checkpoint, _ = self._store().load(info.path.name)
+        checkpoint, _ = self._store().load(info.path.name, refuse_unusable)
         return differences(checkpoint, self.trainer, self.history)
 
     @property
@@ -887,7 +888,12 @@ class Run:
         except BaseException:
             home.release()
             raise
-        run.trainer.notes += (*messages, *damage, *(f"changed since the checkpoint: {what}" for what in changed))
+        run.trainer.notes += (
+            *messages,
+            *damage,
+            *defaults_taken(checkpoint),
+            *(f"changed since the checkpoint: {what}" for what in changed),
+        )
         run._find_best()
         run.trainer.notes += tuple(run._ask_again(requests_of(checkpoint)))
         return run

@@ -30,7 +30,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_nb.errors import CheckpointError
+from mlx_nb.errors import CheckpointError, shown
+from mlx_nb.files.typed_json import WrongJson, json_object, read_as
 from mlx_nb.files.whole_files import HashedFile as _HashedFile
 from mlx_nb.files.whole_files import is_alive, sync, sync_folder
 
@@ -40,6 +41,7 @@ AUTOS_KEPT = 2
 LATEST_FILE = "latest"
 MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.json"
+ARRAYS = "arrays"  # in the state: the digests of the arrays that belong to it
 PARTIAL_PREFIX = ".tmp-"
 WORD = re.compile(r"[a-z][a-z_]*")
 SAVED_GROUP = re.compile(r"[a-z][a-z_]*\.safetensors")
@@ -109,7 +111,7 @@ class CheckpointStore:
         for word in (kind, *checkpoint.arrays):
             if not WORD.fullmatch(word):
                 raise CheckpointError(f"{word!r} cannot name a checkpoint or a group. Use lower-case letters and `_`.")
-        state = _state_bytes(checkpoint.state)
+        _state_bytes(checkpoint.state)  # before anything is written
         mx.eval(checkpoint.arrays)
         final = None
         try:
@@ -120,7 +122,7 @@ class CheckpointStore:
             partial = self._partial(final.name)
             identity = {"save": number, "step": checkpoint.step, "kind": kind}
             try:
-                _write_folder(partial, identity, checkpoint.arrays, state)
+                _write_folder(partial, identity, checkpoint.arrays, checkpoint.state)
                 os.rename(partial, final)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -297,10 +299,13 @@ def _write_file(path: Path, content: bytes | dict[str, mx.array]) -> dict[str, A
         return {"bytes": file.tell(), "sha256": file.sha256.hexdigest()}
 
 
-def _write_folder(folder: Path, identity: dict[str, Any], arrays: dict[str, dict[str, mx.array]], state: bytes) -> None:
+def _write_folder(
+    folder: Path, identity: dict[str, Any], arrays: dict[str, dict[str, mx.array]], state: dict[str, Any]
+) -> None:
     folder.mkdir()
     files = {f"{group}.safetensors": _write_file(folder / f"{group}.safetensors", arrays[group]) for group in arrays}
-    files[STATE_FILE] = _write_file(folder / STATE_FILE, state)
+    digests = {name: file["sha256"] for name, file in files.items()}
+    files[STATE_FILE] = _write_file(folder / STATE_FILE, _state_bytes({**state, ARRAYS: digests}))
     _write_file(folder / MANIFEST_FILE, _manifest_bytes({"format": FORMAT, **identity, "files": files}))
     sync_folder(folder)
 
@@ -336,14 +341,14 @@ def _require_string_keys(value: Any) -> None:
 
 def _read_folder(info: CheckpointInfo) -> Checkpoint:
     """The checkpoint in a folder. Raises CheckpointError with what is wrong with it."""
-    files = _read_manifest(info)["files"]
+    files = _read_manifest(info).files
     for name, expected in files.items():
         try:
             with open(info.path / name, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                if size != expected["bytes"]:
-                    raise CheckpointError(f"{name} has {size} bytes of {expected['bytes']}")
-                if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+                if size != expected.bytes:
+                    raise CheckpointError(f"{name} has {size} bytes of {expected.bytes}")
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected.sha256:
                     raise CheckpointError(f"{name} is not as it was written (SHA-256 differs)")
         except OSError as error:
             raise CheckpointError(f"{name}: {error.strerror}") from error
@@ -354,46 +359,66 @@ def _read_folder(info: CheckpointInfo) -> Checkpoint:
             # Loading is lazy, and the file may be pruned before the arrays are used.
             mx.eval(loaded)
         except (RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{name} holds no arrays: {error}") from error
+            raise CheckpointError(f"{name} holds no arrays: {' '.join(str(error).split())}") from error
         arrays[name.removesuffix(".safetensors")] = dict(sorted(loaded.items()))
+    return Checkpoint(info.step, arrays, _read_state(info, files), info.path)
+
+
+def _read_state(info: CheckpointInfo, files: dict[str, FileEntry]) -> dict[str, Any]:
+    """The state, once it is certain that the arrays beside it are those that it was written with."""
     try:
-        state = json.loads((info.path / STATE_FILE).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{STATE_FILE} is no JSON: {error}") from error
-    return Checkpoint(info.step, arrays, state, info.path)
+        state: dict[str, Any] = read_as(dict[str, Any], json_object((info.path / STATE_FILE).read_bytes()))
+    except WrongJson as error:
+        raise CheckpointError(f"{STATE_FILE}: {error}") from None
+    written = {name: entry.sha256 for name, entry in files.items() if name != STATE_FILE}
+    if state.pop(ARRAYS, written) != written:  # those of an older mlx_nb do not say
+        raise CheckpointError(f"{STATE_FILE} is of other arrays than those that are there")
+    return state
 
 
-def _is_manifest(content: Any) -> bool:
-    """Whether it has all that is looked for, and names files of its own folder only."""
-    files = content.get("files")
-    return (
-        all(isinstance(content.get(key), int) for key in ("format", "save", "step"))
-        and isinstance(files, dict)
-        and STATE_FILE in files
-        and all(name == STATE_FILE or SAVED_GROUP.fullmatch(name) for name in files)
-        and all(isinstance(one, dict) and {"bytes", "sha256"} <= one.keys() for one in files.values())
-    )
+@dataclass(frozen=True)
+class FileEntry:
+    """A file as it was written."""
+
+    bytes: int
+    sha256: str
 
 
-def _read_manifest(info: CheckpointInfo) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Manifest:
+    """`manifest.json`: which checkpoint a folder is, and its files by name."""
+
+    format: int
+    save: int
+    step: int
+    kind: str
+    files: dict[str, FileEntry]
+
+
+def _read_manifest(info: CheckpointInfo) -> Manifest:
     try:
         written = (info.path / MANIFEST_FILE).read_bytes()
     except OSError as error:
         raise CheckpointError(f"{MANIFEST_FILE}: {error.strerror}") from error
     try:
-        content = json.loads(written)
+        content = json_object(written)
         content.pop("sha256")
         intact = written == _manifest_bytes(content)
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         intact = False
     if not intact:
         raise CheckpointError(f"{MANIFEST_FILE} is not as it was written")
-    if not _is_manifest(content):
-        raise CheckpointError(f"{MANIFEST_FILE} does not say what a manifest says")
-    if content["format"] != FORMAT:
-        by = "written by a newer mlx_nb" if content["format"] > FORMAT else "of a format that is no longer read"
-        raise CheckpointError(f"{by} (checkpoint format {content['format']}, this mlx_nb reads {FORMAT})")
-    if (content["save"], content["step"], content["kind"]) != (info.save, info.step, info.kind):
-        raise CheckpointError(f"the folder was renamed: it is save {content['save']} at step {content['step']}")
-    result: dict[str, Any] = content
-    return result
+    try:
+        manifest: Manifest = read_as(Manifest, content, others=True)
+    except WrongJson as error:
+        raise CheckpointError(f"{MANIFEST_FILE} does not say what a manifest says ({error})") from None
+    foreign = [name for name in manifest.files if name != STATE_FILE and not SAVED_GROUP.fullmatch(name)]
+    if foreign or STATE_FILE not in manifest.files:
+        named = f"it names {shown(foreign[0])}" if foreign else f"no {STATE_FILE}"
+        raise CheckpointError(f"{MANIFEST_FILE} does not say what a manifest says ({named})")
+    if manifest.format != FORMAT:
+        by = "written by a newer mlx_nb" if manifest.format > FORMAT else "of a format that is no longer read"
+        raise CheckpointError(f"{by} (checkpoint format {manifest.format}, this mlx_nb reads {FORMAT})")
+    if (manifest.save, manifest.step, manifest.kind) != (info.save, info.step, info.kind):
+        raise CheckpointError(f"the folder was renamed: it is save {manifest.save} at step {manifest.step}")
+    return manifest
