@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import keyword
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from mlx_nb.config.methods import method_named
 from mlx_nb.config.yaml_text import read_words
 from mlx_nb.errors import CommandError, did_you_mean
 from mlx_nb.events import Pause, RunState, Stop
+from mlx_nb.files.written_files import CHECKPOINTS
 from mlx_nb.notebook.help_text import WIDTH, commands_help, help_of
 from mlx_nb.notebook.queued_cells import NOW
 from mlx_nb.notebook.session import Session
@@ -67,8 +69,30 @@ class Command:
 class _Parser(argparse.ArgumentParser):
     """argparse that raises CommandError where it would end the process."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(add_help=False, allow_abbrev=False, **options)
+
     def error(self, message: str) -> NoReturn:
         raise CommandError(f"%finetune {self.prog}: {message}. Usage: %finetune {self.prog} {_usage(self)}".rstrip())
+
+
+def refuse_shortened(words: Sequence[str], parser: argparse.ArgumentParser, where: str) -> None:
+    """Raise CommandError for a word that is the beginning of an option, or an option with too few hyphens."""
+    known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+    for word in words:
+        given = word.partition("=")[0]
+        if not given.startswith("-") or len(given) < 3 or given in known:
+            continue
+        meant = [option for option in known if option.startswith(f"--{given.lstrip('-')}")]
+        if meant:
+            raise CommandError(f"{where}: there is no option {given}. Did you mean {' or '.join(meant)}?")
+
+
+def output_name(word: str | None) -> str | None:
+    """The variable that `-o` names. Raises CommandError where it cannot be one."""
+    if word is not None and (not word.isidentifier() or keyword.iskeyword(word)):
+        raise CommandError(f"-o {word!r} is not a variable name.")
+    return word
 
 
 def _usage(parser: argparse.ArgumentParser) -> str:
@@ -92,6 +116,7 @@ def run_line(session: Session, line: str) -> Any:
             f"%finetune has no command {name!r}.{did_you_mean(name, COMMANDS)} `%finetune help` lists them."
         )
     command = COMMANDS[name]
+    refuse_shortened(rest, command.parser, f"%finetune {name}")
     arguments = command.parser.parse_args(rest)
     if session.queued is not None and name not in _STEERING and not arguments.now:
         session.queued.before_command()
@@ -279,22 +304,48 @@ def _skip(session: Session, arguments: argparse.Namespace) -> _Text:
 
 
 def _fork(session: Session, arguments: argparse.Namespace) -> _Text:
-    run = session.get(arguments.name)
+    run, output = session.get(arguments.name), output_name(arguments.output)
     fork = run.fork(name=arguments.as_name, **read_words(arguments.changes, "%finetune fork", _EXAMPLE))
-    session.add(fork)
-    return _Text(f"{fork!r}\n`%finetune run` moves the fork; `%finetune use {run.name}` goes back to {run.name}.")
+    notes = session.add(fork, output)
+    moves = f"`%finetune run` moves the fork; `%finetune use {run.name}` goes back to {run.name}."
+    return _Text("\n".join([repr(fork), moves, *notes]))
 
 
 def _resume(session: Session, arguments: argparse.Namespace) -> _Text:
-    folder = Path(arguments.run)
+    from mlx_nb.notebook.driver import has_live_front_end, show_panel
+
+    output = output_name(arguments.output)
+    folder = Path(arguments.run or arguments.name or _only_candidate())
     if not folder.exists() and len(folder.parts) == 1:
         folder = Path("adapters") / folder
     run = Run.resume(
         folder, step=arguments.step, namespace=session.namespace, allow_changed=arguments.allow_changed or ()
     )
-    session.add(run)
-    notes = "".join(f"\n{note}" for note in run.trainer.notes)
-    return _Text(f"{run!r}\n`%finetune run` goes on from there.{notes}")
+    notes = session.add(run, output)
+    if has_live_front_end():
+        show_panel(session, run)
+    goes_on = "`%finetune run 20` does 20 more updates" if run.over else "`%finetune run` goes on from there"
+    return _Text("\n".join([repr(run), f"{goes_on}.", *notes, *run.trainer.notes]))
+
+
+def _only_candidate() -> str:
+    """The one run here that can be resumed. Raises CommandError where there is none, or more of them."""
+    from mlx_nb.train.checkpoint import CheckpointStore
+
+    found = {}
+    for folder in sorted(Path("adapters").glob(f"*/{CHECKPOINTS}")):
+        if checkpoints := CheckpointStore(folder, 1).list():
+            found[folder.parent.name] = max(one.step for one in checkpoints)
+    if len(found) == 1:
+        return next(iter(found))
+    if not found:
+        raise CommandError(
+            f"%finetune resume: no run in {Path('adapters').resolve()} has a checkpoint. Give the folder of one."
+        )
+    listed = ", ".join(f"{name} (update {step})" for name, step in found.items())
+    raise CommandError(
+        f"%finetune resume: which run? There are {listed}. For example: %finetune resume {next(iter(found))}"
+    )
 
 
 def _rows(session: Session, arguments: argparse.Namespace) -> _Text:
@@ -383,11 +434,11 @@ def _command(
 ) -> Command:
     # Its usage begins with "%finetune" besides.
     shape = partial(argparse.HelpFormatter, width=WIDTH - len("%finetune "), max_help_position=20)
-    parser = _Parser(prog=name, description=help, add_help=False, formatter_class=shape)
+    parser = _Parser(prog=name, description=help, formatter_class=shape)
     for flags, options in arguments:
         parser.add_argument(*flags, **options)
     usage = _usage(parser)
-    if name not in ("runs", "help", "use", "resume"):
+    if name not in ("runs", "help", "use"):
         parser.add_argument("--name", "-n", default=None, help="another run than the current one")
     parser.add_argument(
         NOW, action="store_true", help="act at once, while a run goes on that this cell is queued behind"
@@ -401,6 +452,7 @@ def _argument(*flags: str, **options: Any) -> tuple[tuple[Any, ...], dict[str, A
 
 # What a person does to a run that is running, and looks that show it so: in the cell that starts one they do not wait.
 _STEERING = ("pause", "stop", "set", "skip", "panel", "status", "runs", "use", "browse", "help")
+_OUTPUT = _argument("-o", "--output", metavar="VARIABLE", help=CELL_OPTIONS["-o"])
 _SPLIT = _argument("split", nargs="?", default="train", choices=SPLITS)
 COMMANDS: dict[str, Command] = {
     "step": _command("step", "do exactly n updates (default 1)", _step, _argument("n", nargs="?", type=int, default=1)),
@@ -504,6 +556,7 @@ COMMANDS: dict[str, Command] = {
         "a second run that goes on from here with other settings, sharing the base",
         _fork,
         _argument("changes", nargs="*", metavar="key=value"),
+        _OUTPUT,
         _argument("--as", dest="as_name", metavar="NAME", help="name of the fork (default: this run's, with -fork)"),
         of_now=True,
     ),
@@ -511,7 +564,8 @@ COMMANDS: dict[str, Command] = {
         "resume",
         "go on with a run from its newest checkpoint, as if it had never stopped",
         _resume,
-        _argument("run", help="name of the run, or its adapter folder"),
+        _argument("run", nargs="?", help="name of the run, or its adapter folder (default: the only one there is)"),
+        _OUTPUT,
         _argument("--step", type=int, help="the checkpoint of this update instead of the newest"),
         _argument("--allow-changed", nargs="+", metavar="WHAT", help="go on although this changed since"),
     ),

@@ -30,6 +30,7 @@ def unload(shell: InteractiveShell) -> None:
     if magics is None:
         return
     magics.interrupts.close()
+    magics.bare_run.close()
     magics.session.close()
     manager = shell.magics_manager
     for kind in ("line", "cell"):

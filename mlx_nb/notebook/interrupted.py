@@ -11,12 +11,14 @@ from typing import Any
 from IPython.core.interactiveshell import InteractiveShell
 
 import mlx_nb
+from mlx_nb.notebook import bare_run
 
 LINE = (
     "KeyboardInterrupt: interrupted. What was trained is kept; `%finetune status` says where the run is, and "
     "`%finetune run` goes on."
 )
 _PACKAGE = Path(mlx_nb.__file__).parent
+_BARE_RUN = Path(bare_run.__file__)  # which hands over to what executes a file of the person's own
 
 
 class InterruptsInOneLine:
@@ -57,7 +59,8 @@ class InterruptsInOneLine:
 
 def _passes_through_us(trace: TracebackType | None) -> bool:
     while trace is not None:
-        if _PACKAGE in Path(trace.tb_frame.f_code.co_filename).parents:
+        file = Path(trace.tb_frame.f_code.co_filename)
+        if _PACKAGE in file.parents and file != _BARE_RUN:
             return True
         trace = trace.tb_next
     return False

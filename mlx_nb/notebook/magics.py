@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import keyword
 from typing import Any
 
 from IPython.core.interactiveshell import InteractiveShell
@@ -10,7 +9,8 @@ from IPython.core.magic import Magics, cell_magic, line_magic, magics_class, no_
 from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
 
 from mlx_nb.errors import CommandError
-from mlx_nb.notebook.commands import CELL_OPTIONS, run_line, wait_of
+from mlx_nb.notebook.bare_run import BareRun
+from mlx_nb.notebook.commands import CELL_OPTIONS, output_name, refuse_shortened, run_line, wait_of
 from mlx_nb.notebook.help_text import cell_help
 from mlx_nb.notebook.interrupted import InterruptsInOneLine
 from mlx_nb.notebook.queued_cells import NOW, QueuedCells
@@ -27,6 +27,7 @@ class FinetuneMagics(Magics):
         self.queued = QueuedCells(shell)
         self.session = Session(shell.user_ns, self.queued)
         self.interrupts = InterruptsInOneLine(shell)
+        self.bare_run = BareRun(shell)
         self.matcher: Any = None
 
     @no_var_expand
@@ -55,9 +56,7 @@ class FinetuneMagics(Magics):
         arguments = _parse(self.finetune_cell, line)
         if not arguments.name.replace("-", "").replace("_", "").replace(".", "").isalnum():
             raise CommandError(f"--name {arguments.name!r}: use letters, digits, - and _ only; it names a folder.")
-        output = arguments.output
-        if output is not None and (not output.isidentifier() or keyword.iskeyword(output)):
-            raise CommandError(f"-o {output!r} is not a variable name.")
+        output = output_name(arguments.output)
         wait = wait_of(arguments)
         shell: Any = self.shell
         namespace = shell.user_ns
@@ -68,9 +67,8 @@ class FinetuneMagics(Magics):
         if arguments.resume and run.has_checkpoint:
             run = Run.resume(run.folder, config=run.config, namespace=namespace, allow_changed=allowed)
             print(f"{run.name} goes on from update {run.step_count}.", *run.trainer.notes, sep="\n")
-        self.session.add(run)
-        if arguments.output is not None:
-            shell.push({arguments.output: run})
+        for note in self.session.add(run, output):
+            print(note)
         if arguments.paused:
             if has_live_front_end():
                 show_panel(self.session, run)
@@ -84,6 +82,7 @@ def _parse(magic: Any, line: str) -> Any:
     """The parsed options. Raises CommandError in one line where IPython would show a usage page."""
     from IPython.core.error import UsageError
 
+    refuse_shortened(line.split(), magic.parser, "%%finetune")
     try:
         return parse_argstring(magic, line)
     except UsageError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from mlx_nb.errors import CommandError, MlxNbError, did_you_mean
@@ -21,28 +21,44 @@ class Session:
     `queued` has the cells wait that are queued behind one that starts a run.
     """
 
-    def __init__(self, namespace: Mapping[str, Any] | None = None, queued: QueuedCells | None = None) -> None:
+    def __init__(self, namespace: MutableMapping[str, Any] | None = None, queued: QueuedCells | None = None) -> None:
         self.namespace = namespace
         self.queued = queued
         self.runs: dict[str, Run] = {}
         self._current: str | None = None
         self._shown: dict[str, tuple[Panel, Outcome]] = {}
 
-    def add(self, run: Run) -> None:
-        """Keep `run` and make it current. A run of that name is saved and let go, its panel with it.
+    def add(self, run: Run, output: str | None = None) -> list[str]:
+        """Keep `run`, bind it to the variable `output` and make it current. Returns what there is to say of that.
 
-        Raises CheckpointError when that one cannot be saved; then it stays.
+        A run of that name is saved and let go, its panel with it; variables that hold it are named. Raises
+        CheckpointError when that one cannot be saved; then it stays.
         """
-        before = self.runs.get(run.name)
+        notes, before = list[str](), self.runs.get(run.name)
         if before is not None and before is not run:
-            before.release(f"{run.name} was replaced by a new run of that name")
+            bound = f", the variable {output}" if output else ""
+            resumed = run.home.run_id == before.home.run_id
+            by = "the same run, resumed in this process" if resumed else "a new run of that name"
+            before.release(f"{run.name} was replaced by {by}{bound}")
             self._close_shown(run.name)
             del self.runs[run.name]  # the newest is the last
+            notes = [
+                f"The variable {name} is still the run that was replaced. `-o {name}` binds the new one."
+                for name in self._variables_of(before)
+                if name != output
+            ]
         holder = run.home.other_holder()
         if holder is not None:  # one that was made in Python
             holder.let_go(f"{holder.name} was replaced by the new run {run.name}")
         self.runs[run.name] = run
         self._current = run.name
+        if output is not None and self.namespace is not None:
+            self.namespace[output] = run
+        return notes
+
+    def _variables_of(self, run: Run) -> list[str]:
+        """The notebook's variables that are this run."""
+        return [name for name, value in (self.namespace or {}).items() if value is run and not name.startswith("_")]
 
     def panel_of(self, run: Run) -> Panel | None:
         """The panel of this run, when some browser has it open."""

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shlex
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,6 +179,32 @@ def settings_to_resume(checkpoint: Checkpoint, folder: Path, config: RunConfig |
         raise CheckpointError(f"the rows of {folder} were an object in memory. Pass them again as `data`.")
     started_in = config.working_folder if config is not None else working_folder_of(checkpoint, folder)
     return RunConfig.from_dict(values).at(started_in)
+
+
+def refuse_missing_variables(config: RunConfig, name: str, namespace: Mapping[str, Any] | None) -> None:
+    """Raise CheckpointError for rows or rewards of the run `name` that were a notebook's variables and are none now."""
+    from mlx_nb.rollouts.rewards.builtin import REWARDS
+
+    sources = config.data if isinstance(config.data, list) else [config.data]
+    rows = [one["path"] if isinstance(one, Mapping) and "path" in one else one for one in sources]
+    rewards = [one for one in config.rewards or () if isinstance(one, str) and one not in REWARDS]
+    folder = config.working_folder or Path()
+    missing = [
+        word
+        for word in (*rows, *rewards)
+        if isinstance(word, str)
+        and word.isidentifier()
+        and word not in (namespace or {})
+        and not (folder / word).exists()
+    ]
+    if missing:
+        words = ", ".join(f"`{word}`" for word in dict.fromkeys(missing))
+        first = (
+            "give `namespace=globals()` where they are defined"
+            if namespace is None
+            else f"run the cell that defines {words} first"
+        )
+        raise CheckpointError(f"{name} is made from {words}, no variable or file here: {first}, then resume again.")
 
 
 def length_given(checkpoint: Checkpoint, config: RunConfig | None) -> dict[str, Any]:

@@ -78,6 +78,7 @@ from mlx_nb.run.resume import (
     defaults_taken,
     length_given,
     read_history_of,
+    refuse_missing_variables,
     refuse_unusable,
     requests_of,
     settings_to_resume,
@@ -714,8 +715,8 @@ class Run:
         if name == self.name:
             raise CommandError(f"a fork of {name} needs another name.")
         given = [length for length in LENGTHS if changes.get(length) is not None]
-        own = {"adapter_path": None, **(dict.fromkeys(LENGTHS) if given else {})}
-        config = self.config.replace(**{**own, **changes})
+        standard = {"adapter_path": None, **(dict.fromkeys(LENGTHS) if given else {})}
+        config = self.config.replace(**{**standard, **changes})
         name = name or self._fork_name(config)
         other = Run(config, name=name, _from_checkpoint=True)
         if other.folder.resolve() == self.folder.resolve():
@@ -876,6 +877,7 @@ class Run:
         try:
             checkpoint, messages = CheckpointStore(folder / CHECKPOINTS).load(step, refuse_unusable)
             settings = settings_to_resume(checkpoint, folder, config, data)
+            refuse_missing_variables(settings, checkpoint.state["name"], namespace)
             run = cls(settings, name=checkpoint.state["name"], namespace=namespace, _from_checkpoint=True)
             home.name, home.at_rest, home.let_go = run.name, run._at_rest, run.release
             run._resumed, run._home = True, home
@@ -1221,6 +1223,8 @@ class Run:
         )
 
     def __repr__(self) -> str:
+        if self.let_go:
+            return f"Run({self.name!r}, let go at update {self.step_count}: {self.let_go})"
         done = f"{self.step_count} of {self._trainer.iters} updates" if self._trainer else "not started"
         return f"Run({self.name!r}, model={self.config.model!r}, {self.config.fine_tune_type}, {done})"
 
