@@ -787,8 +787,9 @@ class Run:
         """Why it trains and saves no more, and how to get it back; empty while it may."""
         return self._home.lost if self._home is not None else ""
 
-    def __del__(self) -> None:
-        if getattr(self, "_trainer", None) is None:
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # Once the interpreter is being taken down no file can be opened: what there is to save was saved `atexit`.
+        if is_finalizing() or getattr(self, "_trainer", None) is None:
             return
         try:
             self.save_unsaved()
