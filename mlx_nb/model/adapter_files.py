@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -11,7 +10,8 @@ from typing import Any
 
 from mlx_nb.config.methods import method_named
 from mlx_nb.config.run_config import LoraParameters, RunConfig
-from mlx_nb.errors import ConfigError, ModelError
+from mlx_nb.errors import ConfigError, ModelError, shown
+from mlx_nb.files.typed_json import WrongJson, json_object, read_as
 from mlx_nb.files.whole_files import near_path
 from mlx_nb.files.written_files import ADAPTER_FILE, CONFIG_FILE
 from mlx_nb.model.fingerprint import base_identity, weights_fingerprint
@@ -20,6 +20,7 @@ from mlx_nb.model.loading import load_skeleton, model_folder, model_named
 START, REFERENCE = "resume_adapter_file", "reference_adapter"
 SCALE = "lora_parameters.scale"
 _PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_MOST_DIGITS = 9  # of the number of a layer
 _HEADER_LIMIT = 100 * 1024**2  # bytes, by the definition of safetensors
 
 
@@ -47,8 +48,8 @@ class AdapterFile:
 
 def open_adapter(source: str, setting: str) -> AdapterFile:
     """The adapter in the folder or file `source`. Raises ModelError, in one line, for anything but mlx-lm's format."""
-    path = Path(source).expanduser()
     try:
+        path = Path(source).expanduser()
         weights = path / ADAPTER_FILE if path.is_dir() else path
         config = weights.parent / CONFIG_FILE
         described = _described(config, setting) if config.is_file() else None
@@ -64,13 +65,13 @@ def open_adapter(source: str, setting: str) -> AdapterFile:
                 f"{setting}: no such file: {weights}.{hint} Give an {ADAPTER_FILE} or the folder with one."
             )
         names = _tensor_names(weights, setting)
-    except OSError as error:
-        raise ModelError(f"{setting}: {path} cannot be read: {error.strerror or error}.") from None
+    except (OSError, ValueError, RuntimeError) as error:  # the latter two of what cannot be a path
+        reason = getattr(error, "strerror", None) or error
+        raise ModelError(f"{setting}: {shown(source)} cannot be read: {reason}.") from None
     places = [_place(name) for name in names]
     layers = len({layer for layer, _ in places if layer is not None})
     facts = described or {}
-    ours = facts.get("mlx_nb")
-    base = ours.get("base") if isinstance(ours, Mapping) else None
+    base = (facts.get("mlx_nb") or {}).get("base")
     return AdapterFile(
         setting,
         weights,
@@ -78,8 +79,8 @@ def open_adapter(source: str, setting: str) -> AdapterFile:
         {} if described is None else _shape(facts, names, layers, all(layer is not None for layer, _ in places)),
         tuple(dict.fromkeys(inner.removesuffix(".lora_a") for _, inner in places if inner.endswith(".lora_a"))),
         layers,
-        facts["model"] if isinstance(facts.get("model"), str) else None,
-        dict(base) if isinstance(base, Mapping) else None,
+        facts.get("model"),
+        base,
     )
 
 
@@ -87,13 +88,47 @@ def _is_adapter(entry: Path) -> bool:
     return entry.suffix == ".safetensors" or (entry / ADAPTER_FILE).is_file()
 
 
+@dataclass(frozen=True)
+class _Base:
+    """`base_identity` as an adapter says it."""
+
+    weights: str
+    load_in_bits: int | None = None
+
+
+@dataclass(frozen=True)
+class _Ours:
+    """What mlx_nb adds to an adapter_config.json."""
+
+    base: _Base | None = None
+
+
+@dataclass(frozen=True)
+class _Description:
+    """What is read of an adapter_config.json; further keys are not. What its values may be, the settings say."""
+
+    fine_tune_type: str | None = None
+    train_type: str | None = None
+    num_layers: int | str | None = None
+    lora_parameters: dict[str, Any] | None = None
+    model: str | None = None
+    mlx_nb: _Ours | None = None
+    peft_type: str | None = None
+
+
 def _described(config: Path, setting: str) -> dict[str, Any]:
     try:
-        content = json.loads(config.read_bytes())
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise ModelError(f"{setting}: {config} is not readable JSON, so nothing says how the adapter was made.")
+        content = json_object(config.read_bytes())
+        if not isinstance(content, dict):
+            raise WrongJson("it is not an object")
+        if isinstance(ours := content.get("mlx_nb"), dict):
+            # Its other keys are for people.
+            content["mlx_nb"] = {"base": ours.get("base")}
+        read_as(_Description, content, others=True)
+    except WrongJson as error:
+        raise ModelError(
+            f"{setting}: {config} cannot be read, so nothing says how the adapter was made: {error}."
+        ) from None
     return content
 
 
@@ -116,7 +151,7 @@ def _tensor_names(weights: Path, setting: str) -> list[str]:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(_HEADER_LIMIT, weights.stat().st_size):
                 raise ValueError("its header is cut off")
-            header = json.loads(file.read(length))
+            header = read_as(dict[str, Any], json_object(file.read(length)))
         names = [name for name in header if name != "__metadata__"]
     except (ValueError, TypeError, struct.error, RecursionError) as error:
         raise ModelError(f"{setting}: {weights} is not a readable safetensors file ({error}).") from None
@@ -129,7 +164,11 @@ def _place(name: str) -> tuple[int | None, str]:
     """(number of the layer or None, path inside it) of a tensor."""
     parts = name.split(".")
     for index in range(1, len(parts)):
-        if parts[index].isdecimal() and parts[index - 1] in ("layers", "h", "blocks"):
+        if (
+            parts[index].isdecimal()
+            and len(parts[index]) <= _MOST_DIGITS
+            and parts[index - 1] in ("layers", "h", "blocks")
+        ):
             return int(parts[index]), ".".join(parts[index + 1 :])
     return None, name
 
@@ -286,6 +325,9 @@ def _base_difference(adapter: AdapterFile, model: str, folder: Path, load_in_bit
         return "" if bits == load_in_bits else f"{there} there, {here} here"
     if adapter.model is None or adapter.model == model:
         return ""
-    theirs = Path(adapter.model).expanduser()
-    same = theirs.is_dir() and weights_fingerprint(theirs) == weights_fingerprint(folder)
+    try:
+        theirs = Path(adapter.model).expanduser()
+        same = theirs.is_dir() and weights_fingerprint(theirs) == weights_fingerprint(folder)
+    except (OSError, ValueError, RuntimeError):  # no path, or none of this machine
+        return names
     return "" if same else names

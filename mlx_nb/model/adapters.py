@@ -170,7 +170,8 @@ def load_adapter_weights(model: nn.Module, source: AdapterFile | str | Path) -> 
         weights = typing.cast(dict[str, mx.array], mx.load(str(path)))
         mx.eval(weights)
     except Exception as error:
-        raise ModelError(f"{what}: {path} is not a readable safetensors file ({error}).") from None
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{what}: {path} is not a readable safetensors file ({reason}).") from None
     expected = adapter_weights(model)
     made_on = f" (it was made on {adapter.model})" if adapter.model else ""
     hint = f"It was made for another base{made_on}, or its {CONFIG_FILE} is another adapter's."
