@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 
@@ -122,10 +121,34 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that is spelled most like `word`, whatever the case of its letters; None when none is near."""
-    by_letters = {name.lower(): name for name in reversed(list(known))}
-    near = get_close_matches(word.lower(), list(reversed(by_letters)), n=1, cutoff=0.5)
-    return by_letters[near[0]] if near else None
+    """The known word that `word` is a misspelling of, whatever the case of its letters; None when there is none.
+
+    A letter too many, too few, another one, or two swapped is a slip. A word of 6 letters may have two of them and one
+    of 9 three, a shorter one one; another letter makes another word of one with three letters or fewer: `ppo`, `cpo`.
+    Of words that are equally near the first one counts. Failing that, the only one that begins so is meant.
+    """
+    word, names = word.lower(), list(known)
+    near = [(slips, at) for at, name in enumerate(names) if (slips := _slips(word, name.lower())) <= len(word) // 3]
+    if near:
+        return names[min(near)[1]]
+    begun = [name for name in names if len(word) >= 3 and name.lower().startswith(word)]
+    return begun[0] if len(begun) == 1 else None
+
+
+def _slips(one: str, other: str) -> int:
+    """Letters to put in, take out, exchange or swap with their neighbor to make one word the other."""
+    exchange = 1 if max(len(one), len(other)) > 3 else 2
+    rows = [list(range(len(other) + 1))]
+    for i, letter in enumerate(one, start=1):
+        row = [i]
+        for j, its in enumerate(other, start=1):
+            same = letter == its
+            fewest = min(rows[-1][j] + 1, row[-1] + 1, rows[-1][j - 1] + (0 if same else exchange))
+            if i > 1 and j > 1 and letter == other[j - 2] and one[i - 2] == its:
+                fewest = min(fewest, rows[-2][j - 2] + (0 if same else 1))
+            row.append(fewest)
+        rows.append(row)
+    return rows[-1][-1]
 
 
 def on_one_line(text: str) -> str:

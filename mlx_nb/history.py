@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from operator import attrgetter
@@ -50,11 +51,18 @@ class History:
         # The kinds that are asked for all the time, with the place of each among the standing events.
         kinds = (StepCompleted, EvaluationCompleted, RolloutCompleted)
         self._kept: dict[type, list[tuple[int, Any]]] = {kind: [] for kind in kinds}
+        self._begun: float | None = None  # on this process's clock; what came before it has taken `_before` seconds
+        self._before = self._latest = 0.0
         for event in events:
             self.append(event)
+        self._begun = None
 
     def append(self, event: Event) -> None:
         """Add an event; after a Rewound, what it went back over stands no more."""
+        self._latest = time.monotonic()
+        if self._begun is None:
+            self._before, self._begun = sum(self.spent().values()), self._latest
+            self._before += getattr(event, "seconds", 0.0)
         self.events.append(event)
         if isinstance(event, Rewound):
             self._abandoned.append(self.standing[event.kept :])
@@ -65,6 +73,25 @@ class History:
         if type(event) in self._kept:
             self._kept[type(event)].append((len(self.standing), event))
         self.standing.append(event)
+
+    def spent(self) -> dict[str, float]:
+        """Seconds of computing by what they went into: `training`, `validation` and `sampling`, rewound ones too."""
+        seconds = {"training": 0.0, "validation": 0.0, "sampling": 0.0}
+        for event in self.events:
+            match event:
+                case StepCompleted():
+                    seconds["training"] += event.seconds
+                case EvaluationCompleted():
+                    seconds["validation"] += event.seconds
+                case RolloutCompleted():
+                    seconds["sampling"] += event.seconds
+        return seconds
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of the wall clock from the first event to the newest; of an earlier process, its computing alone."""
+        live = 0.0 if self._begun is None else self._latest - self._begun
+        return max(self._before + live, sum(self.spent().values()))
 
     def abandoned(self) -> list[list[dict[str, Any]]]:
         """The steps of each branch that a rewind left behind, the oldest first; dicts as those of `steps()`."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import mlx_nb
-from mlx_nb.errors import and_more, counted, did_you_mean, listed_problems
+from mlx_nb.errors import and_more, counted, did_you_mean, listed_problems, nearest
 
 
 @pytest.mark.parametrize(
@@ -51,3 +51,27 @@ def test_no_module_counts_further_names_by_itself():
 def test_the_nearest_word_is_found_whatever_the_case_of_its_letters():
     assert did_you_mean("Tiny.GGUF", ["other", "tiny.gguf"]) == " Did you mean 'tiny.gguf'?"
     assert did_you_mean("xyz", ["tiny.gguf"]) == ""
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("stpe", "step"),
+        ("stp", "step"),
+        ("stap", "step"),
+        ("stopp", "stop"),
+        ("gen", "generate"),
+        ("compare", None),
+        ("restore", None),
+        ("st", None),
+    ],
+)
+def test_a_suggestion_is_a_misspelling_and_never_a_word_of_another_meaning(word, meant):
+    known = ["step", "run", "pause", "stop", "status", "generate", "rewind", "resume", "save", "reward"]
+    assert nearest(word, known) == meant
+
+
+def test_another_letter_in_a_short_word_makes_another_word():
+    assert nearest("ppo", ["sft", "dpo", "cpo", "orpo", "kto", "grpo"]) is None
+    assert nearest("dop", ["sft", "dpo", "cpo"]) == "dpo"
+    assert nearest("chosen", ["messages", "prompt", "completion", "text"]) is None

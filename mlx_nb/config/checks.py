@@ -64,6 +64,19 @@ def problems_of(config: Any, refused: Collection[str], given: Collection[str]) -
     return problems
 
 
+def doubts_of(config: Any) -> list[str]:
+    """What may be meant but hardly is, a sentence or two each: said, and trained all the same."""
+    rate, optimizer = config.learning_rate, config.optimizer
+    if optimizer == "sgd" or rate <= _HIGHEST_RATE:
+        return []
+    mirrored = rate**-1.0
+    meant = f" Was {mirrored:.0e} meant?".replace("e-0", "e-") if 1e-7 <= mirrored <= 1e-2 else ""
+    return [
+        f"`learning_rate: {rate:g}` moves every weight by about that much in each update of {optimizer}, "
+        f"where 1e-5 to 1e-3 is usual.{meant} `%finetune set learning_rate=...` changes it."
+    ]
+
+
 def _check_method(config: Readable) -> Iterator[SettingError]:
     """The method exists and every setting that was given has an effect with it."""
     try:
@@ -369,6 +382,7 @@ def _check_zeros(config: Readable) -> Iterator[SettingError]:
 
 _NEVER_0 = ("steps_per_eval", "val_batches", "test_batches", "save_every")
 _LONGEST_FILE_NAME = 255
+_HIGHEST_RATE = 0.1  # that is not doubted
 _WARMUP_SHARE = 0.05  # of the run, unless `warmup` is set
 # The kind of a default, what an option with it takes, and whether a value is that. A bool is a number in Python.
 _OPTION_KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {

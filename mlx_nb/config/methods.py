@@ -187,13 +187,22 @@ METHODS: dict[str, Method] = {
     )
 }
 _BUILT_IN = frozenset(METHODS)
+# Methods that learn from the same thing, by another way.
+_AKIN = {
+    **dict.fromkeys(("ppo", "rloo", "reinforce", "reinforce++", "rlhf", "rlvr", "gspo", "dapo"), "`grpo`"),
+    **dict.fromkeys(("ipo", "slic", "rdpo"), "`dpo`"),
+    "simpo": "`method: cpo` with `loss: simpo`",
+    **dict.fromkeys(("sft-lora", "lora", "qlora", "full"), "`sft`, with `fine_tune_type`,"),
+}
 
 
 def method_named(name: str) -> Method:
     """The method of that name. Raises ConfigError naming the nearest."""
     if name not in METHODS:
+        akin = _AKIN.get(name.lower()) if isinstance(name, str) else None
+        hint = f" mlx_nb has none of that name; {akin} is the nearest." if akin else did_you_mean(name, METHODS)
         raise ConfigError(
-            f"`method` cannot be {name!r}.{did_you_mean(name, METHODS)} There are: {', '.join(METHODS)}. "
+            f"`method` cannot be {name!r}.{hint} There are: {', '.join(METHODS)}. "
             "One of your own comes first: run the cell with its `register_objective`."
         )
     return METHODS[name]

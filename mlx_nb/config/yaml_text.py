@@ -174,6 +174,8 @@ def load_mapping(text: str, name: str = "") -> Document:
         if root is None:
             return Document({}, name=name)
         if not isinstance(root, yaml.MappingNode):
+            if bare := _line_without_colon(text, root.start_mark, _NO_COLON[0]):
+                raise ConfigError(f"{named} is not a list of `key: value` lines.{bare[1]}")
             raise ConfigError(f"{named} is not a list of `key: value` lines. Write for example `model: smollm2-135m`.")
         if _size(root, {}) > _MOST_VALUES:
             raise ConfigError(f"{named} holds more than {_MOST_VALUES:,} values once its aliases are written out.")
@@ -183,7 +185,12 @@ def load_mapping(text: str, name: str = "") -> Document:
         return Document(loader.construct_document(root), marks, name, tuple(problems))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        if mark and (bare := _line_without_colon(text, mark, error.problem)):
+            raise ConfigError(f"{named} cannot be read at line {bare[0]}.{bare[1]}") from None
+        where = ""
+        if mark:
+            number = _last_written(re.split(_LINE_BREAK, text), mark)
+            where = f" at line {number + 1}" + (f", column {mark.column + 1}" if number == mark.line else "")
         reason = _REASONS.get(error.problem or "", error.problem or "it is no YAML")
         raise ConfigError(f"{named} cannot be read{where}: {reason}.{_hint(text, mark, error.problem)}") from None
     except yaml.reader.ReaderError as error:
@@ -286,16 +293,40 @@ _REASONS = {
 _NO_COLON = ("mapping values are not allowed here", "could not find expected ':'")
 
 
+def _line_without_colon(text: str, mark: yaml.Mark, problem: str | None) -> tuple[int, str] | None:
+    """(number, what to write) of the line whose colon was forgotten, if that is what is wrong.
+
+    YAML names the place where it needed the colon, which is as late as the next line with something in it.
+    """
+    if problem not in _NO_COLON:
+        return None
+    lines = re.split(_LINE_BREAK, text)
+    for number in range(min(mark.line, len(lines) - 1), -1, -1):
+        line = lines[number].split(" #")[0].strip()
+        if not line or line.startswith("#"):
+            continue
+        if bare := re.fullmatch(r"([A-Za-z_][\w.-]*)(?:[ ]+([^:=]*\S))?", line):
+            write = f"{bare[1]}: {bare[2][:80]}" if bare[2] else f"{bare[1]}: ..."
+            return number + 1, f" It reads `{line[:80]}`. Line {number + 1} has no colon: write `{write}`."
+        if number < mark.line:
+            return None
+    return None
+
+
+def _last_written(lines: Sequence[str], mark: yaml.Mark) -> int:
+    """The index of the marked line, or of the last one with something in it: YAML notices much at the end."""
+    number = min(mark.line, len(lines) - 1)
+    while number > 0 and not lines[number].strip():
+        number -= 1
+    return number
+
+
 def _hint(text: str, mark: yaml.Mark | None, problem: str | None) -> str:
     lines = re.split(_LINE_BREAK, text)
-    if mark is None or mark.line >= len(lines):
+    if mark is None:
         return ""
-    if problem in _NO_COLON:
-        # YAML names the place where it needed the colon, which is as late as the next line.
-        for number in range(mark.line, max(-1, mark.line - 2), -1):
-            if bare := re.fullmatch(r"([A-Za-z_][\w.-]*)[ ]+([^:=]*\S)\s*", lines[number]):
-                return f" Line {number + 1} has no colon: write `{bare[1]}: {bare[2][:80]}`."
-    line = lines[mark.line]
+    number = _last_written(lines, mark)
+    line = lines[number]
     if "\t" in line:
         return " YAML does not allow tabs: indent with spaces."
     if re.match(r"\s*[\w-]+\s*=", line):

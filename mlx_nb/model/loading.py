@@ -185,20 +185,17 @@ def models_at_hand() -> dict[str, str]:
     return at_hand
 
 
-def model_folder(model: str) -> Path:
-    """The mlx-lm folder of an alias, local folder, GGUF file or hub id `owner/name`, as an absolute path.
+def refuse_unknown_model(model: str) -> str:
+    """Raise ModelError for a name that is no alias, folder, file or hub id. Returns the hint for one of a hub.
 
-    What must be fetched or converted is kept in the cache folder. Text that starts with `.`, `/` or `~`, or names
-    something that exists, is a path and never goes to the hub. Raises ModelError.
+    Whether a hub has it is not asked.
     """
     if model in ALIASES:
-        return _packaged_model(model)
+        return ""
     try:
         path = Path(model).expanduser()
-        if model and path.is_dir():
-            return _checked_folder(path.absolute())
-        if model and path.is_file():
-            return _converted(path.absolute())
+        if model and (path.is_dir() or path.is_file()):
+            return ""
         hint = near_path(model, _is_model, ALIASES)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"model {_shown(model)} cannot be read: {_one_line(error)}") from None
@@ -209,6 +206,26 @@ def model_folder(model: str) -> Path:
             f"there is no model {_shown(model)}: neither an alias ({', '.join(ALIASES)}), nor a folder or .gguf file "
             f"here, nor a hub id owner/name.{hint}"
         )
+    return hint
+
+
+def model_folder(model: str) -> Path:
+    """The mlx-lm folder of an alias, local folder, GGUF file or hub id `owner/name`, as an absolute path.
+
+    What must be fetched or converted is kept in the cache folder. Text that starts with `.`, `/` or `~`, or names
+    something that exists, is a path and never goes to the hub. Raises ModelError.
+    """
+    hint = refuse_unknown_model(model)
+    if model in ALIASES:
+        return _packaged_model(model)
+    path = Path(model).expanduser()
+    try:
+        if path.is_dir():
+            return _checked_folder(path.absolute())
+        if path.is_file():
+            return _converted(path.absolute())
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"model {_shown(model)} cannot be read: {_one_line(error)}") from None
     return _from_hub(model, hint)
 
 

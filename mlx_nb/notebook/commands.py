@@ -243,9 +243,13 @@ def _generate(session: Session, arguments: argparse.Namespace) -> _Text:
 def _set(session: Session, arguments: argparse.Namespace) -> _Text:
     run = session.get(arguments.name)
     known = len(run.history.events)
-    run.set(**read_words(arguments.changes, "%finetune set", _EXAMPLE))
+    changes = read_words(arguments.changes, "%finetune set", _EXAMPLE)
+    run.set(**changes)
     changed = f"{run.name}: from the next update on, " + ", ".join(arguments.changes).replace("=", ": ")
-    return _Text("\n".join([changed, *_notes_since(run, known)]))
+    notes = _notes_since(run, known)
+    if run.state == RunState.RUNNING and run.prepared:  # it is recorded at the next boundary
+        notes += filter(None, (run.trainer.change_words(name, run.config) for name in changes))
+    return _Text("\n".join([changed, *notes]))
 
 
 def _notes_since(run: Run, known: int) -> list[str]:
@@ -298,9 +302,13 @@ def _rewind(session: Session, arguments: argparse.Namespace) -> _Text:
 def _skip(session: Session, arguments: argparse.Namespace) -> _Text:
     run = session.get(arguments.name)
     _refuse_finished(run)
-    rows = ", ".join(map(str, run.trainer.next_rows()))
+    rows = run.trainer.next_rows()
+    places = run.inputs.places_of(rows)
     run.skip()
-    return _Text(f"{run.name} will leave out the batch with rows {rows}. `%finetune run` goes on after it.")
+    return _Text(
+        f"{run.name} will leave out the batch with rows {', '.join(map(str, rows))}. {places}{' ' if places else ''}"
+        "`%finetune run` goes on after it."
+    )
 
 
 def _fork(session: Session, arguments: argparse.Namespace) -> _Text:
@@ -371,7 +379,11 @@ def _top_loss(run: Run, split: str, count: int, measure: bool) -> _Text:
         )
     visits = run.history.row_losses(split)
     lines = [f"highest loss ({_row_loss_is(run)}) of {len(losses)} rows of {split}:"]
-    lines += [f"  row {row:>6}  {loss:7.3f}   {visits_text(visits[row])}" for row, loss in list(losses.items())[:count]]
+    source = run.rows(split).examples.source
+    lines += [
+        f"  {source.named(row):>10}  {loss:7.3f}   {visits_text(visits[row])}"
+        for row, loss in list(losses.items())[:count]
+    ]
     return _Text("\n".join(lines))
 
 

@@ -64,6 +64,7 @@ class FinetuneMagics(Magics):
         run = Run.from_yaml(
             fill(cell, namespace) + "\n", name=arguments.name, namespace=namespace, allow_changed=allowed
         )
+        run.inputs.check_names()
         if arguments.resume and run.has_checkpoint:
             run = Run.resume(run.folder, config=run.config, namespace=namespace, allow_changed=allowed)
             print(f"{run.name} goes on from update {run.step_count}.", *run.trainer.notes, sep="\n")

@@ -117,7 +117,7 @@ def _refuse_undefined(places: list[_Place], namespace: Mapping[str, Any]) -> Non
         raise CommandError(
             "\n".join(
                 f"line {place.line}: {{{place.name}}} is not defined in the notebook."
-                f"{did_you_mean(str(place.name), known)}"
+                f"{did_you_mean(str(place.name), known) or ' Run the cell that defines it first.'}"
                 for place in missing
             )
         )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mlx_nb.config.checks import doubts_of
 from mlx_nb.config.methods import method_named
 from mlx_nb.config.run_config import SETTINGS, RunConfig
 from mlx_nb.data.examples.effects import refuse_ineffective, refuse_loss_on
@@ -19,8 +20,8 @@ from mlx_nb.data.examples.split import Examples, RowView, longest, trains_plain_
 from mlx_nb.data.examples.tokenizing import Outcome, tokenize_split
 from mlx_nb.data.masks.prompt_format import CHAT, RAW, Rendering, has_chat_template
 from mlx_nb.data.sources.row_source import RowSource
-from mlx_nb.data.sources.splits import Splits, open_splits
-from mlx_nb.errors import CommandError, DataError, MlxNbError, ModelError, counted, did_you_mean
+from mlx_nb.data.sources.splits import Splits, open_splits, refuse_unknown_data
+from mlx_nb.errors import CommandError, DataError, MlxNbError, ModelError, and_more, counted, did_you_mean
 from mlx_nb.events import Progress, Question
 from mlx_nb.process.interruptible import Interruptible
 from mlx_nb.process.own_code import code_digest, is_own
@@ -155,6 +156,15 @@ class RunInputs:
             refuse_loss_on(self.rows("train").examples, self.config.loss_on)
         self.check_reward_names()
 
+    def check_names(self) -> None:
+        """Raise DataError or ModelError for rows or a model that are not there, as far as a look at names can tell."""
+        from mlx_nb.model.loading import model_named, refuse_unknown_model
+
+        refuse_unknown_model(model_named(self.config))
+        if self.config.reference_model is not None:
+            refuse_unknown_model(model_named(self.config, "reference_model"))
+        refuse_unknown_data(self.config.data, self.namespace, self.config.working_folder)
+
     def check_reward_names(self) -> None:
         """Raise ConfigError for a reward that is neither a function in the notebook nor built in."""
         from mlx_nb.rollouts.rewards.resolve import resolve_rewards
@@ -277,7 +287,7 @@ class RunInputs:
 
         warning = prepare_backend().warning
         of_model = (*self.loaded.notes, *training_notes(self.loaded, self.config))
-        notes = [*([warning] if warning else []), *of_model, *self.splits.notes]
+        notes = [*([warning] if warning else []), *doubts_of(self.config), *of_model, *self.splits.notes]
         if (
             self.config.prompt_format is None
             and self.asking.is_raw(self.tokenizer)
@@ -322,6 +332,12 @@ class RunInputs:
             notes += check_base(adapter, other or config.model, folder, config.load_in_bits, allow_changed)
         return notes
 
+    def places_of(self, rows: Sequence[int]) -> str:
+        """Where training rows come from, in a sentence, if they have other numbers there; else empty."""
+        source = self.splits.train
+        named = [source.named(row) for row in dict.fromkeys(rows) if 0 <= row < len(source)]
+        return f"In your data: {and_more(named, 8)}." if any("(" in one for one in named) else ""
+
     def _context_notes(self, examples: Sequence[Any]) -> list[str]:
         """That training rows are longer than the model was made for."""
         context = self.limits.context
@@ -329,9 +345,10 @@ class RunInputs:
         beyond = [example for example in examples if context is not None and longest([example]) + more > context]
         if not beyond:
             return []
+        first = self.splits.train.named(beyond[0].row)
         return [
             f"{counted(len(beyond), 'training row')} {'is' if len(beyond) == 1 else 'are'} longer than the {context} "
-            f"tokens that the model was made for, the first row {beyond[0].row}, the longest {longest(beyond) + more} "
+            f"tokens that the model was made for, the first {first}, the longest {longest(beyond) + more} "
             "tokens: lower max_seq_length."
         ]
 

@@ -313,6 +313,7 @@ class Run:
             from_checkpoint=self._from_checkpoint,
             inbox=self._inbox,
             write=self.home.write,
+            places_of=self.inputs.places_of,
         )
         try:
             _ = self.inputs.fingerprints  # of what was just read, and not of what will be there at the first checkpoint

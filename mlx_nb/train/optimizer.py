@@ -103,6 +103,16 @@ def learning_rate_at(config: RunConfig, iters: int, step: int) -> float:
     return float(shape(mx.array(after))) * config.learning_rate / arguments[0]
 
 
+def rate_words(config: RunConfig, iters: int, step: int) -> str:
+    """What a `learning_rate` means for the updates from `step` on: the peak of the schedule, and the next rate."""
+    if step >= iters:
+        return ""
+    rate = learning_rate_at(config, iters, step)
+    if abs(rate - config.learning_rate) < 1e-9 * config.learning_rate:
+        return f"Update {step + 1} runs at {rate:.3g}."
+    return f"It is the peak of the schedule ({config.lr_schedule.name}): update {step + 1} runs at {rate:.3g}."
+
+
 def stretched_words(config: RunConfig, before: int, after: int, step: int) -> str:
     """What becomes of the learning rate when a run of `before` updates is longer from `step` on; empty when nothing."""
     if after <= before or all(

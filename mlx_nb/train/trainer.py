@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from mlx_nb.config.checks import doubts_of
 from mlx_nb.config.methods import method_named
 from mlx_nb.config.run_config import LENGTHS, RunConfig
 from mlx_nb.data.examples.batches import Place, TokenBatch
@@ -66,7 +67,7 @@ from mlx_nb.rollouts.rewards.resolve import Reward
 from mlx_nb.train.batch_source import Feed, RowFeed
 from mlx_nb.train.checkpoint import Checkpoint
 from mlx_nb.train.inbox import Inbox
-from mlx_nb.train.optimizer import build_optimizer, learning_rate_at, refuse_beyond_memory, stretched_words
+from mlx_nb.train.optimizer import build_optimizer, learning_rate_at, rate_words, refuse_beyond_memory, stretched_words
 from mlx_nb.train.reference_logprobs import ReferenceLogprobs
 from mlx_nb.train.rollout import NoReward, RolloutFeed
 from mlx_nb.train.step import COMPILED_WIDTHS, Stepper, Update
@@ -163,6 +164,7 @@ class Trainer:
         from_checkpoint: bool = False,
         inbox: Inbox | None = None,
         write: adapters.Write = write_whole,
+        places_of: Callable[[Sequence[int]], str] = lambda rows: "",
     ) -> None:
         if not examples.train:
             raise DataError("no training row is left. `%finetune rows` shows why each one was left out.")
@@ -175,6 +177,7 @@ class Trainer:
         self.name = name
         self.folder = folder
         self.write = write
+        self.places_of = places_of
         self.notes = tuple(notes)
         self.state = TrainerState()
         self.finished: RunFinished | None = None
@@ -314,9 +317,10 @@ class Trainer:
             self.state = replace(self.state, evaluations_without_best=0)
 
     def _failed(self, error: TrainingError) -> RunFailed:
-        return RunFailed(
-            self.state.step, error.reason, f"{error} {advice(type(error))}", error.rows, error.largest_gradients
-        )
+        what = advice(type(error), self.state.step, self.config.learning_rate)
+        places = self.places_of(error.rows)
+        text = " ".join(filter(None, (str(error), places, what)))
+        return RunFailed(self.state.step, error.reason, text, error.rows, error.largest_gradients)
 
     def _polled(self, work: Generator[Event, None, Any]) -> Generator[Event, None, Any]:
         """`work`, broken off where that was asked for."""
@@ -545,13 +549,21 @@ class Trainer:
         config = self.config.with_live(**{name: value})
         if name not in LENGTHS:
             self.config = config
-            return SettingChanged(self.state.step, name, old, getattr(config, name))
+            return SettingChanged(
+                self.state.step, name, old, getattr(config, name), note=self.change_words(name, config)
+            )
         self.refuse_shorter_than_done(config)
         self.config = config
         self._end_where_due()
         self.go_on()
         note = stretched_words(config, before, self.iters, self.state.step)
         return SettingChanged(self.state.step, name, old, getattr(config, name), self.iters, note)
+
+    def change_words(self, name: str, config: RunConfig) -> str:
+        """What a person should know about a change of the setting `name`; empty where it is what it says."""
+        if name != "learning_rate":
+            return ""
+        return " ".join([rate_words(config, self.iters, self.state.step), *doubts_of(config)])
 
     def refuse_shorter_than_done(self, config: RunConfig) -> None:
         """Raise ConfigError for settings of a length that the run is beyond already."""

@@ -14,6 +14,7 @@ from mlx_nb.model.memory import is_out_of_memory
 RECENT_LOSSES = 32  # updates that a loss is compared with
 REMEMBERED_LOSSES = 8 * RECENT_LOSSES  # of all lengths together
 FEWEST_LOSSES = 8  # before so many there is nothing to compare with
+FIRST_UPDATES = 5  # in which a rate that is far too high shows
 SMALLEST_DEVIATION = 0.1  # nats; a run whose loss hardly moves is not stopped by a small bump
 DEVIATIONS_PER_MAD = 1.4826  # of a normal distribution
 
@@ -87,12 +88,19 @@ class SpikeWatch:
         return 0 if len(self.alike) >= FEWEST_LOSSES else self.before
 
 
-def advice(kind: type[TrainingError]) -> str:
-    """What a person can do about an update that was not kept."""
+def advice(kind: type[TrainingError], step: int = FIRST_UPDATES, learning_rate: float = 0.0) -> str:
+    """What a person can do about an update that was not kept, after `step` updates, the last at this rate."""
     if kind is LossRaised:
         return "The update was not applied. Mend the function, run its cell again, and then `%finetune resume`."
     if kind is ModelChanged:
         return "The update was not applied. `%finetune resume` goes on from the last checkpoint, with a whole model."
+    if kind is NonFiniteLoss and step < FIRST_UPDATES:
+        return (
+            f"The update was not applied. So early in a run the learning rate ({learning_rate:.3g}) and the base are "
+            "suspected before the rows: see what `%finetune generate hello --base` answers, and try a tenth of the "
+            "rate with `%finetune rewind --to 0` and `%finetune set learning_rate=...`. `%finetune skip` leaves this "
+            "batch out; then `%finetune run`."
+        )
     again = ", or `%finetune set loss_spike=null` to take what comes" if kind is LossSpike else ""
     return (
         "The update was not applied. `%finetune skip` leaves this batch out, `%finetune rewind 10` goes back, "

@@ -33,7 +33,7 @@ from mlx_nb.events import (
 )
 from mlx_nb.history import History, evaluation_row
 from mlx_nb.view.metric_text import headline, main_metrics, metric_words, number, side_metrics
-from mlx_nb.view.pace import time_left, tokens_a_second
+from mlx_nb.view.pace import FEW_UPDATES, time_left, tokens_a_second
 
 _NOTHING = "All gradients were 0, or all completions of each prompt got the same reward. Look at rewards and rows"
 
@@ -179,7 +179,8 @@ def progress_line(history: History, iters: int) -> str:
     parts = [
         f"update {last.step} of {iters}",
         f"loss {last.loss:.3f}",
-        f"{tokens_a_second(history):.0f} tokens/s",
+        f"{tokens_a_second(history):.0f} tokens/s"
+        + (f" (of {counted(len(history), 'update')})" if len(history) < FEW_UPDATES else ""),
         f"memory {last.peak_memory / 1e9:.1f} GB",
     ]
     valid = history.evaluations("valid")
@@ -187,7 +188,7 @@ def progress_line(history: History, iters: int) -> str:
         parts.insert(2, validation_words(valid[-1]))
     if "reward" in last.metrics:
         parts.insert(2, f"reward {last.metrics['reward']:.3f}")
-    parts.append(f"{duration(left)} left" if left > 0.5 else duration(sum(history["seconds"])))
+    parts.append(f"{duration(left)} left" if left > 0.5 else duration(history.elapsed))
     return "  ·  ".join(parts)
 
 
@@ -213,10 +214,9 @@ def summary_rows(history: History) -> list[tuple[str, str]]:
         for name in main_metrics(history.step_metrics, 2):
             known = [value for value in history[name] if math.isfinite(value)]
             rows += [(f"training {name}", f"{number(known[0])} → {number(known[-1])}")] if known else []
-        rows.append(("tokens", f"{count(tokens)}, {tokens / max(seconds, 1e-9):.0f} a second"))
-        rows.append(("training time", duration(seconds)))
-        sampling = sum(rollout.seconds for rollout in history.last_rollouts(history.rollout_count))
-        rows += [("sampling time", duration(sampling))] if sampling else []
+        few = f" (of {counted(len(history), 'update')})" if len(history) < FEW_UPDATES else ""
+        rows.append(("tokens", f"{count(tokens)}, {tokens / max(seconds, 1e-9):.0f} a second{few}"))
+        rows.append(("elapsed", elapsed_words(history)))
         rows.append(("peak memory", f"{last.peak_memory / 1e9:.2f} GB"))
     for split in ("valid", "test"):
         evaluations = history.evaluations(split)
@@ -232,11 +232,34 @@ def summary_rows(history: History) -> list[tuple[str, str]]:
         name, value = headline(best)
         told = f"{value:.4f}" if name == "loss" else f"{name} {value:.4f}"
         rows.append(("best validation", f"{told} at update {best['step']}"))
+        rows += [("overfitting", words)] if (words := overfitting(history)) else []
     if finished and not finished.learned:
         rows.append(("learned", f"nothing. {_NOTHING}"))
     if finished and last and finished.step >= last.step:
         rows.append(("adapter", str(finished.path)))
     return rows
+
+
+def elapsed_words(history: History) -> str:
+    """`3:20: training 2:05, validation 40 s, waiting 35 s`: the wall clock, and what it went into."""
+    spent = history.spent()
+    spent["waiting"] = history.elapsed - sum(spent.values())
+    parts = [f"{what} {duration(seconds)}" for what, seconds in spent.items() if seconds >= 0.5]
+    return f"{duration(history.elapsed)}{': ' if parts else ''}{', '.join(parts)}"
+
+
+def overfitting(history: History) -> str:
+    """That validation became worse again by more than a hair, and where the best adapter is; empty where it did not."""
+    best, valid, finished = history.best_validation, history.evaluations("valid"), history.finished
+    if best is None or finished is None or finished.path is None or not 0 < best["step"] < finished.step:
+        return ""
+    name, final = headline(valid[-1])
+    if name == "loss" and final > best["loss"] + max(0.01, 0.02 * abs(best["loss"])):
+        return (
+            f"validation loss rose from {best['loss']:.4f} at update {best['step']} to {final:.4f}. The adapter of "
+            f"update {best['step']} is in {finished.path}/best"
+        )
+    return ""
 
 
 def summary_text(history: History, title: str) -> str:

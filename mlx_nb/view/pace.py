@@ -6,6 +6,7 @@ from mlx_nb.history import History
 from mlx_nb.view.metric_text import SECONDS
 
 RECENT_UPDATES = 20
+FEW_UPDATES = 5  # a pace of fewer is no more than a first guess, and said to be
 
 
 def time_left(history: History, iters: int) -> float:
@@ -31,6 +32,7 @@ def time_left(history: History, iters: int) -> float:
 def tokens_a_second(history: History) -> float:
     """Tokens that the model read for each second of the last updates; 0 before the first."""
     recent = history.last_steps(RECENT_UPDATES)
+    recent = recent[1:] if 1 < len(recent) < RECENT_UPDATES else recent  # the first one is slower, see `time_left`
     return sum(event.tokens for event in recent) / max(sum(event.seconds for event in recent), 1e-9)
 
 

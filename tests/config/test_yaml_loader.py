@@ -118,10 +118,16 @@ def test_the_value_of_a_word_on_a_command_line(text, value):
         ("model smollm2\ndata: rows\niters: 3", 1, "model: smollm2"),
         ("data: rows\niters 3\nbatch_size: 2", 2, "iters: 3"),
         ("data: rows\niters 3", 2, "iters: 3"),
+        ("data: rows\niters 3\n", 2, "iters: 3"),
+        ("data: rows\niters 3\n\n# a comment\n\nseed: 1\n", 2, "iters: 3"),
+        ("lora_parameters:\n  rank 4\n  scale: 2\n", 2, "rank: 4"),
+        ("data: rows\niters", 2, "iters: ..."),
+        ("lr 1e-4", 1, "lr: 1e-4"),
     ],
 )
 def test_a_line_without_its_colon_is_the_line_that_is_named(text, line, written):
     with pytest.raises(ConfigError) as error:
         load_mapping(text, "the YAML")
     assert str(error.value).endswith(f" Line {line} has no colon: write `{written}`.")
+    assert f"`{text.splitlines()[line - 1].strip()}`" in str(error.value)
     assert "\n" not in str(error.value)

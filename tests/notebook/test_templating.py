@@ -160,7 +160,7 @@ def test_every_undefined_name_is_reported_with_its_line():
         fill("model: {modl}\nseed: 1\ndata: {rows}\n", {"model": "x"})
     assert str(caught.value).splitlines() == [
         "line 1: {modl} is not defined in the notebook. Did you mean 'model'?",
-        "line 3: {rows} is not defined in the notebook.",
+        "line 3: {rows} is not defined in the notebook. Run the cell that defines it first.",
     ]
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_nb.events import EvaluationCompleted, Progress, RolloutCompleted, RunFinished, RunStarted, StepCompleted
 from mlx_nb.history import History
-from mlx_nb.view.event_text import describe, progress_line, remarks, rollout_words, summary_rows
+from mlx_nb.view.event_text import describe, elapsed_words, progress_line, remarks, rollout_words, summary_rows
 from mlx_nb.view.metric_text import main_metrics, number, reward_of
 from mlx_nb.view.pace import time_left
 from mlx_nb.view.panel.head import progress_html
@@ -88,10 +88,11 @@ def test_the_summary_tells_the_methods_metrics_and_the_best_reward():
     assert rows["training kl"] == "0 → 0.02"
     assert rows["validation reward"] == "0.7500 (kl 0.1)"
     assert rows["best validation"] == "reward 0.7500 at update 4"
-    assert rows["sampling time"] == "7 s"
+    assert "sampling 7 s" in rows["elapsed"]
     plain = dict(summary_rows(History([update(1), evaluation(1, 1.0, 2.718)])))
     assert plain["validation loss"] == "1.0000 (perplexity 2.72)"
-    assert not {"sampling time", "training reward"} & set(plain)
+    assert "training reward" not in plain
+    assert "sampling" not in plain["elapsed"]
 
 
 def test_a_run_that_is_not_over_tells_its_best_validation_too():
@@ -142,3 +143,42 @@ def test_the_time_left_counts_sampling_too():
             sampled.append(rollout(step - 1, [completion()]))
         sampled.append(update(step, seconds_sampling=3.0, seconds_right=1.0))
     assert time_left(sampled, 6) == pytest.approx(2 * (2.0 + 4.0 / 2))
+
+
+def test_elapsed_is_the_wall_clock_and_says_what_it_went_into(monkeypatch):
+    clock = iter(range(100, 10_000, 10))
+    monkeypatch.setattr("mlx_nb.history.time.monotonic", lambda: float(next(clock)))
+    history = History()
+    for event in (update(1), evaluation(1, 1.0), rollout(1, [completion()], seconds=4.0), update(2)):
+        history.append(event)
+    spent = history.spent()
+    assert spent["sampling"] == 4.0
+    assert history.elapsed == 30 + update(1).seconds
+    waiting = history.elapsed - sum(spent.values())
+    assert elapsed_words(history).endswith(f"waiting {waiting:.0f} s")
+    again = History(history.events)  # read from a file, in another process
+    assert again.elapsed == sum(spent.values())
+    again.append(update(3))
+    again.append(update(4))
+    assert again.elapsed == sum(spent.values()) + update(3).seconds + 10
+
+
+def test_the_end_of_a_run_that_overfits_says_so_and_names_the_best_adapter():
+    def told(last: float) -> dict[str, str]:
+        losses = [best(evaluation(0, 3.0)), update(1), best(evaluation(2, 1.0)), update(4), evaluation(4, last)]
+        return dict(
+            summary_rows(History([*losses, RunFinished(4, "iters reached", 8.0, 1, 1.0, 1.0, 2, "adapters/x")]))
+        )
+
+    assert told(1.5)["overfitting"] == (
+        "validation loss rose from 1.0000 at update 2 to 1.5000. The adapter of update 2 is in adapters/x/best"
+    )
+    assert "overfitting" not in told(1.005)
+    assert "overfitting" not in told(0.9)
+
+
+def test_a_pace_of_few_updates_says_so():
+    few, many = (History(update(step) for step in range(1, count + 1)) for count in (2, 9))
+    assert "(of 2 updates)" in progress_line(few, 10)
+    assert "(of 2 updates)" in dict(summary_rows(few))["tokens"]
+    assert "updates)" not in progress_line(many, 10)

@@ -93,7 +93,7 @@ class Examples:
             said = tokenize_as(self.kind, content, self.tokenizer, self.settings)
             examples = examples_of(self.kind, content, said, row, self.settings)
         except DataError as error:
-            return self._seen(row, record, content, said, error=_row_error(row, error))
+            return self._seen(row, record, content, said, error=self._row_error(row, error))
         sequences = examples[0].sequences
         said = tuple(as_cut(*both, self.settings.truncate) for both in zip(said, sequences))
         if len(examples) > 1:
@@ -144,10 +144,19 @@ class Examples:
                 said = tokenize_as(self.kind, content, self.tokenizer, self.settings)
                 made: Sequence[Result] = examples_of(self.kind, content, said, row, self.settings)
             except TooLong as error:
-                raise TooLong(_row_error(row, error)) from None
+                raise TooLong(self._row_error(row, error)) from None
             except DataError as error:
-                made = [LeftOut(row, _row_error(row, error))]
+                made = [LeftOut(row, self._row_error(row, error))]
             yield made
+
+    def _row_error(self, row: int, error: DataError) -> str:
+        """The error, which begins with the number of the row, and names its place where that is another."""
+        text = str(error)
+        text = text.removeprefix(f"row {row}: ")
+        if text.startswith("row "):
+            return text
+        location = self.source.location(row)
+        return f"row {row}: {text}" if location in text else f"{self.source.named(row)}: {text}"
 
 
 def longest(examples: Sequence[Example]) -> int:
@@ -188,11 +197,6 @@ def examples_of(
     for sequence in (sequence for example in examples for sequence in example.sequences):
         settings.limits.require(sequence.tokens, sequence.loss_mask, more=settings.completion)
     return examples
-
-
-def _row_error(row: int, error: DataError) -> str:
-    text = str(error)
-    return text if text.startswith("row ") else f"row {row}: {text}"
 
 
 def split_examples(

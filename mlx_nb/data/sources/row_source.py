@@ -64,6 +64,11 @@ class RowSource:
         """Where row `row` comes from."""
         return self._locate(self._position(row))
 
+    def named(self, row: int) -> str:
+        """`row 6`, and where it comes from if it has another number there: `row 6 (train.jsonl line 8)`."""
+        location = self.location(row)
+        return f"row {row}" if location.endswith((f" row {row}", f"[{row}]")) else f"row {row} ({location})"
+
     def fingerprint(self) -> str:
         """sha256 over the content, computed once."""
         if self._fingerprint is None:

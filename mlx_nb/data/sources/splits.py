@@ -114,6 +114,13 @@ def open_splits(
     return Splits(train, valid, test, (*notes, note), held_out)
 
 
+def refuse_unknown_data(data: object, namespace: Mapping[str, object] | None, working_folder: Path | None) -> None:
+    """Raise DataError for a name that stands for nothing. Nothing is opened, and no hub is asked."""
+    if isinstance(data, str):
+        known = {name: value for name, value in (namespace or {}).items() if not name.startswith("_")}
+        _look_up(data, _Known(known, working_folder or Path()))
+
+
 @dataclass(frozen=True)
 class _Known:
     """What names can stand for: variables of the notebook, and paths that begin in `folder`."""
@@ -163,7 +170,8 @@ def _not_found(text: str, path: Path, variables: Mapping[str, object], folder: P
         near += f" (in {Path(text).expanduser().parent})"
     if text.isidentifier():
         near = did_you_mean(text, [name for name in variables if could_be_rows(variables[name])]) or near
-        return f"no file, folder or variable {text!r}.{near} A hub id has the form owner/name."
+        again = "" if near else f" If `{text}` is a variable, run the cell that defines it first."
+        return f"no file, folder or variable {text!r}.{near}{again} A hub id has the form owner/name."
     if not path.parent.is_dir():
         above = Path(text).expanduser().parent
         near = f" There is no folder {above}.{did_you_mean(above.name, _names_in(path.parent.parent))}"

@@ -222,9 +222,10 @@ def _named(name: str, namespace: Mapping[str, Any]) -> Reward:
     if name in namespace:
         raise ConfigError(f"reward {name} is a {type(namespace[name]).__name__} in the notebook, not a function.")
     own = [known for known, value in namespace.items() if callable(value) and not known.startswith("_")]
+    near = did_you_mean(name, [*own, *REWARDS])
+    again = "" if near else f" If `{name}` is a function of yours, run the cell that defines it first."
     raise ConfigError(
-        f"reward {name!r} is neither a function of yours nor built in.{did_you_mean(name, [*own, *REWARDS])} "
-        f"Built in: {', '.join(REWARDS)}."
+        f"reward {name!r} is neither a function of yours nor built in.{near}{again} Built in: {', '.join(REWARDS)}."
     )
 
 
