@@ -136,7 +136,12 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 
 def _slips(one: str, other: str) -> int:
-    """Letters to put in, take out, exchange or swap with their neighbor to make one word the other."""
+    """Letters to put in, take out, exchange or swap with their neighbor to make one word the other.
+
+    The same letters behind the same first one, in another order, are one slip.
+    """
+    if one[:1] == other[:1] and sorted(one) == sorted(other):
+        return int(one != other)
     exchange = 1 if max(len(one), len(other)) > 3 else 2
     rows = [list(range(len(other) + 1))]
     for i, letter in enumerate(one, start=1):

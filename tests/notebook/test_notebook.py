@@ -122,7 +122,9 @@ def test_rows_says_which_are_left_out_or_that_it_is_not_known_yet(shell, tiny_fo
 
 
 def test_status_says_why_a_run_failed_before_its_first_update(shell, tiny_folder):
+    Path("nowhere.jsonl").touch()
     run_cell(shell, f"%%finetune --name nowhere -o run --paused\nmodel: {tiny_folder}\ndata: ./nowhere.jsonl")
+    Path("nowhere.jsonl").unlink()
 
     async def in_the_background():
         shell.user_ns["run"].start()
