@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
 import numbers
 import re
@@ -40,6 +41,12 @@ def setting(
     metadata = {"help": help, "group": group, "live": live, "synonyms": dict(synonyms or {}), "only_for": only_for}
     metadata["bounds"] = {word: value for word, value in bounds.items() if value is not None}
     return field(default=default, metadata=metadata)
+
+
+@functools.cache
+def kinds_of(group: type) -> Mapping[str, Any]:
+    """The type of each setting of a group by its name, worked out once: annotations are text until then."""
+    return types.MappingProxyType(typing.get_type_hints(group))
 
 
 class Settings:
@@ -164,7 +171,7 @@ def _coerce_group(value: Any, kind: type, path: tuple[str, ...]) -> Any:
         raise SettingError(path, f"`{path[0]}` must be a mapping with some of: {names}; not {shown(value)}.")
     _refuse_crowd(value, path)
     known = {declared.name: declared for declared in fields(kind)}
-    hints = typing.get_type_hints(kind)
+    hints = kinds_of(kind)
     errors: list[SettingError] = []
     converted = {}
     for key, item in value.items():

@@ -9,6 +9,7 @@ import types
 import typing
 from typing import Any, Literal
 
+from mlx_nb.config.fields import kinds_of
 from mlx_nb.config.methods import METHODS
 from mlx_nb.config.run_config import SETTINGS, LoraParameters, LrSchedule, RunConfig
 
@@ -42,11 +43,11 @@ class SettingHelp:
 def setting_help() -> list[SettingHelp]:
     """All settings in the order of their declaration, nested ones after their parent."""
     lines: list[SettingHelp] = []
-    kinds = typing.get_type_hints(RunConfig)
+    kinds = kinds_of(RunConfig)
     for name, declared in SETTINGS.items():
         lines.append(_describe(name, declared, kinds[name]))
         if name in _NESTED:
-            hints = typing.get_type_hints(_NESTED[name])
+            hints = kinds_of(_NESTED[name])
             for inner in dataclasses.fields(_NESTED[name]):
                 described = _describe(f"{name}.{inner.name}", inner, hints[inner.name])
                 lines.append(dataclasses.replace(described, group=declared.metadata["group"]))
@@ -121,7 +122,7 @@ def choices_of(name: str, method: str | None = None) -> dict[str, str]:
         return dict.fromkeys(METHODS[method or "sft"].losses if (method or "sft") in METHODS else (), "")
     if name == "lr_schedule":
         return choices_of("lr_schedule.name")
-    kinds = typing.get_type_hints(_NESTED[outer] if inner and outer in _NESTED else RunConfig)
+    kinds = kinds_of(_NESTED[outer] if inner and outer in _NESTED else RunConfig)
     kind = _without_none(kinds.get(inner or outer, Any))
     if kind is bool:
         return {"true": "", "false": ""}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePath
@@ -17,7 +16,7 @@ from typing import Any, ClassVar, Literal
 
 from mlx_nb.config.checks import problems_of
 from mlx_nb.config.command_lines import read_command
-from mlx_nb.config.fields import SettingError, SettingErrors, Settings, coerce, names_given, plain, setting
+from mlx_nb.config.fields import SettingError, SettingErrors, Settings, coerce, kinds_of, names_given, plain, setting
 from mlx_nb.config.hints import foreign_settings, inner_hint, value_hint
 from mlx_nb.config.methods import METHODS
 from mlx_nb.config.mixture_sources import is_mixture, is_source, source_problem
@@ -488,7 +487,7 @@ class RunConfig(Settings):
         return frozenset(".".join(_OTHER_NAMES.get((name,), (name,))) for name in super().given)
 
     def __init__(self, **values: Any) -> None:
-        kinds = typing.get_type_hints(RunConfig)
+        kinds = kinds_of(RunConfig)
         foreign = list(foreign_settings(values, SETTINGS, _GROUPS, _fits))
         errors, refused = [], set()
         # A setting under another program's name counts in what the others are checked with.
@@ -705,7 +704,7 @@ def _rewards(value: Any) -> Any:
 def _fits(name: str, value: Any) -> bool:
     """Whether the setting `name` takes `value`."""
     try:
-        _taken(name, value, SETTINGS[name], typing.get_type_hints(RunConfig)[name])
+        _taken(name, value, SETTINGS[name], kinds_of(RunConfig)[name])
     except ConfigError:
         return False
     return True
