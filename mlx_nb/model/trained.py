@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,9 +27,9 @@ def total_count(model: nn.Module) -> int:
     return int(get_total_parameters(model))
 
 
-def trained_arrays(model: nn.Module) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
-    """{path: (shape, dtype)} of what is trained."""
-    return {name: (array.shape, array.dtype) for name, array in named_arrays(model.trainable_parameters())}
+def forms_of(parameters: Any) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
+    """{path: (shape, dtype)} of the arrays in a tree of parameters."""
+    return {name: (array.shape, array.dtype) for name, array in named_arrays(parameters)}
 
 
 def train_only(model: nn.Module, names: Iterable[str]) -> None:

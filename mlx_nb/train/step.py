@@ -18,7 +18,7 @@ from mlx_nb.model.backend import one_blas_thread
 from mlx_nb.model.lanes import in_lanes, lanes_of, one_by_one
 from mlx_nb.model.logprobs import TargetInputs, TargetScorer, target_inputs
 from mlx_nb.model.randomness import random_stream
-from mlx_nb.model.trained import train_only, trained_arrays
+from mlx_nb.model.trained import forms_of, train_only
 from mlx_nb.model.trees import named_arrays
 from mlx_nb.objectives.base import LossSum, Objective, joined
 from mlx_nb.train.optimizer import clip, gradient_norm, scalar
@@ -88,9 +88,10 @@ class Stepper:
         self.lanes = lanes
         self._multiples = (_COMPILED_TARGETS, COMPILED_WIDTHS) if compiled else (1, 1)
         self._metric_names: tuple[str, ...] = ()
-        self._trained = trained_arrays(model)
-        self._form = form_for(type(optimizer).__name__.lower(), model.trainable_parameters())
-        optimizer.init(self._form.join(model.trainable_parameters()))
+        parameters = model.trainable_parameters()
+        self._trained = forms_of(parameters)
+        self._form = form_for(type(optimizer).__name__.lower(), parameters)
+        optimizer.init(self._form.join(parameters))
         self._gradients = self._sum_and_gradients
         if compiled:
             state = [mx.random.state]
@@ -101,9 +102,11 @@ class Stepper:
 
         Raises ModelChanged when an array is missing, or has another shape or dtype.
         """
-        if trained_arrays(self.model) != self._trained:
+        parameters = self.model.trainable_parameters()
+        if forms_of(parameters) != self._trained:
             train_only(self.model, self._trained)
-            there = trained_arrays(self.model)
+            parameters = self.model.trainable_parameters()
+            there = forms_of(parameters)
             for name, (shape, dtype) in self._trained.items():
                 if there.get(name) != (shape, dtype):
                     now = "gone" if name not in there else f"of shape {there[name][0]}, {there[name][1]}"
@@ -111,7 +114,7 @@ class Stepper:
                         f"the model was changed from outside: {name}, which is trained, was of shape {shape}, {dtype} "
                         f"and is {now}."
                     )
-        return self.model.trainable_parameters()
+        return parameters
 
     def _parts(self, batch: TokenBatch) -> tuple[TargetInputs, ...]:
         return tuple(target_inputs(part, *self._multiples) for part in lanes_of(batch, self.lanes))
