@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import shutil
 import signal
 
 import hypothesis
 import pytest
 
+import forked
 from mlx_nb.model.backend import prepare_backend
 
 prepare_backend()
@@ -18,6 +21,11 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # How long an example takes is a matter of how busy the machine is, and says nothing about the law.
 hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("busy")
+
+# A flush to disk costs nothing in memory, and saves flush a dozen files each; no test cuts the power.
+MEMORY_DISK, FREE_BYTES = "/dev/shm", 4 * 1024**3
+if os.access(MEMORY_DISK, os.W_OK) and shutil.disk_usage(MEMORY_DISK).free > FREE_BYTES:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", MEMORY_DISK)
 
 SLOW_MARKERS = ("real_model", "kernel", "browser", "faults")
 
@@ -30,6 +38,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if slow:
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """All tests are run side by side, one process a core; files or tests asked for by name in this one."""
+    return (os.cpu_count() or 1) if config.args == config.getini("testpaths") else 0
+
+
+def pytest_collection_finish() -> None:
+    """Keep modules and tests out of every collection of garbage from here on: it is theirs that take the time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """End what tests shared."""
+    forked.close()
 
 
 @pytest.fixture(scope="session")

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+import forked
 from mlx_nb import Run
 from mlx_nb.errors import CheckpointError, CommandError, ConfigError, MlxNbError
 from mlx_nb.events import Pause, RequestRefused, Rewind, Rewound, RunPaused, StepCompleted
@@ -249,7 +247,7 @@ print(run.run())
 @pytest.mark.parametrize("limit", [0, 300, 20_000])
 def test_a_full_disk_pauses_with_the_reason_and_nothing_is_lost(tmp_path, tiny_folder, limit):
     code = FULL_DISK.format(tests=str(SUPPORT), folder=str(tmp_path), model=str(tiny_folder), limit=limit)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
+    done = forked.ended(code, tmp_path)
     assert done.returncode == 0, done.stderr
     paused, finished = done.stdout.strip().splitlines()
     assert paused.startswith("RunPaused(step=2")

@@ -16,6 +16,7 @@ from pathlib import Path
 import ipywidgets
 import pytest
 
+import forked
 from every_line import PACKAGE, at_line, lines_of
 from mlx_nb import Run
 from mlx_nb.errors import CheckpointError, CommandError
@@ -296,8 +297,7 @@ def code_of(tmp_path, tiny_folder, body):
 
 
 def ended(tmp_path, tiny_folder, body):
-    code = code_of(tmp_path, tiny_folder, body)
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    return forked.ended(code_of(tmp_path, tiny_folder, body), tmp_path)
 
 
 def script(tmp_path, tiny_folder, body):
