@@ -118,7 +118,7 @@ def test_pauses_from_other_threads_while_it_trains_pause_it_and_break_nothing(ti
     stop = threading.Event()
 
     def click():
-        while not stop.is_set():
+        while not stop.wait(1e-4):  # often enough to strike every part of an update, and it computes meanwhile
             run.request(Pause())
 
     threads = [threading.Thread(target=click) for _ in range(2)]

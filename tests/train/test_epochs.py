@@ -75,20 +75,19 @@ def test_half_epochs_are_rounded_up_to_an_update(tmp_path):
     "changes",
     [{"batch_size": 2}, {"batch_size": 8}, {"batch_size": 3, "grad_accumulation_steps": 2}, {"batch_size": 1}],
 )
-@pytest.mark.parametrize("updates", [1, 2, 3])
-def test_a_fork_with_other_batches_visits_the_rest_of_the_epoch_and_no_more(
-    method, changes, updates, tmp_path, tiny_folder
-):
+def test_a_fork_with_other_batches_visits_the_rest_of_the_epoch_and_no_more(method, changes, tmp_path, tiny_folder):
     length = {"iters": None, "epochs": 2, "batch_size": 4, "grad_accumulation_steps": 1}
-    run = run_of(method, tmp_path / "run", tiny_folder, 10, **length)
-    run.step(updates)
-    fork = run.fork(adapter_path=str(tmp_path / "fork"), **changes)
-    assert fork.trainer.feed.plan.epochs(fork.trainer.state.batches) == min(4 * updates, 10) / 10
-    fork.run()
-    assert visits(fork.history.events) == dict.fromkeys(range(10), 2)
-    again = run.fork(adapter_path=str(tmp_path / "again"), name="again", **changes)
-    again.run()
-    assert update_rows(again) == update_rows(fork)
+    short = {"max_completion_length": 2} if method == "grpo" else {}
+    run = run_of(method, tmp_path / "run", tiny_folder, 10, **length, **short)
+    for updates in (1, 2, 3):
+        run.step()
+        fork = run.fork(adapter_path=str(tmp_path / f"fork{updates}"), name=f"fork{updates}", **changes)
+        assert fork.trainer.feed.plan.epochs(fork.trainer.state.batches) == min(4 * updates, 10) / 10
+        fork.run()
+        assert visits(fork.history.events) == dict.fromkeys(range(10), 2)
+        again = run.fork(adapter_path=str(tmp_path / f"again{updates}"), name=f"again{updates}", **changes)
+        again.run()
+        assert update_rows(again) == update_rows(fork)
 
 
 def test_a_fork_of_a_fork_resumed_in_the_middle_of_the_epoch_goes_the_same_way(tmp_path, tiny_folder):
