@@ -572,3 +572,10 @@ def test_a_text_is_one_name_wherever_a_list_of_names_is_taken():
     assert RunConfig(sample_prompts="Hello").sample_prompts == ("Hello",)
     grpo = RunConfig(method="grpo", rewards="number_match", stop="END", reward_weights=[2])
     assert (tuple(grpo.rewards), grpo.stop) == (("number_match",), ("END",))
+
+
+def test_the_types_of_settings_are_worked_out_once(monkeypatch):
+    values = {"lora_parameters": {"rank": 4}, "lr_schedule": {"name": "cosine_decay", "arguments": [1e-5, 10]}}
+    first = RunConfig.from_dict(values)
+    monkeypatch.setattr(typing, "get_type_hints", None)
+    assert RunConfig.from_dict(values) == first
