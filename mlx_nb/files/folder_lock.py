@@ -19,6 +19,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from mlx_nb.files.typed_json import WrongJson, json_object, read_as
+
 MARK = ".mlx_nb"  # the folder, inside the one of a run, with what mlx_nb has to know of it
 LOCK_FILE = "lock"
 _CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
@@ -242,9 +244,10 @@ def _lock(descriptor: int, path: Path, name: str) -> bool:
 def _read(descriptor: int) -> Holder | None:
     """Who holds it; None when that is not written yet."""
     try:
-        return Holder(**json.loads(os.pread(descriptor, 4096, 0)))
-    except (ValueError, TypeError):
+        holder: Holder = read_as(Holder, json_object(os.pread(descriptor, 4096, 0)))
+    except WrongJson:
         return None
+    return holder
 
 
 _locks: weakref.WeakSet[FolderLock] = weakref.WeakSet()

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_nb.events import Event, event_from_json
+from mlx_nb.files.typed_json import read_as
 from mlx_nb.files.whole_files import sync, sync_folder
 
 HISTORY_FILE = re.compile(r"history-(\d{4,})\.jsonl")
@@ -153,8 +154,9 @@ def _readable(content: bytes) -> Iterator[str]:
     for line in content.splitlines():
         try:
             text = line.decode()
-            event_from_json(text)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            event = event_from_json(text)
+            read_as(type(event), vars(event))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return
         yield text
 

@@ -13,11 +13,13 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_nb.files.folder_lock import MARK
 from mlx_nb.files.history_file import history_files, is_history
+from mlx_nb.files.typed_json import WrongJson, json_object, read_as
 
 LIST_FILE = "written.jsonl"
 ADAPTER_FILE = "adapters.safetensors"
@@ -40,14 +42,32 @@ TAKEN = (
 )
 
 
+@dataclass(frozen=True)
+class ListOf:
+    """The first line: whose list it is."""
+
+    run: str
+    name: str | None = None
+    kind: str | None = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """A line about a file that was written."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+
 def run_in(folder: Path) -> tuple[str, str] | None:
     """Id and name of the run whose list is in `folder`; None when there is none."""
     try:
         with open(folder / MARK / LIST_FILE, "rb") as file:
-            first = json.loads(file.readline())
-        return first["run"], first["name"]
-    except (OSError, ValueError, KeyError, TypeError):
+            first = read_as(ListOf, json_object(file.readline()), others=True)
+    except (OSError, WrongJson):
         return None
+    return None if first.name is None else (first.run, first.name)
 
 
 class WrittenFiles:
@@ -61,20 +81,21 @@ class WrittenFiles:
         self.kind: str | None = None
         self._digests: dict[str, set[tuple[int, str]]] = {}
         for line in self._lines():
-            if "run" in line:
-                self.run, self.name, self.kind = line["run"], line.get("name"), line.get("kind")
-            elif "file" in line:
-                self._note(line["file"], int(line.get("bytes", -1)), str(line.get("sha256")))
+            if isinstance(line, ListOf):
+                self.run, self.name, self.kind = line.run, line.name, line.kind
+            else:
+                self._note(line.file, line.bytes, line.sha256)
 
-    def _lines(self) -> Iterator[dict[str, Any]]:
+    def _lines(self) -> Iterator[ListOf | Written]:
+        """What the lines say; those that say nothing of the kind are passed over."""
         try:
             text = self.path.read_text(encoding="utf-8")
         except (OSError, ValueError):
             return
         for line in text.splitlines():
-            with suppress(ValueError):  # the process died in the middle of it
-                if isinstance(entry := json.loads(line), dict):
-                    yield entry
+            with suppress(WrongJson):  # the process died in the middle of it
+                entry = json_object(line.encode())
+                yield read_as(ListOf if isinstance(entry, dict) and "run" in entry else Written, entry, others=True)
 
     def begin(self, run: str, name: str, kind: str) -> None:
         """Make it the list of the run `run`. Raises OSError."""
@@ -177,7 +198,7 @@ def _unlisted(folder: Path) -> list[str]:
 def _is_our_configuration(path: Path) -> bool:
     try:
         return isinstance(json.loads(path.read_bytes())["mlx_nb"]["settings"], dict)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

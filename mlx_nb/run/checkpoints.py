@@ -325,7 +325,7 @@ def _remove_left_histories(store: CheckpointStore) -> None:
         for name in there:
             if is_history(store.folder / name):
                 (store.folder / name).unlink(missing_ok=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, CheckpointError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, CheckpointError):
         return
 
 
