@@ -1,4 +1,4 @@
-"""`mlx-nb quickstart | train | check | doctor | settings`."""
+"""`mlx-nb quickstart | train | check | runs | delete | doctor | settings`."""
 
 from __future__ import annotations
 
@@ -94,6 +94,13 @@ def command_line() -> argparse.ArgumentParser:
     check.add_argument("--rows", action="store_true", help="one JSON line a row, with tokens and loss mask")
     check.add_argument("--split", default="train", choices=["train", "valid", "test"], help="split for --rows")
     check.set_defaults(act=_check)
+    runs = commands.add_parser("runs", help="the runs that are kept in adapters/")
+    runs.add_argument("--disk", action="store_true", help="with what each takes on disk")
+    runs.set_defaults(act=_runs)
+    delete = commands.add_parser("delete", help="remove a run from disk: the files that mlx_nb wrote for it")
+    delete.add_argument("run", help="name of the run, or its adapter folder")
+    delete.add_argument("--yes", action="store_true", help="remove them; without it, only say what would be removed")
+    delete.set_defaults(act=_delete)
     doctor = commands.add_parser("doctor", help="device, BLAS and speed of this machine, and what to do about them")
     doctor.set_defaults(act=_doctor)
     settings = commands.add_parser("settings", help="all settings with defaults and help")
@@ -202,6 +209,21 @@ def _print_rows(config: RunConfig, split: str, wanted: int | None) -> int:
         trained += view.error is None
         print(json.dumps(row_record(view, examples.settings), ensure_ascii=False))
     return 1 if stopped or not trained else 0
+
+
+def _runs(chosen: argparse.Namespace) -> int:
+    from mlx_nb.notebook.kept import kept_text
+
+    print(kept_text(sizes=chosen.disk))
+    return 0
+
+
+def _delete(chosen: argparse.Namespace) -> int:
+    from mlx_nb.files.places import run_folder, working_folder
+    from mlx_nb.notebook.kept import delete_kept
+
+    print(delete_kept(run_folder(chosen.run, working_folder()), yes=chosen.yes))
+    return 0
 
 
 def _doctor(_chosen: argparse.Namespace) -> int:

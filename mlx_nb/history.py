@@ -47,6 +47,7 @@ class History:
     def __init__(self, events: Iterable[Event] = ()) -> None:
         self.events: list[Event] = []
         self.standing: list[Event] = []
+        self.folder: str | None = None  # of a run that was moved since, where it is now
         self._abandoned: list[list[Event]] = []
         # The kinds that are asked for all the time, with the place of each among the standing events.
         kinds = (StepCompleted, EvaluationCompleted, RolloutCompleted)

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mlx_nb.errors import MlxNbError, ModelError
+from mlx_nb.errors import MlxNbError, ModelError, shown
+from mlx_nb.files.places import path_problem, refuse_among_files
 
 NOTEBOOK = "01_quickstart.ipynb"
 ROWS = "home_requests"
@@ -21,7 +22,7 @@ def run_quickstart(folder: str) -> int:
     Raises MlxNbError when the packages of the `quickstart` extra are missing or a cell fails.
     """
     started = time.perf_counter()
-    target = Path(folder).expanduser().resolve()
+    target = _target(folder)
     notebook_path = _copy_example(target)
     print("fetching SmolLM2-135M-Instruct (once; kept in a cache) …", flush=True)
     fetched = _fetch_model()
@@ -38,6 +39,19 @@ def run_quickstart(folder: str) -> int:
     print(f"\nThe executed notebook: jupyter lab {notebook_path}\n")
     print(json.dumps(summary))
     return 0
+
+
+def _target(folder: str) -> Path:
+    """The absolute path of the folder to write to. Raises MlxNbError where there can be none, or only another run's."""
+    try:
+        target = Path(folder).expanduser()
+        problem = path_problem(target)
+    except RuntimeError as error:
+        problem = str(error).rstrip(".")
+    if problem is not None:
+        raise MlxNbError(f"{shown(folder)} cannot be a folder: {problem}. Give another folder with --folder.")
+    refuse_among_files(target)
+    return Path(os.path.realpath(target))
 
 
 def _examples_folder() -> Path:
@@ -91,7 +105,7 @@ def _changed_files(folder: Path) -> list[str]:
 
 
 def _is_same(path: Path, original: Path) -> bool:
-    if not path.is_file():
+    if path.is_symlink() or not path.is_file():
         return False
     if path.suffix == ".ipynb":
         return _cells(path) == _cells(original)

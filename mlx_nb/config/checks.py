@@ -246,7 +246,7 @@ def _check_held_out(config: Readable) -> Iterator[SettingError]:
 
 def _check_folder(config: Readable) -> Iterator[SettingError]:
     parts = (config.adapter_path or "").split("/")
-    if any(len(part.encode()) > _LONGEST_FILE_NAME for part in parts):
+    if any(len(part.encode(errors="surrogatepass")) > _LONGEST_FILE_NAME for part in parts):
         yield SettingError(
             ("adapter_path",),
             f"`adapter_path` has a name of more than {_LONGEST_FILE_NAME} bytes in it, which no folder can have.",

@@ -470,6 +470,13 @@ class RunConfig(Settings):
         group="saving",
         at_least=1,
     )
+    keep_previous: int | None = setting(
+        2,
+        "How many earlier runs of the same folder to keep in NAME.previous-1, -2, ... Older ones are removed when a "
+        "run begins, unless something in them was not written by mlx_nb. null = all.",
+        group="saving",
+        at_least=1,
+    )
     snapshot_memory: int = setting(
         512,
         "Memory for the last updates, kept to rewind to, in MB; on disk once the run ends. 0 = only checkpoints.",

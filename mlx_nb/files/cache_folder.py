@@ -14,25 +14,38 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mlx_nb.errors import ModelError, shown
+from mlx_nb.files.places import path_problem
 from mlx_nb.files.whole_files import sync_folder, sync_tree
 
 SIZES_FILE = "mlx_nb_files.json"  # name and size of each file, written with the folder
 _WORK = re.compile(r"\..+\.work")
 _EARLIER_WORK = re.compile(r"\..+-[0-9a-f]{8}")  # of versions without locks
 _EARLIER_WORK_SECONDS = 3600.0
+_OF_MODELS = {".safetensors", ".json", ".jinja", ".gguf", ".whl"}
+_TRIES = 1000
 _HEADER_BYTES, _LARGEST_HEADER = 8, 100 * 1024**2
 
 _mended: dict[Path, str] = {}
 
 
 def cache_folder() -> Path:
-    """`MLX_NB_CACHE`, or `mlx_nb` in the user's cache folder."""
+    """`MLX_NB_CACHE`, or `mlx_nb` in the user's cache folder. Raises ModelError where that cannot be a folder."""
     named = os.environ.get("MLX_NB_CACHE")
-    if named:
-        return Path(named).expanduser().absolute()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "mlx_nb"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser().absolute() / "mlx_nb"
+    try:
+        if named:
+            folder = Path(named).expanduser().absolute()
+        elif sys.platform == "darwin":
+            folder = Path.home() / "Library" / "Caches" / "mlx_nb"
+        else:
+            above = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            folder = above.expanduser().absolute() / "mlx_nb"
+        problem = path_problem(folder)
+    except (OSError, RuntimeError) as error:
+        problem = str(error).rstrip(".")
+    if problem is not None:
+        raise ModelError(f"the cache cannot be in {shown(named)}: {problem}. Set MLX_NB_CACHE to another folder.")
+    return folder
 
 
 def made_once(folder: Path, make: Callable[[Path], Path]) -> Path:
@@ -54,11 +67,21 @@ def made_once(folder: Path, make: Callable[[Path], Path]) -> Path:
         (made / SIZES_FILE).write_text(json.dumps(sizes), encoding="utf-8")
         sync_tree(made)
         if reason is not None:
-            os.rename(folder, work / "damaged")
+            damaged = work / "damaged"
+            os.rename(folder, damaged)
             _mended[folder] = reason
         os.rename(made, folder)
+        if reason is not None:
+            _keep_foreign(damaged, folder)
         sync_folder(folder.parent)
     return folder
+
+
+def _keep_foreign(damaged: Path, folder: Path) -> None:
+    """Put what is of no model, such as a person's notes, back from a damaged one into the one that takes its place."""
+    for entry in damaged.iterdir():
+        if entry.suffix not in _OF_MODELS and not (folder / entry.name).exists():
+            os.rename(entry, folder / entry.name)
 
 
 def mended_note(folder: Path) -> str | None:
@@ -95,12 +118,15 @@ def _work_on(folder: Path) -> Iterator[Path]:
 
 def _locked(work: Path) -> int:
     """Make the folder and lock it, waiting for whoever has it. Returns what is to be closed."""
+    left = _TRIES
     while True:
         try:
             work.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:
-            continue  # removed between the two by the one who had it
+        except FileNotFoundError:  # removed between the two by the one who had it, or nothing can be made there
+            if not (left := left - 1):
+                raise
+            continue
         try:
             _lock(descriptor, wait=True)
             if os.path.samestat(os.fstat(descriptor), os.stat(work)):
@@ -130,11 +156,16 @@ def _sweep(parent: Path) -> None:
         left = [entry for entry in parent.iterdir() if entry.name.startswith(".") and entry.is_dir()]
     except OSError:
         return
-    for entry in left:
+    for entry in filter(_holds_models_alone, left):
         if _WORK.fullmatch(entry.name):
             _remove_unless_locked(entry)
         elif _EARLIER_WORK.fullmatch(entry.name) and time.time() - entry.stat().st_mtime > _EARLIER_WORK_SECONDS:
             _remove(entry)
+
+
+def _holds_models_alone(folder: Path) -> bool:
+    """Whether every file in it is of a kind that models are made of. A person's folder may have such a name."""
+    return all(Path(name).suffix in _OF_MODELS for _, _, files in os.walk(folder) for name in files)
 
 
 def _remove_unless_locked(work: Path) -> None:

@@ -24,6 +24,7 @@ from mlx_nb.files.typed_json import WrongJson, json_object, read_as
 MARK = ".mlx_nb"  # the folder, inside the one of a run, with what mlx_nb has to know of it
 LOCK_FILE = "lock"
 _CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
+_BEGINNING = b'{"run": "'  # of a lock, and of the list of a run's files
 _TRIES = 50
 _WAIT_SECONDS = 0.01  # for a holder that has the lock and is about to write its name
 
@@ -201,6 +202,31 @@ def is_locked(folder: Path) -> bool:
         return error.errno not in _CANNOT_LOCK or (holder is not None and not holder.is_dead)
     finally:
         os.close(descriptor)
+
+
+def holder_of(folder: Path) -> Holder | None:
+    """Who the lock of `folder` says has it; None when there is none, or that is not written yet."""
+    try:
+        with open(folder / MARK / LOCK_FILE, "rb") as file:
+            return _read(file.fileno())
+    except (OSError, ValueError):
+        return None
+
+
+def begins_as_ours(path: Path) -> bool:
+    """Whether a lock or list may be one of mlx_nb: a file of its own, empty or with the name of a run first.
+
+    One that is not there may. A process that died while it wrote leaves a part of that.
+    """
+    if os.path.islink(path):
+        return False
+    try:
+        with open(path, "rb") as file:
+            return _BEGINNING.startswith(file.read(len(_BEGINNING)))
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:

@@ -2,16 +2,58 @@
 
 from __future__ import annotations
 
+import os
 from html import escape
 from pathlib import Path
 
-from mlx_nb.errors import CommandError
+from mlx_nb.errors import CommandError, FolderError, shown
+from mlx_nb.files.places import free_name, path_problem, refuse_among_files, same_folder, working_folder
 from mlx_nb.files.whole_files import write_whole
+from mlx_nb.files.written_files import REPORT_FILE
+
+_LONGEST_PARTIAL = 16  # bytes that the name of a file takes more while it is written
 
 
 def report_mark(name: str) -> str:
     """What says in a page that it is a report of the run `name`."""
     return f'<meta name="generator" content="mlx_nb: {escape(name, quote=True)}">'
+
+
+def report_path(path: str | Path, name: str, folder: Path) -> Path:
+    """Where a report of the run `name` in `folder` goes that a person wants at `path`, as an absolute path.
+
+    Raises CommandError, naming a file that is free where this one is somebody else's, and for no possible file.
+    """
+    try:
+        absolute = working_folder() / Path(path).expanduser()
+        if problem := path_problem(absolute, below=_LONGEST_PARTIAL):
+            raise CommandError(f"{shown(str(path))} cannot be a file: {problem}. Name another file.")
+        if not _is_default(absolute, folder):
+            refuse_among_files(absolute, folder)
+            _refuse_taken(absolute, name)
+        return absolute
+    except FolderError as error:
+        raise CommandError(str(error)) from None
+    except (OSError, RuntimeError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+        raise CommandError(f"{shown(str(path))} cannot be written: {reason}. Name another file.") from None
+
+
+def _is_default(path: Path, folder: Path) -> bool:
+    """Whether it is the run's own report, by whatever path."""
+    return path.name == REPORT_FILE and same_folder(path.parent, folder)
+
+
+def _refuse_taken(path: Path, name: str) -> None:
+    if os.path.islink(path):
+        there = "a link, so it is not written over"
+    elif path.is_dir():
+        there = "a folder"
+    elif path.exists() and not _is_report(path, name):
+        there = f"not a report of {name}, so it is not written over"
+    else:
+        return
+    raise CommandError(f"{path} is {there}. Give another name, such as {_free(path)}.")
 
 
 def write_report(path: Path, page: str, name: str) -> Path:
@@ -20,9 +62,7 @@ def write_report(path: Path, page: str, name: str) -> Path:
     Raises CommandError, naming a file that is free where this one is somebody else's.
     """
     try:
-        if path.is_dir() or (path.exists() and not _is_report(path, name)):
-            there = "a folder" if path.is_dir() else f"not a report of {name}, so it is not written over"
-            raise CommandError(f"{path} is {there}. Give another name, such as {_free(path)}.")
+        _refuse_taken(path, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda file: file.write(page.encode()))
     except OSError as error:
@@ -38,8 +78,4 @@ def _is_report(path: Path, name: str) -> bool:
 
 def _free(path: Path) -> Path:
     """A name like this one that is not taken."""
-    ending = ".html" if path.is_dir() else path.suffix
-    number = 2
-    while (free := path.with_name(f"{path.stem}-{number}{ending}")).exists():
-        number += 1
-    return free
+    return free_name(path.with_suffix(".html") if path.is_dir() else path)

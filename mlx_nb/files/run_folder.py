@@ -7,6 +7,7 @@ import gc
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
@@ -15,13 +16,31 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_nb.errors import ConfigError, FolderError, FolderTaken, and_more, shown
+from mlx_nb.errors import FolderError, FolderTaken, and_more
 from mlx_nb.files.folder_lock import MARK, FolderLock, Holder
+from mlx_nb.files.kept_runs import (
+    delete_command,
+    folder_now,
+    kept_run,
+    megabytes,
+    new_folder_beside,
+    prune_earlier,
+    resume_command,
+)
+from mlx_nb.files.places import refuse_among_files, refuse_among_runs
 from mlx_nb.files.whole_files import write_whole
-from mlx_nb.files.written_files import ADAPTER_FILE, CONFIG_FILE, RUN, WrittenFiles, run_in
-
-# Until all files of an earlier run are moved, these name where to, in the one folder, and where from, in the other.
-MOVING_FILE, ARRIVING_FILE = "moving", "arriving"
+from mlx_nb.files.written_files import (
+    ADAPTER_FILE,
+    ARRIVING_FILE,
+    CONFIG_FILE,
+    MOVING_FILE,
+    RUN,
+    WrittenFiles,
+    foreign_marks,
+    has_whole_checkpoint,
+    not_ours,
+    run_in,
+)
 
 
 class RunFolder:
@@ -50,7 +69,9 @@ class RunFolder:
         self.at_rest = at_rest
         self.let_go = let_go or self.give_up
         self._lock = FolderLock(path, name)
-        self.lost = ""
+        self.notes: tuple[str, ...] = ()
+        self._given_up = ""
+        self._saved = False  # when it was given up
         self._written: WrittenFiles | None = None
         self._seen: dict[Path, tuple[int, int, int]] = {}
         _folders.add(self)
@@ -69,6 +90,8 @@ class RunFolder:
         if self.lost:
             raise FolderTaken(self.lost)
         try:
+            if foreign := foreign_marks(self.path):
+                raise not_ours(str(self.path / foreign[0]))
             holder = self._lock.take()
             if holder is not None and holder.is_this_process:
                 self._ask_here()
@@ -120,8 +143,22 @@ class RunFolder:
 
     def give_up(self, reason: str) -> None:
         """Let go for good: `reason` is what every later attempt to write is answered with."""
-        self.lost = f"{reason}. This run writes there no more; `run.save(FOLDER)` keeps it elsewhere."
+        self._given_up = reason
+        self._saved = folder_now(self.path, self.run_id) is not None and has_whole_checkpoint(self.path)
+        self.at_rest, self.let_go = lambda: False, self.give_up  # what they are of is not held by its folder
         self.release()
+
+    @property
+    def lost(self) -> str:
+        """Why this run may write there no more, and how to get it back from where it is now; empty while it may."""
+        if not self._given_up:
+            return ""
+        place = folder_now(self.path, self.run_id)
+        way_back = resume_command(place) if place is not None else ""
+        saved = " What it had saved was removed since." if self._saved else ""
+        if way_back:
+            saved = f" It is saved, and {way_back} goes on with it."
+        return f"{self._given_up}.{saved} This run writes there no more; `run.save(FOLDER)` keeps it elsewhere."
 
     def check(self) -> None:
         """Before every save: the folder is still there and still this run's."""
@@ -147,20 +184,22 @@ class RunFolder:
             if not before:
                 self.release()
 
+    def refuse_misplaced(self) -> None:
+        """Raise FolderTaken where a run here would write among the files of another run, or that one among its own."""
+        refuse_among_runs(self.path)
+
     def refuse_foreign(self) -> None:
         """Raise FolderError where a file of somebody else has a name that this run would write under."""
-        in_the_way = WrittenFiles(self.path).in_the_way()
+        self.refuse_misplaced()
+        in_the_way = [*foreign_marks(self.path), *WrittenFiles(self.path).in_the_way()]
         if in_the_way:
-            files = and_more([str(self.path / name) for name in in_the_way], 1)
-            raise FolderError(
-                f"{files} would be written over, and mlx_nb did not write it, or it was "
-                "changed since. Nothing was moved. Give another `--name` or adapter_path."
-            )
+            raise not_ours(and_more([str(self.path / name) for name in in_the_way], 1))
 
-    def begin(self) -> Path | None:
+    def begin(self, keep_previous: int | None = None) -> Path | None:
         """Make the folder this run's. What an earlier run wrote there is moved; returns the folder that it is in now.
 
-        Every other file stays where it is.
+        Every other file stays where it is. Of the earlier runs the `keep_previous` newest are kept, None = all.
+        `notes` has what there is to say of them.
         """
         if not self.held:
             self.take()
@@ -170,7 +209,22 @@ class RunFolder:
             self._begin_list()
         except OSError as error:
             raise self._unwritable(error) from None
+        in_use = {one.path for one in list(_folders) if one is not self and not one._given_up}
+        self.notes = (*self._where_it_is(target), *prune_earlier(self.path, keep_previous or sys.maxsize, in_use))
         return target
+
+    def _where_it_is(self, target: Path | None) -> list[str]:
+        """What there is to say of the run that was moved to `target`."""
+        kept = None
+        if target is not None:
+            with suppress(OSError):  # somebody removes it just now
+                kept = kept_run(target)
+        if kept is None:
+            return []
+        said = f"The adapter that was in {self.path} is now in {target}, with all of its run: {megabytes(kept.bytes)}."
+        way_back = resume_command(kept.folder)
+        ways = [f"{way_back} goes on with it"] if way_back else []
+        return [f"{said} {', '.join([*ways, f'{delete_command(kept.folder)} removes it'])}."]
 
     def adopt(self) -> None:
         """Go on with the run that is there. Its id becomes this one's. Raises FolderError when it was moved away."""
@@ -219,6 +273,7 @@ class RunFolder:
 
         Returns where that is now. Raises FolderError where a run, or somebody else's adapter, is in the folder.
         """
+        refuse_among_files(self.path)
         self.take()
         written = WrittenFiles(self.path)
         if written.run == self.run_id:
@@ -249,7 +304,7 @@ class RunFolder:
         if not WrittenFiles(self.path).own():
             WrittenFiles(self.path).path.unlink(missing_ok=True)
             return None
-        target = _new_folder_beside(self.path)
+        target = new_folder_beside(self.path)
         (self.path / MARK / MOVING_FILE).write_text(str(target), encoding="utf-8")
         (target / MARK).mkdir()
         write_whole(target / MARK / ARRIVING_FILE, lambda file: file.write(str(self.path).encode()))
@@ -294,49 +349,12 @@ class RunFolder:
         )
 
 
-_LONGEST_NAME = 200  # bytes: file systems take 255, and `.previous-1` may follow
 _folders: weakref.WeakSet[RunFolder] = weakref.WeakSet()
-
-
-def working_folder() -> Path:
-    """The working folder of the process. Raises FolderError when it was removed."""
-    try:
-        return Path.cwd()
-    except OSError:
-        raise FolderError("the working folder does not exist any more. Go to one that does: `%cd FOLDER`.") from None
-
-
-def check_name(name: str) -> None:
-    """Raise ConfigError for a name of a run that cannot be one of a folder."""
-    parts = name.split("/") if isinstance(name, str) else [""]
-    problem = f"a run cannot be called {shown(name)}: its name is also that of its folder in adapters/"
-    if not all(map(str.strip, parts)) or {".", ".."} & set(parts) or not name.isprintable():
-        raise ConfigError(f"{problem}.")
-    if (size := len(name.encode())) > _LONGEST_NAME:
-        raise ConfigError(f"{problem}, and it has {size:,} bytes. Give one of at most {_LONGEST_NAME}.")
-
-
-def folder_of(path: str, working_folder: Path | None) -> Path:
-    """The absolute path of a run's folder. A link in it stays one, unless `..` follows it. Raises FolderError."""
-    try:
-        folder = (working_folder or Path.cwd()) / Path(path).expanduser()
-        return Path(os.path.realpath(folder)) if ".." in folder.parts else folder
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).rstrip(".")
-        raise FolderError(f"{shown(path)} cannot be a folder: {reason}. Give another adapter_path.") from None
 
 
 def holder_here(path: Path, but: RunFolder | None = None) -> RunFolder | None:
     """The run of this process that holds the folder at `path`, other than `but`."""
     return next((one for one in list(_folders) if one is not but and one.holds(path)), None)
-
-
-def same_folder(one: Path, other: Path) -> bool:
-    """Whether two paths lead to the same folder."""
-    try:
-        return one == other or one.samefile(other)
-    except (OSError, ValueError):
-        return False
 
 
 def _probe(folder: Path) -> None:
@@ -352,24 +370,6 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
     except FileNotFoundError:
         return None
     return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _new_folder_beside(folder: Path) -> Path:
-    """`NAME.previous-1` beside the folder; `previous-1` in it where it is a link, a mount or the working folder."""
-    here = Path.cwd().resolve()
-    if not folder.is_symlink() and not os.path.ismount(folder) and folder.resolve() not in (here, *here.parents):
-        with suppress(OSError):  # such as a name that is too long, or a folder above that cannot be written
-            return _numbered(folder.parent, f"{folder.name}.previous-")
-    return _numbered(folder, "previous-")
-
-
-def _numbered(parent: Path, start: str) -> Path:
-    number = 1
-    while True:
-        with suppress(FileExistsError):
-            (parent / f"{start}{number}").mkdir()
-            return parent / f"{start}{number}"
-        number += 1
 
 
 def _move(source: Path, target: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,11 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_nb.files.folder_lock import MARK
+from mlx_nb.errors import FolderError
+from mlx_nb.files.folder_lock import LOCK_FILE, MARK, begins_as_ours
 from mlx_nb.files.history_file import history_files, is_history
 from mlx_nb.files.typed_json import WrongJson, json_object, read_as
 
 LIST_FILE = "written.jsonl"
+# Until all files of an earlier run are moved, these name where to, in the one folder, and where from, in the other.
+MOVING_FILE, ARRIVING_FILE = "moving", "arriving"
+PREVIOUS = re.compile(r"(?:.+\.)?previous-\d+")  # the name of the folder that they are moved to
 ADAPTER_FILE = "adapters.safetensors"
 CONFIG_FILE = "adapter_config.json"
 BEST_FOLDER = "best"
@@ -60,14 +65,52 @@ class Written:
     sha256: str
 
 
-def run_in(folder: Path) -> tuple[str, str] | None:
-    """Id and name of the run whose list is in `folder`; None when there is none."""
+def heading(folder: Path) -> tuple[str, str, str] | None:
+    """Id, name and kind of the run whose list is in `folder`; None when there is none."""
     try:
         with open(folder / MARK / LIST_FILE, "rb") as file:
             first = read_as(ListOf, json_object(file.readline()), others=True)
     except (OSError, WrongJson):
         return None
-    return None if first.name is None else (first.run, first.name)
+    return None if first.name is None else (first.run, first.name, first.kind or RUN)
+
+
+def run_in(folder: Path) -> tuple[str, str] | None:
+    """Id and name of that run."""
+    found = heading(folder)
+    return None if found is None else found[:2]
+
+
+def not_ours(files: str) -> FolderError:
+    """What to raise where a file that mlx_nb would write is there, and somebody else's."""
+    return FolderError(
+        f"{files} would be written over, and mlx_nb did not write it, or it was changed since. Nothing was moved. Give "
+        "another `--name` or adapter_path."
+    )
+
+
+def foreign_marks(folder: Path) -> list[str]:
+    """What has the name of a file in which mlx_nb keeps track of `folder`, and is somebody else's, as names in it."""
+    mark = folder / MARK
+    if os.path.islink(mark) or not os.path.isdir(mark):
+        return [MARK] if os.path.lexists(mark) else []
+    foreign = [name for name in (LIST_FILE, LOCK_FILE) if not begins_as_ours(mark / name)]
+    foreign += [name for name in (MOVING_FILE, ARRIVING_FILE) if not _is_way(mark / name, folder)]
+    return [f"{MARK}/{name}" for name in foreign]
+
+
+def _is_way(path: Path, folder: Path) -> bool:
+    """Whether a file that says where the files of `folder` are moved to, or came from, may be one of mlx_nb."""
+    if os.path.islink(path):
+        return False
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError):
+        return False
+    moved = Path(text) if path.name == MOVING_FILE else folder
+    return not text or (Path(text).is_absolute() and "\n" not in text and bool(PREVIOUS.fullmatch(moved.name)))
 
 
 class WrittenFiles:
@@ -98,12 +141,12 @@ class WrittenFiles:
                 yield read_as(ListOf if isinstance(entry, dict) and "run" in entry else Written, entry, others=True)
 
     def begin(self, run: str, name: str, kind: str) -> None:
-        """Make it the list of the run `run`. Raises OSError."""
+        """Make it the list of the run `run`. Raises OSError, and FolderError where it is somebody else's file."""
         self.run, self.name, self.kind = run, name, kind
         self._append({"run": run, "name": name, "kind": kind})
 
     def record(self, name: str, size: int, digest: str) -> None:
-        """Note a file that is about to take its place. Raises OSError."""
+        """Note a file that is about to take its place. Raises as `begin` does."""
         self._note(name, size, digest)
         self._append({"file": name, "bytes": size, "sha256": digest})
 
@@ -113,6 +156,8 @@ class WrittenFiles:
         self._digests = {**others, name: {*self._digests.get(name, ()), (size, digest)}}
 
     def _append(self, entry: dict[str, Any]) -> None:
+        if foreign := foreign_marks(self._folder):
+            raise not_ours(str(self._folder / foreign[0]))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a+b") as file:
             end = file.seek(0, 2)
@@ -128,8 +173,8 @@ class WrittenFiles:
         for file in found:
             self.record(file, *_digest(self._folder / file))
 
-    def holds(self, name: str) -> bool:
-        """Whether the file `name` is there and one that was written by mlx_nb."""
+    def holds(self, name: str, *, exact: bool = True) -> bool:
+        """Whether the file `name` is there and one that was written by mlx_nb; not `exact`, by its size alone."""
         path = self._folder / name
         if self.run is None:
             return name in _unlisted(self._folder)
@@ -137,15 +182,16 @@ class WrittenFiles:
         if not known or not path.is_file():
             return False
         size = path.stat().st_size
-        return any(size == one for one, _ in known) and _digest(path) in known
+        return any(size == one for one, _ in known) and (not exact or _digest(path) in known)
 
     def numbered(self) -> list[str]:
         """The numbered adapters that the list names and that are there, changed since or not, the newest last."""
         return [name for name in self._digests if NUMBERED.fullmatch(name) and (self._folder / name).is_file()]
 
-    def own(self) -> list[str]:
+    def own(self, *, exact: bool = True) -> list[str]:
         """Our own files that are there, and the folders of checkpoints, as names in the folder."""
-        names = _unlisted(self._folder) if self.run is None else [name for name in self._digests if self.holds(name)]
+        listed = [name for name in self._digests if self.holds(name, exact=exact)]
+        names = _unlisted(self._folder) if self.run is None else listed
         return [*names, *_checkpoints(self._folder)]
 
     def in_the_way(self) -> list[str]:
@@ -185,7 +231,7 @@ def _unlisted(folder: Path) -> list[str]:
     for inner in ("", f"{BEST_FOLDER}/"):
         if inner and ((folder / inner / MARK).exists() or (folder / inner / CHECKPOINTS).exists()):
             continue  # a run that is called so
-        if not _is_our_configuration(folder / inner / CONFIG_FILE):
+        if not has_own_configuration(folder / inner):
             continue
         names = [CONFIG_FILE, ADAPTER_FILE]
         if not inner:
@@ -195,9 +241,10 @@ def _unlisted(folder: Path) -> list[str]:
     return found
 
 
-def _is_our_configuration(path: Path) -> bool:
+def has_own_configuration(folder: Path) -> bool:
+    """Whether the adapter in `folder` was written by mlx_nb, which puts its settings beside it."""
     try:
-        return isinstance(json.loads(path.read_bytes())["mlx_nb"]["settings"], dict)
+        return isinstance(json.loads((folder / CONFIG_FILE).read_bytes())["mlx_nb"]["settings"], dict)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
@@ -216,6 +263,17 @@ def _checkpoints(folder: Path) -> list[str]:
     if latest.is_file() and _is_pointer(latest):
         names.append(f"{CHECKPOINTS}/latest")
     return names
+
+
+def has_whole_checkpoint(folder: Path) -> bool:
+    """Whether a run wrote a checkpoint in `folder`."""
+    return newest_checkpoint(folder) is not None
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The folder of the newest checkpoint of the run in `folder`; None without one."""
+    saved = [folder / name for name in _checkpoints(folder) if SAVED.fullmatch(name.rpartition("/")[2])]
+    return max(saved, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
 def _is_pointer(path: Path) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from mlx_nb.config.methods import method_named
 from mlx_nb.config.run_config import LoraParameters, RunConfig
 from mlx_nb.errors import ConfigError, ModelError, shown
+from mlx_nb.files.places import path_problem
 from mlx_nb.files.typed_json import WrongJson, json_object, read_as
 from mlx_nb.files.whole_files import near_path
 from mlx_nb.files.written_files import ADAPTER_FILE, CONFIG_FILE
@@ -48,6 +49,13 @@ class AdapterFile:
 
 def open_adapter(source: str, setting: str) -> AdapterFile:
     """The adapter in the folder or file `source`. Raises ModelError, in one line, for anything but mlx-lm's format."""
+    try:
+        path = Path(source).expanduser()
+        problem = path_problem(path)
+    except RuntimeError as error:
+        problem = str(error).rstrip(".")
+    if problem is not None:
+        raise ModelError(f"{setting}: {shown(source)} cannot be a file or folder: {problem}.")
     try:
         path = Path(source).expanduser()
         weights = path / ADAPTER_FILE if path.is_dir() else path

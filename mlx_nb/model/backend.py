@@ -19,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from types import ModuleType
 
+from mlx_nb.errors import ModelError
 from mlx_nb.files.cache_folder import cache_folder
 from mlx_nb.files.whole_files import write_whole
 from mlx_nb.model.blas_symbols import redirect_products
@@ -142,7 +143,10 @@ def _provide_gfortran() -> None:
     fortran = next((path for name, path in by_name.items() if name.startswith("libgfortran-")), None)
     if fortran is None:
         raise OSError("libgfortran.so.5 is missing. Install Debian's libgfortran5")
-    renamed = cache_folder() / "lib" / fortran.name / "libgfortran.so.5"
+    try:
+        renamed = cache_folder() / "lib" / fortran.name / "libgfortran.so.5"
+    except ModelError as error:
+        raise OSError(str(error)) from None
     if not renamed.exists():
         content = fortran.read_bytes()
         mangled, plain = fortran.name.encode(), b"libgfortran.so.5"

@@ -16,6 +16,7 @@ from mlx_nb.config.methods import method_named
 from mlx_nb.config.yaml_text import read_words
 from mlx_nb.errors import CommandError, did_you_mean
 from mlx_nb.events import Pause, RunState, Stop
+from mlx_nb.files.places import run_folder, working_folder
 from mlx_nb.files.written_files import CHECKPOINTS
 from mlx_nb.notebook.help_text import WIDTH, commands_help, help_of
 from mlx_nb.notebook.queued_cells import NOW
@@ -261,7 +262,11 @@ def _save(session: Session, arguments: argparse.Namespace) -> _Text:
     return _Text(f"saved to {session.get(arguments.name).save(arguments.path)}")
 
 
-def _runs(session: Session, _arguments: argparse.Namespace) -> _Text:
+def _runs(session: Session, arguments: argparse.Namespace) -> _Text:
+    if arguments.disk:
+        from mlx_nb.notebook.kept import kept_text
+
+        return _Text(kept_text(run.folder for run in session.runs.values()))
     if not session.runs:
         return _Text("no runs yet. A %%finetune cell makes one.")
     table = [("", "run", "state", "update", "loss", "validation", "method", "model")]
@@ -281,6 +286,14 @@ def _runs(session: Session, _arguments: argparse.Namespace) -> _Text:
         )
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     return _Text("\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in table))
+
+
+def _delete(session: Session, arguments: argparse.Namespace) -> _Text:
+    from mlx_nb.notebook.kept import delete_kept
+
+    known = session.runs.get(arguments.run)
+    folder = known.folder if known is not None else run_folder(arguments.run, working_folder())
+    return _Text(delete_kept(folder, yes=arguments.yes))
 
 
 def _headline_text(evaluation: dict[str, Any]) -> str:
@@ -323,11 +336,11 @@ def _resume(session: Session, arguments: argparse.Namespace) -> _Text:
     from mlx_nb.notebook.driver import has_live_front_end, show_panel
 
     output = output_name(arguments.output)
-    folder = Path(arguments.run or arguments.name or _only_candidate())
-    if not folder.exists() and len(folder.parts) == 1:
-        folder = Path("adapters") / folder
     run = Run.resume(
-        folder, step=arguments.step, namespace=session.namespace, allow_changed=arguments.allow_changed or ()
+        run_folder(arguments.run or arguments.name or _only_candidate(), working_folder()),
+        step=arguments.step,
+        namespace=session.namespace,
+        allow_changed=arguments.allow_changed or (),
     )
     notes = session.add(run, output)
     if has_live_front_end():
@@ -450,7 +463,7 @@ def _command(
     for flags, options in arguments:
         parser.add_argument(*flags, **options)
     usage = _usage(parser)
-    if name not in ("runs", "help", "use"):
+    if name not in ("runs", "help", "use", "delete"):
         parser.add_argument("--name", "-n", default=None, help="another run than the current one")
     parser.add_argument(
         NOW, action="store_true", help="act at once, while a run goes on that this cell is queued behind"
@@ -554,7 +567,19 @@ COMMANDS: dict[str, Command] = {
         _argument("path", nargs="?", help="folder (default: the run's own)"),
         of_now=True,
     ),
-    "runs": _command("runs", "the runs of this notebook", _runs),
+    "runs": _command(
+        "runs",
+        "the runs of this notebook; --disk: those that are kept on disk, and what each takes",
+        _runs,
+        _argument("--disk", action="store_true", help="those in adapters/ too, with their size"),
+    ),
+    "delete": _command(
+        "delete",
+        "remove a run from disk: the files that mlx_nb wrote for it, and nothing else",
+        _delete,
+        _argument("run", help="name of the run, or its adapter folder"),
+        _argument("--yes", action="store_true", help="remove them; without it, only say what would be removed"),
+    ),
     "rewind": _command(
         "rewind",
         "go back by n updates (default 1), or --to one",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_nb.errors import CommandError, MlxNbError, did_you_mean
 
 if TYPE_CHECKING:
+    from mlx_nb.events import Event
     from mlx_nb.notebook.lasting_output import Outcome
     from mlx_nb.notebook.queued_cells import QueuedCells
     from mlx_nb.run.run import Run
@@ -27,20 +28,23 @@ class Session:
         self.runs: dict[str, Run] = {}
         self._current: str | None = None
         self._shown: dict[str, tuple[Panel, Outcome]] = {}
+        self._replaced: dict[str, list[Outcome]] = {}  # of runs that were let go, by their name
 
     def add(self, run: Run, output: str | None = None) -> list[str]:
         """Keep `run`, bind it to the variable `output` and make it current. Returns what there is to say of that.
 
         A run of that name is saved and let go, its panel with it; variables that hold it are named. Raises
-        CheckpointError when that one cannot be saved; then it stays.
+        CheckpointError when that one cannot be saved, or the new one cannot be in its folder; then it stays.
         """
+        if not run.prepared:
+            run.home.refuse_misplaced()  # while the run before still stands
         notes, before = list[str](), self.runs.get(run.name)
         if before is not None and before is not run:
             bound = f", the variable {output}" if output else ""
             resumed = run.home.run_id == before.home.run_id
             by = "the same run, resumed in this process" if resumed else "a new run of that name"
             before.release(f"{run.name} was replaced by {by}{bound}")
-            self._close_shown(run.name)
+            self._leave_shown(run)
             del self.runs[run.name]  # the newest is the last
             notes = [
                 f"The variable {name} is still the run that was replaced. `-o {name}` binds the new one."
@@ -69,6 +73,25 @@ class Session:
         """What a run is shown by from now on; what it was shown by before is let go."""
         self._close_shown(run.name)
         self._shown[run.name] = (panel, outcome)
+
+    def _leave_shown(self, run: Run) -> None:
+        """Close what shows the run that `run` replaces.
+
+        Once `run` has the folder, all that were replaced under this name say where they are kept since.
+        """
+        name = run.name
+        shown = self._shown.get(name)
+        self._close_shown(name)
+        if shown is not None:
+            self._replaced.setdefault(name, []).append(shown[1])
+
+        def say_where(_event: Event) -> None:
+            if run.prepared:
+                run.unlisten(say_where)
+                for outcome in self._replaced.get(name, ()):
+                    outcome.say_where()
+
+        run.listen(say_where)
 
     def _close_shown(self, name: str) -> None:
         for one in self._shown.pop(name, ()):

@@ -296,7 +296,10 @@ def refuse_own_folder(config: RunConfig, folder: Path) -> None:
 
     for setting in (START, REFERENCE):
         path = config.located(setting)
-        if path not in (None, BARE) and Path(str(path)).expanduser().resolve().is_relative_to(folder.resolve()):
+        if path in (None, BARE):
+            continue
+        named = Path(os.path.realpath(os.path.expanduser(str(path))))
+        if named.is_relative_to(os.path.realpath(folder)):
             raise ConfigError(
                 f"{setting}: {getattr(config, setting)} lies in {folder}, which this run would write over. Give the "
                 "run another `--name`, or another adapter_path."

@@ -17,7 +17,7 @@ from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.errors import CheckpointError, ConfigError, did_you_mean, listed_problems, shown
 from mlx_nb.events import Event, Request, SettingChanged, event_from_json, request_from_json
 from mlx_nb.files.history_file import HISTORY_FILE, read_history
-from mlx_nb.files.run_folder import check_name
+from mlx_nb.files.places import check_name
 from mlx_nb.files.typed_json import read_as
 from mlx_nb.history import History
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 import traceback
 import weakref
@@ -64,7 +65,8 @@ from mlx_nb.events import (
     TrainerRequest,
 )
 from mlx_nb.files.folder_lock import is_locked
-from mlx_nb.files.run_folder import RunFolder, check_name, folder_of, holder_here, same_folder, working_folder
+from mlx_nb.files.places import check_name, folder_of, refuse_among_files, same_folder, working_folder
+from mlx_nb.files.run_folder import RunFolder, holder_here
 from mlx_nb.files.written_files import CHECKPOINTS, EXPORT, REPORT_FILE, RUN
 from mlx_nb.history import History
 from mlx_nb.process import exits
@@ -257,6 +259,7 @@ class Run:
         refuse_own_folder(self.config, self.folder)
         try:
             if not self._resumed:
+                self.home.refuse_misplaced()
                 if not self.home.held:
                     self.home.share()
                 self.home.refuse_foreign()
@@ -318,9 +321,8 @@ class Run:
         try:
             _ = self.inputs.fingerprints  # of what was just read, and not of what will be there at the first checkpoint
             # Last, when nothing of the run itself can go wrong any more.
-            set_aside = None if self._resumed else self.home.begin()
-            if set_aside:
-                trainer.notes += (f"The adapter that was in {self.folder} is now in {set_aside}.",)
+            set_aside = None if self._resumed else self.home.begin(self.config.keep_previous)
+            trainer.notes += self.home.notes
             if reference is not None:  # an earlier run here may have measured the same one
                 reference.load(set_aside or self.folder)
         except BaseException:
@@ -414,9 +416,11 @@ class Run:
 
         Raises CommandError, also for a file that is no earlier report of this run: it is not written over.
         """
-        from mlx_nb.files.report_file import write_report
+        from mlx_nb.files.report_file import report_path, write_report
         from mlx_nb.view.reports.run import report_html
 
+        own = self.folder / REPORT_FILE
+        path = own if path is None else report_path(path, self.name, self.folder)
         page = report_html(
             self.history,
             title=f"{self.name}: {self.state} after update {self.step_count}",
@@ -425,15 +429,14 @@ class Run:
             metrics=method_named(self.config.method).metrics,
             worst_rows=[(row, loss, self._excerpt(row)) for row, loss in list(self.row_losses().items())[:10]],
         )
-        if path is None:
-            path = self.folder / REPORT_FILE
+        if path.name == own.name and same_folder(path.parent, own.parent):
             try:
                 with self.home.writing():
-                    self.home.write(path, lambda file: file.write(page.encode()))
+                    self.home.write(own, lambda file: file.write(page.encode()))
             except OSError as error:
                 raise CommandError(f"{path} cannot be written: {error.strerror or error}. Name another file.") from None
             return path
-        return write_report(working_folder() / Path(path).expanduser(), page, self.name)
+        return write_report(path, page, self.name)
 
     def _settings_in_words(self) -> dict[str, Any]:
         """The settings, and of rows in memory how many there are."""
@@ -720,13 +723,14 @@ class Run:
         config = self.config.replace(**{**standard, **changes})
         name = name or self._fork_name(config)
         other = Run(config, name=name, _from_checkpoint=True)
-        if other.folder.resolve() == self.folder.resolve():
+        if os.path.realpath(other.folder) == os.path.realpath(self.folder):
             raise CommandError(f"a fork of {self.name} needs another folder than {self.folder}.")
         other.inputs = self.inputs.twin(other.config)
         other.trainer.restore(for_other_settings(self.trainer.snapshot(), self.config, other.config))
         if not changes.keys().isdisjoint(LENGTHS):
             other.trainer.refuse_shorter_than_done(other.config)
         other.trainer.go_on()
+        other.trainer.end_again()
         # Its own length and folder are other ones.
         own = (event for event in self.history.events if not isinstance(event, RunFinished))
         iters = other.trainer.iters
@@ -776,11 +780,7 @@ class Run:
             print(f"{self.name}: {error}", file=sys.stderr)
         except CheckpointError as error:
             raise CheckpointError(f"{self.name} is not let go, because {error}") from None
-        way_back = f" It is saved: `%finetune resume {self.folder}`, or the folder that it was moved to since."
-        self.home.give_up(
-            f"{reason or f'{self.name} let go of {self.folder}'} after update {self.step_count}."
-            f"{way_back if self.has_checkpoint else ''}".rstrip(".")
-        )
+        self.home.give_up(f"{reason or f'{self.name} let go of {self.folder}'} after update {self.step_count}")
         self._checkpoints.forget()
 
     @property
@@ -886,6 +886,7 @@ class Run:
             changed = changes_since(checkpoint, config, run.inputs.fingerprints, allow_changed)
             run.trainer.restore(checkpoint)
             run.history, damage = read_history_of(checkpoint)
+            run.history.folder = str(folder)
             run._checkpoints.go_on_from(checkpoint, run.history, whole=not damage)
             if length := length_given(checkpoint, config):
                 run.set(**length)
@@ -1142,8 +1143,10 @@ class Run:
         `path.previous-1`. Raises FolderError when the folder is that of another run, when something in it was not
         written by mlx_nb, and CheckpointError when it cannot be written.
         """
-        trainer = self.trainer
         folder = self.folder if path is None else folder_of(str(path), working_folder())
+        if not same_folder(folder, self.folder):
+            refuse_among_files(folder, self.folder)
+        trainer = self.trainer
         if same_folder(folder, self.folder):
             with self.home.writing():
                 self._save_adapter(self.home)
@@ -1151,7 +1154,8 @@ class Run:
             self.home.release()
             self._home = self._saved_to(folder, RUN)
             self.config = self.config.replace(adapter_path=str(folder))
-            trainer.folder, trainer.write = folder, self._home.write
+            trainer.move_to(folder, self._home.write)
+            self.history.folder = str(folder)
             self.checkpoint("pause")
         else:
             self._saved_to(folder, EXPORT).release()

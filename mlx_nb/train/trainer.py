@@ -316,6 +316,18 @@ class Trainer:
             self.finished = None
             self.state = replace(self.state, evaluations_without_best=0)
 
+    def end_again(self) -> None:
+        """Where the run is over, end it once more: its adapter is written to the folder of this trainer."""
+        if self.over:
+            self.finished = None
+            self._due += [("save", "last"), ("finish", ITERS_REACHED)]
+
+    def move_to(self, folder: Path, write: adapters.Write) -> None:
+        """What is saved from now on goes to `folder`, by `write`; what is in memory is to be there already."""
+        self.folder, self.write = folder, write
+        if self.finished is not None:
+            self.finished = replace(self.finished, path=str(folder))
+
     def _failed(self, error: TrainingError) -> RunFailed:
         what = advice(type(error), self.state.step, self.config.learning_rate)
         places = self.places_of(error.rows)
@@ -412,7 +424,8 @@ class Trainer:
             self.state.batches = self.feed.plan.find(Place(*place))
         self.feed.restore(checkpoint.arrays.get("feed", {}), checkpoint.state.get("feed"), self.state.batches)
         finished = checkpoint.state["finished"]
-        self.finished = None if finished is None else RunFinished(**finished)
+        # The run may have been moved or copied since.
+        self.finished = None if finished is None else RunFinished(**{**finished, "path": str(self.folder)})
         self._due = deque((what, how) for what, how in checkpoint.state["due"])
         self._started = checkpoint.state["started"]
         if self.config.fine_tune_type != "full":

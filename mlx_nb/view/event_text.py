@@ -236,7 +236,7 @@ def summary_rows(history: History) -> list[tuple[str, str]]:
     if finished and not finished.learned:
         rows.append(("learned", f"nothing. {_NOTHING}"))
     if finished and last and finished.step >= last.step:
-        rows.append(("adapter", str(finished.path)))
+        rows.append(("adapter", history.folder or str(finished.path)))
     return rows
 
 

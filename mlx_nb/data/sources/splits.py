@@ -28,7 +28,8 @@ from mlx_nb.data.sources.mixtures import SourceSpec, SplitWords, hold_out, mixed
 from mlx_nb.data.sources.row_source import RowSource, joined
 from mlx_nb.data.sources.row_values import OddRow
 from mlx_nb.data.sources.tables import KNOWN_KINDS, could_be_rows, saved_dataset, table_in_memory
-from mlx_nb.errors import DataError, did_you_mean
+from mlx_nb.errors import DataError, did_you_mean, shown
+from mlx_nb.files.places import path_problem
 
 _Item = TypeVar("_Item")
 
@@ -129,7 +130,15 @@ class _Known:
     folder: Path = Path()
 
     def path(self, text: str | os.PathLike[str]) -> Path:
-        return self.folder / Path(text).expanduser()
+        """The path that `text` is, whether something is there or not. Raises DataError where there can be nothing."""
+        try:
+            path = self.folder / Path(text).expanduser()
+            problem = path_problem(path, below=0)
+        except RuntimeError as error:
+            problem = str(error).rstrip(".")
+        if problem is not None:
+            raise DataError(f"{shown(os.fspath(text))} cannot be a file or folder: {problem}. {KNOWN_KINDS}")
+        return path
 
 
 def _look_up(data: object, known: _Known) -> tuple[object, str, tuple[str, ...]]:

@@ -1,0 +1,83 @@
+"""The runs that are kept on disk, for `runs --disk` and `delete` of the notebook and the terminal."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from mlx_nb.errors import CommandError, FolderTaken, and_more, counted, did_you_mean
+from mlx_nb.files.folder_lock import holder_of, is_locked
+from mlx_nb.files.kept_runs import (
+    KeptRun,
+    delete_command,
+    delete_own,
+    kept_run,
+    megabytes,
+    others_in,
+    own_files,
+    runs_below,
+)
+from mlx_nb.files.places import working_folder
+from mlx_nb.files.written_files import RUN
+
+
+def kept_text(further: Iterable[Path] = (), *, sizes: bool = True) -> str:
+    """The runs in adapters/ and in the folders `further` as a table, with what each takes on disk."""
+    runs = _kept(further)
+    if not runs:
+        return f"no runs are kept in {working_folder() / 'adapters'}."
+    table = [("folder", "run", "update", "on disk")]
+    table += [(_short(run.folder), _words(run), _update(run), megabytes(run.bytes)) for run in runs]
+    columns = range(4 if sizes else 3)
+    widths = [max(len(row[column]) for row in table) for column in columns]
+    lines = ["  ".join(row[column].ljust(widths[column]) for column in columns).rstrip() for row in table]
+    if sizes:
+        total = sum(run.bytes for run in runs)
+        lines.append(f"{megabytes(total)} in all. {delete_command(Path('FOLDER'))} removes one.")
+    return "\n".join(lines)
+
+
+def _kept(further: Iterable[Path] = ()) -> list[KeptRun]:
+    below = list(runs_below(working_folder() / "adapters"))
+    there = {os.path.realpath(run.folder) for run in below}
+    others = {os.path.realpath(folder): folder for folder in further}
+    found = [kept_run(folder) for real, folder in others.items() if real not in there]
+    return [*below, *(run for run in found if run is not None)]
+
+
+def _words(run: KeptRun) -> str:
+    return run.name if run.kind == RUN else f"{run.name} (its adapter, saved there)"
+
+
+def _update(run: KeptRun) -> str:
+    return "-" if run.update is None else str(run.update)
+
+
+def _short(folder: Path) -> str:
+    here = working_folder()
+    return str(folder.relative_to(here)) if folder.is_relative_to(here) and folder != here else str(folder)
+
+
+def delete_kept(folder: Path, *, yes: bool) -> str:
+    """Remove the files of the run in `folder`, and nothing else; without `yes` only what would be is said.
+
+    Raises CommandError where there is none, and FolderTaken where one that lives holds the folder.
+    """
+    run = kept_run(folder)
+    if run is None:
+        near = did_you_mean(_short(folder), [_short(one.folder) for one in _kept()])
+        raise CommandError(f"there is no run in {folder}.{near} `runs --disk` lists those that are kept.")
+    if is_locked(folder):
+        raise FolderTaken(f"{folder} is held by {holder_of(folder)}, so nothing is removed. End that run first.")
+    own = own_files(folder)
+    others = others_in(folder, own)
+    what = f"{counted(len(own), 'file')} ({megabytes(sum(own.values()))}) of the run {run.name!r} in {folder}"
+    stays = f" What mlx_nb did not write stays: {and_more(others, 2)}." if others else ""
+    if not yes:
+        return f"This would remove {what}.{stays} {delete_command(folder)} does it."
+    try:
+        delete_own(folder)
+    except OSError as error:
+        raise CommandError(f"{folder} cannot be removed: {error.strerror or error}. Try again.") from None
+    return f"Removed {what}.{stays}"
