@@ -146,6 +146,7 @@ TABLE = {
     "save_every": (SFT, [100, 1]),
     "autosave_minutes": (SFT, [10.0, 1e-9]),
     "keep": ({**SFT, "save_every": 1, "iters": 4}, [3, 1]),
+    "keep_previous": (SFT, [2, 1]),
     "snapshot_memory": ({**SFT, "steps_per_eval": -1}, [512, 0]),
     "adapter_path": (SFT, ["run", "elsewhere"]),
     "roles": (
