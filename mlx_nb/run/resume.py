@@ -121,7 +121,7 @@ def refuse_unusable(checkpoint: Checkpoint) -> None:
     except _FOREIGN as error:
         raise CheckpointError(f"it does not hold what a run goes on from ({_reason(error)})") from error
     except ConfigError as error:
-        raise CheckpointError(f"its settings cannot be used: {' '.join(str(error).split())}") from error
+        raise CheckpointError(f"its settings cannot be used: {_reason(error).rstrip('.')}") from error
     if wrong:
         raise CheckpointError(f"it does not hold what a run goes on from (wrong: {', '.join(wrong)})")
 
