@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
+import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePath
@@ -630,8 +632,14 @@ class RunConfig(Settings):
 
     def changed(self) -> dict[str, Any]:
         """The settings of `described` that differ from their defaults."""
-        standard = RunConfig().to_dict()
+        standard = _defaults()
         return {name: value for name, value in self.described().items() if value != standard[name]}
+
+
+@functools.cache
+def _defaults() -> Mapping[str, Any]:
+    """Every setting at its default, as `to_dict` gives it."""
+    return types.MappingProxyType(RunConfig().to_dict())
 
 
 def located(text: str | None, working_folder: Path | None) -> str | None:
