@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import errno
+import functools
 import gc
 import os
 import secrets
 import shutil
 import sys
 import tempfile
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from mlx_nb.errors import FolderError, FolderTaken, and_more
 from mlx_nb.files.folder_lock import MARK, FolderLock, Holder
@@ -41,6 +43,21 @@ from mlx_nb.files.written_files import (
     not_ours,
     run_in,
 )
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+# One thread at a time takes, checks or gives back a folder: the one that trains, or one that saves meanwhile.
+_one_thread = threading.RLock()
+
+
+def _alone(method: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    @functools.wraps(method)
+    def alone(*arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
+        with _one_thread:
+            return method(*arguments, **options)
+
+    return alone
 
 
 class RunFolder:
@@ -85,6 +102,7 @@ class RunFolder:
         """Whether it is the folder at `path` that is held, which may have been moved since."""
         return self._lock.is_of(path)
 
+    @_alone
     def take(self) -> None:
         """Make sure that nobody else writes there, and that this run can. The folder is made if there is none."""
         if self.lost:
@@ -124,6 +142,7 @@ class RunFolder:
         """The folder as another run of this process holds it."""
         return holder_here(self.path, self)
 
+    @_alone
     def share(self) -> None:
         """The same for a run that only reads at first: another run of this process may have it until then."""
         if self.other_holder() is None:
@@ -137,10 +156,12 @@ class RunFolder:
             whom = "the same run, resumed" if other.run_id == self.run_id else f"the run {self.name!r}"
             other.give_up(f"{self.path} was taken over by {whom} in this process")
 
+    @_alone
     def release(self) -> None:
         """Let go. The folder can be taken again, unless another run does."""
         self._lock.release()
 
+    @_alone
     def give_up(self, reason: str) -> None:
         """Let go for good: `reason` is what every later attempt to write is answered with."""
         self._given_up = reason
@@ -160,6 +181,7 @@ class RunFolder:
             saved = f" It is saved, and {way_back} goes on with it."
         return f"{self._given_up}.{saved} This run writes there no more; `run.save(FOLDER)` keeps it elsewhere."
 
+    @_alone
     def check(self) -> None:
         """Before every save: the folder is still there and still this run's."""
         if self.lost or not self.held:
@@ -195,6 +217,7 @@ class RunFolder:
         if in_the_way:
             raise not_ours(and_more([str(self.path / name) for name in in_the_way], 1))
 
+    @_alone
     def begin(self, keep_previous: int | None = None) -> Path | None:
         """Make the folder this run's. What an earlier run wrote there is moved; returns the folder that it is in now.
 
@@ -226,6 +249,7 @@ class RunFolder:
         ways = [f"{way_back} goes on with it"] if way_back else []
         return [f"{said} {', '.join([*ways, f'{delete_command(kept.folder)} removes it'])}."]
 
+    @_alone
     def adopt(self) -> None:
         """Go on with the run that is there. Its id becomes this one's. Raises FolderError when it was moved away."""
         if self.held and (target := self.finish_moving()):
@@ -242,6 +266,7 @@ class RunFolder:
         except OSError as error:
             raise self._unwritable(error) from None
 
+    @_alone
     def write(self, path: Path, write: Callable[[Any], Any]) -> None:
         """Write a file of the run, whole or not at all, and note it. Raises OSError where the disk does not take it."""
         self.check()
@@ -257,6 +282,7 @@ class RunFolder:
         write_whole(path, write, partial(written.record, name))
         self._seen[path] = stamp if (stamp := _stamp(path)) else (0, 0, 0)
 
+    @_alone
     def keep_numbered(self, count: int) -> None:
         """Remove the numbered adapters of this run but for the `count` that were written last.
 
@@ -268,6 +294,7 @@ class RunFolder:
             if written.holds(name):
                 (self.path / name).unlink()
 
+    @_alone
     def take_for_adapter(self) -> Path | None:
         """Take a folder that a person names for an adapter. One that was saved there before is moved aside.
 
@@ -390,3 +417,12 @@ def _move(source: Path, target: Path) -> None:
         shutil.copy2(source, partial_copy)
         os.replace(partial_copy, target)
         source.unlink()
+
+
+def _in_child() -> None:
+    """Who had the folders to itself was a thread of the process that was forked."""
+    global _one_thread
+    _one_thread = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_in_child)

@@ -34,7 +34,7 @@ from mlx_nb.model.mlx_lm_import import files_for_a_model, import_mlx_lm
 from mlx_nb.model.passes import doubt_note
 from mlx_nb.model.randomness import random_stream
 from mlx_nb.model.text_model import whole_note
-from mlx_nb.model.trees import named_arrays
+from mlx_nb.model.trees import held_arrays, named_arrays
 from mlx_nb.process.pieces import SECONDS_BETWEEN_PIECES, finished, on_thread
 
 _Result = TypeVar("_Result")
@@ -151,8 +151,8 @@ def _meanwhile(what: str, function: Callable[[], _Result]) -> Generator[Progress
 
 
 def _evaluated(network: nn.Module, what: str) -> Generator[Progress, None, None]:
-    """Compute the weights of a model, which mlx puts off until they are asked for, a few at a time."""
-    arrays = [array for _, array in named_arrays(network.parameters())]
+    """Compute the arrays of a model, which mlx puts off until they are asked for, a few at a time."""
+    arrays = held_arrays(network)
     begun = since = time.monotonic()
     for done, array in enumerate(arrays, 1):
         mx.eval(array)

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_nb.config.methods import method_named
@@ -24,6 +25,7 @@ from mlx_nb.model.loading import LoadedModel, model_folder, model_named
 from mlx_nb.model.logprobs import TargetScorer
 from mlx_nb.model.randomness import random_stream
 from mlx_nb.model.shared_base import load_base, twin
+from mlx_nb.model.trees import held_arrays
 
 BARE = "none"
 
@@ -45,6 +47,7 @@ def reference_scorer(config: RunConfig, loaded: LoadedModel, start: nn.Module | 
         _attach(model, config, open_adapter(str(config.located(START)), START))
     model.freeze()
     model.eval()
+    mx.eval(held_arrays(model))
     return TargetScorer(model)
 
 

@@ -12,7 +12,7 @@ from mlx_nb.config.run_config import RunConfig
 from mlx_nb.events import Progress
 from mlx_nb.model.adapters import detach_adapter
 from mlx_nb.model.loading import LoadedModel, fetched_folder, load_in_pieces, model_named
-from mlx_nb.model.trees import named_arrays
+from mlx_nb.model.trees import held_arrays
 from mlx_nb.process.pieces import finished
 
 _live: dict[tuple[Any, ...], WeakSet[LoadedModel]] = {}
@@ -45,7 +45,7 @@ def load_base_in_pieces(config: RunConfig) -> Generator[Progress, None, LoadedMo
 
 def twin(loaded: LoadedModel) -> LoadedModel:
     """The same base in modules of its own, without any adapter. Its arrays are shared, so it takes no memory."""
-    shared = {id(array): array for _, array in named_arrays(loaded.model.parameters())}
+    shared = {id(array): array for array in held_arrays(loaded.model)}
     copied = copy.deepcopy(loaded.model, dict(shared))
     detach_adapter(copied)
     copied.unfreeze()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import TracebackType
 
 
@@ -12,16 +13,21 @@ class Interruptible:
     """
 
     def __init__(self) -> None:
-        self.inside = False
+        self._thread: int | None = None  # which runs it
+
+    @property
+    def inside(self) -> bool:
+        """Whether this thread is in such code."""
+        return self._thread == threading.get_ident()
 
     def __enter__(self) -> None:
-        self.inside = True
+        self._thread = threading.get_ident()
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.inside = False
+        self._thread = None
 
     def strike(self, error: BaseException) -> None:
-        """Raise `error`, once, if such code is running."""
+        """Raise `error`, once, if this thread is in such code. Code of another thread cannot be broken off."""
         if self.inside:
-            self.inside = False
+            self._thread = None
             raise error

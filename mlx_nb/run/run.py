@@ -70,7 +70,7 @@ from mlx_nb.files.run_folder import RunFolder, holder_here
 from mlx_nb.files.written_files import CHECKPOINTS, EXPORT, REPORT_FILE, RUN
 from mlx_nb.history import History
 from mlx_nb.process import exits
-from mlx_nb.process.turns import Turns
+from mlx_nb.process.turns import Turns, one_at_a_time
 from mlx_nb.run.background import Background
 from mlx_nb.run.checkpoints import Checkpoints, differences, for_other_settings, refuse_own_folder
 from mlx_nb.run.inputs import SPLITS, Rows, RunInputs
@@ -150,11 +150,12 @@ class Run:
         self._error: BaseException | None = None
         self.background = Background(self)
         self._inbox = Inbox()
-        self._turns = Turns()
+        self.turns = Turns()
         self._trainer: Trainer | None = None
         self._browsers: list[RowBrowser] = []  # which live as long as the run, shown or not
         self._listeners: list[Callable[[Event], None]] = []
         self._reported: list[Callable[[Event], None]] = []  # listeners that raised
+        exits.join(self)
 
     @classmethod
     def from_yaml(
@@ -219,7 +220,9 @@ class Run:
     def trainer(self) -> Trainer:
         """The trainer: rows tokenized, adapter attached. Made at first use."""
         if self._trainer is None:
-            self._trainer = self._prepare()
+            with self.turns.turn():
+                if self._trainer is None:  # no other thread has made it meanwhile
+                    self._trainer = self._prepare()
         return self._trainer
 
     def load(self) -> Iterator[Progress]:
@@ -298,7 +301,6 @@ class Run:
         if not self._from_checkpoint:
             notes += self.inputs.adapter_notes(self._allow_changed)
         reference = self.inputs.reference
-        exits.join(self)
         trainer = Trainer(
             self.config,
             loaded.model,
@@ -347,7 +349,7 @@ class Run:
         Of a pair, those of the chosen answer with its prompt, or of the `rejected` one.
         """
         self._refuse_base(base)
-        with self._turns.turn():
+        with self.turns.turn():
             return self.inputs.token_losses(row, base=base, rejected=rejected)
 
     def _refuse_base(self, base: bool) -> None:
@@ -470,6 +472,7 @@ class Run:
             raise CommandError(f"{self.name} has sampled no completions {when}.")
         return CompletionsDisplay(found[-1], self.tokenizer, self.log_ratios() if ratios else ())
 
+    @one_at_a_time
     def log_ratios(self) -> list[tuple[int, Any, Any]]:
         """(row, tokens, log(policy now / policy that sampled)) of each completion of the last rollout, now.
 
@@ -541,17 +544,15 @@ class Run:
         """The same for whoever moves the run already, as the background does."""
         from mlx_nb.model.memory import device_limits
 
-        exits.go_on_ending()
         events = self._events(updates)
-        with device_limits():
+        with exits.moving(self), device_limits():
             while True:
-                with self.interrupts(), self._turns.turn(), exits.computing(self):
+                with self.interrupts(), self.turns.turn(), exits.computing(self):
                     event = next(events, None)
                 if event is None:
                     break
                 yield event
-                self._turns.give_way()
-        exits.go_on_ending()
+                self.turns.give_way()
 
     def interrupts(self, say: Callable[[str], None] | None = None) -> Interrupts:
         """A context in which SIGINT asks this run to pause. `say` (default: stderr) is told in words."""
@@ -660,6 +661,7 @@ class Run:
         """Have a question answered at the next step boundary, token by token, by the model as it is there."""
         self.request(question)
 
+    @one_at_a_time
     @interrupts_wait()
     def rewind(self, updates: int | None = None, *, to: int | None = None) -> Rewound:
         """Go back by `updates` updates, or to update `to`: what follows is what would have followed then.
@@ -701,7 +703,8 @@ class Run:
                     "parameters"
                 ]
 
-    def fork(self, *, name: str | None = None, **changes: Any) -> Run:
+    @one_at_a_time
+    def fork(self, /, *, name: str | None = None, **changes: Any) -> Run:
         """A second run that goes on from here with other settings: `run.fork(learning_rate=1e-5)`.
 
         It shares the base's memory and the rows with this one, and neither touches the other. Model, rows and
@@ -747,6 +750,7 @@ class Run:
             if config.adapter_path or not is_locked(folder_of(f"adapters/{name}", config.working_folder)):
                 return name
 
+    @one_at_a_time
     def save_unsaved(self) -> bool:
         """Write a checkpoint if updates were done since the last one. Returns whether. Raises CheckpointError."""
         if self.let_go or self.unsaved_updates <= 0:
@@ -764,6 +768,7 @@ class Run:
         folder = self._checkpoints.save_last_boundary(self.history, self._checked_store(), "exit", **self._about())
         return folder is not None
 
+    @one_at_a_time
     @interrupts_wait()
     def release(self, reason: str = "") -> None:
         """End the run at the boundary where it is: what is not saved is written, then it writes there no more.
@@ -782,6 +787,7 @@ class Run:
             raise CheckpointError(f"{self.name} is not let go, because {error}") from None
         self.home.give_up(f"{reason or f'{self.name} let go of {self.folder}'} after update {self.step_count}")
         self._checkpoints.forget()
+        exits.give_back()
 
     @property
     def let_go(self) -> str:
@@ -797,6 +803,7 @@ class Run:
         except Exception as error:
             print(f"{self.name}: {error}", file=sys.stderr)
 
+    @one_at_a_time
     def checkpoint(self, kind: str = "step") -> Path:
         """Write everything that the run's next update depends on. Returns the folder. Raises CheckpointError."""
         trainer = self.trainer
@@ -825,12 +832,14 @@ class Run:
         """The exact checkpoints in the run's folder, the oldest save first."""
         return self._store().list()
 
+    @one_at_a_time
     def delete_checkpoint(self, info: CheckpointInfo) -> None:
         """Remove one. Raises CheckpointError, also when another run that lives holds the folder."""
         if not self.home.held and is_locked(self.folder):
             self.home.take()
         self._store().delete(info)
 
+    @one_at_a_time
     def compare_checkpoint(self, info: CheckpointInfo) -> list[tuple[str, str]]:
         """(label, value) lines: the run as it is now against a checkpoint. Raises CheckpointError."""
         checkpoint, _ = self._store().load(info.path.name, refuse_unusable)
@@ -840,6 +849,11 @@ class Run:
     def has_checkpoint(self) -> bool:
         """Whether `Run.resume` has something to go on from in this run's folder."""
         return bool(self.checkpoints())
+
+    @property
+    def needs_saving(self) -> bool:
+        """Whether something would be lost if the process ended now, or an update later."""
+        return not self.let_go and (self.unsaved_updates > 0 or not self.over)
 
     @property
     def unsaved_updates(self) -> int:
@@ -1056,8 +1070,9 @@ class Run:
         """Leave out the next batch: what to do when a tripwire stopped the run at rows that are to blame."""
         self.request(Skip())
 
+    @one_at_a_time
     @interrupts_wait()
-    def set(self, **changes: Any) -> None:
+    def set(self, /, **changes: Any) -> None:
         """Change live settings, such as learning_rate, from the next update on. Raises ConfigError for others."""
         problems = [str(error) for error in unknown_settings(changes)]
         for name in changes:
@@ -1084,12 +1099,13 @@ class Run:
             else:  # it stands at a boundary
                 self._record(self._trainer.change(name, getattr(checked, name)))
 
+    @one_at_a_time
     def evaluate(self, split: str = "valid", *, all_rows: bool = False) -> EvaluationCompleted:
         """Loss and the method's metrics on a fixed set of rows of `split`, or on all of them, now."""
-        if split == "test" and not self.config.test and self._trainer is not None and not self._trainer.examples.test:
-            self._trainer.examples = dataclasses.replace(self._trainer.examples, test=self.inputs.tokenize("test"))
-        with self._turns.turn():
-            result = self.trainer.evaluate(split, all_rows=all_rows)
+        trainer = self.trainer
+        if split == "test" and not self.config.test and not trainer.examples.test:
+            trainer.examples = dataclasses.replace(trainer.examples, test=self.inputs.tokenize("test"))
+        result = trainer.evaluate(split, all_rows=all_rows)
         self._record(result)
         return result
 
@@ -1120,7 +1136,7 @@ class Run:
         several = not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], Mapping))
         prompts = list(prompt) if several else [prompt]
         advice = "Fewer prompts at once, or a lower max_tokens, need less."
-        with self._turns.turn(), memory_errors("the model answered", advice):
+        with self.turns.turn(), memory_errors("the model answered", advice):
             answers = generate_texts(
                 self.inputs.base_model if base else self.model,
                 self.tokenizer,
@@ -1134,6 +1150,7 @@ class Run:
             )
         return answers if several else answers[0]
 
+    @one_at_a_time
     @interrupts_wait()
     def save(self, path: str | Path | None = None) -> Path:
         """Write the adapter in mlx-lm's format to `path` (default: the run's folder). Returns the folder.
@@ -1187,6 +1204,7 @@ class Run:
         except OSError as error:
             raise CheckpointError(f"{folder.path} cannot be written: {error.strerror}. Give another folder.") from None
 
+    @one_at_a_time
     def adapter_bytes(self) -> dict[str, bytes]:
         """The trainable parameters as they would be saved: raw little-endian bytes by name."""
         import numpy as np

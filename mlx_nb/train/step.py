@@ -92,6 +92,7 @@ class Stepper:
         self._trained = forms_of(parameters)
         self._form = form_for(type(optimizer).__name__.lower(), parameters)
         optimizer.init(self._form.join(parameters))
+        mx.eval(optimizer.state)
         self._gradients = self._sum_and_gradients
         if compiled:
             state = [mx.random.state]

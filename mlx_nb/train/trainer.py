@@ -61,7 +61,7 @@ from mlx_nb.model.memory import memory_errors
 from mlx_nb.model.passes import refuse_cache_doubt
 from mlx_nb.model.randomness import random_stream, seed_for
 from mlx_nb.model.trained import orthogonalized_outside, total_count, trainable_count, trained_words
-from mlx_nb.model.trees import named_arrays
+from mlx_nb.model.trees import held_arrays, named_arrays
 from mlx_nb.objectives.build import objective_for
 from mlx_nb.rollouts.rewards.resolve import Reward
 from mlx_nb.train.batch_source import Feed, RowFeed
@@ -190,6 +190,7 @@ class Trainer:
         self.best_is_due = False  # whether best/ may hold another than that
         self._started = False
         self._break_off = False
+        self._doing: object = None  # changes when another loop takes up, or takes back, what one was doing
         self._memory_limit = memory_limit
         self._sampler = sampler
         self._reference = reference
@@ -198,10 +199,11 @@ class Trainer:
             with random_stream(seed_for(config.seed, "adapter")):
                 self.keys = adapters.attach_adapter(model, config)
                 refuse_beyond_memory(model, config)
-                mx.eval(model.parameters())
+                mx.eval(held_arrays(model))
             if config.resume_adapter_file and not from_checkpoint:
                 start = open_adapter(str(config.located(START)), START)
                 adapters.load_adapter_weights(model, start)
+                mx.eval(held_arrays(model))
             self.notes += orthogonalized_outside(model, config)
             model.eval()
             self.scorer = TargetScorer(model)
@@ -278,16 +280,17 @@ class Trainer:
                 if self.best_is_due:
                     self.put_back_best()
                 if self._due:
-                    event = yield from self._do_next()
+                    event = yield from self._undisturbed(self._do_next())
                 elif self.finished is not None or done == updates:
                     return
                 elif not self.feed.ready:
-                    event = yield from self._polled(self.feed.prepare(self.state.step, self.state.batches))
+                    preparing = self.feed.prepare(self.state.step, self.state.batches)
+                    event = yield from self._undisturbed(self._polled(preparing))
                 else:
                     event = self._update()
                     done += 1
             except _BrokenOff:
-                continue  # the Pause that broke it off is the next request
+                continue  # the Pause that broke it off is the next request, or another loop has done it
             except NoReward as error:
                 yield RunPaused(self.state.step, f"{error} {_REWARD_ADVICE}")
                 return
@@ -340,6 +343,19 @@ class Trainer:
             while True:
                 self._poll()
                 yield next(work)
+        except StopIteration as ended:
+            return ended.value
+        finally:
+            work.close()
+
+    def _undisturbed(self, work: Generator[Event, None, Any]) -> Generator[Event, None, Any]:
+        """`work`, broken off where another loop over events took it up meanwhile, or the run went back."""
+        self._doing = mine = object()
+        try:
+            while True:
+                yield next(work)
+                if self._doing is not mine:
+                    raise _BrokenOff
         except StopIteration as ended:
             return ended.value
         finally:
@@ -414,6 +430,7 @@ class Trainer:
                         f"the checkpoint of step {checkpoint.step} is of another run: {what} {name} does not fit. "
                         "Use the model, fine_tune_type, lora_parameters and optimizer that it was made with."
                     )
+        self._doing = None
         self.model.update(tree_unflatten(list(parameters.items())))
         self.stepper.optimizer.state = tree_unflatten(list(optimizer.items()))
         self.state = TrainerState(**checkpoint.state["trainer"])

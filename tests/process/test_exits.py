@@ -458,6 +458,34 @@ def test_an_ignored_signal_stays_ignored_and_the_others_are_given_back(tmp_path,
     assert (result.returncode, result.stdout) == (0, "went on\n"), result.stderr
 
 
+@pytest.mark.parametrize("end", ["run.run()", "run.step(2); run.release()"])
+def test_signals_are_given_back_when_no_run_has_anything_to_lose(tmp_path, tiny_folder, end):
+    body = f"""
+        mine = lambda *_: None
+        signal.signal(signal.SIGTERM, mine)
+        run.step(2)
+        assert signal.getsignal(signal.SIGTERM) is not mine
+        {end}
+        assert signal.getsignal(signal.SIGTERM) is mine
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+        assert signal.set_wakeup_fd(-1) == -1
+    """
+    result = ended(tmp_path, tiny_folder, body)
+    assert (result.returncode, result.stdout) == (0, "went on\n"), result.stderr
+
+
+def test_a_handler_that_calls_the_one_before_it_ends_the_process_as_that_did(tmp_path, tiny_folder):
+    body = """
+        before = signal.getsignal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, lambda *given: (print("mine", flush=True), before(*given)))
+        run.step(5)
+        os.kill(os.getpid(), signal.SIGTERM)
+    """
+    result = ended(tmp_path, tiny_folder, body)
+    assert (result.returncode, result.stdout) == (128 + signal.SIGTERM, "mine\n"), result.stderr
+    assert saves(tmp_path / "a") == [(5, "exit")]
+
+
 def test_a_script_that_just_ends_saves_and_a_forked_child_does_not(tmp_path, tiny_folder):
     body = """
         run.step(3)
