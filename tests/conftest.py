@@ -64,12 +64,20 @@ def tiny_folder(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture
-def smollm2():
-    """A function that loads a fresh SmolLM2-135M-Instruct; fetched once, kept in the user's cache."""
+@pytest.fixture(scope="module")
+def loaded_smollm2():
+    """SmolLM2-135M-Instruct, loaded once for the tests of a file; fetched once, kept in the user's cache."""
     from mlx_nb.model.loading import load_model
 
-    return lambda: load_model("smollm2-135m")
+    return load_model("smollm2-135m")
+
+
+@pytest.fixture
+def smollm2(loaded_smollm2):
+    """A function that gives a fresh SmolLM2-135M-Instruct: modules of its own, with the arrays of the loaded one."""
+    from mlx_nb.model.shared_base import twin
+
+    return lambda: twin(loaded_smollm2)
 
 
 @pytest.fixture
