@@ -43,7 +43,7 @@ def cut(content, conversations, row, settings):
 
 @pytest.fixture(autouse=True)
 def rated(monkeypatch):
-    monkeypatch.setitem(FACTS, "rated", KindFacts(loss_of_row="weighted by its stars"))
+    monkeypatch.setitem(FACTS, "rated", KindFacts("answers with stars", loss_of_row="weighted by its stars"))
     monkeypatch.setitem(ROW_KINDS, "rated", RowKind(read, ROW_KINDS["tokens"].tokenize, cut, unit="answer"))
     monkeypatch.setitem(LOSS_KINDS, "rated", LOSS_KINDS["tokens"])
 
