@@ -73,6 +73,7 @@ def command_line() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="")
     quickstart = commands.add_parser("quickstart", help="fine-tune a small real model in a notebook, and measure it")
     quickstart.add_argument("--folder", default="mlx_nb_quickstart", help="where notebook, rows and adapter go")
+    quickstart.add_argument("--json", action="store_true", help="what was measured as one line of JSON, last")
     quickstart.set_defaults(act=_quickstart)
     train = commands.add_parser("train", help="run a YAML file to its end")
     train.add_argument("config", help="YAML file with the settings of a %%%%finetune cell")
@@ -112,7 +113,7 @@ def command_line() -> argparse.ArgumentParser:
 def _quickstart(chosen: argparse.Namespace) -> int:
     from mlx_nb.quickstart import run_quickstart
 
-    return run_quickstart(chosen.folder)
+    return run_quickstart(chosen.folder, as_json=chosen.json)
 
 
 def _train(chosen: argparse.Namespace) -> int:

@@ -67,6 +67,13 @@ class StepCompleted(Event):
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     row_losses: tuple[tuple[int, float], ...] = ()
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """One line, where a notebook or IPython shows it; `repr` has every field."""
+        printer.text(
+            f"update {self.step}: loss {self.loss:.4f}, learning rate {self.learning_rate:.3g}, gradient norm "
+            f"{self.gradient_norm:.3g}, {self.seconds:.2f} s"
+        )
+
 
 @dataclass(frozen=True)
 class EvaluationCompleted(Event):

@@ -104,6 +104,10 @@ class History:
     def __len__(self) -> int:
         return len(self._kept[StepCompleted])
 
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The updates as dicts, so that `pd.DataFrame(history)` is a table of them."""
+        return iter(self.steps())
+
     def __getitem__(self, column: str) -> list[float]:
         """One column of the steps, in order; a metric is NaN where it was not measured. Raises KeyError naming the
         columns."""
@@ -241,7 +245,7 @@ class HistoryTable:
         return [names, *([_number(row.get(name)) for name in names] for row in self.rows)]
 
     def _repr_html_(self) -> str:
-        style = "text-align:right;padding:2px 10px 2px 0"
+        style = "text-align:right;padding:2px 10px 2px 0;white-space:nowrap"
         lines = [
             "".join(f'<t{kind} style="{style}">{escape(text)}</t{kind}>' for text in row)
             for kind, row in zip(["h", *"d" * len(self.rows)], self._cells())

@@ -14,10 +14,11 @@ from mlx_nb.files.places import path_problem, refuse_among_files
 
 NOTEBOOK = "01_quickstart.ipynb"
 ROWS = "home_requests"
+_SECONDS_BETWEEN_SIGNS = 5.0
 
 
-def run_quickstart(folder: str) -> int:
-    """Copy the notebook and its rows to `folder`, fetch the model, execute. Prints one JSON line last.
+def run_quickstart(folder: str, *, as_json: bool = False) -> int:
+    """Copy the notebook and its rows to `folder`, fetch the model, execute. `as_json` prints one JSON line last.
 
     Raises MlxNbError when the packages of the `quickstart` extra are missing or a cell fails.
     """
@@ -36,8 +37,10 @@ def run_quickstart(folder: str) -> int:
     before, after, rows = summary["before"], summary["after"], summary["test_rows"]
     print(f"\nvalidation loss  {before['validation_loss']:.3f} → {after['validation_loss']:.3f}")
     print(f"exact match      {before['exact_match']:.0%} → {after['exact_match']:.0%}  of {rows} held-out rows")
-    print(f"\nThe executed notebook: jupyter lab {notebook_path}\n")
-    print(json.dumps(summary))
+    print(f"time             {summary['total_seconds']:.0f} s")
+    print(f"\nThe executed notebook: jupyter lab {notebook_path}")
+    if as_json:
+        print(f"\n{json.dumps(summary)}")
     return 0
 
 
@@ -164,8 +167,7 @@ def _execute(path: Path) -> tuple[Any, Path]:
 
     def announce(cell: Any, cell_index: int) -> None:
         if cell.cell_type == "code":
-            first = next((line for line in cell.source.splitlines() if line.strip()), "")
-            print(f"[{cell_index + 1}/{len(notebook.cells)}] {first}", flush=True)
+            print(_step_in_words(notebook.cells, cell_index), flush=True)
 
     def show(cell: Any, cell_index: int, execute_reply: Any) -> None:
         for output in cell.get("outputs", []):
@@ -173,11 +175,27 @@ def _execute(path: Path) -> tuple[Any, Path]:
             for line in text.rstrip().splitlines()[:12]:
                 print(f"      {line}", flush=True)
 
-    client = NotebookClient(
+    class Client(NotebookClient):  # type: ignore[misc]
+        """Says now and then how far the cell is that is being executed."""
+
+        said_at = 0.0
+
+        def process_message(self, msg: Any, cell: Any, cell_index: int) -> Any:
+            """The same; the line of progress of a run is printed on the way."""
+            shown = msg["content"].get("data", {}).get("text/plain", "")
+            if shown.startswith(("update ", "loading ", "tokenizing ")) and "\n" not in shown:
+                if time.monotonic() - self.said_at >= _SECONDS_BETWEEN_SIGNS:
+                    self.said_at = time.monotonic()
+                    print(f"      {shown}", flush=True)
+            return super().process_message(msg, cell, cell_index)
+
+    client = Client(
         notebook,
         timeout=1800,
         kernel_name="python3",
         resources={"metadata": {"path": str(path.parent)}},
+        # Its connection is on this machine, between this process and its own child.
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],
         on_cell_start=announce,
         on_cell_executed=show,
     )
@@ -188,6 +206,16 @@ def _execute(path: Path) -> tuple[Any, Path]:
     finally:
         path = _keep_executed(notebook, path, before)
     return notebook, path
+
+
+def _step_in_words(cells: list[Any], at: int) -> str:
+    """`Step 3 of 9: train it (%%finetune --name home)`: the heading above a cell, or what it begins with."""
+    code = [index for index, cell in enumerate(cells) if cell.cell_type == "code"]
+    first = next((line for line in cells[at].source.splitlines() if line.strip()), "")
+    above = next((cell for cell in reversed(cells[:at]) if cell.cell_type == "markdown"), None)
+    headings = [line.lstrip("# ") for line in above.source.splitlines() if line.startswith("#")] if above else []
+    what = f"{headings[-1]} ({first})" if headings else first
+    return f"Step {code.index(at) + 1} of {len(code)}: {what}"
 
 
 def _summary(notebook: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import nbformat
 import pytest
 
 from mlx_nb.errors import MlxNbError
-from mlx_nb.quickstart import NOTEBOOK, ROWS, _copy_example, _keep_executed
+from mlx_nb.quickstart import NOTEBOOK, ROWS, _copy_example, _keep_executed, _step_in_words
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -96,3 +96,14 @@ def test_a_notebook_that_is_edited_while_it_executes_is_not_overwritten(tmp_path
     assert kept != path
     assert len(nbformat.read(kept, as_version=4).cells) == len(notebook.cells)
     assert str(kept) in capsys.readouterr().out
+
+
+def test_a_step_is_told_in_words_and_not_by_the_number_of_its_cell():
+    cells = [
+        nbformat.v4.new_markdown_cell("# Title\n\nwords\n\n## Train it"),
+        nbformat.v4.new_code_cell("\n%%finetune --name home\nmodel: x"),
+        nbformat.v4.new_markdown_cell("no heading"),
+        nbformat.v4.new_code_cell("1 + 1"),
+    ]
+    assert _step_in_words(cells, 1) == "Step 1 of 2: Train it (%%finetune --name home)"
+    assert _step_in_words(cells, 3) == "Step 2 of 2: 1 + 1"

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePath
 from typing import Any, ClassVar, Literal
 
+import yaml
+
 from mlx_nb.config.checks import problems_of
 from mlx_nb.config.command_lines import read_command
 from mlx_nb.config.fields import SettingError, SettingErrors, Settings, coerce, kinds_of, names_given, plain, setting
@@ -625,6 +627,12 @@ class RunConfig(Settings):
             else:
                 values[name] = _plain(value)
         return values
+
+    def to_yaml(self) -> str:
+        """The settings that differ from their defaults, as the body of a `%%finetune` cell. Rows are named only."""
+        changed = self.changed()
+        unnamed = "" if "data" in self.described() else "# data: rows in memory; write the name of their variable\n"
+        return unnamed + (yaml.safe_dump(changed, sort_keys=False, allow_unicode=True) if changed else "")
 
     def described(self) -> dict[str, Any]:
         """Every setting as a plain value, without the rows themselves where `data` is an object in memory."""

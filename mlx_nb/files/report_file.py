@@ -14,6 +14,14 @@ from mlx_nb.files.written_files import REPORT_FILE
 _LONGEST_PARTIAL = 16  # bytes that the name of a file takes more while it is written
 
 
+class ReportPath(type(Path())):  # type: ignore[misc]
+    """The path of a report, which a notebook shows as a link."""
+
+    def _repr_html_(self) -> str:
+        target = self.relative_to(Path.cwd()) if self.is_relative_to(Path.cwd()) else self
+        return f'<a href="{escape(str(target), quote=True)}" target="_blank">{escape(str(self))}</a>'
+
+
 def report_mark(name: str) -> str:
     """What says in a page that it is a report of the run `name`."""
     return f'<meta name="generator" content="mlx_nb: {escape(name, quote=True)}">'

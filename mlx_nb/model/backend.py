@@ -221,6 +221,9 @@ def _mlx() -> ModuleType:
     return mlx.core
 
 
+_SLOW = 40  # GFLOP/s in float32, below which something is in the way
+
+
 def doctor_report() -> list[tuple[str, str]]:
     """(label, value) lines about this machine, measured now; takes about two seconds."""
     blas = prepare_backend()
@@ -272,14 +275,26 @@ def measured_gflops(dtype: object, size: int = 1024, seconds: float = 0.3) -> fl
     return 2 * 256 * size * size * count / (time.perf_counter() - started) / 1e9
 
 
+def _busy_cores() -> float:
+    """How many cores were taken in the last minute, by the load; 0 where that is not known."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return 0.0
+
+
 def _advice(speeds: dict[str, float]) -> str:
     if not is_cpu():
         return "the GPU is used; nothing to do"
+    slow = speeds["float32"] < _SLOW
+    if slow and (busy := _busy_cores()) >= 0.5:
+        return (
+            f"this machine is busy: work takes about {busy:.1f} of its {os.cpu_count()} cores, so these speeds say "
+            "little. Run `mlx-nb doctor` again when it is idle"
+        )
     warning = prepare_backend().warning
     if warning is not None:
         return warning
-    if speeds["float32"] < 40:
-        return (
-            "float32 is slow; other processes may be using the CPU, or OPENBLAS_NUM_THREADS or OPENBLAS_CORETYPE is set"
-        )
+    if slow:
+        return "float32 is slow: see whether OPENBLAS_NUM_THREADS or OPENBLAS_CORETYPE is set"
     return "models are computed in float32, the fast path of this CPU; saved adapters are the same either way"

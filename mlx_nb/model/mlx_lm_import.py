@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import resource
 import sys
@@ -12,11 +13,13 @@ from typing import Any
 
 _FILES_OF_A_MODEL = 2048  # what mlx-lm asks for: a large model has hundreds of files
 
+_NO_ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+
 _importing = threading.Lock()
 
 
 def import_mlx_lm() -> None:
-    """Import mlx-lm; the limit of open files and the state of `random` stay as they are.
+    """Import mlx-lm, quietly; the limit of open files, the environment and the state of `random` stay as they are.
 
     mlx-lm lowers the hard limit, which only root could raise again afterwards: so it must not come to that. Its tuner
     imports rich, which draws a number.
@@ -25,14 +28,18 @@ def import_mlx_lm() -> None:
         if "mlx_lm.utils" in sys.modules:
             return
         real: Any = resource.setrlimit
-        drawn = random.getstate()
+        drawn, advice = random.getstate(), os.environ.get(_NO_ADVICE)
         try:
             resource.setrlimit = lambda kind, limits: None if kind == resource.RLIMIT_NOFILE else real(kind, limits)
+            # That there is no PyTorch, which nothing here needs, is no news.
+            os.environ.setdefault(_NO_ADVICE, "1")
             import mlx_lm.tuner.utils
             import mlx_lm.utils  # noqa: F401
         finally:
             resource.setrlimit = real
             random.setstate(drawn)
+            if advice is None:
+                os.environ.pop(_NO_ADVICE, None)
 
 
 @contextmanager

@@ -108,6 +108,8 @@ def run_line(session: Session, line: str) -> Any:
     try:
         words = shlex.split(line)
     except ValueError as error:
+        if line.split()[0] == "generate" and '"' not in line:  # an apostrophe in a text without quotation marks
+            return run_line(session, line.replace("'", "\\'"))
         raise CommandError(f"%finetune {line}: {error}. Close the quotation marks.") from None
     if not words:
         return _help_text()
@@ -232,7 +234,7 @@ def _eval(session: Session, arguments: argparse.Namespace) -> _Text:
 def _generate(session: Session, arguments: argparse.Namespace) -> _Text:
     run = session.get(arguments.name)
     answer = run.generate(
-        arguments.prompt,
+        " ".join(arguments.prompt),
         base=arguments.base,
         max_tokens=arguments.max_tokens,
         temperature=arguments.temperature,
@@ -506,7 +508,7 @@ COMMANDS: dict[str, Command] = {
         "generate",
         "ask the model as it is now; --base asks it without the adapter",
         _generate,
-        _argument("prompt"),
+        _argument("prompt", nargs="+"),
         _argument("--base", action="store_true", help="switch the adapter off"),
         _argument("--max-tokens", type=int, default=256),
         _argument("--temperature", type=float, default=0.0),

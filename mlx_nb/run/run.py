@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never, get_args
 
@@ -361,8 +362,11 @@ class Run:
 
         All rows are read; `rows` of each split (None or `all` = all) are tokenized.
         """
+        from mlx_nb.view.reports.check import ShownCheck
+
         kind = method_named(self.config.method).rows
-        return check_data(self.splits, self.tokenizer, self.config, rows=rows, kind=kind, limits=self.inputs.limits)
+        limits = self.inputs.limits
+        return ShownCheck.of(check_data(self.splits, self.tokenizer, self.config, rows=rows, kind=kind, limits=limits))
 
     @property
     def left_out(self) -> dict[str, list[LeftOut]]:
@@ -418,7 +422,7 @@ class Run:
 
         Raises CommandError, also for a file that is no earlier report of this run: it is not written over.
         """
-        from mlx_nb.files.report_file import report_path, write_report
+        from mlx_nb.files.report_file import ReportPath, report_path, write_report
         from mlx_nb.view.reports.run import report_html
 
         own = self.folder / REPORT_FILE
@@ -437,8 +441,8 @@ class Run:
                     self.home.write(own, lambda file: file.write(page.encode()))
             except OSError as error:
                 raise CommandError(f"{path} cannot be written: {error.strerror or error}. Name another file.") from None
-            return path
-        return write_report(path, page, self.name)
+            return ReportPath(path)
+        return ReportPath(write_report(path, page, self.name))
 
     def _settings_in_words(self) -> dict[str, Any]:
         """The settings, and of rows in memory how many there are."""
@@ -1245,6 +1249,14 @@ class Run:
             "called again at the next event; this is said once.",
             file=sys.stderr,
         )
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        """A card: what the run is and where it stands."""
+        from mlx_nb.view.event_text import summary_html
+
+        if not self.prepared:
+            return {"text/plain": f"{self!r}\n{self.status()}", "text/html": f"<pre>{escape(self.status())}</pre>"}
+        return {"text/plain": self.status(), "text/html": summary_html(self.history, f"{self.name}: {self.state}")}
 
     def __repr__(self) -> str:
         if self.let_go:

@@ -271,11 +271,10 @@ def summary_text(history: History, title: str) -> str:
 
 def summary_html(history: History, title: str) -> str:
     """The summary and the validation table as HTML that survives an untrusted or exported notebook."""
-    cell = "text-align:left;padding:2px 14px 2px 0;border:none"
+    cell = "text-align:left;padding:2px 14px 2px 0;border:none;overflow-wrap:break-word"
     parts = [f'<div style="font-weight:600;margin-bottom:4px">{html.escape(title)}</div><table style="border:none">']
     parts += [
-        f'<tr><td style="{cell};opacity:0.7">{html.escape(label)}</td>'
-        f'<td style="{cell};overflow-wrap:anywhere">{html.escape(value)}</td></tr>'
+        f'<tr><td style="{cell};opacity:0.7">{html.escape(label)}</td><td style="{cell}">{html.escape(value)}</td></tr>'
         for label, value in summary_rows(history)
     ]
     return "".join([*parts, "</table>"])

@@ -131,3 +131,23 @@ def test_a_resume_that_the_device_prevents_says_why(tmp_path, tiny_folder, monke
 
 def run_threads():
     return backend.prepare_backend().threads
+
+
+def test_a_busy_machine_is_said_to_be_busy_before_anything_is_advised(monkeypatch):
+    monkeypatch.setattr(backend.os, "getloadavg", lambda: (1.9, 1.0, 1.0))
+    monkeypatch.setattr(backend, "is_cpu", lambda: True)
+    slow, quick = {"float32": 11.0}, {"float32": 400.0}
+    assert "busy: work takes about 1.9 of its" in backend._advice(slow)
+    assert "OPENBLAS" not in backend._advice(slow)
+    assert "busy" not in backend._advice(quick)
+    monkeypatch.setattr(backend.os, "getloadavg", lambda: (0.1, 0.1, 0.1))
+    assert "busy" not in backend._advice(slow)
+
+
+def test_importing_mlx_lm_says_nothing_and_gives_the_environment_back():
+    code = (
+        "import os; from mlx_nb.model.mlx_lm_import import import_mlx_lm; before = dict(os.environ); import_mlx_lm(); "
+        "assert dict(os.environ) == before"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

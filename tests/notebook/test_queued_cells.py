@@ -110,7 +110,8 @@ def test_an_interrupt_of_a_cell_that_waits_pauses_the_run_and_executes_nothing_b
 
 
 def test_a_run_that_fails_fails_the_cell_that_waits_for_it_in_one_line(kernel, tiny_folder):
-    rows = "%%finetune --name a -o a\nmodel: {0}\ndata: nowhere\niters: 5"
+    kernel.run("unknown = [{'x': 1}] * 8")  # rows, by their name
+    rows = "%%finetune --name a -o a\nmodel: {0}\ndata: unknown\niters: 5"
     done = kernel.run_all([rows.format(tiny_folder), "print('not reached')"])
     assert [status for status, _ in done] == ["ok", "error"]
     assert "a is failed after update 0: " in done[1][1].splitlines()[-1]

@@ -6,9 +6,11 @@ from a row is escaped, and characters that hide or reorder others are named.
 
 from __future__ import annotations
 
+import dataclasses
 import textwrap
 from collections.abc import Iterable, Sequence
 from html import escape
+from typing import Any
 
 from mlx_nb.data.check.check import DataCheck, SplitCheck
 from mlx_nb.data.check.findings import ERROR, NOTE, SEVERITIES, WARNING, Finding
@@ -39,6 +41,18 @@ class CheckDisplay:
 
     def __repr__(self) -> str:
         return render_text(self.check)
+
+
+class ShownCheck(DataCheck):
+    """A DataCheck that displays itself as its report."""
+
+    @classmethod
+    def of(cls, check: DataCheck) -> ShownCheck:
+        """The same findings."""
+        return cls(**{field.name: getattr(check, field.name) for field in dataclasses.fields(check)})
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        return {"text/plain": render_text(self), "text/html": render_html(self)}
 
 
 # --- words that both forms use ----------------------------------------------------------------------------------------
