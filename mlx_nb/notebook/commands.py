@@ -123,12 +123,14 @@ def run_line(session: Session, line: str) -> Any:
     arguments = command.parser.parse_args(rest)
     if session.queued is not None and name not in _STEERING and not arguments.now:
         session.queued.before_command()
-    if not command.of_now or (stamp := _running_at(session, arguments.name)) is None:
-        return command.act(session, arguments)
+    stamp = _running_at(session, arguments.name) if command.of_now else None
     answer = command.act(session, arguments)
-    if isinstance(answer, _Text):
+    if "name" in arguments and (arguments.name in session.runs or (arguments.name is None and session.runs)):
+        session.show_again(session.get(arguments.name))
+    if stamp is not None and isinstance(answer, _Text):
         return answer.stamped(stamp)
-    print(stamp)
+    if stamp is not None:
+        print(stamp)
     return answer
 
 

@@ -44,7 +44,10 @@ def train(session: Session, run: Run, updates: int | None = None, *, wait: bool 
     TrainingError when an update was not kept.
     """
     if wait or (wait is None and not has_live_front_end()):
-        train_here(run, updates, quiet=session.panel_of(run) is not None)
+        try:
+            train_here(run, updates, quiet=session.panel_of(run) is not None)
+        finally:
+            session.publish(run)
         return
     if session.panel_of(run) is None:
         show_panel(session, run)
@@ -62,6 +65,7 @@ def show_panel(session: Session, run: Run) -> None:
     panel = session.panel_of(run)
     if panel is not None:
         display(panel)  # one more view of the same widgets
+        session.show_again(run)
         return
     panel = run.panel()
     display(panel)
@@ -81,7 +85,11 @@ def train_here(
     with run.interrupts(print) as interrupts:
         if not run.prepared:
             display.say("loading model and rows …")
-            _load(run, display)
+            try:
+                _load(run, display)
+            finally:
+                if quiet or not run.prepared:
+                    display.say(f"{run.name}: {'model and rows are loaded' if run.prepared else 'not loaded'}.")
         for event in run.events(updates):
             if run.prepared and not quiet:
                 display.show(event)

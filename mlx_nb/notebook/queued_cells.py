@@ -22,6 +22,7 @@ from IPython.core.error import InputRejected
 
 from mlx_nb.errors import CommandError
 from mlx_nb.events import Event, Progress, RunFailed, RunPaused, RunState
+from mlx_nb.notebook.front_end import request_header
 from mlx_nb.view import event_text
 
 if TYPE_CHECKING:
@@ -64,7 +65,6 @@ class QueuedCells:
     """
 
     def __init__(self, shell: InteractiveShell) -> None:
-        self._shell = shell
         self._transformers: list[Any] = shell.ast_transformers  # which need a `visit` and no more
         self._started: list[_Started] = []
         self._lag: float | None = (
@@ -97,11 +97,10 @@ class QueuedCells:
 
     def _request(self) -> tuple[str, float] | None:
         """The request that is executed, and when it was sent by the clock of the front end; None outside a kernel."""
-        kernel: Any = getattr(self._shell, "kernel", None)
+        header = request_header() or {}
         try:
-            header = kernel.get_parent("shell")["header"]
             return header["msg_id"], float(header["date"].timestamp())
-        except (AttributeError, KeyError, TypeError):
+        except (AttributeError, KeyError):
             return None
 
     def visit(self, cell: ast.AST) -> ast.AST:

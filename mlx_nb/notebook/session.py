@@ -93,6 +93,17 @@ class Session:
 
         run.listen(say_where)
 
+    def publish(self, run: Run) -> None:
+        """Write what lasts of this run as it is now, where it has a place, also on a page that was opened since."""
+        if (shown := self._shown.get(run.name)) and shown[0].run is run:
+            shown[1].publish()
+            shown[1].show_again()
+
+    def show_again(self, run: Run) -> None:
+        """On a page that was opened since, in the cell that is executed, what was written of this run."""
+        if (shown := self._shown.get(run.name)) and shown[0].run is run:
+            shown[1].show_again()
+
     def _close_shown(self, name: str) -> None:
         for one in self._shown.pop(name, ()):
             one.close()
