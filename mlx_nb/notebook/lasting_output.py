@@ -31,7 +31,6 @@ from mlx_nb.view import event_text
 from mlx_nb.view.reports.completions import last_rollout_html
 from mlx_nb.view.theme import ORANGE, WRAP, tint
 
-
 # Events after which a run that moves in a cell stands still, or is another than it was.
 STANDSTILL = (RunPaused, RunFinished, RunFailed, Rewound, SettingChanged, EvaluationCompleted)
 _WHERE = {RunState.RUNNING: "running; as it was after", RunState.BUILT: "not started yet, at"}

@@ -4,6 +4,8 @@ At a normal end that is done by `atexit`. SIGTERM and SIGHUP, which a scheduler,
 some seconds before it kills, pause the runs that move; once those are saved, or at once where none moves, the others
 are saved too, and the signal does what it would have done without this. Where an update takes longer than there may be
 time for, what was done until the last boundary is saved meanwhile, by another thread and from memory.
+A function of the person's own that catches even what an interrupt raises cannot be ended: with that saved, the process
+ends out of it.
 
 The signals are taken when a run is made on the main thread, which alone may take them, and are given back when every
 run is gone, or ended and saved.
@@ -48,6 +50,10 @@ class Unsaved(Protocol):
     @property
     def prepared(self) -> bool:
         """Whether model and rows are loaded."""
+
+    @property
+    def stuck(self) -> bool:
+        """Whether a function of a person's own goes on although an interrupt struck it."""
 
     def request(self, request: Request) -> None:
         """Ask for something at the next boundary."""
@@ -209,6 +215,8 @@ def _save_meanwhile(number: int) -> None:
     time.sleep(PATIENCE_SECONDS)
     for run in live():
         _save(run, run.save_last_boundary)
+    if any(run.stuck for run in list(_computing)):
+        signal.pthread_kill(threading.main_thread().ident or 0, number)  # whose handler ends the process
 
 
 def go_on_ending() -> None:
@@ -256,7 +264,8 @@ def _handle(number: int, frame: FrameType | None) -> None:
         for run in training:
             run.request(Pause(signal.Signals(number).name, at_once=True))
     elif training:
-        return
+        if any(run.stuck for run in training):
+            end_stuck(number)
     elif again or callable(_before.get(number)):
         go_on_ending()
     elif in_ipython() and not _is_ours(frame):
@@ -267,13 +276,29 @@ def _handle(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
 
+def end_stuck(number: int = signal.SIGINT) -> None:
+    """End the process by a signal out of a function that lets no exception end it, saved as of the last boundary."""
+    print(
+        "A function of your own catches every interrupt, so this process ends here. What was done until the last "
+        "update is saved.",
+        file=sys.stderr,
+    )
+    for run in live():
+        _save(run, run.save_last_boundary)
+    _end_by(number)
+
+
 def _end() -> None:
     save_all()
+    _end_by(_asked[0])
+
+
+def _end_by(number: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):
             stream.flush()
-    signal.signal(_asked[0], signal.SIG_DFL)
-    os.kill(os.getpid(), _asked[0])
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def _is_ours(frame: FrameType | None) -> bool:

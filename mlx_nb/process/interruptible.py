@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+import time
 from types import TracebackType
+
+from mlx_nb.process import exits
+
+STRIKES = 3  # interrupts that such code may catch; the next one ends the process
+SECONDS_TO_END = 0.2  # in which what was struck has left such code, or has caught it
 
 
 class Interruptible:
@@ -14,6 +21,8 @@ class Interruptible:
 
     def __init__(self) -> None:
         self._thread: int | None = None  # which runs it
+        self._strikes = 0
+        self._struck_at = 0.0
 
     @property
     def inside(self) -> bool:
@@ -21,13 +30,31 @@ class Interruptible:
         return self._thread == threading.get_ident()
 
     def __enter__(self) -> None:
-        self._thread = threading.get_ident()
+        self._thread, self._strikes = threading.get_ident(), 0
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._thread = None
 
+    @property
+    def stuck(self) -> bool:
+        """Whether such code is still running although it was struck: it catches every exception."""
+        there = self._thread is not None and self._strikes > 0
+        return there and time.monotonic() - self._struck_at > SECONDS_TO_END
+
     def strike(self, error: BaseException) -> None:
-        """Raise `error`, once, if this thread is in such code. Code of another thread cannot be broken off."""
-        if self.inside:
-            self._thread = None
-            raise error
+        """Raise `error` if this thread is in such code. Code of another thread cannot be broken off.
+
+        Where it has caught that too often, the process is saved and ends.
+        """
+        if not self.inside or (self._strikes and not self.stuck):
+            return
+        if self._strikes == STRIKES:
+            exits.end_stuck()
+        self._strikes, self._struck_at = self._strikes + 1, time.monotonic()
+        if self._strikes == STRIKES:
+            print(
+                "A function of your own catches every interrupt (`except:` or `except BaseException`), so nothing can "
+                "end it. One more interrupt saves what was done until the last update and ends this process.",
+                file=sys.stderr,
+            )
+        raise error

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import sys
+import threading
 import traceback
 import weakref
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
@@ -101,6 +102,8 @@ if TYPE_CHECKING:
     from mlx_nb.view.rows.browser import RowBrowser
 
 
+# Whom a run may be calling.
+_LISTENER, _OWN_FUNCTION = "a listener", "a reward, a loss or another function of your own"
 WAY_ON = "`%finetune run 20` or `run.set(iters=...)` goes on."
 _REQUESTS = "These can: " + ", ".join(kind.__name__ for kind in get_args(TrainerRequest) + get_args(RunRequest)) + "."
 _FORK_KEEPS_GROUPS = ("model", "rows", "adapter")
@@ -152,6 +155,7 @@ class Run:
         self.background = Background(self)
         self._inbox = Inbox()
         self.turns = Turns()
+        self._called: dict[int, str] = {}  # what of a person's own each thread may be calling, by its number
         self._trainer: Trainer | None = None
         self._browsers: list[RowBrowser] = []  # which live as long as the run, shown or not
         self._listeners: list[Callable[[Event], None]] = []
@@ -350,7 +354,7 @@ class Run:
         Of a pair, those of the chosen answer with its prompt, or of the `rejected` one.
         """
         self._refuse_base(base)
-        with self.turns.turn():
+        with self._turn("measure losses"):
             return self.inputs.token_losses(row, base=base, rejected=rejected)
 
     def _refuse_base(self, base: bool) -> None:
@@ -390,6 +394,36 @@ class Run:
         if self._trainer.finished is None:
             return RunState.PAUSED
         return RunState.STOPPED if self._trainer.finished.reason == STOPPED else RunState.FINISHED
+
+    @contextmanager
+    def _turn(self, what: str) -> Iterator[None]:
+        """No other thread computes with the model while inside. Raises CommandError from inside of the run itself."""
+        self._refuse_inside(what)
+        with self.turns.turn():
+            yield
+
+    @contextmanager
+    def _calling(self, whom: str) -> Iterator[None]:
+        """While inside, this thread is calling what a person wrote."""
+        me = threading.get_ident()
+        before = self._called.get(me)
+        self._called[me] = whom
+        try:
+            yield
+        finally:
+            if before is None:
+                self._called.pop(me, None)
+            else:
+                self._called[me] = before
+
+    def _refuse_inside(self, what: str) -> None:
+        """Raise CommandError where this thread is calling a function of the person's, which calls the run again."""
+        whom = self._called.get(threading.get_ident())
+        if whom is not None:
+            raise CommandError(
+                f"{self.name} cannot {what} from inside of {whom}. Look at it there (history, status, plot), or ask "
+                f"for the next boundary: {self.name}.request(Pause()), Stop(), Save(), Evaluate()."
+            )
 
     def _refuse_running(self, what: str) -> None:
         if self.background.active:
@@ -541,6 +575,7 @@ class Run:
         While it computes, a first SIGINT asks for a pause at the next step boundary, and a second one drops the
         update in hand as if it had never begun. Raises CommandError while the run moves in the background.
         """
+        self._refuse_inside("train")
         self._refuse_running("train here")
         yield from self.moves(updates)
 
@@ -551,7 +586,7 @@ class Run:
         events = self._events(updates)
         with exits.moving(self), device_limits():
             while True:
-                with self.interrupts(), self.turns.turn(), exits.computing(self):
+                with self.interrupts(), self.turns.turn(), exits.computing(self), self._calling(_OWN_FUNCTION):
                     event = next(events, None)
                 if event is None:
                     break
@@ -654,12 +689,20 @@ class Run:
         text = ""
         try:
             for tokens, text in enumerate(self.inputs.stream(question)):
-                question.on_text(text, False)
+                self._give_text(question, text, False)
                 yield Progress(self.step_count, "answer", tokens, question.max_tokens)
         except DataError as error:
             text = f"not asked: {error}"
             self._tell(RequestRefused(self.step_count, text))
-        question.on_text(text, True)
+        self._give_text(question, text, True)
+
+    def _give_text(self, question: Question, text: str, complete: bool) -> None:
+        """Hand out an answer. What takes it may fail: training does not notice."""
+        with self._calling(_LISTENER):
+            try:
+                question.on_text(text, complete)
+            except Exception as error:
+                self._report_listener(question.on_text, error)
 
     def ask(self, question: Question) -> None:
         """Have a question answered at the next step boundary, token by token, by the model as it is there."""
@@ -673,6 +716,7 @@ class Run:
         The last steps are in memory, older ones on disk if they were saved. Settings stay as they are now; the
         history keeps the branch that is left. Raises CommandError when there is no such step.
         """
+        self._refuse_inside("rewind")
         self._refuse_running("rewind")
         return self._rewind(to if to is not None else self.step_count - (1 if updates is None else updates))
 
@@ -753,6 +797,12 @@ class Run:
             name = f"{self.name}-fork" if self._forks == 1 else f"{self.name}-fork-{self._forks}"
             if config.adapter_path or not is_locked(folder_of(f"adapters/{name}", config.working_folder)):
                 return name
+
+    @property
+    def stuck(self) -> bool:
+        """Whether a function of a person's own goes on although an interrupt struck it: it catches all of them."""
+        own = (self.inputs.reading, *([self._trainer.feed.own_code] if self._trainer is not None else []))
+        return any(one.stuck for one in own)
 
     @one_at_a_time
     def save_unsaved(self) -> bool:
@@ -956,6 +1006,7 @@ class Run:
         An interrupt pauses, and outside a notebook is raised as KeyboardInterrupt once the pause is saved.
         Raises TrainingError when an update was not kept, CommandError when the run is already over.
         """
+        self._refuse_inside("do a step")
         self._refuse_running("step")
         if not isinstance(n, int) or n < 1:
             raise CommandError(f"cannot do {n!r} updates. Give a whole number of 1 or more.")
@@ -985,6 +1036,7 @@ class Run:
         An interrupt pauses, and outside a notebook is raised as KeyboardInterrupt once the pause is saved, so that
         a loop over runs ends there too.
         """
+        self._refuse_inside("run")
         self._refuse_running("run")
         if until is not None:
             self._lengthen(until)
@@ -1032,6 +1084,7 @@ class Run:
         `await run` waits for it; `request(Pause())`, the panel or an interrupt pauses it. What stops it with an error
         is told to the listeners. Raises CommandError where no event loop is running.
         """
+        self._refuse_inside("start")
         self.background.start(updates, ended=self._background_ended)
         self._tell(StateChanged(self.step_count, self.state))
 
@@ -1106,6 +1159,7 @@ class Run:
     @one_at_a_time
     def evaluate(self, split: str = "valid", *, all_rows: bool = False) -> EvaluationCompleted:
         """Loss and the method's metrics on a fixed set of rows of `split`, or on all of them, now."""
+        self._refuse_inside("evaluate")
         trainer = self.trainer
         if split == "test" and not self.config.test and not trainer.examples.test:
             trainer.examples = dataclasses.replace(trainer.examples, test=self.inputs.tokenize("test"))
@@ -1140,7 +1194,7 @@ class Run:
         several = not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], Mapping))
         prompts = list(prompt) if several else [prompt]
         advice = "Fewer prompts at once, or a lower max_tokens, need less."
-        with self.turns.turn(), memory_errors("the model answered", advice):
+        with self._turn("answer"), memory_errors("the model answered", advice):
             answers = generate_texts(
                 self.inputs.base_model if base else self.model,
                 self.tokenizer,
@@ -1218,7 +1272,11 @@ class Run:
         return {name: np.array(array).tobytes() for name, array in adapter_weights(self.trainer.model).items()}
 
     def listen(self, listener: Callable[[Event], None]) -> None:
-        """Call `listener` with every event. One that raises is named once on stderr; training does not notice."""
+        """Call `listener` with every event. One that raises is named once on stderr; training does not notice.
+
+        It may look (history, status, plot, rows), `set` live settings, `save`, and `request` what is to be done at the
+        next boundary. What moves or asks the model there and then is refused: the run is in the middle of something.
+        """
         self._listeners.append(listener)
 
     def unlisten(self, listener: Callable[[Event], None]) -> None:
@@ -1234,11 +1292,12 @@ class Run:
     def _tell(self, event: Event) -> None:
         for listener in list(self._listeners):
             try:
-                listener(event)
+                with self._calling(_LISTENER):
+                    listener(event)
             except Exception as error:
                 self._report_listener(listener, error)
 
-    def _report_listener(self, listener: Callable[[Event], None], error: Exception) -> None:
+    def _report_listener(self, listener: Callable[..., None], error: Exception) -> None:
         if listener in self._reported:
             return
         self._reported.append(listener)

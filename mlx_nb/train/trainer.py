@@ -250,10 +250,10 @@ class Trainer:
 
     def request(self, request: Request) -> None:
         """Ask for something at the next step boundary. Safe from a signal handler or a widget callback."""
-        if isinstance(request, Pause) and request.at_once:
-            self._break_off = True
+        at_once = isinstance(request, Pause) and request.at_once
+        self._break_off = self._break_off or at_once
         self._inbox.put(request)
-        if self._break_off:
+        if at_once:
             self.feed.own_code.strike(_BrokenOff())  # in the middle of a reward function
 
     def _poll(self) -> None:
