@@ -142,8 +142,11 @@ def acts_now(cell: ast.AST) -> bool:
 def wait_for(runs: list[Run]) -> None:
     """Move the runs to their ends, with a line that says how far they are.
 
-    Raises CommandError where one of them fails, or is paused, as an interrupt does.
+    Raises CommandError where one of them fails, or has failed, or is paused, as an interrupt does.
     """
+    for run in runs:
+        if run.state == RunState.FAILED:
+            _refuse_unfinished(run, None)
     moving = [run for run in runs if run.background.active]
     if not moving:
         return
@@ -169,8 +172,8 @@ def _refuse_unfinished(run: Run, last: Event | None) -> None:
     where = f"{run.name} is {run.state} after update {run.step_count}"
     again = "`%finetune run` goes on. This cell waited for it and was not executed: execute it again to act on that."
     if run.state == RunState.FAILED:
-        error = last.error if isinstance(last, RunFailed) else run.status()
-        raise CommandError(f"{where}: {error} {again}")
+        known = [event.error for event in (last, *reversed(run.history.events)) if isinstance(event, RunFailed)]
+        raise CommandError(f"{where}: {known[0] if known else run.status()} {again}")
     if run.state in (RunState.PAUSED, RunState.BUILT):
         reason = f" ({last.reason})" if isinstance(last, RunPaused) and last.reason != "interrupted" else ""
         raise CommandError(f"{where}{reason}; nothing is lost. {again}")
