@@ -297,13 +297,10 @@ def _why(refused: Collection[str]) -> str:
 def _changed_settings(config: RunConfig, checkpoint: Checkpoint) -> list[str]:
     """The settings in which `config` differs from those that the run of `checkpoint` began with.
 
-    Where something is saved changes no number, so those settings do not count, and neither does a longer run: that is
-    the same as making it longer now.
+    Where something is saved changes no number, so those settings do not count.
     """
     began_with = _began_with(checkpoint)
-    changed_live = any(event.name in LENGTHS for event in _live_changes(checkpoint))
-    longer = all((getattr(config, name) or 0) >= (began_with.get(name) or 0) for name in LENGTHS)
-    if changed_live or longer:
+    if any(event.name in LENGTHS for event in _live_changes(checkpoint)):  # either takes the place of the other
         began_with = {name: value for name, value in began_with.items() if name not in LENGTHS}
     now = json.loads(json.dumps(config.described(), default=str))
     counted = [name for name in began_with if name in now and SETTINGS[name].metadata["group"] != "saving"]

@@ -67,13 +67,14 @@ def test_a_length_that_was_asked_for_in_time_and_is_passed_by_now_is_refused_and
     assert not any(isinstance(event, SettingChanged) for event in events)
 
 
-def test_a_lower_length_in_the_settings_of_a_resume_is_a_change_and_a_higher_one_is_not(tmp_path, tiny_folder):
+def test_another_length_in_the_settings_of_a_resume_is_a_change_that_stays_once_it_was_allowed(tmp_path, tiny_folder):
     run = rows_run(tmp_path, tiny_folder)
     run.run(until=3)
     run.checkpoint()
-    with pytest.raises(CheckpointError, match="changed since the checkpoint of step 3: iters"):
-        resumed(tmp_path, run.config.replace(iters=4))
-    again = resumed(tmp_path, run.config.replace(iters=9))
+    for iters in (4, 9):
+        with pytest.raises(CheckpointError, match="changed since the checkpoint of step 3: iters"):
+            resumed(tmp_path, run.config.replace(iters=iters))
+    again = resumed(tmp_path, run.config.replace(iters=9), allow_changed=["iters"])
     assert (again.trainer.iters, again.history.iters) == (9, 9)
     assert again.run().step == 9
     assert resumed(tmp_path, run.config).trainer.iters == 9  # what it was made since counts, not what it began with
@@ -84,7 +85,9 @@ REOPENED = {
     "run until": lambda run, folder: run.run(12),
     "more": lambda run, folder: run.more(12 - run.step_count),
     "resume": lambda run, folder: Run.resume(folder / "a"),
-    "resume with longer settings": lambda run, folder: resumed(folder, run.config.replace(iters=12)),
+    "resume with longer settings": lambda run, folder: resumed(
+        folder, run.config.replace(iters=12), allow_changed=["iters"]
+    ),
     "fork": lambda run, folder: run.fork(iters=12, adapter_path=str(folder / "fork")),
 }
 
@@ -118,7 +121,7 @@ def test_a_run_that_is_made_longer_and_resumed_is_the_one_that_was_made_longer_w
         if name == "straight":
             run.set(iters=14)
         else:
-            run = Run.resume(folder / "a", config=run.config.replace(iters=14))
+            run = Run.resume(folder / "a", config=run.config.replace(iters=14), allow_changed=["iters"])
             run.step(3)
             run.checkpoint()
             run = Run.resume(folder / "a", config=run.config)
