@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from mlx_nb.data.examples.batches import TokenBatch
 from mlx_nb.errors import DataError
 from mlx_nb.model import backend
 from mlx_nb.model.batch_memory import ModelSizes, refuse_beyond_memory
+from mlx_nb.model.cpu_kernels import kernels, kernels_are_proved
 from mlx_nb.model.lanes import in_lanes
 from mlx_nb.model.passes import refuse_cache_doubt
 from mlx_nb.model.text_model import text_model
@@ -101,6 +103,8 @@ class TargetScorer:
         refuse_cache_doubt(model)
         self.model = model
         self._text = text_model(model)
+        self._has_kernels = kernels_are_proved(model)
+        self._head_arrays = head_arrays(self._text, self.sizes.hidden) if self._text is not None else []
 
     @property
     def projects_targets_only(self) -> bool:
@@ -128,6 +132,12 @@ class TargetScorer:
         its own target alone. Gradients are passed through the first of its arrays; the others pass none.
         """
         targets = (inputs.target_S, *values_S)
+        with kernels(self.model) if self._has_kernels else nullcontext():
+            return self._at_targets(inputs, function, targets)
+
+    def _at_targets(
+        self, inputs: TargetInputs, function: TargetFunction, targets: tuple[mx.array, ...]
+    ) -> tuple[mx.array, ...]:
         size = targets_at_once(self.sizes.vocabulary)
         if self._text is not None and len(inputs.target_S) > size:
             hidden = self._text.hidden(inputs.tokens_BT, inputs.position_S)
@@ -136,11 +146,6 @@ class TargetScorer:
                 return over_chunks(self._text, function, hidden, targets, own, size=size, at_once=at_once)
         first, *others = function(self.logits(inputs), *targets)
         return first, *(mx.stop_gradient(other) for other in others)
-
-    @cached_property
-    def _head_arrays(self) -> list[tuple[nn.Module, str]]:
-        assert self._text is not None, "there is no head"
-        return head_arrays(self._text, self.sizes.hidden)
 
     def token_losses(self, tokens: np.ndarray) -> np.ndarray:
         """(T,) float32: negative log-likelihood in nats of each token after those before it; NaN for the first."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_unflatten
 
 from mlx_nb.model.randomness import random_stream
 from mlx_nb.model.text_model import TextModel
@@ -23,7 +24,6 @@ _FEWEST = 64  # targets in a chunk: with fewer, reading the head takes longer th
 
 # (logits (C, V), target (C,), other values of targets (C,) ...) -> arrays (C,), each number from its own target alone
 TargetFunction = Callable[..., tuple[mx.array, ...]]
-_Own = list[tuple[nn.Module, str]]
 
 
 def targets_at_once(vocabulary: int) -> int:
@@ -31,35 +31,30 @@ def targets_at_once(vocabulary: int) -> int:
     return max(_FEWEST, _CHUNK_BYTES // (4 * vocabulary))
 
 
-def head_arrays(text: TextModel, width: int) -> _Own:
-    """The trained arrays that the head reads: those in a module of which some array has a gradient from logits.
+def head_arrays(text: TextModel, width: int) -> list[str]:
+    """Names of the trained arrays that the head reads: those to which a gradient comes from logits alone.
 
     `width` is the number of columns of what the head is given.
     """
-    model = text.model
-    trained = dict(named_arrays(model.trainable_parameters()))
-    if not trained:
+    names, arrays = _trained(text.model)
+    if not names:
         return []
-    places = {
-        f"{path}.{name}" if path else name: (module, name)
-        for path, module in model.named_modules()
-        for name in module
-        if (f"{path}.{name}" if path else name) in trained
-    }
-    # A factor of zeros would hide the gradient of the other one.
     with random_stream(0):
-        noise = mx.random.normal((1, 2, width))
-        values = [array + (0.02 * mx.random.normal(array.shape)).astype(array.dtype) for array in trained.values()]
-        own = [places[name] for name in trained]
+        hidden = mx.random.normal((1, 2, width))
+        # A factor of zeros would hide the gradient of the other one.
+        moved = [array + (0.02 * mx.random.normal(array.shape)).astype(array.dtype) for array in arrays]
 
-        def reach(*values: mx.array) -> mx.array:
-            with _in_place(own, values):
-                return mx.square(text.logits(noise).astype(mx.float32)).sum()
+        def reached(arrays: list[mx.array]) -> mx.array:
+            with _in_place(text.model, names, arrays):
+                return mx.square(text.logits(hidden).astype(mx.float32)).sum()
 
-        gradients = mx.grad(reach, argnums=tuple(range(len(values))))(*values)
-        gradients = gradients if isinstance(gradients, (tuple, list)) else [gradients]
-        read = {id(module) for (module, _), slope in zip(own, gradients) if mx.any(slope != 0).item()}
-    return [(module, name) for module, name in own if id(module) in read]
+        gradients = mx.grad(reached)(moved)
+        return [name for name, slope in zip(names, gradients) if mx.any(slope != 0).item()]
+
+
+def _trained(model: nn.Module) -> tuple[list[str], list[mx.array]]:
+    named = named_arrays(model.trainable_parameters())
+    return [name for name, _ in named], [array for _, array in named]
 
 
 def over_chunks(
@@ -67,15 +62,15 @@ def over_chunks(
     function: TargetFunction,
     hidden: mx.array,
     values: Sequence[mx.array],
-    own: _Own,
+    own: Sequence[str],
     *,
     size: int,
     at_once: bool,
 ) -> tuple[mx.array, ...]:
     """What `function` gives for all targets; of the first array alone a gradient is passed, to `hidden` and to `own`.
 
-    `hidden` is (1, S, D), `values` (S,) are the targets and what else the function takes. `at_once`: the gradient to
-    `hidden` is computed with the values, for who will ask for it.
+    `hidden` is (1, S, D), `own` are names of trained arrays, `values` (S,) are the targets and what else the function
+    takes. `at_once`: the gradient to `hidden` is computed with the values, for who will ask for it.
     """
     positions = hidden.shape[1]
     chunks = [slice(start, min(start + size, positions)) for start in range(0, positions, size)]
@@ -84,7 +79,7 @@ def over_chunks(
 
     def chunk(chosen: slice) -> Callable[..., tuple[mx.array, ...]]:
         def of(hidden: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
-            with _in_place(own, arrays):
+            with _in_place(text.model, own, arrays):
                 first, *others = function(text.logits(hidden), *(value[chosen] for value in values))
             return first, *(mx.stop_gradient(other) for other in others)
 
@@ -121,7 +116,8 @@ def over_chunks(
                 totals = [total + slope for total, slope in zip(totals, slopes[1:])]
             return (mx.concatenate(slopes_of_parts, axis=1), *totals)
 
-    found: Any = all_targets(hidden, *(module[name] for module, name in own))
+    there = dict(zip(*_trained(text.model)))
+    found: Any = all_targets(hidden, *(there[name] for name in own))
     return tuple(found[:-1] if at_once else found)
 
 
@@ -142,13 +138,11 @@ def _with_slopes(
 
 
 @contextmanager
-def _in_place(own: _Own, values: Sequence[mx.array]) -> Iterator[None]:
-    """The arrays of some modules are these while inside."""
-    before = [module[name] for module, name in own]
+def _in_place(model: nn.Module, names: Sequence[str], arrays: Sequence[mx.array]) -> Iterator[None]:
+    """Some arrays of the model are these while inside."""
+    there = dict(zip(*_trained(model))) if names else {}
     try:
-        for (module, name), value in zip(own, values):
-            module[name] = value
+        model.update(tree_unflatten(list(zip(names, arrays))))
         yield
     finally:
-        for (module, name), value in zip(own, before):
-            module[name] = value
+        model.update(tree_unflatten([(name, there[name]) for name in names]))

@@ -1,0 +1,193 @@
+"""Attention and SwiGLU of mlx-lm's models as a CPU computes them fast, while a graph is built and for no longer.
+
+mlx-lm's models call these functions by names in their own modules. The names are bound to ours while inside `kernels`,
+for a model of which that is proved to change neither loss nor gradient, and bound back when the last one leaves.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_nb.model import backend
+from mlx_nb.model.block_attention import Block, block_attention, causal_blocks, fast_swiglu, masked_blocks
+from mlx_nb.model.mlx_lm_import import import_mlx_lm
+from mlx_nb.model.passes import once_a_model, random_tokens
+from mlx_nb.model.trees import named_arrays
+
+_BLOCK = 64  # queries; larger ones leave out less, and smaller ones take longer to build
+_FEWEST_TOKENS = 128  # below that there is little to leave out
+_PROBED_BLOCK, _PROBED_TOKENS = 3, 8
+# Loss in nats, gradients as parts of the largest: rounding comes to a tenth of it.
+_LOSS_TOLERANCE, _GRADIENT_TOLERANCE = 1e-5, 1e-4
+
+_inside: list[_Kernels] = []
+_entering = threading.Lock()
+
+
+@dataclass
+class _Kernels:
+    """What is bound while someone is inside: by thread, since blocks are those of whose graph it is."""
+
+    modules: list[ModuleType]
+    block: int
+    fewest_tokens: int
+    thread: int = field(default_factory=threading.get_ident)
+    masks: dict[int, tuple[mx.array, list[Block] | None]] = field(default_factory=dict)
+
+    def blocks(self, mask: Any, length: int) -> list[Block] | None:
+        """None for what is left to mlx: no mask, one of numbers, or one that hides everything from a query."""
+        if isinstance(mask, str):
+            return causal_blocks(length, self.block) if mask == "causal" else None
+        if not isinstance(mask, mx.array) or mask.dtype != mx.bool_ or mask.shape != (length, length):
+            return None
+        if id(mask) not in self.masks:  # all layers are given the same one
+            self.masks[id(mask)] = (mask, masked_blocks(np.array(mask), self.block))
+        return self.masks[id(mask)][1]
+
+
+@contextmanager
+def kernels(model: nn.Module) -> Iterator[None]:
+    """Graphs of `model` that are built while inside are computed fast; for one of which `kernels_are_proved`."""
+    with _bound(model, _BLOCK, _FEWEST_TOKENS):
+        yield
+
+
+def kernels_are_proved(model: nn.Module) -> bool:
+    """Whether there is a faster way on this machine that gives this model's own loss and gradient."""
+    if not backend.is_cpu() or platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    return _are_proved(model, bool(named_arrays(model.trainable_parameters())))
+
+
+@once_a_model
+def _are_proved(model: nn.Module, trained: bool) -> bool:
+    """Whether loss and gradient of a few tokens are those of the model's own call, in blocks of a few queries."""
+    tokens_BT = mx.array([random_tokens(model, _PROBED_TOKENS, draw) for draw in range(2)])
+    parameters = model.trainable_parameters()
+    # An adapter begins with a factor of zeros, which hides the gradient of the other.
+    moved = {
+        name: array if mx.any(array).item() else array + mx.full(array.shape, 0.01, array.dtype)
+        for name, array in named_arrays(parameters)
+    }
+    names = list(moved)
+
+    def loss(*arrays: mx.array) -> mx.array:
+        model.load_weights(list(zip(names, arrays)), strict=False)
+        logits = model(tokens_BT[:, :-1]).astype(mx.float32)
+        return nn.losses.cross_entropy(logits, tokens_BT[:, 1:]).mean()
+
+    def found() -> tuple[mx.array, list[mx.array]]:
+        if not trained:
+            return loss(), []
+        value, gradients = mx.value_and_grad(loss, argnums=tuple(range(len(names))))(*moved.values())
+        gradients = list(gradients) if isinstance(gradients, (list, tuple)) else [gradients]
+        mx.eval(value, gradients)
+        return value, gradients
+
+    try:
+        own_loss, own = found()
+        with _bound(model, _PROBED_BLOCK, _PROBED_BLOCK):
+            our_loss, ours = found()
+        if not _largest(own_loss - our_loss) <= _LOSS_TOLERANCE:
+            return False
+        most = _GRADIENT_TOLERANCE * max(map(_largest, own), default=0.0)
+        return all(_largest(one - other) <= most for one, other in zip(ours, own))
+    except Exception:  # whatever a family's own code raises: it is no proof
+        return False
+    finally:
+        model.update(parameters)
+
+
+def _largest(array: mx.array) -> float:
+    return float(np.abs(np.array(array.astype(mx.float32))).max())
+
+
+@contextmanager
+def _bound(model: nn.Module, block: int, fewest_tokens: int) -> Iterator[None]:
+    originals = _originals()
+    at_home = {function.__module__ for function in (*originals, *originals.values())}
+    names = {type(module).__module__ for module in model.modules()} - at_home
+    modules = [sys.modules[name] for name in sorted(names)]
+    mine = _Kernels(modules, block, fewest_tokens)
+    with _entering:
+        _inside.append(mine)
+        _bind(modules, originals)
+    try:
+        yield
+    finally:
+        with _entering:
+            _inside.remove(mine)
+            in_use = {id(module) for other in _inside for module in other.modules}
+            ours = {own: original for original, own in originals.items()}
+            _bind([module for module in modules if id(module) not in in_use], ours)
+
+
+def _bind(modules: list[ModuleType], instead: dict[Any, Any]) -> None:
+    for module in modules:
+        for name, value in list(vars(module).items()):
+            if isinstance(value, Callable) and _is_key(value, instead):  # type: ignore[arg-type]
+                setattr(module, name, instead[value])
+
+
+def _is_key(value: Any, among: dict[Any, Any]) -> bool:
+    try:
+        return value in among
+    except TypeError:  # not hashable
+        return False
+
+
+def _originals() -> dict[Any, Any]:
+    """mlx-lm's functions, and ours in their place."""
+    import_mlx_lm()
+    from mlx_lm.models import activations, base
+
+    return {base.scaled_dot_product_attention: _attention, activations.swiglu: _swiglu}
+
+
+def _mine() -> _Kernels | None:
+    """Of the graph that this thread builds, the innermost."""
+    return next((one for one in reversed(_inside) if one.thread == threading.get_ident()), None)
+
+
+def _attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: Any,
+    scale: float,
+    mask: Any,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    from mlx_lm.models.base import scaled_dot_product_attention
+
+    own = partial(scaled_dot_product_attention, queries, keys, values, cache, scale, mask, sinks)
+    mine, length = _mine(), queries.shape[2]
+    if mine is None or cache is not None or sinks is not None or length < mine.fewest_tokens:
+        return own()
+    if keys.shape[2] != length or any(array.dtype != mx.float32 for array in (queries, keys, values)):
+        return own()
+    blocks = mine.blocks(mask, length)
+    if blocks is None:
+        return own()
+    return block_attention(queries, keys, values, scale=scale, blocks=blocks)
+
+
+def _swiglu(gate: mx.array, x: mx.array) -> mx.array:
+    from mlx_lm.models.activations import swiglu
+
+    if _mine() is None or gate.shape != x.shape or gate.dtype != mx.float32 or x.dtype != mx.float32:
+        result: mx.array = swiglu(gate, x)
+        return result
+    return fast_swiglu(gate, x)
