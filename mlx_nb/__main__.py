@@ -1,5 +1,18 @@
-"""`python -m mlx_nb` is `mlx-nb`."""
+"""`python -m mlx_nb` is `mlx-nb`. What it needs is imported where an interrupt is one line."""
 
-from mlx_nb.cli import main
+import sys
 
-raise SystemExit(main())
+
+def main() -> int:
+    """Run the command line of this process. Returns the exit status."""
+    try:
+        from mlx_nb import cli
+
+        return cli.main()
+    except KeyboardInterrupt:
+        print("mlx-nb: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
