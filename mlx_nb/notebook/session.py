@@ -40,7 +40,7 @@ class Session:
             run.home.refuse_misplaced()  # while the run before still stands
         notes, before = list[str](), self.runs.get(run.name)
         if before is not None and before is not run:
-            bound = f", the variable {output}" if output else ""
+            bound = f" (the variable {output})" if output else ""
             resumed = run.home.run_id == before.home.run_id
             by = "the same run, resumed in this process" if resumed else "a new run of that name"
             before.release(f"{run.name} was replaced by {by}{bound}")

@@ -113,7 +113,7 @@ def test_a_result_is_replaced_by_every_later_one_and_by_how_the_run_was_replaced
     page.run("%finetune resume a -o b")
     page.run("1")
     old, new = page.summaries
-    assert "a was replaced by the same run, resumed in this process, the variable b after update 1" in old
+    assert "a was replaced by the same run, resumed in this process (the variable b) after update 1" in old
     assert new.startswith("a: paused after update 1\n")
     assert "replaced" not in new
 
