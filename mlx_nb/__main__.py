@@ -1,18 +1,5 @@
-"""`python -m mlx_nb` is `mlx-nb`. What it needs is imported where an interrupt is one line."""
+"""`python -m mlx_nb` is `mlx-nb`."""
 
-import sys
+from mlx_nb.cli import main
 
-
-def main() -> int:
-    """Run the command line of this process. Returns the exit status."""
-    try:
-        from mlx_nb import cli
-
-        return cli.main()
-    except KeyboardInterrupt:
-        print("mlx-nb: interrupted", file=sys.stderr)
-        return 130
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+raise SystemExit(main())

@@ -61,6 +61,9 @@ def _carry_out(arguments: Sequence[str] | None) -> int:
         for line in str(error).splitlines():
             print(f"mlx-nb: {line}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("mlx-nb: interrupted", file=sys.stderr)
+        return 130
 
 
 def command_line() -> argparse.ArgumentParser:

@@ -379,11 +379,11 @@ class ChangeSetting(Request):
 class Question(Request):
     """What a person asks the live model: a text, or the messages of a chat, and who gets the answer as it grows.
 
-    `on_text(text so far, whether it is complete)` is called after each token.
+    `on_text(text so far, whether it is complete)` is called after each token; the answer ends there if it returns True.
     """
 
     messages: str | Sequence[Mapping[str, Any]]
-    on_text: Callable[[str, bool], None]
+    on_text: Callable[[str, bool], bool | None]
     base: bool = False
     max_tokens: int = 256
 

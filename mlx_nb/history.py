@@ -152,10 +152,11 @@ class History:
     @property
     def best_validation(self) -> dict[str, Any] | None:
         """The validation whose adapter is in `best/`; of those of a run that marked none, the one of lowest loss."""
-        valid = [event for event in self._of(EvaluationCompleted) if event.split == "valid"]
-        marked = [event for event in valid if event.best]
-        finite = [event for event in valid if math.isfinite(event.loss)]
-        best = marked[-1] if marked else min(finite, key=attrgetter("loss"), default=None)
+        newest_first = (event for event in self._of(EvaluationCompleted, reverse=True) if event.split == "valid")
+        best = next((event for event in newest_first if event.best), None)
+        if best is None:
+            valid = (event for event in self._of(EvaluationCompleted) if event.split == "valid")
+            best = min((event for event in valid if math.isfinite(event.loss)), key=attrgetter("loss"), default=None)
         return None if best is None else evaluation_row(best)
 
     @property

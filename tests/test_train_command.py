@@ -116,21 +116,3 @@ def test_where_nobody_reads_the_output_a_command_ends_without_a_word(words, conf
     # argparse itself takes no notice of a help that nobody reads.
     status = {"": 2, "--help": 0, "check nothing.jsonl": 1}
     assert ended.returncode == status.get(" ".join(words), 141)
-
-
-@pytest.mark.parametrize("name", ["mlx_nb.cli", "argparse", "mlx_nb.config.run_config"])
-def test_an_interrupt_while_the_command_is_being_imported_is_one_line(name):
-    code = f"""
-import sys
-class Interrupt:
-    def find_spec(self, name, path=None, target=None):
-        if name == {name!r}:
-            raise KeyboardInterrupt
-sys.meta_path.insert(0, Interrupt())
-sys.modules.pop("argparse", None)
-sys.argv = ["mlx-nb", "settings"]
-from mlx_nb.__main__ import main
-raise SystemExit(main())
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert (result.returncode, result.stdout, result.stderr) == (130, "", "mlx-nb: interrupted\n")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import mlx_nb
+from mlx_nb.view.panel.panel import PARTS
 
 PACKAGE = Path(mlx_nb.__file__).parent
 ROOT = PACKAGE.parent
@@ -47,7 +48,7 @@ def test_every_file_of_the_package_is_in_it_and_nothing_of_the_tests(wheel):
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert there - names == set()
-    assert {"mlx_nb/py.typed", "mlx_nb/view/curves/curves.js"} <= names
+    assert {"mlx_nb/py.typed", *(f"mlx_nb/view/panel/page/{part}" for part in (*PARTS, "panel.css"))} <= names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"mlx_nb"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

@@ -475,9 +475,9 @@ class RunConfig(Settings):
         at_least=1,
     )
     keep_previous: int | None = setting(
-        None,
+        2,
         "How many earlier runs of the same folder to keep in NAME.previous-1, -2, ... Older ones are removed when a "
-        "run begins, unless something in them was not written by mlx_nb. null = all of them.",
+        "run begins, unless something in them was not written by mlx_nb. null = all.",
         group="saving",
         at_least=1,
     )

@@ -21,8 +21,6 @@ def load(shell: InteractiveShell) -> None:
     cell: Any = magics.finetune_cell
     magics.matcher = matcher(magics.session, cell.parser)
     shell.Completer.custom_matchers.append(magics.matcher)
-    configurables: list[Any] = shell.configurables
-    configurables.append(magics.preferences)
     setattr(shell, _MAGICS, magics)
 
 
@@ -38,10 +36,8 @@ def unload(shell: InteractiveShell) -> None:
     for kind in ("line", "cell"):
         manager.magics[kind].pop("finetune", None)
     manager.registry.pop(type(magics).__name__, None)
-    magics.preferences.close()
-    for configurable in (magics, magics.preferences):
-        if configurable in shell.configurables:
-            shell.configurables.remove(configurable)
+    if magics in shell.configurables:
+        shell.configurables.remove(magics)
     if magics.matcher in shell.Completer.custom_matchers:
         shell.Completer.custom_matchers.remove(magics.matcher)
     setattr(shell, _MAGICS, None)

@@ -28,6 +28,7 @@ from mlx_nb.files.run_folder import RunFolder
 from mlx_nb.notebook.front_end import request_header
 from mlx_nb.run.run import Run
 from mlx_nb.view import event_text
+from mlx_nb.view.panel.still import lasting_html
 from mlx_nb.view.reports.completions import last_rollout_html
 from mlx_nb.view.theme import ORANGE, WRAP, tint
 
@@ -63,7 +64,8 @@ class Outcome:
         except RuntimeError:
             self._loop = None
         self._waiting = f"{run.name}: the result is written here when the run pauses or ends."
-        self._summary: Any = display({"text/plain": self._waiting}, raw=True, display_id=True)
+        waiting = {"text/html": lasting_html(html.escape(self._waiting)), "text/plain": self._waiting}
+        self._summary: Any = display(waiting, raw=True, display_id=True)
         self._figure: Any = display({"text/plain": ""}, raw=True, display_id=True)
         run.listen(self._on_event)
         if len(run.history):
@@ -171,7 +173,7 @@ class Outcome:
             self._remarks = list(dict.fromkeys(remark for event in events for remark in event_text.remarks(event)))
         style = f"opacity:0.8;margin:2px 0 0 0;{WRAP}"
         rich += "".join(f'<div style="{style}">{html.escape(remark)}</div>' for remark in self._remarks)
-        self._update(self._summary, {"text/html": rich, "text/plain": "\n".join([plain, *self._remarks])})
+        self._update(self._summary, {"text/html": lasting_html(rich), "text/plain": "\n".join([plain, *self._remarks])})
 
     def _update(self, handle: Any, bundle: dict[str, Any]) -> None:
         self._bundles[id(handle)] = (handle, bundle)

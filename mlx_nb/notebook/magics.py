@@ -13,7 +13,6 @@ from mlx_nb.notebook.bare_run import BareRun
 from mlx_nb.notebook.commands import CELL_OPTIONS, output_name, refuse_shortened, run_line, wait_of
 from mlx_nb.notebook.help_text import cell_help
 from mlx_nb.notebook.interrupted import InterruptsInOneLine
-from mlx_nb.notebook.preferences import Finetune
 from mlx_nb.notebook.queued_cells import NOW, QueuedCells
 from mlx_nb.notebook.session import Session
 from mlx_nb.notebook.templating import fill
@@ -30,7 +29,6 @@ class FinetuneMagics(Magics):
         self.interrupts = InterruptsInOneLine(shell)
         self.bare_run = BareRun(shell)
         self.matcher: Any = None
-        self.preferences = Finetune(parent=shell)
 
     @no_var_expand
     @line_magic("finetune")  # type: ignore[arg-type]
@@ -60,7 +58,6 @@ class FinetuneMagics(Magics):
             raise CommandError(f"--name {arguments.name!r}: use letters, digits, - and _ only; it names a folder.")
         output = output_name(arguments.output)
         wait = wait_of(arguments)
-        wait = self.preferences.wait if wait is None else wait
         shell: Any = self.shell
         namespace = shell.user_ns
         allowed = tuple(arguments.allow_changed)

@@ -71,7 +71,9 @@ class Session:
 
     def keep_shown(self, run: Run, panel: Panel, outcome: Outcome) -> None:
         """What a run is shown by from now on; what it was shown by before is let go."""
-        self._close_shown(run.name)
+        for one in self._shown.pop(run.name, ()):
+            if one is not panel:
+                one.close()
         self._shown[run.name] = (panel, outcome)
 
     def _leave_shown(self, run: Run) -> None:

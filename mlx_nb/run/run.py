@@ -157,9 +157,10 @@ class Run:
         self.turns = Turns()
         self._called: dict[int, str] = {}  # what of a person's own each thread may be calling, by its number
         self._trainer: Trainer | None = None
+        self._panel: weakref.ref[Panel] | None = None
         self._browsers: list[RowBrowser] = []  # which live as long as the run, shown or not
         self._listeners: list[Callable[[Event], None]] = []
-        self._reported: list[Callable[[Event], None]] = []  # listeners that raised
+        self._reported: list[Callable[..., object]] = []  # listeners that raised
         exits.join(self)
 
     @classmethod
@@ -425,6 +426,16 @@ class Run:
                 f"for the next boundary: {self.name}.request(Pause()), Stop(), Save(), Evaluate()."
             )
 
+    @property
+    def failure(self) -> str:
+        """Why it failed and what can be done; empty while it has not."""
+        if self.state != RunState.FAILED:
+            return ""
+        if self._error is not None:
+            return str(self._error) if isinstance(self._error, MlxNbError) else repr(self._error)
+        failed = (event for event in reversed(self.history.events) if isinstance(event, RunFailed))
+        return next((event.error for event in failed), "")
+
     def _refuse_running(self, what: str) -> None:
         if self.background.active:
             raise CommandError(f"{self.name} is running, so it cannot {what} now. `%finetune pause`, then try again.")
@@ -534,12 +545,17 @@ class Run:
     def panel(self) -> Panel:
         """The controls, curves, rows, samples, settings, checkpoints and log of this run, live, in this cell.
 
-        It does not keep the run: it closes when nobody else refers to that any more.
+        A run has one panel, however often it is shown: `run.panel().selection` is what was clicked in it. It does not
+        keep the run: it closes when nobody else refers to that any more.
         """
         from mlx_nb.model.backend import device_name, prepare_backend
         from mlx_nb.view.panel.panel import Panel
 
-        return Panel(self, device=device_name(), warning=prepare_backend().warning)
+        panel = self._panel() if self._panel else None
+        if panel is None or panel.closed:
+            panel = Panel(self, device=device_name(), warning=prepare_backend().warning)
+            self._panel = weakref.ref(panel)
+        return panel
 
     def browse(self, split: str = "train") -> Any:
         """Leaf through the rows with widgets: previous, next, jump, filters, colors. Returns a RowBrowser.
@@ -689,20 +705,22 @@ class Run:
         text = ""
         try:
             for tokens, text in enumerate(self.inputs.stream(question)):
-                self._give_text(question, text, False)
+                if self._give_text(question, text, False):
+                    break
                 yield Progress(self.step_count, "answer", tokens, question.max_tokens)
         except DataError as error:
             text = f"not asked: {error}"
             self._tell(RequestRefused(self.step_count, text))
         self._give_text(question, text, True)
 
-    def _give_text(self, question: Question, text: str, complete: bool) -> None:
-        """Hand out an answer. What takes it may fail: training does not notice."""
+    def _give_text(self, question: Question, text: str, complete: bool) -> bool:
+        """Hand out an answer; returns whether that is enough. What takes it may fail: training does not notice."""
         with self._calling(_LISTENER):
             try:
-                question.on_text(text, complete)
+                return bool(question.on_text(text, complete))
             except Exception as error:
                 self._report_listener(question.on_text, error)
+        return False
 
     def ask(self, question: Question) -> None:
         """Have a question answered at the next step boundary, token by token, by the model as it is there."""
@@ -1297,7 +1315,7 @@ class Run:
             except Exception as error:
                 self._report_listener(listener, error)
 
-    def _report_listener(self, listener: Callable[..., None], error: Exception) -> None:
+    def _report_listener(self, listener: Callable[..., object], error: Exception) -> None:
         if listener in self._reported:
             return
         self._reported.append(listener)

@@ -137,6 +137,10 @@ def progress_words(progress: Progress) -> str:
         return f"tokenizing {name} rows: {done:,} of {total:,}, {pace:,.0f} rows a second"
     if kind == "reference":
         return f"log-probabilities of the reference: {done:,} of {total:,} completions"
+    if kind == "sample":
+        return f"answering the kept prompts: {done:,} of at most {total:,} tokens"
+    if kind == "answer":
+        return f"answering: {done:,} of at most {total:,} tokens"
     return f"{progress.what}: {done} of {total}"
 
 

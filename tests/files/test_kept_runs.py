@@ -53,13 +53,13 @@ def test_a_rerun_says_how_large_the_kept_folder_is_and_the_command_it_names_remo
 
 
 def test_of_the_earlier_runs_of_a_folder_the_newest_are_kept_and_what_was_removed_is_said(here, tiny_folder):
-    notes = run_seeds(tiny_folder, 1, 2, 3, 4, 5, keep_previous=2)
+    notes = run_seeds(tiny_folder, 1, 2, 3, 4, 5)
     assert kept_seeds(here) == {"run": {5}, "run.previous-3": {3}, "run.previous-4": {4}}
     assert not (here / "adapters/run.previous-2").exists()
     assert [note for note in notes if "previous-2 (" in note and "the 2 newest are kept (`keep_previous`)" in note]
     run_seeds(tiny_folder, 6, keep_previous=1)
     assert kept_seeds(here) == {"run": {6}, "run.previous-5": {5}}
-    run_seeds(tiny_folder, 7, 8, 9, 10)
+    run_seeds(tiny_folder, 7, 8, 9, 10, keep_previous=None)
     assert [next(iter(kept_seeds(here)[f"run.previous-{number}"])) for number in range(5, 10)] == [5, 6, 7, 8, 9]
 
 

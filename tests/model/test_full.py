@@ -17,7 +17,7 @@ from mlx_nb.errors import MlxNbError, ModelError
 from mlx_nb.model import adapters
 from mlx_nb.model.trained import trained_words
 from mlx_nb.view.event_text import describe, summary_text
-from mlx_nb.view.panel.head import head_html
+from mlx_nb.view.panel.state import head_of
 from tiny import tiny_model, tiny_pairs, tiny_rows
 from trainers import make_trainer
 
@@ -107,7 +107,7 @@ def test_panel_summary_and_log_say_what_is_trained(tiny_folder, tmp_path):
     started = run.history.started
     assert started.trained == words
     assert words in describe(started)
-    assert words in head_html(run, "CPU")
+    assert words in head_of(run, "CPU")["facts"]
     assert words in summary_text(run.history, "x")
     assert words in run.report(tmp_path / "report.html").read_text()
 

@@ -155,6 +155,7 @@ def test_a_replaced_run_its_model_trainer_and_panel_leave_memory_and_the_widgets
             counts.append(len(registry))
         session.close()
 
+    gc.collect()  # what earlier tests left
     before = len(registry)
     asyncio.run(cells())
     gc.collect()

@@ -36,7 +36,7 @@ def life(model, seed):
         runs = [Run.resume(folder, data=tiny_rows()) for folder in mine]
         run = next((run for run in runs if not run.finished), None)
         if run is None:
-            run = make(model, seed=seed, iters=25, autosave_minutes=1e-9)
+            run = make(model, seed=seed, iters=25, autosave_minutes=1e-9, keep_previous=None)
         else:
             note(f"{'resumed' if run.config.seed == seed else 'foreign'} {seed} {run.step_count}")
         if isinstance(run.run(), RunFinished):

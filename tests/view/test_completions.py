@@ -11,6 +11,7 @@ from mlx_nb.errors import CommandError
 from mlx_nb.events import RolloutCompleted
 from mlx_nb.notebook.commands import run_line
 from mlx_nb.notebook.session import Session
+from mlx_nb.view.panel import looks
 from mlx_nb.view.reports.completions import CompletionsDisplay, completions_html, completions_text, fits
 from shown_rows import NASTY, TOKENIZER, Page
 
@@ -226,69 +227,97 @@ def test_looking_at_ratios_changes_no_bit_of_what_follows(make_run):
 # In the panel, and in what stays
 
 
+def opened(run):
+    """Its panel with the page of completions on show, and what the page is sent."""
+    panel, sent = run.panel(), []
+    panel.send = lambda content, buffers=None: sent.append(content)
+    panel.tab = "Completions"
+    panel.show_again("completions")
+    return panel, sent
+
+
+def chosen(panel, sent, place, colored=False):
+    """The completions of a rollout of before, as the page asks for them."""
+    panel._heard(None, {"look": "rollout", "id": 1, "place": place, "colored": colored}, None)
+    return sent[-1]
+
+
 def test_only_runs_that_sample_have_the_page(make_run):
-    assert "Completions" not in make_run("dpo").panel().tabs.options
-    assert list(make_run("grpo").panel().tabs.options)[:3] == ["Curves", "Rows", "Completions"]
+    assert "Completions" not in make_run("dpo").panel().tabs
+    run = make_run("grpo")
+    assert run.panel().tabs[:3] == ["Curves", "Rows", "Completions"]
 
 
 def test_the_page_shows_the_newest_completions_and_those_chosen(make_run):
     run = make_run("grpo")
-    panel = run.panel()
-    panel.tabs.value = "Completions"
-    tab = panel.completions
-    assert "no completions are sampled yet" in tab.view.value
+    panel, sent = opened(run)
+    assert "no completions are sampled yet" in panel.completions["note"]
     run.step(2)
     panel.refresh()
-    assert list(tab.rollout.options) == ["newest", "after update 1", "after update 0"]
-    assert tab.view.value == completions_html(run.history.last_rollouts(1)[0])
-    tab.rollout.value = "after update 0"
+    assert panel.completions["updates"] == [1, 0]
+    assert panel.completions["html"] == completions_html(run.history.last_rollouts(1)[0])
     first = completions_html(run.history.last_rollouts(2)[0])
-    assert tab.view.value == first
+    assert chosen(panel, sent, 1)["html"] == first
     run.step()
     panel.refresh()
-    assert (tab.rollout.value, tab.view.value) == ("after update 0", first)
-    tab.rollout.value = "newest"
-    assert tab.view.value == completions_html(run.history.last_rollouts(1)[0])
+    assert panel.completions["updates"] == [2, 1, 0]
+    assert chosen(panel, sent, 2)["html"] == first
+    assert chosen(panel, sent, 0)["html"] == completions_html(run.history.last_rollouts(1)[0])
 
 
 def test_the_toggle_colors_the_newest_completions_and_measures_once_for_an_update(make_run):
     run = make_run("grpo", updates_per_rollout=2)
     run.step(2)
-    panel = run.panel()
-    panel.tabs.value = "Completions"
-    tab, measured, log_ratios = panel.completions, [], run.log_ratios
+    panel, sent = opened(run)
+    measured, log_ratios = [], run.log_ratios
     run.log_ratios = lambda: measured.append(run.step_count) or log_ratios()
-    plain = tab.view.value
-    tab.color.value = True
-    assert "log(policy now" in tab.view.value
+    plain = panel.completions["html"]
+    panel.coloring = True
+    assert "log(policy now" in panel.completions["html"]
     for _ in range(3):
-        panel.refresh()
+        panel.show_again("completions")
     assert measured == [2]
     run.step()
     panel.refresh()
-    assert measured == [2, 2, 3]  # new completions before update 3, and after it
-    tab.rollout.value = "after update 0"
-    assert "log(policy now" not in tab.view.value
-    assert "only the newest" in tab.note.value
-    tab.color.value = False
-    assert (tab.view.value, tab.note.value) == (plain, "")
+    assert measured[-1] == 3
+    assert measured in ([2, 3], [2, 2, 3])  # new completions before update 3, if that was drawn, and after it
+    older = chosen(panel, sent, 1, colored=True)
+    assert "log(policy now" not in older["html"]
+    assert "only the newest" in older["note"]
+    panel.coloring = False
+    assert panel.completions["note"] == ""
+    assert chosen(panel, sent, 1)["html"] == plain
 
 
 def test_what_cannot_be_measured_is_said_on_the_page(make_run):
     run = make_run("grpo")
     run.step()
-    panel = run.panel()
-    panel.tabs.value = "Completions"
+    panel, _ = opened(run)
 
     def full():
         raise RuntimeError("[malloc] Unable to allocate")
 
     run.log_ratios = full
-    panel.completions.color.value = True
-    assert "Unable to allocate" in panel.completions.note.value
-    assert panel.completions.view.value == completions_html(run.history.last_rollouts(1)[0])
+    panel.coloring = True
+    assert "Unable to allocate" in panel.completions["note"]
+    assert panel.completions["html"] == completions_html(run.history.last_rollouts(1)[0])
     run.run()
     assert run.finished
+
+
+def test_long_completions_go_to_a_page_only_when_it_shows_them(make_run, monkeypatch):
+    run = make_run("grpo")
+    panel, sent = opened(run)
+    panel.tab = "Curves"
+    monkeypatch.setattr(looks, "MOST_LETTERS_UNASKED", 10)
+    run.step()
+    panel.refresh()
+    assert panel.completions["html"] is None
+    assert chosen(panel, sent, 0)["html"] == completions_html(run.history.last_rollouts(1)[0])
+    panel.tab = "Completions"
+    run.step()
+    panel.refresh()
+    assert panel.completions["html"] == completions_html(run.history.last_rollouts(1)[0])
 
 
 def test_a_report_and_a_log_keep_completions_and_problems(make_run, tmp_path):
@@ -301,19 +330,18 @@ def test_a_report_and_a_log_keep_completions_and_problems(make_run, tmp_path):
     assert completions_html(rollout) in page
     assert "<th>perplexity</th>" not in page
     assert "<th>reward</th>" in page
-    panel.log.refresh()
-    assert "completions of 2 prompts" in panel.log.text.value
+    told = "\n".join(panel.happened["lines"])
+    assert "completions of 2 prompts" in told
     problems = [problem for one in run.history.last_rollouts(9) for problem in one.problems]
     assert problems
-    assert "it returned None" in panel.log.text.value
+    assert "it returned None" in told
 
 
 def test_a_row_of_an_update_is_listed_once_with_the_mean_of_its_completions(make_run):
     run = make_run("grpo")
     event = run.step()
     panel = run.panel()
-    panel.tabs.value = "Rows"
-    listed = [row for _, row in panel.rows.rows.options]
+    listed = [row for row, _, _ in panel.latest["rows"]]
     assert sorted(listed) == sorted(set(event.rows))
     assert len(event.row_losses) == 3 * len(event.rows)
     row = listed[0]

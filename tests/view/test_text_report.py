@@ -11,7 +11,7 @@ from mlx_nb.history import History
 from mlx_nb.view.event_text import describe, elapsed_words, progress_line, remarks, rollout_words, summary_rows
 from mlx_nb.view.metric_text import main_metrics, number, reward_of
 from mlx_nb.view.pace import time_left
-from mlx_nb.view.panel.head import progress_html
+from mlx_nb.view.panel.state import progress_of
 
 
 def update(step: int, loss: float = 1.0, **metrics: float) -> StepCompleted:
@@ -130,7 +130,7 @@ def test_the_time_left_is_the_same_wherever_it_is_shown():
     slow, *steady = [dataclasses.replace(update(step), seconds=1.0) for step in range(1, 5)]
     history = History([dataclasses.replace(slow, seconds=10.0), *steady])
     assert "1:36 left" in progress_line(history, 100)
-    assert "1:36 left" in progress_html(history, 100, "", 0, 0.0)
+    assert "1:36 left" in progress_of(history, 100, 0, 0.0)["parts"]
 
 
 def test_the_time_left_counts_sampling_too():

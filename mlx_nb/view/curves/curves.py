@@ -1,19 +1,16 @@
-"""The live curves of a run: its events as small data for a browser, and the widget that draws them there."""
+"""The live curves of a run: its events as small data for a browser, which draws them."""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from operator import itemgetter
-from pathlib import Path
 from textwrap import shorten
 from types import MappingProxyType
 from typing import Any
 
-import anywidget
 import numpy as np
-import traitlets
 
 from mlx_nb import events
 from mlx_nb.config.methods import Metric
@@ -58,6 +55,8 @@ class SeriesBuilder:
         self._left: list[Columns] = []
         self._measured: dict[str, None] = {}
         self._in_nats = True
+        self._best: dict[str, Any] | None = None
+        self._best_is_old = True
 
     def series(self, iters: int) -> dict[str, Any]:
         """Data for JSON, under 100 KB for any length of run and up to 30 metrics.
@@ -99,7 +98,9 @@ class SeriesBuilder:
             marked[index][1] for marked in self._marked.values() for index in decimated(len(marked), MARKERS_OF_A_KIND)
         ]
         shown = first_groups(groups, self.metrics)
-        best = self.history.best_validation
+        if self._best_is_old:
+            self._best, self._best_is_old = self.history.best_validation, False
+        best = self._best
         return {
             "iters": iters,
             "clocks": clocks,
@@ -112,6 +113,7 @@ class SeriesBuilder:
 
     def _add(self, event: events.Event) -> None:
         self._read += 1
+        self._best_is_old |= isinstance(event, events.EvaluationCompleted | events.Rewound)
         if isinstance(event, events.Rewound):
             left = self._updates.cut(event.kept)
             if len(left["step"]):
@@ -200,35 +202,3 @@ def _left_lines(group: Group, branches: list[Columns], points: int) -> list[dict
                 kept = kept_points(branch[column], points)
                 told.append(line("rewound", "left", branch["step"][kept], branch[column][kept], number))
     return told
-
-
-class Curves(anywidget.AnyWidget):
-    """The live curves of one run, under a cell; all drawing is in curves.js. `metrics` are those of its method.
-
-    series    what is drawn, as `SeriesBuilder.series` makes it
-    scale     of the values: linear or log;  axis: update, tokens or time;  group: the name of the group on show
-    selected  the update whose point was clicked, None before
-    """
-
-    # As text: anywidget watches a path, and by that keeps every widget.
-    _esm = Path(__file__).with_name("curves.js").read_text(encoding="utf-8")
-
-    series = traitlets.Dict().tag(sync=True)
-    scale = traitlets.Enum(("linear", "log"), "linear").tag(sync=True)
-    axis = traitlets.Enum(("update", "tokens", "time"), "update").tag(sync=True)
-    group = traitlets.Unicode("loss").tag(sync=True)
-    selected = traitlets.Int(None, allow_none=True).tag(sync=True)
-
-    def __init__(self, metrics: Metrics = NO_METRICS) -> None:
-        self._builder = SeriesBuilder(History(), metrics)
-        super().__init__(series=self._builder.series(0))
-
-    def refresh(self, history: History, iters: int) -> None:
-        """Show a history as it is now, of a run of so many updates."""
-        if self._builder.history is not history:
-            self._builder = SeriesBuilder(history, self._builder.metrics)
-        self.series = self._builder.series(iters)
-
-    def on_select(self, callback: Callable[[int], None]) -> None:
-        """Call back with the update whenever a point is clicked."""
-        self.observe(lambda change: None if change.new is None else callback(change.new), "selected")

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from array import array
-from bisect import bisect_left
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from mlx_nb.history import decimated
-
 SMOOTHING = 0.9
 SHORT_RUN = 30  # updates; the average of fewer lags so far behind them that they themselves are the curve
+_FIRST_ROOM = 256
 _REMEMBERED = 100  # updates; older ones weigh less than 3e-5
 
 Columns = dict[str, np.ndarray]
@@ -27,33 +25,39 @@ class Table:
     """
 
     def __init__(self, names: tuple[str, ...]) -> None:
-        self._columns: dict[str, array[float]] = {name: array("d") for name in names}
+        self._length = 0
+        # With room at the end, doubled when it is used up.
+        self._columns: Columns = {name: np.full(_FIRST_ROOM, math.nan) for name in names}
 
     def append(self, row: Mapping[str, float | None]) -> None:
         """Add a row; a column that it lacks, or that earlier ones lacked, is NaN there."""
+        room = len(self._columns["position"])
         for name in row.keys() - self._columns.keys():
-            self._columns[name] = array("d", [math.nan]) * len(self._columns["position"])
-        for name, column in self._columns.items():
-            value = row.get(name)
-            column.append(math.nan if value is None else value if math.isfinite(value) else math.inf)
+            self._columns[name] = np.full(room, math.nan)
+        if self._length == room:
+            more = np.full(room, math.nan)
+            self._columns = {name: np.concatenate([column, more]) for name, column in self._columns.items()}
+        for name, value in row.items():
+            known = math.nan if value is None else value if math.isfinite(value) else math.inf
+            self._columns[name][self._length] = known
+        self._length += 1
 
     def cut(self, kept: int) -> Columns:
         """Take away, and return, the rows of all events but the first `kept`."""
-        length = bisect_left(self._columns["position"], kept)
-        left = {name: np.array(column[length:]) for name, column in self._columns.items()}
+        length = int(np.searchsorted(self._columns["position"][: self._length], kept))
+        left = {name: column[length : self._length].copy() for name, column in self._columns.items()}
         for column in self._columns.values():
-            del column[length:]
+            column[length : self._length] = math.nan
+        self._length = length
         return left
 
     def last(self, name: str) -> float:
         """The newest number of a column, 0 when there is none."""
-        column = self._columns[name]
-        return column[-1] if column else 0.0
+        return float(self._columns[name][self._length - 1]) if self._length else 0.0
 
     def columns(self) -> Columns:
-        """(rows,) float64 by name."""
-        # Copies, because an array that lends its memory to numpy cannot grow.
-        return {name: np.array(column) for name, column in self._columns.items()}
+        """(rows,) float64 by name, as they are until the table changes."""
+        return {name: column[: self._length] for name, column in self._columns.items()}
 
 
 def kept_points(values: np.ndarray, limit: int) -> np.ndarray:
@@ -66,12 +70,12 @@ def kept_points(values: np.ndarray, limit: int) -> np.ndarray:
         return there
     # A power of two, so that the points of a growing line stay where they are until the stretches double.
     size = 1 << ((len(there) - 1) // (max(limit, 4) // 2 - 1)).bit_length()
-    stretches = np.pad(values[there], (0, -len(there) % size), "edge").reshape(-1, size)
-    starts = np.arange(0, len(there), size)
-    ends = [0, len(there) - 1]
-    result: np.ndarray = there[
-        np.unique(np.concatenate([ends, starts + stretches.argmin(1), starts + stretches.argmax(1)]))
-    ]
+    told, whole = values[there], len(there) // size * size
+    stretches, starts = told[:whole].reshape(-1, size), np.arange(0, whole, size)
+    places = [np.array([0, len(there) - 1]), starts + stretches.argmin(1), starts + stretches.argmax(1)]
+    if whole < len(there):
+        places.append(whole + np.array([told[whole:].argmin(), told[whole:].argmax()]))
+    result: np.ndarray = there[np.unique(np.concatenate(places))]
     return result
 
 
@@ -87,13 +91,22 @@ def smoothed_at(values: np.ndarray, kept: np.ndarray) -> np.ndarray:
 
 def line(name: str, role: str, steps: np.ndarray, values: np.ndarray, clock: int = 0) -> dict[str, Any]:
     """A line for JSON: five digits of each value, None where it is not finite."""
-    told = [float(f"{value:.5g}") if math.isfinite(value) else None for value in values]
-    return {"name": name, "role": role, "clock": clock, "step": [int(step) for step in steps], "value": told}
+    told = [_told(value) for value in values.tolist()]
+    return {"name": name, "role": role, "clock": clock, "step": steps.astype(int).tolist(), "value": told}
+
+
+# Most points of a growing line were told before.
+@lru_cache(maxsize=1 << 14)
+def _told(value: float) -> float | None:
+    return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
 def clock(columns: Columns, knots: int) -> dict[str, list[Any]]:
     """Tokens and seconds of training until the end of some of the updates, the first and the last among them."""
-    kept = decimated(len(columns["step"]), knots)
+    count = len(columns["step"])
+    # A power of two, so that the knots of a growing run stay where they are until there are too many.
+    gap = 1 << (max(0, count - 1) // max(1, knots - 1)).bit_length()
+    kept = [*range(0, max(0, count - 1), gap), *([count - 1] if count else [])]
     return {
         "step": [int(step) for step in columns["step"][kept]],
         "tokens": [int(tokens) for tokens in columns["tokens"][kept]],

@@ -1,71 +1,167 @@
-"""The panel of one run: everything one wants to touch while it trains, under the cell. It asks; it never trains.
+"""The panel of one run: everything one wants to touch while it trains, under the cell. One widget; `page/` draws it.
 
-A click may arrive on another thread than the kernel's, and mlx belongs to that one: a callback only puts what is to be
-done on the kernel's loop, where it happens between two steps.
+What answers in the page (tabs, scales, lists) needs no kernel. A click may arrive on another thread than the kernel's,
+and mlx belongs to that one: it is only put on the kernel's loop, where it happens between two steps.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import ipywidgets as widgets
+import anywidget
+import traitlets
 
 from mlx_nb.config.methods import method_named
 from mlx_nb.errors import CommandError, MlxNbError
 from mlx_nb.events import (
+    AdapterSaved,
     CheckpointSaved,
-    Evaluate,
     Event,
     Pause,
     Progress,
-    Request,
     RequestRefused,
-    Rewind,
     Rewound,
+    RolloutCompleted,
+    RunFailed,
+    RunFinished,
+    RunPaused,
+    RunStarted,
     RunState,
-    Save,
+    SampleGenerated,
     SettingChanged,
-    Skip,
+    StateChanged,
     StepCompleted,
-    Stop,
 )
 from mlx_nb.view.closing import close_widgets
-from mlx_nb.view.curves.curves import Curves
-from mlx_nb.view.panel.completions import CompletionsTab
-from mlx_nb.view.panel.head import activity_text, head_html, progress_html
+from mlx_nb.view.curves.curves import SeriesBuilder
+from mlx_nb.view.event_text import describe, remarks
+from mlx_nb.view.panel.changes import series_changes
+from mlx_nb.view.panel.chat import Chat
+from mlx_nb.view.panel.clicks import Clicks, Message, result_of
+from mlx_nb.view.panel.heartbeat import beat_for, no_beats_for
+from mlx_nb.view.panel.looks import Looks
 from mlx_nb.view.panel.run_handle import RunHandle
-from mlx_nb.view.panel.tabs import CheckpointsTab, LogTab, RowsTab, SamplesTab, SettingsTab, button, line, note_html
+from mlx_nb.view.panel.state import (
+    Activity,
+    checkpoints_of,
+    head_of,
+    progress_of,
+    samples_of,
+    settings_of,
+    useful_clicks,
+)
+from mlx_nb.view.panel.still import still_html
+from mlx_nb.view.theme import one_line
 
-SECONDS_BETWEEN_REFRESHES = 0.4
+SECONDS_BETWEEN_REFRESHES = 0.3
+MOST_OF_THE_TIME = 0.01  # that refreshes may take
 SECONDS_TO_OPEN = 10.0  # for a browser to say that it shows a new panel
-MOVABLE = ("built", "paused", "failed")
+LINES_OF_LOG = 200
+# One module for the browser, in the order in which its parts build on one another.
+_PAGE = Path(__file__).with_name("page")
+PARTS = ("dom.js", "store.js", "curves.js", "rows.js", "samples.js", "lists.js", "panel.js")
+# What may not be followed by anything that would show it.
+TURNS = (StateChanged, RunStarted, RunPaused, RunFinished, RunFailed, RequestRefused, Rewound, SettingChanged)
+LISTS: dict[str, tuple[type[Event], ...]] = {
+    "samples": (SampleGenerated, SettingChanged, Rewound),
+    "settings": (SettingChanged, RunStarted),
+    "checkpoints": (CheckpointSaved, AdapterSaved, Rewound, StateChanged),
+    "completions": (RolloutCompleted, StepCompleted, Rewound),
+}
 
 
-class Panel:
-    """Widgets that show and steer one run. Displays as `widget`; where there are none, as the run's status.
+def _refresh(panel: weakref.ref[Panel]) -> None:
+    """One that is still there tells its page how the run is."""
+    if (one := panel()) is not None:
+        one._later(one.refresh)
 
-    Any number may show the same run. It listens to the run's events, redraws at most a few times a second, only the
-    page that is on show, and only while somebody has the panel open. `close` ends that. A panel does not keep its run:
-    it closes when nobody else refers to that any more.
+
+def page_script() -> str:
+    """The whole module that draws the panel in a browser."""
+    return "\n".join((_PAGE / part).read_text(encoding="utf-8") for part in PARTS)
+
+
+def _told(kind: Any) -> Any:
+    """State that the kernel tells the page, empty at first."""
+    return kind().tag(sync=True)
+
+
+class Panel(anywidget.AnyWidget):
+    """The widget that shows and steers one run. Where there are none, it displays as the run's last state.
+
+    tab        the page on show: Curves, Rows, Completions, Samples, Chat, Settings, Checkpoints or Log
+    selection  what was clicked: `update` (in the curve), `split`, `rows` (which list), `row` and its `color`
+    group, scale, axis, lines   the curve on show, linear or log, against update, tokens or time; all, raw or smooth
+
+    A page is told the rest by the other traits and by messages. The panel listens to the run's events and redraws a few
+    times a second at most, only while somebody has it open, and in a hundredth of the time. `close` ends that. It does
+    not keep its run: it closes when nobody else refers to that any more.
     """
 
+    # As text: anywidget watches a path, and by that keeps every widget.
+    _esm = page_script()
+    _css = (_PAGE / "panel.css").read_text(encoding="utf-8")
+
+    tab = traitlets.Unicode("Curves").tag(sync=True)
+    selection = traitlets.Dict({"update": None, "split": "train", "rows": "update", "row": None}).tag(sync=True)
+    group = traitlets.Unicode("loss").tag(sync=True)
+    scale = traitlets.Enum(("linear", "log"), "linear").tag(sync=True)
+    axis = traitlets.Enum(("update", "tokens", "time"), "update").tag(sync=True)
+    lines = traitlets.Enum(("all", "raw", "smooth"), "all").tag(sync=True)
+    coloring = traitlets.Bool(False).tag(sync=True)
+
+    panel_id = traitlets.Unicode().tag(sync=True)
+    head, progress, activity, said = (_told(traitlets.Dict) for _ in range(4))
+    latest, completions = _told(traitlets.Dict), _told(traitlets.Dict)
+    tabs, clicks, samples, settings, checkpoints, talk = (_told(traitlets.List) for _ in range(6))
+    # These two grow in place: a new page is told all of them, one that is there only what has changed.
+    series, happened = _told(traitlets.Dict), _told(traitlets.Dict)
+
     def __init__(self, run: RunHandle, *, device: str, warning: str | None = None) -> None:
+        self.closed = False
         self._run = weakref.ref(run, lambda _: self._close_later())
         self._name = run.name
         try:
             self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
         except RuntimeError:
             self._loop = None
-        self._progress: Progress | None = None
-        self._drawn_at = 0.0
         self._device, self._warning = device, warning
-        self._build()
+        self._views, self._drawn_at, self._cost = 0, 0.0, 0.0
+        self._coming: asyncio.TimerHandle | None = None
+        self._activity, self.awaited = Activity(), set[str]()
+        method = method_named(run.config.method)
+        self._builder = SeriesBuilder(run.history, method.metrics)
+        self._stale = set(LISTS) if method.kind.sampled else set(LISTS) - {"completions"}
+        handle: Any = weakref.proxy(run)
+        self.looks = Looks(handle)
+        me: Any = weakref.proxy(self)
+        self._clicks = Clicks(me)
+        self.chat = Chat(self._clicks.ask, self._show_talk)
+        lists = ["Samples", "Chat", "Settings", "Checkpoints", "Log"]
+        super().__init__(
+            panel_id=uuid.uuid4().hex,
+            tabs=["Curves", "Rows", *(["Completions"] if method.kind.sampled else []), *lists],
+            # The loss of what the model wrote stays near 0.
+            group="reward" if method.kind.sampled else "loss",
+            series={**self._builder.series(0), "version": 0},
+            happened={"count": 0, "lines": []},
+            said={"count": 0, "text": "", "bad": False},
+        )
+        for event in run.history.events:
+            self._log(event)
+        self.on_msg(self._heard)
+        self.observe(lambda _: self._later(lambda: self.show_again("completions")), "coloring")
+        self._built_at = time.monotonic()
         run.listen(self._on_event)
         self.refresh()
+        if self._loop is not None:  # in a kernel
+            beat_for(self)
 
     @property
     def run(self) -> Any:
@@ -81,145 +177,81 @@ class Panel:
             "`Run.resume` brings back one that was trained."
         )
 
-    def _build(self) -> None:
-        later, request, run = self._later, self._request, weakref.proxy(self.run)
-        self.head, self.progress, self.note = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        self.run_button = button("▶ Run", "train to the end", "primary")
-        self.pause = button("❚❚ Pause", "stop after this update; nothing is lost")
-        self.step = button("Step", "exactly one update")
-        self.step_10 = button("Step 10", "exactly ten updates")
-        self.stop = button("■ Stop", "end the run after this update and save the adapter")
-        self.save = button("Save", "write the adapter now")
-        self.evaluate = button("Evaluate", "loss on the validation rows, now")
-        self.back = widgets.BoundedIntText(
-            value=10, min=1, max=10**9, layout={"width": "4.5em"}, tooltip="updates to go back"
-        )
-        self.rewind = button("⟲ Rewind", "go back by so many updates; the branch that is left stays visible")
-        self.skip = button("Skip batch", "leave out the batch that the last message is about")
-        self.run_button.on_click(lambda _: later(lambda: self._start(None)))
-        self.step.on_click(lambda _: later(lambda: self._start(1)))
-        self.step_10.on_click(lambda _: later(lambda: self._start(10)))
-        # A pause is only noted and so may be asked from any thread at once.
-        self.pause.on_click(lambda _: self.run.request(Pause()))
-        for one, wish in ((self.stop, Stop()), (self.save, Save()), (self.evaluate, Evaluate()), (self.skip, Skip())):
-            one.on_click(lambda _, wish=wish: later(lambda: request(wish)))
-        self.rewind.on_click(lambda _: later(lambda: request(Rewind(max(0, self.run.step_count - self.back.value)))))
-        method = method_named(self.run.config.method)
-        self.curves = Curves(method.metrics)
-        if method.kind.sampled:
-            self.curves.group = "reward"  # the loss of what the model wrote stays near 0
-        self.rows = RowsTab(run, later)
-        self.samples = SamplesTab(run, later, self._ask, request)
-        self.settings = SettingsTab(run, later, self.refresh)
-        self.checkpoints = CheckpointsTab(run, later, request)
-        self.log = LogTab()
-        for event in self.run.history.events:
-            self.log.add(event)
-        self.curves.on_select(lambda step: later(lambda: self._open_rows(step)))
-        self.completions = CompletionsTab(run, later) if method.kind.sampled else None
-        self._pages: dict[str, Any] = {
-            "Rows": self.rows,
-            **({"Completions": self.completions} if self.completions else {}),
-            "Samples": self.samples,
-            "Settings": self.settings,
-            "Checkpoints": self.checkpoints,
-            "Log": self.log,
-        }
-        pages = [widgets.VBox([self.curves]), *(page.widget for page in self._pages.values())]
-        for page in pages:
-            page.layout.width = "100%"
-        # Buttons and not a Tab: they can be reached with the keyboard, and wrap in a narrow cell.
-        self.tabs = widgets.ToggleButtons(options=["Curves", *self._pages], style={"button_width": "auto"})
-        self.page = widgets.Stack(pages, selected_index=0, layout={"border_top": "1px solid rgba(128,128,128,.4)"})
-        self.tabs.observe(lambda _: later(self._turn), "index")
-        buttons = (self.run_button, self.pause, self.step, self.step_10, self.stop, self.save, self.evaluate)
-        self.widget = widgets.VBox(
-            [
-                self.head,
-                self.progress,
-                line(*buttons, self.rewind, self.back, self.skip),
-                self.note,
-                self.tabs,
-                self.page,
-            ]
-        )
-        # Counted by the browser, so that nothing is drawn for a panel that nobody has open.
-        self.widget._view_count = 0
-        self.widget.observe(lambda _: later(self.refresh), "_view_count")
-        self._built_at = time.monotonic()
-
     # What a person does
+
+    def _heard(self, _: Any, message: Message, __: Any) -> None:
+        """A message of the page, on any thread."""
+        if message.get("do") == "pause":  # only noted, so that it may be asked from any thread at once
+            if (run := self._run()) is not None:
+                run.request(Pause())
+        elif message.get("do") == "enough":
+            self.chat.enough()
+        else:
+            self._later(lambda: self._answer(message))
+
+    def _answer(self, message: Message) -> None:
+        if "look" in message:
+            self._clicks.look(message)
+        elif message.get("do") == "open":
+            self._views += 1
+            beat_for(self)
+            self.refresh()
+        elif message.get("do") == "shut":
+            self._views = max(0, self._views - 1)
+        elif message.get("do") == "whole":  # a page that missed something
+            self.send({"kind": "whole", "series": self.series, "happened": self.happened})
+        else:
+            self._clicks.act(message)
 
     def _later(self, act: Callable[[], None]) -> None:
         """Do it on the kernel's thread, while the run is there; what goes wrong is shown, and touches nothing else."""
 
         def guarded() -> None:
             run = self._run()  # held until it is done
-            if run is None:
+            if run is None or self.closed:
                 return
             try:
                 act()
             except MlxNbError as error:
-                self._say(str(error))
+                self.say(str(error), bad=True)
 
         if self._loop is None or self._loop.is_closed():
             guarded()
         else:
             self._loop.call_soon_threadsafe(guarded)
 
-    def _start(self, updates: int | None) -> None:
-        self._say("")
-        self.run.start(updates)
-        self._progress = None if self.run.prepared else Progress(0, "loading model and rows", 0, 1)
-        self.refresh()
-
-    def _request(self, request: Request) -> None:
-        """Have something done at the next boundary; when the run does not move, now."""
-        self._say("")
-        self.run.request(request)
-        self._applied()
-
-    def _ask(self, question: Any) -> None:
-        self.run.ask(question)
-        self._applied()
-
-    def _applied(self) -> None:
-        """A run that stands still is woken to read its requests, without an update."""
-        if self.run.state != RunState.RUNNING and (self.run.prepared or self.run.state == RunState.BUILT):
-            self.run.start(0)
-
-    def _turn(self) -> None:
-        self.page.selected_index = self.tabs.index
-        self.refresh()
-
-    def _open_rows(self, step: int) -> None:
-        self.tabs.value = "Rows"
-        self.rows.select(step)
-
-    def _say(self, text: str) -> None:
-        self.note.value = note_html(text) if text else ""
+    def say(self, text: str, *, bad: bool = False) -> None:
+        """Say what came of a click."""
+        self.said = {"count": self.said["count"] + 1, "text": text, "bad": bad}
 
     # What is shown
 
     def _on_event(self, event: Event) -> None:
+        if (run := self._run()) is None:  # it is saved while it goes
+            return
+        self._activity.note(event if isinstance(event, Progress) else None)
+        self._stale.update(name for name, kinds in LISTS.items() if isinstance(event, kinds) and name in self._wanted)
         if isinstance(event, CheckpointSaved) and event.kind == "auto":
             return  # many, and the page of checkpoints lists them
-        self._progress = event if isinstance(event, Progress) else None
-        self.log.add(event)
-        if isinstance(event, RequestRefused):
-            self._say(event.error)
-        if isinstance(event, SettingChanged):
-            self.settings.refresh()
-        if isinstance(event, Rewound):
-            self.rows.select(None)
-        quick = isinstance(event, StepCompleted | Progress)
-        if not quick or (self._watched and time.monotonic() - self._drawn_at >= SECONDS_BETWEEN_REFRESHES):
+        self._log(event)
+        if text := result_of(event, self.awaited, run.config):
+            self.say(text, bad=isinstance(event, RequestRefused))
+        since = time.monotonic() - self._drawn_at
+        wait = max(SECONDS_BETWEEN_REFRESHES, self._cost / MOST_OF_THE_TIME) - since
+        if isinstance(event, TURNS) or (self._watched and wait <= 0):
             self.refresh()
+        elif self._watched and self._coming is None and self._loop is not None and not self._loop.is_closed():
+            # It may be the last event for a long time.
+            self._coming = self._loop.call_later(wait, _refresh, weakref.ref(self))
+
+    @property
+    def _wanted(self) -> set[str]:
+        return set(LISTS) if "Completions" in self.tabs else set(LISTS) - {"completions"}
 
     @property
     def is_open(self) -> bool:
         """Whether a browser shows it."""
-        return bool(self.widget._view_count)
+        return self._views > 0
 
     @property
     def _watched(self) -> bool:
@@ -228,39 +260,85 @@ class Panel:
         return new or self.run.state != RunState.RUNNING or self.is_open
 
     def refresh(self) -> None:
-        """Draw what is on show as the run is now."""
+        """Tell the page how the run is now."""
+        begun, self._coming = time.perf_counter(), None
         run, history = self.run, self.run.history
         iters = run.trainer.iters if run.prepared else run.config.iters
-        state = run.state
-        self.head.value = head_html(run, self._device, self._warning)
         tokens, seconds = (run.trainer.state.tokens, run.trainer.state.seconds) if run.prepared else (0, 0.0)
-        self.progress.value = progress_html(history, iters, activity_text(self._progress), tokens, seconds)
-        running, over = state == "running", state in ("finished", "stopped")
-        can_move = not running and not run.over
-        for one, useful in (
-            (self.run_button, can_move),
-            (self.step, can_move),
-            (self.step_10, can_move),
-            (self.pause, running),
-            (self.stop, running or (state in MOVABLE and run.prepared)),
-            (self.save, run.prepared),
-            (self.evaluate, run.prepared and run.trainer.validates),
-            (self.rewind, run.step_count > 0),
-            (self.back, run.step_count > 0),
-        ):
-            one.disabled = not useful
-        self.skip.layout.display = "" if state == "failed" and not over else "none"
-        if self.tabs.value in self._pages:
-            self._pages[self.tabs.value].refresh()
-        else:
-            self.curves.refresh(history, iters or max(1, run.step_count))
-        self._drawn_at = time.monotonic()
+        with self.hold_sync():
+            self.head = head_of(run, self._device, self._warning)
+            self.progress = progress_of(history, iters, tokens, seconds)
+            self.activity = self._activity.told(run.state, run.step_count)
+            self.clicks = useful_clicks(run)
+            self.latest = self.looks.latest()
+            for name in sorted(self._stale):
+                self._list(name)
+            self._stale.clear()
+        self._send_series(history, iters or max(1, run.step_count))
+        self._drawn_at, self._cost = time.monotonic(), time.perf_counter() - begun
+
+    def show_again(self, name: str) -> None:
+        """One of the lists, which may have changed."""
+        self._list(name)
+
+    def _list(self, name: str) -> None:
+        run = self.run
+        match name:
+            case "samples":
+                self.samples = samples_of(run.history, run.config)
+            case "settings":
+                self.settings = settings_of(run.config)
+            case "completions":
+                on_show = self.tab == "Completions"
+                self.completions = self.looks.completions(colored=self.coloring and on_show, asked=on_show)
+            case "checkpoints":
+                try:
+                    self.checkpoints = checkpoints_of(run.checkpoints()) if run.prepared else []
+                except MlxNbError as error:
+                    self.say(str(error), bad=True)
+
+    def _send_series(self, history: Any, iters: int) -> None:
+        if self._builder.history is not history:
+            self._builder = SeriesBuilder(history, self._builder.metrics)
+        new, version = self._builder.series(iters), self.series["version"]
+        changes = series_changes(self.series, new)
+        if changes == {"lines": [], "clocks": []}:
+            return
+        self.series.clear()
+        self.series.update(new, version=version + 1)
+        told = {"changes": changes} if changes is not None else {"series": self.series}
+        self.send({"kind": "series", "from": version, "version": version + 1, **told})
+
+    def _log(self, event: Event) -> None:
+        """Note an event, but for the frequent ones."""
+        if isinstance(event, StepCompleted | Progress | StateChanged):
+            return
+        new = [f"{time.strftime('%H:%M:%S')}  {one_line(describe(event))}"]
+        new += [f"          {one_line(remark)}" for remark in remarks(event)]
+        before, lines = self.happened["count"], self.happened["lines"]
+        lines += new
+        del lines[:-LINES_OF_LOG]
+        self.happened["count"] = before + len(new)
+        if hasattr(self, "_built_at"):
+            self.send({"kind": "happened", "from": before, "lines": new[-LINES_OF_LOG:]})
+
+    def _show_talk(self, turns: list[dict[str, Any]]) -> None:
+        self.talk = turns
+
+    # The end
 
     def close(self) -> None:
-        """Take the widgets away and listen no more."""
+        """Take the widget away and listen no more."""
+        if self.closed:
+            return
+        self.closed = True
+        no_beats_for(self)
         if (run := self._run()) is not None:
             run.unlisten(self._on_event)
-        close_widgets(self.widget)
+        close_widgets(self.layout)
+        self.unobserve_all()
+        super().close()
+        self.__dict__.pop("_repr_mimebundle_", None)  # a closed panel still says why it is
 
     def _close_later(self) -> None:
         """The run is gone, which may be noticed on any thread."""
@@ -269,8 +347,9 @@ class Panel:
         else:
             self._loop.call_soon_threadsafe(self.close)
 
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+    def _repr_mimebundle_(self, **options: Any) -> Any:
         if (run := self._run()) is None:
             return {"text/plain": self._gone()}
-        bundle = self.widget._repr_mimebundle_(include=include, exclude=exclude)
-        return {**bundle, "text/plain": run.status()}
+        shown: Any = super()._repr_mimebundle_(**options)
+        data, metadata = shown
+        return {**data, "text/html": still_html(run, self._device), "text/plain": run.status()}, metadata

@@ -38,6 +38,10 @@ class RunHandle(Protocol):
         """Whether model and rows are loaded."""
 
     @property
+    def over(self) -> bool:
+        """Whether it has ended and no update is left."""
+
+    @property
     def step_count(self) -> int:
         """Updates done."""
 
@@ -48,6 +52,10 @@ class RunHandle(Protocol):
     @property
     def let_go(self) -> str:
         """Why it trains and saves no more; empty while it may."""
+
+    @property
+    def failure(self) -> str:
+        """Why it failed and what can be done; empty while it has not."""
 
     @property
     def tokenizer(self) -> Any:
@@ -73,7 +81,7 @@ class RunHandle(Protocol):
         """Change live settings."""
 
     def rows(self, split: str = "train") -> RowsOfSplit:
-        """The rows of a split."""
+        """The rows of a split. Raises CommandError when it has none."""
 
     def row_losses(self, split: str = "train") -> dict[int, float]:
         """The latest loss of each row."""

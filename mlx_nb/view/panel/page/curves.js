@@ -1,9 +1,10 @@
-// The live curves of one run as SVG. What it draws is made by SeriesBuilder.series in curves.py.
+// The curves of one run as SVG. What it draws is made by SeriesBuilder.series in view/curves/curves.py.
 
-const TRAIN = "#0072B2", SECOND = "#B5568F", VALID = "#D55E00", LEFT = "#8A8A8A";
+const TRAIN = "var(--mlx-nb-train)", SECOND = "var(--mlx-nb-second)", VALID = "var(--mlx-nb-valid)";
+const LEFT = "var(--mlx-nb-left)";
 const LOOKS = {
-  raw: { stroke: TRAIN, "stroke-width": 1, "stroke-opacity": 0.65 },
-  train: { stroke: TRAIN, "stroke-width": 2.2 },
+  raw: { stroke: TRAIN, "stroke-width": 1, "stroke-opacity": 0.75 },
+  train: { stroke: TRAIN, "stroke-width": 2 },
   second: { stroke: SECOND, "stroke-width": 2.2, "stroke-dasharray": "9 3 2 3" },
   valid: { stroke: VALID, "stroke-width": 1.6, "stroke-dasharray": "6 4" },
   "valid-first": { stroke: TRAIN, "stroke-width": 1.6, "stroke-dasharray": "6 4" },
@@ -20,8 +21,12 @@ const LETTER = 6.6; // Width of a digit, so that the axis has room before anythi
 const CHOICES = {
   scale: ["vertical scale", { linear: "Linear", log: "Log" }],
   axis: ["horizontal axis", { update: "Updates", tokens: "Tokens", time: "Time" }],
+  lines: ["lines", { all: "Both", raw: "Each update", smooth: "Smoothed" }],
 };
-const STYLE = `
+const CURVES_STYLE = `
+.mlx-nb-curves { --mlx-nb-train: #0072B2; --mlx-nb-second: #B5568F; --mlx-nb-valid: #D55E00; --mlx-nb-left: #8A8A8A; }
+.mlx-nb-curves.mlx-nb-dark { --mlx-nb-train: #56B4E9; --mlx-nb-second: #DE8FC0; --mlx-nb-valid: #F0924C;
+  --mlx-nb-left: #A0A0A0; }
 .mlx-nb-curves { min-width: ${NARROWEST}px; padding: 2px; color: var(--jp-ui-font-color0, inherit);
   font: 12px/1.4 var(--jp-ui-font-family, system-ui, sans-serif); font-variant-numeric: tabular-nums; }
 .mlx-nb-bar, .mlx-nb-legend { display: flex; flex-wrap: wrap; gap: 4px 12px; margin-bottom: 4px; min-height: 17px; }
@@ -33,7 +38,7 @@ const STYLE = `
 .mlx-nb-bar select, .mlx-nb-bar option, .mlx-nb-tip { color: var(--jp-ui-font-color0, CanvasText);
   background: var(--jp-layout-color1, Canvas); max-width: 100%; overflow-wrap: anywhere; }
 .mlx-nb-chart { display: block; cursor: crosshair; font-size: 11px; touch-action: pan-y; outline: none; }
-.mlx-nb-curves :focus-visible { outline: 2px solid var(--jp-brand-color1, ${TRAIN}); outline-offset: -2px; }
+.mlx-nb-curves :focus-visible { outline: 2px solid var(--jp-brand-color1, #0072B2); outline-offset: -2px; }
 .mlx-nb-plot { position: relative; } .mlx-nb-tip svg { flex: none; }
 .mlx-nb-tip { position: absolute; top: ${TOP + 4}px; padding: 4px 8px; pointer-events: none; box-sizing: border-box; }
 .mlx-nb-help { margin-bottom: 4px; overflow-wrap: anywhere; } .mlx-nb-bar .mlx-nb-set { flex-wrap: wrap; }
@@ -93,13 +98,17 @@ function short(value, gap) {
   return value && gap < 1 ? value.toFixed(Math.ceil(-Math.log10(gap) - 1e-9)) : String(Number(value.toPrecision(4)));
 }
 
+const hasBoth = ({ lines }) => ["raw", "train"].every((role) => lines.some((line) => line.role === role));
+
 // Everything about the group on show that depends on scale, axis and width, in pixels.
-function layout(series, group, scale, axis, width) {
+function layout(series, group, scale, axis, width, shown) {
   const column = { tokens: "tokens", time: "seconds" }[axis];
   const along = (step, clock = 0) => (column ? clockAt(series.clocks[clock], step, column) : step);
   const into = scale === "log" ? Math.log10 : (value) => value;
   const isDrawn = (value) => value !== null && (scale !== "log" || value > 0);
-  const lines = group.lines.map((line) => ({ ...line, along: line.step.map((step) => along(step, line.clock)) }));
+  const all = group.lines.map((line) => ({ ...line, along: line.step.map((step) => along(step, line.clock)) }));
+  const hidden = { raw: "train", smooth: "raw" }[shown];
+  const lines = hasBoth(group) ? all.filter(({ role }) => role !== hidden) : all;
   const heights = (some) => some.flatMap((line) => line.value.filter(isDrawn).map(into));
   // A branch that was left may have exploded; it squeezes the curve that stands to a third at most.
   const standing = heights(lines.filter((line) => line.role !== "left"));
@@ -130,7 +139,8 @@ function layout(series, group, scale, axis, width) {
     line.places = line.along.map((at, index) => [x(at), isDrawn(line.value[index]) ? y(line.value[index]) : null]);
   return {
     width, left, lines, looks, upLabel: group.label, best: group.best,
-    bestStep: series.best?.group === group.name ? series.best.step : null, steps: lines[0].step,
+    bestStep: series.best?.group === group.name ? series.best.step : null, steps: all[0].step,
+    stepPlaces: all[0].along.map(x),
     upTicks: up.ticks.map((tick, index) => [y(tick), upTexts[index]]),
     acrossTicks: across.ticks.map((tick) => [x(tick * unit), short(tick, across.gap)]),
     acrossLabel: axis === "tokens" ? "tokens trained on" : axis === "time" ? `time in training (${unitName})`
@@ -198,9 +208,9 @@ function paint(chart, view) {
   }
 }
 
-function render({ model, el }) {
+function renderCurves({ model, el }) {
   const root = add(el, "div", { class: "mlx-nb-curves" });
-  add(root, "style", {}, STYLE);
+  add(root, "style", {}, CURVES_STYLE);
   const bar = add(root, "div", { class: "mlx-nb-bar" });
   const legend = add(root, "div", { class: "mlx-nb-legend" });
   const help = add(root, "div", { class: "mlx-nb-help" });
@@ -215,7 +225,7 @@ function render({ model, el }) {
   const buttons = Object.entries(CHOICES).flatMap(([name, [label, options]]) => {
     const set = add(bar, "span", { class: "mlx-nb-set", role: "group", "aria-label": label });
     return Object.entries(options).map(([value, text]) => {
-      const button = add(set, "button", { type: "button" }, text);
+      const button = add(set, "button", { type: "button", value }, text);
       button.addEventListener("click", () => put(name, value));
       return { button, name, value };
     });
@@ -230,8 +240,11 @@ function render({ model, el }) {
     drawFirst(series, group.name);
     help.textContent = group.help;
     help.style.display = group.help ? "block" : "none";
-    for (const { button, name, value } of buttons) button.setAttribute("aria-pressed", model.get(name) === value);
-    view = layout(series, group, model.get("scale"), model.get("axis"), Math.max(NARROWEST, plot.clientWidth));
+    for (const { button, name, value } of buttons) {
+      button.setAttribute("aria-pressed", model.get(name) === value);
+      if (name === "lines") button.parentElement.style.display = hasBoth(group) ? "inline-flex" : "none";
+    }
+    view = layout(series, group, model.get("scale"), model.get("axis"), Math.max(NARROWEST, plot.clientWidth), model.get("lines"));
     const entries = new Map(view.lines.filter(({ step }) => step.length).map(({ name, role }) => [name, role]));
     legend.replaceChildren();
     for (const [name, role] of entries.size > 1 ? entries : []) keyed(legend, "span", role, name, view.looks);
@@ -308,7 +321,7 @@ function render({ model, el }) {
 
   function pointAt(event) {
     const x = event.clientX - chart.getBoundingClientRect().left;
-    point(view.steps[nearest(view.lines[0].places.map((place) => place[0]), x)] ?? null);
+    point(view.steps[nearest(view.stepPlaces, x)] ?? null);
   }
 
   chart.addEventListener("pointermove", pointAt);
@@ -328,12 +341,15 @@ function render({ model, el }) {
     // A notebook takes single keys for commands: Enter would leave the chart, two letters delete the cell.
     if (!event.ctrlKey && !event.metaKey && !event.altKey && !event.shiftKey) event.stopPropagation();
   });
-  for (const name of ["series", "scale", "axis", "group"]) model.on(`change:${name}`, draw);
-  model.on("change:selected", () => point(pointed));
+  const again = () => point(pointed), heard = ["series", "scale", "axis", "group", "lines", "selected"];
+  for (const name of heard) model.on(`change:${name}`, name === "selected" ? again : draw);
   draw();
   const observer = new ResizeObserver(draw);
   observer.observe(plot);
-  return () => observer.disconnect();
+  const lightOrDark = followTheme(root);
+  return () => {
+    observer.disconnect();
+    lightOrDark();
+    for (const name of heard) model.off(`change:${name}`, name === "selected" ? again : draw);
+  };
 }
-
-export default { render };

@@ -1,0 +1,74 @@
+// Elements, texts and the theme around them.
+
+// An element with attributes; `on...` are listeners, and a child that is no element is text.
+function h(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (value === true) element.setAttribute(name, "");
+    else if (value !== false && value !== null && value !== undefined) element.setAttribute(name, value);
+  }
+  element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== ""));
+  return element;
+}
+
+// A write that changes nothing is not done: it would end a selection and be read out again.
+function setText(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+// HTML that the kernel made, every piece of data in it escaped there.
+function setHtml(element, html) {
+  const parsed = new DOMParser().parseFromString(html, "text/html");
+  element.replaceChildren(...parsed.body.childNodes);
+}
+
+// The children of `parent`, one for each item, kept as long as the item's key and data are the same.
+function sync(parent, items, keyOf, make) {
+  const there = new Map([...parent.children].map((child) => [child.dataset.key, child]));
+  const wanted = items.map((item, index) => {
+    const key = String(keyOf(item, index)), data = JSON.stringify(item), old = there.get(key);
+    if (old && old.dataset.of === data) return old;
+    const made = make(item, index);
+    made.dataset.key = key;
+    made.dataset.of = data;
+    return made;
+  });
+  const isSame = wanted.length === parent.children.length && wanted.every((one, at) => one === parent.children[at]);
+  if (isSame) return;
+  const focused = parent.contains(document.activeElement) ? document.activeElement.closest("[data-key]")?.dataset.key : null;
+  parent.replaceChildren(...wanted);
+  if (focused) wanted.find((one) => one.dataset.key === focused)?.focus();
+}
+
+const seconds = (value) => {
+  if (value < 60) return value < 10 ? `${value.toFixed(1)} s` : `${Math.round(value)} s`;
+  const all = Math.round(value), two = (number) => String(number).padStart(2, "0");
+  const minutes = Math.floor(all / 60), hours = Math.floor(minutes / 60);
+  return hours ? `${hours}:${two(minutes % 60)}:${two(all % 60)}` : `${minutes}:${two(all % 60)}`;
+};
+
+// Whether the page behind an element is dark, by its color: every notebook marks its themes in a way of its own.
+function isDark(element) {
+  for (let node = element.parentElement; node; node = node.parentElement) {
+    const [r, g, b, alpha = 1] = (getComputedStyle(node).backgroundColor.match(/[\d.]+/g) ?? [0, 0, 0, 0]).map(Number);
+    if (alpha > 0.5) return 0.2126 * r + 0.7152 * g + 0.0722 * b < 110;
+  }
+  return matchMedia("(prefers-color-scheme: dark)").matches && getComputedStyle(document.documentElement).colorScheme.includes("dark");
+}
+
+// Marks the root of a view while the page is dark. Returns what ends that.
+function followTheme(root) {
+  const look = () => root.classList.toggle("mlx-nb-dark", isDark(root));
+  const observer = new MutationObserver(() => setTimeout(look, 50)), media = matchMedia("(prefers-color-scheme: dark)");
+  for (const node of [document.documentElement, document.body]) observer.observe(node, { attributes: true });
+  media.addEventListener("change", look);
+  const first = requestAnimationFrame(look), later = setTimeout(look, 400);
+  look();
+  return () => {
+    observer.disconnect();
+    media.removeEventListener("change", look);
+    cancelAnimationFrame(first);
+    clearTimeout(later);
+  };
+}

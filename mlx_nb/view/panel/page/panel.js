@@ -1,0 +1,270 @@
+// The panel of a run: what it is doing, what can be clicked, and its pages. Clicks are acknowledged here at once.
+
+const TONES = { running: "blue", finished: "green", failed: "orange" };
+const PAGES = {
+  Rows: rowsPage, Completions: completionsPage, Samples: samplesPage, Chat: chatPage,
+  Settings: settingsPage, Checkpoints: checkpointsPage, Log: logPage,
+};
+
+function initialize({ model }) {
+  const store = storeOf(model);
+  return () => store.close();
+}
+
+// What all parts of one view share.
+function makePage(model, store) {
+  const acknowledged = h("div", { class: "mlx-nb-said", "aria-live": "polite" });
+  const buttons = new Map();
+  let asked = null; // the strip that asks before something is done
+  const page = {
+    model, store, acknowledged, buttons, id: `mlx-nb-${Math.random().toString(36).slice(2)}`, pending: false,
+    step: () => model.get("progress").step ?? 0,
+    isGone: () => store.gone,
+    isRunning: () => model.get("head").state === "running" && !store.gone,
+    put(name, value) {
+      model.set(name, value);
+      model.save_changes();
+    },
+    say(text, isBad = false) {
+      setText(acknowledged, text);
+      acknowledged.classList.toggle("mlx-nb-bad", isBad);
+    },
+    act(message, words) {
+      if (store.gone) return page.say("the kernel is gone, so nothing was done", true);
+      page.say(words);
+      page.pending = true;
+      model.send(message);
+    },
+    button(name, text, title, act, kind = "") {
+      const made = h("button", { type: "button", class: `mlx-nb-action ${kind}`, title, onclick: act }, text);
+      buttons.set(name, [...(buttons.get(name) ?? []), made]);
+      return made;
+    },
+    // Asks once, where the click was.
+    confirm(anchor, words, yes, act) {
+      page.dismiss();
+      const done = (acts) => () => { page.dismiss(); anchor.focus(); if (acts) act(); };
+      const sure = h("button", { type: "button", class: "mlx-nb-action mlx-nb-danger", onclick: done(true) }, yes);
+      const strip = h("div", { class: "mlx-nb-confirm", role: "group", "aria-label": words },
+        h("span", {}, words), sure, h("button", { type: "button", class: "mlx-nb-action", onclick: done(false) }, "Leave it"));
+      strip.addEventListener("keydown", (event) => { if (event.key === "Escape") done(false)(); });
+      anchor.closest(".mlx-nb-toolbar, .mlx-nb-scrolls").after(strip);
+      asked = strip;
+      sure.focus();
+    },
+    dismiss() {
+      asked?.remove();
+      asked = null;
+    },
+    rewind(to, anchor) {
+      const at = page.step(), dropped = at - to === 1 ? `update ${at}` : `updates ${to + 1} to ${at}`;
+      page.confirm(anchor, `Go back from update ${at} to ${to}? The run drops ${dropped}; the branch stays visible in the curves.`, "Rewind",
+        () => page.act({ do: "rewind", to }, page.isRunning() ? `going back to update ${to} after this update …` : `going back to update ${to} …`));
+    },
+  };
+  return page;
+}
+
+function toolbar(page) {
+  const { act } = page, after = (running, still) => (page.isRunning() ? running : still);
+  const loads = () => (page.model.get("head").state === "built" ? "loading model and rows …" : "starting …");
+  const run = page.button("run", "▶ Run", "train to the end", () => act({ do: "run" }, loads()), "mlx-nb-primary");
+  const pause = page.button("pause", "❚❚ Pause", "stop after this update; nothing is lost", () => act({ do: "pause" }, "pausing after this update …"));
+  const steps = (count) => () => act({ do: "step", updates: count }, page.model.get("head").state === "built" ? loads() : count === 1 ? "computing one update …" : `computing ${count} updates …`);
+  const stop = page.button("stop", "■ Stop", "end the run after this update and save the adapter", () =>
+    page.confirm(stop, "End the run after this update and save its adapter?", "Stop the run", () => act({ do: "stop" }, after("stopping after this update …", "stopping …"))));
+  const save = page.button("save", "Save", "write the adapter now", () => act({ do: "save" }, after("saving after this update …", "saving …")));
+  const evaluate = page.button("evaluate", "Evaluate", "loss on the validation rows, now", () => act({ do: "evaluate" }, after("evaluating after this update …", "evaluating …")));
+  const back = h("input", { type: "number", class: "mlx-nb-field mlx-nb-back", min: 1, value: 10, "aria-label": "updates to go back" });
+  const rewind = page.button("rewind", "⟲ Rewind", "go back by so many updates; the branch that is left stays visible", () =>
+    page.rewind(Math.max(0, page.step() - Math.max(1, Number(back.value) || 1)), rewind));
+  const skip = page.button("skip", "Skip batch", "leave out the batch that the failure is about", () => act({ do: "skip" }, "leaving out the batch …"));
+  const set = (...children) => h("span", { class: "mlx-nb-set-of-actions" }, children);
+  const bar = h("div", { class: "mlx-nb-toolbar", role: "toolbar", "aria-label": "run" },
+    set(run, pause, skip, page.button("step", "Step", "exactly one update", steps(1)), page.button("step", "Step 10", "exactly ten updates", steps(10))),
+    set(save, evaluate), set(rewind, back), set(stop));
+  const enable = () => {
+    const useful = new Set(page.store.gone ? [] : page.model.get("clicks"));
+    for (const [name, some] of page.buttons) for (const one of some) one.disabled = !useful.has(name);
+    back.disabled = !useful.has("rewind");
+    // A failed run has nothing to pause, but a batch that may be to blame.
+    skip.hidden = !useful.has("skip");
+    pause.hidden = useful.has("skip");
+  };
+  return { bar, enable };
+}
+
+function header(page) {
+  const { model, store } = page;
+  const name = h("b", { class: "mlx-nb-name" }), pill = h("span", { role: "status", class: "mlx-nb-pill" });
+  const failure = h("div", { class: "mlx-nb-failure" }), facts = h("div", { class: "mlx-nb-facts" });
+  const warning = h("div", { class: "mlx-nb-note", role: "note" }), words = h("div", { class: "mlx-nb-words-of-progress" });
+  const fill = h("div", {}), bar = h("div", { class: "mlx-nb-progress", role: "progressbar", "aria-label": "updates" }, fill);
+  const doing = h("span", {}), doingFill = h("div", {}), doingBar = h("div", { class: "mlx-nb-doing-bar", role: "progressbar", "aria-label": "what is being done" }, doingFill);
+  const activity = h("div", { class: "mlx-nb-doing" }, doingBar, doing);
+  const el = h("header", {}, h("div", { class: "mlx-nb-title" }, name, pill), failure, facts, warning, bar, words, activity);
+  let seen = "", since = Date.now(), toldAt = Date.now();
+
+  function draw() {
+    const head = model.get("head"), progress = model.get("progress");
+    setText(name, head.name ?? "");
+    const state = store.gone ? "✗ kernel gone" : store.heard() ? `${head.sign} ${head.state}` : "… asking the kernel";
+    setText(pill, state);
+    pill.dataset.tone = store.gone ? "orange" : TONES[head.state] ?? "grey";
+    const when = store.goneSince ? ` since ${store.goneSince.toLocaleTimeString()}` : "";
+    const resume = head.resume ? ` Resume with ${head.resume}` : " Run the cell again.";
+    const last = head.state === "running" ? "" : `, ${head.state}`;
+    setText(failure, store.gone ? `kernel gone${when}; this is the last state${last}, after update ${progress.step ?? 0}.${resume}` : head.failure ?? "");
+    failure.hidden = !failure.textContent;
+    facts.replaceChildren(...(head.facts ?? []).map((fact) => h("span", {}, fact)));
+    setText(warning, head.warning ? `⚠ ${head.warning}` : "");
+    warning.hidden = !head.warning;
+    const parts = progress.parts ?? [], share = progress.iters ? Math.min(1, progress.step / progress.iters) : 0;
+    if (String(parts) !== String([...words.children].map(({ textContent }) => textContent))) words.replaceChildren(...parts.map((part) => h("span", {}, part)));
+    fill.style.width = `${100 * share}%`;
+    for (const [label, value] of [["valuenow", progress.step ?? 0], ["valuemin", 0], ["valuemax", progress.iters ?? 0]]) bar.setAttribute(`aria-${label}`, value);
+    tick();
+  }
+
+  // The kernel says what is done; that time goes by is seen here, however long an update takes.
+  function tick() {
+    const now = model.get("activity"), isMoving = Boolean(now.words) && page.isRunning();
+    activity.style.visibility = isMoving ? "visible" : "hidden";
+    if (!isMoving) { seen = ""; return; }
+    const what = now.update ? `update ${now.update}` : now.words.replace(/[\d.,]+/g, "");
+    if (what !== seen) [seen, since] = [what, Date.now()];
+    const told = JSON.stringify(now);
+    if (told !== activity.dataset.told) [activity.dataset.told, toldAt] = [told, Date.now()];
+    const spent = (Date.now() - since) / 1000, pace = model.get("progress").pace ?? 0;
+    const share = now.total ? now.done / now.total : now.update && pace ? Math.min(0.96, spent / pace) : null;
+    doingBar.classList.toggle("mlx-nb-unknown", share === null);
+    doingFill.style.width = share === null ? "" : `${100 * share}%`;
+    share === null ? doingBar.removeAttribute("aria-valuenow") : doingBar.setAttribute("aria-valuenow", Math.round(100 * share));
+    const left = now.left === null || now.left === undefined ? null : Math.max(0, now.left - (Date.now() - toldAt) / 1000);
+    const time = left !== null ? `${seconds(left)} left` : now.update && pace ? `${seconds(spent)} of about ${seconds(pace)}` : spent > 0.5 ? seconds(spent) : "";
+    setText(doing, time && !(now.update && pace < 0.5) ? `${now.words} · ${time}` : now.words);
+  }
+  return { el, draw, tick };
+}
+
+// The curves see the model as they need it: the points of the store, and the update that was clicked.
+function curvesPage(page) {
+  const { model, store } = page, heard = {};
+  const el = h("div", {});
+  const facade = {
+    get(name) {
+      if (name === "series") return store.series;
+      return name === "selected" ? model.get("selection").update ?? null : model.get(name);
+    },
+    set(name, value) {
+      if (name !== "selected") return model.set(name, value);
+      model.set("selection", { ...model.get("selection"), update: value, rows: "update", row: null });
+      for (const callback of heard["change:selected"] ?? []) callback();
+      if (value !== null) model.set("tab", "Rows");
+    },
+    save_changes: () => model.save_changes(),
+    on(name, callback) {
+      (heard[name] ??= []).push(callback);
+      if (!["change:series", "change:selected"].includes(name)) model.on(name, callback);
+    },
+    off: (name, callback) => model.off(name, callback),
+  };
+  const close = renderCurves({ model: facade, el });
+  const draw = () => { if (!el.hidden) for (const callback of heard["change:series"] ?? []) callback(); };
+  return { el, draw, on: ["series", "selection"], close };
+}
+
+function tabsOf(page, pages) {
+  const { model } = page, names = model.get("tabs"), made = new Map();
+  const list = h("div", { class: "mlx-nb-tabs", role: "tablist", "aria-label": "pages" });
+  const frame = h("div", { class: "mlx-nb-pages-frame" });
+  for (const name of names) {
+    const tab = h("button", { type: "button", role: "tab", id: `${page.id}-tab-${name}`, "aria-controls": `${page.id}-${name}`, onclick: () => page.put("tab", name) }, name);
+    const panel = h("div", { role: "tabpanel", id: `${page.id}-${name}`, "aria-labelledby": tab.id });
+    list.append(tab);
+    frame.append(panel);
+    made.set(name, { tab, panel });
+  }
+  list.addEventListener("keydown", (event) => {
+    const at = names.indexOf(model.get("tab")), last = names.length - 1;
+    const to = { ArrowRight: at === last ? 0 : at + 1, ArrowLeft: at ? at - 1 : last, Home: 0, End: last }[event.key];
+    if (to === undefined) return;
+    event.preventDefault();
+    page.put("tab", names[to]);
+    made.get(names[to]).tab.focus();
+  });
+  function draw() {
+    const shown = made.has(model.get("tab")) ? model.get("tab") : names[0];
+    for (const [name, { tab, panel }] of made) {
+      const isShown = name === shown;
+      tab.setAttribute("aria-selected", isShown);
+      tab.tabIndex = isShown ? 0 : -1;
+      panel.hidden = !isShown;
+      if (isShown && !pages.has(name)) {
+        pages.set(name, (PAGES[name] ?? curvesPage)(page));
+        panel.append(pages.get(name).el);
+      }
+      if (pages.has(name)) pages.get(name).el.hidden = !isShown;
+    }
+    pages.get(shown).draw();
+    page.enable?.();
+  }
+  return { list, frame, draw };
+}
+
+function render({ model, el }) {
+  const store = storeOf(model), page = makePage(model, store), pages = new Map();
+  const top = header(page), tools = toolbar(page), tabs = tabsOf(page, pages);
+  const root = h("div", { class: "mlx-nb-panel", "data-lm-suppress-shortcuts": "true", role: "region", "aria-label": `run ${model.get("head").name}` },
+    top.el, tools.bar, page.acknowledged, tabs.list, tabs.frame);
+  el.append(root);
+  page.enable = tools.enable;
+  let state = model.get("head").state, said = model.get("said").count;
+
+  function hear(name) {
+    if (name === "head" || name === "progress" || name === "life" || name === "activity") top.draw();
+    if (name === "head" && model.get("head").state !== state) {
+      state = model.get("head").state;
+      if (page.pending) page.say(state === "running" ? "" : `${state} after update ${page.step()}`);
+      page.pending = false;
+    }
+    if (name === "said" && model.get("said").count !== said) {
+      const { text, bad, count } = model.get("said");
+      [said, page.pending] = [count, false];
+      page.say(text, bad);
+    }
+    if (name === "life") {
+      root.classList.toggle("mlx-nb-live", !store.gone);
+      if (store.gone) {
+        page.pending = false;
+        page.say("");
+        page.dismiss();
+      }
+    }
+    for (const one of pages.values()) if (one.on.includes(name) && !one.el.hidden) one.draw();
+    if (["clicks", "life", "talk", "samples"].includes(name)) tools.enable();
+  }
+
+  const traits = ["head", "progress", "activity", "clicks", "said", "latest", "completions", "samples", "settings", "checkpoints", "talk", "selection", "coloring"];
+  const listeners = traits.map((name) => [`change:${name}`, () => hear(name)]);
+  listeners.push(["change:tab", tabs.draw]);
+  for (const [name, listener] of listeners) model.on(name, listener);
+  const unlisten = store.listen(hear), timer = setInterval(top.tick, 250), lightOrDark = followTheme(root);
+  // A notebook takes single keys for commands: two letters delete a cell.
+  root.addEventListener("keydown", (event) => { if (!event.ctrlKey && !event.metaKey && !event.altKey) event.stopPropagation(); });
+  root.classList.toggle("mlx-nb-live", !store.gone);
+  top.draw();
+  tabs.draw();
+  tools.enable();
+  model.send({ do: "open" });
+  return () => {
+    for (const [name, listener] of listeners) model.off(name, listener);
+    for (const one of pages.values()) one.close?.();
+    unlisten();
+    lightOrDark();
+    clearInterval(timer);
+    model.send({ do: "shut" });
+  };
+}
+
+export default { initialize, render };

@@ -1,0 +1,403 @@
+"""The panel's state: what a page is told of a run, what clicks do, and how little is sent."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import gc
+import json
+import random
+import re
+import time
+import weakref
+
+import pytest
+from traitlets import TraitError
+
+from curve_histories import update, validation
+from mlx_nb import RunConfig
+from mlx_nb.errors import CommandError
+from mlx_nb.events import (
+    AdapterSaved,
+    EvaluationCompleted,
+    Pause,
+    Progress,
+    RequestRefused,
+    Rewound,
+    RunFinished,
+    RunPaused,
+    RunState,
+    SettingChanged,
+)
+from mlx_nb.history import History
+from mlx_nb.view.curves.curves import SeriesBuilder
+from mlx_nb.view.panel import heartbeat
+from mlx_nb.view.panel.changes import series_changes
+from mlx_nb.view.panel.clicks import result_of
+from mlx_nb.view.panel.panel import Panel
+from mlx_nb.view.panel.state import Activity, progress_of
+from mlx_nb.view.panel.still import still_html
+from runs import rows_run
+
+
+def heard(panel, *messages):
+    """What the page is sent when it sends these."""
+    sent = []
+    panel.send = lambda content, buffers=None: sent.append(copy.deepcopy(content))
+    for message in messages:
+        panel._heard(None, message, None)
+    return sent
+
+
+async def done(run, panel, *messages):
+    """Click, and wait until the run stands again."""
+    sent = heard(panel, *messages)
+    await asyncio.sleep(0.02)
+    await run
+    await asyncio.sleep(0.02)
+    return sent
+
+
+def applied(series, changes):
+    """What the page makes of changes, as `applySeries` in page/store.js does."""
+    series = copy.deepcopy(series)
+    for group, number, kept, steps, values in changes.pop("lines"):
+        line = series["groups"][group]["lines"][number]
+        line["step"][kept:], line["value"][kept:] = steps, values
+    for number, kept, *columns in changes.pop("clocks"):
+        for name, column in zip(("step", "tokens", "seconds"), columns):
+            series["clocks"][number][name][kept:] = column
+    return {**series, **changes}
+
+
+# What is sent
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_changes_make_of_what_a_page_has_what_there_is(seed):
+    draw, history = random.Random(seed), History()
+    builder = SeriesBuilder(history)
+    shown = copy.deepcopy(builder.series(3000))
+    step = 0
+    for _ in range(60):
+        for _ in range(draw.choice([0, 1, 5, 90])):
+            step += 1
+            history.append(update(step, draw.choice([draw.random(), float("nan")])))
+            if draw.random() < 0.05:
+                history.append(validation(step, draw.random()))
+            if draw.random() < 0.02:
+                history.append(SettingChanged(step, "learning_rate", 1e-4, 5e-5))
+        if draw.random() < 0.1 and step > 10:
+            kept = next(at for at, event in enumerate(history.standing) if event.step > step - 5)
+            history.append(Rewound(step - 5, step, kept))
+            step -= 5
+        new = copy.deepcopy(builder.series(3000))
+        changes = series_changes(shown, new)
+        shown = new if changes is None else applied(shown, json.loads(json.dumps(changes)))
+        assert shown == new
+
+
+def test_a_refresh_of_a_long_run_sends_little_and_is_quick(tmp_path, tiny_folder):
+    """100,000 updates: under 100 KB at first, hardly anything afterwards, 20 ms of a machine that is not busy."""
+    run = rows_run(tmp_path, tiny_folder)
+    for step in range(1, 100_001):
+        run.history.append(update(step, 1 + 1 / step))
+    panel = run.panel()
+    assert len(json.dumps(panel.series)) < 100_000
+    sizes, seconds = [], []
+    for step in range(100_001, 100_021):
+        run.history.append(update(step, 1.0))
+        sent = []
+        panel.send = lambda content, buffers=None, sent=sent: sent.append(content)
+        begun = time.process_time()
+        panel.refresh()
+        seconds.append(time.process_time() - begun)
+        sizes.append(len(json.dumps(sent)))
+    assert max(sizes) < 100_000
+    assert sorted(sizes)[10] < 5_000
+    assert min(seconds) < 0.02
+
+
+def test_refreshes_take_a_hundredth_of_the_time(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder)
+    panel = run.panel()
+    run.step()
+    panel._cost, drawn = 3600.0, panel.progress
+    run.step()  # in which it validates and saves
+    assert panel.progress == drawn
+    panel._cost, panel._drawn_at = 0.0, 0.0
+    run.step()
+    assert panel.progress["step"] == 3
+
+
+def test_a_page_that_missed_something_is_told_all(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder)
+    panel = run.panel()
+    run.step(3)
+    panel.refresh()
+    (whole,) = heard(panel, {"do": "whole"})
+    assert whole["kind"] == "whole"
+    assert whole["series"] == panel.series == panel.get_state()["series"]
+    assert [line for line in whole["happened"]["lines"] if "updates" in line]
+
+
+# What is read from Python, and from there
+
+
+def test_a_run_has_one_panel_whose_selection_is_readable(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder)
+    panel = run.panel()
+    assert run.panel() is panel
+    assert panel.selection == {"update": None, "split": "train", "rows": "update", "row": None}
+    panel.set_state({"selection": {"update": 3, "split": "train", "rows": "update", "row": 7}, "tab": "Rows"})
+    assert run.panel().selection["row"] == 7
+    assert run.panel().tab == "Rows"
+    with pytest.raises(TraitError):
+        panel.scale = "cubic"
+    panel.close()
+    assert run.panel() is not panel
+
+
+def test_the_state_of_a_run_is_told_as_it_goes(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder, val_set_size=4)
+    panel = run.panel()
+    assert (panel.head["state"], panel.progress["step"]) == ("built", 0)
+    assert set(panel.clicks) == {"run", "step", "set", "keep", "chat"}
+    run.step(2)
+    panel.refresh()
+    assert panel.head["state"] == "paused"
+    assert panel.progress["parts"][0] == f"update 2 of {run.config.iters}"
+    assert {"run", "step", "stop", "save", "evaluate", "rewind"} <= set(panel.clicks)
+    assert "pause" not in panel.clicks
+    assert "skip" not in panel.clicks
+    event = run.history.last_step
+    assert panel.latest["update"] == 2
+    assert sorted(row for row, _, _ in panel.latest["rows"]) == sorted(set(event.rows))
+    where = run.rows("train").examples.source.location
+    assert [place for _, _, place in panel.latest["rows"]] == [where(row) for row, _, _ in panel.latest["rows"]]
+    run.run()
+    panel.refresh()
+    assert panel.head["state"] == "finished"
+    assert set(panel.clicks) & {"run", "step", "pause"} == set()
+
+
+def test_a_run_that_failed_says_why_and_offers_what_makes_sense(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder)
+
+    async def fails():
+        panel = run.panel()
+        run.start(1)
+        await run
+
+        def broken(*_, **__):
+            raise CommandError("the rows are gone. Make them again.")
+
+        run.trainer.stepper.update = broken
+        run.start()
+        with pytest.raises(CommandError):
+            await run
+        await asyncio.sleep(0.01)
+        return panel
+
+    panel = asyncio.run(fails())
+    assert panel.head["state"] == "failed"
+    assert panel.head["failure"] == "the rows are gone. Make them again." == run.failure
+    assert {"run", "skip", "rewind"} <= set(panel.clicks)
+    assert "pause" not in panel.clicks
+
+
+# What is being done
+
+
+def test_what_is_done_is_told_with_how_long_it_takes(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    activity = Activity()
+    assert activity.told(RunState.PAUSED, 0) == {}
+    assert activity.told(RunState.RUNNING, 0)["words"] == "computing the first update"
+    activity.note(Progress(0, "tokenizing train", 0, 400, 0.0))
+    assert activity.told(RunState.RUNNING, 0)["left"] is None
+    now[0] = 102.0
+    activity.note(Progress(0, "tokenizing train", 100, 400, 2.0))
+    told = activity.told(RunState.RUNNING, 0)
+    assert told["words"] == "tokenizing train rows: 100 of 400, 50 rows a second"
+    assert (told["done"], told["total"], told["left"]) == (100, 400, 6.0)
+    activity.note(Progress(0, "reference", 5, 50))
+    now[0] = 103.0
+    activity.note(Progress(0, "reference", 15, 50))
+    assert activity.told(RunState.RUNNING, 0)["left"] == pytest.approx(3.5)
+    activity.note(None)
+    assert activity.told(RunState.RUNNING, 7)["words"] == "computing update 8"
+
+
+def test_the_pace_is_that_of_the_last_updates():
+    history = History(update(step, seconds=2.0) for step in range(1, 6))
+    assert progress_of(history, 10, 500, 10.0)["pace"] == pytest.approx(2.0)
+    assert progress_of(History(), None, 0, 0.0)["parts"] == ["not loaded yet"]
+
+
+# Clicks
+
+
+def test_clicks_do_what_they_say_and_their_result_is_said(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder, val_set_size=4, iters=20)
+
+    async def clicks():
+        panel = run.panel()
+        await done(run, panel, {"do": "step", "updates": 3})
+        assert run.step_count == 3
+        await done(run, panel, {"do": "save"})
+        assert panel.said["text"] == f"saved to {run.folder}" or panel.said["text"].startswith("saved to ")
+        await done(run, panel, {"do": "evaluate"})
+        assert panel.said["text"].startswith("update 3: valid loss ")
+        await done(run, panel, {"do": "set", "name": "learning_rate", "text": "2e-4"})
+        assert run.config.learning_rate == 2e-4
+        assert panel.settings[0][:2] == ["learning_rate", "0.0002"]
+        await done(run, panel, {"do": "set", "name": "learning_rate", "text": "fast"})
+        assert panel.said["bad"]
+        assert "learning_rate" in panel.said["text"]
+        await done(run, panel, {"do": "rewind", "to": 1})
+        assert run.step_count == 1
+        assert panel.said["text"] == "went back from update 3 to 1"
+        await done(run, panel, {"do": "no such click"})
+        assert "does not know 'no such click'" in panel.said["text"]
+        await done(run, panel, {"do": "keep", "prompt": "say red"})
+        assert [one["prompt"] for one in panel.samples] == ["say red"]
+        assert [step for step, _ in panel.samples[0]["answers"]] == [1]
+        await done(run, panel, {"do": "forget", "prompt": "say red"})
+        assert run.config.sample_prompts in (None, ())
+        await done(run, panel, {"do": "stop"})
+        assert panel.head["state"] == "stopped"
+        assert panel.said["text"].startswith("finished after update 1 (stopped); saved to ")
+
+    asyncio.run(clicks())
+
+
+def test_a_pause_is_asked_for_on_whatever_thread_the_click_arrives(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder)
+    run.step()
+    asked, panel = [], run.panel()
+    run.request = asked.append
+    panel._later = lambda act: pytest.fail("a pause does not wait for the loop")
+    heard(panel, {"do": "pause"})
+    assert asked == [Pause()]
+
+
+def test_results_are_said_once_where_they_were_asked_for():
+    config, awaited = RunConfig(), {"save"}
+    saved, measured = AdapterSaved(4, "adapters/bees", "last"), EvaluationCompleted(4, "valid", 1.5, 4.48, 40.0, 4, 0.2)
+    assert result_of(saved, awaited, config) == "saved to adapters/bees"
+    assert result_of(saved, awaited, config) == ""
+    assert result_of(measured, awaited, config) == ""
+    assert result_of(RunPaused(12, "asked to pause"), awaited, config) == "paused after update 12"
+    assert result_of(RunPaused(12, "the disk is full"), awaited, config) == "paused after update 12: the disk is full"
+    assert result_of(RequestRefused(3, "there is no update 9"), awaited, config) == "there is no update 9"
+    ended = RunFinished(60, "iters reached", 1.0, 10, 5.0, None, None, "adapters/bees")
+    assert result_of(ended, awaited, config) == "finished after update 60 (iters reached); saved to adapters/bees"
+
+
+def test_rows_come_in_pages_with_the_persons_own_places(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder, val_set_size=4)
+    run.step(2)
+    panel = run.panel()
+    everything, row, batch, worst, missing = heard(
+        panel,
+        {"look": "rows", "id": 1, "which": "all"},
+        {"look": "row", "id": 2, "split": "train", "row": 3},
+        {"look": "batch", "id": 3},
+        {"look": "rows", "id": 4, "which": "worst"},
+        {"look": "rows", "id": 5, "which": "all", "split": "test"},
+    )
+    examples = run.rows("train").examples
+    assert [one[0] for one in everything["rows"]] == list(range(min(50, len(examples))))
+    assert everything["rows"][3][2] == examples.source.location(3)
+    assert row["html"] == run.rows("train")[3]._repr_html_()
+    assert "mlx-nb-batch" in batch["html"]
+    assert [one[0] for one in worst["rows"]] == list(run.row_losses())
+    assert "test" in missing["error"]
+
+
+def test_a_chat_grows_word_by_word_and_can_be_ended(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder)
+
+    async def talks():
+        panel, told = run.panel(), []
+        run.start(1)
+        await run
+        panel.observe(lambda change: told.append(change.new), "talk")
+        heard(panel, {"do": "chat", "text": "say red"}, {"do": "chat", "text": "too early"})
+        await asyncio.sleep(0)
+        assert [turn["done"] for turn in panel.talk] == [True, False]
+        heard(panel, {"do": "enough"})
+        await asyncio.sleep(0.05)
+        await run
+        (asked, answer) = panel.talk
+        assert (asked["content"], answer["role"], answer["done"]) == ("say red", "assistant", True)
+        assert len(answer["content"]) < 100
+        await done(run, panel, {"do": "keep last"})
+        assert run.config.sample_prompts in (["say red"], ("say red",))
+        heard(panel, {"do": "new chat"})
+        await asyncio.sleep(0.01)
+        assert panel.talk == []
+
+    asyncio.run(talks())
+
+
+# Pages without a kernel
+
+
+def test_a_page_without_a_kernel_shows_the_last_state_as_picture_and_table(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder)
+    run.run(until=4)
+    panel = run.panel()
+    data, _ = panel._repr_mimebundle_()
+    html = data["text/html"]
+    assert html == still_html(run, panel._device)
+    assert "<svg" in html
+    assert f"{run.name}: paused after update 4, when this was saved" in html
+    assert "%finetune resume" in html
+    assert "<script" not in html
+    assert "running" not in html
+    assert data["text/plain"] == run.status()
+
+
+def test_the_script_comes_with_the_package_and_needs_nothing_else():
+    script = str(Panel._esm)
+    assert re.findall(r"https?://[\w./]+", script) == ["http://www.w3.org/2000/svg", "http://www.w3.org/1999/xhtml"]
+    assert not re.search(r"^import\b|\bimport\(|\bfetch\(|innerHTML|insertAdjacentHTML|outerHTML", script, re.MULTILINE)
+    assert "url(" not in str(Panel._css)
+    assert "@import" not in str(Panel._css)
+
+
+def test_signs_of_life_come_from_a_thread_and_keep_nobody(monkeypatch):
+    monkeypatch.setattr(heartbeat, "SECONDS_BETWEEN_BEATS", 0.01)
+
+    class Page:
+        def __init__(self, fails=False):
+            self.beats, self.fails = 0, fails
+
+        def send(self, content, buffers=None):
+            assert content["kind"] == "beat"
+            if self.fails:
+                raise OSError("the page is gone")
+            self.beats += 1
+
+    page, broken = Page(), Page(fails=True)
+    heartbeat.beat_for(broken)
+    heartbeat.beat_for(page)
+    until = time.monotonic() + 20
+    while page.beats < 3 and time.monotonic() < until:  # while this thread computes
+        sum(range(1000))
+    assert page.beats >= 3
+    heartbeat.no_beats_for(page)
+    time.sleep(0.1)
+    silent = page.beats
+    time.sleep(0.1)
+    assert page.beats == silent
+    other = Page()
+    heartbeat.beat_for(other)
+    gone = weakref.ref(other)
+    del other
+    time.sleep(0.1)
+    gc.collect()
+    assert gone() is None
