@@ -233,6 +233,10 @@ function render({ model, el }) {
       [said, page.pending] = [count, false];
       page.say(text, bad);
     }
+    if (name === "talk" && page.pending && model.get("talk").at(-1)?.content) {
+      page.pending = false;
+      page.say("");
+    }
     if (name === "life") {
       root.classList.toggle("mlx-nb-live", !store.gone);
       if (store.gone) {

@@ -31,7 +31,7 @@ function rowsPage(page) {
   const pages = h("div", { class: "mlx-nb-line" }, back, h("span", { class: "mlx-nb-pages" }), on);
   const tokensBack = h("button", { type: "button", class: "mlx-nb-small", onclick: () => { tokenPage -= 1; draw(); } }, "◀ Tokens before");
   const tokensOn = h("button", { type: "button", class: "mlx-nb-small", onclick: () => { tokenPage += 1; draw(); } }, "Tokens after ▶");
-  const tokensLine = h("div", { class: "mlx-nb-line" }, tokensBack, tokensOn);
+  const tokensLine = h("div", { class: "mlx-nb-line", style: "display: none" }, tokensBack, tokensOn);
   const shown = h("div", { class: "mlx-nb-row" }), visits = h("div", { class: "mlx-nb-note" });
   const look = h("div", { class: "mlx-nb-line" }, color, cells);
   const el = h("div", {}, h("div", { class: "mlx-nb-line" }, which, split, latest), note,
