@@ -17,7 +17,7 @@ from mlx_nb.errors import CheckpointError, CommandError, ConfigError
 from mlx_nb.events import AdapterSaved, Event, RunFailed, RunFinished, RunPaused, SettingChanged, StepCompleted
 from mlx_nb.files.history_file import HistoryFile, history_files, is_history
 from mlx_nb.history import History
-from mlx_nb.run.resume import history_of, live_change_lines, refuse_unusable
+from mlx_nb.run.resume_checks import history_of, live_change_lines, refuse_unusable
 from mlx_nb.view.metric_text import headline
 
 if TYPE_CHECKING:

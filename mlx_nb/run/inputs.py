@@ -26,7 +26,7 @@ from mlx_nb.events import Progress, Question
 from mlx_nb.process.interruptible import Interruptible
 from mlx_nb.process.own_code import code_digest, is_own
 from mlx_nb.process.pieces import finished
-from mlx_nb.run.resume import fingerprints
+from mlx_nb.run.resume_checks import fingerprints
 from mlx_nb.view.rows.display import ShownRow
 
 if TYPE_CHECKING:

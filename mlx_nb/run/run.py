@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import os
 import sys
-import threading
-import traceback
-import weakref
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -58,7 +53,6 @@ from mlx_nb.events import (
     RunFinished,
     RunPaused,
     RunRequest,
-    RunStarted,
     RunState,
     SampleGenerated,
     Skip,
@@ -68,15 +62,18 @@ from mlx_nb.events import (
 )
 from mlx_nb.files.folder_lock import is_locked
 from mlx_nb.files.places import check_name, folder_of, refuse_among_files, same_folder, working_folder
-from mlx_nb.files.run_folder import RunFolder, holder_here
-from mlx_nb.files.written_files import CHECKPOINTS, EXPORT, REPORT_FILE, RUN
+from mlx_nb.files.run_folder import RunFolder
+from mlx_nb.files.written_files import CHECKPOINTS, EXPORT, RUN
 from mlx_nb.history import History
 from mlx_nb.process import exits
 from mlx_nb.process.turns import Turns, one_at_a_time
+from mlx_nb.run.asking import check_asking
 from mlx_nb.run.background import Background
-from mlx_nb.run.checkpoints import Checkpoints, differences, for_other_settings, refuse_own_folder
-from mlx_nb.run.inputs import SPLITS, Rows, RunInputs
-from mlx_nb.run.resume import (
+from mlx_nb.run.checkpoints import Checkpoints, differences, refuse_own_folder
+from mlx_nb.run.inputs import Rows, RunInputs
+from mlx_nb.run.own_calls import OWN_FUNCTION, OwnCalls
+from mlx_nb.run.resume import ask_again, home_to_resume
+from mlx_nb.run.resume_checks import (
     allowed_changes,
     changes_since,
     defaults_taken,
@@ -102,13 +99,8 @@ if TYPE_CHECKING:
     from mlx_nb.view.rows.browser import RowBrowser
 
 
-# Whom a run may be calling.
-_LISTENER, _OWN_FUNCTION = "a listener", "a reward, a loss or another function of your own"
 WAY_ON = "`%finetune run 20` or `run.set(iters=...)` goes on."
 _REQUESTS = "These can: " + ", ".join(kind.__name__ for kind in get_args(TrainerRequest) + get_args(RunRequest)) + "."
-_FORK_KEEPS_GROUPS = ("model", "rows", "adapter")
-# Its seed is the order of the rows: with another one the rest of the epoch would repeat some and never see others.
-_FORK_KEEPS = ("method", "reference_model", "reference_adapter", "reference_free", "seed")
 
 
 class Run:
@@ -148,19 +140,17 @@ class Run:
         self._resumed = False
         self._checkpoints = Checkpoints()
         self._home: RunFolder | None = None
-        self._forks = 0
+        self.forks = 0  # how many were named after it
         self._blocked = False
         self._failed = False
         self._error: BaseException | None = None
         self.background = Background(self)
         self._inbox = Inbox()
         self.turns = Turns()
-        self._called: dict[int, str] = {}  # what of a person's own each thread may be calling, by its number
         self._trainer: Trainer | None = None
         self._panel: weakref.ref[Panel] | None = None
         self._browsers: list[RowBrowser] = []  # which live as long as the run, shown or not
-        self._listeners: list[Callable[[Event], None]] = []
-        self._reported: list[Callable[..., object]] = []  # listeners that raised
+        self._own = OwnCalls(name)
         exits.join(self)
 
     @classmethod
@@ -240,7 +230,7 @@ class Run:
             return
         with self._folder_taken():
             for progress in self._loading():
-                self._tell(progress)
+                self._own.tell(progress)
                 yield progress
                 if Pause in self._inbox:
                     self.home.release()
@@ -399,32 +389,9 @@ class Run:
     @contextmanager
     def _turn(self, what: str) -> Iterator[None]:
         """No other thread computes with the model while inside. Raises CommandError from inside of the run itself."""
-        self._refuse_inside(what)
+        self._own.refuse_inside(what)
         with self.turns.turn():
             yield
-
-    @contextmanager
-    def _calling(self, whom: str) -> Iterator[None]:
-        """While inside, this thread is calling what a person wrote."""
-        me = threading.get_ident()
-        before = self._called.get(me)
-        self._called[me] = whom
-        try:
-            yield
-        finally:
-            if before is None:
-                self._called.pop(me, None)
-            else:
-                self._called[me] = before
-
-    def _refuse_inside(self, what: str) -> None:
-        """Raise CommandError where this thread is calling a function of the person's, which calls the run again."""
-        whom = self._called.get(threading.get_ident())
-        if whom is not None:
-            raise CommandError(
-                f"{self.name} cannot {what} from inside of {whom}. Look at it there (history, status, plot), or ask "
-                f"for the next boundary: {self.name}.request(Pause()), Stop(), Save(), Evaluate()."
-            )
 
     @property
     def failure(self) -> str:
@@ -467,42 +434,9 @@ class Run:
 
         Raises CommandError, also for a file that is no earlier report of this run: it is not written over.
         """
-        from mlx_nb.files.report_file import ReportPath, report_path, write_report
-        from mlx_nb.view.reports.run import report_html
+        from mlx_nb.run import displays
 
-        own = self.folder / REPORT_FILE
-        path = own if path is None else report_path(path, self.name, self.folder)
-        page = report_html(
-            self.history,
-            title=f"{self.name}: {self.state} after update {self.step_count}",
-            name=self.name,
-            settings=self._settings_in_words(),
-            metrics=method_named(self.config.method).metrics,
-            worst_rows=[(row, loss, self._excerpt(row)) for row, loss in list(self.row_losses().items())[:10]],
-        )
-        if path.name == own.name and same_folder(path.parent, own.parent):
-            try:
-                with self.home.writing():
-                    self.home.write(own, lambda file: file.write(page.encode()))
-            except OSError as error:
-                raise CommandError(f"{path} cannot be written: {error.strerror or error}. Name another file.") from None
-            return ReportPath(path)
-        return ReportPath(write_report(path, page, self.name))
-
-    def _settings_in_words(self) -> dict[str, Any]:
-        """The settings, and of rows in memory how many there are."""
-        settings = self.config.described()
-        if "data" not in settings:
-            settings["data"] = f"{len(self.splits.train):,} training rows in memory"
-        return settings
-
-    def _excerpt(self, row: int) -> str:
-        """The first words of a training row, as long as it can be read."""
-        try:
-            conversation = self.rows("train").examples.view(row).conversation
-        except MlxNbError:
-            return ""
-        return "" if conversation is None else conversation.text[:200]
+        return displays.report(self, path)
 
     def completions(self, step: int | None = None, *, ratios: bool = False) -> CompletionsDisplay:
         """The completions of the last rollout, or of the last until update `step`, as a table that displays itself.
@@ -510,16 +444,20 @@ class Run:
         With `ratios` their tokens are colored by log(policy now / policy that sampled), which only those of the last
         rollout have. Raises CommandError when there are none.
         """
-        from mlx_nb.view.reports.completions import CompletionsDisplay
+        from mlx_nb.run import displays
 
-        if not method_named(self.config.method).kind.sampled:
-            raise CommandError(f"`method: {self.config.method}` learns from rows: {self.name} samples no completions.")
-        rollouts = self.history.last_rollouts(self.history.rollout_count)
-        found = [rollout for rollout in rollouts if step is None or rollout.step <= step]
-        if not found:
-            when = "yet. `%finetune step` does" if step is None else f"until update {step}"
-            raise CommandError(f"{self.name} has sampled no completions {when}.")
-        return CompletionsDisplay(found[-1], self.tokenizer, self.log_ratios() if ratios else ())
+        return displays.completions(self, step, ratios)
+
+    def browse(self, split: str = "train") -> Any:
+        """Leaf through the rows with widgets: previous, next, jump, filters, colors. Returns a RowBrowser.
+
+        That does not keep the run; once the run is gone the rows are still there, without losses.
+        """
+        from mlx_nb.run import displays
+
+        browser = displays.browser(self, split)
+        self._browsers.append(browser)
+        return browser
 
     @one_at_a_time
     def log_ratios(self) -> list[tuple[int, Any, Any]]:
@@ -531,16 +469,6 @@ class Run:
         if not ratios:
             raise CommandError(f"{self.name} has no completions at hand to compare the policy on. Do an update first.")
         return ratios
-
-    def status(self) -> str:
-        """The run in a few lines of text."""
-        from mlx_nb.view.event_text import summary_text
-
-        if self._trainer is None and self._error is not None and self.state == RunState.FAILED:
-            return f"{self.name}: failed before its first update. {type(self._error).__name__}: {self._error}"
-        if self._trainer is None:
-            return f"{self.name}: built, no update done yet. `%finetune step` or `%finetune run` starts it."
-        return summary_text(self.history, f"{self.name}: {self.state}")
 
     def panel(self) -> Panel:
         """The controls, curves, rows, samples, settings, checkpoints and log of this run, live, in this cell.
@@ -557,31 +485,21 @@ class Run:
             self._panel = weakref.ref(panel)
         return panel
 
-    def browse(self, split: str = "train") -> Any:
-        """Leaf through the rows with widgets: previous, next, jump, filters, colors. Returns a RowBrowser.
-
-        That does not keep the run; once the run is gone the rows are still there, without losses.
-        """
-        from mlx_nb.view.rows.browser import RowBrowser
-
-        there = [name for name in SPLITS if getattr(self.splits, name) is not None]
-        if split not in there:
-            self.rows(split)
-        ordered = sorted(there, key=lambda name: name != split)
-        browser = RowBrowser(
-            {name: self.rows(name).examples for name in ordered},
-            self.tokenizer,
-            losses=_weakly(self.row_losses),
-            token_loss=_weakly(self.token_losses),
-            visits=_weakly(self._visits_text),
-        )
-        self._browsers.append(browser)
-        return browser
-
-    def _visits_text(self, split: str, row: int) -> str:
+    def visits_text(self, split: str, row: int) -> str:
+        """When a row was trained on or measured, and its loss each time, in words."""
         from mlx_nb.view.event_text import visits_text
 
         return visits_text(self.history.row_losses(split).get(row, []))
+
+    def status(self) -> str:
+        """The run in a few lines of text."""
+        from mlx_nb.view.event_text import summary_text
+
+        if self._trainer is None and self._error is not None and self.state == RunState.FAILED:
+            return f"{self.name}: failed before its first update. {type(self._error).__name__}: {self._error}"
+        if self._trainer is None:
+            return f"{self.name}: built, no update done yet. `%finetune step` or `%finetune run` starts it."
+        return summary_text(self.history, f"{self.name}: {self.state}")
 
     # Moving
 
@@ -591,7 +509,7 @@ class Run:
         While it computes, a first SIGINT asks for a pause at the next step boundary, and a second one drops the
         update in hand as if it had never begun. Raises CommandError while the run moves in the background.
         """
-        self._refuse_inside("train")
+        self._own.refuse_inside("train")
         self._refuse_running("train here")
         yield from self.moves(updates)
 
@@ -602,7 +520,7 @@ class Run:
         events = self._events(updates)
         with exits.moving(self), device_limits():
             while True:
-                with self.interrupts(), self.turns.turn(), exits.computing(self), self._calling(_OWN_FUNCTION):
+                with self.interrupts(), self.turns.turn(), exits.computing(self), self._own.calling(OWN_FUNCTION):
                     event = next(events, None)
                 if event is None:
                     break
@@ -626,7 +544,7 @@ class Run:
         if self._trainer is None:
             (asked, *_) = self._inbox.drop(Pause)
             paused = RunPaused(0, asked.reason)
-            self._tell(paused)
+            self._own.tell(paused)
             yield paused
             return
         trainer = self.trainer
@@ -650,7 +568,7 @@ class Run:
         yield from self._answer_requests()
         for event in trainer.events(updates):
             if isinstance(event, Progress | RequestRefused):
-                self._tell(event)
+                self._own.tell(event)
                 yield event
                 continue
             self._failed = isinstance(event, RunFailed)
@@ -697,7 +615,7 @@ class Run:
                     try:
                         yield self._rewind(to)
                     except MlxNbError as error:
-                        self._tell(RequestRefused(self.step_count, str(error)))
+                        self._own.tell(RequestRefused(self.step_count, str(error)))
                 case _:
                     assert_never(request)
 
@@ -705,22 +623,13 @@ class Run:
         text = ""
         try:
             for tokens, text in enumerate(self.inputs.stream(question)):
-                if self._give_text(question, text, False):
+                if self._own.give_text(question, text, False):
                     break
                 yield Progress(self.step_count, "answer", tokens, question.max_tokens)
         except DataError as error:
             text = f"not asked: {error}"
-            self._tell(RequestRefused(self.step_count, text))
-        self._give_text(question, text, True)
-
-    def _give_text(self, question: Question, text: str, complete: bool) -> bool:
-        """Hand out an answer; returns whether that is enough. What takes it may fail: training does not notice."""
-        with self._calling(_LISTENER):
-            try:
-                return bool(question.on_text(text, complete))
-            except Exception as error:
-                self._report_listener(question.on_text, error)
-        return False
+            self._own.tell(RequestRefused(self.step_count, text))
+        self._own.give_text(question, text, True)
 
     def ask(self, question: Question) -> None:
         """Have a question answered at the next step boundary, token by token, by the model as it is there."""
@@ -734,18 +643,18 @@ class Run:
         The last steps are in memory, older ones on disk if they were saved. Settings stay as they are now; the
         history keeps the branch that is left. Raises CommandError when there is no such step.
         """
-        self._refuse_inside("rewind")
+        self._own.refuse_inside("rewind")
         self._refuse_running("rewind")
         return self._rewind(to if to is not None else self.step_count - (1 if updates is None else updates))
 
-    def _place_of(self, target: int) -> Checkpoint:
+    def place_of(self, target: int) -> Checkpoint:
         """The state to go back to. Raises CommandError where there is none."""
         if not 0 <= target < self.step_count:
             raise CommandError(f"{self.name} is at update {self.step_count} and cannot go back to {target}.")
         return self._checkpoints.find(target, self._store(), self.history, self.step_count)
 
     def _rewind(self, target: int) -> Rewound:
-        checkpoint = self._place_of(target)
+        checkpoint = self.place_of(target)
         rewound = Rewound(target, self.step_count, checkpoint.state["standing"])
         self.trainer.restore(checkpoint)
         self._checkpoints.forget_after(target)
@@ -776,45 +685,9 @@ class Run:
         It shares the base's memory and the rows with this one, and neither touches the other. Model, rows and
         adapter cannot change. Raises ConfigError for those, CommandError when the name is this run's own.
         """
-        kept = [
-            name
-            for name in changes
-            if name in _FORK_KEEPS or (name in SETTINGS and SETTINGS[name].metadata["group"] in _FORK_KEEPS_GROUPS)
-        ]
-        problems = [f"a fork keeps its `{name}`. Start a new run with %%finetune to change it." for name in kept]
-        problems += [str(error) for error in unknown_settings(changes)]
-        if problems:
-            raise ConfigError("\n".join(problems))
-        if name == self.name:
-            raise CommandError(f"a fork of {name} needs another name.")
-        given = [length for length in LENGTHS if changes.get(length) is not None]
-        standard = {"adapter_path": None, **(dict.fromkeys(LENGTHS) if given else {})}
-        config = self.config.replace(**{**standard, **changes})
-        name = name or self._fork_name(config)
-        other = Run(config, name=name, _from_checkpoint=True)
-        if os.path.realpath(other.folder) == os.path.realpath(self.folder):
-            raise CommandError(f"a fork of {self.name} needs another folder than {self.folder}.")
-        other.inputs = self.inputs.twin(other.config)
-        other.trainer.restore(for_other_settings(self.trainer.snapshot(), self.config, other.config))
-        if not changes.keys().isdisjoint(LENGTHS):
-            other.trainer.refuse_shorter_than_done(other.config)
-        other.trainer.go_on()
-        other.trainer.end_again()
-        # Its own length and folder are other ones.
-        own = (event for event in self.history.events if not isinstance(event, RunFinished))
-        iters = other.trainer.iters
-        other.history = History(
-            dataclasses.replace(one, name=name, iters=iters) if isinstance(one, RunStarted) else one for one in own
-        )
-        return other
+        from mlx_nb.run.fork import forked
 
-    def _fork_name(self, config: RunConfig) -> str:
-        """A name that no earlier fork of this run has, and whose folder no run holds that lives."""
-        while True:
-            self._forks += 1
-            name = f"{self.name}-fork" if self._forks == 1 else f"{self.name}-fork-{self._forks}"
-            if config.adapter_path or not is_locked(folder_of(f"adapters/{name}", config.working_folder)):
-                return name
+        return forked(self, name, changes)
 
     @property
     def stuck(self) -> bool:
@@ -880,7 +753,7 @@ class Run:
         """Write everything that the run's next update depends on. Returns the folder. Raises CheckpointError."""
         trainer = self.trainer
         folder = self._checkpoints.save(trainer, self.history, self._checked_store(), kind, **self._about())
-        self._tell(CheckpointSaved(self.step_count, str(folder), kind))
+        self._own.tell(CheckpointSaved(self.step_count, str(folder), kind))
         return folder
 
     def _checked_store(self) -> CheckpointStore:
@@ -961,7 +834,7 @@ class Run:
             raise CheckpointError(f"a run is resumed from its folder, such as 'adapters/run', not {shown(path)}.")
         allow_changed = allowed_changes(allow_changed)
         folder = folder_of(str(path), working_folder())
-        home = cls._home_to_resume(folder)
+        home = home_to_resume(folder)
         try:
             checkpoint, messages = CheckpointStore(folder / CHECKPOINTS).load(step, refuse_unusable)
             settings = settings_to_resume(checkpoint, folder, config, data)
@@ -986,37 +859,8 @@ class Run:
             *(f"changed since the checkpoint: {what}" for what in changed),
         )
         run._find_best()
-        run.trainer.notes += tuple(run._ask_again(requests_of(checkpoint)))
+        run.trainer.notes += tuple(ask_again(run, requests_of(checkpoint)))
         return run
-
-    def _ask_again(self, requests: Sequence[Request]) -> Iterator[str]:
-        """Take up what had been asked before a resume. What is not possible any more is said, a line for each."""
-        for request in requests:
-            try:
-                if isinstance(request, ChangeSetting):
-                    self.set(**{request.name: request.value})
-                elif isinstance(request, Rewind):
-                    self._place_of(request.to)
-                    self.request(request)
-                else:
-                    self.request(request)
-            except MlxNbError as error:
-                yield f"what had been asked and was not done yet is lost, {_in_words(request)}: {error}"
-
-    @staticmethod
-    def _home_to_resume(folder: Path) -> RunFolder:
-        """The folder of a run that is to be resumed, before anything in it is read.
-
-        A run of this process that holds it and is not saved is saved, and writes there no more.
-        """
-        before = holder_here(folder)
-        if before is not None and not before.at_rest():
-            before.let_go(f"{folder} was taken over by the same run, resumed in this process")
-        home = RunFolder(folder, folder.name)
-        if (folder / CHECKPOINTS).is_dir():
-            home.share()
-            home.adopt()
-        return home
 
     def step(self, n: int = 1) -> StepCompleted:
         """Exactly `n` optimizer updates (fewer at the end of the run), then control is back. Returns the last one.
@@ -1024,7 +868,7 @@ class Run:
         An interrupt pauses, and outside a notebook is raised as KeyboardInterrupt once the pause is saved.
         Raises TrainingError when an update was not kept, CommandError when the run is already over.
         """
-        self._refuse_inside("do a step")
+        self._own.refuse_inside("do a step")
         self._refuse_running("step")
         if not isinstance(n, int) or n < 1:
             raise CommandError(f"cannot do {n!r} updates. Give a whole number of 1 or more.")
@@ -1054,7 +898,7 @@ class Run:
         An interrupt pauses, and outside a notebook is raised as KeyboardInterrupt once the pause is saved, so that
         a loop over runs ends there too.
         """
-        self._refuse_inside("run")
+        self._own.refuse_inside("run")
         self._refuse_running("run")
         if until is not None:
             self._lengthen(until)
@@ -1102,16 +946,16 @@ class Run:
         `await run` waits for it; `request(Pause())`, the panel or an interrupt pauses it. What stops it with an error
         is told to the listeners. Raises CommandError where no event loop is running.
         """
-        self._refuse_inside("start")
+        self._own.refuse_inside("start")
         self.background.start(updates, ended=self._background_ended)
-        self._tell(StateChanged(self.step_count, self.state))
+        self._own.tell(StateChanged(self.step_count, self.state))
 
     def _background_ended(self, error: BaseException | None) -> None:
         self._error = error
         if error is not None:
             self._failed = True
-            self._tell(RunFailed(self.step_count, "error", f"{type(error).__name__}: {error}"))
-        self._tell(StateChanged(self.step_count, self.state))
+            self._own.tell(RunFailed(self.step_count, "error", f"{type(error).__name__}: {error}"))
+        self._own.tell(StateChanged(self.step_count, self.state))
 
     def __await__(self) -> Generator[Any, None, Run]:
         """Wait until the run stops moving, without cancelling it. Raises TrainingError when it failed."""
@@ -1177,7 +1021,7 @@ class Run:
     @one_at_a_time
     def evaluate(self, split: str = "valid", *, all_rows: bool = False) -> EvaluationCompleted:
         """Loss and the method's metrics on a fixed set of rows of `split`, or on all of them, now."""
-        self._refuse_inside("evaluate")
+        self._own.refuse_inside("evaluate")
         trainer = self.trainer
         if split == "test" and not self.config.test and not trainer.examples.test:
             trainer.examples = dataclasses.replace(trainer.examples, test=self.inputs.tokenize("test"))
@@ -1208,7 +1052,7 @@ class Run:
         from mlx_nb.rollouts.generation import generate_texts
 
         self._refuse_base(base)
-        _check_asking(prompt, max_tokens, temperature)
+        check_asking(prompt, max_tokens, temperature)
         several = not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], Mapping))
         prompts = list(prompt) if several else [prompt]
         advice = "Fewer prompts at once, or a lower max_tokens, need less."
@@ -1295,37 +1139,15 @@ class Run:
         It may look (history, status, plot, rows), `set` live settings, `save`, and `request` what is to be done at the
         next boundary. What moves or asks the model there and then is refused: the run is in the middle of something.
         """
-        self._listeners.append(listener)
+        self._own.listen(listener)
 
     def unlisten(self, listener: Callable[[Event], None]) -> None:
         """Call it no more."""
-        for listeners in (self._listeners, self._reported):
-            if listener in listeners:
-                listeners.remove(listener)
+        self._own.unlisten(listener)
 
     def _record(self, event: Event) -> None:
         self.history.append(event)
-        self._tell(event)
-
-    def _tell(self, event: Event) -> None:
-        for listener in list(self._listeners):
-            try:
-                with self._calling(_LISTENER):
-                    listener(event)
-            except Exception as error:
-                self._report_listener(listener, error)
-
-    def _report_listener(self, listener: Callable[..., object], error: Exception) -> None:
-        if listener in self._reported:
-            return
-        self._reported.append(listener)
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        print(
-            f"{self.name}: the listener {getattr(listener, '__qualname__', repr(listener))} raised "
-            f"{type(error).__name__}: {error} (line {where.lineno} of {where.name}). Training goes on, and it is "
-            "called again at the next event; this is said once.",
-            file=sys.stderr,
-        )
+        self._own.tell(event)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         """A card: what the run is and where it stands."""
@@ -1357,46 +1179,6 @@ def _check_template_file(config: RunConfig) -> None:
         return
     if (problem := file_problem(value, config.working_folder or working_folder())) is not None:
         raise ConfigError(problem)
-
-
-def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of a run that does not keep it. Raises CommandError when that is gone."""
-    there, name = weakref.WeakMethod(method), method.__self__.name  # type: ignore[attr-defined]
-
-    def call(*arguments: Any, **options: Any) -> Any:
-        found = there()
-        if found is None:
-            raise CommandError(f"{name} is gone: nobody refers to it any more, so there are no losses to show.")
-        return found(*arguments, **options)
-
-    return call
-
-
-def _in_words(request: Request) -> str:
-    match request:
-        case ChangeSetting(name, value):
-            return f"{name}={value}"
-        case Rewind(to):
-            return f"to go back to update {to}"
-        case _:
-            return type(request).__name__.lower()
-
-
-def _check_asking(prompt: Any, max_tokens: Any, temperature: Any) -> None:
-    """Raise CommandError for what nothing can be asked with."""
-    if isinstance(prompt, Mapping):
-        raise CommandError(f"cannot ask {shown(prompt)}, which is no list of messages. Write `[...]` around a message.")
-    prompts = [prompt] if isinstance(prompt, str) or not isinstance(prompt, Sequence) else list(prompt)
-    for one in prompts:
-        if not isinstance(one, str | Mapping) and not (isinstance(one, Sequence) and not isinstance(one, bytes)):
-            raise CommandError(f"cannot ask {one!r}. A prompt is a text, or a list of messages with role and content.")
-        if isinstance(one, str) and any("\ud800" <= character <= "\udfff" for character in one):
-            raise CommandError("the prompt has half a surrogate pair, which is no valid text. Remove it.")
-    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int):
-        raise CommandError(f"max_tokens must be a whole number of 1 or more, not {max_tokens!r}.")
-    number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
-    if not number or not 0 <= temperature < math.inf:
-        raise CommandError(f"temperature must be a number of at least 0, not {temperature!r}.")
 
 
 def raise_failure(event: Event | None) -> None:

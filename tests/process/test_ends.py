@@ -19,7 +19,7 @@ from killed import read_line
 from lives import KINDS, NAP_SECONDS, namespace_of, register_napping, settings_of
 from mlx_nb import Run
 from mlx_nb.config.methods import METHODS
-from mlx_nb.run.resume import history_of
+from mlx_nb.run.resume_checks import history_of
 from mlx_nb.train.checkpoint import CheckpointStore
 from places import SUPPORT
 

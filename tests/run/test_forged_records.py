@@ -15,7 +15,7 @@ from mlx_nb import Run, RunConfig
 from mlx_nb.config.run_config import SETTINGS
 from mlx_nb.errors import CheckpointError, MlxNbError
 from mlx_nb.files.typed_json import WrongJson, read_as
-from mlx_nb.run.resume import refuse_unusable
+from mlx_nb.run.resume_checks import refuse_unusable
 from mlx_nb.train.checkpoint import Checkpoint, CheckpointStore
 from mlx_nb.train.record import RunRecord, WorkingFolder
 from odd_values import nested

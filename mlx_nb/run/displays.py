@@ -1,0 +1,105 @@
+"""What a run shows besides its curves and its panel: report, completions, rows to leaf through, a few lines of text."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_nb.config.methods import method_named
+from mlx_nb.errors import CommandError, MlxNbError
+from mlx_nb.files.places import same_folder
+from mlx_nb.files.written_files import REPORT_FILE
+from mlx_nb.run.inputs import SPLITS
+
+if TYPE_CHECKING:
+    from mlx_nb.run.run import Run
+    from mlx_nb.view.reports.completions import CompletionsDisplay
+    from mlx_nb.view.rows.browser import RowBrowser
+
+
+def report(run: Run, path: str | Path | None) -> Path:
+    """Write the page of a run to `path`, null = its own folder. Returns where it is. Raises CommandError."""
+    from mlx_nb.files.report_file import ReportPath, report_path, write_report
+    from mlx_nb.view.reports.run import report_html
+
+    own = run.folder / REPORT_FILE
+    path = own if path is None else report_path(path, run.name, run.folder)
+    page = report_html(
+        run.history,
+        title=f"{run.name}: {run.state} after update {run.step_count}",
+        name=run.name,
+        settings=_settings_in_words(run),
+        metrics=method_named(run.config.method).metrics,
+        worst_rows=[(row, loss, _excerpt(run, row)) for row, loss in list(run.row_losses().items())[:10]],
+    )
+    if path.name == own.name and same_folder(path.parent, own.parent):
+        try:
+            with run.home.writing():
+                run.home.write(own, lambda file: file.write(page.encode()))
+        except OSError as error:
+            raise CommandError(f"{path} cannot be written: {error.strerror or error}. Name another file.") from None
+        return ReportPath(path)
+    return ReportPath(write_report(path, page, run.name))
+
+
+def _settings_in_words(run: Run) -> dict[str, Any]:
+    """The settings, and of rows in memory how many there are."""
+    settings = run.config.described()
+    if "data" not in settings:
+        settings["data"] = f"{len(run.splits.train):,} training rows in memory"
+    return settings
+
+
+def _excerpt(run: Run, row: int) -> str:
+    """The first words of a training row, as long as it can be read."""
+    try:
+        conversation = run.rows("train").examples.view(row).conversation
+    except MlxNbError:
+        return ""
+    return "" if conversation is None else conversation.text[:200]
+
+
+def completions(run: Run, step: int | None, ratios: bool) -> CompletionsDisplay:
+    """Those of the last rollout until update `step`, null = of all. Raises CommandError when there are none."""
+    from mlx_nb.view.reports.completions import CompletionsDisplay
+
+    if not method_named(run.config.method).kind.sampled:
+        raise CommandError(f"`method: {run.config.method}` learns from rows: {run.name} samples no completions.")
+    rollouts = run.history.last_rollouts(run.history.rollout_count)
+    found = [rollout for rollout in rollouts if step is None or rollout.step <= step]
+    if not found:
+        when = "yet. `%finetune step` does" if step is None else f"until update {step}"
+        raise CommandError(f"{run.name} has sampled no completions {when}.")
+    return CompletionsDisplay(found[-1], run.tokenizer, run.log_ratios() if ratios else ())
+
+
+def browser(run: Run, split: str) -> RowBrowser:
+    """The rows of a run to leaf through, `split` first. It does not keep the run."""
+    from mlx_nb.view.rows.browser import RowBrowser
+
+    there = [name for name in SPLITS if getattr(run.splits, name) is not None]
+    if split not in there:
+        run.rows(split)
+    ordered = sorted(there, key=lambda name: name != split)
+    return RowBrowser(
+        {name: run.rows(name).examples for name in ordered},
+        run.tokenizer,
+        losses=_weakly(run.row_losses),
+        token_loss=_weakly(run.token_losses),
+        visits=_weakly(run.visits_text),
+    )
+
+
+def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a run that does not keep it. Raises CommandError when that is gone."""
+    there, name = weakref.WeakMethod(method), method.__self__.name  # type: ignore[attr-defined]
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        found = there()
+        if found is None:
+            raise CommandError(f"{name} is gone: nobody refers to it any more, so there are no losses to show.")
+        return found(*arguments, **options)
+
+    return call
