@@ -175,7 +175,7 @@ def _execute(path: Path) -> tuple[Any, Path]:
             for line in text.rstrip().splitlines()[:12]:
                 print(f"      {line}", flush=True)
 
-    class Client(NotebookClient):  # type: ignore[misc]
+    class Client(NotebookClient):
         """Says now and then how far the cell is that is being executed."""
 
         said_at = 0.0

@@ -5,21 +5,38 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mlx_nb.config.methods import method_named
+from mlx_nb.data.sources.splits import Splits
 from mlx_nb.errors import CommandError, MlxNbError
 from mlx_nb.files.places import same_folder
+from mlx_nb.files.run_folder import RunFolder
 from mlx_nb.files.written_files import REPORT_FILE
 from mlx_nb.run.inputs import SPLITS
+from mlx_nb.view.panel.run_handle import RunHandle
 
 if TYPE_CHECKING:
-    from mlx_nb.run.run import Run
     from mlx_nb.view.reports.completions import CompletionsDisplay
     from mlx_nb.view.rows.browser import RowBrowser
 
 
-def report(run: Run, path: str | Path | None) -> Path:
+class ShownRun(RunHandle, Protocol):
+    """A run as it is needed here."""
+
+    @property
+    def home(self) -> RunFolder:
+        """Its folder."""
+
+    @property
+    def splits(self) -> Splits:
+        """Its rows as they were read."""
+
+    def visits_text(self, split: str, row: int) -> str:
+        """When a row was trained on, in words."""
+
+
+def report(run: ShownRun, path: str | Path | None) -> Path:
     """Write the page of a run to `path`, null = its own folder. Returns where it is. Raises CommandError."""
     from mlx_nb.files.report_file import ReportPath, report_path, write_report
     from mlx_nb.view.reports.run import report_html
@@ -44,7 +61,7 @@ def report(run: Run, path: str | Path | None) -> Path:
     return ReportPath(write_report(path, page, run.name))
 
 
-def _settings_in_words(run: Run) -> dict[str, Any]:
+def _settings_in_words(run: ShownRun) -> dict[str, Any]:
     """The settings, and of rows in memory how many there are."""
     settings = run.config.described()
     if "data" not in settings:
@@ -52,7 +69,7 @@ def _settings_in_words(run: Run) -> dict[str, Any]:
     return settings
 
 
-def _excerpt(run: Run, row: int) -> str:
+def _excerpt(run: ShownRun, row: int) -> str:
     """The first words of a training row, as long as it can be read."""
     try:
         conversation = run.rows("train").examples.view(row).conversation
@@ -61,7 +78,7 @@ def _excerpt(run: Run, row: int) -> str:
     return "" if conversation is None else conversation.text[:200]
 
 
-def completions(run: Run, step: int | None, ratios: bool) -> CompletionsDisplay:
+def completions(run: ShownRun, step: int | None, ratios: bool) -> CompletionsDisplay:
     """Those of the last rollout until update `step`, null = of all. Raises CommandError when there are none."""
     from mlx_nb.view.reports.completions import CompletionsDisplay
 
@@ -75,7 +92,7 @@ def completions(run: Run, step: int | None, ratios: bool) -> CompletionsDisplay:
     return CompletionsDisplay(found[-1], run.tokenizer, run.log_ratios() if ratios else ())
 
 
-def browser(run: Run, split: str) -> RowBrowser:
+def browser(run: ShownRun, split: str) -> RowBrowser:
     """The rows of a run to leaf through, `split` first. It does not keep the run."""
     from mlx_nb.view.rows.browser import RowBrowser
 

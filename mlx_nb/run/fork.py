@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from mlx_nb.config.run_config import LENGTHS, SETTINGS, RunConfig, unknown_settings
 from mlx_nb.errors import CommandError, ConfigError
@@ -14,19 +15,44 @@ from mlx_nb.files.folder_lock import is_locked
 from mlx_nb.files.places import folder_of
 from mlx_nb.history import History
 from mlx_nb.run.checkpoints import for_other_settings
+from mlx_nb.run.inputs import RunInputs
 
 if TYPE_CHECKING:
-    from mlx_nb.run.run import Run
+    from mlx_nb.train.trainer import Trainer
 
 _KEPT_GROUPS = ("model", "rows", "adapter")
 # Its seed is the order of the rows: with another one the rest of the epoch would repeat some and never see others.
 _KEPT = ("method", "reference_model", "reference_adapter", "reference_free", "seed")
 
 
-def forked(source: Run, name: str | None, changes: Mapping[str, Any]) -> Run:
+class Forkable(Protocol):
+    """A run as it is needed here. `forks` is how many were named after it."""
+
+    name: str
+    config: RunConfig
+    history: History
+    inputs: RunInputs
+    forks: int
+
+    @property
+    def folder(self) -> Path:
+        """Where it saves."""
+
+    @property
+    def trainer(self) -> Trainer:
+        """What it is trained by."""
+
+
+Fork = TypeVar("Fork", bound=Forkable)
+
+
+def forked(
+    source: Forkable, name: str | None, changes: Mapping[str, Any], make: Callable[[RunConfig, str], Fork]
+) -> Fork:
     """The fork of a run that stands at a boundary. It shares the rows and the arrays of the base with it.
 
-    Raises ConfigError for a setting that a fork keeps, CommandError for the name or the folder of the source.
+    `make` makes a run of settings and a name, to be restored from a checkpoint. Raises ConfigError for a setting that a
+    fork keeps, CommandError for the name or the folder of the source.
     """
     kept = [
         name
@@ -43,7 +69,7 @@ def forked(source: Run, name: str | None, changes: Mapping[str, Any]) -> Run:
     standard = {"adapter_path": None, **(dict.fromkeys(LENGTHS) if given else {})}
     config = source.config.replace(**{**standard, **changes})
     name = name or _free_name(source, config)
-    other = type(source)(config, name=name, _from_checkpoint=True)
+    other = make(config, name)
     if os.path.realpath(other.folder) == os.path.realpath(source.folder):
         raise CommandError(f"a fork of {source.name} needs another folder than {source.folder}.")
     other.inputs = source.inputs.twin(other.config)
@@ -61,7 +87,7 @@ def forked(source: Run, name: str | None, changes: Mapping[str, Any]) -> Run:
     return other
 
 
-def _free_name(source: Run, config: RunConfig) -> str:
+def _free_name(source: Forkable, config: RunConfig) -> str:
     """A name that no earlier fork of the source has, and whose folder no run holds that lives."""
     while True:
         source.forks += 1

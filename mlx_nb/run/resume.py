@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mlx_nb.errors import MlxNbError
 from mlx_nb.events import ChangeSetting, Request, Rewind
@@ -12,7 +12,20 @@ from mlx_nb.files.run_folder import RunFolder, holder_here
 from mlx_nb.files.written_files import CHECKPOINTS
 
 if TYPE_CHECKING:
-    from mlx_nb.run.run import Run
+    from mlx_nb.train.checkpoint import Checkpoint
+
+
+class Askable(Protocol):
+    """A run as it is asked."""
+
+    def set(self, **changes: Any) -> None:
+        """Change live settings."""
+
+    def request(self, request: Request) -> None:
+        """Ask for something at the next boundary."""
+
+    def place_of(self, target: int) -> Checkpoint:
+        """The state of an update to go back to. Raises CommandError where there is none."""
 
 
 def home_to_resume(folder: Path) -> RunFolder:
@@ -30,7 +43,7 @@ def home_to_resume(folder: Path) -> RunFolder:
     return home
 
 
-def ask_again(run: Run, requests: Sequence[Request]) -> Iterator[str]:
+def ask_again(run: Askable, requests: Sequence[Request]) -> Iterator[str]:
     """Take up what had been asked before a resume. What is not possible any more is said, a line for each."""
     for request in requests:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import weakref
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -687,7 +688,7 @@ class Run:
         """
         from mlx_nb.run.fork import forked
 
-        return forked(self, name, changes)
+        return forked(self, name, changes, lambda config, name: Run(config, name=name, _from_checkpoint=True))
 
     @property
     def stuck(self) -> bool:
