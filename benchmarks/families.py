@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -121,7 +122,9 @@ def reasons(known: dict[str, dict]) -> str:
         for cell in found["cells"].values():
             if (line := cell.get("refused") or cell.get("failed")) is not None:
                 reason = line.split("mlx-lm: ", 1)[-1].split(". Choose", 1)[0].replace(f"{name}: ", "")
-                who = name if "cannot be trained with" in line or "failed" in cell else f"{name} ({line.split()[5]})"
+                reason = reason.split(" (they differ by", 1)[0]
+                way = re.search("cannot be trained by (.+?) with", line)
+                who = f"{name} ({way[1]})" if way else name
                 if who not in by_reason.setdefault(reason, []):
                     by_reason[reason].append(who)
     return "".join(f"- {reason}: {', '.join(who)}\n" for reason, who in by_reason.items())

@@ -27,7 +27,7 @@ MEMORY_DISK, FREE_BYTES = "/dev/shm", 4 * 1024**3
 if os.access(MEMORY_DISK, os.W_OK) and shutil.disk_usage(MEMORY_DISK).free > FREE_BYTES:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", MEMORY_DISK)
 
-SLOW_MARKERS = ("real_model", "kernel", "browser", "faults")
+SLOW_MARKERS = ("real_model", "kernel", "browser", "faults", "families")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -34,13 +34,20 @@ def load_base_in_pieces(config: RunConfig) -> Generator[Progress, None, LoadedMo
     key = (str(folder.resolve()), tuple(files), config.load_in_bits, template)
     holders = _live.setdefault(key, WeakSet())
     holder = next(iter(holders), None)
-    if holder is not None:
-        loaded = twin(holder)
-    else:
+    loaded = None if holder is None else _twin_where_it_can_be(holder)
+    if loaded is None:
         loaded = yield from load_in_pieces(model, load_in_bits=config.load_in_bits, chat_template=template)
     if config.fine_tune_type != "full":
         holders.add(loaded)
     return loaded
+
+
+def _twin_where_it_can_be(loaded: LoadedModel) -> LoadedModel | None:
+    """None for a family whose modules mlx cannot freeze or unfreeze: that is read again."""
+    try:
+        return twin(loaded)
+    except AttributeError:
+        return None
 
 
 def twin(loaded: LoadedModel) -> LoadedModel:

@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
+from mlx.utils import tree_map, tree_unflatten
 
 from mlx_nb.config.run_config import RunConfig
 from mlx_nb.errors import MlxNbError, ModelError, and_more
@@ -22,6 +22,8 @@ _ROWS, _TOKENS = 2, 8
 # An expert that none of a few tokens is sent to has no gradient either.
 _MORE_DRAWS, _MORE_TOKENS = 4, 32
 _MOST_NAMES = 3
+# What the last part of an adapter tensor's name must be for mlx-lm's loader.
+_READ_BY_MLX_LM = ("lora_a", "lora_b", "m")
 
 
 def training_notes(loaded: LoadedModel, config: RunConfig) -> list[str]:
@@ -37,21 +39,31 @@ def training_notes(loaded: LoadedModel, config: RunConfig) -> list[str]:
             if not named_arrays(model.trainable_parameters()):
                 raise ModelError(f"{family_of(model)} has no module that mlx-lm can adapt. Choose another model.")
             idle = _without_gradient(model)
+            if config.fine_tune_type == "full" and _keeps_weights(model):
+                reason = "in an answer it computes with weights that it kept from before an update"
+                raise _refusal(loaded.model, kind, reason)
     except MlxNbError:
         raise
     except Exception as error:  # whatever a family's own code raises
         if is_out_of_memory(error):
             raise
         raise _refusal(loaded.model, kind, one_line(error).rstrip(".")) from error
-    if not idle:
-        return []
-    count = len(named_arrays(model.trainable_parameters()))
-    if len(idle) == count:
+    names = [name for name, _ in named_arrays(model.trainable_parameters())]
+    if len(idle) == len(names):
         raise _refusal(loaded.model, kind, "nothing that would be trained has a gradient")
-    return [
-        f"{len(idle)} of {count} trained tensors never get a gradient in {family_of(model)}, and stay as they are: "
-        f"{and_more(idle, _MOST_NAMES)}."
-    ]
+    notes = []
+    if idle:
+        notes.append(
+            f"{len(idle)} of {len(names)} trained tensors never get a gradient in {family_of(model)}, and stay as they "
+            f"are: {and_more(idle, _MOST_NAMES)}."
+        )
+    foreign = [name for name in names if name.rsplit(".", 1)[-1] not in _READ_BY_MLX_LM]
+    if foreign and config.fine_tune_type != "full":
+        notes.append(
+            f"mlx_lm.load will not read this adapter: of the adapters of {family_of(model)} it does not know "
+            f"{and_more(foreign, _MOST_NAMES)}. Here it can be trained, resumed and asked."
+        )
+    return notes
 
 
 def _refusal(model: nn.Module, kind: str, reason: str) -> ModelError:
@@ -72,6 +84,25 @@ def _without_gradient(model: nn.Module) -> list[str]:
         now = set(_idle_on(model, moved, _MORE_TOKENS, draw))
         idle = [name for name in idle if name in now]
     return idle
+
+
+def _keeps_weights(model: nn.Module) -> bool:
+    """Whether logits depend on what some vectors (norms, biases) were in an earlier pass in training mode."""
+    tokens = mx.array([random_tokens(model, _TOKENS, 0)])
+    vectors = [(name, array) for name, array in named_arrays(model.trainable_parameters()) if array.ndim == 1]
+
+    def logits(*, training: bool, factor: float) -> mx.array:
+        model.train(training)
+        model.update(tree_unflatten([(name, array * factor) for name, array in vectors]))
+        result: mx.array = model(tokens)
+        mx.eval(result)
+        return result
+
+    expected = logits(training=True, factor=1.0)
+    logits(training=True, factor=2.0)
+    found = logits(training=False, factor=1.0)
+    most = (1e-3, 0.05)[is_half(model)] * mx.abs(expected).max()
+    return bool((mx.abs(found - expected).max() > most).item())
 
 
 def _small_noise(array: mx.array) -> mx.array:

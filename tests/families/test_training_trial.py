@@ -48,9 +48,21 @@ def test_trained_tensors_without_any_gradient_are_named(tmp_path):
     assert note.startswith("12 of 46 trained tensors never get a gradient in deepseek_v32")
     assert "self_attn.indexer.wq_b.lora_a" in note
     assert "\n" not in note
-    [note] = notes_of(small_model("afm7"))
+    note, _ = notes_of(small_model("afm7"))
     assert note.startswith("8 of 48")
     assert notes_of(small_model("qwen3_moe")) == []
+
+
+def test_an_adapter_that_mlx_lm_will_not_read_is_said():
+    _, note = notes_of(small_model("afm7"))
+    assert note.startswith("mlx_lm.load will not read this adapter")
+    assert "qkv_proj.lora_a.0" in note
+
+
+def test_a_family_that_answers_with_weights_of_before_an_update_is_refused():
+    with pytest.raises(ModelError, match=r"kimi_k3 cannot be trained .* kept from before an update"):
+        notes_of(small_model("kimi_k3"), fine_tune_type="full")
+    assert not any("kept" in note for note in notes_of(small_model("mamba2"), fine_tune_type="full"))
 
 
 class Unused(llama.Model):

@@ -49,7 +49,8 @@ def examine(family: str, kind: str, method: str, folder: Path, tokenizer_folder:
         run.save()
         losses += [run.step().loss for _ in range(UPDATES - _AT)]
         straight = _bytes(run)
-        facts["notes"] = [note for note in run.trainer.notes if "gradient" in note or "run whole" in note]
+        said = ("never get a gradient", "run whole", "will not read")
+        facts["notes"] = [note for note in run.trainer.notes if any(words in note for words in said)]
         _assert_read_by_mlx_lm(run, kind)
         if base is not None:
             assert run.generate("say red", max_tokens=4, base=True) == base, "the base was changed"
@@ -142,7 +143,12 @@ def _assert_read_by_mlx_lm(run: Run, kind: str) -> None:
     from mlx_lm.utils import load
 
     run.save()
-    model, _ = load(run.config.model, adapter_path=run.config.adapter_path)
+    try:
+        model, _ = load(run.config.model, adapter_path=run.config.adapter_path)
+    except ValueError:
+        if not any("mlx_lm.load will not read" in note for note in run.trainer.notes):
+            raise
+        return
     if kind == "quantized":
         ours, theirs = (dict(tree_flatten(one.parameters())) for one in (run.model, model))
         assert all(mx.array_equal(theirs[name], ours[name]).item() for name in ours if ".lora_" in name)
