@@ -65,8 +65,8 @@ def panel_of(page, name):
     )
 
 
-def test_tabs_scales_and_clicks_answer_at_once_while_an_update_takes_long(training, lab):
-    page = training
+def assert_clicks_answer_at_once(page, lab):
+    """While an update takes long: tabs, scales, and the acknowledgement of a pause."""
     page.wait_for_selector("text=computing update")
     took = {}
     for name in ("Rows", "Samples", "Chat", "Settings", "Checkpoints", "Log", "Curves"):
@@ -89,11 +89,11 @@ def test_tabs_scales_and_clicks_answer_at_once_while_an_update_takes_long(traini
     cell_answers(page, lab, 5, f"'row': {chosen}")
 
 
-def test_keys_stay_in_the_panel_and_focus_stays_across_refreshes(training, lab):
-    page = training
+def assert_keys_and_focus_stay(page):
+    """No key reaches the notebook, and no refresh takes the focus."""
     cells = page.evaluate("window.jupyterapp.shell.currentWidget.content.widgets.length")
     page.locator(".mlx-nb-tabs").get_by_text("Curves").focus()
-    for key in ("ArrowRight", "d", "d", "a", "b", "x", "Enter"):
+    for key in ("Home", "ArrowRight", "d", "d", "a", "b", "x", "Enter"):
         page.keyboard.press(key)
     assert page.evaluate("document.activeElement.textContent") == "Rows"
     assert page.evaluate("window.jupyterapp.shell.currentWidget.content.widgets.length") == cells
@@ -111,8 +111,8 @@ def test_keys_stay_in_the_panel_and_focus_stays_across_refreshes(training, lab):
     assert "Stop" in page.evaluate("document.activeElement.textContent")
 
 
-def test_a_kernel_that_dies_leaves_the_last_state_and_the_way_on(training, lab):
-    page = training
+def assert_a_dead_kernel_leaves_the_last_state(page, lab):
+    """And the way on; in a page that is opened again too."""
     page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
     page.wait_for_selector("text=✗ kernel gone", timeout=40_000)
     assert "Resume with %finetune resume adapters/bees" in page.locator(".mlx-nb-failure").first.inner_text()
@@ -122,8 +122,18 @@ def test_a_kernel_that_dies_leaves_the_last_state_and_the_way_on(training, lab):
     name = page.evaluate("() => window.jupyterapp.shell.currentWidget.context.path")
     page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
     time.sleep(2)
+    page.close()
     again = lab.reopen(name)
     time.sleep(3)
     assert not again.get_by_text("Error displaying widget").is_visible()
     assert "bees" in again.evaluate(TEXT_OF_CELL, 1)
     again.close()
+
+
+# One page for all of it: a second notebook would be opened beside the first, in the same workspace.
+def test_the_panel_answers_at_once_keeps_keys_and_focus_and_says_when_its_kernel_is_gone(training, lab):
+    assert_clicks_answer_at_once(training, lab)
+    lab.run_cell(training, 4)
+    wait_for_state(training, "running")
+    assert_keys_and_focus_stay(training)
+    assert_a_dead_kernel_leaves_the_last_state(training, lab)
