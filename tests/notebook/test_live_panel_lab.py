@@ -116,6 +116,7 @@ def assert_a_dead_kernel_leaves_the_last_state(page, lab):
     page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
     page.wait_for_selector("text=✗ kernel gone", timeout=40_000)
     assert "Resume with %finetune resume adapters/bees" in page.locator(".mlx-nb-failure").first.inner_text()
+    page.locator(".mlx-nb-tabs").get_by_text("Curves").click()
     assert page.locator("path.mlx-nb-raw").first.is_visible()
     assert page.get_by_text("▶ running").count() == 0
     assert page.get_by_role("button", name="▶ Run").first.is_disabled()
