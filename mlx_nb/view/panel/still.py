@@ -13,7 +13,8 @@ from mlx_nb.view.theme import ORANGE, WRAP, tint
 # JupyterLab keeps an output of a widget whose kernel is gone as an error in words. What lasts stands below it and hides
 # it; and while the panel lives, the panel hides what lasts. The words of the class are those of `page/panel.css`.
 LASTING_STYLE = """<style>
-.jp-OutputArea-child:has(> .jupyter-widgets:not(:has(*))):has(~ .jp-OutputArea-child .mlx-nb-lasting) { display: none }
+.jp-OutputArea-child:has(> .jp-OutputArea-output.jupyter-widgets):has(~ .jp-OutputArea-child .mlx-nb-lasting) {
+  display: none }
 .jp-OutputArea-child:has(.mlx-nb-live) ~ .jp-OutputArea-child:has(.mlx-nb-lasting),
 .jp-OutputArea-child:has(.mlx-nb-live) ~ .jp-OutputArea-child:has(.mlx-nb-lasting)
   + .jp-OutputArea-child:has(img) { display: none }
