@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 import typing
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -70,6 +69,7 @@ from mlx_nb.train.inbox import Inbox
 from mlx_nb.train.optimizer import build_optimizer, learning_rate_at, rate_words, refuse_beyond_memory, stretched_words
 from mlx_nb.train.reference_logprobs import ReferenceLogprobs
 from mlx_nb.train.rollout import NoReward, RolloutFeed
+from mlx_nb.train.schedule import BEGIN, SAVE_BEST, SAVE_LAST, VALIDATE_NOW, Due, Measures, Schedule
 from mlx_nb.train.step import COMPILED_WIDTHS, Stepper, Update
 from mlx_nb.train.tripwires import REMEMBERED_LOSSES, SpikeWatch, advice, length_class, out_of_memory
 
@@ -103,8 +103,6 @@ class TrainerState:
 
 # prompt -> (answer, answer of the base) as they grow, token by token
 Sampler = Callable[[str], Iterator[tuple[str, str | None]]]
-Due = tuple[str, str]
-_VALIDATE, _VALIDATE_NOW, _TEST = ("validate", ""), ("validate", "asked"), ("test", "")
 _NO_VALIDATION = (
     "there are no validation rows to measure. Give some (valid.jsonl, or val_set_size), or `%finetune eval train`."
 )
@@ -182,7 +180,7 @@ class Trainer:
         self.state = TrainerState()
         self.finished: RunFinished | None = None
         self._inbox = inbox if inbox is not None else Inbox()
-        self._due: deque[tuple[str, str]] = deque()
+        self.schedule = Schedule()
         self._peaks = (0, 0)  # of all memory, and of what training itself took
         self.kept_memory = 0  # bytes of earlier updates that are kept to rewind to
         # The adapter of `state.best_step`; None before there is one, and for `full`, where it would be a second model.
@@ -271,7 +269,7 @@ class Trainer:
             self.go_on()
         if not self._started:
             self._started = True
-            self._due.append(("start", ""))
+            self.schedule.add(BEGIN)
         while True:
             paused = yield from self._read_requests()
             if paused:
@@ -279,7 +277,7 @@ class Trainer:
             try:
                 if self.best_is_due:
                     self.put_back_best()
-                if self._due:
+                if self.schedule:
                     event = yield from self._undisturbed(self._do_next())
                 elif self.finished is not None or done == updates:
                     return
@@ -323,7 +321,7 @@ class Trainer:
         """Where the run is over, end it once more: its adapter is written to the folder of this trainer."""
         if self.over:
             self.finished = None
-            self._due += [("save", "last"), ("finish", ITERS_REACHED)]
+            self.schedule.add(SAVE_LAST, ("finish", ITERS_REACHED))
 
     def move_to(self, folder: Path, write: adapters.Write) -> None:
         """What is saved from now on goes to `folder`, by `write`; what is in memory is to be there already."""
@@ -363,17 +361,15 @@ class Trainer:
 
     def _do_next(self) -> Generator[Event, None, Event]:
         """Carry out the first thing of the queue, which leaves it only then, and queue what follows from it."""
-        event, follow_up = yield from self._do(*self._due[0])
-        self._due.popleft()
-        self._due.extendleft(reversed(follow_up))
+        event, follow_up = yield from self._do(*self.schedule.first)
+        self.schedule.done(follow_up)
         return event
 
     def _do(self, what: str, how: str) -> Generator[Event, None, tuple[Event, list[Due]]]:
-        """The queue holds words, so that a checkpoint can keep it."""
+        """Do one thing that was due. Its event, and what follows from it."""
         match what:
             case "start":
-                first = [_VALIDATE] if self.validates else []
-                return self._start(), [*first, *self._samples_due()]
+                return self._start(), self.measures.at_the_start
             case "validate":
                 return (yield from self._validate(scheduled=not how))
             case "sample":
@@ -408,7 +404,7 @@ class Trainer:
             "feed": feed["state"],
             "trainer": dict(vars(self.state)),  # not asdict: what never changes in place is shared, not copied
             "place": list(self.feed.plan.place(self.state.batches)),
-            "due": [list(item) for item in self._due],
+            "due": self.schedule.as_lists(),
             "asked": self._inbox.kept(),
             "started": self._started,
             "finished": self.finished and asdict(self.finished),
@@ -443,7 +439,7 @@ class Trainer:
         finished = checkpoint.state["finished"]
         # The run may have been moved or copied since.
         self.finished = None if finished is None else RunFinished(**{**finished, "path": str(self.folder)})
-        self._due = deque((what, how) for what, how in checkpoint.state["due"])
+        self.schedule.only((what, how) for what, how in checkpoint.state["due"])
         self._started = checkpoint.state["started"]
         if self.config.fine_tune_type != "full":
             self.best = dict(parameters) if self.state.best_step == checkpoint.step else checkpoint.arrays.get("best")
@@ -470,36 +466,24 @@ class Trainer:
         """Whether the run measures validation rows by itself."""
         return bool(self.examples.valid) and self.config.steps_per_eval != -1
 
+    @property
+    def measures(self) -> Measures:
+        """What the run measures by itself."""
+        prompts = self.config.sample_prompts if self._sampler is not None else None
+        return Measures(self.validates, bool(self.config.test and self.examples.test), tuple(prompts or ()))
+
     def _schedule_after_update(self) -> None:
         """Queue what is due at this boundary, so that it is done even if the caller pauses right after the update."""
         step = self.state.step
         if self._memory_limit is not None and mx.get_peak_memory() > MEMORY_WARNING * self._memory_limit:
-            self._due.append(("memory", str(self._memory_limit)))
+            self.schedule.add(("memory", str(self._memory_limit)))
             self._memory_limit = None  # said once
         if step - self.state.learned_step == IDLE_UPDATES:
-            self._due.append(("idle", str(IDLE_UPDATES)))
-        if not self._left():
-            self._due_at_the_end()
-            return
-        every = self.config.steps_per_eval or max(1, self.iters // 5)
-        if self.validates and step % every == 0:
-            self._due.append(_VALIDATE)
-        sampling = self.config.sample_every or every
-        if sampling > 0 and step % sampling == 0:
-            self._due += self._samples_due()
-        if self.config.save_every > 0 and step % self.config.save_every == 0:
-            self._due.append(("save", "step"))
-
-    def _due_at_the_end(self) -> None:
-        """All updates are done: what is due then, but no second validation after the same update."""
-        if self.state.validated_step != self.state.step and _VALIDATE not in self._due:
-            self._due += [_VALIDATE] if self.validates else []
-            self._due += self._samples_due()
-        self._due += self._ending(ITERS_REACHED)
-
-    def _samples_due(self) -> list[Due]:
-        prompts = self.config.sample_prompts if self._sampler is not None else None
-        return [("sample", prompt) for prompt in prompts or ()]
+            self.schedule.add(("idle", str(IDLE_UPDATES)))
+        if self._left():
+            self.schedule.after_update(step, self.iters, self.config, self.measures)
+        else:
+            self.schedule.after_the_last(self.state.validated_step == step, self.measures)
 
     def _sample(self, prompt: str) -> Generator[Event, None, SampleGenerated]:
         assert self._sampler is not None
@@ -509,10 +493,6 @@ class Trainer:
             yield Progress(self.state.step, "sample", tokens, self.config.sample_tokens)
             self._poll()
         return SampleGenerated(self.state.step, prompt, *answers)
-
-    def _ending(self, reason: str) -> list[Due]:
-        test = [_TEST] if self.config.test and self.examples.test else []
-        return [("save", "last"), *test, ("finish", reason)]
 
     def _read_requests(self) -> Generator[Event, None, bool]:
         """Carry out what was asked. The generator's value is True when training must not go on now."""
@@ -525,17 +505,17 @@ class Trainer:
                         yield RunPaused(self.state.step, reason)
                         return True
                 case Stop():
-                    self._due = deque(self._ending(STOPPED))
+                    self.schedule.only(self.measures.at_the_end(STOPPED))
                 case Save():
-                    self._due.append(("save", "last"))
+                    self.schedule.add(SAVE_LAST)
                 case Evaluate() if not self.examples.valid:
                     yield RequestRefused(self.state.step, _NO_VALIDATION)
                 case Evaluate():
-                    self._due.append(_VALIDATE_NOW)
-                case Sample() if not self._samples_due():
+                    self.schedule.add(VALIDATE_NOW)
+                case Sample() if not self.measures.prompts:
                     yield RequestRefused(self.state.step, _NO_PROMPTS)
                 case Sample():
-                    self._due += self._samples_due()
+                    self.schedule.add(*self.measures.samples)
                 case ChangeSetting(name, value):
                     try:
                         yield self.change(name, value)
@@ -561,14 +541,12 @@ class Trainer:
     def _end_where_due(self) -> None:
         """Measure the run anew: one that has become longer goes on, one with nothing left ends here."""
         self.iters = self._length()
-        over = ("finish", ITERS_REACHED)
         if self._left():
             if self.finished and self.finished.reason == ITERS_REACHED:
                 self.finished = None
-            if over in self._due:
-                self._due = deque(item for item in self._due if item not in (over, _TEST))
-        elif self._started and self.finished is None and all(what != "finish" for what, _ in self._due):
-            self._due_at_the_end()
+            self.schedule.go_on()
+        elif self._started and self.finished is None and not self.schedule.ends:
+            self.schedule.after_the_last(self.state.validated_step == self.state.step, self.measures)
 
     def change(self, name: str, value: Any) -> SettingChanged:
         """Change a live setting, at a step boundary. A run that gets longer goes on from its end.
@@ -648,7 +626,7 @@ class Trainer:
             spikes=watch.in_a_row,
         )
         if watch.found is not None:
-            self._due.append(("spike", watch.found))
+            self.schedule.add(("spike", watch.found))
         self._schedule_after_update()
         return StepCompleted(
             step=state.step,
@@ -730,7 +708,7 @@ class Trainer:
             self.state = replace(self.state, best_loss=result.loss, best_step=state.step)
             if self.config.fine_tune_type != "full":
                 self.best = adapters.adapter_weights(self.model)
-        follow_up = [("save", "best")] if best and state.step > 0 else []
+        follow_up = [SAVE_BEST] if best and state.step > 0 else []
         if scheduled:
             self._count_for_early_stopping(result.loss)
         return replace(result, best=best), follow_up
@@ -743,7 +721,7 @@ class Trainer:
         self.state = replace(state, evaluations_without_best=state.evaluations_without_best + 1)
         given_up = patience is not None and self.state.evaluations_without_best >= patience
         if given_up and self.finished is None and self._left():
-            self._due += self._ending(EARLY_STOPPING)
+            self.schedule.add(*self.measures.at_the_end(EARLY_STOPPING))
 
     def _test(self) -> Generator[Event, None, Event]:
         try:
