@@ -24,7 +24,7 @@ from mlx_nb.model import backend
 from mlx_nb.model.block_attention import Block, block_attention, causal_blocks, fast_swiglu, masked_blocks
 from mlx_nb.model.mlx_lm_import import import_mlx_lm
 from mlx_nb.model.passes import once_a_model, random_tokens
-from mlx_nb.model.trees import named_arrays
+from mlx_nb.model.trees import trained_arrays_of
 
 _BLOCK = 64  # queries; larger ones leave out less, and smaller ones take longer to build
 _FEWEST_TOKENS = 128  # below that there is little to leave out
@@ -68,18 +68,18 @@ def kernels_are_proved(model: nn.Module) -> bool:
     """Whether there is a faster way on this machine that gives this model's own loss and gradient."""
     if not backend.is_cpu() or platform.machine() not in ("x86_64", "AMD64"):
         return False
-    return _are_proved(model, bool(named_arrays(model.trainable_parameters())))
+    return _are_proved(model, bool(trained_arrays_of(model)))
 
 
 @once_a_model
 def _are_proved(model: nn.Module, trained: bool) -> bool:
     """Whether loss and gradient of a few tokens are those of the model's own call, in blocks of a few queries."""
     tokens_BT = mx.array([random_tokens(model, _PROBED_TOKENS, draw) for draw in range(2)])
-    parameters = model.trainable_parameters()
+    before = trained_arrays_of(model)
     # An adapter begins with a factor of zeros, which hides the gradient of the other.
     moved = {
         name: array if mx.any(array).item() else array + mx.full(array.shape, 0.01, array.dtype)
-        for name, array in named_arrays(parameters)
+        for name, array in before
     }
     names = list(moved)
 
@@ -107,7 +107,7 @@ def _are_proved(model: nn.Module, trained: bool) -> bool:
     except Exception:  # whatever a family's own code raises: it is no proof
         return False
     finally:
-        model.update(parameters)
+        model.load_weights(before, strict=False)
 
 
 def _largest(array: mx.array) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -26,16 +27,20 @@ _MOST_NAMES = 3
 _READ_BY_MLX_LM = ("lora_a", "lora_b", "m")
 
 
-def training_notes(loaded: LoadedModel, config: RunConfig) -> list[str]:
+def training_notes(
+    loaded: LoadedModel, config: RunConfig, check_size: Callable[[nn.Module, RunConfig], None]
+) -> list[str]:
     """What a person should know of the training of this model, tried on a twin that shares its arrays.
 
-    Raises ModelError for a family that cannot be trained in this way.
+    `check_size` raises for what is too large to be trained, before any of it is computed. Raises ModelError for a
+    family that cannot be trained in this way.
     """
     kind = {"lora": "LoRA", "dora": "DoRA", "full": "fine_tune_type: full"}[config.fine_tune_type]
     try:
         with random_stream(0):
             model = twin(loaded).model
             attach_adapter(model, config)
+            check_size(model, config)
             if not named_arrays(model.trainable_parameters()):
                 raise ModelError(f"{family_of(model)} has no module that mlx-lm can adapt. Choose another model.")
             idle = _without_gradient(model)

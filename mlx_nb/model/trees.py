@@ -15,6 +15,14 @@ def named_arrays(tree: Any) -> list[tuple[str, mx.array]]:
     return typing.cast(list[tuple[str, mx.array]], tree_flatten(tree))
 
 
+def trained_arrays_of(model: nn.Module) -> list[tuple[str, mx.array]]:
+    """(path, array) of what is trained of a model; none of one that a family's own code does not make a module."""
+    try:
+        return named_arrays(model.trainable_parameters())
+    except AttributeError:
+        return []
+
+
 def held_arrays(model: nn.Module) -> list[mx.array]:
     """Every array that a model holds, its parameters and others, such as the frequencies of a rotary embedding.
 

@@ -17,7 +17,7 @@ from mlx.utils import tree_unflatten
 
 from mlx_nb.model.randomness import random_stream
 from mlx_nb.model.text_model import TextModel
-from mlx_nb.model.trees import named_arrays
+from mlx_nb.model.trees import trained_arrays_of
 
 _CHUNK_BYTES = 64 * 1024**2  # of logits in float32
 _FEWEST = 64  # targets in a chunk: with fewer, reading the head takes longer than multiplying with it
@@ -53,7 +53,7 @@ def head_arrays(text: TextModel, width: int) -> list[str]:
 
 
 def _trained(model: nn.Module) -> tuple[list[str], list[mx.array]]:
-    named = named_arrays(model.trainable_parameters())
+    named = trained_arrays_of(model)
     return [name for name, _ in named], [array for _, array in named]
 
 

@@ -284,9 +284,10 @@ class RunInputs:
         """
         from mlx_nb.model.backend import prepare_backend
         from mlx_nb.model.training_trial import training_notes
+        from mlx_nb.train.optimizer import refuse_beyond_memory
 
         warning = prepare_backend().warning
-        of_model = (*self.loaded.notes, *training_notes(self.loaded, self.config))
+        of_model = (*self.loaded.notes, *training_notes(self.loaded, self.config, refuse_beyond_memory))
         notes = [*([warning] if warning else []), *doubts_of(self.config), *of_model, *self.splits.notes]
         if (
             self.config.prompt_format is None

@@ -15,7 +15,7 @@ from mlx_nb.config.run_config import LENGTHS, PATHS, SETTINGS, RunConfig, locate
 from mlx_nb.data.examples.batches import ORDER
 from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.errors import CheckpointError, ConfigError, did_you_mean, listed_problems, shown
-from mlx_nb.events import Event, Request, SettingChanged, event_from_json, request_from_json
+from mlx_nb.events import Event, Request, RunStarted, SettingChanged, event_from_json, request_from_json
 from mlx_nb.files.history_file import HISTORY_FILE, read_history
 from mlx_nb.files.places import check_name
 from mlx_nb.files.typed_json import read_as
@@ -216,6 +216,9 @@ def length_given(checkpoint: Checkpoint, config: RunConfig | None) -> dict[str, 
         return {}
     given = {name: getattr(config, name) for name in LENGTHS}
     known = [{name: values[name] for name in LENGTHS} for values in (_began_with(checkpoint), settings_of(checkpoint))]
+    if not any(known[0].values()):  # a change from `iters` to `epochs` does not say which `iters`
+        started = (event for event in history_of(checkpoint).events if isinstance(event, RunStarted))
+        known += [{**known[0], "iters": event.iters} for event in started]
     if given in known:
         return {}
     return {name: value for name, value in given.items() if value is not None} or {"epochs": 1.0}

@@ -15,7 +15,7 @@ Kind = TypeVar("Kind", bound=Request)
 class Inbox:
     """Requests from any thread and from signal handlers, taken by the thread that trains.
 
-    One by number, in the order they came. Adding one, copying all and removing one are each a single step of the
+    One by number, in the order they came. Adding one, a copy of all and removing one are each a single step of the
     interpreter, so no lock is needed, which a signal handler could find taken by the very code that it interrupts; and
     nobody ever finds fewer here than there are.
     """
@@ -43,7 +43,7 @@ class Inbox:
         return [request for _, request in dropped]
 
     def _all(self) -> list[tuple[int, Request]]:
-        return list(self._requests.items())
+        return list(self._requests.copy().items())
 
     def kept(self) -> list[str]:
         """What is here, and stays, of the requests that a checkpoint keeps, as JSON lines."""

@@ -16,12 +16,15 @@ from mlx_nb.config.run_config import RunConfig
 from mlx_nb.errors import ModelError
 from mlx_nb.model.loading import LoadedModel
 from mlx_nb.model.training_trial import training_notes
+from mlx_nb.train.optimizer import refuse_beyond_memory
 from tiny import tiny_model, tiny_pairs, tiny_rows
 
 
 def notes_of(model, **settings):
     loaded = LoadedModel(model, None, Path(), "tiny", None)
-    return training_notes(loaded, RunConfig.from_dict({"model": "tiny", "data": "rows", **settings}))
+    return training_notes(
+        loaded, RunConfig.from_dict({"model": "tiny", "data": "rows", **settings}), refuse_beyond_memory
+    )
 
 
 @pytest.mark.parametrize("family", REFUSED)

@@ -8,12 +8,13 @@ import shutil
 import pytest
 
 from mlx_nb import Run, RunConfig
-from mlx_nb.errors import MlxNbError
+from mlx_nb.errors import FolderError, MlxNbError
 from mlx_nb.files.written_files import WrittenFiles, run_in
 from odd_values import nested
 from tiny import tiny_rows
 
 VALUES = [None, 7, True, [], ["a"], {}, {"x": 1}, 10**30, float("nan"), nested(900), "\ud800", "../../x"]
+BEGINNING = '{"run": "'  # of a lock of mlx_nb
 ENTRIES = [{"run": "id", "name": "a", "kind": "run"}, {"file": "x", "bytes": 1, "sha256": "0"}]
 LINES = [
     *(json.dumps({**entry, key: value}) for entry in ENTRIES for key in entry for value in VALUES),
@@ -47,13 +48,20 @@ def test_a_forged_line_of_the_list_is_passed_over(made, tmp_path):
         WrittenFiles(tmp_path / "a").in_the_way()
 
 
-def test_a_forged_lock_does_not_keep_a_run_from_its_folder(made, tmp_path):
+def test_a_forged_lock_keeps_no_run_from_its_folder_and_a_file_that_is_no_lock_is_named(made, tmp_path):
     holder = {"run": "a", "pid": 1, "host": "x", "started": None, "since": ""}
     forged = [json.dumps({**holder, key: value}) for key in holder for value in VALUES[:10:2]]
     for number, line in enumerate([*forged, "[" * 5000, "[]", "3", ""]):
         folder = tmp_path / f"{number}"
         shutil.copytree(made, folder)
-        (folder / ".mlx_nb" / "lock").write_text(line)
+        lock = folder / ".mlx_nb" / "lock"
+        lock.write_text(line)
+        if not BEGINNING.startswith(line[: len(BEGINNING)]):
+            with pytest.raises(FolderError, match="lock would be written over, and mlx_nb did not write it") as refused:
+                Run.resume(folder, data=tiny_rows(8))
+            assert "\n" not in str(refused.value)
+            assert lock.read_text() == line
+            continue
         run = Run.resume(folder, data=tiny_rows(8))
         assert run.step_count == 1
         run.release()

@@ -10,6 +10,7 @@ import pytest
 from method_runs import ROWS, settings_for
 from mlx_nb import Run, RunConfig
 from mlx_nb.data.examples.batches import pad
+from mlx_nb.errors import ConfigError
 from mlx_nb.events import EvaluationCompleted, RunFinished, StepCompleted
 from tiny import random_examples
 from trainers import losses, make_trainer
@@ -140,10 +141,23 @@ def ends_at(run):
 
 @pytest.mark.parametrize("lowered", [5, 4, 1])
 @pytest.mark.parametrize("how", ["set", "fork", "resume", "epochs", "before"])
-def test_a_run_made_as_short_as_what_is_done_ends_there(lowered, how, tmp_path, tiny_folder):
+def test_a_run_made_as_short_as_what_is_done_ends_there_and_never_shorter(lowered, how, tmp_path, tiny_folder):
     run = run_of("sft", tmp_path / "run", tiny_folder, 20, iters=20, batch_size=4, grad_accumulation_steps=1)
     run.step(5)
     rates = run.history["learning_rate"]
+    if lowered < 5:
+        with pytest.raises(ConfigError, match="is less than what is done"):
+            made_as_short_as(lowered, how, run, tmp_path)
+        assert (run.trainer.iters, run.state) == (20, "paused")
+        return
+    run = made_as_short_as(lowered, how, run, tmp_path)
+    assert ends_at(run) == run.trainer.iters == 5
+    assert run.history["learning_rate"] == rates
+    assert run.state == "finished"
+    assert (run.folder / "adapters.safetensors").exists()
+
+
+def made_as_short_as(lowered, how, run, tmp_path):
     if how == "set":
         run.set(iters=lowered)
     elif how == "fork":
@@ -157,10 +171,7 @@ def test_a_run_made_as_short_as_what_is_done_ends_there(lowered, how, tmp_path, 
     else:  # it had been longer, and shorter, and longer in between
         for iters in (lowered, 30, lowered, 40, lowered):
             run.set(iters=iters)
-    assert ends_at(run) == run.trainer.iters == 5
-    assert run.history["learning_rate"] == rates
-    assert run.state == "finished"
-    assert (run.folder / "adapters.safetensors").exists()
+    return run
 
 
 def test_a_run_that_ends_early_is_validated_once_after_its_last_update(tmp_path, tiny_folder):
