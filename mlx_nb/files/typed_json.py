@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import types
 import typing
@@ -111,10 +112,15 @@ def _read_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
     )
 
 
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
 def _read_object(kind: type, value: Any, where: str, others: bool) -> Any:
     if not isinstance(value, Mapping):
         raise _wrong(value, where, "an object")
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     fields = dataclasses.fields(kind)
     known = {declared.name for declared in fields}
     if not others and (foreign := [key for key in value if key not in known]):

@@ -289,6 +289,9 @@ class Run:
             return self._made_trainer()
 
     def _made_trainer(self) -> Trainer:
+        # What a save needs is imported by now: one at the end of an interrupted process would change its exit status,
+        # which Python forgets once it compiles anything more.
+        import mlx_nb.train.record  # noqa: F401
         from mlx_nb.model.backend import is_cpu, memory_limit
         from mlx_nb.model.fingerprint import base_identity
         from mlx_nb.train.trainer import Trainer
