@@ -12,6 +12,7 @@ from mlx.utils import tree_map, tree_unflatten
 from mlx_nb.config.run_config import RunConfig
 from mlx_nb.errors import MlxNbError, ModelError, and_more
 from mlx_nb.model.adapters import attach_adapter
+from mlx_nb.model.backend import one_blas_thread
 from mlx_nb.model.loading import LoadedModel
 from mlx_nb.model.memory import is_out_of_memory
 from mlx_nb.model.passes import family_of, is_half, one_line, random_tokens
@@ -37,7 +38,10 @@ def training_notes(
     """
     kind = {"lora": "LoRA", "dora": "DoRA", "full": "fine_tune_type: full"}[config.fine_tune_type]
     try:
-        with random_stream(0):
+        with (
+            random_stream(0),
+            one_blas_thread(),
+        ):  # on more threads it takes no less, and far more beside other programs
             model = twin(loaded).model
             attach_adapter(model, config)
             check_size(model, config)

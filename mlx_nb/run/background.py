@@ -71,6 +71,11 @@ class Background:
         """Whether it moves the run now."""
         return any(one is self._run for one in _moving)
 
+    @property
+    def trains(self) -> bool:
+        """Whether it moves the run by updates, and not only to carry out what was asked."""
+        return self.active and self._updates != 0
+
     def start(self, updates: int | None = None, *, ended: Callable[[BaseException | None], None]) -> None:
         """Begin to move the run by `updates` updates, or to its end; returns at once.
 

@@ -250,8 +250,9 @@ class Run:
             with self.inputs.reading:
                 progress = next(tokenizing, None)
             if progress is None:
-                return
+                break
             yield progress
+        yield Progress(0, "loading a gradient, tried on a few tokens", 0, 0)
 
     @contextmanager
     def _folder_taken(self) -> Iterator[None]:
@@ -410,6 +411,11 @@ class Run:
     def _refuse_running(self, what: str) -> None:
         if self.background.active:
             raise CommandError(f"{self.name} is running, so it cannot {what} now. `%finetune pause`, then try again.")
+
+    @property
+    def trains(self) -> bool:
+        """Whether it moves in the background and does updates: one that only answers what was asked does none."""
+        return self.background.trains and not self.over
 
     @property
     def prepared(self) -> bool:

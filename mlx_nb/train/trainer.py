@@ -488,9 +488,13 @@ class Trainer:
     def _sample(self, prompt: str) -> Generator[Event, None, SampleGenerated]:
         assert self._sampler is not None
         answers: tuple[str, str | None] = ("", None)
+        # The answer of the base comes after that of the model, when it is not known yet.
+        of_model = most = self.config.sample_tokens
         for tokens, so_far in enumerate(self._sampler(prompt), start=1):
+            if so_far[1] is not None and answers[1] is None:
+                most = tokens + of_model
             answers = so_far
-            yield Progress(self.state.step, "sample", tokens, self.config.sample_tokens)
+            yield Progress(self.state.step, "sample", min(tokens, most), most)
             self._poll()
         return SampleGenerated(self.state.step, prompt, *answers)
 

@@ -10,6 +10,7 @@ import random
 import re
 import time
 import weakref
+from types import SimpleNamespace
 
 import pytest
 from traitlets import TraitError
@@ -28,13 +29,14 @@ from mlx_nb.events import (
     RunPaused,
     RunState,
     SettingChanged,
+    StepCompleted,
 )
 from mlx_nb.history import History
 from mlx_nb.view.curves.curves import SeriesBuilder
 from mlx_nb.view.panel import heartbeat
 from mlx_nb.view.panel.changes import series_changes
 from mlx_nb.view.panel.clicks import result_of
-from mlx_nb.view.panel.panel import Panel
+from mlx_nb.view.panel.panel import KEPT, Panel
 from mlx_nb.view.panel.state import Activity, progress_of
 from mlx_nb.view.panel.still import still_html
 from runs import rows_run
@@ -209,25 +211,67 @@ def test_a_run_that_failed_says_why_and_offers_what_makes_sense(tmp_path, tiny_f
 # What is being done
 
 
+def test_a_panel_goes_on_telling_while_a_cell_keeps_the_kernel_and_says_that_clicks_wait(
+    tmp_path, tiny_folder, monkeypatch
+):
+    monkeypatch.setattr("mlx_nb.view.panel.panel.SECONDS_BETWEEN_REFRESHES", 0.0)
+    monkeypatch.setattr("mlx_nb.view.panel.panel.MOST_OF_THE_TIME", 10.0)
+    monkeypatch.setattr("mlx_nb.view.panel.panel.SECONDS_WITHOUT_A_TURN", 0.05)
+    monkeypatch.setattr("mlx_nb.view.panel.panel.SECONDS_TO_OPEN", 0.0)
+
+    async def queued():
+        run = rows_run(tmp_path, tiny_folder, iters=30, steps_per_eval=-1, save_every=-1)
+        panel = run.panel()
+        run.start()
+        told = []
+        for event in run.background.here():  # as in a cell that waits
+            time.sleep(0.005)
+            if isinstance(event, StepCompleted):
+                told.append((event.step - panel.progress["step"], KEPT in panel.activity.get("words", "")))
+        return told
+
+    told = asyncio.run(queued())
+    assert {behind for behind, _ in told[15:]} == {0}
+    assert all(said for _, said in told[20:-1])
+
+
+def standing(state=RunState.RUNNING, step=0, *, trains=True, prepared=True):
+    return SimpleNamespace(state=state, step_count=step, trains=trains, prepared=prepared)
+
+
+@pytest.mark.parametrize(
+    ("run", "words"),
+    [
+        (standing(), "computing the first update"),
+        (standing(prepared=False), "loading"),
+        (standing(step=7), "computing update 8"),
+        (standing(step=10), "ending the run"),
+        (standing(step=7, trains=False), "doing what was asked"),
+    ],
+)
+def test_what_is_being_done_is_said_and_no_update_that_is_not_computed(run, words):
+    assert Activity().told(run, 10)["words"] == words
+
+
 def test_what_is_done_is_told_with_how_long_it_takes(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     activity = Activity()
-    assert activity.told(RunState.PAUSED, 0) == {}
-    assert activity.told(RunState.RUNNING, 0)["words"] == "computing the first update"
+    assert activity.told(standing(RunState.PAUSED), 10) == {}
+    assert activity.told(standing(step=0), 10)["words"] == "computing the first update"
     activity.note(Progress(0, "tokenizing train", 0, 400, 0.0))
-    assert activity.told(RunState.RUNNING, 0)["left"] is None
+    assert activity.told(standing(step=0), 10)["left"] is None
     now[0] = 102.0
     activity.note(Progress(0, "tokenizing train", 100, 400, 2.0))
-    told = activity.told(RunState.RUNNING, 0)
+    told = activity.told(standing(step=0), 10)
     assert told["words"] == "tokenizing train rows: 100 of 400, 50 rows a second"
     assert (told["done"], told["total"], told["left"]) == (100, 400, 6.0)
     activity.note(Progress(0, "reference", 5, 50))
     now[0] = 103.0
     activity.note(Progress(0, "reference", 15, 50))
-    assert activity.told(RunState.RUNNING, 0)["left"] == pytest.approx(3.5)
+    assert activity.told(standing(step=0), 10)["left"] == pytest.approx(3.5)
     activity.note(None)
-    assert activity.told(RunState.RUNNING, 7)["words"] == "computing update 8"
+    assert activity.told(standing(step=7), 10)["words"] == "computing update 8"
 
 
 def test_the_pace_is_that_of_the_last_updates():

@@ -62,7 +62,9 @@ from mlx_nb.view.theme import one_line
 SECONDS_BETWEEN_REFRESHES = 0.3
 MOST_OF_THE_TIME = 0.01  # that refreshes may take
 SECONDS_TO_OPEN = 10.0  # for a browser to say that it shows a new panel
+SECONDS_WITHOUT_A_TURN = 1.0  # of the kernel's loop, after which a cell is known to keep it
 LINES_OF_LOG = 200
+KEPT = "a cell waits for the run, and clicks with it; interrupting the kernel (■ above) pauses"
 # One module for the browser, in the order in which its parts build on one another.
 _PAGE = Path(__file__).with_name("page")
 PARTS = ("dom.js", "store.js", "curves.js", "rows.js", "samples.js", "lists.js", "panel.js")
@@ -80,6 +82,12 @@ def _refresh(panel: weakref.ref[Panel]) -> None:
     """One that is still there tells its page how the run is."""
     if (one := panel()) is not None:
         one._later(one.refresh)
+
+
+def _have_turn(panel: weakref.ref[Panel]) -> None:
+    """The kernel's loop has a turn."""
+    if (one := panel()) is not None:
+        one._turn_asked = None
 
 
 def page_script() -> str:
@@ -134,6 +142,7 @@ class Panel(anywidget.AnyWidget):
         self._device, self._warning = device, warning
         self._views, self._drawn_at, self._cost = 0, 0.0, 0.0
         self._coming: asyncio.TimerHandle | None = None
+        self._turn_asked: float | None = None  # when the kernel's loop was asked for a turn that it has not had yet
         self._activity, self.awaited = Activity(), set[str]()
         method = method_named(run.config.method)
         self._builder = SeriesBuilder(run.history, method.metrics)
@@ -255,9 +264,19 @@ class Panel(anywidget.AnyWidget):
 
     @property
     def _watched(self) -> bool:
-        """Whether a browser shows the panel. While a cell blocks the kernel, nobody can say."""
+        """Whether a browser shows the panel, or may do so: while a cell keeps the kernel, none can say."""
         new = time.monotonic() - self._built_at < SECONDS_TO_OPEN
-        return new or self.run.state != RunState.RUNNING or self.is_open
+        return new or self.run.state != RunState.RUNNING or self.is_open or self.is_kept
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether a cell keeps the kernel, so that no click arrives."""
+        if self._loop is None or self._loop.is_closed():
+            return False
+        if self._turn_asked is None:
+            self._turn_asked = time.monotonic()
+            self._loop.call_soon_threadsafe(_have_turn, weakref.ref(self))
+        return time.monotonic() - self._turn_asked > SECONDS_WITHOUT_A_TURN
 
     def refresh(self) -> None:
         """Tell the page how the run is now."""
@@ -268,7 +287,9 @@ class Panel(anywidget.AnyWidget):
         with self.hold_sync():
             self.head = head_of(run, self._device, self._warning)
             self.progress = progress_of(history, iters, tokens, seconds)
-            self.activity = self._activity.told(run.state, run.step_count)
+            self.activity = self._activity.told(run, iters)
+            if self.activity and self.is_kept:
+                self.activity = {**self.activity, "words": f"{self.activity['words']}  ·  {KEPT}"}
             self.clicks = useful_clicks(run)
             self.latest = self.looks.latest()
             for name in sorted(self._stale):

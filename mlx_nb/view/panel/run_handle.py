@@ -34,6 +34,10 @@ class RunHandle(Protocol):
         """What it is doing."""
 
     @property
+    def trains(self) -> bool:
+        """Whether updates are to come while it moves."""
+
+    @property
     def prepared(self) -> bool:
         """Whether model and rows are loaded."""
 

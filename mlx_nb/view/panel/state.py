@@ -96,11 +96,17 @@ class Activity:
             self._what, self._begun, self._first = progress.what, time.monotonic(), progress.done
         self._progress = progress
 
-    def told(self, state: RunState, step: int) -> Told:
+    def told(self, run: RunHandle, iters: int | None) -> Told:
         """`words`, `done` of `total` (0: unknown) and seconds `left` (None: unknown); empty while the run stands."""
-        if state != RunState.RUNNING:
+        if run.state != RunState.RUNNING:
             return {}
-        progress = self._progress
+        progress, step = self._progress, run.step_count
+        if progress is None and not run.trains:
+            return {"words": "doing what was asked", "done": 0, "total": 0, "left": None, "update": 0}
+        if progress is None and not run.prepared:
+            return {"words": "loading", "done": 0, "total": 0, "left": None, "update": 0}
+        if progress is None and iters is not None and step >= iters:
+            return {"words": "ending the run", "done": 0, "total": 0, "left": None, "update": 0}
         if progress is None:
             words = f"computing update {step + 1}" if step else "computing the first update"
             return {"words": words, "done": 0, "total": 0, "left": None, "update": step + 1}
