@@ -576,3 +576,12 @@ def test_opening_local_rows_imports_nothing_heavy(here):
     environment = {**os.environ, "PYTHONPATH": str(package)}
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("data", [["a slogan for a lamp", "another one for a chair"], "a slogan for a lamp"])
+def test_texts_in_place_of_rows_are_answered_with_what_a_row_is(data):
+    with pytest.raises(
+        DataError, match=r"'a slogan for a lamp' is no file or folder, and a text alone is no row"
+    ) as error:
+        open_splits(data)
+    assert '{"prompt": ..., "completion": ...}' in str(error.value)
