@@ -228,6 +228,11 @@ def test_a_panel_goes_on_telling_while_a_cell_keeps_the_kernel_and_says_that_cli
             time.sleep(0.005)
             if isinstance(event, StepCompleted):
                 told.append((event.step - panel.progress["step"], KEPT in panel.activity.get("words", "")))
+                if event.step == 25:
+                    assert panel.clicks == []
+        assert panel.clicks == []
+        await asyncio.sleep(0.05)
+        assert {"save", "rewind"} <= set(panel.clicks)
         return told
 
     told = asyncio.run(queued())

@@ -134,7 +134,7 @@ def widths(axes) -> dict[str, float]:
 
 def test_what_is_smoothed_is_the_heavier_line_only_where_there_are_many_updates():
     few, many = (
-        widths(plot_history(History(update(step, 1 / step) for step in range(1, n))).axes[0]) for n in (13, 99)
+        widths(plot_history(History(update(step, 1 / step) for step in range(1, n))).axes[0]) for n in (13, 199)
     )
     assert few["train, each update"] > few["train, smoothed"]
     assert many["train, smoothed"] > many["train, each update"]

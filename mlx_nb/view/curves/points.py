@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 SMOOTHING = 0.9
-SHORT_RUN = 30  # updates; the average of fewer lags so far behind them that they themselves are the curve
+SHORT_RUN = 100  # updates; the average of fewer lags so far behind them that they themselves are the curve
 _FIRST_ROOM = 256
 _REMEMBERED = 100  # updates; older ones weigh less than 3e-5
 

@@ -64,7 +64,7 @@ MOST_OF_THE_TIME = 0.01  # that refreshes may take
 SECONDS_TO_OPEN = 10.0  # for a browser to say that it shows a new panel
 SECONDS_WITHOUT_A_TURN = 1.0  # of the kernel's loop, after which a cell is known to keep it
 LINES_OF_LOG = 200
-KEPT = "a cell waits for the run, and clicks with it; interrupting the kernel (■ above) pauses"
+KEPT = "a cell waits for it: interrupting the kernel pauses"
 # One module for the browser, in the order in which its parts build on one another.
 _PAGE = Path(__file__).with_name("page")
 PARTS = ("dom.js", "store.js", "curves.js", "rows.js", "samples.js", "lists.js", "panel.js")
@@ -88,6 +88,8 @@ def _have_turn(panel: weakref.ref[Panel]) -> None:
     """The kernel's loop has a turn."""
     if (one := panel()) is not None:
         one._turn_asked = None
+        if one._told_kept:
+            one._later(one.refresh)
 
 
 def page_script() -> str:
@@ -143,6 +145,7 @@ class Panel(anywidget.AnyWidget):
         self._views, self._drawn_at, self._cost = 0, 0.0, 0.0
         self._coming: asyncio.TimerHandle | None = None
         self._turn_asked: float | None = None  # when the kernel's loop was asked for a turn that it has not had yet
+        self._told_kept = False
         self._activity, self.awaited = Activity(), set[str]()
         method = method_named(run.config.method)
         self._builder = SeriesBuilder(run.history, method.metrics)
@@ -287,10 +290,11 @@ class Panel(anywidget.AnyWidget):
         with self.hold_sync():
             self.head = head_of(run, self._device, self._warning)
             self.progress = progress_of(history, iters, tokens, seconds)
-            self.activity = self._activity.told(run, iters)
-            if self.activity and self.is_kept:
-                self.activity = {**self.activity, "words": f"{self.activity['words']}  ·  {KEPT}"}
-            self.clicks = useful_clicks(run)
+            doing, self._told_kept = self._activity.told(run, iters), self.is_kept
+            if doing and self._told_kept:
+                doing["words"] += f"  ·  {KEPT}"
+            self.activity = doing
+            self.clicks = [] if self._told_kept else useful_clicks(run)
             self.latest = self.looks.latest()
             for name in sorted(self._stale):
                 self._list(name)
