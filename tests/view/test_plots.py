@@ -139,7 +139,7 @@ def test_what_is_smoothed_is_the_heavier_line_only_where_there_are_many_updates(
     assert few["train, each update"] > few["train, smoothed"]
     assert many["train, smoothed"] > many["train, each update"]
     assert live_words(History(update(step, 1.0) for step in range(1, 13))) == "training loss"
-    assert live_words(History(update(step, 1.0) for step in range(1, 99))) == "training loss, smoothed"
+    assert live_words(History(update(step, 1.0) for step in range(1, 199))) == "training loss, smoothed"
 
 
 def test_an_average_passes_over_what_is_not_finite():
