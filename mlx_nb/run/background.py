@@ -63,6 +63,7 @@ class Background:
         self._run = run
         self._task: asyncio.Task[None] | None = None
         self._updates: int | None = None
+        self.in_cell = False  # whether a cell that waits moves it
         self._events: Iterator[Event] | None = None
         self._ended: Callable[[BaseException | None], None] = lambda error: None
 
@@ -133,8 +134,12 @@ class Background:
 
         While a cell is executed the loop has no turn. The first interrupt pauses the run, as between cells.
         """
-        while self.active and (event := self._advance()) is not None:
-            yield event
+        self.in_cell = True
+        try:
+            while self.active and (event := self._advance()) is not None:
+                yield event
+        finally:
+            self.in_cell = False
 
     def stop(self) -> None:
         """Stop at the boundary where the run is, without waiting for another; it is active no more.

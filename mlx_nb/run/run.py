@@ -413,6 +413,11 @@ class Run:
             raise CommandError(f"{self.name} is running, so it cannot {what} now. `%finetune pause`, then try again.")
 
     @property
+    def keeps_a_cell(self) -> bool:
+        """Whether a cell waits for it and moves it meanwhile, so that no click arrives."""
+        return self.background.in_cell
+
+    @property
     def trains(self) -> bool:
         """Whether it moves in the background and does updates: one that only answers what was asked does none."""
         return self.background.trains and not self.over

@@ -62,7 +62,6 @@ from mlx_nb.view.theme import one_line
 SECONDS_BETWEEN_REFRESHES = 0.3
 MOST_OF_THE_TIME = 0.01  # that refreshes may take
 SECONDS_TO_OPEN = 10.0  # for a browser to say that it shows a new panel
-SECONDS_WITHOUT_A_TURN = 1.0  # of the kernel's loop, after which a cell is known to keep it
 LINES_OF_LOG = 200
 KEPT = "a cell waits for it: interrupting the kernel pauses"
 # One module for the browser, in the order in which its parts build on one another.
@@ -82,14 +81,6 @@ def _refresh(panel: weakref.ref[Panel]) -> None:
     """One that is still there tells its page how the run is."""
     if (one := panel()) is not None:
         one._later(one.refresh)
-
-
-def _have_turn(panel: weakref.ref[Panel]) -> None:
-    """The kernel's loop has a turn."""
-    if (one := panel()) is not None:
-        one._turn_asked = None
-        if one._told_kept:
-            one._later(one.refresh)
 
 
 def page_script() -> str:
@@ -144,8 +135,6 @@ class Panel(anywidget.AnyWidget):
         self._device, self._warning = device, warning
         self._views, self._drawn_at, self._cost = 0, 0.0, 0.0
         self._coming: asyncio.TimerHandle | None = None
-        self._turn_asked: float | None = None  # when the kernel's loop was asked for a turn that it has not had yet
-        self._told_kept = False
         self._activity, self.awaited = Activity(), set[str]()
         method = method_named(run.config.method)
         self._builder = SeriesBuilder(run.history, method.metrics)
@@ -269,20 +258,12 @@ class Panel(anywidget.AnyWidget):
     def _watched(self) -> bool:
         """Whether a browser shows the panel, or may do so: while a cell keeps the kernel, none can say."""
         new = time.monotonic() - self._built_at < SECONDS_TO_OPEN
-        return new or self.run.state != RunState.RUNNING or self.is_open or self.is_kept
-
-    @property
-    def is_kept(self) -> bool:
-        """Whether a cell keeps the kernel, so that no click arrives."""
-        if self._loop is None or self._loop.is_closed():
-            return False
-        if self._turn_asked is None:
-            self._turn_asked = time.monotonic()
-            self._loop.call_soon_threadsafe(_have_turn, weakref.ref(self))
-        return time.monotonic() - self._turn_asked > SECONDS_WITHOUT_A_TURN
+        return new or self.run.state != RunState.RUNNING or self.is_open or self.run.keeps_a_cell
 
     def refresh(self) -> None:
         """Tell the page how the run is now."""
+        if self._coming is not None:
+            self._coming.cancel()
         begun, self._coming = time.perf_counter(), None
         run, history = self.run, self.run.history
         iters = run.trainer.iters if run.prepared else run.config.iters
@@ -290,11 +271,13 @@ class Panel(anywidget.AnyWidget):
         with self.hold_sync():
             self.head = head_of(run, self._device, self._warning)
             self.progress = progress_of(history, iters, tokens, seconds)
-            doing, self._told_kept = self._activity.told(run, iters), self.is_kept
-            if doing and self._told_kept:
+            doing, kept = self._activity.told(run, iters), run.keeps_a_cell
+            if doing and kept:
                 doing["words"] += f"  ·  {KEPT}"
             self.activity = doing
-            self.clicks = [] if self._told_kept else useful_clicks(run)
+            self.clicks = [] if kept else useful_clicks(run)
+            if kept and self._coming is None and self._loop is not None and not self._loop.is_closed():
+                self._coming = self._loop.call_later(0, _refresh, weakref.ref(self))  # once the cell has ended
             self.latest = self.looks.latest()
             for name in sorted(self._stale):
                 self._list(name)

@@ -34,6 +34,10 @@ class RunHandle(Protocol):
         """What it is doing."""
 
     @property
+    def keeps_a_cell(self) -> bool:
+        """Whether a cell waits for it, so that no click arrives."""
+
+    @property
     def trains(self) -> bool:
         """Whether updates are to come while it moves."""
 
