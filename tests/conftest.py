@@ -31,13 +31,20 @@ SLOW_MARKERS = ("real_model", "kernel", "browser", "faults", "families")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the slow tests out unless MLX_NB_SLOW=1 or a marker expression asks for them."""
-    if os.environ.get("MLX_NB_SLOW") == "1" or config.getoption("-m"):
-        return
+    """Leave the slow tests out unless MLX_NB_SLOW=1 or a marker expression asks for them; they come last then.
+
+    A process of their own runs them one after the other: a real model and a browser need all cores each.
+    """
     slow = [item for item in items if any(item.get_closest_marker(name) for name in SLOW_MARKERS)]
-    if slow:
+    known = set(slow)
+    quick = [item for item in items if item not in known]
+    if os.environ.get("MLX_NB_SLOW") == "1" or config.getoption("-m"):
+        for item in slow:
+            item.add_marker(pytest.mark.xdist_group("slow"))
+        items[:] = [*quick, *slow]
+    elif slow:
         config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in slow]
+        items[:] = quick
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
