@@ -26,6 +26,10 @@ def test_it_trains_resumes_and_answers(family, kind, method, tmp_path, tiny_fold
     assert "refused" not in examine(family, kind, method, tmp_path, tiny_folder)
 
 
+# Whose own code cannot compute it.
+REFUSED_IN_A_KIND = {("afm7", "quantized")}
+
+
 @pytest.mark.families
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", KINDS)
@@ -34,7 +38,7 @@ def test_every_family_trains_resumes_and_answers_or_is_refused_by_name(family, k
     found = examine(family, kind, method, tmp_path, tiny_folder)
     if "refused" in found:
         assert family in found["refused"]
-        assert family in REFUSED or kind in ("dora", "full")
+        assert family in REFUSED or kind in ("dora", "full") or (family, kind) in REFUSED_IN_A_KIND
     else:
         assert family in TRAINED
 
