@@ -58,6 +58,7 @@ class Kernel:
             self.client.shell_channel.send(message)
             sent.append(message["header"]["msg_id"])
         texts, statuses = dict.fromkeys(sent, ""), {}
+        displays = {}  # the cell that a display is in, by its id: an update changes it there
         while len(statuses) < len(sent):
             reply = self.client.get_shell_msg(timeout=timeout)
             if (parent := reply["parent_header"].get("msg_id")) in texts:
@@ -65,8 +66,10 @@ class Kernel:
         with suppress(queue.Empty):
             while True:
                 message = self.client.get_iopub_msg(timeout=0.5)
-                content = message["content"]
-                if (parent := message["parent_header"].get("msg_id")) in texts:
+                content, parent = message["content"], message["parent_header"].get("msg_id")
+                if display_id := content.get("transient", {}).get("display_id"):
+                    parent = displays.setdefault(display_id, parent)
+                if parent in texts:
                     shown = content.get("data", {}).get("text/plain") or content.get("evalue")
                     texts[parent] += f"{shown}\n" if shown else content.get("text", "")
         return [(statuses[one], texts[one]) for one in sent]
