@@ -69,7 +69,8 @@ def page(tmp_path, tiny_folder):
         "loss_spike: null\nlora_parameters: {rank: 4}"
     )
     # As a browser says that shows it.
-    page.run("get_ipython()._mlx_nb_magics.session._shown['a'][0].widget._view_count = 1")
+    status, text = page.run("get_ipython()._mlx_nb_magics.session._shown['a'][0]._views = 1")
+    assert status == "ok", text
     yield page
     page.close()
 
