@@ -67,8 +67,11 @@ class Kernel:
             while True:
                 message = self.client.get_iopub_msg(timeout=0.5)
                 content, parent = message["content"], message["parent_header"].get("msg_id")
-                if display_id := content.get("transient", {}).get("display_id"):
-                    parent = displays.setdefault(display_id, parent)
+                display_id = content.get("transient", {}).get("display_id")
+                if message["msg_type"] == "display_data":
+                    displays[display_id] = parent
+                elif message["msg_type"] == "update_display_data":
+                    parent = displays.get(display_id)
                 if parent in texts:
                     shown = content.get("data", {}).get("text/plain") or content.get("evalue")
                     texts[parent] += f"{shown}\n" if shown else content.get("text", "")

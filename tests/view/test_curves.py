@@ -588,7 +588,7 @@ def test_a_long_number_at_the_end_of_the_axis_stays_in_the_cell(width, opened):
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize(("updates", "heavier"), [(6, "raw"), (60, "train")])
+@pytest.mark.parametrize(("updates", "heavier"), [(6, "raw"), (160, "train")])
 def test_few_updates_are_the_curve_and_of_many_it_is_their_average(updates, heavier, opened):
     page = opened(series_of(History(update(step, 1 / step) for step in range(1, updates + 1)), 60))
     wide = {role: float(page.locator(f"path.mlx-nb-{role}").get_attribute("stroke-width")) for role in ("raw", "train")}
