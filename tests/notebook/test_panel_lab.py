@@ -69,6 +69,7 @@ def test_the_quickstart_is_worked_by_hand(lab, tmp_path):
     page.locator(".mlx-nb-tabs").get_by_text("Curves").click()
     page.get_by_role("button", name="▶ Run").click()
     wait_for_state(page, "running")
+    page.wait_for_function(f"{DONE.replace('() =>', '() => (')}) > {at + 1}", timeout=60_000)
     page.evaluate("() => window.jupyterapp.commands.execute('notebook:interrupt-kernel')")
     wait_for_state(page, "paused")
     page.get_by_role("button", name="▶ Run").click()
