@@ -204,7 +204,7 @@ def _without_interrupts() -> Iterator[None]:
     try:
         yield
     finally:
-        if before is not None:  # one that is not Python's
+        if before is not None:  # which it is for a handler that is not Python's
             signal.signal(signal.SIGINT, before)
 
 

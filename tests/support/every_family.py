@@ -16,9 +16,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 
+from families import randomized
 from mlx_nb.model.mlx_lm_import import import_mlx_lm
 
 _DATA = json.loads((Path(__file__).parent.parent / "families" / "configurations.json").read_text())
@@ -61,17 +61,7 @@ def model_of(config: dict[str, Any], seed: int = 0) -> nn.Module:
     module = _module(config["model_type"])
     mx.random.seed(seed)
     model = module.Model(module.ModelArgs.from_dict(copy.deepcopy(config)))
-    random = np.random.default_rng(seed)
-
-    def shaken(array: mx.array) -> mx.array:
-        if not mx.issubdtype(array.dtype, mx.floating):
-            return array
-        return array.astype(mx.float32) + mx.array(0.1 * random.normal(size=array.shape), mx.float32)
-
-    model.update(tree_map(shaken, model.parameters()))
-    mx.eval(model.parameters())
-    model.eval()
-    return model
+    return randomized(model, seed)
 
 
 def small_model(family: str, vocabulary: int = 61) -> nn.Module:

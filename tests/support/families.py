@@ -130,17 +130,7 @@ def family_model(family: str, vocabulary: int = 61, seed: int = 0) -> nn.Module:
     module = importlib.import_module(f"mlx_lm.models.{family}")
     mx.random.seed(seed)
     model = module.Model(module.ModelArgs.from_dict(family_config(family, vocabulary)))
-    random = np.random.default_rng(seed)
-
-    def shaken(array: mx.array) -> mx.array:
-        if not mx.issubdtype(array.dtype, mx.floating):
-            return array
-        return array.astype(mx.float32) + mx.array(0.1 * random.normal(size=array.shape), mx.float32)
-
-    model.update(tree_map(shaken, model.parameters()))
-    mx.eval(model.parameters())
-    model.eval()
-    return model
+    return randomized(model, seed)
 
 
 def save_family(family: str, folder: Path, tokenizer_folder: Path) -> Path:
@@ -154,3 +144,18 @@ def save_family(family: str, folder: Path, tokenizer_folder: Path) -> Path:
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     (folder / "config.json").write_text(json.dumps({**family_config(family, vocabulary), "eos_token_id": 0}))
     return folder
+
+
+def randomized(model: nn.Module, seed: int) -> nn.Module:
+    """The model with random float32 weights, also where mlx starts with zeros, so that differences show."""
+    random = np.random.default_rng(seed)
+
+    def shaken(array: mx.array) -> mx.array:
+        if not mx.issubdtype(array.dtype, mx.floating):
+            return array
+        return array.astype(mx.float32) + mx.array(0.1 * random.normal(size=array.shape), mx.float32)
+
+    model.update(tree_map(shaken, model.parameters()))
+    mx.eval(model.parameters())
+    model.eval()
+    return model
