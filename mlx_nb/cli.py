@@ -202,7 +202,7 @@ def _print_rows(config: RunConfig, split: str, wanted: int | None) -> int:
     run = Run(config)
     if getattr(run.splits, split) is None:
         raise DataError(f"{config.data} has no {split} split. Give another --split, or val_set_size=0.1.")
-    examples = run.rows(split).examples
+    examples = run.inputs.split(split)
     stopped, trained = False, 0
     for row in sampled_rows(len(examples), wanted).tolist():
         view = examples.view(row)

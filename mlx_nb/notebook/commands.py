@@ -396,7 +396,7 @@ def _top_loss(run: Run, split: str, count: int, measure: bool) -> _Text:
         )
     visits = run.history.row_losses(split)
     lines = [f"highest loss ({_row_loss_is(run)}) of {len(losses)} rows of {split}:"]
-    source = run.rows(split).examples.source
+    source = run.inputs.split(split).source
     lines += [
         f"  {source.named(row):>10}  {loss:7.3f}   {visits_text(visits[row])}"
         for row, loss in list(losses.items())[:count]

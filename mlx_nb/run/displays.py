@@ -72,7 +72,7 @@ def _settings_in_words(run: ShownRun) -> dict[str, Any]:
 def _excerpt(run: ShownRun, row: int) -> str:
     """The first words of a training row, as long as it can be read."""
     try:
-        conversation = run.rows("train").examples.view(row).conversation
+        conversation = run.inputs.split("train").view(row).conversation
     except MlxNbError:
         return ""
     return "" if conversation is None else conversation.text[:200]
@@ -98,10 +98,10 @@ def browser(run: ShownRun, split: str) -> RowBrowser:
 
     there = [name for name in SPLITS if getattr(run.splits, name) is not None]
     if split not in there:
-        run.rows(split)
+        run.inputs.split(split)
     ordered = sorted(there, key=lambda name: name != split)
     return RowBrowser(
-        {name: run.rows(name).examples for name in ordered},
+        {name: run.inputs.split(name) for name in ordered},
         run.tokenizer,
         losses=_weakly(run.row_losses),
         token_loss=_weakly(run.token_losses),

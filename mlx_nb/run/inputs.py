@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import cached_property
 from inspect import GEN_CLOSED, getgeneratorstate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_nb.config.checks import doubts_of
 from mlx_nb.config.methods import method_named
 from mlx_nb.config.run_config import SETTINGS, RunConfig
 from mlx_nb.data.examples.effects import refuse_ineffective, refuse_loss_on
 from mlx_nb.data.examples.imitation import ExampleSettings, LeftOut
 from mlx_nb.data.examples.limits import ModelLimits
-from mlx_nb.data.examples.split import Examples, RowView, longest, trains_plain_text
+from mlx_nb.data.examples.split import Examples, RowView, trains_plain_text
 from mlx_nb.data.examples.tokenizing import Outcome, tokenize_split
-from mlx_nb.data.masks.prompt_format import CHAT, RAW, Rendering, has_chat_template
+from mlx_nb.data.masks.prompt_format import CHAT, RAW, Rendering
 from mlx_nb.data.sources.row_source import RowSource
 from mlx_nb.data.sources.splits import Splits, open_splits, refuse_unknown_data
-from mlx_nb.errors import CommandError, DataError, MlxNbError, ModelError, and_more, counted, did_you_mean
+from mlx_nb.errors import CommandError, DataError, MlxNbError, ModelError, and_more, did_you_mean
 from mlx_nb.events import Progress, Question
 from mlx_nb.process.interruptible import Interruptible
 from mlx_nb.process.own_code import code_digest, is_own
 from mlx_nb.process.pieces import finished
 from mlx_nb.run.resume_checks import fingerprints
-from mlx_nb.view.rows.display import ShownRow
 
 if TYPE_CHECKING:
     from mlx_nb.model.loading import LoadedModel
@@ -128,7 +126,7 @@ class RunInputs:
         if rendering.prompt_format or rendering.is_raw(self.tokenizer):
             return rendering.resolved(self.tokenizer)
         try:
-            raw = trains_plain_text(self.rows("train").examples)
+            raw = trains_plain_text(self.split("train"))
         except MlxNbError:  # no rows to go by: the model can be asked all the same
             raw = False
         return dataclasses.replace(rendering, prompt_format=RAW if raw else CHAT)
@@ -153,7 +151,7 @@ class RunInputs:
         """Raise for what is wrong with the settings and can be known before a model is loaded."""
         refuse_ineffective(self.config, self.splits)
         if self.config.loss_on != SETTINGS["loss_on"].default:
-            refuse_loss_on(self.rows("train").examples, self.config.loss_on)
+            refuse_loss_on(self.split("train"), self.config.loss_on)
         self.check_reward_names()
 
     def check_names(self) -> None:
@@ -172,15 +170,15 @@ class RunInputs:
         if method_named(self.config.method).kind.sampled:
             resolve_rewards(self.config.rewards, self.namespace or {})
 
-    def rows(self, split: str) -> Rows:
-        """The rows of a split as the model will see them."""
+    def split(self, split: str) -> Examples:
+        """The rows of a split as examples, each made when it is asked for. Raises CommandError, DataError."""
         if split not in SPLITS:
             raise CommandError(f"no split {split!r}.{did_you_mean(split, SPLITS)} There are train, valid and test.")
         source = getattr(self.splits, split)
         if source is None:
             raise DataError(f"these data have no {split} split.")
         kind = method_named(self.config.method).rows
-        return Rows(Examples(source, self.tokenizer, ExampleSettings.of(self.config, self.limits), kind), split)
+        return Examples(source, self.tokenizer, ExampleSettings.of(self.config, self.limits), kind)
 
     @cached_property
     def examples(self) -> TrainerExamples:
@@ -225,7 +223,7 @@ class RunInputs:
             # Asked anew each time: in between, another caller may have gone through with these rows.
             rows = self._tokenizing.get(split)
             if rows is None or getgeneratorstate(rows) == GEN_CLOSED:  # by an error or an interrupt
-                rows = self._tokenizing[split] = tokenize_split(self.rows(split).examples)
+                rows = self._tokenizing[split] = tokenize_split(self.split(split))
             try:
                 done, seconds = next(rows)
             except StopIteration as end:
@@ -277,81 +275,11 @@ class RunInputs:
         check_rewards(rewards, self.config.reward_weights, tuple(columns))
         return rewards
 
-    def notes(self) -> list[str]:
-        """What a person should know about model and rows before training.
-
-        Raises ModelError for a model that cannot be trained as the settings say.
-        """
-        from mlx_nb.model.backend import prepare_backend
-        from mlx_nb.model.training_trial import training_notes
-        from mlx_nb.train.optimizer import refuse_beyond_memory
-
-        warning = prepare_backend().warning
-        of_model = (*self.loaded.notes, *training_notes(self.loaded, self.config, refuse_beyond_memory))
-        notes = [*([warning] if warning else []), *doubts_of(self.config), *of_model, *self.splits.notes]
-        if (
-            self.config.prompt_format is None
-            and self.asking.is_raw(self.tokenizer)
-            and has_chat_template(self.tokenizer)
-        ):
-            notes.append(
-                "The training rows are plain text, so the model is asked with raw text too. "
-                "`prompt_format: chat` asks through the chat template."
-            )
-        examples = self.examples
-        for split, left_out in self.left_out.items():
-            if left_out:
-                first = "; ".join(row.reason for row in left_out[:3])
-                notes.append(f"Left out of {split}: {counted(len(left_out), 'row')}. {first}")
-            if split == "train":
-                cut = sum(1 for example in examples.train if example.dropped_tokens)
-                if cut:
-                    were = "was" if cut == 1 else "were"
-                    notes.append(
-                        f"{counted(cut, 'training row')} {were} cut to max_seq_length={self.config.max_seq_length}."
-                    )
-                notes += self._context_notes(examples.train)
-        return notes
-
-    def adapter_notes(self, allow_changed: Collection[str]) -> list[str]:
-        """What a person should know about the adapters that the run starts from or is compared with.
-
-        Raises ModelError for one that was made on another base, unless `allow_changed` has "model".
-        """
-        from mlx_nb.model.adapter_files import REFERENCE, START, check_base, open_adapter
-        from mlx_nb.model.loading import model_folder, model_named
-        from mlx_nb.model.reference_model import BARE
-
-        config, notes = self.config, list[str]()
-        for setting in (START, REFERENCE):
-            source = config.located(setting)
-            if source is None or getattr(config, setting) == BARE:
-                continue
-            other = config.reference_model if setting == REFERENCE else None
-            folder = model_folder(model_named(config, "reference_model")) if other else self.loaded.folder
-            adapter = open_adapter(source, setting)
-            notes += check_base(adapter, other or config.model, folder, config.load_in_bits, allow_changed)
-        return notes
-
     def places_of(self, rows: Sequence[int]) -> str:
         """Where training rows come from, in a sentence, if they have other numbers there; else empty."""
         source = self.splits.train
         named = [source.named(row) for row in dict.fromkeys(rows) if 0 <= row < len(source)]
         return f"In your data: {and_more(named, 8)}." if any("(" in one for one in named) else ""
-
-    def _context_notes(self, examples: Sequence[Any]) -> list[str]:
-        """That training rows are longer than the model was made for."""
-        context = self.limits.context
-        more = ExampleSettings.of(self.config).completion
-        beyond = [example for example in examples if context is not None and longest([example]) + more > context]
-        if not beyond:
-            return []
-        first = self.splits.train.named(beyond[0].row)
-        return [
-            f"{counted(len(beyond), 'training row')} {'is' if len(beyond) == 1 else 'are'} longer than the {context} "
-            f"tokens that the model was made for, the first {first}, the longest {longest(beyond) + more} "
-            "tokens: lower max_seq_length."
-        ]
 
     @cached_property
     def fingerprints(self) -> dict[str, Any]:
@@ -414,25 +342,3 @@ class RunInputs:
             # Raw text has no turns: what was said so far goes on.
             asked = "".join(message["content"] for message in asked)
         yield from stream_text(model, self.tokenizer, asked, question.max_tokens, self.asking)
-
-
-class Rows(Sequence[RowView]):
-    """The rows of one split as the model will see them; each is tokenized when asked for, and displays itself."""
-
-    def __init__(self, examples: Examples, split: str) -> None:
-        self.examples = examples
-        self.split = split
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, row: Any) -> Any:
-        if not isinstance(row, int):
-            raise CommandError(f"row numbers are whole numbers, not {row!r}.")
-        index = row + len(self) if row < 0 else row
-        if not 0 <= index < len(self):
-            raise IndexError(f"no row {row}: {self.split} has rows 0 to {len(self) - 1}.")
-        return ShownRow.of(self.examples.view(index), self.examples.tokenizer, self.split)
-
-    def __repr__(self) -> str:
-        return f"Rows({self.split}, {len(self)} rows)"

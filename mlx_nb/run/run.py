@@ -71,7 +71,8 @@ from mlx_nb.process.turns import Turns, one_at_a_time
 from mlx_nb.run.asking import check_asking
 from mlx_nb.run.background import Background
 from mlx_nb.run.checkpoints import Checkpoints, differences, refuse_own_folder
-from mlx_nb.run.inputs import Rows, RunInputs
+from mlx_nb.run.inputs import RunInputs
+from mlx_nb.run.notes import adapter_notes, start_notes
 from mlx_nb.run.own_calls import OWN_FUNCTION, OwnCalls
 from mlx_nb.run.resume import ask_again, home_to_resume
 from mlx_nb.run.resume_checks import (
@@ -85,6 +86,7 @@ from mlx_nb.run.resume_checks import (
     requests_of,
     settings_to_resume,
 )
+from mlx_nb.run.rows import Rows
 from mlx_nb.train.inbox import Inbox
 from mlx_nb.train.interrupts import interrupts_wait
 
@@ -298,9 +300,9 @@ class Run:
         from mlx_nb.train.trainer import Trainer
 
         loaded = self.loaded
-        notes = self.inputs.notes()
+        notes = start_notes(self.inputs)
         if not self._from_checkpoint:
-            notes += self.inputs.adapter_notes(self._allow_changed)
+            notes += adapter_notes(self.inputs, self._allow_changed)
         reference = self.inputs.reference
         trainer = Trainer(
             self.config,
@@ -337,7 +339,7 @@ class Run:
 
     def rows(self, split: str = "train") -> Rows:
         """The rows of a split; `run.rows("train")[12]` is row 12 as the model will see it."""
-        return self.inputs.rows(split)
+        return Rows(self.inputs.split(split), split)
 
     def row_losses(self, split: str = "train") -> dict[int, float]:
         """The loss of each row of `split` when it was last trained on or evaluated, the highest first."""
@@ -480,8 +482,8 @@ class Run:
 
         Raises CommandError when there are none at hand: before the first rollout, after a resume or a rewind.
         """
-        ratios = self.trainer.feed.log_ratios()
-        if not ratios:
+        rollouts = self.trainer.rollouts
+        if rollouts is None or not (ratios := rollouts.log_ratios()):
             raise CommandError(f"{self.name} has no completions at hand to compare the policy on. Do an update first.")
         return ratios
 
@@ -707,8 +709,8 @@ class Run:
     @property
     def stuck(self) -> bool:
         """Whether a function of a person's own goes on although an interrupt struck it: it catches all of them."""
-        own = (self.inputs.reading, *([self._trainer.feed.own_code] if self._trainer is not None else []))
-        return any(one.stuck for one in own)
+        rollouts = self._trainer.rollouts if self._trainer is not None else None
+        return self.inputs.reading.stuck or (rollouts is not None and rollouts.own_code.stuck)
 
     @one_at_a_time
     def save_unsaved(self) -> bool:

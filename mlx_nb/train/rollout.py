@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_nb.config.methods import method_named
 from mlx_nb.config.run_config import RunConfig
-from mlx_nb.data.examples.batches import BatchPlan, TokenBatch, evaluation_batches, pad, updates_until
+from mlx_nb.data.examples.batches import TokenBatch, evaluation_batches, pad
 from mlx_nb.data.examples.imitation import TokenizedExample
 from mlx_nb.data.examples.prompt import PromptExample
 from mlx_nb.data.masks.tokenizer import Tokenizer
@@ -48,14 +48,18 @@ class Sampled:
     seconds: float
 
 
-class RolloutFeed:
-    """One rollout is `group_size` completions of every prompt of an update; `updates_per_rollout` updates use it."""
+class Rollouts:
+    """One rollout is `group_size` completions of every prompt of an update; `updates_per_rollout` updates use it.
+
+    `columns` are those of the rows, which rewards are given. `own_code` is entered while a reward function is running:
+    an interrupt may strike right there.
+    """
 
     def __init__(
         self,
         config: RunConfig,
-        examples: Sequence[PromptExample],
         *,
+        columns: tuple[str, ...],
         scorer: TargetScorer,
         tokenizer: Tokenizer,
         rewards: Sequence[Reward],
@@ -63,19 +67,16 @@ class RolloutFeed:
         width_multiple: int,
     ) -> None:
         self._config = config
-        self._examples = examples
+        self._columns = columns
         self._scorer = scorer
         self._tokenizer = tokenizer
         self._rewards = rewards
         # A KL that weighs nothing in the loss is not worth a forward pass of the reference.
         self._reference = reference if options_for(config).get("beta", 1.0) else None
         self._width_multiple = width_multiple
-        self._columns = tuple(dict.fromkeys(name for example in examples for name in example.columns))
-        self.plan = BatchPlan([example.length for example in examples], config.batch_size, config.seed)
-        self.batches_per_epoch = self.plan.batches_per_epoch
         self._batches: list[TokenBatch] = []
-        self._metrics: dict[str, float] = {}
         self._updates_left = 0
+        self.metrics: dict[str, float] = {}  # of the completions: rewards and lengths
         self.own_code = Interruptible()
 
     @property
@@ -83,22 +84,14 @@ class RolloutFeed:
         """Whether there are completions to train on."""
         return self._updates_left > 0
 
-    def _prompts(self, first: int) -> list[list[PromptExample]]:
-        """The prompts of each micro-batch."""
-        chosen = self.plan.update(first, self._config.grad_accumulation_steps)
-        return [[self._examples[position] for position in positions] for positions in chosen]
+    def sample(
+        self, step: int, first: int, prompts: Sequence[Sequence[PromptExample]]
+    ) -> Generator[Event, None, Event]:
+        """Sample and score the completions of the `prompts` of the update that begins at micro-batch `first`.
 
-    def rows(self, first: int) -> tuple[int, ...]:
-        """The rows of the next update, sampled or not."""
-        return tuple(prompt.row for prompts in self._prompts(first) for prompt in prompts)
-
-    def prepare(self, step: int, first: int) -> Generator[Event, None, Event]:
-        """Sample and score the completions of the next update's prompts. Nothing changes before it has ended.
-
-        Raises NoReward when not one of them got a reward.
+        Nothing changes before it has ended. Raises NoReward when not one of them got a reward.
         """
         config = self._config
-        prompts = self._prompts(first)
         seed = seed_for(config.seed, "rollout", first)
         sampled = yield from self._sample(step, [one for chosen in prompts for one in chosen], config.group_size, seed)
         self._require_reward(sampled.scores)
@@ -111,7 +104,7 @@ class RolloutFeed:
             batches.append(self._batch(sampled, advantages, slice(start, end)))
             start = end
         self._batches, self._updates_left = batches, config.updates_per_rollout
-        self._metrics = {
+        self.metrics = {
             **self._measured(sampled),
             "reward_spread": _spread(sampled.scores.total_N, config.group_size),
             "zero_variance_groups": advantages.zero_variance_share,
@@ -232,30 +225,23 @@ class RolloutFeed:
             groups.append({"row": example.row, "prompt": _text_of(example.prompt), "completions": said})
         return tuple(groups)
 
-    def batches(self, first: int) -> list[TokenBatch]:
-        """The completions, a batch for each micro-batch of prompts."""
+    def batches(self, groups: Sequence[Sequence[Any]]) -> list[TokenBatch]:
+        """The completions of these prompts, which were sampled before: a batch for each micro-batch of prompts."""
         return self._batches
 
-    def used(self, first: int) -> int:
-        """After the last update on these completions the run moves on."""
+    def use_up(self) -> bool:
+        """One more update was made with the completions. Whether that was the last."""
         self._updates_left -= 1
-        return first if self.ready else first + len(self._prompts(first))
+        return not self.ready
 
-    def drop(self, first: int) -> int:
-        """Leave these prompts behind, with whatever was sampled."""
+    def drop(self) -> None:
+        """Leave behind whatever was sampled."""
         self._updates_left = 0
-        return first + len(self._prompts(first))
 
-    def updates_until(self, first: int, epochs: float) -> int:
-        """Updates from `first` until `epochs` passes over the prompts are done, 0 where they are."""
-        config = self._config
-        rollouts = updates_until(epochs, self.batches_per_epoch, config.grad_accumulation_steps, first)
-        made = config.updates_per_rollout - self._updates_left if self.ready and rollouts else 0
-        return rollouts * config.updates_per_rollout - made
-
-    def metrics(self) -> dict[str, float]:
-        """Of the completions: rewards and lengths."""
-        return self._metrics
+    def updates_of(self, rollouts: int) -> int:
+        """Updates that are left of so many rollouts, the one in use included."""
+        each = self._config.updates_per_rollout
+        return rollouts * each - (each - self._updates_left if self.ready and rollouts else 0)
 
     def log_ratios(self) -> list[tuple[int, np.ndarray, np.ndarray]]:
         """(row, tokens, log(policy now / policy that sampled)) of each completion of the last rollout, used or not."""
@@ -290,27 +276,26 @@ class RolloutFeed:
         mean = sum(loss for _, loss in losses) / len(losses)
         return Measured(mean, float(len(losses)), tuple(losses), self._measured(sampled))
 
-    def snapshot(self) -> dict[str, Any]:
-        """The completions in use: they cannot be sampled again once the policy has changed."""
+    def snapshot(self) -> tuple[dict[str, mx.array], dict[str, Any] | None]:
+        """Arrays by name and plain values of the completions in use: they cannot be sampled again once the policy has
+        changed."""
         if not self.ready:
-            return {"arrays": {}, "state": None}
-        arrays: dict[str, mx.array] = {}
-        for number, batch in enumerate(self._batches):
-            for name, array in _arrays_of(batch).items():
-                arrays[f"{number}.{name}"] = mx.array(array)
-        shapes = [{"rows": batch.rows, "lengths": batch.lengths} for batch in self._batches]
-        return {
-            "arrays": arrays,
-            "state": {"batches": shapes, "updates_left": self._updates_left, "metrics": self._metrics},
+            return {}, None
+        arrays = {
+            f"{number}.{name}": mx.array(array)
+            for number, batch in enumerate(self._batches)
+            for name, array in _arrays_of(batch).items()
         }
+        shapes = [{"rows": batch.rows, "lengths": batch.lengths} for batch in self._batches]
+        return arrays, {"batches": shapes, "updates_left": self._updates_left, "metrics": self.metrics}
 
-    def restore(self, arrays: dict[str, mx.array], state: Any, first: int) -> None:
-        """Go on with the completions of a snapshot, where they answer the prompts from `first` on, batch by batch."""
-        self._batches, self._updates_left, self._metrics = [], 0, {}
-        asked = [[one.row for one in chosen for _ in range(self._config.group_size)] for chosen in self._prompts(first)]
-        if state is None or [list(shape["rows"]) for shape in state["batches"]] != asked:
+    def restore(self, arrays: dict[str, mx.array], state: Any, prompts: Sequence[Sequence[PromptExample]]) -> None:
+        """Go on with the completions of a snapshot, where they answer these `prompts`, batch by batch."""
+        self._batches, self._updates_left, self.metrics = [], 0, {}
+        wanted = [[one.row for one in chosen for _ in range(self._config.group_size)] for chosen in prompts]
+        if state is None or [list(shape["rows"]) for shape in state["batches"]] != wanted:
             return
-        self._updates_left, self._metrics = state["updates_left"], dict(state["metrics"])
+        self._updates_left, self.metrics = state["updates_left"], dict(state["metrics"])
         self._batches = [
             _batch_of({name: np.array(arrays[f"{number}.{name}"]) for name in _names(arrays, number)}, shape)
             for number, shape in enumerate(state["batches"])

@@ -63,15 +63,16 @@ from mlx_nb.model.trained import orthogonalized_outside, total_count, trainable_
 from mlx_nb.model.trees import held_arrays, named_arrays
 from mlx_nb.objectives.build import objective_for
 from mlx_nb.rollouts.rewards.resolve import Reward
-from mlx_nb.train.batch_source import Feed, RowFeed
+from mlx_nb.train.batch_source import BatchSource, RowBatches
 from mlx_nb.train.checkpoint import Checkpoint
 from mlx_nb.train.inbox import Inbox
 from mlx_nb.train.optimizer import build_optimizer, learning_rate_at, rate_words, refuse_beyond_memory, stretched_words
 from mlx_nb.train.reference_logprobs import ReferenceLogprobs
-from mlx_nb.train.rollout import NoReward, RolloutFeed
+from mlx_nb.train.rollout import NoReward, Rollouts
 from mlx_nb.train.schedule import BEGIN, SAVE_BEST, SAVE_LAST, VALIDATE_NOW, Due, Measures, Schedule
 from mlx_nb.train.step import COMPILED_WIDTHS, Stepper, Update
 from mlx_nb.train.tripwires import REMEMBERED_LOSSES, SpikeWatch, advice, length_class, out_of_memory
+from mlx_nb.train.update_plan import UpdatePlan
 
 MEMORY_WARNING = 0.9  # of the device's memory
 IDLE_UPDATES = 10  # in a row without anything to learn from, until that is said
@@ -217,21 +218,22 @@ class Trainer:
         except BaseException:
             self.close()
             raise
+        self.plan = UpdatePlan(config, examples.train)
+        self.rollouts: Rollouts | None = None
         if method_named(config.method).kind.sampled:
             assert tokenizer is not None, "completions are sampled by a tokenizer"
-            self.feed: Feed = RolloutFeed(
+            self.rollouts = Rollouts(
                 config,
-                examples.train,
+                columns=tuple(dict.fromkeys(name for example in examples.train for name in example.columns)),
                 scorer=self.scorer,
                 tokenizer=tokenizer,
                 rewards=rewards,
                 reference=reference,
                 width_multiple=width_multiple,
             )
-        else:
-            self.feed = RowFeed(
-                config, examples.train, scorer=self.scorer, reference=reference, width_multiple=width_multiple
-            )
+        self.source: BatchSource = self.rollouts or RowBatches(
+            config, scorer=self.scorer, reference=reference, width_multiple=width_multiple
+        )
         self.iters = self._length()
         mx.reset_peak_memory()
 
@@ -240,7 +242,8 @@ class Trainer:
         config, state = self.config, self.state
         if config.iters is not None:
             return max(0, config.iters - state.step)
-        return self.feed.updates_until(state.batches, config.epochs or 1.0)
+        updates = self.plan.updates_until(config.epochs or 1.0, state.batches)
+        return updates if self.rollouts is None else self.rollouts.updates_of(updates)
 
     def _length(self) -> int:
         """Updates in the whole run. What is done is never taken back."""
@@ -251,8 +254,8 @@ class Trainer:
         at_once = isinstance(request, Pause) and request.at_once
         self._break_off = self._break_off or at_once
         self._inbox.put(request)
-        if at_once:
-            self.feed.own_code.strike(_BrokenOff())  # in the middle of a reward function
+        if at_once and self.rollouts is not None:
+            self.rollouts.own_code.strike(_BrokenOff())  # in the middle of a reward function
 
     def _poll(self) -> None:
         if self._break_off:
@@ -281,9 +284,10 @@ class Trainer:
                     event = yield from self._undisturbed(self._do_next())
                 elif self.finished is not None or done == updates:
                     return
-                elif not self.feed.ready:
-                    preparing = self.feed.prepare(self.state.step, self.state.batches)
-                    event = yield from self._undisturbed(self._polled(preparing))
+                elif self.rollouts is not None and not self.rollouts.ready:
+                    first = self.state.batches
+                    sampling = self.rollouts.sample(self.state.step, first, self.plan.examples(first))
+                    event = yield from self._undisturbed(self._polled(sampling))
                 else:
                     event = self._update()
                     done += 1
@@ -392,18 +396,18 @@ class Trainer:
 
     def snapshot(self) -> Checkpoint:
         """Everything that the next update depends on, as it is at this step boundary."""
-        feed = self.feed.snapshot()
+        completions, about_completions = self.rollouts.snapshot() if self.rollouts is not None else ({}, None)
         arrays = {
             "parameters": dict(named_arrays(self.stepper.trainable())),
             "optimizer": dict(named_arrays(self.stepper.optimizer.state)),
-            "feed": feed["arrays"],
+            "feed": completions,
         }
         if self.best is not None and self.state.best_step != self.state.step:
             arrays["best"] = self.best
         state = {
-            "feed": feed["state"],
+            "feed": about_completions,
             "trainer": dict(vars(self.state)),  # not asdict: what never changes in place is shared, not copied
-            "place": list(self.feed.plan.place(self.state.batches)),
+            "place": list(self.plan.batches.place(self.state.batches)),
             "due": self.schedule.as_lists(),
             "asked": self._inbox.kept(),
             "started": self._started,
@@ -434,8 +438,10 @@ class Trainer:
         pairs = [one for one in self.state.recent_losses if isinstance(one, list | tuple)]
         self.state.recent_losses = [(length, loss) for length, loss in pairs]
         if (place := checkpoint.state.get("place")) is not None:
-            self.state.batches = self.feed.plan.find(Place(*place))
-        self.feed.restore(checkpoint.arrays.get("feed", {}), checkpoint.state.get("feed"), self.state.batches)
+            self.state.batches = self.plan.batches.find(Place(*place))
+        if self.rollouts is not None:
+            prompts = self.plan.examples(self.state.batches)
+            self.rollouts.restore(checkpoint.arrays.get("feed", {}), checkpoint.state.get("feed"), prompts)
         finished = checkpoint.state["finished"]
         # The run may have been moved or copied since.
         self.finished = None if finished is None else RunFinished(**{**finished, "path": str(self.folder)})
@@ -538,7 +544,9 @@ class Trainer:
 
     def _skip(self) -> BatchSkipped:
         rows = self.next_rows()
-        self.state = replace(self.state, batches=self.feed.drop(self.state.batches))
+        self.state = replace(self.state, batches=self.plan.after(self.state.batches))
+        if self.rollouts is not None:
+            self.rollouts.drop()
         self._end_where_due()
         return BatchSkipped(self.state.step, rows)
 
@@ -579,8 +587,9 @@ class Trainer:
 
     def refuse_shorter_than_done(self, config: RunConfig) -> None:
         """Raise ConfigError for settings of a length that the run is beyond already."""
-        step, done = self.state.step, self.state.batches / self.feed.batches_per_epoch
-        share = config.grad_accumulation_steps / self.feed.batches_per_epoch  # of an epoch, which an update rounds up
+        batches = self.plan.batches.batches_per_epoch
+        step, done = self.state.step, self.state.batches / batches
+        share = config.grad_accumulation_steps / batches  # of an epoch, which an update rounds up
         back = "A rewind goes further back."
         if config.iters is not None:
             if config.iters < step:
@@ -617,11 +626,12 @@ class Trainer:
         except (MemoryError, RuntimeError) as error:
             raise out_of_memory(error, batches) from error
         seconds = time.perf_counter() - started
-        metrics = {**update.metrics, **self.feed.metrics()}
+        metrics = {**update.metrics, **(self.rollouts.metrics if self.rollouts is not None else {})}
+        moves_on = self.rollouts is None or self.rollouts.use_up()
         self.state = state = replace(
             state,
             step=state.step + 1,
-            batches=self.feed.used(state.batches),
+            batches=self.plan.after(state.batches) if moves_on else state.batches,
             tokens=state.tokens + tokens,
             target_tokens=state.target_tokens + update.units,
             learned_step=state.step + 1 if _teaches(update, metrics, learning_rate) else state.learned_step,
@@ -641,7 +651,7 @@ class Trainer:
             tokens=tokens,
             seconds=seconds,
             peak_memory=self._peak_memory(),
-            epoch=self.feed.plan.epochs(state.batches),
+            epoch=self.plan.batches.epochs(state.batches),
             rows=tuple(dict.fromkeys(rows)),
             metrics=metrics,
             row_losses=tuple(zip(rows, update.row_losses)),
@@ -656,11 +666,13 @@ class Trainer:
 
     def next_rows(self) -> tuple[int, ...]:
         """The rows of the next update, in the order of its batches."""
-        return self.feed.rows(self.state.batches)
+        return self.plan.rows(self.state.batches)
 
     def next_batches(self) -> list[TokenBatch]:
         """The very arrays of the next update, one for each micro-batch; none before the completions of a rollout."""
-        return self.feed.batches(self.state.batches) if self.feed.ready else []
+        if self.rollouts is not None and not self.rollouts.ready:
+            return []
+        return self.source.batches(self.plan.examples(self.state.batches))
 
     def evaluate(self, split: str = "valid", *, all_rows: bool = False) -> EvaluationCompleted:
         """Loss over a fixed set of rows of `split`, or all, weighted by token. Changes nothing in the run.
@@ -685,7 +697,7 @@ class Trainer:
         started = time.perf_counter()
         limit = -1 if all_rows else config.test_batches if split == "test" else config.val_batches
         measured = yield from self._polled(
-            self.feed.measure(self.state.step, split, examples, limit, self.stepper.evaluate)
+            self.source.measure(self.state.step, split, examples, limit, self.stepper.evaluate)
         )
         nll = measured.metrics.get("nll", measured.loss)
         return EvaluationCompleted(

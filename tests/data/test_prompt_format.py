@@ -15,6 +15,7 @@ from mlx_nb.data.sources.splits import open_splits
 from mlx_nb.errors import ConfigError, DataError
 from mlx_nb.events import Question, SampleGenerated
 from mlx_nb.rollouts.generation import generate_texts
+from mlx_nb.run.notes import start_notes
 from mlx_nb.run.run import Run
 from mlx_nb.view.rows.display import ShownRow
 
@@ -229,9 +230,9 @@ def test_kept_prompts_are_asked_as_the_rows_are_written(tiny_folder, tmp_path):
 
 def test_the_notes_of_a_run_on_plain_text_say_how_it_is_asked(tiny_folder, tmp_path):
     note = "The training rows are plain text, so the model is asked with raw text too."
-    assert any(text.startswith(note) for text in run_of(TEXT_ROWS, tiny_folder, tmp_path).inputs.notes())
+    assert any(text.startswith(note) for text in start_notes(run_of(TEXT_ROWS, tiny_folder, tmp_path).inputs))
     for rows, settings in ((STRING_ROWS, {}), (TEXT_ROWS, {"prompt_format": "raw"}), (CHAT_AS_TEXT, {})):
-        notes = run_of(rows, tiny_folder, tmp_path, **settings).inputs.notes()
+        notes = start_notes(run_of(rows, tiny_folder, tmp_path, **settings).inputs)
         assert not any(text.startswith(note) for text in notes)
 
 

@@ -175,7 +175,7 @@ def test_reference_log_probabilities_are_measured_once_and_kept_beside_the_run(t
     measured = len(first.inputs.reference)
     assert measured > 10
     again = run_of("dpo", folder, tiny_folder)
-    again.trainer.feed.batches(0)
+    again.trainer.next_batches()
     assert again.inputs.reference._scorer is None
     assert len(again.inputs.reference) == measured
     again.run()
@@ -268,14 +268,14 @@ def test_a_rollout_serves_several_updates_and_its_numbers_add_up(tmp_path, tiny_
 def test_log_ratios_of_the_completions_in_use_are_0_until_an_update(tmp_path, tiny_folder):
     run = run_of("grpo", tmp_path, tiny_folder, learning_rate=1e-2, steps_per_eval=-1)
     run.step(1)
-    changed = run.trainer.feed.log_ratios()
+    changed = run.trainer.rollouts.log_ratios()
     assert len(changed) == 16
     assert max(np.abs(ratio).max() for _, _, ratio in changed) > 1e-3
     run.rewind(to=0)
     events = run.events(1)
     while not isinstance(next(events), RolloutCompleted):
         pass
-    assert max(np.abs(ratio).max() for _, _, ratio in run.trainer.feed.log_ratios()) < 1e-4
+    assert max(np.abs(ratio).max() for _, _, ratio in run.trainer.rollouts.log_ratios()) < 1e-4
 
 
 def test_a_reward_that_raises_returns_nan_or_is_slow_never_ends_the_run(tmp_path, tiny_folder):
@@ -464,7 +464,7 @@ def test_a_fork_in_the_middle_of_a_rollout_keeps_completions_that_its_settings_w
     run = run_of("grpo", tmp_path / "run", tiny_folder, steps_per_eval=-1)
     run.step()
     fork = run.fork(adapter_path=str(tmp_path / "fork"), **changes)
-    assert fork.trainer.feed.ready is same
+    assert fork.trainer.rollouts.ready is same
     assert set(run.trainer.next_rows()) <= set(fork.trainer.next_rows())
     fork.step()
     assert max(np.abs(ratio).max() for _, _, ratio in fork.log_ratios()) < (1.0 if same else 0.2)
@@ -474,7 +474,7 @@ def test_a_fork_with_another_batch_size_is_at_the_same_place_in_the_epoch(tmp_pa
     run = run_of("sft", tmp_path / "run", tiny_folder, steps_per_eval=-1, val_set_size=0)
     epoch = run.step(3).epoch
     fork = run.fork(batch_size=4, grad_accumulation_steps=1, adapter_path=str(tmp_path / "fork"))
-    assert fork.trainer.state.batches / fork.trainer.feed.batches_per_epoch == epoch == 0.5
+    assert fork.trainer.state.batches / fork.trainer.plan.batches.batches_per_epoch == epoch == 0.5
 
 
 def test_settings_changed_before_the_start_decide_what_is_loaded(tmp_path, tiny_folder):
@@ -572,7 +572,7 @@ def test_the_own_folder_is_moved_only_by_a_run_that_can_start(tmp_path, tiny_fol
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-@pytest.mark.parametrize("where", ["prepare", "batches"])
+@pytest.mark.parametrize("where", ["sample", "batches"])
 def test_memory_that_runs_out_beside_an_update_is_said_and_changes_nothing(where, tmp_path, tiny_folder, monkeypatch):
     run = run_of("grpo", tmp_path, tiny_folder, steps_per_eval=-1)
 
@@ -580,7 +580,7 @@ def test_memory_that_runs_out_beside_an_update_is_said_and_changes_nothing(where
         raise RuntimeError("[malloc] Unable to allocate 9 bytes.")
 
     run.step(2)
-    monkeypatch.setattr(run.trainer.feed, where, full)
+    monkeypatch.setattr(run.trainer.rollouts, where, full)
     with pytest.raises(OutOfMemory, match="outside an update"):
         run.step()
     monkeypatch.undo()

@@ -83,7 +83,7 @@ def test_a_fork_with_other_batches_visits_the_rest_of_the_epoch_and_no_more(meth
     for updates in (1, 2, 3):
         run.step()
         fork = run.fork(adapter_path=str(tmp_path / f"fork{updates}"), name=f"fork{updates}", **changes)
-        assert fork.trainer.feed.plan.epochs(fork.trainer.state.batches) == min(4 * updates, 10) / 10
+        assert fork.trainer.plan.batches.epochs(fork.trainer.state.batches) == min(4 * updates, 10) / 10
         fork.run()
         assert visits(fork.history.events) == dict.fromkeys(range(10), 2)
         again = run.fork(adapter_path=str(tmp_path / f"again{updates}"), name=f"again{updates}", **changes)

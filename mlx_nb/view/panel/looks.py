@@ -57,7 +57,7 @@ class Looks:
             note = f"the {len(losses)} rows of highest loss when last trained on or evaluated"
             listed = listed_rows(losses, self._location(split))
             return {"rows": listed, "note": note if losses else "no losses are known yet", "pages": 1}
-        total = len(self._run.rows(split).examples)
+        total = len(self._run.inputs.split(split))
         first = ROWS_OF_A_PAGE * page
         some: list[tuple[int, float | None]] = [(row, None) for row in range(first, min(total, first + ROWS_OF_A_PAGE))]
         rows = listed_rows(some, self._location(split))
@@ -66,7 +66,7 @@ class Looks:
     def row(self, split: str, row: int, color: str = "mask", page: int = 0, *, tokens: bool = False) -> Told:
         """One row as `html`, its `pages`, and the losses of earlier `visits`. `color` is mask, loss or compare."""
         run = self._run
-        view = run.rows(split).examples.view(row)
+        view = run.inputs.split(split).view(row)
         losses: dict[str, Any] = {}
         if color != "mask" and view.conversation is not None:
             losses = measured_losses(view, run.token_losses, compare=color == "compare")
@@ -103,7 +103,7 @@ class Looks:
 
     def _location(self, split: str) -> Any:
         try:
-            return self._run.rows(split).examples.source.location if self._run.prepared else lambda row: ""
+            return self._run.inputs.split(split).source.location if self._run.prepared else lambda row: ""
         except MlxNbError:
             return lambda row: ""
 

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from mlx_nb.train.trainer import Trainer
 
 
-class RowsOfSplit(Protocol):
-    """The rows of a split as the model will see them."""
+class Inputs(Protocol):
+    """What a run is made from."""
 
-    examples: Examples
+    def split(self, split: str) -> Examples:
+        """The rows of a split as the model will see them. Raises CommandError or DataError where there are none."""
 
 
 class RunHandle(Protocol):
@@ -28,6 +29,10 @@ class RunHandle(Protocol):
     name: str
     config: RunConfig
     history: History
+
+    @property
+    def inputs(self) -> Inputs:
+        """What it is made from."""
 
     @property
     def state(self) -> RunState:
@@ -87,9 +92,6 @@ class RunHandle(Protocol):
 
     def set(self, **changes: Any) -> None:
         """Change live settings."""
-
-    def rows(self, split: str = "train") -> RowsOfSplit:
-        """The rows of a split. Raises CommandError when it has none."""
 
     def row_losses(self, split: str = "train") -> dict[int, float]:
         """The latest loss of each row."""
