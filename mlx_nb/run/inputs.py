@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from mlx_nb.model.logprobs import TargetScorer
     from mlx_nb.rollouts.rewards.resolve import Reward
     from mlx_nb.train.reference_logprobs import ReferenceLogprobs
-    from mlx_nb.train.trainer import TrainerExamples
+    from mlx_nb.train.state import TrainerExamples
 
 SPLITS = ("train", "valid", "test")
 
@@ -190,7 +190,7 @@ class RunInputs:
 
     def tokenizing(self) -> Generator[Progress, None, TrainerExamples]:
         """Make `examples`, with Progress on the way. When it is left, another one goes on where it was."""
-        from mlx_nb.train.trainer import TrainerExamples
+        from mlx_nb.train.state import TrainerExamples
 
         if "examples" not in self.__dict__:
             made = {}

@@ -689,9 +689,9 @@ class Run:
         """Give the trainer the parameters of its best update, where it was restored without them."""
         trainer = self.trainer
         step = trainer.state.best_step
-        if trainer.best is None and step is not None:
+        if trainer.saves.best is None and step is not None:
             with suppress(CommandError, CheckpointError):
-                trainer.best = self._checkpoints.find(step, self._store(), self.history, self.step_count).arrays[
+                trainer.saves.best = self._checkpoints.find(step, self._store(), self.history, self.step_count).arrays[
                     "parameters"
                 ]
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from mlx_nb.data.examples.batches import Place
 from mlx_nb.events import RunFinished
 from mlx_nb.files.typed_json import WrongJson, read_as
-from mlx_nb.train.trainer import TrainerState
+from mlx_nb.train.state import TrainerState
 
 SEAL = "seal"
 Fingerprint = str | int | list[str] | list[list[str]] | dict[str, str]

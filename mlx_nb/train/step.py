@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
-from mlx.utils import tree_map
+from mlx.utils import tree_map, tree_unflatten
 
 from mlx_nb.data.examples.batches import TokenBatch
-from mlx_nb.errors import ModelChanged, TrainingError
+from mlx_nb.errors import CheckpointError, ModelChanged, TrainingError
 from mlx_nb.model.backend import one_blas_thread
 from mlx_nb.model.lanes import in_lanes, lanes_of, one_by_one
 from mlx_nb.model.logprobs import TargetInputs, TargetScorer, target_inputs
@@ -116,6 +116,31 @@ class Stepper:
                         f"and is {now}."
                     )
         return parameters
+
+    def arrays(self) -> dict[str, dict[str, mx.array]]:
+        """The trained `parameters` and the state of the `optimizer`, by name."""
+        return {
+            "parameters": dict(named_arrays(self.trainable())),
+            "optimizer": dict(named_arrays(self.optimizer.state)),
+        }
+
+    def refuse_misfit(self, step: int, parameters: dict[str, mx.array], optimizer: dict[str, mx.array]) -> None:
+        """Raise CheckpointError where those of the checkpoint of `step` are of another model or optimizer."""
+        here = self.arrays()
+        pairs = {"parameter": (parameters, here["parameters"]), "optimizer state": (optimizer, here["optimizer"])}
+        for what, (theirs, ours) in pairs.items():
+            for name in sorted(theirs.keys() | ours.keys()):
+                one, other = theirs.get(name), ours.get(name)
+                if one is None or other is None or one.shape != other.shape or one.dtype != other.dtype:
+                    raise CheckpointError(
+                        f"the checkpoint of step {step} is of another run: {what} {name} does not fit. "
+                        "Use the model, fine_tune_type, lora_parameters and optimizer that it was made with."
+                    )
+
+    def put_back(self, parameters: dict[str, mx.array], optimizer: dict[str, mx.array]) -> None:
+        """Go on from these, which fit."""
+        self.model.update(tree_unflatten(list(parameters.items())))
+        self.optimizer.state = tree_unflatten(list(optimizer.items()))
 
     def _parts(self, batch: TokenBatch) -> tuple[TargetInputs, ...]:
         return tuple(target_inputs(part, *self._multiples) for part in lanes_of(batch, self.lanes))

@@ -6,20 +6,19 @@ import math
 import time
 import typing
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
 
 from mlx_nb.config.checks import doubts_of
 from mlx_nb.config.methods import method_named
 from mlx_nb.config.run_config import LENGTHS, RunConfig
 from mlx_nb.data.examples.batches import Place, TokenBatch
 from mlx_nb.data.masks.tokenizer import Tokenizer
-from mlx_nb.errors import CheckpointError, ConfigError, DataError, FolderError, TrainingError
+from mlx_nb.errors import ConfigError, DataError, FolderError, TrainingError
 from mlx_nb.events import (
     EARLY_STOPPING,
     ITERS_REACHED,
@@ -51,7 +50,6 @@ from mlx_nb.events import (
     TrainerRequest,
 )
 from mlx_nb.files.whole_files import write_whole
-from mlx_nb.files.written_files import ADAPTER_FILE, BEST_FOLDER
 from mlx_nb.model import adapters
 from mlx_nb.model.adapter_files import START, open_adapter, with_adapter_settings
 from mlx_nb.model.lanes import lane_count
@@ -60,46 +58,25 @@ from mlx_nb.model.memory import memory_errors
 from mlx_nb.model.passes import refuse_cache_doubt
 from mlx_nb.model.randomness import random_stream, seed_for
 from mlx_nb.model.trained import orthogonalized_outside, total_count, trainable_count, trained_words
-from mlx_nb.model.trees import held_arrays, named_arrays
+from mlx_nb.model.trees import held_arrays
 from mlx_nb.objectives.build import objective_for
 from mlx_nb.rollouts.rewards.resolve import Reward
+from mlx_nb.train.adapter_saves import AdapterSaves
 from mlx_nb.train.batch_source import BatchSource, RowBatches
 from mlx_nb.train.checkpoint import Checkpoint
 from mlx_nb.train.inbox import Inbox
+from mlx_nb.train.length import refuse_shorter_than_done, updates_left
 from mlx_nb.train.optimizer import build_optimizer, learning_rate_at, rate_words, refuse_beyond_memory, stretched_words
 from mlx_nb.train.reference_logprobs import ReferenceLogprobs
 from mlx_nb.train.rollout import NoReward, Rollouts
 from mlx_nb.train.schedule import BEGIN, SAVE_BEST, SAVE_LAST, VALIDATE_NOW, Due, Measures, Schedule
+from mlx_nb.train.state import TrainerExamples, TrainerState
 from mlx_nb.train.step import COMPILED_WIDTHS, Stepper, Update
 from mlx_nb.train.tripwires import REMEMBERED_LOSSES, SpikeWatch, advice, length_class, out_of_memory
 from mlx_nb.train.update_plan import UpdatePlan
 
 MEMORY_WARNING = 0.9  # of the device's memory
 IDLE_UPDATES = 10  # in a row without anything to learn from, until that is said
-
-
-@dataclass
-class TrainerState:
-    """Where a run is. `step` counts updates done, `seconds` the time in them.
-
-    `learned_step` is the last update that had something to learn from, 0 = none.
-    `recent_losses` are (length class, loss) of the last updates, `spikes` how many of the last were spikes in a row.
-    `batches` counts micro-batches of the run's batch size; at the end of an epoch it is a multiple of those in one.
-    """
-
-    step: int = 0
-    batches: int = 0
-    tokens: int = 0
-    target_tokens: float = 0.0
-    seconds: float = 0.0
-    best_loss: float | None = None
-    best_step: int | None = None
-    validated_step: int | None = None
-    learned_step: int = 0
-    scheduled_best: float | None = None
-    evaluations_without_best: int = 0
-    recent_losses: list[tuple[int, float]] = field(default_factory=list)
-    spikes: int = 0
 
 
 # prompt -> (answer, answer of the base) as they grow, token by token
@@ -118,15 +95,6 @@ _REWARD_ADVICE = (
 
 class _BrokenOff(BaseException):
     """What was being done is dropped, as if it had never begun. No `except Exception` of a person's own stops it."""
-
-
-@dataclass(frozen=True)
-class TrainerExamples:
-    """The rows of a run as the examples of its method, tokenized. `valid` and `test` may be empty."""
-
-    train: Sequence[Any]
-    valid: Sequence[Any] = ()
-    test: Sequence[Any] = ()
 
 
 def _longest(config: RunConfig, examples: Sequence[Any]) -> int:
@@ -171,11 +139,8 @@ class Trainer:
         refuse_cache_doubt(model, _longest(config, examples.train))
         self.config = config
         self.model = model
-        self._base = base
         self.examples = examples
         self.name = name
-        self.folder = folder
-        self.write = write
         self.places_of = places_of
         self.notes = tuple(notes)
         self.state = TrainerState()
@@ -184,9 +149,6 @@ class Trainer:
         self.schedule = Schedule()
         self._peaks = (0, 0)  # of all memory, and of what training itself took
         self.kept_memory = 0  # bytes of earlier updates that are kept to rewind to
-        # The adapter of `state.best_step`; None before there is one, and for `full`, where it would be a second model.
-        self.best: dict[str, mx.array] | None = None
-        self.best_is_due = False  # whether best/ may hold another than that
         self._started = False
         self._break_off = False
         self._doing: object = None  # changes when another loop takes up, or takes back, what one was doing
@@ -196,7 +158,8 @@ class Trainer:
         width_multiple = COMPILED_WIDTHS if compiled else 1
         try:
             with random_stream(seed_for(config.seed, "adapter")):
-                self.keys = adapters.attach_adapter(model, config)
+                self._keys = adapters.attach_adapter(model, config)
+                self.saves = AdapterSaves(model, self._keys, folder, write, base)
                 refuse_beyond_memory(model, config)
                 mx.eval(held_arrays(model))
             if config.resume_adapter_file and not from_checkpoint:
@@ -239,11 +202,7 @@ class Trainer:
 
     def _left(self) -> int:
         """Updates that are left of the run."""
-        config, state = self.config, self.state
-        if config.iters is not None:
-            return max(0, config.iters - state.step)
-        updates = self.plan.updates_until(config.epochs or 1.0, state.batches)
-        return updates if self.rollouts is None else self.rollouts.updates_of(updates)
+        return updates_left(self.config, self.state, self.plan, self.rollouts)
 
     def _length(self) -> int:
         """Updates in the whole run. What is done is never taken back."""
@@ -278,7 +237,7 @@ class Trainer:
             if paused:
                 return
             try:
-                if self.best_is_due:
+                if self.saves.best_is_due:
                     self.put_back_best()
                 if self.schedule:
                     event = yield from self._undisturbed(self._do_next())
@@ -297,7 +256,7 @@ class Trainer:
                 yield RunPaused(self.state.step, f"{error} {_REWARD_ADVICE}")
                 return
             except OSError as error:
-                yield RunPaused(self.state.step, _disk_trouble(self.folder, error))
+                yield RunPaused(self.state.step, _disk_trouble(self.saves.folder, error))
                 return
             except FolderError as error:
                 yield RunPaused(self.state.step, str(error))
@@ -329,7 +288,7 @@ class Trainer:
 
     def move_to(self, folder: Path, write: adapters.Write) -> None:
         """What is saved from now on goes to `folder`, by `write`; what is in memory is to be there already."""
-        self.folder, self.write = folder, write
+        self.saves.folder, self.saves.write_file = folder, write
         if self.finished is not None:
             self.finished = replace(self.finished, path=str(folder))
 
@@ -398,12 +357,11 @@ class Trainer:
         """Everything that the next update depends on, as it is at this step boundary."""
         completions, about_completions = self.rollouts.snapshot() if self.rollouts is not None else ({}, None)
         arrays = {
-            "parameters": dict(named_arrays(self.stepper.trainable())),
-            "optimizer": dict(named_arrays(self.stepper.optimizer.state)),
+            **self.stepper.arrays(),
             "feed": completions,
         }
-        if self.best is not None and self.state.best_step != self.state.step:
-            arrays["best"] = self.best
+        if self.saves.best is not None and self.state.best_step != self.state.step:
+            arrays["best"] = self.saves.best
         state = {
             "feed": about_completions,
             "trainer": dict(vars(self.state)),  # not asdict: what never changes in place is shared, not copied
@@ -417,22 +375,10 @@ class Trainer:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a snapshot, bit for bit. Raises CheckpointError when it is of another model or optimizer."""
-        parameters, optimizer = checkpoint.arrays["parameters"], checkpoint.arrays["optimizer"]
-        ours = {
-            "parameter": (parameters, dict(named_arrays(self.stepper.trainable()))),
-            "optimizer state": (optimizer, dict(named_arrays(self.stepper.optimizer.state))),
-        }
-        for what, (theirs, here) in ours.items():
-            for name in sorted(theirs.keys() | here.keys()):
-                one, other = theirs.get(name), here.get(name)
-                if one is None or other is None or one.shape != other.shape or one.dtype != other.dtype:
-                    raise CheckpointError(
-                        f"the checkpoint of step {checkpoint.step} is of another run: {what} {name} does not fit. "
-                        "Use the model, fine_tune_type, lora_parameters and optimizer that it was made with."
-                    )
+        parameters = checkpoint.arrays["parameters"]
+        self.stepper.refuse_misfit(checkpoint.step, parameters, checkpoint.arrays["optimizer"])
         self._doing = None
-        self.model.update(tree_unflatten(list(parameters.items())))
-        self.stepper.optimizer.state = tree_unflatten(list(optimizer.items()))
+        self.stepper.put_back(parameters, checkpoint.arrays["optimizer"])
         self.state = TrainerState(**checkpoint.state["trainer"])
         # JSON has no tuples; checkpoints from before had plain losses, which belong to no length.
         pairs = [one for one in self.state.recent_losses if isinstance(one, list | tuple)]
@@ -444,12 +390,14 @@ class Trainer:
             self.rollouts.restore(checkpoint.arrays.get("feed", {}), checkpoint.state.get("feed"), prompts)
         finished = checkpoint.state["finished"]
         # The run may have been moved or copied since.
-        self.finished = None if finished is None else RunFinished(**{**finished, "path": str(self.folder)})
+        self.finished = None if finished is None else RunFinished(**{**finished, "path": str(self.saves.folder)})
         self.schedule.only((what, how) for what, how in checkpoint.state["due"])
         self._started = checkpoint.state["started"]
         if self.config.fine_tune_type != "full":
-            self.best = dict(parameters) if self.state.best_step == checkpoint.step else checkpoint.arrays.get("best")
-        self.best_is_due = self.state.best_step is not None
+            self.saves.best = (
+                dict(parameters) if self.state.best_step == checkpoint.step else checkpoint.arrays.get("best")
+            )
+        self.saves.best_is_due = self.state.best_step is not None
         self._end_where_due()
         # What was to be left out was the batch after another update.
         self._inbox.drop(Skip)
@@ -464,7 +412,7 @@ class Trainer:
             len(self.examples.train),
             len(self.examples.valid),
             self.notes,
-            trained_words(self.model, self.config, self.keys),
+            trained_words(self.model, self.config, self._keys),
         )
 
     @property
@@ -587,22 +535,7 @@ class Trainer:
 
     def refuse_shorter_than_done(self, config: RunConfig) -> None:
         """Raise ConfigError for settings of a length that the run is beyond already."""
-        batches = self.plan.batches.batches_per_epoch
-        step, done = self.state.step, self.state.batches / batches
-        share = config.grad_accumulation_steps / batches  # of an epoch, which an update rounds up
-        back = "A rewind goes further back."
-        if config.iters is not None:
-            if config.iters < step:
-                raise ConfigError(
-                    f"`iters: {config.iters}` is less than what is done: {self.name} is at update {step}. The smallest "
-                    f"value is {step}, which ends it there. {back}"
-                )
-        elif done - (config.epochs or 1.0) > share - 1e-9:
-            given = "null" if config.epochs is None else f"{config.epochs:g}"
-            raise ConfigError(
-                f"`epochs: {given}` is less than what is done: {self.name} is at update {step}, {done:.4g} passes over "
-                f"the rows. The smallest value is {math.floor(done * 1e4) / 1e4:g}, which ends it there. {back}"
-            )
+        refuse_shorter_than_done(config, self.name, self.state, self.plan.batches.batches_per_epoch)
 
     def _update(self) -> StepCompleted:
         config, state = self.config, self.state
@@ -723,7 +656,7 @@ class Trainer:
         if best:
             self.state = replace(self.state, best_loss=result.loss, best_step=state.step)
             if self.config.fine_tune_type != "full":
-                self.best = adapters.adapter_weights(self.model)
+                self.saves.best = adapters.adapter_weights(self.model)
         follow_up = [SAVE_BEST] if best and state.step > 0 else []
         if scheduled:
             self._count_for_early_stopping(result.loss)
@@ -746,13 +679,10 @@ class Trainer:
             return RequestRefused(self.state.step, f"test: {error}")
 
     def _save(self, kind: str) -> AdapterSaved:
-        folder = self.folder / BEST_FOLDER if kind == "best" else self.folder
-        if kind == "step":
-            name = f"{self.state.step:07d}_{ADAPTER_FILE}"
-            self.save_adapter(folder, name)
-        path = self.save_adapter(folder)
+        self.stepper.trainable()
+        path = self.saves.save(self.config, self.state.step, kind)
         if self._reference is not None:
-            self._reference.save(self.folder, self.write)
+            self._reference.save(self.saves.folder, self.saves.write_file)
         return AdapterSaved(self.state.step, str(path), kind)
 
     def put_back_best(self) -> None:
@@ -761,22 +691,12 @@ class Trainer:
         Nothing is written where that is there already, or where neither the run nor the folder has one. Raises OSError
         and FolderError.
         """
-        folder, best = self.folder / BEST_FOLDER, self.best
-        there = (folder / ADAPTER_FILE).is_file()
-        if best is not None and (self.state.best_step or there) and not _holds(folder, best):
-            self._write_adapter(folder, weights=best, update=self.state.best_step)
-        self.best_is_due = False
-        if self.config.fine_tune_type == "full":
-            self.best = None
+        self.saves.put_back_best(self.config, self.state.best_step)
 
-    def save_adapter(self, folder: Path, file_name: str = ADAPTER_FILE, write: adapters.Write | None = None) -> Path:
-        """Write the adapter as it is now, by `write` or as the run's own files. Returns the path of its weights."""
-        return self._write_adapter(folder, file_name, write=write or self.write)
-
-    def _write_adapter(self, folder: Path, file_name: str = ADAPTER_FILE, **options: Any) -> Path:
+    def save_adapter(self, folder: Path, write: adapters.Write) -> Path:
+        """Write the adapter as it is now to another folder. Returns the path of its weights."""
         self.stepper.trainable()
-        options = {"write": self.write, "update": self.state.step, **options}
-        return adapters.save_adapter(self.model, self.config, self.keys, folder, file_name, base=self._base, **options)
+        return self.saves.save_to(folder, self.config, self.state.step, write=write)
 
     def _finish(self, reason: str) -> RunFinished:
         state = self.state
@@ -788,7 +708,7 @@ class Trainer:
             state.target_tokens,
             state.best_loss,
             state.best_step,
-            str(self.folder),
+            str(self.saves.folder),
             learned=state.learned_step > 0,
         )
         return self.finished
@@ -802,15 +722,6 @@ class Trainer:
 def _teaches(update: Update, metrics: dict[str, float], learning_rate: float) -> bool:
     """Whether an update had something to learn from. Without a difference between rewards only rounding is left."""
     return learning_rate > 0 and update.gradient_norm > 0 and metrics.get("zero_variance_groups", 0.0) < 1
-
-
-def _holds(folder: Path, weights: dict[str, mx.array]) -> bool:
-    """Whether the adapter in a folder is this one, to the bit."""
-    try:
-        there = typing.cast(dict[str, mx.array], mx.load(str(folder / ADAPTER_FILE)))
-    except (OSError, RuntimeError, ValueError):
-        return False
-    return there.keys() == weights.keys() and all(bool(mx.array_equal(there[name], weights[name])) for name in there)
 
 
 def perplexity_of(loss: float) -> float:

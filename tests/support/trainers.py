@@ -9,7 +9,8 @@ from mlx_nb.events import (
     StepCompleted,
 )
 from mlx_nb.model import adapters
-from mlx_nb.train.trainer import Trainer, TrainerExamples
+from mlx_nb.train.state import TrainerExamples
+from mlx_nb.train.trainer import Trainer
 from tiny import random_examples, tiny_model
 
 ADAPTER = {"rank": 4, "scale": 2.0}

@@ -35,8 +35,9 @@ from mlx_nb.model.randomness import random_stream, seed_for
 from mlx_nb.objectives.grpo import bnpo, completion_objective, dapo
 from mlx_nb.objectives.sft import nll, token_objective
 from mlx_nb.train.optimizer import build_optimizer, learning_rate_at
+from mlx_nb.train.state import TrainerExamples
 from mlx_nb.train.step import Stepper
-from mlx_nb.train.trainer import Trainer, TrainerExamples
+from mlx_nb.train.trainer import Trainer
 from tiny import VOCABULARY, random_examples, tiny_model
 from trainers import ADAPTER, losses, make_trainer, weights
 

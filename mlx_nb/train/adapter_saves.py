@@ -1,0 +1,89 @@
+"""The adapter of a run in its folder: the last, those of `save_every`, and the best."""
+
+from __future__ import annotations
+
+import typing
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_nb.config.run_config import RunConfig
+from mlx_nb.files.written_files import ADAPTER_FILE, BEST_FOLDER
+from mlx_nb.model import adapters
+
+
+class AdapterSaves:
+    """Writes the adapter that is attached to `model` at `keys` to `folder`, by `write_file`.
+
+    `base` is the `base_identity` that the files carry.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        keys: tuple[str, ...],
+        folder: Path,
+        write_file: adapters.Write,
+        base: dict[str, Any] | None,
+    ) -> None:
+        self.folder = folder
+        self.write_file = write_file
+        # The adapter of the best update; None before there is one, and for `full`, where it would be a second model.
+        self.best: dict[str, mx.array] | None = None
+        self.best_is_due = False  # whether best/ may hold another than that
+        self._model = model
+        self._keys = keys
+        self._base = base
+
+    def save(self, config: RunConfig, update: int, kind: str) -> Path:
+        """Write the adapter of `update` as `last`, `best` or `step`. Returns the path of its weights."""
+        if kind == "step":
+            self.save_to(self.folder, config, update, f"{update:07d}_{ADAPTER_FILE}")
+        return self.save_to(self.folder / BEST_FOLDER if kind == "best" else self.folder, config, update)
+
+    def save_to(
+        self,
+        folder: Path,
+        config: RunConfig,
+        update: int | None,
+        file_name: str = ADAPTER_FILE,
+        *,
+        write: adapters.Write | None = None,
+        weights: dict[str, mx.array] | None = None,
+    ) -> Path:
+        """Write the adapter, or these `weights` of an earlier update, to any folder. Returns the path of the file."""
+        return adapters.save_adapter(
+            self._model,
+            config,
+            self._keys,
+            folder,
+            file_name,
+            base=self._base,
+            update=update,
+            write=write or self.write_file,
+            weights=weights,
+        )
+
+    def put_back_best(self, config: RunConfig, best_step: int | None) -> None:
+        """Make best/ hold the adapter of the best update that the run knows of, after it went back.
+
+        Nothing is written where that is there already, or where neither the run nor the folder has one.
+        """
+        folder, best = self.folder / BEST_FOLDER, self.best
+        there = (folder / ADAPTER_FILE).is_file()
+        if best is not None and (best_step or there) and not _holds(folder, best):
+            self.save_to(folder, config, best_step, weights=best)
+        self.best_is_due = False
+        if config.fine_tune_type == "full":
+            self.best = None
+
+
+def _holds(folder: Path, weights: dict[str, mx.array]) -> bool:
+    """Whether the adapter in a folder is this one, to the bit."""
+    try:
+        there = typing.cast(dict[str, mx.array], mx.load(str(folder / ADAPTER_FILE)))
+    except (OSError, RuntimeError, ValueError):
+        return False
+    return there.keys() == weights.keys() and all(bool(mx.array_equal(there[name], weights[name])) for name in there)
