@@ -336,6 +336,11 @@ class Pause(Request):
 
 
 @dataclass(frozen=True)
+class Cancel(Request):
+    """Leave out the answers to kept prompts that are due now, and a validation that was asked for."""
+
+
+@dataclass(frozen=True)
 class Stop(Request):
     """End the run at the next step boundary; the adapter is saved."""
 
@@ -389,7 +394,7 @@ class Question(Request):
 
 
 # Who answers which: each of the two has a branch for every kind of its own, which the type checker holds it to.
-TrainerRequest = Pause | Stop | Skip | Save | Evaluate | Sample | ChangeSetting
+TrainerRequest = Pause | Stop | Skip | Save | Evaluate | Sample | ChangeSetting | Cancel
 RunRequest = Question | Rewind
 # What was asked and not done yet is part of a checkpoint, but for what ends a run: who resumes it wants it to go on.
 KEPT_REQUESTS = (Skip, Save, Evaluate, Sample, Rewind, ChangeSetting)

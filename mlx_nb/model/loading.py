@@ -30,7 +30,7 @@ from mlx_nb.model.fingerprint import Weights, weights_fingerprint
 from mlx_nb.model.finite import not_finite
 from mlx_nb.model.gguf.convert import convert_gguf, write_model
 from mlx_nb.model.memory import memory_errors, shortage
-from mlx_nb.model.mlx_lm_import import files_for_a_model, import_mlx_lm
+from mlx_nb.model.mlx_lm_import import files_for_a_model, import_mlx_lm, import_tokenizers
 from mlx_nb.model.passes import doubt_note
 from mlx_nb.model.randomness import random_stream
 from mlx_nb.model.text_model import whole_note
@@ -99,7 +99,7 @@ def load_in_pieces(
     """`load_model` in pieces, with Progress after each. What is fetched, imported and parsed is so on a thread."""
     with memory_errors("the model was loaded", "Close other programs and kernels, or take a smaller model."):
         folder = yield from fetched_folder(model)
-        yield from _meanwhile("libraries", _import_tokenizers)
+        yield from _meanwhile("libraries", import_tokenizers)
         network, config = load_skeleton(folder)
         tokenizer = yield from _meanwhile("tokenizer", partial(load_tokenizer, folder))
         yield from _evaluated(network, "weights, as they are in the file")
@@ -159,11 +159,6 @@ def _evaluated(network: nn.Module, what: str) -> Generator[Progress, None, None]
         if (now := time.monotonic()) - since >= SECONDS_BETWEEN_PIECES:
             yield Progress(0, f"loading {what}", done, len(arrays), now - begun)
             since = time.monotonic()
-
-
-def _import_tokenizers() -> None:
-    """Most of what importing mlx-lm takes; mlx-lm itself makes mlx streams, which belong to a thread."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
 
 def model_named(config: RunConfig, setting: str = "model") -> str:

@@ -18,28 +18,43 @@ _NO_ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 _importing = threading.Lock()
 
 
+@contextmanager
+def _importing_quietly() -> Iterator[None]:
+    """One thread at a time imports, and is not told that there is no PyTorch, which nothing here needs."""
+    with _importing:
+        advice = os.environ.get(_NO_ADVICE)
+        os.environ.setdefault(_NO_ADVICE, "1")
+        try:
+            yield
+        finally:
+            if advice is None:
+                os.environ.pop(_NO_ADVICE, None)
+
+
 def import_mlx_lm() -> None:
     """Import mlx-lm, quietly; the limit of open files, the environment and the state of `random` stay as they are.
 
     mlx-lm lowers the hard limit, which only root could raise again afterwards: so it must not come to that. Its tuner
     imports rich, which draws a number.
     """
-    with _importing:
+    with _importing_quietly():
         if "mlx_lm.utils" in sys.modules:
             return
         real: Any = resource.setrlimit
-        drawn, advice = random.getstate(), os.environ.get(_NO_ADVICE)
+        drawn = random.getstate()
         try:
             resource.setrlimit = lambda kind, limits: None if kind == resource.RLIMIT_NOFILE else real(kind, limits)
-            # That there is no PyTorch, which nothing here needs, is no news.
-            os.environ.setdefault(_NO_ADVICE, "1")
             import mlx_lm.tuner.utils
             import mlx_lm.utils  # noqa: F401
         finally:
             resource.setrlimit = real
             random.setstate(drawn)
-            if advice is None:
-                os.environ.pop(_NO_ADVICE, None)
+
+
+def import_tokenizers() -> None:
+    """Most of what importing mlx-lm takes; mlx-lm itself makes mlx streams, which belong to a thread."""
+    with _importing_quietly():
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
 
 @contextmanager

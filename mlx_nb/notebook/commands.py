@@ -6,7 +6,8 @@ import argparse
 import json
 import keyword
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,9 +22,10 @@ from mlx_nb.files.written_files import CHECKPOINTS
 from mlx_nb.notebook.help_text import WIDTH, commands_help, help_of
 from mlx_nb.notebook.queued_cells import NOW
 from mlx_nb.notebook.session import Session
+from mlx_nb.notebook.shown_text import GrowingAnswer, Text, has_rich_display
 from mlx_nb.run.inputs import SPLITS
 from mlx_nb.run.run import Run
-from mlx_nb.view.event_text import remarks, visits_text
+from mlx_nb.view.event_text import progress_words, remarks, visits_text
 from mlx_nb.view.metric_text import headline
 
 CELL_OPTIONS = {
@@ -124,14 +126,30 @@ def run_line(session: Session, line: str) -> Any:
     if session.queued is not None and name not in _STEERING and not arguments.now:
         session.queued.before_command()
     stamp = _running_at(session, arguments.name) if command.of_now else None
-    answer = command.act(session, arguments)
+    with _unchanged_when_interrupted(session, name, arguments):
+        answer = command.act(session, arguments)
     if "name" in arguments and (arguments.name in session.runs or (arguments.name is None and session.runs)):
         session.show_again(session.get(arguments.name))
-    if stamp is not None and isinstance(answer, _Text):
+    if stamp is not None and isinstance(answer, Text):
         return answer.stamped(stamp)
     if stamp is not None:
         print(stamp)
     return answer
+
+
+@contextmanager
+def _unchanged_when_interrupted(session: Session, command: str, arguments: argparse.Namespace) -> Iterator[None]:
+    """Raise CommandError in place of an interrupt that broke off what changes nothing, such as an answer."""
+    runs = session.runs
+    run = runs.get(getattr(arguments, "name", None) or "", session.get() if runs else None)
+    before = run and (run.step_count, len(run.history.events))
+    try:
+        yield
+    except KeyboardInterrupt:
+        if run is None or before != (run.step_count, len(run.history.events)):
+            raise
+        where = f"{run.name} is as it was, {run.state} at update {run.step_count}"
+        raise CommandError(f"%finetune {command} was interrupted; {where}.") from None
 
 
 def _running_at(session: Session, name: str | None) -> str | None:
@@ -143,22 +161,8 @@ def _running_at(session: Session, name: str | None) -> str | None:
     return f"update {run.step_count}{f' of {iters}' if iters else ''}, running"
 
 
-def _help_text(name: str | None = None) -> _Text:
-    return _Text(commands_help(COMMANDS) if name is None else help_of(name, COMMANDS))
-
-
-class _Text(str):
-    """Text that displays as it is, without quotes; below it a line that is not part of it, if it was stamped."""
-
-    stamp = ""
-
-    def __repr__(self) -> str:
-        return f"{self}\n({self.stamp})" if self.stamp else str(self)
-
-    def stamped(self, stamp: str) -> _Text:
-        """The same text with a line below."""
-        self.stamp = stamp
-        return self
+def _help_text(name: str | None = None) -> Text:
+    return Text(commands_help(COMMANDS) if name is None else help_of(name, COMMANDS))
 
 
 def _step(session: Session, arguments: argparse.Namespace) -> None:
@@ -193,22 +197,22 @@ def wait_of(arguments: argparse.Namespace) -> bool | None:
     return True if arguments.wait else False if arguments.background else None
 
 
-def _pause(session: Session, arguments: argparse.Namespace) -> _Text:
+def _pause(session: Session, arguments: argparse.Namespace) -> Text:
     run = session.get(arguments.name)
     if run.state != RunState.RUNNING:
         raise CommandError(f"{run.name} is {run.state}, so there is nothing to pause.")
     run.request(Pause())
-    return _Text(f"{run.name} pauses after this update.")
+    return Text(f"{run.name} pauses after this update.")
 
 
-def _stop(session: Session, arguments: argparse.Namespace) -> _Text | None:
+def _stop(session: Session, arguments: argparse.Namespace) -> Text | None:
     from mlx_nb.notebook.driver import train
 
     run = session.get(arguments.name)
     _refuse_finished(run)
     run.request(Stop())
     if run.state == RunState.RUNNING:
-        return _Text(f"{run.name} stops after this update and saves its adapter.")
+        return Text(f"{run.name} stops after this update and saves its adapter.")
     train(session, run, 0, wait=True)
     return None
 
@@ -227,25 +231,30 @@ def _refuse_finished(run: Run) -> None:
         )
 
 
-def _eval(session: Session, arguments: argparse.Namespace) -> _Text:
+def _eval(session: Session, arguments: argparse.Namespace) -> Text:
     from mlx_nb.view.event_text import describe
 
-    return _Text(describe(session.get(arguments.name).evaluate(arguments.split)))
+    return Text(describe(session.get(arguments.name).evaluate(arguments.split)))
 
 
-def _generate(session: Session, arguments: argparse.Namespace) -> _Text:
+def _generate(session: Session, arguments: argparse.Namespace) -> Text:
     run = session.get(arguments.name)
-    answer = run.generate(
-        " ".join(arguments.prompt),
-        base=arguments.base,
-        max_tokens=arguments.max_tokens,
-        temperature=arguments.temperature,
-        seed=arguments.seed,
-    )
-    return _Text(answer)
+    asked = {name: getattr(arguments, name) for name in ("base", "max_tokens", "temperature", "seed")}
+    prompt = " ".join(arguments.prompt)
+    if not has_rich_display():
+        return Text(run.generate(prompt, **asked))
+    who = "the base" if arguments.base else run.name
+    answer = GrowingAnswer(f"{who} answers …")
+    try:
+        for progress in run.inputs.loading():
+            answer.wait(progress_words(progress))
+        return answer.ended(run.generate(prompt, on_text=answer.grow, **asked))
+    except BaseException:
+        answer.broken_off()
+        raise
 
 
-def _set(session: Session, arguments: argparse.Namespace) -> _Text:
+def _set(session: Session, arguments: argparse.Namespace) -> Text:
     run = session.get(arguments.name)
     known = len(run.history.events)
     changes = read_words(arguments.changes, "%finetune set", _EXAMPLE)
@@ -254,7 +263,7 @@ def _set(session: Session, arguments: argparse.Namespace) -> _Text:
     notes = _notes_since(run, known)
     if run.state == RunState.RUNNING and run.prepared:  # it is recorded at the next boundary
         notes += filter(None, (run.trainer.change_words(name, run.config) for name in changes))
-    return _Text("\n".join([changed, *notes]))
+    return Text("\n".join([changed, *notes]))
 
 
 def _notes_since(run: Run, known: int) -> list[str]:
@@ -262,17 +271,17 @@ def _notes_since(run: Run, known: int) -> list[str]:
     return [note for event in run.history.events[known:] for note in remarks(event)]
 
 
-def _save(session: Session, arguments: argparse.Namespace) -> _Text:
-    return _Text(f"saved to {session.get(arguments.name).save(arguments.path)}")
+def _save(session: Session, arguments: argparse.Namespace) -> Text:
+    return Text(f"saved to {session.get(arguments.name).save(arguments.path)}")
 
 
-def _runs(session: Session, arguments: argparse.Namespace) -> _Text:
+def _runs(session: Session, arguments: argparse.Namespace) -> Text:
     if arguments.disk:
         from mlx_nb.notebook.kept import kept_text
 
-        return _Text(kept_text(run.folder for run in session.runs.values()))
+        return Text(kept_text(run.folder for run in session.runs.values()))
     if not session.runs:
-        return _Text("no runs yet. A %%finetune cell makes one.")
+        return Text("no runs yet. A %%finetune cell makes one.")
     table = [("", "run", "state", "update", "loss", "validation", "method", "model")]
     for run in session.runs.values():
         last, valid = run.history.last_step, run.history.evaluations("valid")
@@ -289,15 +298,15 @@ def _runs(session: Session, arguments: argparse.Namespace) -> _Text:
             )
         )
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    return _Text("\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in table))
+    return Text("\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in table))
 
 
-def _delete(session: Session, arguments: argparse.Namespace) -> _Text:
+def _delete(session: Session, arguments: argparse.Namespace) -> Text:
     from mlx_nb.notebook.kept import delete_kept
 
     known = session.runs.get(arguments.run)
     folder = known.folder if known is not None else run_folder(arguments.run, working_folder())
-    return _Text(delete_kept(folder, yes=arguments.yes))
+    return Text(delete_kept(folder, yes=arguments.yes))
 
 
 def _headline_text(evaluation: dict[str, Any]) -> str:
@@ -305,38 +314,36 @@ def _headline_text(evaluation: dict[str, Any]) -> str:
     return f"{value:.4f}" if name == "loss" else f"{name} {value:.4f}"
 
 
-def _rewind(session: Session, arguments: argparse.Namespace) -> _Text:
+def _rewind(session: Session, arguments: argparse.Namespace) -> Text:
     from mlx_nb.view.event_text import describe
 
     run = session.get(arguments.name)
     if arguments.to is not None and arguments.n is not None:
         raise CommandError("%finetune rewind: give a number of updates or --to, not both.")
-    return _Text(
-        f"{run.name} {describe(run.rewind(arguments.n, to=arguments.to))}. `%finetune run` goes on from there."
-    )
+    return Text(f"{run.name} {describe(run.rewind(arguments.n, to=arguments.to))}. `%finetune run` goes on from there.")
 
 
-def _skip(session: Session, arguments: argparse.Namespace) -> _Text:
+def _skip(session: Session, arguments: argparse.Namespace) -> Text:
     run = session.get(arguments.name)
     _refuse_finished(run)
     rows = run.trainer.next_rows()
     places = run.inputs.places_of(rows)
     run.skip()
-    return _Text(
+    return Text(
         f"{run.name} will leave out the batch with rows {', '.join(map(str, rows))}. {places}{' ' if places else ''}"
         "`%finetune run` goes on after it."
     )
 
 
-def _fork(session: Session, arguments: argparse.Namespace) -> _Text:
+def _fork(session: Session, arguments: argparse.Namespace) -> Text:
     run, output = session.get(arguments.name), output_name(arguments.output)
     fork = run.fork(name=arguments.as_name, **read_words(arguments.changes, "%finetune fork", _EXAMPLE))
     notes = session.add(fork, output)
     moves = f"`%finetune run` moves the fork; `%finetune use {run.name}` goes back to {run.name}."
-    return _Text("\n".join([repr(fork), moves, *notes]))
+    return Text("\n".join([repr(fork), moves, *notes]))
 
 
-def _resume(session: Session, arguments: argparse.Namespace) -> _Text:
+def _resume(session: Session, arguments: argparse.Namespace) -> Text:
     from mlx_nb.notebook.driver import has_live_front_end, show_panel
 
     output = output_name(arguments.output)
@@ -350,7 +357,7 @@ def _resume(session: Session, arguments: argparse.Namespace) -> _Text:
     if has_live_front_end():
         show_panel(session, run)
     goes_on = "`%finetune run 20` does 20 more updates" if run.over else "`%finetune run` goes on from there"
-    return _Text("\n".join([repr(run), f"{goes_on}.", *notes, *run.trainer.notes]))
+    return Text("\n".join([repr(run), f"{goes_on}.", *notes, *run.trainer.notes]))
 
 
 def _only_candidate() -> str:
@@ -373,7 +380,7 @@ def _only_candidate() -> str:
     )
 
 
-def _rows(session: Session, arguments: argparse.Namespace) -> _Text:
+def _rows(session: Session, arguments: argparse.Namespace) -> Text:
     run = session.get(arguments.name)
     rows = run.rows(arguments.split)
     if arguments.top_loss is not None:
@@ -383,10 +390,10 @@ def _rows(session: Session, arguments: argparse.Namespace) -> _Text:
         lines += ["Which are left out is not known before they are tokenized. `%finetune check` says it now."]
     elif run.left_out[arguments.split]:
         lines += ["Left out:", *(f"  {row.reason}" for row in run.left_out[arguments.split])]
-    return _Text("\n".join(lines))
+    return Text("\n".join(lines))
 
 
-def _top_loss(run: Run, split: str, count: int, measure: bool) -> _Text:
+def _top_loss(run: Run, split: str, count: int, measure: bool) -> Text:
     if measure:
         run.evaluate(split, all_rows=True)
     losses = run.row_losses(split)
@@ -401,7 +408,7 @@ def _top_loss(run: Run, split: str, count: int, measure: bool) -> _Text:
         f"  {source.named(row):>10}  {loss:7.3f}   {visits_text(visits[row])}"
         for row, loss in list(losses.items())[:count]
     ]
-    return _Text("\n".join(lines))
+    return Text("\n".join(lines))
 
 
 def _row_loss_is(run: Run) -> str:
@@ -432,7 +439,7 @@ def _check(session: Session, arguments: argparse.Namespace) -> Any:
     if key != "rows" or not equals:
         raise CommandError(f"%finetune check: {arguments.rows!r} is not rows=NUMBER. For example: rows=20000")
     check = run.check(rows=value)
-    return _Text(json.dumps(check.to_dict(), ensure_ascii=False)) if arguments.json else CheckDisplay(check)
+    return Text(json.dumps(check.to_dict(), ensure_ascii=False)) if arguments.json else CheckDisplay(check)
 
 
 def _rollouts(session: Session, arguments: argparse.Namespace) -> Any:
@@ -497,7 +504,7 @@ COMMANDS: dict[str, Command] = {
     "stop": _command("stop", "end the run after this update and save its adapter", _stop),
     "panel": _command("panel", "controls, curves, rows, samples and checkpoints, live", _panel),
     "status": _command(
-        "status", "where the run is", lambda session, arguments: _Text(session.get(arguments.name).status())
+        "status", "where the run is", lambda session, arguments: Text(session.get(arguments.name).status())
     ),
     "eval": _command(
         "eval",
@@ -613,7 +620,7 @@ COMMANDS: dict[str, Command] = {
     "use": _command(
         "use",
         "make another run the current one",
-        lambda session, arguments: _Text(repr(session.select(arguments.run))),
+        lambda session, arguments: Text(repr(session.select(arguments.run))),
         _argument("run"),
     ),
     "help": _command(

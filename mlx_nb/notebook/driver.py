@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mlx_nb.errors import CommandError
@@ -22,6 +23,8 @@ from mlx_nb.events import (
     RunPaused,
     StepCompleted,
 )
+from mlx_nb.notebook.progress_line import ProgressLine
+from mlx_nb.notebook.shown_text import has_rich_display
 from mlx_nb.run.run import raise_failure
 from mlx_nb.view import event_text
 from mlx_nb.view.curves.figure import live_svg, live_words
@@ -49,9 +52,12 @@ def train(session: Session, run: Run, updates: int | None = None, *, wait: bool 
         finally:
             session.publish(run)
         return
-    if session.panel_of(run) is None:
+    is_shown = session.panel_of(run) is not None
+    if not is_shown:
         show_panel(session, run)
     run.start(updates)
+    if is_shown:
+        ProgressLine(run)
     if wait is None and session.queued is not None:
         session.queued.follow(run)
 
@@ -80,25 +86,7 @@ def train_here(
     The first interrupt pauses at the next step boundary; a second one drops the update in hand, which is then as if
     it had never begun. Returns the last event; `way_on` is said after a pause.
     """
-    display = _LiveDisplay(run)
-    ended: Event | None = None
-    with run.interrupts(print) as interrupts:
-        if not run.prepared:
-            display.say("loading model and rows …")
-            try:
-                _load(run, display)
-            finally:
-                if quiet or not run.prepared:
-                    display.say(f"{run.name}: {'model and rows are loaded' if run.prepared else 'not loaded'}.")
-        for event in run.events(updates):
-            if run.prepared and not quiet:
-                display.show(event)
-            ended = event
-        interrupts.ignore()
-        if run.prepared and not quiet:
-            display.finish(ended)
-        elif run.history.last_step:
-            print(event_text.describe(run.history.last_step))
+    ended = _moved_quietly(run, updates) if quiet and has_rich_display() else _moved(run, updates)
     raise_failure(ended)
     if isinstance(ended, RunPaused):
         reason = "" if ended.reason == "interrupted" else f" ({ended.reason})"
@@ -106,11 +94,52 @@ def train_here(
     return ended
 
 
-def _load(run: Run, display: _LiveDisplay) -> None:
+def _moved(run: Run, updates: int | None) -> Event | None:
+    """Move the run under a display of its own, which stays as a figure and a table. Returns the last event."""
+    display = _LiveDisplay(run)
+    ended: Event | None = None
+    with run.interrupts(print) as interrupts:
+        if not run.prepared:
+            display.say("loading model and rows …")
+            try:
+                _load(run, display.load)
+            finally:
+                if not run.prepared:
+                    display.say(f"{run.name}: not loaded.")
+        for event in run.events(updates):
+            if run.prepared:
+                display.show(event)
+            ended = event
+        interrupts.ignore()
+        if run.prepared:
+            display.finish(ended)
+        elif run.history.last_step:
+            print(event_text.describe(run.history.last_step))
+    return ended
+
+
+def _moved_quietly(run: Run, updates: int | None) -> Event | None:
+    """Move the run under one line, where its panel is open elsewhere. Returns the last event."""
+    line = ProgressLine(run)
+    ended: Event | None = None
+    try:
+        with run.interrupts(print) as interrupts:
+            _load(run, lambda progress: None)
+            for event in run.events(updates):
+                ended = event
+            interrupts.ignore()
+    finally:
+        last = run.history.last_step
+        words = event_text.describe(last) if last else "model and rows are loaded" if run.prepared else "not loaded"
+        line.end(words if last else f"{run.name}: {words}.")
+    return ended
+
+
+def _load(run: Run, told: Callable[[Progress], None]) -> None:
     """Until all is loaded, or a pause is asked for. Raises CommandError when it is given up."""
     try:
         for progress in run.load():
-            display.load(progress)
+            told(progress)
     except KeyboardInterrupt:
         raise CommandError(
             f"loading {run.name} was given up. Nothing has changed; `%finetune run` loads again."
@@ -131,7 +160,7 @@ class _LiveDisplay:
         self._run = run
         self._iters = 0
         self._shown_at = 0.0
-        self._in_notebook = _has_rich_display()
+        self._in_notebook = has_rich_display()
         self._handle: Any = None
         self._broken = False
         self._activity = ""
@@ -238,10 +267,3 @@ def has_live_front_end() -> bool:
     from IPython.core.getipython import get_ipython
 
     return bool(getattr(getattr(get_ipython(), "kernel", None), "_allow_stdin", False))
-
-
-def _has_rich_display() -> bool:
-    from IPython.core.getipython import get_ipython
-
-    shell = get_ipython()
-    return shell is not None and hasattr(shell, "kernel")

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import ast
 import asyncio
-import html
 import shlex
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +21,8 @@ from IPython.core.error import InputRejected
 from mlx_nb.errors import CommandError
 from mlx_nb.events import Event, Progress, RunFailed, RunPaused, RunState
 from mlx_nb.notebook.front_end import request_header
+from mlx_nb.notebook.progress_line import how_far
+from mlx_nb.notebook.shown_text import Line
 from mlx_nb.view import event_text
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from mlx_nb.run.run import Run
 
 NOW = "--now"
-_SECONDS_BETWEEN_LINES = 0.4
 
 
 class CellNotRun(InputRejected):
@@ -193,48 +192,29 @@ def _own_interrupts() -> Iterator[None]:
 
 
 class _WaitingLine:
-    """One line in the cell that waits, updated in place. A display that fails is given up."""
+    """What the cell that waits says about the runs, a line each."""
 
     def __init__(self, runs: list[Run]) -> None:
-        from IPython.display import display
-
         self._runs = runs
         self._activity: dict[int, str] = {}
-        self._shown_at = time.monotonic()
-        self._handle: Any = display(self._bundle(), raw=True, display_id=True)
+        self._shown = Line(self._text())
 
     def show(self, run: Run, event: Event) -> None:
         """Take note of an event; the line changes a few times a second."""
         self._activity[id(run)] = event_text.progress_words(event) if isinstance(event, Progress) else ""
-        if time.monotonic() - self._shown_at >= _SECONDS_BETWEEN_LINES:
-            self._update()
+        if self._shown.is_due:
+            self._shown.put(self._text())
 
     def finish(self) -> None:
         """Say what the runs came to."""
         self._activity.clear()
-        self._update()
+        self._shown.put(self._text())
 
-    def _update(self) -> None:
-        self._shown_at = time.monotonic()
-        if self._handle is None:
-            return
-        try:
-            self._handle.update(self._bundle(), raw=True)
-        except Exception as error:
-            self._handle = None
-            print(f"the progress could not be shown ({error}); training goes on.", file=sys.stderr)
-
-    def _bundle(self) -> dict[str, str]:
-        text = "\n".join(self._line(run) for run in self._runs)
-        return {
-            "text/html": f'<div style="opacity:0.8;white-space:pre-wrap">{html.escape(text)}</div>',
-            "text/plain": text,
-        }
+    def _text(self) -> str:
+        return "\n".join(self._line(run) for run in self._runs)
 
     def _line(self, run: Run) -> str:
-        far = event_text.progress_line(run.history, run.trainer.iters) if run.prepared else "loading model and rows"
         if run.state != RunState.RUNNING:
-            return f"waited for {run.name}, which is {run.state}  ·  {far}"
-        activity = self._activity.get(id(run), "")
+            return f"waited for {run.name}, which is {run.state}  ·  {how_far(run)}"
         hint = f"an interrupt pauses it, {NOW} would not wait"
-        return "  ·  ".join(filter(None, [f"waiting for {run.name}", far, activity, hint]))
+        return f"waiting for {run.name}  ·  {how_far(run, self._activity.get(id(run), ''))}  ·  {hint}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import mlx.nn as nn
@@ -34,14 +34,16 @@ def generate_texts(
     rendering: Rendering = AS_USUAL,
     tools: Sequence[Any] | None = None,
     roles: Mapping[str, str] = AUTOMATIC.roles,
+    on_texts: Callable[[list[str]], None] | None = None,
 ) -> list[str]:
     """One answer per prompt: those of a list are what each prompt alone gives, to rounding.
 
     A prompt is a list of messages, or a text: a user message, or where `rendering` says raw a text to be continued.
     Messages, `tools` and `roles` are read and rendered like those of rows. Above temperature 0 the first of a list is
-    what its prompt alone gives, and a prompt that is repeated gets other answers. The model's modes and the user's
-    random stream are as before afterwards. An answer ends where the model's learned positions do. Raises DataError for
-    a prompt without tokens or with what the model cannot read, CommandError for no tokens to say.
+    what its prompt alone gives, and a prompt that is repeated gets other answers. `on_texts` is told the answers so
+    far, in whole characters, again and again. The model's modes and the user's random stream are as before afterwards.
+    An answer ends where the model's learned positions do. Raises DataError for a prompt without tokens or with what
+    the model cannot read, CommandError for no tokens to say.
     """
     from mlx_lm.generate import wired_limit
 
@@ -52,19 +54,37 @@ def generate_texts(
     _tell_doubt(model)
     with wired_limit(model):
         settings = SamplingSettings(max_tokens, temperature)
-        completions = sample_each(model, tokenizer, tokens, settings, seed_for(seed, "generate"), room)
-    return [_text(tokenizer, completion.tokens.tolist()) for completion in completions]
+        growing = [_GrowingText(tokenizer) for _ in prompts]
+        told = None if on_texts is None else _telling(growing, on_texts)
+        completions = sample_each(model, tokenizer, tokens, settings, seed_for(seed, "generate"), room, told)
+    return [text.of(completion.tokens.tolist(), whole=True) for text, completion in zip(growing, completions)]
 
 
-def _text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
-    """The answer as `stream_text` ends: without the end token, in the words of mlx-lm's streaming detokenizer."""
-    detokenizer = tokenizer.detokenizer
-    for token in tokens:
-        if token not in tokenizer.eos_token_ids:
-            detokenizer.add_token(token)
-    detokenizer.finalize()
-    result: str = detokenizer.text
-    return result
+def _telling(growing: Sequence[_GrowingText], on_texts: Callable[[list[str]], None]) -> Callable[..., None]:
+    def on_tokens(tokens: list[list[int]]) -> None:
+        on_texts([text.of(some) for text, some in zip(growing, tokens)])
+
+    return on_tokens
+
+
+class _GrowingText:
+    """An answer as `stream_text` has it: without the end token, in the words of mlx-lm's streaming detokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._ends = tokenizer.eos_token_ids
+        self._detokenizer = tokenizer.detokenizer
+        self._read = 0
+
+    def of(self, tokens: Sequence[int], *, whole: bool = False) -> str:
+        """The text of all tokens so far, of which it has read the first; `whole` when no more will come."""
+        for token in tokens[self._read :]:
+            if token not in self._ends:
+                self._detokenizer.add_token(token)
+        self._read = len(tokens)
+        if whole:
+            self._detokenizer.finalize()
+        result: str = self._detokenizer.text
+        return result
 
 
 def stream_text(

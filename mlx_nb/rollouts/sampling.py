@@ -8,7 +8,7 @@ makes room for the next; rows of equal length that begin together; or one row af
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -67,7 +67,9 @@ def sample_groups(
             f"this model cannot be sampled in groups: mlx-lm's {name} has no batch form. "
             "Use another model, or a method that needs no rollouts."
         )
-    return (yield from _sample(model, tokenizer, prompts, group_size, settings, seed, rows_at_once))
+    rows = _rows_of(prompts, group_size, settings)
+    yield from _sample(model, tokenizer, prompts, rows, settings, seed, rows_at_once)
+    return [row.completion() for row in rows]
 
 
 def sample_each(
@@ -77,19 +79,26 @@ def sample_each(
     settings: SamplingSettings,
     seed: int,
     room: Sequence[int] = (),
+    on_tokens: Callable[[list[list[int]]], None] | None = None,
 ) -> list[Completion]:
     """One completion of each prompt, whatever its model's caches are, none longer than its `room` if given.
 
-    Raises DataError for a prompt without tokens.
+    `on_tokens` is told the tokens of each so far, again and again. Raises DataError for a prompt without tokens.
     """
     _refuse_empty(prompts)
-    sampling = _sample(model, tokenizer, prompts, 1, settings, seed, _ROWS_AT_ONCE, room)
-    while True:
-        try:
-            next(sampling)
-        except StopIteration as ended:
-            result: list[Completion] = ended.value
-            return result
+    rows = _rows_of(prompts, 1, settings, room)
+    for _ in _sample(model, tokenizer, prompts, rows, settings, seed, _ROWS_AT_ONCE):
+        if on_tokens is not None:
+            on_tokens([row.tokens for row in rows])
+    return [row.completion() for row in rows]
+
+
+def _rows_of(
+    prompts: Sequence[Sequence[int]], group_size: int, settings: SamplingSettings, room: Sequence[int] = ()
+) -> list[Row]:
+    most = [min(settings.max_tokens, tokens) for tokens in room] or [settings.max_tokens] * len(prompts)
+    indices = np.repeat(np.arange(len(prompts)), group_size).tolist()
+    return [Row(number, index, most[index]) for number, index in enumerate(indices)]
 
 
 def _refuse_empty(prompts: Sequence[Sequence[int]]) -> None:
@@ -102,15 +111,11 @@ def _sample(
     model: nn.Module,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
-    group_size: int,
+    rows: list[Row],
     settings: SamplingSettings,
     seed: int,
     rows_at_once: int,
-    room: Sequence[int] = (),
-) -> Generator[int, None, list[Completion]]:
-    most = [min(settings.max_tokens, tokens) for tokens in room] or [settings.max_tokens] * len(prompts)
-    indices_of_rows = np.repeat(np.arange(len(prompts)), group_size).tolist()
-    rows = [Row(number, index, most[index]) for number, index in enumerate(indices_of_rows)]
+) -> Iterator[int]:
     together = side_by_side(model) if len(rows) > 1 else SideBySide.ONE_BY_ONE
     waiting = Waiting(rows, [len(prompt) for prompt in prompts], together, rows_at_once)
     uniforms = _uniforms(seed, len(rows), settings.max_tokens)
@@ -131,7 +136,6 @@ def _sample(
         with evaluating(modules):
             batch.step()
         yield batch.drawn
-    return [row.completion() for row in rows]
 
 
 def _uniforms(seed: int, rows: int, max_tokens: int) -> np.ndarray:

@@ -63,6 +63,7 @@ class Background:
         self._run = run
         self._task: asyncio.Task[None] | None = None
         self._updates: int | None = None
+        self._then: list[int | None] = []  # updates to move by, once what was asked is carried out
         self.in_cell = False  # whether a cell that waits moves it
         self._events: Iterator[Event] | None = None
         self._ended: Callable[[BaseException | None], None] = lambda error: None
@@ -75,14 +76,17 @@ class Background:
     @property
     def trains(self) -> bool:
         """Whether it moves the run by updates, and not only to carry out what was asked."""
-        return self.active and self._updates != 0
+        return self.active and (self._updates != 0 or bool(self._then))
 
     def start(self, updates: int | None = None, *, ended: Callable[[BaseException | None], None]) -> None:
         """Begin to move the run by `updates` updates, or to its end; returns at once.
 
-        `ended` is called when it stops, with the error if there was one. Raises CommandError without a running event
-        loop, and when the run moves already.
+        A run that only carries out what was asked does so first. `ended` is called when it stops, with the error if
+        there was one. Raises CommandError without a running event loop, and when the run trains already.
         """
+        if self.active and not self.trains:
+            self._then += [updates] if updates != 0 else []
+            return
         if self.active:
             raise CommandError(f"{self._run.name} is running. `%finetune pause` stops it after this update.")
         try:
@@ -114,6 +118,10 @@ class Background:
             if self._events is None:
                 self._events = self._run.moves(self._updates)
             event = next(self._events, None)
+            if event is None and self._then:
+                self._updates = self._then.pop()
+                self._events = self._run.moves(self._updates)
+                event = next(self._events, None)
         except BaseException as error:
             self._end(error)
             if isinstance(error, asyncio.CancelledError | SystemExit):
@@ -125,6 +133,7 @@ class Background:
 
     def _end(self, error: BaseException | None) -> None:
         self._events = self._task = None
+        self._then.clear()
         _left(self._run)
         # An interrupt that broke off the reading of rows is a pause: nothing has begun.
         self._ended(None if isinstance(error, SystemExit | KeyboardInterrupt) else error)

@@ -382,8 +382,8 @@ class Run:
 
     @property
     def state(self) -> RunState:
-        """built, running (in the background), paused, stopped, finished or failed."""
-        if self.background.active:
+        """built, running (it trains in the background), paused, stopped, finished or failed."""
+        if self.background.trains:
             return RunState.RUNNING
         if self._failed:
             return RunState.FAILED
@@ -411,13 +411,27 @@ class Run:
         return next((event.error for event in failed), "")
 
     def _refuse_running(self, what: str) -> None:
-        if self.background.active:
+        if self.background.trains:
             raise CommandError(f"{self.name} is running, so it cannot {what} now. `%finetune pause`, then try again.")
+        if self.background.active:
+            raise CommandError(
+                f"{self.name} is doing what was asked of it, so it cannot {what} now. Try again after that."
+            )
 
     @property
     def keeps_a_cell(self) -> bool:
         """Whether a cell waits for it and moves it meanwhile, so that no click arrives."""
         return self.background.in_cell
+
+    @property
+    def active(self) -> bool:
+        """Whether it moves in the background: it trains, or does what was asked of it, such as an answer."""
+        return self.background.active
+
+    @property
+    def cancellable(self) -> bool:
+        """Whether answers to kept prompts, or a validation that was asked for, are due now."""
+        return self.active and self._trainer is not None and self._trainer.cancellable
 
     @property
     def trains(self) -> bool:
@@ -620,6 +634,7 @@ class Run:
                     yield changed
                 if isinstance(event, RunFinished):
                     self.home.release()
+        yield from self._answer_requests()  # what was asked while the last thing was done
 
     def _answer_requests(self) -> Iterator[Event]:
         """Answer questions and go back, at this boundary. What cannot be done is said and changes nothing."""
@@ -1055,6 +1070,7 @@ class Run:
         temperature: float = 0.0,
         seed: int = 0,
         tools: Sequence[Any] | None = None,
+        on_text: Callable[[Any], None] | None = None,
     ) -> Any:
         """The model's answer, now. `prompt` is a text or a list of messages; a list of prompts gives a list.
 
@@ -1062,7 +1078,8 @@ class Run:
         `prompt_format`). Messages and `tools` are read and rendered like those of rows. Messages that end with one of
         the assistant's have that one continued, and the answer is what follows it; DataError where the chat template
         does not let it be continued exactly.
-        `base` answers with the adapter switched off. Temperature 0 is greedy. The run and the user's random stream
+        `base` answers with the adapter switched off. Temperature 0 is greedy. `on_text` is called with the answer so
+        far after each token, of a list of prompts with the list of answers. The run and the user's random stream
         are left as they were. Other threads may ask too: while the run trains they wait for the end of an update.
         """
         from mlx_nb.model.memory import memory_errors
@@ -1084,6 +1101,7 @@ class Run:
                 rendering=self.inputs.asking,
                 tools=tools,
                 roles=self.config.roles,
+                on_texts=on_text if several or on_text is None else lambda texts: on_text(texts[0]),
             )
         return answers if several else answers[0]
 

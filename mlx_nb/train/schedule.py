@@ -65,6 +65,20 @@ class Schedule:
         """This in place of all else."""
         self._due = deque(due)
 
+    @property
+    def cancellable(self) -> bool:
+        """Whether something is due that can be left out: answers, or a validation that was asked for."""
+        return any(_can_be_left_out(item) for item in self._due)
+
+    @property
+    def first_is_cancellable(self) -> bool:
+        """Whether what is to be done next, or being done, is such a thing."""
+        return bool(self._due) and _can_be_left_out(self._due[0])
+
+    def cancel(self) -> None:
+        """Leave that out."""
+        self.only([item for item in self._due if not _can_be_left_out(item)])
+
     def as_lists(self) -> list[list[str]]:
         """The queue as a checkpoint keeps it; `only` takes it back as tuples."""
         return [list(item) for item in self._due]
@@ -95,3 +109,7 @@ class Schedule:
         """Take back that all updates are done: the run has become longer."""
         if _OVER in self._due:
             self.only([item for item in self._due if item not in (_OVER, TEST)])
+
+
+def _can_be_left_out(item: Due) -> bool:
+    return item[0] == "sample" or item == VALIDATE_NOW

@@ -65,7 +65,8 @@ class Evaluation(NamedTuple):
 class Stepper:
     """Updates one model's trainable parameters with one optimizer and one objective.
 
-    `poll` is called before each forward pass, and may raise to break off what is being done. A batch of enough
+    `poll` is called before each forward pass and before an update is kept, and may raise to break off what is being
+    done. A batch of enough
     tokens is computed in up to `lanes` parts at the same time (model/lanes.py).
     """
 
@@ -222,6 +223,7 @@ class Stepper:
             parameters = self._form.split(self.optimizer.apply_gradients(gradients, before))
             self._form.evaluate(parameters)
             mx.eval(self.optimizer.state)
+            self.poll()
         except BaseException:
             self.optimizer.state = optimizer_before
             raise

@@ -25,6 +25,7 @@ from mlx_nb.events import (
     STOPPED,
     AdapterSaved,
     BatchSkipped,
+    Cancel,
     ChangeSetting,
     Evaluate,
     EvaluationCompleted,
@@ -211,6 +212,7 @@ class Trainer:
     def request(self, request: Request) -> None:
         """Ask for something at the next step boundary. Safe from a signal handler or a widget callback."""
         at_once = isinstance(request, Pause) and request.at_once
+        at_once = at_once or (isinstance(request, Cancel) and self.schedule.first_is_cancellable)
         self._break_off = self._break_off or at_once
         self._inbox.put(request)
         if at_once and self.rollouts is not None:
@@ -462,6 +464,9 @@ class Trainer:
                     if self.finished is None:
                         yield RunPaused(self.state.step, reason)
                         return True
+                case Cancel():
+                    self._break_off = Pause in self._inbox and self._break_off
+                    self.schedule.cancel()
                 case Stop():
                     self.schedule.only(self.measures.at_the_end(STOPPED))
                 case Save():
@@ -484,6 +489,11 @@ class Trainer:
                 case _:
                     typing.assert_never(request)
         return False
+
+    @property
+    def cancellable(self) -> bool:
+        """Whether Cancel would leave something out."""
+        return self.schedule.cancellable or Sample in self._inbox or Evaluate in self._inbox
 
     def answer_pauses(self) -> None:
         """One pause answers all that were asked."""

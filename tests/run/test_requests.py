@@ -63,7 +63,7 @@ def test_what_no_run_answers_is_refused_in_one_line_when_it_is_asked(tmp_path, t
         run.request(what)
     text = str(caught.value)
     assert "\n" not in text
-    assert "Pause, Stop, Skip, Save, Evaluate, Sample, ChangeSetting, Question, Rewind" in text
+    assert "Pause, Stop, Skip, Save, Evaluate, Sample, ChangeSetting, Cancel, Question, Rewind" in text
     run.run()
     assert run.finished
 

@@ -52,7 +52,17 @@ def test_outside_the_main_thread_nothing_is_installed():
     assert seen == [signal.getsignal(signal.SIGINT)]
 
 
-@pytest.mark.parametrize("where", ["first forward pass", "second micro-batch", "validation", "save"])
+# Of an update of three micro-batches each place is met once, and the next attempt goes through.
+PLACES = {
+    "first forward pass": (1, 5),
+    "second micro-batch": (2, 6),
+    "update that is computed": (4, 8),
+    "validation": (1, 4),
+    "save": (1, 4),
+}
+
+
+@pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize("times", [1, 2, 3])
 def test_an_interrupt_at_any_place_loses_and_repeats_nothing(tmp_path, where, times):
     """Interrupted at every such place, the run says and computes the same as one that never was."""
@@ -64,7 +74,8 @@ def test_an_interrupt_at_any_place_loses_and_repeats_nothing(tmp_path, where, ti
     def poll():
         nonlocal calls
         calls += 1
-        if (calls % 5 == 0) if where == "second micro-batch" else (calls % 4 == 1):
+        place, every = PLACES[where]
+        if calls % every == place % every:
             for _ in range(times):
                 trainer.request(Pause("interrupted", at_once=_ > 0))
         original()
@@ -118,6 +129,28 @@ def test_a_real_signal_while_run_computes_pauses_it(tmp_path, tiny_folder):
     run.run()
     whole = rows_run(tmp_path, tiny_folder, iters=8, steps_per_eval=-1, adapter_path=str(tmp_path / "whole"))
     whole.run()
+    assert run.adapter_bytes() == whole.adapter_bytes()
+
+
+def test_a_second_interrupt_while_the_only_pass_of_an_update_is_computed_drops_the_update(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder, iters=4, steps_per_eval=-1)
+    run.step()
+    real = run.trainer.stepper._gradients
+
+    def gradients(*arguments):
+        interrupt(2)
+        return real(*arguments)
+
+    before = run.adapter_bytes()
+    run.trainer.stepper._gradients = gradients
+    with pytest.raises(KeyboardInterrupt, match="paused after update 1"):
+        run.run()
+    assert run.adapter_bytes() == before
+    run.trainer.stepper._gradients = real
+    run.run()
+    whole = rows_run(tmp_path, tiny_folder, iters=4, steps_per_eval=-1, adapter_path=str(tmp_path / "whole"))
+    whole.run()
+    assert run.history["loss"] == whole.history["loss"]
     assert run.adapter_bytes() == whole.adapter_bytes()
 
 

@@ -20,6 +20,7 @@ from mlx_nb import RunConfig
 from mlx_nb.errors import CommandError
 from mlx_nb.events import (
     AdapterSaved,
+    Cancel,
     EvaluationCompleted,
     Pause,
     Progress,
@@ -28,6 +29,7 @@ from mlx_nb.events import (
     RunFinished,
     RunPaused,
     RunState,
+    SampleGenerated,
     SettingChanged,
     StepCompleted,
 )
@@ -238,8 +240,8 @@ def test_a_panel_goes_on_telling_while_a_cell_keeps_the_kernel_and_says_that_cli
     assert all(said for _, said in told[20:-1])
 
 
-def standing(state=RunState.RUNNING, step=0, *, trains=True, prepared=True):
-    return SimpleNamespace(state=state, step_count=step, trains=trains, prepared=prepared)
+def standing(state=RunState.RUNNING, step=0, *, trains=True, prepared=True, active=True):
+    return SimpleNamespace(state=state, step_count=step, trains=trains, prepared=prepared, active=active)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +262,7 @@ def test_what_is_done_is_told_with_how_long_it_takes(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     activity = Activity()
-    assert activity.told(standing(RunState.PAUSED), 10) == {}
+    assert activity.told(standing(RunState.PAUSED, active=False), 10) == {}
     assert activity.told(standing(step=0), 10)["words"] == "computing the first update"
     activity.note(Progress(0, "tokenizing train", 0, 400, 0.0))
     assert activity.told(standing(step=0), 10)["left"] is None
@@ -388,6 +390,60 @@ def test_a_chat_grows_word_by_word_and_can_be_ended(tmp_path, tiny_folder):
         assert panel.talk == []
 
     asyncio.run(talks())
+
+
+def test_a_paused_run_that_answers_is_paused_and_can_be_run(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder, iters=6)
+
+    async def answers():
+        panel, states, doing = run.panel(), set(), set()
+        run.start(2)
+        await run
+        panel.observe(lambda change: states.add(change.new["state"]), "head")
+        panel.observe(lambda change: doing.add(change.new.get("words", "").rstrip("0123456789 ")), "activity")
+        heard(panel, {"do": "chat", "text": "say red"})
+        await asyncio.sleep(0.01)
+        panel.refresh()
+        assert run.active
+        assert (str(run.state), panel.head["state"]) == ("paused", "paused")
+        assert {"run", "step"} <= set(panel.clicks)
+        assert "pause" not in panel.clicks
+        heard(panel, {"do": "run"})
+        await asyncio.sleep(0.02)
+        panel.refresh()
+        assert panel.head["state"] == "running"
+        await run
+        assert run.step_count == 6
+        assert panel.talk[-1]["done"]
+        assert not any(words.startswith("computing update 3 ") for words in doing if "answer" in words)
+
+    asyncio.run(answers())
+
+
+def test_answers_to_kept_prompts_can_be_left_out_while_they_are_given(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder, iters=6, sample_prompts=["say red", "say blue"], sample_tokens=400)
+
+    async def leaves_out():
+        panel = run.panel()
+        run.request(Cancel())  # there is nothing to leave out yet
+        run.start(1)
+        await run
+        answered = sum(isinstance(event, SampleGenerated) for event in run.history.events)
+        heard(panel, {"do": "sample"})
+        while "answering" not in panel.activity.get("words", ""):
+            await asyncio.sleep(0.005)
+            panel.refresh()
+        assert "cancel" in panel.clicks
+        heard(panel, {"do": "cancel"})
+        await run
+        panel.refresh()
+        assert "cancel" not in panel.clicks
+        assert sum(isinstance(event, SampleGenerated) for event in run.history.events) == answered
+        run.start()
+        await run
+        assert str(run.state) == "finished"
+
+    asyncio.run(leaves_out())
 
 
 # Pages without a kernel

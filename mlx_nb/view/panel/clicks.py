@@ -150,7 +150,7 @@ class Clicks:
     def applied(self) -> None:
         """A run that stands still is woken to read its requests, without an update."""
         run = self._panel.run
-        if run.state != RunState.RUNNING and (run.prepared or run.state == RunState.BUILT):
+        if not run.active and (run.prepared or run.state == RunState.BUILT):
             run.start(0)
 
     def _set(self, name: str, text: str) -> None:

@@ -21,6 +21,7 @@ from mlx_nb.config.methods import method_named
 from mlx_nb.errors import CommandError, MlxNbError
 from mlx_nb.events import (
     AdapterSaved,
+    Cancel,
     CheckpointSaved,
     Event,
     Pause,
@@ -182,9 +183,9 @@ class Panel(anywidget.AnyWidget):
 
     def _heard(self, _: Any, message: Message, __: Any) -> None:
         """A message of the page, on any thread."""
-        if message.get("do") == "pause":  # only noted, so that it may be asked from any thread at once
+        if message.get("do") in ("pause", "cancel"):  # only noted, so that it may be asked from any thread at once
             if (run := self._run()) is not None:
-                run.request(Pause())
+                run.request(Pause() if message["do"] == "pause" else Cancel())
         elif message.get("do") == "enough":
             self.chat.enough()
         else:

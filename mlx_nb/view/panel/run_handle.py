@@ -43,6 +43,14 @@ class RunHandle(Protocol):
         """Whether a cell waits for it, so that no click arrives."""
 
     @property
+    def active(self) -> bool:
+        """Whether it moves in the background: it trains, or does what was asked of it."""
+
+    @property
+    def cancellable(self) -> bool:
+        """Whether answers to kept prompts, or a validation that was asked for, are due now."""
+
+    @property
     def trains(self) -> bool:
         """Whether updates are to come while it moves."""
 

@@ -98,7 +98,7 @@ class Activity:
 
     def told(self, run: RunHandle, iters: int | None) -> Told:
         """`words`, `done` of `total` (0: unknown) and seconds `left` (None: unknown); empty while the run stands."""
-        if run.state != RunState.RUNNING:
+        if not run.active:
             return {}
         progress, step = self._progress, run.step_count
         if progress is None and not run.trains:
@@ -126,6 +126,7 @@ def useful_clicks(run: RunHandle) -> list[str]:
         "run": not running and not run.over,
         "step": not running and not run.over,
         "pause": running,
+        "cancel": run.cancellable,
         "stop": running or (state in MOVABLE and prepared),
         "save": prepared,
         "evaluate": prepared and run.trainer.validates,

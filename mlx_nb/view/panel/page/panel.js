@@ -21,6 +21,9 @@ function makePage(model, store) {
     step: () => model.get("progress").step ?? 0,
     isGone: () => store.gone,
     isRunning: () => model.get("head").state === "running" && !store.gone,
+    isBusy: () => Boolean(model.get("activity").words) && !store.gone,
+    // What was asked waits for what is being done.
+    later: (words) => (page.isRunning() ? `${words} after this update …` : page.isBusy() ? `${words} after what is being done …` : `${words} …`),
     put(name, value) {
       model.set(name, value);
       model.save_changes();
@@ -59,22 +62,22 @@ function makePage(model, store) {
     rewind(to, anchor) {
       const at = page.step(), dropped = at - to === 1 ? `update ${at}` : `updates ${to + 1} to ${at}`;
       page.confirm(anchor, `Go back from update ${at} to ${to}? The run drops ${dropped}; the branch stays visible in the curves.`, "Rewind",
-        () => page.act({ do: "rewind", to }, page.isRunning() ? `going back to update ${to} after this update …` : `going back to update ${to} …`));
+        () => page.act({ do: "rewind", to }, page.later(`going back to update ${to}`)));
     },
   };
   return page;
 }
 
 function toolbar(page) {
-  const { act } = page, after = (running, still) => (page.isRunning() ? running : still);
+  const { act, later } = page;
   const loads = () => (page.model.get("head").state === "built" ? "loading model and rows …" : "starting …");
   const run = page.button("run", "▶ Run", "train to the end", () => act({ do: "run" }, loads()), "mlx-nb-primary");
   const pause = page.button("pause", "❚❚ Pause", "stop after this update; nothing is lost", () => act({ do: "pause" }, "pausing after this update …"));
   const steps = (count) => () => act({ do: "step", updates: count }, page.model.get("head").state === "built" ? loads() : count === 1 ? "computing one update …" : `computing ${count} updates …`);
   const stop = page.button("stop", "■ Stop", "end the run after this update and save the adapter", () =>
-    page.confirm(stop, "End the run after this update and save its adapter?", "Stop the run", () => act({ do: "stop" }, after("stopping after this update …", "stopping …"))));
-  const save = page.button("save", "Save", "write the adapter now", () => act({ do: "save" }, after("saving after this update …", "saving …")));
-  const evaluate = page.button("evaluate", "Evaluate", "loss on the validation rows, now", () => act({ do: "evaluate" }, after("evaluating after this update …", "evaluating …")));
+    page.confirm(stop, "End the run after this update and save its adapter?", "Stop the run", () => act({ do: "stop" }, later("stopping"))));
+  const save = page.button("save", "Save", "write the adapter now", () => act({ do: "save" }, later("saving")));
+  const evaluate = page.button("evaluate", "Evaluate", "loss on the validation rows, now", () => act({ do: "evaluate" }, later("evaluating")));
   const back = h("input", { type: "number", class: "mlx-nb-field mlx-nb-back", min: 1, value: 10, "aria-label": "updates to go back" });
   const rewind = page.button("rewind", "⟲ Rewind", "go back by so many updates; the branch that is left stays visible", () =>
     page.rewind(Math.max(0, page.step() - Math.max(1, Number(back.value) || 1)), rewind));
@@ -89,6 +92,7 @@ function toolbar(page) {
     back.disabled = !useful.has("rewind");
     // A failed run has nothing to pause, but a batch that may be to blame.
     skip.hidden = !useful.has("skip");
+    for (const cancel of page.buttons.get("cancel")) cancel.hidden = !useful.has("cancel");
     pause.hidden = useful.has("skip");
   };
   return { bar, enable };
@@ -101,7 +105,8 @@ function header(page) {
   const warning = h("div", { class: "mlx-nb-note", role: "note" }), words = h("div", { class: "mlx-nb-words-of-progress" });
   const fill = h("div", {}), bar = h("div", { class: "mlx-nb-progress", role: "progressbar", "aria-label": "updates" }, fill);
   const doing = h("span", {}), doingFill = h("div", {}), doingBar = h("div", { class: "mlx-nb-doing-bar", role: "progressbar", "aria-label": "what is being done" }, doingFill);
-  const activity = h("div", { class: "mlx-nb-doing" }, doingBar, doing);
+  const cancel = page.button("cancel", "Cancel", "leave out what was asked for and is being done", () => page.act({ do: "cancel" }, "leaving it out …"), "mlx-nb-small");
+  const activity = h("div", { class: "mlx-nb-doing" }, doingBar, doing, cancel);
   const el = h("header", {}, h("div", { class: "mlx-nb-title" }, name, pill), failure, facts, warning, bar, words, activity);
   let seen = "", since = Date.now(), toldAt = Date.now();
 
@@ -128,7 +133,7 @@ function header(page) {
 
   // The kernel says what is done; that time goes by is seen here, however long an update takes.
   function tick() {
-    const now = model.get("activity"), isMoving = Boolean(now.words) && page.isRunning();
+    const now = model.get("activity"), isMoving = page.isBusy();
     activity.style.visibility = isMoving ? "visible" : "hidden";
     if (!isMoving) { seen = ""; return; }
     const what = now.update ? `update ${now.update}` : now.words.replace(/[\d.,]+/g, "");

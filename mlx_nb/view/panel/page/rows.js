@@ -2,7 +2,7 @@
 
 const LISTED = { update: "Of one update", worst: "Highest loss", all: "All rows", batch: "Next batch" };
 const COLORS = { mask: "Loss mask", loss: "Loss now", compare: "Change against the base" };
-const WAIT = "asking the kernel; it answers after the update in hand …";
+const WAIT = "asking the kernel …", WAIT_LONGER = "asking the kernel; it answers after what it is doing …";
 
 // Buttons of which one is pressed: they choose, and do nothing else.
 function choice(label, options, chosen, choose) {
@@ -60,7 +60,7 @@ function rowsPage(page) {
         if (told.error) page.say(told.error, true);
         draw();
       });
-    return answer ?? { rows: [], note: WAIT };
+    return answer ?? { rows: [], note: page.isBusy() ? WAIT_LONGER : WAIT };
   }
 
   function drawList(now) {
@@ -116,7 +116,7 @@ function rowsPage(page) {
     el.asked = JSON.stringify(message);
     const kept = at ? null : store.kept(message);
     if (kept) return show(kept, key);
-    if (!shown.childNodes.length) setText(shown, WAIT);
+    if (!shown.childNodes.length) setText(shown, page.isBusy() ? WAIT_LONGER : WAIT);
     shown.setAttribute("aria-busy", "true");
     store.ask(message, !at).then((told) => {
       if (at) (el.answers ??= new Map()).set(key, told);

@@ -29,11 +29,11 @@ function samplesPage(page) {
   const prompt = h("input", { type: "text", class: "mlx-nb-field", placeholder: "a prompt to keep …", "aria-label": "a prompt to keep" });
   const keep = page.button("keep", "Keep", "answer this prompt at every validation", () => {
     if (!prompt.value.trim()) return prompt.focus();
-    page.act({ do: "keep", prompt: prompt.value }, "keeping the prompt; it is answered after this update …");
+    page.act({ do: "keep", prompt: prompt.value }, page.later("keeping the prompt; it is answered"));
     prompt.value = "";
   });
   const now = page.button("sample", "Answer now", "answer the kept prompts at this update",
-    () => page.act({ do: "sample" }, "answering the kept prompts after this update …"));
+    () => page.act({ do: "sample" }, page.later("answering the kept prompts")));
   prompt.addEventListener("keydown", (event) => { if (event.key === "Enter") keep.click(); });
   const none = h("div", { class: "mlx-nb-note" }, "no prompt is kept. One that you keep is answered at every validation, and here the answers stand side by side.");
   const tables = h("div", {});
@@ -68,14 +68,14 @@ function chatPage(page) {
   const send = page.button("chat", "Send", "ask the model as it is now (Enter)", () => {
     const text = message.value.trim();
     if (!text || busy()) return;
-    page.act({ do: "chat", text, base: base.checked }, page.isRunning() ? "asking; it answers after this update …" : "asking …");
+    page.act({ do: "chat", text, base: base.checked }, page.isRunning() ? "asking; it answers after this update …" : page.isBusy() ? "asking; it answers after what is being done …" : "asking …");
     message.value = "";
     message.focus();
   });
   const stop = h("button", { type: "button", class: "mlx-nb-action", onclick: () => page.act({ do: "enough" }, "ending the answer …") }, "■ Stop answering");
   const anew = h("button", { type: "button", class: "mlx-nb-action", onclick: () => page.act({ do: "new chat" }, "beginning a new chat …") }, "New chat");
   const keep = h("button", { type: "button", class: "mlx-nb-action", title: "answer the last message at every validation", onclick: () => {
-    page.act({ do: "keep last" }, "keeping the message; it is answered after this update …");
+    page.act({ do: "keep last" }, page.later("keeping the message; it is answered"));
   } }, "Keep as sample");
   message.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send.click(); }

@@ -1,0 +1,41 @@
+"""One line in a cell about a run that has its panel elsewhere: what is being done, how far it is, how it ended."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mlx_nb.events import Event, Progress, RunState, StateChanged
+from mlx_nb.notebook.shown_text import Line
+from mlx_nb.view import event_text
+
+if TYPE_CHECKING:
+    from mlx_nb.run.run import Run
+
+
+def how_far(run: Run, activity: str = "") -> str:
+    """`update 12 of 60  ·  loss 1.23  ...`, and what is being done besides; while it loads that alone."""
+    if not run.prepared:
+        return activity or "loading model and rows"
+    return "  ·  ".join(filter(None, [event_text.progress_line(run.history, run.trainer.iters), activity]))
+
+
+class ProgressLine:
+    """Follows `run` from now on until `end`, or until it stands still where it moves in the background."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._in_background = run.background.active
+        self._line = Line(f"{run.name}  ·  {how_far(run)}")
+        run.listen(self._on_event)
+
+    def _on_event(self, event: Event) -> None:
+        if self._in_background and isinstance(event, StateChanged) and event.state != RunState.RUNNING:
+            self.end(f"{self._run.name} is {event.state} at update {event.step}  ·  {how_far(self._run)}")
+        elif self._line.is_due:
+            activity = event_text.progress_words(event) if isinstance(event, Progress) else ""
+            self._line.put(f"{self._run.name}  ·  {how_far(self._run, activity)}")
+
+    def end(self, words: str) -> None:
+        """Say how it ended, and follow the run no more."""
+        self._run.unlisten(self._on_event)
+        self._line.put(words)

@@ -1,0 +1,128 @@
+"""Text in the output of a cell: an answer, a line that is changed in place, an answer that grows."""
+
+from __future__ import annotations
+
+import html
+import sys
+import time
+from typing import Any
+
+from mlx_nb.view.theme import WRAP
+
+SECONDS_BETWEEN_CHANGES = 0.4
+_CARET = "▍"
+# A notebook breaks plain text anywhere, in the middle of words too.
+_STYLE = f"margin:0;font-family:var(--jp-code-font-family,monospace);{WRAP};word-break:normal"
+
+
+def has_rich_display() -> bool:
+    """Whether what is displayed here can be changed in place, as in a notebook."""
+    from IPython.core.getipython import get_ipython
+
+    shell = get_ipython()
+    return shell is not None and hasattr(shell, "kernel")
+
+
+def bundle_of(text: str, *, quiet: bool = False) -> dict[str, str]:
+    """Plain text as what a notebook shows, in lines that end between words; `quiet` where it is not the answer."""
+    style = "opacity:0.8;white-space:pre-wrap" if quiet else _STYLE
+    tag = "div" if quiet else "pre"
+    return {"text/html": f'<{tag} style="{style}">{html.escape(text)}</{tag}>', "text/plain": text}
+
+
+class Text(str):
+    """Text that displays as it is, without quotes; below it a line that is not part of it, if it was stamped."""
+
+    stamp = ""
+
+    def __repr__(self) -> str:
+        return f"{self}\n({self.stamp})" if self.stamp else str(self)
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        return bundle_of(repr(self))
+
+    def stamped(self, stamp: str) -> Text:
+        """The same text with a line below."""
+        self.stamp = stamp
+        return self
+
+
+class Line:
+    """Text in a cell that is changed in place. A display that fails is given up; nothing else notices."""
+
+    def __init__(self, text: str, *, quiet: bool = True) -> None:
+        from IPython.display import display
+
+        self._quiet = quiet
+        self._shown_at = time.monotonic()
+        self._text = text
+        self._handle: Any = display(bundle_of(text, quiet=quiet), raw=True, display_id=True)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it may be changed again: a few times a second."""
+        return time.monotonic() - self._shown_at >= SECONDS_BETWEEN_CHANGES
+
+    def put(self, text: str) -> None:
+        """Show this in place of what is there."""
+        self._shown_at = time.monotonic()
+        if self._handle is None or text == self._text:
+            return
+        self._text = text
+        try:
+            self._handle.update(bundle_of(text, quiet=self._quiet), raw=True)
+        except Exception as error:
+            self._handle = None
+            print(f"the progress could not be shown ({error}); nothing else is affected.", file=sys.stderr)
+
+
+class GrowingAnswer:
+    """An answer of the model in a cell, from its first word on. `waiting` is what stands there until then."""
+
+    def __init__(self, waiting: str) -> None:
+        self._line = Line(waiting, quiet=False)
+        self.text = ""
+
+    def wait(self, words: str) -> None:
+        """Say what is done before the first word comes."""
+        if self._line.is_due:
+            self._line.put(words)
+
+    def grow(self, text: str) -> None:
+        """Show all of the answer so far."""
+        if text and (self._line.is_due or not self.text):
+            self._line.put(f"{text}{_CARET}")
+        self.text = text
+
+    def broken_off(self) -> None:
+        """No more will come."""
+        self._line.put(f"{self.text} …" if self.text else "(no answer)")
+
+    def ended(self, text: str) -> Text:
+        """The whole answer, as the result of the cell: it displays where it grew."""
+        return _Grown(text, self._line)
+
+
+class _Grown(Text):
+    """An answer that stands in the output of its cell already."""
+
+    def __new__(cls, text: str, line: Line) -> _Grown:
+        return super().__new__(cls, text)
+
+    def __init__(self, text: str, line: Line) -> None:
+        self._line: Line | None = line
+        line.put(text)
+
+    def stamped(self, stamp: str) -> Text:
+        """The same text with a line below."""
+        self.stamp = stamp
+        if self._line is not None:
+            self._line.put(repr(self))
+        return self
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        if self._line is None:
+            display(bundle_of(repr(self)), raw=True)
+        self._line = None  # it is the result of its cell now; wherever else it is displayed, that is another output
