@@ -6,14 +6,17 @@ import gc
 import os
 import shutil
 import signal
+from importlib import import_module
 
 import hypothesis
 import pytest
 
 import forked
-from mlx_nb.model.backend import prepare_backend
 
-prepare_backend()
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # There is a process for each core already. Two that share the cores wait for each other's threads, by spinning.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+import_module("mlx_nb.model")  # which loads OpenBLAS, before any test imports mlx
 # Where the tests run as a job in the background of a shell, it has these ignored, and every child inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -27,24 +30,35 @@ MEMORY_DISK, FREE_BYTES = "/dev/shm", 4 * 1024**3
 if os.access(MEMORY_DISK, os.W_OK) and shutil.disk_usage(MEMORY_DISK).free > FREE_BYTES:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", MEMORY_DISK)
 
-SLOW_MARKERS = ("real_model", "kernel", "browser", "faults", "families")
+# In the order in which they are run: what takes long alone comes first, so that short ones fill up the other process.
+SLOW_MARKERS = ("real_model", "faults", "kernel", "browser", "families")
+
+
+def _slowness(item: pytest.Item) -> int | None:
+    """The place of its slow marker, None for a test that is quick."""
+    return next((place for place, name in enumerate(SLOW_MARKERS) if item.get_closest_marker(name)), None)
+
+
+def _shares_with_its_file(item: pytest.Item) -> bool:
+    fixtures = item._fixtureinfo.name2fixturedefs.values()
+    return any(definition.scope == "module" for definitions in fixtures for definition in definitions)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave the slow tests out unless MLX_NB_SLOW=1 or a marker expression asks for them; they come last then.
 
-    A process of their own runs them one after the other: a real model and a browser need all cores each.
+    Tests that share a fixture of their file are run by one process, all others by whichever is free.
     """
-    slow = [item for item in items if any(item.get_closest_marker(name) for name in SLOW_MARKERS)]
-    known = set(slow)
-    quick = [item for item in items if item not in known]
+    slow = [item for item in items if _slowness(item) is not None]
+    quick = [item for item in items if _slowness(item) is None]
     if os.environ.get("MLX_NB_SLOW") == "1" or config.getoption("-m"):
-        for item in slow:
-            item.add_marker(pytest.mark.xdist_group("slow"))
-        items[:] = [*quick, *slow]
+        items[:] = [*quick, *sorted(slow, key=_slowness)]
     elif slow:
         config.hook.pytest_deselected(items=slow)
         items[:] = quick
+    for item in items:
+        if _shares_with_its_file(item):
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

@@ -22,7 +22,7 @@ def executed(folder: Path, name: str) -> nbformat.NotebookNode:
     for rows in ("home_requests", "short_answers"):
         shutil.copytree(NOTEBOOKS / rows, folder / rows)
     notebook = nbformat.read(NOTEBOOKS / name, 4)
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
+    NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(folder)}}).execute()
     return notebook
 
 

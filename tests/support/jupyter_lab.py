@@ -12,7 +12,6 @@ import time
 import urllib.request
 from pathlib import Path
 
-import nbformat
 import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -28,6 +27,8 @@ class Lab:
 
     def open(self, cells: list[str], width: int = 1200):
         """A notebook of these code cells, opened and its kernel ready."""
+        import nbformat  # takes seconds
+
         notebook = nbformat.v4.new_notebook(
             cells=[nbformat.v4.new_code_cell(cell) for cell in cells],
             metadata={"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}},
