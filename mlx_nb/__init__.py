@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mlx_nb.config.run_config import RunConfig
     from mlx_nb.objectives.conformance import check_objective
     from mlx_nb.run.run import Run
+    from mlx_nb.run.saved import load
 
 __version__ = "0.1.0"
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "RunConfig",
     "__version__",
     "check_objective",
+    "load",
     "load_ipython_extension",
     "register_objective",
     "unload_ipython_extension",
@@ -32,9 +34,10 @@ _PUBLIC = {
     "Run": "mlx_nb.run.run",
     "RunConfig": "mlx_nb.config.run_config",
     "check_objective": "mlx_nb.objectives.conformance",
+    "load": "mlx_nb.run.saved",
     "register_objective": "mlx_nb.config.methods",
 }
-_COMPUTING = ("Run", "check_objective")
+_COMPUTING = ("Run", "check_objective", "load")
 
 
 def __getattr__(name: str) -> Any:

@@ -34,7 +34,8 @@ class AdapterFile:
     shape     what the latter says, as flat settings: fine_tune_type, num_layers, lora_parameters.rank, ...
     modules   paths, inside a layer or outside of all, of the modules that have low-rank matrices
     layers    how many layers it changes
-    model     the model it was made on, by name;  base  its `base_identity`. None where it does not say
+    model     the model it was made on, by the name that its run gave it;  base  its `base_identity`. None: it is not
+              said
     """
 
     setting: str
@@ -79,7 +80,7 @@ def open_adapter(source: str, setting: str) -> AdapterFile:
     places = [_place(name) for name in names]
     layers = len({layer for layer, _ in places if layer is not None})
     facts = described or {}
-    base = (facts.get("mlx_nb") or {}).get("base")
+    ours = facts.get("mlx_nb") or {}
     return AdapterFile(
         setting,
         weights,
@@ -87,8 +88,8 @@ def open_adapter(source: str, setting: str) -> AdapterFile:
         {} if described is None else _shape(facts, names, layers, all(layer is not None for layer, _ in places)),
         tuple(dict.fromkeys(inner.removesuffix(".lora_a") for _, inner in places if inner.endswith(".lora_a"))),
         layers,
-        facts.get("model"),
-        base,
+        ours.get("model") or facts.get("model"),
+        ours.get("base"),
     )
 
 
@@ -108,6 +109,7 @@ class _Base:
 class _Ours:
     """What mlx_nb adds to an adapter_config.json."""
 
+    model: str | None = None
     base: _Base | None = None
 
 
@@ -131,7 +133,7 @@ def _described(config: Path, setting: str) -> dict[str, Any]:
             raise WrongJson("it is not an object")
         if isinstance(ours := content.get("mlx_nb"), dict):
             # Its other keys are for people.
-            content["mlx_nb"] = {"base": ours.get("base")}
+            content["mlx_nb"] = {name: ours.get(name) for name in ("model", "base")}
         read_as(_Description, content, others=True)
     except WrongJson as error:
         raise ModelError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -130,26 +130,35 @@ def save_adapter(
     file_name: str = ADAPTER_FILE,
     *,
     base: dict[str, Any] | None = None,
+    use: Mapping[str, str] | None = None,
     update: int | None = None,
     write: Write = write_whole,
     weights: dict[str, mx.array] | None = None,
 ) -> Path:
     """Write the adapter in mlx-lm's format, each file whole or not at all. Returns the weights' path.
 
-    `mlx_lm.load(model, adapter_path=folder)` reads it. `base` is the `base_identity` of what it was trained on,
-    `update` how many updates were done, and `weights` are those of another update than the model is at.
+    `mlx_lm.load(model, adapter_path=folder)` reads it. `base` is the `base_identity` of what it was trained on. `use`
+    is for whoever uses it: the `model` that mlx-lm loads by that name, and the `prompt_format`. `update` says how many
+    updates were done, and `weights` are those of another update than the model is at.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parameters = config.lora_parameters
     lora: dict[str, Any] = {"rank": parameters.rank, "scale": parameters.scale, "dropout": parameters.dropout}
     if keys:
         lora["keys"] = list(keys)
+    use = use or {}
     description = {
-        "model": config.model,
+        "model": use.get("model", config.model),
         "fine_tune_type": config.fine_tune_type,
         "num_layers": config.num_layers,
         "lora_parameters": lora,
-        "mlx_nb": {"settings": config.changed(), "base": base, "update": update},
+        "mlx_nb": {
+            "model": config.model,
+            "prompt_format": use.get("prompt_format"),
+            "settings": config.changed(),
+            "base": base,
+            "update": update,
+        },
     }
     text = json.dumps(description, indent=2, default=str).encode()
     write(folder / CONFIG_FILE, lambda file: file.write(text))

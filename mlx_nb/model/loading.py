@@ -167,6 +167,14 @@ def model_named(config: RunConfig, setting: str = "model") -> str:
     return name if name in ALIASES else config.located(setting) or name
 
 
+def loaded_as(config: RunConfig, loaded: LoadedModel) -> str:
+    """What mlx-lm, which knows no aliases, loads the model of a run by: the id of a hub, or the folder it is in."""
+    name = model_named(config)
+    if name in ALIASES or Path(name).expanduser().exists():
+        return str(loaded.folder.resolve())
+    return name
+
+
 def models_at_hand() -> dict[str, str]:
     """Names of models that need no download, with where they are: in our cache and in the hub's; and our aliases."""
     there = {folder.name for folder in (cache_folder() / "models").glob("*")}

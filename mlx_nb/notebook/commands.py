@@ -25,6 +25,7 @@ from mlx_nb.notebook.session import Session
 from mlx_nb.notebook.shown_text import GrowingAnswer, Text, has_rich_display
 from mlx_nb.run.inputs import SPLITS
 from mlx_nb.run.run import Run
+from mlx_nb.run.saved import how_to_use
 from mlx_nb.view.event_text import progress_words, remarks, visits_text
 from mlx_nb.view.metric_text import headline
 
@@ -272,7 +273,9 @@ def _notes_since(run: Run, known: int) -> list[str]:
 
 
 def _save(session: Session, arguments: argparse.Namespace) -> Text:
-    return Text(f"saved to {session.get(arguments.name).save(arguments.path)}")
+    run = session.get(arguments.name)
+    folder = run.save(arguments.path)
+    return Text("\n".join([f"saved to {folder}", *how_to_use(run.config, run.loaded, folder)]))
 
 
 def _runs(session: Session, arguments: argparse.Namespace) -> Text:

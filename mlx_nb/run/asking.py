@@ -1,12 +1,31 @@
-"""What the model can be asked with."""
+"""What the model can be asked with, and its answers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
+from mlx_nb.config.run_config import RunConfig
+from mlx_nb.data.masks.prompt_format import Rendering
 from mlx_nb.errors import CommandError, shown
+
+if TYPE_CHECKING:
+    from mlx_nb.rollouts.generation import Prompt
+
+
+class Asked(Protocol):
+    """The settings, tokenizer and way of writing prompts of what is asked."""
+
+    config: RunConfig
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+
+    @property
+    def asking(self) -> Rendering:
+        """How a text is written for the model."""
 
 
 def check_asking(prompt: Any, max_tokens: Any, temperature: Any) -> None:
@@ -24,3 +43,36 @@ def check_asking(prompt: Any, max_tokens: Any, temperature: Any) -> None:
     number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
     if not number or not 0 <= temperature < math.inf:
         raise CommandError(f"temperature must be a number of at least 0, not {temperature!r}.")
+
+
+def answers(
+    of: Asked,
+    model: Any,
+    prompt: Prompt | Sequence[Prompt],
+    *,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    tools: Sequence[Any] | None,
+    on_text: Callable[[Any], None] | None,
+) -> Any:
+    """The answer of `model`, or a list of them; `Run.generate` says what each of these is. Checked already."""
+    from mlx_nb.model.memory import memory_errors
+    from mlx_nb.rollouts.generation import generate_texts
+
+    several = not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], Mapping))
+    prompts = list(prompt) if several else [prompt]
+    with memory_errors("the model answered", "Fewer prompts at once, or a lower max_tokens, need less."):
+        said = generate_texts(
+            model,
+            of.tokenizer,
+            prompts,  # type: ignore[arg-type]
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            rendering=of.asking,
+            tools=tools,
+            roles=of.config.roles,
+            on_texts=on_text if several or on_text is None else lambda texts: on_text(texts[0]),
+        )
+    return said if several else said[0]

@@ -68,7 +68,7 @@ from mlx_nb.files.written_files import CHECKPOINTS, EXPORT, RUN
 from mlx_nb.history import History
 from mlx_nb.process import exits
 from mlx_nb.process.turns import Turns, one_at_a_time
-from mlx_nb.run.asking import check_asking
+from mlx_nb.run.asking import answers, check_asking
 from mlx_nb.run.background import Background
 from mlx_nb.run.checkpoints import Checkpoints, differences, refuse_own_folder
 from mlx_nb.run.inputs import RunInputs
@@ -297,6 +297,7 @@ class Run:
         import mlx_nb.train.record  # noqa: F401
         from mlx_nb.model.backend import is_cpu, memory_limit
         from mlx_nb.model.fingerprint import base_identity
+        from mlx_nb.model.loading import loaded_as
         from mlx_nb.train.trainer import Trainer
 
         loaded = self.loaded
@@ -318,6 +319,7 @@ class Run:
             tokenizer=loaded.tokenizer,
             rewards=self.inputs.rewards,
             base=base_identity(loaded.weights, self.config.load_in_bits),
+            use={"model": loaded_as(self.config, loaded), "prompt_format": self.inputs.asking.prompt_format or ""},
             from_checkpoint=self._from_checkpoint,
             inbox=self._inbox,
             write=self.home.write,
@@ -1082,28 +1084,19 @@ class Run:
         far after each token, of a list of prompts with the list of answers. The run and the user's random stream
         are left as they were. Other threads may ask too: while the run trains they wait for the end of an update.
         """
-        from mlx_nb.model.memory import memory_errors
-        from mlx_nb.rollouts.generation import generate_texts
-
         self._refuse_base(base)
         check_asking(prompt, max_tokens, temperature)
-        several = not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], Mapping))
-        prompts = list(prompt) if several else [prompt]
-        advice = "Fewer prompts at once, or a lower max_tokens, need less."
-        with self._turn("answer"), memory_errors("the model answered", advice):
-            answers = generate_texts(
+        with self._turn("answer"):
+            return answers(
+                self.inputs,
                 self.inputs.base_model if base else self.model,
-                self.tokenizer,
-                prompts,  # type: ignore[arg-type]
+                prompt,
                 max_tokens=max_tokens,
                 temperature=temperature,
                 seed=seed,
-                rendering=self.inputs.asking,
                 tools=tools,
-                roles=self.config.roles,
-                on_texts=on_text if several or on_text is None else lambda texts: on_text(texts[0]),
+                on_text=on_text,
             )
-        return answers if several else answers[0]
 
     @one_at_a_time
     @interrupts_wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from mlx_nb.model import adapters
 class AdapterSaves:
     """Writes the adapter that is attached to `model` at `keys` to `folder`, by `write_file`.
 
-    `base` is the `base_identity` that the files carry.
+    `base` is the `base_identity` that the files carry, and `use` how to use them.
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class AdapterSaves:
         folder: Path,
         write_file: adapters.Write,
         base: dict[str, Any] | None,
+        use: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = folder
         self.write_file = write_file
@@ -36,6 +38,7 @@ class AdapterSaves:
         self._model = model
         self._keys = keys
         self._base = base
+        self._use = use
 
     def save(self, config: RunConfig, update: int, kind: str) -> Path:
         """Write the adapter of `update` as `last`, `best` or `step`. Returns the path of its weights."""
@@ -61,6 +64,7 @@ class AdapterSaves:
             folder,
             file_name,
             base=self._base,
+            use=self._use,
             update=update,
             write=write or self.write_file,
             weights=weights,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import typing
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,7 @@ class Trainer:
         tokenizer: Tokenizer | None = None,
         rewards: Sequence[Reward] = (),
         base: dict[str, Any] | None = None,
+        use: Mapping[str, str] | None = None,
         from_checkpoint: bool = False,
         inbox: Inbox | None = None,
         write: adapters.Write = write_whole,
@@ -160,7 +161,7 @@ class Trainer:
         try:
             with random_stream(seed_for(config.seed, "adapter")):
                 self._keys = adapters.attach_adapter(model, config)
-                self.saves = AdapterSaves(model, self._keys, folder, write, base)
+                self.saves = AdapterSaves(model, self._keys, folder, write, base, use)
                 refuse_beyond_memory(model, config)
                 mx.eval(held_arrays(model))
             if config.resume_adapter_file and not from_checkpoint:
