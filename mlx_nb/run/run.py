@@ -6,7 +6,7 @@ import dataclasses
 import sys
 import weakref
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, assert_never, get_args
 
 from mlx_nb.config.methods import method_named
 from mlx_nb.config.run_config import LENGTHS, LIVE_SETTINGS, SETTINGS, RunConfig, unknown_settings
-from mlx_nb.config.templates import file_problem, is_template_text
 from mlx_nb.data.check.check import SAMPLED_ROWS, DataCheck, check_data
 from mlx_nb.data.examples.effects import refuse_ineffective
 from mlx_nb.data.examples.imitation import LeftOut
@@ -29,7 +28,6 @@ from mlx_nb.errors import (
     FolderError,
     FolderTaken,
     MlxNbError,
-    ModelError,
     TrainingError,
     shown,
 )
@@ -61,7 +59,6 @@ from mlx_nb.events import (
     StepCompleted,
     TrainerRequest,
 )
-from mlx_nb.files.folder_lock import is_locked
 from mlx_nb.files.places import check_name, folder_of, refuse_among_files, same_folder, working_folder
 from mlx_nb.files.run_folder import RunFolder
 from mlx_nb.files.written_files import CHECKPOINTS, EXPORT, RUN
@@ -70,10 +67,10 @@ from mlx_nb.process import exits
 from mlx_nb.process.turns import Turns, one_at_a_time
 from mlx_nb.run.asking import answers, check_asking
 from mlx_nb.run.background import Background
-from mlx_nb.run.checkpoints import Checkpoints, differences, refuse_own_folder
+from mlx_nb.run.checkpoints import Checkpoints
 from mlx_nb.run.inputs import RunInputs
-from mlx_nb.run.notes import adapter_notes, start_notes
 from mlx_nb.run.own_calls import OWN_FUNCTION, OwnCalls
+from mlx_nb.run.preparation import check_template_file, folder_taken, loading, make_trainer, with_start_adapter
 from mlx_nb.run.resume import ask_again, home_to_resume
 from mlx_nb.run.resume_checks import (
     allowed_changes,
@@ -93,7 +90,7 @@ from mlx_nb.train.interrupts import interrupts_wait
 if TYPE_CHECKING:
     from mlx_nb.model.loading import LoadedModel
     from mlx_nb.rollouts.generation import Prompt
-    from mlx_nb.train.checkpoint import Checkpoint, CheckpointInfo, CheckpointStore
+    from mlx_nb.train.checkpoint import Checkpoint, CheckpointInfo
     from mlx_nb.train.interrupts import Interrupts
     from mlx_nb.train.trainer import Trainer
     from mlx_nb.view.curves.shown_figure import ShownFigure
@@ -135,13 +132,12 @@ class Run:
         self._from_checkpoint = _from_checkpoint
         self._allow_changed = allowed_changes(allow_changed)
         if not _from_checkpoint:
-            _check_template_file(config)
-        self.config = config if _from_checkpoint else _with_adapter_settings(config)
+            check_template_file(config)
+        self.config = config if _from_checkpoint else with_start_adapter(config)
         self.name = name
         self.history = History()
         self.inputs = RunInputs(self.config, namespace)
         self._resumed = False
-        self._checkpoints = Checkpoints()
         self._home: RunFolder | None = None
         self.forks = 0  # how many were named after it
         self._blocked = False
@@ -149,6 +145,7 @@ class Run:
         self._error: BaseException | None = None
         self.background = Background(self)
         self._inbox = Inbox()
+        self._checkpoints = Checkpoints(self, self._inbox)
         self.turns = Turns()
         self._trainer: Trainer | None = None
         self._panel: weakref.ref[Panel] | None = None
@@ -232,7 +229,7 @@ class Run:
         if self._trainer is not None:
             return
         with self._folder_taken():
-            for progress in self._loading():
+            for progress in loading(self.inputs):
                 self._own.tell(progress)
                 yield progress
                 if Pause in self._inbox:
@@ -240,102 +237,19 @@ class Run:
                     return
             _ = self.trainer
 
-    def _loading(self) -> Iterator[Progress]:
-        """Load model and rows, refusing what cannot be trained as soon as it is known."""
-        with self.inputs.reading:
-            self.inputs.check()
-        yield from self.inputs.loading()
-        yield Progress(0, "loading a pass over a few tokens", 0, 0)
-        self._refuse_model()
-        tokenizing = self.inputs.tokenizing()
-        while True:
-            with self.inputs.reading:
-                progress = next(tokenizing, None)
-            if progress is None:
-                break
-            yield progress
-        yield Progress(0, "loading a gradient, tried on a few tokens", 0, 0)
-
-    @contextmanager
-    def _folder_taken(self) -> Iterator[None]:
-        """Nobody else writes to the folder: made sure of before anything is loaded. It is let go if loading fails."""
-        refuse_own_folder(self.config, self.folder)
-        try:
-            if not self._resumed:
-                self.home.refuse_misplaced()
-                if not self.home.held:
-                    self.home.share()
-                self.home.refuse_foreign()
-            yield
-        except BaseException:
-            if not self._resumed:
-                self.home.release()
-            raise
-
-    def _refuse_model(self) -> None:
-        """Raise for a model with which no run is possible."""
-        loaded = self.loaded
-        if self.config.fine_tune_type == "full" and loaded.quantized_bits:
-            raise ModelError(
-                f"`fine_tune_type: full` needs float weights, and {self.config.model} is quantized to "
-                f"{loaded.quantized_bits} bits. Use lora or dora, or a float version of the model."
-            )
-        from mlx_nb.model.passes import refuse_cache_doubt
-
-        refuse_cache_doubt(loaded.model)
+    def _folder_taken(self) -> AbstractContextManager[None]:
+        return folder_taken(self.config, self.home, resumed=self._resumed)
 
     def _prepare(self) -> Trainer:
-        """The trainer, in a folder that nobody else writes to."""
         with self._folder_taken():
-            self.inputs.check()
-            self._refuse_model()
-            return self._made_trainer()
-
-    def _made_trainer(self) -> Trainer:
-        # What a save needs is imported by now: one at the end of an interrupted process would change its exit status,
-        # which Python forgets once it compiles anything more.
-        import mlx_nb.train.record  # noqa: F401
-        from mlx_nb.model.backend import is_cpu, memory_limit
-        from mlx_nb.model.fingerprint import base_identity
-        from mlx_nb.model.loading import loaded_as
-        from mlx_nb.train.trainer import Trainer
-
-        loaded = self.loaded
-        notes = start_notes(self.inputs)
-        if not self._from_checkpoint:
-            notes += adapter_notes(self.inputs, self._allow_changed)
-        reference = self.inputs.reference
-        trainer = Trainer(
-            self.config,
-            loaded.model,
-            self.inputs.examples,
-            name=self.name,
-            folder=self.folder,
-            notes=notes,
-            compiled=not is_cpu(),
-            memory_limit=memory_limit(),
-            sampler=lambda prompt: self.inputs.answers(prompt, self.config.sample_tokens),
-            reference=reference,
-            tokenizer=loaded.tokenizer,
-            rewards=self.inputs.rewards,
-            base=base_identity(loaded.weights, self.config.load_in_bits),
-            use={"model": loaded_as(self.config, loaded), "prompt_format": self.inputs.asking.prompt_format or ""},
-            from_checkpoint=self._from_checkpoint,
-            inbox=self._inbox,
-            write=self.home.write,
-            places_of=self.inputs.places_of,
-        )
-        try:
-            _ = self.inputs.fingerprints  # of what was just read, and not of what will be there at the first checkpoint
-            # Last, when nothing of the run itself can go wrong any more.
-            set_aside = None if self._resumed else self.home.begin(self.config.keep_previous)
-            trainer.notes += self.home.notes
-            if reference is not None:  # an earlier run here may have measured the same one
-                reference.load(set_aside or self.folder)
-        except BaseException:
-            trainer.close()
-            raise
-        return trainer
+            return make_trainer(
+                self.inputs,
+                self.home,
+                self._inbox,
+                from_checkpoint=self._from_checkpoint,
+                resumed=self._resumed,
+                allow_changed=self._allow_changed,
+            )
 
     # Looking
 
@@ -595,8 +509,8 @@ class Run:
             raise
         except FolderError:
             pass  # a disk that takes nothing pauses the run at its next save
-        if not self._checkpoints.remembers:
-            self._checkpoints.remember(trainer, self.history)
+        if not self._checkpoints.snapshots:
+            self._checkpoints.remember()
         self._failed, self._error = False, None
         yield from self._answer_requests()
         for event in trainer.events(updates):
@@ -609,7 +523,7 @@ class Run:
             if isinstance(event, EvaluationCompleted | SampleGenerated | RolloutCompleted | RunFailed):
                 clear_cache()
             if isinstance(event, StepCompleted | BatchSkipped):
-                self._checkpoints.remember(trainer, self.history)
+                self._checkpoints.remember()
             if isinstance(event, AdapterSaved) and event.kind == "step":
                 with suppress(OSError, FolderError):  # the next save says so
                     self.home.keep_numbered(self.config.keep)
@@ -620,8 +534,8 @@ class Run:
                 return
             yield from self._answer_requests()
             if isinstance(event, RunFinished):
-                self._checkpoints.release(self.folder)
-            if kind := self._checkpoints.kind_due(event, self.config.autosave_minutes):
+                self._checkpoints.snapshots.release(self.folder)
+            if kind := self._checkpoints.kind_due(event):
                 try:
                     self.checkpoint(kind)
                 except CheckpointError as error:
@@ -685,7 +599,7 @@ class Run:
         """The state to go back to. Raises CommandError where there is none."""
         if not 0 <= target < self.step_count:
             raise CommandError(f"{self.name} is at update {self.step_count} and cannot go back to {target}.")
-        return self._checkpoints.find(target, self._store(), self.history, self.step_count)
+        return self._checkpoints.find(target)
 
     def _rewind(self, target: int) -> Rewound:
         checkpoint = self.place_of(target)
@@ -704,13 +618,9 @@ class Run:
 
     def _find_best(self) -> None:
         """Give the trainer the parameters of its best update, where it was restored without them."""
-        trainer = self.trainer
-        step = trainer.state.best_step
-        if trainer.saves.best is None and step is not None:
-            with suppress(CommandError, CheckpointError):
-                trainer.saves.best = self._checkpoints.find(step, self._store(), self.history, self.step_count).arrays[
-                    "parameters"
-                ]
+        saves = self.trainer.saves
+        if saves.best is None:
+            saves.best = self._checkpoints.find_best()
 
     @one_at_a_time
     def fork(self, /, *, name: str | None = None, **changes: Any) -> Run:
@@ -744,8 +654,7 @@ class Run:
         """
         if self.let_go or self.unsaved_updates <= 0:
             return False
-        folder = self._checkpoints.save_last_boundary(self.history, self._checked_store(), "exit", **self._about())
-        return folder is not None
+        return self._checkpoints.save_last_boundary("exit") is not None
 
     @one_at_a_time
     @interrupts_wait()
@@ -765,7 +674,7 @@ class Run:
         except CheckpointError as error:
             raise CheckpointError(f"{self.name} is not let go, because {error}") from None
         self.home.give_up(f"{reason or f'{self.name} let go of {self.folder}'} after update {self.step_count}")
-        self._checkpoints.forget()
+        self._checkpoints.snapshots.forget()
         exits.give_back()
 
     @property
@@ -785,44 +694,23 @@ class Run:
     @one_at_a_time
     def checkpoint(self, kind: str = "step") -> Path:
         """Write everything that the run's next update depends on. Returns the folder. Raises CheckpointError."""
-        trainer = self.trainer
-        folder = self._checkpoints.save(trainer, self.history, self._checked_store(), kind, **self._about())
+        folder = self._checkpoints.save(kind)
         self._own.tell(CheckpointSaved(self.step_count, str(folder), kind))
         return folder
 
-    def _checked_store(self) -> CheckpointStore:
-        """Where checkpoints go, once it is certain that the folder is this run's. Raises CheckpointError."""
-        try:
-            self.home.check()
-        except FolderError as error:
-            raise type(error)(f"step {self.step_count} could not be saved: {error}") from None
-        return self._store()
-
-    def _about(self) -> dict[str, Any]:
-        """What a checkpoint says of the run besides its state."""
-        return {
-            "name": self.name,
-            "made_from": self.inputs.fingerprints,
-            "run_folder": self.folder,
-            "asked": self._inbox.kept(),
-        }
-
     def checkpoints(self) -> list[CheckpointInfo]:
         """The exact checkpoints in the run's folder, the oldest save first."""
-        return self._store().list()
+        return self._checkpoints.store.list()
 
     @one_at_a_time
     def delete_checkpoint(self, info: CheckpointInfo) -> None:
         """Remove one. Raises CheckpointError, also when another run that lives holds the folder."""
-        if not self.home.held and is_locked(self.folder):
-            self.home.take()
-        self._store().delete(info)
+        self._checkpoints.delete(info)
 
     @one_at_a_time
     def compare_checkpoint(self, info: CheckpointInfo) -> list[tuple[str, str]]:
         """(label, value) lines: the run as it is now against a checkpoint. Raises CheckpointError."""
-        checkpoint, _ = self._store().load(info.path.name, refuse_unusable)
-        return differences(checkpoint, self.trainer, self.history)
+        return self._checkpoints.compare(info)
 
     @property
     def has_checkpoint(self) -> bool:
@@ -838,11 +726,6 @@ class Run:
     def unsaved_updates(self) -> int:
         """Updates done since the last checkpoint."""
         return self.step_count - self._checkpoints.saved_step
-
-    def _store(self) -> CheckpointStore:
-        from mlx_nb.train.checkpoint import CheckpointStore
-
-        return CheckpointStore(self.folder / CHECKPOINTS, self.config.keep)
 
     @classmethod
     def resume(
@@ -880,7 +763,7 @@ class Run:
             run.trainer.restore(checkpoint)
             run.history, damage = read_history_of(checkpoint)
             run.history.folder = str(folder)
-            run._checkpoints.go_on_from(checkpoint, run.history, whole=not damage)
+            run._checkpoints.go_on_from(checkpoint, whole=not damage)
             if length := length_given(checkpoint, config):
                 run.set(**length)
         except BaseException:
@@ -1042,7 +925,7 @@ class Run:
             if not changes.keys().isdisjoint(LENGTHS):
                 self._trainer.refuse_shorter_than_done(checked)
         started = self._trainer is not None or self._from_checkpoint
-        self.config = checked if started else _with_adapter_settings(checked)
+        self.config = checked if started else with_start_adapter(checked)
         if self._trainer is None:
             self.inputs = self.inputs.for_settings(self.config)
             return
@@ -1190,23 +1073,6 @@ class Run:
             return f"Run({self.name!r}, let go at update {self.step_count}: {self.let_go})"
         done = f"{self.step_count} of {self._trainer.iters} updates" if self._trainer else "not started"
         return f"Run({self.name!r}, model={self.config.model!r}, {self.config.fine_tune_type}, {done})"
-
-
-def _with_adapter_settings(config: RunConfig) -> RunConfig:
-    if config.resume_adapter_file is None:
-        return config
-    from mlx_nb.model.adapter_files import with_adapter_settings
-
-    return with_adapter_settings(config)
-
-
-def _check_template_file(config: RunConfig) -> None:
-    """Raise ConfigError where `chat_template` names a file that cannot be used."""
-    value = config.chat_template
-    if value is None or is_template_text(value):
-        return
-    if (problem := file_problem(value, config.working_folder or working_folder())) is not None:
-        raise ConfigError(problem)
 
 
 def raise_failure(event: Event | None) -> None:

@@ -80,8 +80,8 @@ MEMORY_WARNING = 0.9  # of the device's memory
 IDLE_UPDATES = 10  # in a row without anything to learn from, until that is said
 
 
-# prompt -> (answer, answer of the base) as they grow, token by token
-Sampler = Callable[[str], Iterator[tuple[str, str | None]]]
+# (prompt, tokens at most) -> (answer, answer of the base) as they grow, token by token
+Sampler = Callable[[str, int], Iterator[tuple[str, str | None]]]
 _NO_VALIDATION = (
     "there are no validation rows to measure. Give some (valid.jsonl, or val_set_size), or `%finetune eval train`."
 )
@@ -447,7 +447,7 @@ class Trainer:
         answers: tuple[str, str | None] = ("", None)
         # The answer of the base comes after that of the model, when it is not known yet.
         of_model = most = self.config.sample_tokens
-        for tokens, so_far in enumerate(self._sampler(prompt), start=1):
+        for tokens, so_far in enumerate(self._sampler(prompt, of_model), start=1):
             if so_far[1] is not None and answers[1] is None:
                 most = tokens + of_model
             answers = so_far

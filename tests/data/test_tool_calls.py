@@ -148,6 +148,7 @@ def test_json_text_inside_arguments_stays_text_and_keys_keep_their_order():
         ('{"a": 1e400}', "1e400 is beyond what a number can hold"),
         ('{"a": "\\ud800"}', "half a surrogate pair"),
         ("[" * 100_000, "not valid JSON"),
+        ('{"a": ' + "[" * 300 + "]" * 300 + "}", "it is nested more than 64 deep"),
     ],
 )
 def test_a_text_that_is_no_object_is_refused_where_objects_are_written_and_told_where_texts_are(text, why):

@@ -140,7 +140,7 @@ def test_a_best_that_is_older_than_the_updates_in_memory_is_put_back_too(tmp_pat
     best = best_weights(run.folder)
     run.step(25)
     assert run.trainer.state.best_step > 10
-    oldest = run._checkpoints._recent[0].step
+    oldest = run._checkpoints.snapshots._recent[0].step
     assert oldest > 10
     run.rewind(to=oldest)
     assert (run.trainer.state.best_step, best_weights(run.folder) == best) == (10, True)

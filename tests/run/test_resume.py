@@ -214,17 +214,17 @@ def test_arrays_that_steps_share_count_once_and_those_of_the_run_itself_do_not(t
     run.step()
     one = sum(array.nbytes for group in run.trainer.snapshot().arrays.values() for array in group.values())
     run.step()
-    keeper = run._checkpoints
+    kept = run._checkpoints.snapshots
     # Three steps are in memory: the start, update 1, and update 2, which is the run as it stands.
-    assert one < keeper.held_bytes <= 2 * one
-    distinct = {id(a): a.nbytes for s in list(keeper._recent)[:-1] for g in s.arrays.values() for a in g.values()}
-    newest = {id(array) for group in keeper._recent[-1].arrays.values() for array in group.values()}
-    assert keeper.held_bytes == sum(size for name, size in distinct.items() if name not in newest)
-    before = keeper.held_bytes
-    keeper.remember(run.trainer, run.history)  # the same arrays once more
-    assert keeper.held_bytes == before
+    assert one < kept.held_bytes <= 2 * one
+    distinct = {id(a): a.nbytes for s in list(kept._recent)[:-1] for g in s.arrays.values() for a in g.values()}
+    newest = {id(array) for group in kept._recent[-1].arrays.values() for array in group.values()}
+    assert kept.held_bytes == sum(size for name, size in distinct.items() if name not in newest)
+    before = kept.held_bytes
+    run._checkpoints.remember()  # the same arrays once more
+    assert kept.held_bytes == before
     run.rewind(to=0)
-    assert keeper.held_bytes == 0
+    assert kept.held_bytes == 0
 
 
 def test_steps_in_memory_stay_within_their_setting(tmp_path, tiny_folder):
@@ -233,10 +233,10 @@ def test_steps_in_memory_stay_within_their_setting(tmp_path, tiny_folder):
     kept = []
     for event in run.events():
         if isinstance(event, StepCompleted):
-            kept.append(run._checkpoints.held_bytes)
+            kept.append(run._checkpoints.snapshots.held_bytes)
             assert run.trainer.kept_memory == kept[-1] <= 1024**2
     assert max(kept) > 2 * 1024**2 // 3
-    assert run.step_count - run._checkpoints._recent[0].step < 12
+    assert run.step_count - run._checkpoints.snapshots._recent[0].step < 12
     run.set(snapshot_memory=0)  # at any time
     assert run.config.snapshot_memory == 0
 
@@ -246,11 +246,11 @@ def test_steps_in_memory_are_released_when_the_run_ends_and_can_still_be_reached
     run.run(until=3)
     at_three = run.adapter_bytes()
     run.run()
-    assert run._checkpoints.held_bytes == 0
+    assert run._checkpoints.snapshots.held_bytes == 0
     run.rewind(to=3)
     assert run.adapter_bytes() == at_three
     run.run()
-    assert run._checkpoints.held_bytes == 0
+    assert run._checkpoints.snapshots.held_bytes == 0
     run.rewind(to=1)
     assert run.step_count == 1
 
@@ -262,7 +262,7 @@ def test_where_the_disk_has_no_room_for_steps_only_checkpoints_are_left(tmp_path
     run = rows_run(tmp_path, tiny_folder)
     monkeypatch.setattr("mlx_nb.train.parking.tempfile.TemporaryFile", full)
     run.run()
-    assert run._checkpoints.held_bytes == 0
+    assert run._checkpoints.snapshots.held_bytes == 0
     with pytest.raises(CommandError, match=r"update 3 was not kept\. These can be reached: .*2, 4"):
         run.rewind(to=3)
     run.rewind(to=4)  # on disk

@@ -130,10 +130,12 @@ def read_arguments(text: str, remarks: ValueRemarks) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(text, object_pairs_hook=pairs, parse_float=number, parse_constant=no_number)
+        refuse_odd_value(value, "it")
     except NotJson:
         raise
-        refuse_odd_value(value, "it")
-    except (ValueError, RecursionError, OddRow) as error:
+    except OddRow as error:
+        raise NotJson(str(error).rstrip(".")) from None
+    except (ValueError, RecursionError) as error:
         raise NotJson(f"it is not valid JSON: {str(error).rstrip('.') or 'too deep'}") from None
     if not isinstance(value, dict):
         raise NotJson("it is JSON, but no object")
