@@ -12,6 +12,7 @@ import hypothesis
 import pytest
 
 import forked
+from matrix import part
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # There is a process for each core already. Two that share the cores wait for each other's threads, by spinning.
@@ -31,7 +32,7 @@ if os.access(MEMORY_DISK, os.W_OK) and shutil.disk_usage(MEMORY_DISK).free > FRE
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", MEMORY_DISK)
 
 # In the order in which they are run: what takes long alone comes first, so that short ones fill up the other process.
-SLOW_MARKERS = ("real_model", "faults", "kernel", "browser", "families")
+SLOW_MARKERS = ("real_model", "faults", "kernel", "browser", "families", "whole")
 
 
 def _slowness(item: pytest.Item) -> int | None:
@@ -44,11 +45,29 @@ def _shares_with_its_file(item: pytest.Item) -> bool:
     return any(definition.scope == "module" for definitions in fixtures for definition in definitions)
 
 
+def _values(case: pytest.Item) -> dict[str, str]:
+    return {name: repr(value) for name, value in case.callspec.params.items()}
+
+
+def _mark_what_is_left_of_matrices(items: list[pytest.Item]) -> None:
+    matrices: dict[object, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("matrix"):
+            matrices.setdefault(item.function, []).append(item)
+    for cases in matrices.values():
+        every = cases[0].get_closest_marker("matrix").kwargs.get("every")
+        quick = part([_values(case) for case in cases], every)
+        for number, case in enumerate(cases):
+            if number not in quick:
+                case.add_marker("whole")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave the slow tests out unless MLX_NB_SLOW=1 or a marker expression asks for them; they come last then.
 
     Tests that share a fixture of their file are run by one process, all others by whichever is free.
     """
+    _mark_what_is_left_of_matrices(items)
     slow = [item for item in items if _slowness(item) is not None]
     quick = [item for item in items if _slowness(item) is None]
     if os.environ.get("MLX_NB_SLOW") == "1" or config.getoption("-m"):

@@ -131,6 +131,7 @@ def known():
 
 @pytest.mark.usefixtures("louder")
 @pytest.mark.parametrize("name", TABLE)
+@pytest.mark.matrix(every=4)
 def test_a_setting_changes_the_run_in_its_context(name, tmp_path, monkeypatch, places, known):
     around, (value, other) = TABLE[name]
     before, after = (settings_with(around, name, one, places) for one in (value, other))
@@ -145,6 +146,7 @@ def test_a_setting_changes_the_run_in_its_context(name, tmp_path, monkeypatch, p
 @pytest.mark.parametrize(
     "name", ["seed", "rewards", "save_every", "epsilon", "beta", "label_feature", "test", "stride"]
 )
+@pytest.mark.matrix(every=3)
 def test_the_same_settings_give_the_same_outcome(name, tmp_path, monkeypatch, places):
     around, values = TABLE[name]
     outcomes = []

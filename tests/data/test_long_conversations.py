@@ -57,6 +57,7 @@ def cost(messages: Messages, tokenizer: Any, **arguments: Any) -> int:
 
 
 @pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.matrix(every=5)
 def test_four_times_the_messages_cost_about_four_times_as_much(name: str) -> None:
     tokenizer = shaped_tokenizer(name)
     few, many = (cost(long_chat(count), tokenizer) for count in (300, 1200))
@@ -117,6 +118,7 @@ def test_a_long_past_that_the_template_leaves_out_is_left_out_of_a_long_conversa
 
 @pytest.mark.parametrize("count", [49, 130, 131])
 @pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.matrix
 def test_what_is_trained_of_a_long_conversation_is_what_the_assistant_says(name: str, count: int) -> None:
     messages, tokenizer = long_chat(count), tokenizer_of(name)
     expected = [TEMPLATES[name].shown(messages, i) for i in range(1, count, 2)]

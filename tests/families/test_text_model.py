@@ -50,6 +50,7 @@ def assert_equal(one, other):
 
 
 @pytest.mark.parametrize("family", TRAINED)
+@pytest.mark.matrix(every=6)
 def test_the_head_at_scored_positions_gives_the_loss_and_gradient_of_the_whole_model(family):
     model = with_adapter(small_model(family))
     scorer = TargetScorer(model)

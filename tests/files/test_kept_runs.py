@@ -93,6 +93,7 @@ FOREIGN = [put_file, put_into_checkpoint, put_link, put_folder, changed_adapter,
 
 
 @pytest.mark.parametrize("change", FOREIGN, ids=lambda change: change.__name__)
+@pytest.mark.matrix(every=3)
 def test_a_folder_with_anything_that_mlx_nb_did_not_write_stays_whole(change, here, tiny_folder):
     run_seeds(tiny_folder, 1, 2)
     place = here / "adapters/run.previous-1"

@@ -48,6 +48,7 @@ def refused(call):
 
 @pytest.mark.parametrize("what", MINE)
 @pytest.mark.parametrize("how", ["file", "link", "folder link"])
+@pytest.mark.matrix
 def test_a_persons_file_of_that_name_is_neither_written_over_nor_removed(what, how, here, tiny_folder, monkeypatch):
     base = make(tiny_folder, "base", iters=1)
     base.run()

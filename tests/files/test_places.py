@@ -66,6 +66,7 @@ AMONG = [
 
 
 @pytest.mark.parametrize("path", AMONG)
+@pytest.mark.matrix(every=3)
 def test_a_path_among_the_files_of_another_run_is_refused_before_anything_is_loaded(
     path, here, tiny_folder, monkeypatch
 ):
@@ -201,6 +202,7 @@ CANNOT_BE = "cannot be|bytes in it, which no folder|no checkpoint|is a link|is n
 
 
 @pytest.mark.parametrize("what", IMPOSSIBLE)
+@pytest.mark.matrix(every=3)
 def test_a_path_where_nothing_can_be_is_said_in_one_line_wherever_it_is_given(
     what, here, tiny_folder, monkeypatch, capsys
 ):

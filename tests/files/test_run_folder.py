@@ -312,6 +312,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
+@pytest.mark.matrix(every=4)
 def test_no_file_of_a_person_is_moved_or_changed_by_runs_in_any_folder(place, here, tiny_folder, monkeypatch):
     foreign_files(here)
     monkeypatch.setenv("HOME", str(here / "disk"))
@@ -401,6 +402,7 @@ def test_the_adapter_of_an_older_version_is_known_by_its_settings(here, tiny_fol
 
 
 @pytest.mark.parametrize("after", range(0, 9, 2))
+@pytest.mark.matrix(every=2)
 def test_a_move_cut_short_is_finished_by_the_next_run(after, here, tiny_folder, monkeypatch):
     make(tiny_folder).run()
     whole = sorted(digest for path, digest in digests(here / "adapters/run").items())

@@ -152,6 +152,7 @@ def test_given_settings_that_say_the_same_are_accepted(adapter, tiny_folder, tmp
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
 @pytest.mark.parametrize(("theirs", "ours"), [(2, -1), (-1, 2)])
+@pytest.mark.matrix
 def test_all_layers_are_the_same_by_number_and_as_minus_1(theirs, ours, kind, tiny_folder, tmp_path):
     first = trained(tmp_path / "a", tiny_folder, fine_tune_type=kind, num_layers=theirs)
     settings = {"num_layers": ours, "resume_adapter_file": str(tmp_path / "a")}
@@ -335,6 +336,7 @@ SPOILS = {
 
 @pytest.mark.parametrize("setting", [START, REFERENCE])
 @pytest.mark.parametrize("case", SPOILS)
+@pytest.mark.matrix
 def test_tensors_that_do_not_belong_are_named(case, setting, copied, tiny_folder, tmp_path):
     change, words = SPOILS[case]
     folder = copied()

@@ -76,6 +76,7 @@ def run_of(folder, **settings):
 
 
 @pytest.mark.usefixtures("quiet")
+@pytest.mark.matrix(every=3)
 def test_a_list_of_prompts_gets_what_each_gets_alone(family, folders):
     run = run_of(folders(family))
     together = run.generate(PROMPTS, max_tokens=12)
@@ -84,6 +85,7 @@ def test_a_list_of_prompts_gets_what_each_gets_alone(family, folders):
 
 
 @pytest.mark.parametrize("lengths", [(4, 14, 7, 1, 3, 2), (5, 5, 5), (1, 1), (20, 3)], ids=str)
+@pytest.mark.matrix
 def test_rows_side_by_side_have_the_logprobs_of_each_alone(family, tokenizer, lengths):
     model = family_model(family)
     settings = SamplingSettings(max_tokens=14, temperature=0.0)
@@ -158,6 +160,7 @@ def test_a_model_whose_cache_has_no_batch_form_answers_one_prompt_after_the_othe
 
 @pytest.mark.parametrize("family", TRAINABLE)
 @pytest.mark.parametrize("rows_at_once", [32, 4])
+@pytest.mark.matrix
 def test_completions_are_recorded_with_the_logprobs_that_training_computes(family, tokenizer, rows_at_once):
     model = family_model(family)
     prompts = random_prompts(4, 11, 1, 11, 7)

@@ -76,6 +76,7 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluating"])
 @pytest.mark.parametrize(("method", "settings"), LOSSES, ids=lambda value: str(value))
+@pytest.mark.matrix
 def test_every_loss_has_the_values_and_gradients_of_all_targets_at_once(
     method, settings, training, chunks, monkeypatch
 ):
@@ -103,6 +104,7 @@ KINDS = {
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluating"])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.matrix
 def test_what_is_trained_in_the_head_has_its_whole_gradient(kind, training, chunks, monkeypatch):
     make, settings = KINDS[kind]
     scorer = TargetScorer(attached(make(), **settings))
@@ -116,6 +118,7 @@ def test_what_is_trained_in_the_head_has_its_whole_gradient(kind, training, chun
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "kto", "grpo"])
 @pytest.mark.usefixtures("chunks")
+@pytest.mark.matrix
 def test_objectives_keep_their_laws_in_chunks(method):
     check_objective(method)
 

@@ -170,6 +170,7 @@ BAD_COMMANDS = {
 
 
 @pytest.mark.parametrize("command", BAD_COMMANDS)
+@pytest.mark.matrix(every=2)
 def test_a_bad_command_is_one_line_that_fails_the_cell(trained, command):
     trained.user_ns["run"].step()
     error = error_of(trained, command)

@@ -43,6 +43,7 @@ def happened(events):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.matrix(every=2)
 def test_a_run_resumed_at_any_step_is_the_run_that_was_never_stopped(method, tmp_path, tiny_folder):
     whole = run_of(method, tmp_path / "whole", tiny_folder, iters=6)
     whole.run()
@@ -60,6 +61,7 @@ def test_a_run_resumed_at_any_step_is_the_run_that_was_never_stopped(method, tmp
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.matrix
 def test_going_back_and_on_again_changes_nothing(method, kind, tmp_path, tiny_folder):
     shape = {"fine_tune_type": "full", "lora_parameters": {}, "learning_rate": 1e-4} if kind == "full" else {}
     straight = run_of(method, tmp_path / "straight", tiny_folder, **shape)
@@ -72,6 +74,7 @@ def test_going_back_and_on_again_changes_nothing(method, kind, tmp_path, tiny_fo
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.matrix(every=2)
 def test_a_fork_with_nothing_changed_goes_the_same_way(method, tmp_path, tiny_folder):
     run = run_of(method, tmp_path / "run", tiny_folder)
     run.step(3)
@@ -84,6 +87,7 @@ def test_a_fork_with_nothing_changed_goes_the_same_way(method, tmp_path, tiny_fo
 
 
 @pytest.mark.parametrize("method", ["dpo", "cpo", "orpo"])
+@pytest.mark.matrix(every=3)
 def test_preferences_are_learned_on_pairs_that_are_held_out(method, tmp_path, tiny_folder):
     run = run_of(method, tmp_path, tiny_folder, iters=44, learning_rate=1e-2, val_batches=-1)
     before = run.evaluate().metrics
@@ -425,6 +429,7 @@ def test_an_update_that_is_refused_names_each_prompt_once(tmp_path, tiny_folder)
 @pytest.mark.parametrize(
     ("method", "loss"), [(one.name, loss) for one in METHODS_BY_NAME.values() for loss in one.losses]
 )
+@pytest.mark.matrix(every=3)
 def test_a_compiled_update_is_the_plain_one(method, loss, tmp_path, tiny_folder, monkeypatch):
     # With this seed what is 0 but for rounding at the first update, and decides the accuracy of kto, is rounded alike.
     shape = {"loss": loss, "steps_per_eval": -1, "iters": 2, "lora_parameters": {"rank": 4, "scale": 4.0}, "seed": 2}

@@ -30,6 +30,7 @@ def own_methods():
 
 
 @pytest.mark.parametrize(("method", "loss"), VARIANTS)
+@pytest.mark.matrix(every=3)
 def test_every_objective_passes_the_battery(method, loss):
     laws = check_objective(method, loss)
     untried = METHODS[method].reference + METHODS[method].losses[loss].stops_gradient

@@ -190,6 +190,7 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.matrix(every=3)
 def test_what_shows_a_run_does_not_keep_it_and_leaves_no_widgets(tmp_path, tiny_folder, view):
     registry = ipywidgets.widget._instances
     before = set(registry)
@@ -308,6 +309,7 @@ def script(tmp_path, tiny_folder, body):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 @pytest.mark.parametrize("where", WHERE)
+@pytest.mark.matrix
 def test_a_signal_that_ends_the_process_saves_the_run_first(tmp_path, tiny_folder, where, number):
     result = ended(tmp_path, tiny_folder, f"number = {int(number)}\n" + textwrap.dedent(WHERE[where]))
     assert result.returncode == 128 + number, result.stderr
@@ -532,6 +534,7 @@ CELLS = {
 
 
 @pytest.mark.parametrize("which", CELLS)
+@pytest.mark.matrix(every=3)
 def test_an_interrupt_at_any_line_of_a_command_is_one_line(shell, tiny_folder, capsys, which):
     shell.user_ns["rows"] = tiny_rows(24)
     cell = f"model: {tiny_folder}\ndata: rows\niters: 5000\nval_set_size: 0\nautosave_minutes: null\n"

@@ -27,6 +27,7 @@ def reward(completion, x):
 
 
 @pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.matrix(every=4)
 def test_a_run_leaves_out_the_rows_that_it_refuses_and_trains_the_others(kind, tmp_path, tiny_folder):
     _, method, rows = ROWS[kind]
     rows, refused = odd_rows(rows)

@@ -144,6 +144,7 @@ def forgeries(state):
                 yield path, value, other
 
 
+@pytest.mark.matrix(every=2)
 def test_any_key_of_the_state_changed_is_refused(run):
     _, good = stored(run.folder)
     assert refusal(good) is None
@@ -152,6 +153,7 @@ def test_any_key_of_the_state_changed_is_refused(run):
         assert (reason is None) == (path == ("seal",) and value is MISSING), (path, value)
 
 
+@pytest.mark.matrix(every=2)
 def test_without_a_seal_any_key_changed_is_refused_by_kind_or_goes_on_without_a_traceback(run, copied):
     store, good = stored(copied)
     unsealed = {key: value for key, value in good.state.items() if key != "seal"}
@@ -185,6 +187,7 @@ def test_without_a_seal_any_key_changed_is_refused_by_kind_or_goes_on_without_a_
         ("due", [["evil", ""]]),
     ],
 )
+@pytest.mark.matrix
 def test_a_forged_newest_is_named_with_its_key_and_the_one_before_is_used(run, copied, key, value):
     store, good = stored(copied)
     forged = store.save(dataclasses.replace(good, state={**good.state, key: value}), kind="step")
@@ -229,6 +232,7 @@ UNIMPORTANT = {
 
 
 @pytest.mark.parametrize("kind", FILES)
+@pytest.mark.matrix
 def test_a_file_that_was_changed_with_its_manifest_is_passed_over(run, copied, kind):
     store, good = stored(copied)
     name, change = FILES[kind]
@@ -241,6 +245,7 @@ def test_a_file_that_was_changed_with_its_manifest_is_passed_over(run, copied, k
 
 
 @pytest.mark.parametrize("kind", UNIMPORTANT)
+@pytest.mark.matrix
 def test_another_spelling_of_the_same_state_goes_on_bit_for_bit(run, copied, tmp_path, kind):
     _, good = stored(copied)
     shutil.copytree(copied, tmp_path / "b")

@@ -33,6 +33,7 @@ TOO_SHORT = {
 
 @pytest.mark.parametrize("how", TOO_SHORT)
 @pytest.mark.parametrize("ended", [False, True])
+@pytest.mark.matrix
 def test_a_length_below_what_is_done_is_refused_in_one_line_with_the_smallest_there_is(
     tmp_path, tiny_folder, how, ended
 ):
@@ -94,6 +95,7 @@ REOPENED = {
 
 @pytest.mark.parametrize("how", REOPENED)
 @pytest.mark.parametrize("end", ["the end", "stop", "early stopping"])
+@pytest.mark.matrix
 def test_a_run_that_ended_goes_on_however_it_is_made_longer(tmp_path, tiny_folder, how, end):
     early = {"iters": 11, "steps_per_eval": 1, "early_stopping_patience": 1, "learning_rate": 1.0, "loss_spike": None}
     run = rows_run(tmp_path, tiny_folder, **(early if end == "early stopping" else {"iters": 6}))

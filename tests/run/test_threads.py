@@ -64,6 +64,7 @@ ASKED = {
 
 
 @pytest.mark.parametrize("what", ASKED)
+@pytest.mark.matrix(every=3)
 def test_what_another_thread_asks_in_the_middle_of_an_update_is_answered_at_its_end(tmp_path, tiny_folder, what):
     run = rows_run(tmp_path, tiny_folder, **QUIET)
     run.step(2)
