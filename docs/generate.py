@@ -63,10 +63,24 @@ def terminal() -> Iterator[str]:
 def _records(kinds: list[type]) -> Iterator[str]:
     for kind in kinds:
         yield f"### {kind.__name__}\n\n{_prose(_doc(kind))}\n"
+        words = field_words(kind)
         own = [one for one in dataclasses.fields(kind) if one.name != "step"]
-        rows = [f"| `{one.name}` | `{str(one.type).replace(' | ', ' or ')}` |" for one in own]
+        rows = [f"| `{one.name}` | `{str(one.type).replace(' | ', ' or ')}` | {words[one.name]} |" for one in own]
         if rows:
-            yield "\n".join(["| field | type |", "|---|---|", *rows]) + "\n"
+            yield "\n".join(["| field | type | |", "|---|---|---|", *rows]) + "\n"
+
+
+def field_words(kind: type) -> dict[str, str]:
+    """What each field of a record is: the comment at the end of its line, or the lines of comment above it."""
+    words: dict[str, str] = {}
+    above: list[str] = []
+    for line in inspect.getsource(kind).splitlines():
+        code, _, comment = (part.strip() for part in line.partition("# "))
+        name = re.match(r"(\w+):", code)
+        if name and name[1] in kind.__annotations__:
+            words[name[1]] = (comment or " ".join(above)).removesuffix(".")
+        above = [*above, comment] if comment and not code else []
+    return words
 
 
 def _prose(text: str) -> str:

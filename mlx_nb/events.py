@@ -1,6 +1,7 @@
 """What happened in a run: frozen records that turn into JSON lines and back.
 
-Events are the only thing training tells the views; requests are the only thing the views tell training.
+Events are the only thing training tells the views; requests are the only thing the views tell training. The comment at
+a field says what it is; the reference takes it from there.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Event:
-    """Base of all events. `step` counts the optimizer updates done when it happened."""
+    """Base of all events."""
 
-    step: int
+    step: int  # optimizer updates done when it happened
 
     def to_json(self) -> str:
         """One JSON line; `event_from_json` reads it back."""
@@ -26,46 +27,34 @@ class Event:
 
 @dataclass(frozen=True)
 class RunStarted(Event):
-    """Training begins or goes on. `trainable_parameters` and `total_parameters` count numbers, not arrays.
+    """Training begins or goes on."""
 
-    `trained` says in words what is trained and what is frozen.
-    """
-
-    name: str
-    iters: int
-    trainable_parameters: int
-    total_parameters: int
-    train_rows: int
-    valid_rows: int
-    notes: tuple[str, ...] = ()
-    trained: str = ""
+    name: str  # name of the run
+    iters: int  # updates in the whole run
+    trainable_parameters: int  # numbers, not arrays, that are trained
+    total_parameters: int  # numbers in the model, adapter included
+    train_rows: int  # examples that are trained on
+    valid_rows: int  # examples to validate on
+    notes: tuple[str, ...] = ()  # what should be known about model, rows and settings, in sentences
+    trained: str = ""  # what is trained and what is frozen, in words
 
 
 @dataclass(frozen=True)
 class StepCompleted(Event):
-    """One optimizer update.
+    """One optimizer update."""
 
-    loss             of the method, mean over the whole update; for `sft` negative log-likelihood, nats per target token
-    learning_rate    the rate this update used
-    gradient_norm    L2 norm before clipping
-    target_tokens    units of the loss: target tokens, pairs, answers, completions;  tokens: all without padding
-    seconds          wall time of the update
-    peak_memory      bytes at most so far, without the updates that are kept to rewind to
-    rows             numbers of the training rows in the update
-    row_losses       (row, its mean loss) of each of them, before the update
-    """
-
+    # mean over the whole update; for `sft` the negative log-likelihood in nats per target token.
     loss: float
-    learning_rate: float
-    gradient_norm: float
-    target_tokens: float
-    tokens: int
-    seconds: float
-    peak_memory: int
-    epoch: float
-    rows: tuple[int, ...]
-    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
-    row_losses: tuple[tuple[int, float], ...] = ()
+    learning_rate: float  # the rate that this update used
+    gradient_norm: float  # L2 norm before clipping
+    target_tokens: float  # units of the loss: target tokens, pairs, answers or completions
+    tokens: int  # all tokens of the batches, without padding
+    seconds: float  # wall time of the update
+    peak_memory: int  # bytes at most so far, without the updates that are kept to rewind to
+    epoch: float  # passes over the training rows done so far
+    rows: tuple[int, ...]  # numbers of the training rows in the update
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # what the method measures, by name
+    row_losses: tuple[tuple[int, float], ...] = ()  # (row, its mean loss before the update)
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         """One line, where a notebook or IPython shows it; `repr` has every field."""
@@ -77,64 +66,52 @@ class StepCompleted(Event):
 
 @dataclass(frozen=True)
 class EvaluationCompleted(Event):
-    """The loss of the method over a fixed set of rows of one split, and its metrics.
+    """The loss of the method over a fixed set of rows of one split, and its metrics."""
 
-    perplexity     exp(loss) for `sft`, whose loss is in nats per target token; None for other methods
-    target_tokens  units of the loss: target tokens, pairs, or completions
-    row_losses     (row, its mean loss).  For `grpo` a loss is minus a reward
-    """
-
-    split: str
-    loss: float
-    perplexity: float | None
-    target_tokens: float
-    rows: int
-    seconds: float
-    best: bool = False
-    row_losses: tuple[tuple[int, float], ...] = ()
-    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    split: str  # `train`, `valid` or `test`
+    loss: float  # mean over the rows; for `grpo` minus the mean reward
+    perplexity: float | None  # exp(loss) for `sft`, whose loss is in nats per target token; None for other methods
+    target_tokens: float  # units of the loss: target tokens, pairs, answers or completions
+    rows: int  # how many rows were measured
+    seconds: float  # wall time of the evaluation
+    best: bool = False  # whether it is the lowest validation loss of the run so far
+    row_losses: tuple[tuple[int, float], ...] = ()  # (row, its mean loss)
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # what the method measures, by name
 
 
 @dataclass(frozen=True)
 class SampleGenerated(Event):
-    """What the model answered to a prompt at this step, and its base; None when the base is trained itself."""
+    """An answer to one of the `sample_prompts`."""
 
-    prompt: str
-    answer: str
-    base_answer: str | None
+    prompt: str  # one of the `sample_prompts`
+    answer: str  # what the model answers, as it is at this step
+    base_answer: str | None  # what the base answers, without the adapter; None when the base itself is trained
 
 
 @dataclass(frozen=True)
 class RolloutCompleted(Event):
-    """Completions were sampled and scored; the next updates are made with them.
+    """Completions were sampled and scored; the next updates are made with them."""
 
-    groups    for each prompt {row, prompt, completions}, and of each completion {text, rewards: {function: number},
-              reward: their weighted sum, advantage, tokens, finished}; None where a function gave no number
-    seconds   of sampling, and `reward_seconds` of each reward function
-    problems  what went wrong in reward functions, in words
-    """
-
+    # for each prompt {row, prompt, completions}; for each completion {text, rewards: {function: number}, reward: their
+    # weighted sum, advantage, tokens, finished}. A number is None where a function gave none.
     groups: tuple[dict[str, Any], ...]
-    seconds: float
-    reward_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    problems: tuple[str, ...] = ()
+    seconds: float  # wall time of sampling
+    reward_seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # wall time of each reward function
+    problems: tuple[str, ...] = ()  # what went wrong in reward functions, in sentences
 
 
 @dataclass(frozen=True)
 class Progress(Event):
-    """Something longer than an update is at `done` of `total` parts, after `seconds` of work if that is known.
+    """How far something is that takes longer than an update. Not kept in the history."""
 
-    Not kept in the history.
-    """
-
-    what: str
-    done: int
-    total: int
-    seconds: float = 0.0
+    what: str  # what is being done, in words
+    done: int  # parts that are done
+    total: int  # parts in all; 0 when that is not known
+    seconds: float = 0.0  # time spent on them so far; 0 when that is not known
 
 
 class RunState(StrEnum):
-    """What a run is doing; each is equal to its word, and shown as it."""
+    """What a run is doing. Each member equals its word and is shown as that."""
 
     __repr__ = str.__repr__
 
@@ -150,62 +127,56 @@ class RunState(StrEnum):
 class StateChanged(Event):
     """The run began or ceased to move in the background. Not kept in the history."""
 
-    state: str
+    state: str  # one of the words of `RunState`
 
 
 @dataclass(frozen=True)
 class RequestRefused(Event):
     """Something that was asked for could not be done, and nothing has changed. Not kept in the history."""
 
-    error: str
+    error: str  # why, and what can be done, in a sentence
 
 
 @dataclass(frozen=True)
 class AdapterSaved(Event):
-    """An adapter was written. `kind` is `last`, `best` or `step`."""
+    """An adapter was written."""
 
-    path: str
-    kind: str
+    path: str  # file with its weights
+    kind: str  # `last`, `best`, or `step` for one that is kept under the number of its update
 
 
 @dataclass(frozen=True)
 class CheckpointSaved(Event):
-    """An exact checkpoint was written to the folder `path`. Not kept in the history.
+    """An exact checkpoint was written. Not kept in the history."""
 
-    `kind` says why: `step` or `best` with that adapter, `auto`, `pause`, `error`, `final`, `rewind`, `exit`.
-    """
-
-    path: str
-    kind: str
+    path: str  # folder of the checkpoint
+    kind: str  # why: `step` or `best` with that adapter, `auto`, `pause`, `error`, `final`, `rewind` or `exit`
 
 
 @dataclass(frozen=True)
 class SettingChanged(Event):
-    """A live setting changed at a step boundary.
+    """A live setting changed at a step boundary."""
 
-    `iters` is how many updates the run has from then on, and `note` what else the change does, in words.
-    """
-
-    name: str
-    old: Any
-    new: Any
-    iters: int | None = None
-    note: str = ""
+    name: str  # name of the setting
+    old: Any  # its value before
+    new: Any  # its value from now on
+    iters: int | None = None  # updates in the whole run from now on; None where that has not changed
+    note: str = ""  # what else the change does, in words
 
 
 @dataclass(frozen=True)
 class RunPaused(Event):
     """Training stopped at a step boundary and can go on."""
 
-    reason: str
+    reason: str  # why, in words
 
 
 @dataclass(frozen=True)
 class Rewound(Event):
-    """The run went back to `step` from `from_step`. Of the events that stood, the first `kept` still do."""
+    """The run went back to `step`."""
 
-    from_step: int
-    kept: int
+    from_step: int  # the update it was at
+    kept: int  # how many of the events that counted until now still do; the later ones are of the branch that was left
 
 
 # Why a run ended.
@@ -214,71 +185,62 @@ ITERS_REACHED, EARLY_STOPPING, STOPPED = "iters reached", "early stopping", "sto
 
 @dataclass(frozen=True)
 class RunFinished(Event):
-    """The run is over. `reason` is `iters reached`, `early stopping` or `stopped`.
+    """The run is over."""
 
-    `learned` is False when no update of the run had anything to learn from: the adapter says what it said before.
-    """
-
-    reason: str
-    seconds: float
-    tokens: int
-    target_tokens: float
-    best_loss: float | None
-    best_step: int | None
-    path: str | None
-    learned: bool = True
+    reason: str  # `iters reached`, `early stopping` or `stopped`
+    seconds: float  # wall time of all updates
+    tokens: int  # tokens trained on, without padding
+    target_tokens: float  # units of the loss trained on: target tokens, pairs, answers or completions
+    best_loss: float | None  # the lowest validation loss; None without validation
+    best_step: int | None  # the update that had it
+    path: str | None  # the folder with the adapter
+    learned: bool = True  # False when no update had anything to learn from: the adapter is what it was before
 
 
 @dataclass(frozen=True)
 class RunFailed(Event):
-    """An update was not applied. Parameters and optimizer are those of `step`, and the run can go on from there.
+    """An update was not applied. Parameters and optimizer are those of `step`, and the run can go on from there."""
 
-    reason             `not finite`, `loss spike`, `out of memory`, `loss raised` or `model changed`
-    error              what happened and what can be done, in words
-    rows               numbers of the training rows in the update
-    largest_gradients  (parameter, L2 norm) of those with the largest gradients, NaN first
-    """
-
-    reason: str
-    error: str
-    rows: tuple[int, ...] = ()
-    largest_gradients: tuple[tuple[str, float], ...] = ()
+    reason: str  # `not finite`, `loss spike`, `out of memory`, `loss raised`, `model changed` or `error`
+    error: str  # what happened and what can be done, in words
+    rows: tuple[int, ...] = ()  # numbers of the training rows in the update
+    largest_gradients: tuple[tuple[str, float], ...] = ()  # (parameter, L2 norm), NaN first, then the largest
 
 
 @dataclass(frozen=True)
 class BatchSkipped(Event):
-    """The batch that would have been next was left out; `rows` are the numbers of its training rows."""
+    """The batch that would have been next was left out."""
 
-    rows: tuple[int, ...]
+    rows: tuple[int, ...]  # numbers of its training rows
 
 
 @dataclass(frozen=True)
 class LossSpiked(Event):
-    """An update that was kept had a loss far above those of like rows; `words` says how far."""
+    """An update that was kept had a loss far above those of similar rows."""
 
-    words: str
+    words: str  # how far
 
 
 @dataclass(frozen=True)
 class NothingLearned(Event):
-    """The last `updates` updates had nothing to learn from: a gradient of 0, or equal rewards in every group."""
+    """The last updates had nothing to learn from: a gradient of 0, or equal rewards in every group."""
 
-    updates: int
+    updates: int  # how many in a row
 
 
 @dataclass(frozen=True)
 class DataChanged(Event):
     """A file of rows is no longer what the run read from it; the run goes on with the rows as they were. Said once."""
 
-    path: str
+    path: str  # path of the file
 
 
 @dataclass(frozen=True)
 class MemoryLow(Event):
-    """The most that mlx has used, `peak` bytes, is close to the `limit` of the device."""
+    """The most that mlx has used is close to what the device has."""
 
-    peak: int
-    limit: int
+    peak: int  # bytes, the most so far
+    limit: int  # bytes that the device has
 
 
 EVENT_TYPES: dict[str, type[Event]] = {
@@ -329,10 +291,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Pause(Request):
-    """Stop at the next step boundary; the run can go on. `at_once` drops the update or evaluation in hand."""
+    """Stop at the next step boundary; the run can go on."""
 
-    reason: str = "asked to pause"
-    at_once: bool = False
+    reason: str = "asked to pause"  # what `RunPaused` will say
+    at_once: bool = False  # drop the update or evaluation in hand, as if it had never begun
 
 
 @dataclass(frozen=True)
@@ -369,31 +331,29 @@ class Sample(Request):
 class Rewind(Request):
     """Go back to an update."""
 
-    to: int
+    to: int  # number of the update
 
 
 @dataclass(frozen=True)
 class ChangeSetting(Request):
     """Change a live setting."""
 
-    name: str
-    value: Any
+    name: str  # name of the setting
+    value: Any  # its new value
 
 
 @dataclass(frozen=True)
 class Question(Request):
-    """What a person asks the live model: a text, or the messages of a chat, and who gets the answer as it grows.
+    """Ask the live model, and get its answer as it grows."""
 
-    `on_text(text so far, whether it is complete)` is called after each token; the answer ends there if it returns True.
-    """
-
-    messages: str | Sequence[Mapping[str, Any]]
+    messages: str | Sequence[Mapping[str, Any]]  # a text, or the messages of a chat
+    # called with (text so far, whether it is complete) after each token; the answer ends there if it returns True.
     on_text: Callable[[str, bool], bool | None]
-    base: bool = False
-    max_tokens: int = 256
+    base: bool = False  # whether the base answers, with the adapter switched off
+    max_tokens: int = 256  # tokens of the answer at most
 
 
-# Who answers which: each of the two has a branch for every kind of its own, which the type checker holds it to.
+# Who answers which. Each of the two matches every kind of its own; the type checker fails where one is missing.
 TrainerRequest = Pause | Stop | Skip | Save | Evaluate | Sample | ChangeSetting | Cancel
 RunRequest = Question | Rewind
 # What was asked and not done yet is part of a checkpoint, but for what ends a run: who resumes it wants it to go on.

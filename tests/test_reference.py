@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import inspect
 from pathlib import Path
@@ -47,3 +48,28 @@ def test_nothing_public_is_missing_or_without_words(generate):
     wordless = [name for name in members if not inspect.getdoc(getattr(Run, name))]
     assert wordless == []
     assert [one.__name__ for one in told if not one.__doc__] == []
+
+
+def test_every_field_of_an_event_and_of_a_request_says_what_it_is(generate):
+    kinds = [
+        one for one in vars(events).values() if inspect.isclass(one) and issubclass(one, events.Event | events.Request)
+    ]
+    own = {
+        (kind, field.name)
+        for kind in kinds
+        for field in dataclasses.fields(kind)
+        if field.name in vars(kind)["__annotations__"]
+    }
+    assert len(own) > 60
+    wordless = [f"{kind.__name__}.{name}" for kind, name in own if len(generate.field_words(kind).get(name, "")) < 5]
+    assert wordless == []
+    page = generate.page("events")
+    missing = [name for kind, name in own if name != "step" and f"| {generate.field_words(kind)[name]} |" not in page]
+    assert missing == []
+
+
+def test_a_comment_is_that_of_its_own_field(generate):
+    words = generate.field_words(events.RolloutCompleted)
+    assert words["groups"].startswith("for each prompt {row, prompt, completions}")
+    assert words["seconds"] == "wall time of sampling"
+    assert words["reward_seconds"] == "wall time of each reward function"
