@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from mlx_nb.config.yaml_text import read_words
+from mlx_nb.config.yaml_text import as_words, read_words
 from mlx_nb.errors import ConfigError, DataError, MlxNbError
 from mlx_nb.events import Event, RunPaused
 
@@ -172,7 +172,8 @@ def _check(chosen: argparse.Namespace) -> int:
 
     settings = read_words(chosen.settings, "mlx-nb check", "data max_seq_length=1024")
     rows = settings.pop("rows", None)
-    config = _config_for_check(chosen, settings)
+    with as_words():
+        config = _config_for_check(chosen, settings)
     if chosen.rows:
         return _print_rows(config, chosen.split, row_count(rows))
     check = Run(config).check(rows=SAMPLED_ROWS if rows is None else rows)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,24 @@ def read_words(words: Sequence[str], command: str, example: str) -> dict[str, An
     return values
 
 
+# A setting as advice writes it: a line of YAML in backticks.
+_LINE_OF_ADVICE = re.compile(r"`([a-z_][\w.]*): ([^`]+)`")
+
+
+@contextmanager
+def as_words() -> Iterator[None]:
+    """Raise what is wrong with settings that were given as `key=value` words with advice that is written so too."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(_LINE_OF_ADVICE.sub(_as_word, str(error))) from None
+
+
+def _as_word(line: re.Match[str]) -> str:
+    name, value = line.groups()
+    return f"`'{name}={value}'`" if re.search(r"[\s{}\[\]]", value) else f"`{name}={value}`"
+
+
 def _size(node: yaml.Node, known: dict[int, int]) -> int:
     """How many values `node` holds with its aliases written out. Raises ComposerError when it holds itself."""
     size = known.get(id(node))
@@ -290,11 +309,17 @@ _REASONS = {
 }
 
 
+# A line that is meant as `key: value`, and what it lacks.
+_FORGOTTEN = {
+    r"([A-Za-z_][\w.-]*)(?:[ ]+([^:=]*\S))?": "no colon",
+    r"([A-Za-z_][\w.-]*):(?!//)([^\s:].*)": "no space behind its colon",
+    r"([A-Za-z_][\w.-]*)\s*=\s*(\S.*)": "`=` in place of a colon",
+}
 _NO_COLON = ("mapping values are not allowed here", "could not find expected ':'")
 
 
 def _line_without_colon(text: str, mark: yaml.Mark, problem: str | None) -> tuple[int, str] | None:
-    """(number, what to write) of the line whose colon was forgotten, if that is what is wrong.
+    """(number, what to write) of the line whose colon, or the space behind it, was forgotten, if that is wrong.
 
     YAML names the place where it needed the colon, which is as late as the next line with something in it.
     """
@@ -305,9 +330,10 @@ def _line_without_colon(text: str, mark: yaml.Mark, problem: str | None) -> tupl
         line = lines[number].split(" #")[0].strip()
         if not line or line.startswith("#"):
             continue
-        if bare := re.fullmatch(r"([A-Za-z_][\w.-]*)(?:[ ]+([^:=]*\S))?", line):
-            write = f"{bare[1]}: {bare[2][:80]}" if bare[2] else f"{bare[1]}: ..."
-            return number + 1, f" It reads `{line[:80]}`. Line {number + 1} has no colon: write `{write}`."
+        for pattern, what in _FORGOTTEN.items():
+            if bare := re.fullmatch(pattern, line):
+                write = f"{bare[1]}: {bare[2][:80]}" if bare[2] else f"{bare[1]}: ..."
+                return number + 1, f" It reads `{line[:80]}`. Line {number + 1} has {what}: write `{write}`."
         if number < mark.line:
             return None
     return None
@@ -331,4 +357,14 @@ def _hint(text: str, mark: yaml.Mark | None, problem: str | None) -> str:
         return " YAML does not allow tabs: indent with spaces."
     if re.match(r"\s*[\w-]+\s*=", line):
         return " Write `key: value`, not `key=value`."
+    if problem == _NO_COLON[0]:
+        before = next((one for one in reversed(lines[:number]) if one.strip()), "")
+        if _indent(line) > _indent(before) and re.match(r"\s*[\w-]+: +[^\s#|>]", before):
+            return f" Line {number + 1} is indented more than the one before it: begin both at the same place."
+        if (two := re.fullmatch(r"\s*([\w-]+): ([^\s'\"].*: .*)", line)) and "'" not in two[2]:
+            return f" A value with a colon is put in quotes: write `{two[1]}: '{two[2].strip()[:80]}'`."
     return f" The line reads: {line.strip()[:80]}"
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())

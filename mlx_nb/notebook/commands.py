@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mlx_nb.config.methods import method_named
-from mlx_nb.config.yaml_text import read_words
+from mlx_nb.config.yaml_text import as_words, read_words
 from mlx_nb.errors import CommandError, did_you_mean
 from mlx_nb.events import Pause, RunState, Stop
 from mlx_nb.files.places import run_folder, working_folder
@@ -26,7 +26,7 @@ from mlx_nb.notebook.shown_text import GrowingAnswer, Text, has_rich_display
 from mlx_nb.run.inputs import SPLITS
 from mlx_nb.run.run import Run
 from mlx_nb.run.saved import how_to_use
-from mlx_nb.view.event_text import progress_words, remarks, visits_text
+from mlx_nb.view.event_text import AT_NO_UPDATE, STATES, progress_words, remarks, setting_words, visits_text
 from mlx_nb.view.metric_text import headline
 
 CELL_OPTIONS = {
@@ -201,7 +201,7 @@ def wait_of(arguments: argparse.Namespace) -> bool | None:
 def _pause(session: Session, arguments: argparse.Namespace) -> Text:
     run = session.get(arguments.name)
     if run.state != RunState.RUNNING:
-        raise CommandError(f"{run.name} is {run.state}, so there is nothing to pause.")
+        raise CommandError(f"{run.name} {STATES[run.state]}, so there is nothing to pause.")
     run.request(Pause())
     return Text(f"{run.name} pauses after this update.")
 
@@ -259,8 +259,10 @@ def _set(session: Session, arguments: argparse.Namespace) -> Text:
     run = session.get(arguments.name)
     known = len(run.history.events)
     changes = read_words(arguments.changes, "%finetune set", _EXAMPLE)
-    run.set(**changes)
-    changed = f"{run.name}: from the next update on, " + ", ".join(arguments.changes).replace("=", ": ")
+    with as_words():
+        run.set(**changes)
+    words = ", ".join(f"{name}: {setting_words(value)}" for name, value in changes.items())
+    changed = f"{run.name}: {words}, {AT_NO_UPDATE}" if run.over else f"{run.name}: from the next update on, {words}"
     notes = _notes_since(run, known)
     if run.state == RunState.RUNNING and run.prepared:  # it is recorded at the next boundary
         notes += filter(None, (run.trainer.change_words(name, run.config) for name in changes))
@@ -340,7 +342,9 @@ def _skip(session: Session, arguments: argparse.Namespace) -> Text:
 
 def _fork(session: Session, arguments: argparse.Namespace) -> Text:
     run, output = session.get(arguments.name), output_name(arguments.output)
-    fork = run.fork(name=arguments.as_name, **read_words(arguments.changes, "%finetune fork", _EXAMPLE))
+    changes = read_words(arguments.changes, "%finetune fork", _EXAMPLE)
+    with as_words():
+        fork = run.fork(name=arguments.as_name, **changes)
     notes = session.add(fork, output)
     moves = f"`%finetune run` moves the fork; `%finetune use {run.name}` goes back to {run.name}."
     return Text("\n".join([repr(fork), moves, *notes]))

@@ -168,7 +168,7 @@ def wait_for(runs: list[Run]) -> None:
 
 def _refuse_unfinished(run: Run, last: Event | None) -> None:
     """Raise CommandError for a run that a cell waited for and that did not come to its end."""
-    where = f"{run.name} is {run.state} after update {run.step_count}"
+    where = f"{run.name} {event_text.STATES[run.state]} after update {run.step_count}"
     again = "`%finetune run` goes on. This cell waited for it and was not executed: execute it again to act on that."
     if run.state == RunState.FAILED:
         known = [event.error for event in (last, *reversed(run.history.events)) if isinstance(event, RunFailed)]
@@ -215,6 +215,6 @@ class _WaitingLine:
 
     def _line(self, run: Run) -> str:
         if run.state != RunState.RUNNING:
-            return f"waited for {run.name}, which is {run.state}  ·  {how_far(run)}"
+            return f"waited for {run.name}, which {event_text.STATES[run.state]}  ·  {how_far(run)}"
         hint = f"an interrupt pauses it, {NOW} would not wait"
         return f"waiting for {run.name}  ·  {how_far(run, self._activity.get(id(run), ''))}  ·  {hint}"

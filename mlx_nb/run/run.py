@@ -593,7 +593,23 @@ class Run:
         """
         self._own.refuse_inside("rewind")
         self._refuse_running("rewind")
-        return self._rewind(to if to is not None else self.step_count - (1 if updates is None else updates))
+        if to is None:
+            to = self.step_count - self._updates_back(1 if updates is None else updates)
+        return self._rewind(to)
+
+    def _updates_back(self, updates: int) -> int:
+        """How many updates to go back by. Raises CommandError for more than were done."""
+        done = self.step_count
+        if isinstance(updates, bool) or not isinstance(updates, int) or updates < 1:
+            raise CommandError(f"cannot go back by {updates!r} updates. Give a whole number of 1 or more.")
+        if not done:
+            raise CommandError(f"{self.name} is at update 0: there is no update to take back.")
+        if updates > done:
+            raise CommandError(
+                f"{self.name} is at update {done} and cannot go back by {updates}. `%finetune rewind {done}`, or "
+                "run.rewind(to=0), goes back to the start."
+            )
+        return updates
 
     def place_of(self, target: int) -> Checkpoint:
         """The state to go back to. Raises CommandError where there is none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import math
 import statistics
 from typing import Any
@@ -26,6 +27,7 @@ from mlx_nb.events import (
     RunFinished,
     RunPaused,
     RunStarted,
+    RunState,
     SampleGenerated,
     SettingChanged,
     StateChanged,
@@ -35,6 +37,16 @@ from mlx_nb.history import History, evaluation_row
 from mlx_nb.view.metric_text import headline, main_metrics, metric_words, number, side_metrics
 from mlx_nb.view.pace import FEW_UPDATES, time_left, tokens_a_second
 
+# What a run does, or has come to, behind its name.
+STATES = {
+    RunState.BUILT: "has not started",
+    RunState.RUNNING: "is running",
+    RunState.PAUSED: "is paused",
+    RunState.STOPPED: "has stopped",
+    RunState.FINISHED: "has finished",
+    RunState.FAILED: "has failed",
+}
+AT_NO_UPDATE = "but no update is left; `%finetune run 20` does 20 more"
 _NOTHING = "All gradients were 0, or all completions of each prompt got the same reward. Look at rewards and rows"
 
 
@@ -80,7 +92,8 @@ def describe(event: Event) -> str:
             return f"update {event.step}: saved {event.kind} adapter to {event.path}"
         case SettingChanged():
             note = f". {event.note}" if event.note else ""
-            return f"update {event.step}: {event.name} changed from {event.old} to {event.new}{note}"
+            old, new = setting_words(event.old), setting_words(event.new)
+            return f"update {event.step}: {event.name} changed from {old} to {new}{note}"
         case Rewound():
             return f"went back from update {event.from_step} to {event.step}"
         case BatchSkipped():
@@ -142,6 +155,17 @@ def progress_words(progress: Progress) -> str:
     if kind == "answer":
         return f"answering: {done:,} of at most {total:,} tokens"
     return f"{progress.what}: {done} of {total}"
+
+
+def setting_words(value: Any) -> str:
+    """The value of a setting as one writes it in a cell: `null`, `true`, `[umbrella, garden chair]`."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(setting_words, value))}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {setting_words(one)}" for name, one in value.items()) + "}"
+    return str(value)
 
 
 def rollout_words(rollout: RolloutCompleted) -> str:

@@ -34,7 +34,7 @@ BAD_YAML = {
     "no mapping": ("just some words", "", "key: value"),
     "unclosed bracket": ("lora_parameters: {rank: 4", "line 1", "expected ',' or '}'"),
     "tab": ("model: a\n\titers: 3", "line 2", "tabs"),
-    "equals sign": ("iters = 3\nmodel: a", "line 2", "cannot be read"),
+    "equals sign": ("iters = 3\nmodel: a", "line 1", "`=` in place of a colon"),
     "empty value": ("batch_size:", "line 1", "has no value"),
     "iters and epochs": ("iters: 3\nepochs: 1", "line 2", "Give one of them"),
     "rank with full": ("fine_tune_type: full\nlora_parameters: {rank: 4}", "line 2", "has no effect"),

@@ -131,3 +131,35 @@ def test_a_line_without_its_colon_is_the_line_that_is_named(text, line, written)
     assert str(error.value).endswith(f" Line {line} has no colon: write `{written}`.")
     assert f"`{text.splitlines()[line - 1].strip()}`" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "lacks", "written"),
+    [
+        ("model:smollm2\ndata: rows\n", 1, "no space behind its colon", "model: smollm2"),
+        ("model: x\ndata:rows\niters: 4\n", 2, "no space behind its colon", "data: rows"),
+        ("model: x\niters:60", 2, "no space behind its colon", "iters: 60"),
+        ("lora_parameters:\n  rank:8\n  scale: 2\n", 2, "no space behind its colon", "rank: 8"),
+        ("model=smollm2\ndata: rows", 1, "`=` in place of a colon", "model: smollm2"),
+        ("data: rows\niters = 60\nseed: 1", 2, "`=` in place of a colon", "iters: 60"),
+    ],
+)
+def test_a_line_that_is_nearly_a_setting_is_the_one_that_is_named(text, line, lacks, written):
+    with pytest.raises(ConfigError) as error:
+        load_mapping(text)
+    assert str(error.value).startswith(f"the YAML cannot be read at line {line}. It reads `")
+    assert str(error.value).endswith(f" Line {line} has {lacks}: write `{written}`.")
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("model: x\n  data: y\n", "Line 2 is indented more than the one before it: begin both at the same place."),
+        ("model: x\n\n data: y\n", "Line 3 is indented more than the one before it: begin both at the same place."),
+        ("data: a: b\nmodel: c", "A value with a colon is put in quotes: write `data: 'a: b'`."),
+    ],
+)
+def test_what_yaml_takes_for_a_mapping_in_a_value_is_said_in_words(text, advice):
+    with pytest.raises(ConfigError) as error:
+        load_mapping(text)
+    assert str(error.value).endswith(advice)

@@ -114,7 +114,7 @@ def test_a_run_that_fails_fails_the_cell_that_waits_for_it_in_one_line(kernel, t
     rows = "%%finetune --name a -o a\nmodel: {0}\ndata: unknown\niters: 5"
     done = kernel.run_all([rows.format(tiny_folder), "print('not reached')"])
     assert [status for status, _ in done] == ["ok", "error"]
-    assert "a is failed after update 0: " in done[1][1].splitlines()[-1]
+    assert "a has failed after update 0: " in done[1][1].splitlines()[-1]
     assert "not reached" not in done[1][1]
 
 

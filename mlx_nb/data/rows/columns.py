@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -256,6 +256,21 @@ def missing_column(record: Mapping[str, Any], needed: tuple[str, ...]) -> str:
             return f"no column {column!r}. The row has: {listed(record)}.{near}"
     empty = next(column for column in needed if record[column] is None)
     return f"`{empty}` is empty (null). Fill it or drop the row."
+
+
+def by_example(record: Mapping[str, Any], texts: Sequence[str], others: Sequence[str] = ()) -> str:
+    """The settings `texts` and `others` written with the row's own columns, those of texts and the rest, in its order.
+
+    Which is which a person has to say; empty where the row has too few of either, or its names are no plain words.
+    """
+    named = {name: value for name, value in record.items() if isinstance(name, str) and name.isidentifier()}
+    of_texts = [name for name, value in named.items() if isinstance(value, str)]
+    of_others = [name for name, value in named.items() if isinstance(value, bool | int)]
+    if len(of_texts) < len(texts) or len(of_others) < len(others):
+        return ""
+    lines = [f"`{setting}: {name}`" for setting, name in [*zip(texts, of_texts), *zip(others, of_others)]]
+    together = f"{', '.join(lines[:-1])} and {lines[-1]}" if lines[1:] else lines[0]
+    return f"Say in the settings which column is what, for example {together}."
 
 
 def listed(names: Iterable[Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from mlx_nb.data.rows.columns import (
     Columns,
     Messages,
+    by_example,
     kind_of_value,
     listed,
     missing_column,
@@ -287,4 +288,7 @@ def _nearest_fix(record: Mapping[str, Any]) -> str:
             return f"Column {column!r}:{near}"
     if len(record) == 1 and isinstance(next(iter(record.values())), str):
         return f"Set text_feature: {next(iter(record))}."
-    return "Name your columns with chat_feature, or prompt_feature and completion_feature, or text_feature."
+    return (
+        by_example(record, ("prompt_feature", "completion_feature"))
+        or "Name your columns with chat_feature, or prompt_feature and completion_feature, or text_feature."
+    )

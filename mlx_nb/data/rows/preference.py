@@ -10,6 +10,7 @@ from typing import Any
 from mlx_nb.data.rows.columns import (
     Columns,
     Messages,
+    by_example,
     kind_of_value,
     missing_column,
     read_messages,
@@ -140,7 +141,7 @@ def preference_row(record: Mapping[str, Any], columns: Columns) -> PreferenceRow
     record = _unpacked(record)
     chosen_name = columns.chosen or chosen_column(record) or "chosen"
     names = (chosen_name, columns.rejected or rejected_column(record) or "rejected")
-    _require(record, names, PAIR_FORMATS, looks_like)
+    _require(record, names, PAIR_FORMATS, _what_pair)
     chosen, rejected = (read_said(record[name], name, columns.roles) for name in names)
     asked: Messages | None = None
     if names[0] in CONVERSATION_COLUMNS and not _whole(rejected):
@@ -174,7 +175,7 @@ def labeled_row(record: Mapping[str, Any], columns: Columns) -> LabeledRow:
     Raises DataError for everything that is neither.
     """
     name = columns.label or label_column(record) or "label"
-    _require(record, (name,), LABEL_FORMATS, looks_like)
+    _require(record, (name,), LABEL_FORMATS, _what_labeled)
     label = _label(record[name], name)
     talk = columns.messages or conversation_column(record) or "messages"
     asked = columns.prompt or columns.completion or (talk != "messages" and record.get("completion") is not None)
@@ -300,6 +301,16 @@ def _last_answer(messages: Messages, column: str) -> tuple[Messages, Messages]:
     if not any(message["role"] == "assistant" for message in messages[until:]):
         raise DataError(f"`{column}` has no answer after the last user message: there is nothing to label. Drop it.")
     return messages[:until], messages[until:]
+
+
+def _what_pair(record: Mapping[str, Any]) -> str:
+    """What a row without a pair is, or how its columns would be named."""
+    return looks_like(record) or by_example(record, ("prompt_feature", "chosen_feature", "rejected_feature"))
+
+
+def _what_labeled(record: Mapping[str, Any]) -> str:
+    """What a row without a label is, or how its columns would be named."""
+    return looks_like(record) or by_example(record, ("prompt_feature", "completion_feature"), ("label_feature",))
 
 
 def _require(

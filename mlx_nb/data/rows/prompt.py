@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_nb.data.rows.columns import Columns, Messages, missing_column, read_messages
+from mlx_nb.data.rows.columns import Columns, Messages, by_example, missing_column, read_messages
 from mlx_nb.data.rows.content import Said, is_of_messages
 from mlx_nb.data.rows.forms import conversation_column, looks_like, read_said
 from mlx_nb.data.rows.preference import all_texts, with_context
@@ -86,4 +86,6 @@ def _fix(record: Mapping[str, Any], columns: Columns) -> str:
     if talk and read_messages(record[talk], talk, columns.roles)[-1]["role"] != "assistant":
         return f"Set prompt_feature: {talk}."
     asking = next((word for word in _QUESTION_WORDS if record.get(word) is not None), None)
-    return f"Set prompt_feature: {asking}." if asking else f"{known} {looks_like(record)}".rstrip()
+    if asking:
+        return f"Set prompt_feature: {asking}."
+    return f"{known} {looks_like(record) or by_example(record, ('prompt_feature',))}".rstrip()

@@ -28,7 +28,7 @@ from mlx_nb.events import (
     Skip,
     Stop,
 )
-from mlx_nb.view.event_text import describe
+from mlx_nb.view.event_text import AT_NO_UPDATE, describe, setting_words
 from mlx_nb.view.panel.chat import Chat
 from mlx_nb.view.panel.looks import Looks
 from mlx_nb.view.panel.state import shown_path, visible
@@ -164,7 +164,8 @@ class Clicks:
         except MlxNbError:
             self._panel.show_again("settings")
             raise
-        self._panel.say(f"{name}: {old} → {value}, from the next update on")
+        when = AT_NO_UPDATE if run.over else "from the next update on"
+        self._panel.say(f"{name}: {setting_words(old)} → {setting_words(value)}, {when}")
         self._panel.show_again("settings")
         self.applied()
 
