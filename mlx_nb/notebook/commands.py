@@ -26,7 +26,7 @@ from mlx_nb.notebook.shown_text import GrowingAnswer, Text, has_rich_display
 from mlx_nb.run.inputs import SPLITS
 from mlx_nb.run.run import Run
 from mlx_nb.run.saved import how_to_use
-from mlx_nb.view.event_text import AT_NO_UPDATE, STATES, progress_words, remarks, setting_words, visits_text
+from mlx_nb.view.event_text import AT_NO_UPDATE, STATES, progress_words, remarks, visits_text
 from mlx_nb.view.metric_text import headline
 
 CELL_OPTIONS = {
@@ -261,7 +261,7 @@ def _set(session: Session, arguments: argparse.Namespace) -> Text:
     changes = read_words(arguments.changes, "%finetune set", _EXAMPLE)
     with as_words():
         run.set(**changes)
-    words = ", ".join(f"{name}: {setting_words(value)}" for name, value in changes.items())
+    words = ", ".join(word.replace("=", ": ", 1) for word in arguments.changes)
     changed = f"{run.name}: {words}, {AT_NO_UPDATE}" if run.over else f"{run.name}: from the next update on, {words}"
     notes = _notes_since(run, known)
     if run.state == RunState.RUNNING and run.prepared:  # it is recorded at the next boundary

@@ -31,7 +31,6 @@ def asked(shell, tmp_path, tiny_folder):
     ("command", "written"),
     [
         ("set lr=1e-5", "write `learning_rate=1e-05`."),
-        ("set learning-rate=1e-5", "`learning_rate=1e-05`"),
         ("set max_steps=90", "write `iters=90`."),
         ("fork lr=2e-5", "write `learning_rate=2e-05`."),
         ("fork lora_alpha=16", "`'lora_parameters={scale: ...}'`"),
@@ -51,7 +50,7 @@ def test_a_setting_of_a_run_that_is_over_does_not_act_on_a_next_update(asked):
     ask, run = asked
     run.run()
     assert ask("set learning_rate=5e-5").startswith(
-        f"{run.name}: learning_rate: 5e-05, but no update is left; `%finetune run 20` does 20 more"
+        f"{run.name}: learning_rate: 5e-5, but no update is left; `%finetune run 20` does 20 more"
     )
     assert "from the next update on" not in ask("set grad_clip=2")
 
