@@ -43,7 +43,7 @@ def report(chosen: argparse.Namespace, folder: str) -> dict:
         seconds: dict[str, list[float]] = {name: [] for name in lanes}
         peaks = {}
         for turn in range(chosen.rounds + 1):
-            batch = random_batch(chosen.rows, width)
+            batch = random_batch(run.trainer.next_batches()[0], chosen.rows, width)
             for name, count in lanes.items():
                 mx.clear_cache()
                 mx.reset_peak_memory()
@@ -60,13 +60,14 @@ def report(chosen: argparse.Namespace, folder: str) -> dict:
     return found
 
 
-def random_batch(rows: int, width: int):
-    from mlx_nb.data.examples.batches import TokenBatch
-
+def random_batch(like, rows: int, width: int):
+    """A batch of random tokens, of the kind of `like`."""
     tokens_BT = np.random.default_rng(width).integers(0, 40000, (rows, width)).astype(np.int32)
     loss_mask_BT = np.ones((rows, width), np.float32)
     loss_mask_BT[:, 0] = 0
-    return TokenBatch(tokens_BT, loss_mask_BT, tuple(range(rows)), (width,) * rows)
+    return like._replace(
+        tokens_BT=tokens_BT, loss_mask_BT=loss_mask_BT, rows=tuple(range(rows)), lengths=(width,) * rows
+    )
 
 
 def timed_update(stepper, batch, lanes: int) -> float:

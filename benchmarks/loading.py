@@ -19,8 +19,6 @@ from typing import Any
 
 from mlx_nb import Run, RunConfig
 from mlx_nb.events import Event, Progress, StepCompleted
-from mlx_nb.process.pieces import SECONDS_BETWEEN_PIECES
-from mlx_nb.view.event_text import progress_words
 
 
 def made_rows(count: int) -> list[dict[str, Any]]:
@@ -54,7 +52,7 @@ async def measure(run: Run) -> None:
         nonlocal tokenized, first
         if isinstance(event, Progress) and event.what == "tokenizing train":
             tokenized = time.perf_counter()
-            signs.append(progress_words(event))
+            signs.append(f"{event.what}: {event.done:,} of {event.total:,}")
         elif isinstance(event, StepCompleted) and first is None:
             first = time.perf_counter()
 
@@ -71,7 +69,7 @@ async def measure(run: Run) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"signs of progress: {len(signs)}, the last: {signs[-1] if signs else 'none'}")
     print(f"tokenized after {(tokenized or begun) - begun:.1f} s, first update after {(first or begun) - begun:.1f} s")
-    print(f"longest wait of another task while tokenizing: {max(waits):.2f} s (asked for: {SECONDS_BETWEEN_PIECES} s)")
+    print(f"longest wait of another task while tokenizing: {max(waits):.2f} s")
     print(f"most memory: {peak:,.0f} MiB")
 
 

@@ -88,12 +88,13 @@ def new_run(chosen: argparse.Namespace, folder: str):
 
 def transactional_step(run, *, compiled: bool):
     """`Stepper.update` on the batch that it is given, in one lane."""
-    from mlx_nb.objectives.sft import sft_loss
+    from mlx_nb.objectives.build import objective_for
     from mlx_nb.train.optimizer import build_optimizer
     from mlx_nb.train.step import Stepper
 
     trainer = run.trainer
-    stepper = Stepper(trainer.model, build_optimizer(run.config), sft_loss, trainer.scorer, compiled=compiled)
+    objective = objective_for(run.config)
+    stepper = Stepper(trainer.model, build_optimizer(run.config), objective, trainer.scorer, compiled=compiled)
     return lambda batch: stepper.update(
         [batch], learning_rate=1e-4, grad_clip=1.0, seed=0, rows=(), judge=lambda loss, norm: None
     )
@@ -104,17 +105,18 @@ def plain_step(run, *, compiled: bool):
     import mlx.core as mx
 
     from mlx_nb.model.logprobs import target_inputs
-    from mlx_nb.objectives.sft import sft_loss
+    from mlx_nb.objectives.build import objective_for
     from mlx_nb.train.optimizer import build_optimizer, clip, gradient_norm
 
     model, scorer, optimizer = run.model, run.trainer.scorer, build_optimizer(run.config)
+    objective = objective_for(run.config)
     optimizer.init(model.trainable_parameters())
     optimizer.learning_rate = 1e-4
     state = [model.state, optimizer.state, mx.random.state]
 
     def loss(parameters, inputs):
         model.update(parameters)
-        sums = sft_loss(scorer, inputs)
+        sums = objective(scorer, inputs)
         return sums.total / sums.units
 
     def step(inputs):

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_nb.config.yaml_text import as_words, read_words
 from mlx_nb.errors import ConfigError, DataError, MlxNbError
-from mlx_nb.events import Event, RunPaused
 
 if TYPE_CHECKING:
     from mlx_nb.config.run_config import RunConfig
@@ -111,7 +110,7 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def _quickstart(chosen: argparse.Namespace) -> int:
-    from mlx_nb.quickstart import run_quickstart
+    from mlx_nb.notebook.quickstart import run_quickstart
 
     return run_quickstart(chosen.folder, as_json=chosen.json)
 
@@ -122,7 +121,7 @@ def _train(chosen: argparse.Namespace) -> int:
     from mlx_nb.model.backend import prepare_backend
 
     prepare_backend()
-    from mlx_nb.notebook.driver import train_here
+    from mlx_nb.notebook.driver import exit_status, print_events, train_here
     from mlx_nb.run.run import Run
 
     settings = read_words([*chosen.settings, *chosen.set], "mlx-nb train", "run.yaml iters=100")
@@ -131,21 +130,8 @@ def _train(chosen: argparse.Namespace) -> int:
     if chosen.resume and run.has_checkpoint:
         run = Run.resume(run.folder, config=run.config, **made)
         print(f"{run.name} goes on from update {run.step_count}.", *run.trainer.notes, sep="\n", file=sys.stderr)
-    ended = _print_events(run) if chosen.json else train_here(run, way_on="the same command with --resume goes on")
-    if not isinstance(ended, RunPaused):
-        return 0
-    return 130 if ended.reason == "interrupted" else 1
-
-
-def _print_events(run: Run) -> Event | None:
-    """Train, with each event as a line of JSON. Returns the last one. Raises TrainingError as `Run.run` does."""
-    from mlx_nb.run.run import raise_failure
-
-    ended = None
-    for ended in run.events():
-        print(ended.to_json(), flush=True)
-    raise_failure(ended)
-    return ended
+    way_on = "the same command with --resume goes on"
+    return exit_status(print_events(run) if chosen.json else train_here(run, way_on=way_on))
 
 
 def _functions_in(path: str | None) -> dict[str, Any]:
@@ -166,18 +152,17 @@ def _functions_in(path: str | None) -> dict[str, Any]:
 def _check(chosen: argparse.Namespace) -> int:
     import json
 
-    from mlx_nb.data.check.check import SAMPLED_ROWS, row_count
     from mlx_nb.run.run import Run
-    from mlx_nb.view.reports.check import render_text
 
     settings = read_words(chosen.settings, "mlx-nb check", "data max_seq_length=1024")
     rows = settings.pop("rows", None)
     with as_words():
         config = _config_for_check(chosen, settings)
+    run = Run(config)
     if chosen.rows:
-        return _print_rows(config, chosen.split, row_count(rows))
-    check = Run(config).check(rows=SAMPLED_ROWS if rows is None else rows)
-    print(json.dumps(check.to_dict(), ensure_ascii=False, indent=1) if chosen.json else render_text(check))
+        return _print_rows(run, chosen.split, rows)
+    check = run.check() if rows is None else run.check(rows=rows)
+    print(json.dumps(check.to_dict(), ensure_ascii=False, indent=1) if chosen.json else str(check))
     return 0 if check.ok else 1
 
 
@@ -193,23 +178,18 @@ def _config_for_check(chosen: argparse.Namespace, settings: Mapping[str, Any]) -
     return RunConfig.from_dict({**values, **given})
 
 
-def _print_rows(config: RunConfig, split: str, wanted: int | None) -> int:
+def _print_rows(run: Run, split: str, wanted: int | str | None) -> int:
     import json
 
-    from mlx_nb.data.check.check import row_record, stops_a_run
-    from mlx_nb.data.check.token_pass import sampled_rows
-    from mlx_nb.run.run import Run
+    from mlx_nb.run.displays import row_records
 
-    run = Run(config)
     if getattr(run.splits, split) is None:
-        raise DataError(f"{config.data} has no {split} split. Give another --split, or val_set_size=0.1.")
-    examples = run.inputs.split(split)
+        raise DataError(f"{run.config.data} has no {split} split. Give another --split, or val_set_size=0.1.")
     stopped, trained = False, 0
-    for row in sampled_rows(len(examples), wanted).tolist():
-        view = examples.view(row)
-        stopped = stopped or stops_a_run(view, examples.settings)
-        trained += view.error is None
-        print(json.dumps(row_record(view, examples.settings), ensure_ascii=False))
+    for record, is_trained, stops in row_records(run, split, wanted):
+        stopped = stopped or stops
+        trained += is_trained
+        print(json.dumps(record, ensure_ascii=False))
     return 1 if stopped or not trained else 0
 
 
@@ -221,10 +201,9 @@ def _runs(chosen: argparse.Namespace) -> int:
 
 
 def _delete(chosen: argparse.Namespace) -> int:
-    from mlx_nb.files.places import run_folder, working_folder
-    from mlx_nb.notebook.kept import delete_kept
+    from mlx_nb.notebook.kept import delete_named
 
-    print(delete_kept(run_folder(chosen.run, working_folder()), yes=chosen.yes))
+    print(delete_named(chosen.run, yes=chosen.yes))
     return 0
 
 

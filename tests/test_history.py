@@ -8,7 +8,7 @@ import pytest
 
 from made_events import evaluation, update
 from mlx_nb.events import Rewound, SettingChanged
-from mlx_nb.history import History
+from mlx_nb.events.history import History
 from mlx_nb.view.curves.figure import plot_history
 
 

@@ -24,7 +24,6 @@ LAYERS = [
     "data.masks",
     "data.rows",
     "data.examples",
-    "history",
     "view",
     "view.rows",
     "view.curves",
@@ -39,7 +38,6 @@ LAYERS = [
     "view.panel",
     "run",
     "notebook",
-    "quickstart",
     "cli",
 ]
 HEAVY = ("mlx_lm", "transformers", "datasets", "matplotlib", "pandas", "torch")
@@ -90,6 +88,19 @@ def faults(package: Path, layers: list[str]) -> list[str]:
 
 def test_a_room_imports_only_from_rooms_before_it_and_no_module_in_a_circle():
     assert faults(PACKAGE, LAYERS) == []
+
+
+def test_the_rooms_are_tied_by_fewer_than_75_arrows():
+    """Rooms: the folders and single files of the package, and benchmarks/. An arrow: one imports from another."""
+    rooms = {path.stem if path.is_file() else path.name for path in PACKAGE.iterdir()}
+    files = [(path.relative_to(PACKAGE).with_suffix("").parts[0], path) for path in PACKAGE.rglob("*.py")]
+    files += [("benchmarks", path) for path in (PACKAGE.parent / "benchmarks").glob("*.py")]
+    arrows = set()
+    for room, path in files:
+        named = {name.split(".")[0] for name in imports(path, {})}
+        arrows |= {(room, name if name in rooms else "__init__") for name in named}
+    between = sorted((one, other) for one, other in arrows if one != other)
+    assert 50 < len(between) < 75, between
 
 
 def test_an_upward_import_a_circle_and_a_room_without_a_layer_are_named(tmp_path):

@@ -9,7 +9,7 @@ import nbformat
 import pytest
 
 from mlx_nb.errors import MlxNbError
-from mlx_nb.quickstart import NOTEBOOK, ROWS, _copy_example, _keep_executed, _step_in_words
+from mlx_nb.notebook.quickstart import NOTEBOOK, ROWS, _copy_example, _keep_executed, _step_in_words
 
 
 def contents(folder: Path) -> dict[str, bytes]:

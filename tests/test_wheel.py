@@ -19,7 +19,7 @@ COPY = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from mlx_nb import quickstart
+from mlx_nb.notebook import quickstart
 assert Path(quickstart.__file__).is_relative_to(sys.argv[1]), quickstart.__file__
 print(quickstart._copy_example(Path.cwd() / "example"))
 """

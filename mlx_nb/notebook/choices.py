@@ -12,9 +12,8 @@ from mlx_nb.config.help import choices_of, inner_settings, setting_help, short_h
 from mlx_nb.config.methods import METHODS
 from mlx_nb.config.optimizers import OPTIMIZERS
 from mlx_nb.config.run_config import SETTINGS
-from mlx_nb.data.sources.tables import could_be_rows
-from mlx_nb.errors import counted
 from mlx_nb.files.written_files import CHECKPOINTS
+from mlx_nb.run.at_hand import built_in_rewards, models_at_hand, row_variables
 
 _MOST_ENTRIES = 300  # of a folder
 _ROW_FILES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".gz", ".zst", ".bz2", ".xz")
@@ -90,17 +89,8 @@ def _default(path: tuple[str, ...]) -> list[Choice]:
 
 def _row_variables(namespace: Mapping[str, Any]) -> Iterator[Choice]:
     """Variables of the notebook that hold rows."""
-    for name, value in namespace.items():
-        if name.startswith("_") or name in ("In", "Out") or not could_be_rows(value):
-            continue
-        if isinstance(value, list | tuple):
-            if value and isinstance(value[0], Mapping):
-                yield Choice(name, counted(len(value), "row"))
-        elif isinstance(value, Mapping):
-            if value and all(could_be_rows(one) for one in value.values()):
-                yield Choice(name, f"splits {', '.join(map(str, value))}"[:60])
-        else:
-            yield Choice(name, f"a {type(value).__name__} in this notebook")
+    there = {name: value for name, value in namespace.items() if name not in ("In", "Out")}
+    return (Choice(name, words) for name, words in row_variables(there))
 
 
 def _columns(rows: Any) -> list[str]:
@@ -113,23 +103,16 @@ def _columns(rows: Any) -> list[str]:
 
 
 def _models() -> list[Choice]:
-    from mlx_nb.model.loading import models_at_hand
-
     return [Choice(name, where) for name, where in models_at_hand().items()]
 
 
 def _rewards(namespace: Mapping[str, Any]) -> list[Choice]:
-    from mlx_nb.rollouts.rewards.builtin import REWARDS
-
     own = [
         Choice(name, "a function in this notebook")
         for name, value in namespace.items()
         if inspect.isfunction(value) and value.__module__ == "__main__" and not name.startswith("_")
     ]
-    built_in = [
-        Choice(name if one.example is None else f"{{{name}: {one.example}}}", short_help(one.function.__doc__ or ""))
-        for name, one in REWARDS.items()
-    ]
+    built_in = [Choice(text, short_help(words)) for text, words in built_in_rewards().items()]
     return own + built_in
 
 

@@ -18,12 +18,12 @@ from mlx_nb.config.yaml_text import as_words, read_words
 from mlx_nb.errors import CommandError, did_you_mean
 from mlx_nb.events import Pause, RunState, Stop
 from mlx_nb.files.places import run_folder, working_folder
-from mlx_nb.files.written_files import CHECKPOINTS
 from mlx_nb.notebook.help_text import WIDTH, commands_help, help_of
 from mlx_nb.notebook.queued_cells import NOW
 from mlx_nb.notebook.session import Session
 from mlx_nb.notebook.shown_text import GrowingAnswer, Text, has_rich_display
 from mlx_nb.run.inputs import SPLITS
+from mlx_nb.run.resume import resumable
 from mlx_nb.run.run import Run
 from mlx_nb.run.saved import how_to_use
 from mlx_nb.view.event_text import AT_NO_UPDATE, STATES, progress_words, remarks, visits_text
@@ -369,12 +369,7 @@ def _resume(session: Session, arguments: argparse.Namespace) -> Text:
 
 def _only_candidate() -> str:
     """The one run here that can be resumed. Raises CommandError where there is none, or more of them."""
-    from mlx_nb.train.checkpoint import CheckpointStore
-
-    found = {}
-    for folder in sorted(Path("adapters").glob(f"*/{CHECKPOINTS}")):
-        if checkpoints := CheckpointStore(folder, 1).list():
-            found[folder.parent.name] = max(one.step for one in checkpoints)
+    found = resumable(Path("adapters"))
     if len(found) == 1:
         return next(iter(found))
     if not found:

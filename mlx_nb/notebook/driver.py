@@ -94,6 +94,22 @@ def train_here(
     return ended
 
 
+def print_events(run: Run) -> Event | None:
+    """Train, with each event as a line of JSON. Returns the last one. Raises TrainingError as `Run.run` does."""
+    ended = None
+    for ended in run.events():
+        print(ended.to_json(), flush=True)
+    raise_failure(ended)
+    return ended
+
+
+def exit_status(ended: Event | None) -> int:
+    """The status of a command that trained until this event: 0 at the end, 130 after an interrupt, 1 if paused."""
+    if not isinstance(ended, RunPaused):
+        return 0
+    return 130 if ended.reason == "interrupted" else 1
+
+
 def _moved(run: Run, updates: int | None) -> Event | None:
     """Move the run under a display of its own, which stays as a figure and a table. Returns the last event."""
     display = _LiveDisplay(run)

@@ -10,14 +10,13 @@ from typing import Any
 
 from IPython.core.interactiveshell import InteractiveShell
 
-import mlx_nb
 from mlx_nb.notebook import bare_run
 
 LINE = (
     "KeyboardInterrupt: interrupted. What was trained is kept; `%finetune status` says where the run is, and "
     "`%finetune run` goes on."
 )
-_PACKAGE = Path(mlx_nb.__file__).parent
+_PACKAGE = Path(__file__).parent.parent
 _BARE_RUN = Path(bare_run.__file__)  # which hands over to what executes a file of the person's own
 
 

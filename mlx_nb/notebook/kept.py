@@ -18,7 +18,7 @@ from mlx_nb.files.kept_runs import (
     own_files,
     runs_below,
 )
-from mlx_nb.files.places import working_folder
+from mlx_nb.files.places import run_folder, working_folder
 from mlx_nb.files.written_files import RUN
 
 
@@ -57,6 +57,11 @@ def _update(run: KeptRun) -> str:
 def _short(folder: Path) -> str:
     here = working_folder()
     return str(folder.relative_to(here)) if folder.is_relative_to(here) and folder != here else str(folder)
+
+
+def delete_named(name: str, *, yes: bool) -> str:
+    """The same as `delete_kept` for the name of a run, or the path of its folder. Raises FolderError too."""
+    return delete_kept(run_folder(name, working_folder()), yes=yes)
 
 
 def delete_kept(folder: Path, *, yes: bool) -> str:

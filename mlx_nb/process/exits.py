@@ -27,13 +27,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-import mlx_nb
-from mlx_nb.errors import MlxNbError
+from mlx_nb.errors import MlxNbError, in_ipython
 from mlx_nb.events import Pause, Request
 from mlx_nb.process.signal_watch import SignalWatch
 from mlx_nb.process.turns import Turns
 
-_PACKAGE = Path(mlx_nb.__file__).parent
+_PACKAGE = Path(__file__).parent.parent
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 # Until a boundary is reached; Jupyter kills a kernel 2.5 s after SIGTERM.
 PATIENCE_SECONDS = 0.5
@@ -315,12 +314,6 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
         return asyncio.get_running_loop()
     except RuntimeError:
         return None
-
-
-def in_ipython() -> bool:
-    """Whether this process is a notebook's kernel, or an IPython shell."""
-    shell = sys.modules.get("IPython.core.getipython")
-    return shell is not None and shell.get_ipython() is not None
 
 
 def give_back() -> None:

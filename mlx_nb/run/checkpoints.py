@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mlx_nb.config.run_config import SETTINGS, RunConfig
 from mlx_nb.errors import CheckpointError, CommandError, FolderError
 from mlx_nb.events import AdapterSaved, Event, RunFailed, RunFinished, RunPaused, SettingChanged, StepCompleted
+from mlx_nb.events.history import History
 from mlx_nb.files.folder_lock import is_locked
 from mlx_nb.files.history_file import HistoryFile, history_files, is_history
 from mlx_nb.files.run_folder import RunFolder
 from mlx_nb.files.written_files import CHECKPOINTS
-from mlx_nb.history import History
 from mlx_nb.run.inputs import RunInputs
 from mlx_nb.run.resume_checks import history_of, live_change_lines, refuse_unusable
 from mlx_nb.run.snapshots import Snapshots

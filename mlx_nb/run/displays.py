@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -38,7 +38,7 @@ class ShownRun(RunHandle, Protocol):
 
 def report(run: ShownRun, path: str | Path | None) -> Path:
     """Write the page of a run to `path`, null = its own folder. Returns where it is. Raises CommandError."""
-    from mlx_nb.files.report_file import ReportPath, report_path, write_report
+    from mlx_nb.files.report_file import ReportPath, report_mark, report_path, write_report
     from mlx_nb.view.reports.run import report_html
 
     own = run.folder / REPORT_FILE
@@ -46,7 +46,7 @@ def report(run: ShownRun, path: str | Path | None) -> Path:
     page = report_html(
         run.history,
         title=f"{run.name}: {run.state} after update {run.step_count}",
-        name=run.name,
+        mark=report_mark(run.name),
         settings=_settings_in_words(run),
         metrics=method_named(run.config.method).metrics,
         worst_rows=[(row, loss, _excerpt(run, row)) for row, loss in list(run.row_losses().items())[:10]],
@@ -107,6 +107,20 @@ def browser(run: ShownRun, split: str) -> RowBrowser:
         token_loss=_weakly(run.token_losses),
         visits=_weakly(run.visits_text),
     )
+
+
+def row_records(run: ShownRun, split: str, wanted: int | str | None) -> Iterator[tuple[dict[str, Any], bool, bool]]:
+    """Rows of a split as plain values with tokens and mask; whether each can be trained, and whether it stops a run.
+
+    `wanted` is how many of them, spread over the split; None and `all` = all. Raises CommandError for another word.
+    """
+    from mlx_nb.data.check.check import row_count, row_record, stops_a_run
+    from mlx_nb.data.check.token_pass import sampled_rows
+
+    examples = run.inputs.split(split)
+    for row in sampled_rows(len(examples), row_count(wanted)).tolist():
+        view = examples.view(row)
+        yield row_record(view, examples.settings), view.error is None, stops_a_run(view, examples.settings)
 
 
 def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from mlx_nb.config.run_config import LENGTHS, SETTINGS, RunConfig, unknown_settings
 from mlx_nb.errors import CommandError, ConfigError
 from mlx_nb.events import RunFinished, RunStarted
+from mlx_nb.events.history import History
 from mlx_nb.files.folder_lock import is_locked
 from mlx_nb.files.places import folder_of
-from mlx_nb.history import History
 from mlx_nb.run.checkpoints import for_other_settings
 from mlx_nb.run.inputs import RunInputs
 

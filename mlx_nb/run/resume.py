@@ -43,6 +43,17 @@ def home_to_resume(folder: Path) -> RunFolder:
     return home
 
 
+def resumable(parent: Path) -> dict[str, int]:
+    """The runs in the folders of `parent` that have a checkpoint, by folder name, with their newest update."""
+    from mlx_nb.train.checkpoint import CheckpointStore
+
+    found = {}
+    for folder in sorted(parent.glob(f"*/{CHECKPOINTS}")):
+        if checkpoints := CheckpointStore(folder, 1).list():
+            found[folder.parent.name] = max(one.step for one in checkpoints)
+    return found
+
+
 def ask_again(run: Askable, requests: Sequence[Request]) -> Iterator[str]:
     """Take up what had been asked before a resume. What is not possible any more is said, a line for each."""
     for request in requests:

@@ -16,10 +16,10 @@ from mlx_nb.data.examples.batches import ORDER
 from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.errors import CheckpointError, ConfigError, did_you_mean, listed_problems, shown
 from mlx_nb.events import Event, Request, RunStarted, SettingChanged, event_from_json, request_from_json
+from mlx_nb.events.history import History
 from mlx_nb.files.history_file import HISTORY_FILE, read_history
 from mlx_nb.files.places import check_name
 from mlx_nb.files.typed_json import read_as
-from mlx_nb.history import History
 
 if TYPE_CHECKING:
     from mlx_nb.train.checkpoint import Checkpoint

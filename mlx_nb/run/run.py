@@ -29,6 +29,7 @@ from mlx_nb.errors import (
     FolderTaken,
     MlxNbError,
     TrainingError,
+    in_ipython,
     shown,
 )
 from mlx_nb.events import (
@@ -59,10 +60,10 @@ from mlx_nb.events import (
     StepCompleted,
     TrainerRequest,
 )
+from mlx_nb.events.history import History
 from mlx_nb.files.places import check_name, folder_of, refuse_among_files, same_folder, working_folder
 from mlx_nb.files.run_folder import RunFolder
 from mlx_nb.files.written_files import CHECKPOINTS, EXPORT, RUN
-from mlx_nb.history import History
 from mlx_nb.process import exits
 from mlx_nb.process.turns import Turns, one_at_a_time
 from mlx_nb.run.asking import answers, check_asking
@@ -870,7 +871,7 @@ class Run:
 
     def _raise_interrupt(self, interrupts: Interrupts) -> None:
         """In a script whoever interrupts means the script; in a notebook, the run."""
-        if interrupts.count and not exits.in_ipython():
+        if interrupts.count and not in_ipython():
             raise KeyboardInterrupt(f"{self.name} is {self.state} after update {self.step_count}, and saved.")
 
     def start(self, updates: int | None = None) -> None:

@@ -33,7 +33,7 @@ from mlx_nb.events import (
     StateChanged,
     StepCompleted,
 )
-from mlx_nb.history import History, evaluation_row
+from mlx_nb.events.history import History, evaluation_row
 from mlx_nb.view.metric_text import headline, main_metrics, metric_words, number, side_metrics
 from mlx_nb.view.pace import FEW_UPDATES, time_left, tokens_a_second
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlx_nb.history import History
+from mlx_nb.events.history import History
 from mlx_nb.view.metric_text import SECONDS
 
 RECENT_UPDATES = 20

@@ -10,8 +10,8 @@ import pytest
 
 from history_runs import new_run, resume
 from mlx_nb.events import RolloutCompleted, StepCompleted
+from mlx_nb.events.history import History
 from mlx_nb.files.history_file import MOST_PARTS
-from mlx_nb.history import History
 from mlx_nb.run.resume_checks import history_of
 from mlx_nb.train.checkpoint import CheckpointStore
 

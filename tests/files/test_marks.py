@@ -12,7 +12,7 @@ from mlx_nb import Run
 from mlx_nb.errors import FolderError, MlxNbError
 from mlx_nb.events import RunFinished, RunPaused
 from mlx_nb.files.cache_folder import damage, made_once
-from mlx_nb.quickstart import _copy_example, _example_files
+from mlx_nb.notebook.quickstart import _copy_example, _example_files
 from tiny import save_tiny_model, tiny_rows
 
 

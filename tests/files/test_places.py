@@ -15,8 +15,8 @@ from mlx_nb.events import RunFinished
 from mlx_nb.files.cache_folder import cache_folder
 from mlx_nb.files.places import path_problem, refuse_among_files
 from mlx_nb.notebook.commands import run_line
+from mlx_nb.notebook.quickstart import run_quickstart
 from mlx_nb.notebook.session import Session
-from mlx_nb.quickstart import run_quickstart
 from places import SUPPORT
 from tiny import tiny_rows
 

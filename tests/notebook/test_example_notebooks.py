@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from mlx_nb.quickstart import run_quickstart
+from mlx_nb.notebook.quickstart import run_quickstart
 from places import NOTEBOOKS
 
 pytestmark = [pytest.mark.real_model, pytest.mark.kernel]

@@ -10,7 +10,7 @@ from mlx_nb.events import (
     EvaluationCompleted,
     StepCompleted,
 )
-from mlx_nb.history import History
+from mlx_nb.events.history import History
 
 
 def update(step: int, loss: float = 1.0, metrics: dict[str, float] | None = None, **changed) -> StepCompleted:

@@ -23,7 +23,7 @@ from mlx_nb.events import (
     RunPaused,
     SettingChanged,
 )
-from mlx_nb.history import History, smoothed
+from mlx_nb.events.history import History, smoothed
 from mlx_nb.view.curves.curves import NO_METRICS, SeriesBuilder
 from mlx_nb.view.curves.points import kept_points, smoothed_at
 from mlx_nb.view.panel import panel

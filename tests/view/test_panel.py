@@ -33,7 +33,7 @@ from mlx_nb.events import (
     SettingChanged,
     StepCompleted,
 )
-from mlx_nb.history import History
+from mlx_nb.events.history import History
 from mlx_nb.view.curves.curves import SeriesBuilder
 from mlx_nb.view.panel import heartbeat
 from mlx_nb.view.panel.changes import series_changes

@@ -15,7 +15,7 @@ from matplotlib.text import Text
 from curve_histories import method_history, update, validation
 from mlx_nb.config.methods import METHODS
 from mlx_nb.events import Rewound, SettingChanged
-from mlx_nb.history import History, smoothed
+from mlx_nb.events.history import History, smoothed
 from mlx_nb.view.curves.curves import SeriesBuilder
 from mlx_nb.view.curves.figure import live_svg, live_words, plot_history
 from mlx_nb.view.curves.shown_figure import drawable

@@ -9,7 +9,7 @@ import pytest
 from made_events import evaluation, update
 from mlx_nb.config.run_config import RunConfig
 from mlx_nb.events import RunPaused, SampleGenerated, SettingChanged
-from mlx_nb.history import History
+from mlx_nb.events.history import History
 from mlx_nb.view.reports.run import report_html
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>'

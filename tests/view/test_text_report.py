@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from mlx_nb.events import EvaluationCompleted, Progress, RolloutCompleted, RunFinished, RunStarted, StepCompleted
-from mlx_nb.history import History
+from mlx_nb.events.history import History
 from mlx_nb.view.event_text import describe, elapsed_words, progress_line, remarks, rollout_words, summary_rows
 from mlx_nb.view.metric_text import main_metrics, number, reward_of
 from mlx_nb.view.pace import time_left
@@ -147,7 +147,7 @@ def test_the_time_left_counts_sampling_too():
 
 def test_elapsed_is_the_wall_clock_and_says_what_it_went_into(monkeypatch):
     clock = iter(range(100, 10_000, 10))
-    monkeypatch.setattr("mlx_nb.history.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("mlx_nb.events.history.time.monotonic", lambda: float(next(clock)))
     history = History()
     for event in (update(1), evaluation(1, 1.0), rollout(1, [completion()], seconds=4.0), update(2)):
         history.append(event)

@@ -14,7 +14,7 @@ import numpy as np
 
 from mlx_nb import events
 from mlx_nb.config.methods import Metric
-from mlx_nb.history import History, decimated, evaluation_row
+from mlx_nb.events.history import History, decimated, evaluation_row
 from mlx_nb.view.curves.groups import LOSS, QUANTITIES, Group, first_groups, groups_of
 from mlx_nb.view.curves.points import SHORT_RUN, SMOOTHING, Columns, Table, clock, kept_points, line, smoothed_at
 from mlx_nb.view.event_text import describe

@@ -13,7 +13,7 @@ import numpy as np
 from mlx_nb.config.methods import Metric
 from mlx_nb.errors import counted
 from mlx_nb.events import SettingChanged
-from mlx_nb.history import History, decimated, smoothed
+from mlx_nb.events.history import History, decimated, smoothed
 from mlx_nb.view.curves.points import SHORT_RUN
 from mlx_nb.view.metric_text import headline, main_metrics
 from mlx_nb.view.theme import INK

@@ -2,18 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from mlx_nb.config.run_config import RunConfig
+from mlx_nb.data.examples.batches import TokenBatch
 from mlx_nb.data.examples.split import Examples
 from mlx_nb.events import Event, Question, Request, RunState
-from mlx_nb.history import History
+from mlx_nb.events.history import History
 
-if TYPE_CHECKING:
-    from mlx_nb.train.checkpoint import CheckpointInfo
-    from mlx_nb.train.trainer import Trainer
+
+class SavedCheckpoint(Protocol):
+    """A checkpoint in the list of a run."""
+
+    @property
+    def save(self) -> int:
+        """Its number among the saves of the run."""
+
+    @property
+    def step(self) -> int:
+        """The update that it was written after."""
+
+    @property
+    def kind(self) -> str:
+        """Why it was written."""
+
+    @property
+    def time(self) -> float:
+        """When, in seconds since 1970."""
+
+    @property
+    def bytes(self) -> int:
+        """What it takes on disk."""
+
+    @property
+    def path(self) -> Path:
+        """Its folder."""
+
+
+class Progressing(Protocol):
+    """How far a run is."""
+
+    tokens: int
+    seconds: float
+
+
+class TrainerHandle(Protocol):
+    """What trains a run, as the panel sees it."""
+
+    @property
+    def iters(self) -> int:
+        """Updates in the whole run."""
+
+    @property
+    def state(self) -> Progressing:
+        """How far it is."""
+
+    @property
+    def validates(self) -> bool:
+        """Whether the run measures validation rows by itself."""
+
+    def next_rows(self) -> tuple[int, ...]:
+        """The rows of the next update."""
+
+    def next_batches(self) -> list[TokenBatch]:
+        """Its arrays."""
 
 
 class Inputs(Protocol):
@@ -83,7 +137,7 @@ class RunHandle(Protocol):
         """The model's tokenizer."""
 
     @property
-    def trainer(self) -> Trainer:
+    def trainer(self) -> TrainerHandle:
         """What it is trained by."""
 
     def status(self) -> str:
@@ -110,13 +164,13 @@ class RunHandle(Protocol):
     def log_ratios(self) -> list[tuple[int, Any, Any]]:
         """How much likelier the tokens of the last rollout have become."""
 
-    def checkpoints(self) -> list[CheckpointInfo]:
+    def checkpoints(self) -> Sequence[SavedCheckpoint]:
         """Those in its folder."""
 
-    def delete_checkpoint(self, info: CheckpointInfo) -> None:
+    def delete_checkpoint(self, info: Any) -> None:
         """Remove one."""
 
-    def compare_checkpoint(self, info: CheckpointInfo) -> list[tuple[str, str]]:
+    def compare_checkpoint(self, info: Any) -> list[tuple[str, str]]:
         """The run as it is now against one."""
 
     def listen(self, listener: Callable[[Event], None]) -> None:

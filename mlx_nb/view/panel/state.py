@@ -10,7 +10,7 @@ from typing import Any
 
 from mlx_nb.config.run_config import LIVE_SETTINGS, SETTINGS, RunConfig
 from mlx_nb.events import Progress, RunState, SampleGenerated, StepCompleted
-from mlx_nb.history import History, losses_by_row
+from mlx_nb.events.history import History, losses_by_row
 from mlx_nb.view.event_text import count, duration, progress_words, validation_words
 from mlx_nb.view.pace import RECENT_UPDATES, time_left, tokens_a_second
 from mlx_nb.view.panel.run_handle import RunHandle

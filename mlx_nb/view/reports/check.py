@@ -51,6 +51,10 @@ class ShownCheck(DataCheck):
         """The same findings."""
         return cls(**{field.name: getattr(check, field.name) for field in dataclasses.fields(check)})
 
+    def __str__(self) -> str:
+        """The report as text."""
+        return render_text(self)
+
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         return {"text/plain": render_text(self), "text/html": render_html(self)}
 

@@ -13,7 +13,7 @@ import numpy as np
 from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.errors import counted
 from mlx_nb.events import RolloutCompleted
-from mlx_nb.history import History
+from mlx_nb.events.history import History
 from mlx_nb.view import theme
 from mlx_nb.view.event_text import rollout_words
 from mlx_nb.view.metric_text import number

@@ -11,8 +11,7 @@ from typing import Any
 from mlx_nb.config.methods import Metric
 from mlx_nb.config.run_config import RunConfig
 from mlx_nb.events import SampleGenerated, StepCompleted
-from mlx_nb.files.report_file import report_mark
-from mlx_nb.history import EVALUATION_COLUMNS, History
+from mlx_nb.events.history import EVALUATION_COLUMNS, History
 from mlx_nb.view.curves.figure import plot_history
 from mlx_nb.view.event_text import describe, summary_rows
 from mlx_nb.view.metric_text import SECONDS, reward_of
@@ -38,14 +37,16 @@ def report_html(
     history: History,
     *,
     title: str,
-    name: str = "",
+    mark: str = "",
     settings: Mapping[str, Any],
     metrics: Mapping[str, Metric] = MappingProxyType({}),
     worst_rows: Sequence[tuple[int, float, str]] = (),
 ) -> str:
-    """The page as text. `name` is that of the run, `metrics` are those that the method declares.
+    """The page as text.
 
-    `worst_rows` are (row, loss, excerpt).
+    mark        an element of its head that says whose page it is
+    metrics     those that the method declares
+    worst_rows  (row, loss, excerpt) of each
     """
     standard = RunConfig().to_dict()
     changed = {name: value for name, value in settings.items() if value != standard.get(name)}
@@ -64,7 +65,7 @@ def report_html(
         _section("What happened", _log(history)),
     ]
     viewport = '<meta name="viewport" content="width=device-width">'
-    head = f'<meta charset="utf-8">{report_mark(name)}{viewport}<title>{escape(title)}</title>'
+    head = f'<meta charset="utf-8">{mark}{viewport}<title>{escape(title)}</title>'
     return (
         f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head><body>{"".join(parts)}</body></html>'
     )

@@ -58,8 +58,9 @@ def _target(folder: str) -> Path:
 
 
 def _examples_folder() -> Path:
-    inside = Path(__file__).parent / "example_notebooks"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "example_notebooks"
+    package = Path(__file__).parent.parent
+    inside = package / "example_notebooks"
+    return inside if inside.is_dir() else package.parent / "example_notebooks"
 
 
 def _copy_example(target: Path) -> Path:

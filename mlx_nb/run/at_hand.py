@@ -1,0 +1,41 @@
+"""What the settings of a run can name here: rows in variables, models on disk, built-in rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mlx_nb.data.sources.tables import could_be_rows
+from mlx_nb.errors import counted
+
+
+def row_variables(namespace: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The variables that hold rows, each with a few words about them; not those that begin with `_`."""
+    for name, value in namespace.items():
+        if name.startswith("_") or not could_be_rows(value):
+            continue
+        if isinstance(value, list | tuple):
+            if value and isinstance(value[0], Mapping):
+                yield name, counted(len(value), "row")
+        elif isinstance(value, Mapping):
+            if value and all(could_be_rows(one) for one in value.values()):
+                yield name, f"splits {', '.join(map(str, value))}"[:60]
+        else:
+            yield name, f"a {type(value).__name__} in this notebook"
+
+
+def models_at_hand() -> dict[str, str]:
+    """The models that can be loaded without a download, each with where it is."""
+    from mlx_nb.model.loading import models_at_hand
+
+    return models_at_hand()
+
+
+def built_in_rewards() -> dict[str, str]:
+    """The built-in reward functions as a setting names them, each with its help."""
+    from mlx_nb.rollouts.rewards.builtin import REWARDS
+
+    return {
+        name if one.example is None else f"{{{name}: {one.example}}}": one.function.__doc__ or ""
+        for name, one in REWARDS.items()
+    }
