@@ -15,7 +15,7 @@ from typing import Any
 from mlx_nb.config.fields import SettingError
 from mlx_nb.config.hints import ALL_ADAPTED, is_all_linear
 from mlx_nb.config.methods import METHODS, Loss, is_built_in, method_named, options_of
-from mlx_nb.config.optimizers import arguments_of, check_optimizer_config
+from mlx_nb.config.optimizers import arguments_of, check_optimizer_config, has_no_decay
 from mlx_nb.config.templates import template_problem
 from mlx_nb.errors import ConfigError, did_you_mean, shown
 
@@ -307,8 +307,9 @@ def _check_optimizer(config: Readable) -> Iterator[SettingError]:
 def _check_decay(config: Readable) -> Iterator[SettingError]:
     if "weight_decay" not in config.given:
         return
-    if config.optimizer == "adam" and config.weight_decay:
-        yield SettingError(("weight_decay",), "`weight_decay` has no effect with `optimizer: adam`. Use adamw.")
+    if has_no_decay(config.optimizer) and config.weight_decay:
+        message = f"`weight_decay` has no effect with `optimizer: {config.optimizer}`. Use adamw."
+        yield SettingError(("weight_decay",), message)
     inner = arguments_of(config.optimizer, config.optimizer_config)
     other = inner.get("weight_decay") if isinstance(inner, Mapping) else None
     if other not in (None, config.weight_decay):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import numbers
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mlx_nb.config.fields import SettingError, as_float32, typo_of
@@ -53,10 +53,20 @@ _STEPS = Argument(
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Where the class of an optimizer is, as `module:name`, and what it takes besides rate and weight decay."""
+    """An optimizer by its facts.
+
+    where        its class, as `module:name`
+    arguments    what it takes besides learning rate and weight decay
+    standard     arguments that it gets where a person gives none, if they are not mlx's own
+    decays       whether it takes a weight decay
+    elementwise  whether each number is updated by its own gradient alone, so that arrays may be joined into one
+    """
 
     where: str
     arguments: dict[str, Argument]
+    standard: Mapping[str, Any] = field(default_factory=dict)
+    decays: bool = True
+    elementwise: bool = False
 
     def made(self, arguments: Mapping[str, Any]) -> Any:
         """The optimizer itself, imported if need be."""
@@ -65,10 +75,15 @@ class Optimizer:
 
 
 OptimizerName = Literal["adam", "adamw", "sgd", "adafactor", "muon", "lion"]
+_ADAM = {"betas": _BETAS, "eps": _EPS, "bias_correction": _FLAG}
+# Without bias correction mlx's Adam takes its first steps about three times too long.
+_CORRECTED = {"bias_correction": True}
 OPTIMIZERS: dict[str, Optimizer] = {
-    "adam": Optimizer("mlx.optimizers:Adam", {"betas": _BETAS, "eps": _EPS, "bias_correction": _FLAG}),
-    "adamw": Optimizer("mlx.optimizers:AdamW", {"betas": _BETAS, "eps": _EPS, "bias_correction": _FLAG}),
-    "sgd": Optimizer("mlx.optimizers:SGD", {"momentum": _SHARE, "dampening": _SHARE, "nesterov": _FLAG}),
+    "adam": Optimizer("mlx.optimizers:Adam", _ADAM, _CORRECTED, decays=False, elementwise=True),
+    "adamw": Optimizer("mlx.optimizers:AdamW", _ADAM, _CORRECTED, elementwise=True),
+    "sgd": Optimizer(
+        "mlx.optimizers:SGD", {"momentum": _SHARE, "dampening": _SHARE, "nesterov": _FLAG}, elementwise=True
+    ),
     "adafactor": Optimizer(
         "mlx.optimizers:Adafactor",
         {
@@ -86,10 +101,17 @@ OPTIMIZERS: dict[str, Optimizer] = {
             "relative_step": _FLAG,
             "warmup_init": _FLAG,
         },
+        # With the rate of the schedule, not adafactor's own relative one.
+        {"relative_step": False, "scale_parameter": False},
     ),
     "muon": Optimizer("mlx_nb.train.optimizer:Muon", {"momentum": _SHARE, "nesterov": _FLAG, "ns_steps": _STEPS}),
-    "lion": Optimizer("mlx.optimizers:Lion", {"betas": _BETAS}),
+    "lion": Optimizer("mlx.optimizers:Lion", {"betas": _BETAS}, elementwise=True),
 }
+
+
+def has_no_decay(name: Any) -> bool:
+    """Whether `name` is an optimizer that takes no weight decay."""
+    return name in OPTIMIZERS and not OPTIMIZERS[name].decays
 
 
 def arguments_of(optimizer: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -143,7 +165,7 @@ def _check_nested(optimizer: str, name: str, inner: Any) -> Iterator[SettingErro
 def _wrong_with(optimizer: str, name: str, value: Any) -> str | None:
     label = f"`optimizer_config.{name}`"
     known = OPTIMIZERS[optimizer].arguments
-    if name == "weight_decay" and optimizer != "adam":
+    if name == "weight_decay" and OPTIMIZERS[optimizer].decays:
         return None if _is_positive(value) else f"{label} cannot be {shown(value)}. It takes {_EPS.words}."
     if name in ("learning_rate", "lr"):
         return f"{label} has no effect: the rate is `learning_rate`, with `lr_schedule`. Set that."

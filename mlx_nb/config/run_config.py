@@ -24,7 +24,7 @@ from mlx_nb.config.fields import SettingError, SettingErrors, Settings, coerce, 
 from mlx_nb.config.hints import foreign_settings, inner_hint, value_hint
 from mlx_nb.config.methods import METHODS
 from mlx_nb.config.mixture_sources import is_mixture, is_source, source_problem
-from mlx_nb.config.optimizers import OptimizerName, arguments_of
+from mlx_nb.config.optimizers import OptimizerName, arguments_of, has_no_decay
 from mlx_nb.config.yaml_text import Document, load_mapping, read_yaml_file
 from mlx_nb.errors import ConfigError, listed_problems, shown
 
@@ -578,11 +578,9 @@ class RunConfig(Settings):
     def replace(self, **changes: Any) -> RunConfig:
         """A changed, checked copy, with the same working folder. Given are what was given before and the changes."""
         kept = {**self.to_dict(), "rewards": self.rewards}
-        if "adam" in {self.optimizer, changes.get("optimizer")} and changes.get("optimizer") not in (
-            None,
-            self.optimizer,
-        ):
-            del kept["weight_decay"]  # adam has none, and that is no choice for another optimizer
+        other = changes.get("optimizer")
+        if other not in (None, self.optimizer) and (has_no_decay(self.optimizer) or has_no_decay(other)):
+            del kept["weight_decay"]  # one of them has none, which is no choice for the other
         given = {name for name in self.given if name.partition(".")[0] not in changes} | names_given(changes)
         result: RunConfig = RunConfig.from_dict({**kept, **changes}).with_given(given).at(self.working_folder)
         return result
@@ -777,7 +775,7 @@ def _merge_synonyms(config: RunConfig) -> Iterator[SettingError]:
 
 def _settle(config: RunConfig) -> None:
     """What the settings that were found good say together: one rate, one decay, the arguments of one optimizer."""
-    if config.optimizer == "adam":
+    if has_no_decay(config.optimizer):
         object.__setattr__(config, "weight_decay", 0.0)
     if config.lr_schedule.arguments is not None:
         object.__setattr__(config, "learning_rate", config.lr_schedule.arguments[0])

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_nb.config.optimizers import has_no_decay
 from mlx_nb.config.run_config import LENGTHS, PATHS, SETTINGS, RunConfig, located
 from mlx_nb.data.examples.batches import ORDER
 from mlx_nb.data.masks.tokenizer import Tokenizer
@@ -164,7 +165,7 @@ def settings_to_resume(checkpoint: Checkpoint, folder: Path, config: RunConfig |
     Raises CheckpointError when the rows were an object and are not given again.
     """
     values = settings_of(checkpoint)
-    if values["optimizer"] == "adam":
+    if has_no_decay(values["optimizer"]):
         values["weight_decay"] = 0.0  # it has none; a checkpoint may have been written with the default of others
     if config is not None:
         config = with_shape_of(checkpoint, config)

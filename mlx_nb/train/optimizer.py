@@ -62,16 +62,10 @@ def refuse_beyond_memory(model: nn.Module, config: RunConfig) -> None:
 
 def build_optimizer(config: RunConfig) -> optimizers.Optimizer:
     """The optimizer of mlx with the settings' arguments, which the configuration has checked."""
-    arguments: dict[str, Any] = {"learning_rate": config.learning_rate, **config.optimizer_config}
-    if config.optimizer != "adam":
-        arguments["weight_decay"] = config.weight_decay
-    if config.optimizer == "adafactor":
-        # With the rate of the schedule, not adafactor's own relative one.
-        arguments = {"relative_step": False, "scale_parameter": False, **arguments}
-    if config.optimizer == "adam" or config.optimizer == "adamw":
-        # Without bias correction mlx's Adam takes its first steps about three times too long.
-        arguments.setdefault("bias_correction", True)
-    result: optimizers.Optimizer = OPTIMIZERS[config.optimizer].made(arguments)
+    facts = OPTIMIZERS[config.optimizer]
+    decay = {"weight_decay": config.weight_decay} if facts.decays else {}
+    arguments = {"learning_rate": config.learning_rate, **facts.standard, **config.optimizer_config, **decay}
+    result: optimizers.Optimizer = facts.made(arguments)
     return result
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
+from mlx_nb.config.optimizers import OPTIMIZERS
 from mlx_nb.model.trees import named_arrays
 
-ELEMENTWISE = ("adam", "adamw", "sgd", "lion")
 LARGEST_BYTES = 256 * 1024**2  # larger trees have large arrays, and joining them would only cost memory
 
 
@@ -72,4 +72,5 @@ class WholeTrees:
 def form_for(optimizer: str, parameters: Any) -> ParameterVectors | WholeTrees:
     """How the optimizer called `optimizer` is to see `parameters`."""
     small = sum(array.nbytes for _, array in named_arrays(parameters)) <= LARGEST_BYTES
-    return ParameterVectors(parameters) if optimizer in ELEMENTWISE and small else WholeTrees()
+    elementwise = optimizer in OPTIMIZERS and OPTIMIZERS[optimizer].elementwise
+    return ParameterVectors(parameters) if elementwise and small else WholeTrees()

@@ -14,7 +14,7 @@ CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
 # Alpaca, Dolly and ms-swift: what is asked, what it is asked about, and what was said before.
 ASKING_COLUMNS = ("instruction", "query")
 _ASKED_ABOUT = ("input", "context")
-_ANSWERING = ("output", "response")
+ANSWERING_COLUMNS = ("output", "response")
 # Columns of pairs and labels in which a question may be, besides `prompt`.
 _QUESTION_COLUMNS = ("question", "problem", "input")
 _ANSWER_COLUMNS = ("completion", "response", "output", "answer")
@@ -97,7 +97,7 @@ def question(record: Mapping[str, Any], column: str, roles: Mapping[str, str]) -
 def asking_columns(record: Mapping[str, Any]) -> tuple[str, str] | None:
     """The columns of an instruction and its output, in the words of Alpaca, Dolly and ms-swift; None without both."""
     asking = _filled(record, ASKING_COLUMNS)
-    answering = _filled(record, _ANSWERING)
+    answering = _filled(record, ANSWERING_COLUMNS)
     return (asking[0], answering[0]) if asking and answering else None
 
 

@@ -20,6 +20,7 @@ from mlx_nb.data.rows.columns import (
 )
 from mlx_nb.data.rows.content import Said
 from mlx_nb.data.rows.forms import (
+    ANSWERING_COLUMNS,
     ASKING_COLUMNS,
     CONVERSATION_COLUMNS,
     asking_columns,
@@ -209,7 +210,7 @@ def _text_row(record: Mapping[str, Any], columns: Columns) -> Row:
 _SHAPES: tuple[tuple[tuple[str, ...], _Builder], ...] = (
     *(((column,), _chat_from(column)) for column in CONVERSATION_COLUMNS),
     (("prompt", "completion"), _prompt_completion),
-    *(((asking, answering), _alpaca) for asking in ASKING_COLUMNS for answering in ("output", "response")),
+    *(((asking, answering), _alpaca) for asking in ASKING_COLUMNS for answering in ANSWERING_COLUMNS),
     (("text",), _text_row),
 )
 

@@ -31,6 +31,7 @@ from mlx_nb.events import (
 from mlx_nb.view.event_text import AT_NO_UPDATE, describe, setting_words
 from mlx_nb.view.panel.chat import Chat
 from mlx_nb.view.panel.looks import Looks
+from mlx_nb.view.panel.run_handle import RunHandle
 from mlx_nb.view.panel.state import shown_path, visible
 
 Message = Mapping[str, Any]
@@ -40,6 +41,34 @@ _AWAITED: dict[type[Event], str] = {
     EvaluationCompleted: "evaluate",
     SampleGenerated: "sample",
 }
+
+
+# States of a run that stands and can go on.
+_MOVABLE = ("built", "paused", "failed")
+
+
+def useful_clicks(run: RunHandle) -> list[str]:
+    """The names of what it makes sense to click now."""
+    state = run.state
+    if run.let_go:
+        return []
+    running, prepared = state == RunState.RUNNING, run.prepared
+    useful = {
+        "run": not running and not run.over,
+        "step": not running and not run.over,
+        "pause": running,
+        "cancel": run.cancellable,
+        "stop": running or (state in _MOVABLE and prepared),
+        "save": prepared,
+        "evaluate": prepared and run.trainer.validates,
+        "sample": prepared and bool(run.config.sample_prompts),
+        "rewind": run.step_count > 0,
+        "skip": state == RunState.FAILED and prepared and not run.over,
+        "set": True,
+        "keep": True,
+        "chat": prepared or state == RunState.BUILT,
+    }
+    return [name for name, is_useful in useful.items() if is_useful]
 
 
 def result_of(event: Event, awaited: set[str], config: RunConfig) -> str:

@@ -44,7 +44,7 @@ from mlx_nb.view.curves.curves import SeriesBuilder
 from mlx_nb.view.event_text import describe, remarks
 from mlx_nb.view.panel.changes import series_changes
 from mlx_nb.view.panel.chat import Chat
-from mlx_nb.view.panel.clicks import Clicks, Message, result_of
+from mlx_nb.view.panel.clicks import Clicks, Message, result_of, useful_clicks
 from mlx_nb.view.panel.heartbeat import beat_for, no_beats_for
 from mlx_nb.view.panel.looks import Looks
 from mlx_nb.view.panel.run_handle import RunHandle
@@ -55,7 +55,6 @@ from mlx_nb.view.panel.state import (
     progress_of,
     samples_of,
     settings_of,
-    useful_clicks,
 )
 from mlx_nb.view.panel.still import still_html
 from mlx_nb.view.theme import one_line

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_nb.config.run_config import LIVE_SETTINGS, SETTINGS, RunConfig
-from mlx_nb.events import Progress, RunState, SampleGenerated, StepCompleted
+from mlx_nb.events import Progress, SampleGenerated, StepCompleted
 from mlx_nb.events.history import History, losses_by_row
 from mlx_nb.view.event_text import count, duration, progress_words, validation_words
 from mlx_nb.view.pace import RECENT_UPDATES, time_left, tokens_a_second
@@ -20,7 +20,6 @@ Told = dict[str, Any]
 
 # A sign besides the color, so that a state is known without seeing colors.
 SIGNS = {"built": "○", "running": "▶", "paused": "❚❚", "stopped": "■", "finished": "✓", "failed": "✗"}
-MOVABLE = ("built", "paused", "failed")
 ANSWERS_OF_A_PROMPT = 8
 MOST_ROWS = 200
 
@@ -114,30 +113,6 @@ class Activity:
         left = (time.monotonic() - self._begun) / done * (progress.total - progress.done) if done > 0 else None
         words = progress_words(progress)
         return {"words": words, "done": progress.done, "total": progress.total, "left": left, "update": 0}
-
-
-def useful_clicks(run: RunHandle) -> list[str]:
-    """The names of what it makes sense to click now."""
-    state = run.state
-    if run.let_go:
-        return []
-    running, prepared = state == RunState.RUNNING, run.prepared
-    useful = {
-        "run": not running and not run.over,
-        "step": not running and not run.over,
-        "pause": running,
-        "cancel": run.cancellable,
-        "stop": running or (state in MOVABLE and prepared),
-        "save": prepared,
-        "evaluate": prepared and run.trainer.validates,
-        "sample": prepared and bool(run.config.sample_prompts),
-        "rewind": run.step_count > 0,
-        "skip": state == RunState.FAILED and prepared and not run.over,
-        "set": True,
-        "keep": True,
-        "chat": prepared or state == RunState.BUILT,
-    }
-    return [name for name, is_useful in useful.items() if is_useful]
 
 
 def rows_of(event: StepCompleted | None, location: Callable[[int], str]) -> Told:
