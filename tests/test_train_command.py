@@ -104,6 +104,7 @@ def test_rewards_come_from_a_file(config, tmp_path, tiny_folder, capsys):
     ],
     ids=" ".join,
 )
+@pytest.mark.matrix(every=4)
 def test_where_nobody_reads_the_output_a_command_ends_without_a_word(words, config, tiny_folder):
     model = ["--model", str(tiny_folder)] if words[:1] == ["check"] else []
     reading, writing = os.pipe()

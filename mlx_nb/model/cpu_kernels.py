@@ -23,7 +23,7 @@ import numpy as np
 from mlx_nb.model import backend
 from mlx_nb.model.block_attention import Block, block_attention, causal_blocks, fast_swiglu, masked_blocks
 from mlx_nb.model.mlx_lm_import import import_mlx_lm
-from mlx_nb.model.passes import once_a_model, random_tokens
+from mlx_nb.model.passes import once_a_model, random_tokens, trained_forms
 from mlx_nb.model.trees import trained_arrays_of
 
 _BLOCK = 64  # queries; larger ones leave out less, and smaller ones take longer to build
@@ -68,11 +68,11 @@ def kernels_are_proved(model: nn.Module) -> bool:
     """Whether there is a faster way on this machine that gives this model's own loss and gradient."""
     if not backend.is_cpu() or platform.machine() not in ("x86_64", "AMD64"):
         return False
-    return _are_proved(model, bool(trained_arrays_of(model)))
+    return _are_proved(model, trained_forms(model))
 
 
-@once_a_model
-def _are_proved(model: nn.Module, trained: bool) -> bool:
+@once_a_model(good=bool)
+def _are_proved(model: nn.Module, trained: tuple[Any, ...]) -> bool:
     """Whether loss and gradient of a few tokens are those of the model's own call, in blocks of a few queries."""
     tokens_BT = mx.array([random_tokens(model, _PROBED_TOKENS, draw) for draw in range(2)])
     before = trained_arrays_of(model)

@@ -8,7 +8,7 @@ shares keys and values only through its cache, another places the queries of a s
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from typing import Any, ParamSpec, TypeVar
@@ -18,7 +18,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_nb.errors import ModelError
-from mlx_nb.model.trees import named_arrays
+from mlx_nb.model.trees import named_arrays, trained_arrays_of
 
 # Root mean squares of what two passes differ by, in standard deviations of the logits, in single and half precision.
 # Rounding comes to 1e-5 and 1e-2. Rows side by side are held to little more: the smallest fault seen was 1e-4, and to
@@ -44,20 +44,58 @@ class SideBySide(Enum):
     ONE_BY_ONE = "one by one"
 
 
-def once_a_model(question: Callable[Asked, Answer]) -> Callable[Asked, Answer]:
-    """`question` about a model, asked once in each way; the answer is kept for as long as the model lives."""
-    answers: dict[tuple[Any, ...], tuple[weakref.ref[nn.Module], Answer]] = {}
+def once_a_model(good: Callable[[Any], bool]) -> Callable[[Callable[Asked, Answer]], Callable[Asked, Answer]]:
+    """A question about a model, asked once in each way; the answer is kept for as long as the model lives.
 
-    def ask(*args: Asked.args, **kwargs: Asked.kwargs) -> Answer:
-        model: Any = args[0]
-        key = (id(model), *args[1:])
-        if key not in answers:
+    A `good` answer is that of every model of the same files (`made_of`), for as long as the process lives. Others are
+    asked for anew: what was wrong may have been the memory that was left.
+    """
+
+    def ask_once(question: Callable[Asked, Answer]) -> Callable[Asked, Answer]:
+        answers: dict[tuple[Any, ...], tuple[weakref.ref[nn.Module], Answer]] = {}
+        of_files: dict[tuple[Any, ...], Answer] = {}
+
+        def ask(*args: Asked.args, **kwargs: Asked.kwargs) -> Answer:
+            model: Any = args[0]
+            key, files = (id(model), *args[1:]), _files_of(model)
+            if key in answers:
+                return answers[key][1]
+            if files is not None and (files, *args[1:]) in of_files:
+                return of_files[files, *args[1:]]
             with evaluating(model.modules()):
                 answer = question(*args, **kwargs)
             answers[key] = (weakref.ref(model, lambda _gone: answers.pop(key, None)), answer)
-        return answers[key][1]
+            if files is not None and good(answer):
+                of_files[files, *args[1:]] = answer
+            return answer
 
-    return ask
+        return ask
+
+    return ask_once
+
+
+_files: dict[int, tuple[weakref.ref[nn.Module], Hashable]] = {}
+
+
+def made_of(model: nn.Module, files: Hashable) -> None:
+    """Note of which files a model is, and how they were read: two with equal ones are computed alike."""
+    number = id(model)
+    _files[number] = (weakref.ref(model, lambda _gone: _files.pop(number, None)), files)
+
+
+def made_alike(model: nn.Module, other: nn.Module) -> None:
+    """Note that a model is of the files of another one."""
+    if (files := _files_of(other)) is not None:
+        made_of(model, files)
+
+
+def _files_of(model: nn.Module) -> Hashable | None:
+    return _files[id(model)][1] if id(model) in _files else None
+
+
+def trained_forms(model: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Name and shape of each array that is trained."""
+    return tuple((name, tuple(array.shape)) for name, array in trained_arrays_of(model))
 
 
 def cache_doubt(model: nn.Module, longest: int = 0) -> str | None:
@@ -91,7 +129,7 @@ def refuse_cache_doubt(model: nn.Module, longest: int = 0) -> None:
     raise ModelError(f"{family_of(model)} cannot be trained with this mlx-lm: {doubt}. {advice}")
 
 
-@once_a_model
+@once_a_model(good=lambda doubt: doubt is None)
 def _doubt_over(model: nn.Module, count: int) -> str | None:
     """The same on rows of so many tokens, the last of which are read one after the other."""
     differences = []
@@ -116,7 +154,7 @@ def _doubt_over(model: nn.Module, count: int) -> str | None:
     )
 
 
-@once_a_model
+@once_a_model(good=lambda found: found is SideBySide.ANY_LENGTHS)
 def side_by_side(model: nn.Module) -> SideBySide:
     """Which rows may be decoded side by side from caches that were filled alone, merged, extended and filtered.
 

@@ -12,6 +12,7 @@ from mlx_nb.config.run_config import RunConfig
 from mlx_nb.events import Progress
 from mlx_nb.model.adapters import detach_adapter
 from mlx_nb.model.loading import LoadedModel, fetched_folder, load_in_pieces, model_named
+from mlx_nb.model.passes import made_alike, made_of
 from mlx_nb.model.trees import held_arrays
 from mlx_nb.process.pieces import finished
 
@@ -37,6 +38,7 @@ def load_base_in_pieces(config: RunConfig) -> Generator[Progress, None, LoadedMo
     loaded = None if holder is None else _twin_where_it_can_be(holder)
     if loaded is None:
         loaded = yield from load_in_pieces(model, load_in_bits=config.load_in_bits, chat_template=template)
+    made_of(loaded.model, key)
     if config.fine_tune_type != "full":
         holders.add(loaded)
     return loaded
@@ -56,4 +58,5 @@ def twin(loaded: LoadedModel) -> LoadedModel:
     copied = copy.deepcopy(loaded.model, dict(shared))
     detach_adapter(copied)
     copied.unfreeze()
+    made_alike(copied, loaded.model)
     return dataclasses.replace(loaded, model=copied)

@@ -15,7 +15,7 @@ from mlx_nb.model.adapters import attach_adapter
 from mlx_nb.model.backend import one_blas_thread
 from mlx_nb.model.loading import LoadedModel
 from mlx_nb.model.memory import is_out_of_memory
-from mlx_nb.model.passes import family_of, is_half, one_line, random_tokens
+from mlx_nb.model.passes import family_of, is_half, once_a_model, one_line, random_tokens, trained_forms
 from mlx_nb.model.randomness import random_stream
 from mlx_nb.model.shared_base import twin
 from mlx_nb.model.trees import named_arrays
@@ -47,8 +47,8 @@ def training_notes(
             check_size(model, config)
             if not named_arrays(model.trainable_parameters()):
                 raise ModelError(f"{family_of(model)} has no module that mlx-lm can adapt. Choose another model.")
-            idle = _without_gradient(model)
-            if config.fine_tune_type == "full" and _keeps_weights(model):
+            idle = _without_gradient(model, trained_forms(model))
+            if config.fine_tune_type == "full" and _keeps_weights(model, trained_forms(model)):
                 reason = "in an answer it computes with weights that it kept from before an update"
                 raise _refusal(loaded.model, kind, reason)
     except MlxNbError:
@@ -80,7 +80,8 @@ def _refusal(model: nn.Module, kind: str, reason: str) -> ModelError:
     return ModelError(f"{family_of(model)} cannot be trained by {kind} with this mlx-lm: {reason}. Choose {advice}.")
 
 
-def _without_gradient(model: nn.Module) -> list[str]:
+@once_a_model(good=lambda idle: not idle)
+def _without_gradient(model: nn.Module, _trained: tuple[Any, ...]) -> list[str]:
     """Names of the trained arrays whose gradient is 0 on every draw of tokens."""
     parameters = model.trainable_parameters()
     # An adapter begins with a factor of zeros, which hides the gradient of the other.
@@ -95,7 +96,8 @@ def _without_gradient(model: nn.Module) -> list[str]:
     return idle
 
 
-def _keeps_weights(model: nn.Module) -> bool:
+@once_a_model(good=lambda kept: not kept)
+def _keeps_weights(model: nn.Module, _trained: tuple[Any, ...]) -> bool:
     """Whether logits depend on what some vectors (norms, biases) were in an earlier pass in training mode."""
     tokens = mx.array([random_tokens(model, _TOKENS, 0)])
     vectors = [(name, array) for name, array in named_arrays(model.trainable_parameters()) if array.ndim == 1]

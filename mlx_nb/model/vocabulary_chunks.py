@@ -15,8 +15,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from mlx_nb.model.passes import once_a_model, trained_forms
 from mlx_nb.model.randomness import random_stream
-from mlx_nb.model.text_model import TextModel
+from mlx_nb.model.text_model import Place, TextModel
 from mlx_nb.model.trees import trained_arrays_of
 
 _CHUNK_BYTES = 64 * 1024**2  # of logits in float32
@@ -36,20 +37,24 @@ def head_arrays(text: TextModel, width: int) -> list[str]:
 
     `width` is the number of columns of what the head is given.
     """
-    names, arrays = _trained(text.model)
-    if not names:
-        return []
+    trained = trained_forms(text.model)
+    return list(_reached_by_the_head(text.model, text.place, width, trained)) if trained else []
+
+
+@once_a_model(good=lambda _names: True)
+def _reached_by_the_head(model: nn.Module, place: Place, width: int, _forms: tuple[Any, ...]) -> tuple[str, ...]:
+    text, (names, arrays) = TextModel(model, place), _trained(model)
     with random_stream(0):
         hidden = mx.random.normal((1, 2, width))
         # A factor of zeros would hide the gradient of the other one.
         moved = [array + (0.02 * mx.random.normal(array.shape)).astype(array.dtype) for array in arrays]
 
         def reached(arrays: list[mx.array]) -> mx.array:
-            with _in_place(text.model, names, arrays):
+            with _in_place(model, names, arrays):
                 return mx.square(text.logits(hidden).astype(mx.float32)).sum()
 
         gradients = mx.grad(reached)(moved)
-        return [name for name, slope in zip(names, gradients) if mx.any(slope != 0).item()]
+        return tuple(name for name, slope in zip(names, gradients) if mx.any(slope != 0).item())
 
 
 def _trained(model: nn.Module) -> tuple[list[str], list[mx.array]]:

@@ -76,6 +76,7 @@ def prompt_of(view):
 
 @pytest.mark.parametrize("special_tokens_in_text", ["keep", "text"])
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.matrix
 def test_the_prompt_of_every_kind_of_row_is_what_generation_sends(conversation, special_tokens_in_text, shaped):
     shape, tokenizer = shaped
     messages = CONVERSATIONS[conversation]

@@ -240,6 +240,7 @@ RETURNS = {
 
 
 @pytest.mark.parametrize("kind", RETURNS)
+@pytest.mark.matrix(every=2)
 def test_a_loss_of_every_kind_may_return_what_the_page_says(kind, tmp_path, tiny_folder):
     titles = [words_in_code(row[0])[0].strip('"') for row in table(page("your_own"), "`rows=`")]
     assert titles == list(RETURNS)

@@ -327,6 +327,7 @@ LONG_WORK = {
 
 
 @pytest.mark.parametrize("work", LONG_WORK)
+@pytest.mark.matrix(every=2)
 def test_an_update_that_does_not_end_in_time_loses_itself_alone(tmp_path, tiny_folder, work):
     body = f"""
         import hashlib, time
@@ -462,6 +463,7 @@ def test_an_ignored_signal_stays_ignored_and_the_others_are_given_back(tmp_path,
 
 
 @pytest.mark.parametrize("end", ["run.run()", "run.step(2); run.release()"])
+@pytest.mark.matrix(every=2)
 def test_signals_are_given_back_when_no_run_has_anything_to_lose(tmp_path, tiny_folder, end):
     body = f"""
         mine = lambda *_: None

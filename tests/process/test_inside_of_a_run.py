@@ -163,6 +163,7 @@ run.run()
 
 
 @pytest.mark.parametrize(("number", "times"), [(signal.SIGTERM, 1), (signal.SIGINT, 5)])
+@pytest.mark.matrix(every=2)
 def test_a_reward_that_catches_everything_cannot_keep_the_process_from_its_end(tmp_path, tiny_folder, number, times):
     code = SCRIPT.format(tests=str(SUPPORT), model=str(tiny_folder), folder=str(tmp_path / "a"))
     process = subprocess.Popen(

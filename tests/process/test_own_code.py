@@ -39,6 +39,7 @@ def functions(text):
     ],
     ids=lambda error: type(error).__name__,
 )
+@pytest.mark.matrix(every=2)
 def test_what_a_loss_of_ones_own_raises_is_told_as_its_own(tiny_folder, tmp_path, error):
     calls = []
 

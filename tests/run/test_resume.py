@@ -33,6 +33,7 @@ from trainers import make_trainer
     ],
     ids=["lora", "lora at every step", "dora", "full", "adafactor", "muon"],
 )
+@pytest.mark.matrix(every=2)
 def test_a_run_resumed_at_any_step_is_the_run_that_was_never_stopped(tmp_path, settings, every):
     kept = {**SETTINGS, **settings}
     store = CheckpointStore(tmp_path / "checkpoints", keep=100)

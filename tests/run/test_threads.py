@@ -95,6 +95,7 @@ def test_what_another_thread_asks_in_the_middle_of_an_update_is_answered_at_its_
 
 
 @pytest.mark.parametrize(("make", "iters"), [(rows_run, 12), (rollouts_run, 6)])
+@pytest.mark.matrix(every=2)
 def test_checkpoints_that_another_thread_writes_are_those_of_an_untouched_run_byte_for_byte(
     tmp_path, tiny_folder, make, iters
 ):
@@ -278,6 +279,7 @@ ENDS = {
 
 
 @pytest.mark.parametrize("how", ENDS)
+@pytest.mark.matrix(every=4)
 def test_however_the_process_ends_the_checkpoint_is_of_a_boundary_and_no_update_is_lost(tmp_path, tiny_folder, how):
     target, daemon, end = ENDS[how]
     code = SCRIPT.format(
@@ -362,6 +364,7 @@ def acts(kind, model, folder, do):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.matrix(every=4)
 def test_a_run_whose_every_act_is_on_another_thread_is_bit_for_bit_the_same(tmp_path, tiny_folder, kind):
     for name in ("one", "many"):
         (tmp_path / name).mkdir()

@@ -36,6 +36,7 @@ def update_rows(run):
 
 @pytest.mark.parametrize("method", ALL_METHODS)
 @pytest.mark.parametrize(("rows", "accumulated", "epochs", "updates"), [(4, 8, 3, 3), (10, 2, 1, 2), (14, 3, 2, 4)])
+@pytest.mark.matrix
 def test_an_epoch_visits_every_row_exactly_once(method, rows, accumulated, epochs, updates, tmp_path, tiny_folder):
     length = {"iters": None, "epochs": epochs, "batch_size": 4, "grad_accumulation_steps": accumulated}
     run = run_of(method, tmp_path, tiny_folder, rows, **length)
@@ -76,6 +77,7 @@ def test_half_epochs_are_rounded_up_to_an_update(tmp_path):
     "changes",
     [{"batch_size": 2}, {"batch_size": 8}, {"batch_size": 3, "grad_accumulation_steps": 2}, {"batch_size": 1}],
 )
+@pytest.mark.matrix
 def test_a_fork_with_other_batches_visits_the_rest_of_the_epoch_and_no_more(method, changes, tmp_path, tiny_folder):
     length = {"iters": None, "epochs": 2, "batch_size": 4, "grad_accumulation_steps": 1}
     short = {"max_completion_length": 2} if method == "grpo" else {}
@@ -141,6 +143,7 @@ def ends_at(run):
 
 @pytest.mark.parametrize("lowered", [5, 4, 1])
 @pytest.mark.parametrize("how", ["set", "fork", "resume", "epochs", "before"])
+@pytest.mark.matrix
 def test_a_run_made_as_short_as_what_is_done_ends_there_and_never_shorter(lowered, how, tmp_path, tiny_folder):
     run = run_of("sft", tmp_path / "run", tiny_folder, 20, iters=20, batch_size=4, grad_accumulation_steps=1)
     run.step(5)

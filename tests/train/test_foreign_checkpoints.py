@@ -61,6 +61,7 @@ def test_a_checkpoint_that_is_alone_and_not_of_a_run_is_refused_in_one_line(run)
 
 
 @pytest.mark.parametrize("kind", FORGED)
+@pytest.mark.matrix(every=3)
 def test_a_forged_newest_hides_no_good_one(run, kind):
     store = CheckpointStore(run.folder / "checkpoints", keep=9)
     good, _ = store.load()

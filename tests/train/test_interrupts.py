@@ -64,6 +64,7 @@ PLACES = {
 
 @pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize("times", [1, 2, 3])
+@pytest.mark.matrix(every=4)
 def test_an_interrupt_at_any_place_loses_and_repeats_nothing(tmp_path, where, times):
     """Interrupted at every such place, the run says and computes the same as one that never was."""
     whole = trainer_for(tmp_path, "whole", save_every=5, iters=12)

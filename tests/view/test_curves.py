@@ -98,6 +98,7 @@ def test_a_history_without_updates_has_empty_lines():
 
 
 @pytest.mark.parametrize("seed", range(20))
+@pytest.mark.matrix(every=4)
 def test_reading_event_by_event_is_reading_at_once(seed):
     whole, growing = some_history(seed), History()
     builder = SeriesBuilder(growing)
@@ -318,6 +319,7 @@ def test_the_data_of_a_long_run_of_any_method_is_small(name):
 
 
 @pytest.mark.parametrize(("updates", "metrics", "branches"), [(100_000, 0, 0), (20_000, 30, 3), (20_000, 4, 30)])
+@pytest.mark.matrix(every=3)
 def test_the_data_of_a_long_run_is_small(updates, metrics, branches, record_property):
     series = series_of(long_history(updates, metrics, branches), 1_000_000)
     size = len(json.dumps(series).encode())
