@@ -83,7 +83,8 @@ def measured(family: str) -> dict:
         for kind in KINDS:
             for method in METHODS:
                 try:
-                    cells[f"{kind}/{method}"] = examine(family, kind, method, Path(root, family), tokenizer)
+                    own, models = Path(root, family), Path(root, "models")
+                    cells[f"{kind}/{method}"] = examine(family, kind, method, own, models, tokenizer)
                 except Exception as error:
                     cells[f"{kind}/{method}"] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())}"}
     return {"family": family, "cells": cells}

@@ -21,9 +21,15 @@ FEW = [
 ENDS_THE_PROCESS = ("phi3small",)
 
 
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """A folder for a tiny model of each family."""
+    return tmp_path_factory.mktemp("families")
+
+
 @pytest.mark.parametrize(("family", "kind", "method"), FEW)
-def test_it_trains_resumes_and_answers(family, kind, method, tmp_path, tiny_folder):
-    assert "refused" not in examine(family, kind, method, tmp_path, tiny_folder)
+def test_it_trains_resumes_and_answers(family, kind, method, tmp_path, models, tiny_folder):
+    assert "refused" not in examine(family, kind, method, tmp_path, models, tiny_folder)
 
 
 # Whose own code cannot compute it.
@@ -33,9 +39,18 @@ REFUSED_IN_A_KIND = {("afm7", "quantized")}
 @pytest.mark.families
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", [family for family in EVERY_FAMILY if family not in ENDS_THE_PROCESS])
-def test_every_family_trains_resumes_and_answers_or_is_refused_by_name(family, kind, method, tmp_path, tiny_folder):
-    found = examine(family, kind, method, tmp_path, tiny_folder)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=pytest.mark.xdist_group(family))  # one process makes and tries its model
+        for family in EVERY_FAMILY
+        if family not in ENDS_THE_PROCESS
+    ],
+)
+def test_every_family_trains_resumes_and_answers_or_is_refused_by_name(
+    family, kind, method, tmp_path, models, tiny_folder
+):
+    found = examine(family, kind, method, tmp_path, models, tiny_folder)
     if "refused" in found:
         assert family in found["refused"]
         assert family in REFUSED or kind in ("dora", "full") or (family, kind) in REFUSED_IN_A_KIND

@@ -28,10 +28,14 @@ UPDATES, _AT = 4, 2
 VOCABULARY = 300
 
 
-def examine(family: str, kind: str, method: str, folder: Path, tokenizer_folder: Path) -> dict[str, Any]:
-    """Figures of a few updates on four rows, or `{"refused": line}`. Raises AssertionError, saying what is not so."""
+def examine(family: str, kind: str, method: str, folder: Path, models: Path, tokenizer_folder: Path) -> dict[str, Any]:
+    """Figures of a few updates on four rows, or `{"refused": line}`. Raises AssertionError, saying what is not so.
+
+    The model is in a folder of its family among `models`, which is made where it is not there.
+    """
     started = time.perf_counter()
-    model = folder / "model"
+    folder.mkdir(parents=True, exist_ok=True)
+    model = models / family
     if not model.exists():
         save_model(configuration(family, VOCABULARY), model, tokenizer_folder)
     settings = _settings(model, folder / f"{kind}-{method}", kind, method)
