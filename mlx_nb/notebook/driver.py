@@ -70,7 +70,7 @@ def show_panel(session: Session, run: Run) -> None:
 
     panel = session.panel_of(run)
     if panel is not None:
-        display(panel)  # one more view of the same widgets
+        session.show_further(run, panel)
         session.show_again(run)
         return
     panel = run.panel()

@@ -7,6 +7,7 @@ from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from mlx_nb.errors import CommandError, MlxNbError, did_you_mean
+from mlx_nb.view.panel.still import lasting_html
 
 if TYPE_CHECKING:
     from mlx_nb.events import Event
@@ -28,6 +29,7 @@ class Session:
         self.runs: dict[str, Run] = {}
         self._current: str | None = None
         self._shown: dict[str, tuple[Panel, Outcome]] = {}
+        self._further: dict[str, list[Any]] = {}  # what stands below further views of a panel, once that is closed
         self._replaced: dict[str, list[Outcome]] = {}  # of runs that were let go, by their name
 
     def add(self, run: Run, output: str | None = None) -> list[str]:
@@ -76,6 +78,14 @@ class Session:
                 one.close()
         self._shown[run.name] = (panel, outcome)
 
+    def show_further(self, run: Run, panel: Panel) -> None:
+        """One more view of the panel in the cell that is executed, with a place for words when it is closed."""
+        from IPython.display import display
+
+        display(panel)
+        place = display({"text/plain": ""}, raw=True, display_id=True)
+        self._further.setdefault(run.name, []).append(place)
+
     def _leave_shown(self, run: Run) -> None:
         """Close what shows the run that `run` replaces.
 
@@ -109,6 +119,10 @@ class Session:
     def _close_shown(self, name: str) -> None:
         for one in self._shown.pop(name, ()):
             one.close()
+        words = f"{name} is another run since, or was let go: its result is in the cell that made it."
+        for place in self._further.pop(name, ()):
+            if place is not None:
+                place.update({"text/html": lasting_html(words), "text/plain": words}, raw=True)
 
     def close(self) -> None:
         """Stop what moves where it is, save it, and take the panels away: the extension is being unloaded."""

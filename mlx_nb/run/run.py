@@ -533,7 +533,9 @@ class Run:
                 yield (paused := RunPaused(self.step_count, self.home.lost))
                 self._record(paused)
                 return
-            yield from self._answer_requests()
+            went_back = yield from self._answer_requests()
+            if went_back and updates is not None:  # those were counted from where it was
+                return
             if isinstance(event, RunFinished):
                 self._checkpoints.snapshots.release(self.folder)
             if kind := self._checkpoints.kind_due(event):
@@ -553,9 +555,13 @@ class Run:
                     self.home.release()
         yield from self._answer_requests()  # what was asked while the last thing was done
 
-    def _answer_requests(self) -> Iterator[Event]:
-        """Answer questions and go back, at this boundary. What cannot be done is said and changes nothing."""
+    def _answer_requests(self) -> Generator[Event, None, bool]:
+        """Answer questions and go back, at this boundary. What cannot be done is said and changes nothing.
+
+        Returns whether the run went back.
+        """
         request: RunRequest
+        went_back = False
         for request in self._inbox.take(RunRequest):
             match request:
                 case Question():
@@ -563,10 +569,12 @@ class Run:
                 case Rewind(to):
                     try:
                         yield self._rewind(to)
+                        went_back = True
                     except MlxNbError as error:
                         self._own.tell(RequestRefused(self.step_count, str(error)))
                 case _:
                     assert_never(request)
+        return went_back
 
     def _answer(self, question: Question) -> Iterator[Event]:
         text = ""

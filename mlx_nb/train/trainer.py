@@ -232,13 +232,13 @@ class Trainer:
         done = 0
         if updates != 0:
             self.go_on()
-        if not self._started:
-            self._started = True
-            self.schedule.add(BEGIN)
         while True:
             paused = yield from self._read_requests()
             if paused:
                 return
+            if not self._started:  # or not any more: it may have gone back to before its start
+                self._started = True
+                self.schedule.add(BEGIN)
             try:
                 if self.saves.best_is_due:
                     self.put_back_best()

@@ -17,7 +17,7 @@ from traitlets import TraitError
 
 from curve_histories import update, validation
 from mlx_nb import RunConfig
-from mlx_nb.errors import CommandError
+from mlx_nb.errors import CommandError, DataError
 from mlx_nb.events import (
     AdapterSaved,
     Cancel,
@@ -39,7 +39,7 @@ from mlx_nb.view.panel import heartbeat
 from mlx_nb.view.panel.changes import series_changes
 from mlx_nb.view.panel.clicks import result_of
 from mlx_nb.view.panel.panel import KEPT, Panel
-from mlx_nb.view.panel.state import Activity, progress_of
+from mlx_nb.view.panel.state import Activity, progress_of, samples_of
 from mlx_nb.view.panel.still import still_html
 from runs import rows_run
 
@@ -208,6 +208,43 @@ def test_a_run_that_failed_says_why_and_offers_what_makes_sense(tmp_path, tiny_f
     assert panel.head["failure"] == "the rows are gone. Make them again." == run.failure
     assert {"run", "skip", "rewind"} <= set(panel.clicks)
     assert "pause" not in panel.clicks
+
+
+def test_a_run_that_cannot_begin_offers_nothing_that_would_fail_again(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder, data=[{"product": "umbrella", "slogan": "rain"}] * 4)
+
+    async def fails():
+        panel = run.panel()
+        run.start()
+        with pytest.raises(DataError):
+            await run
+        await asyncio.sleep(0.01)
+        return panel
+
+    panel = asyncio.run(fails())
+    assert panel.head["state"] == "failed"
+    assert "`prompt_feature: product` and `completion_feature: slogan`" in panel.head["failure"]
+    assert panel.head["way_on"] == "Mend that, and execute its cell again."
+    assert panel.clicks == []
+
+
+def test_a_run_that_is_over_says_how_it_trains_on(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder, iters=2)
+    panel = run.panel()
+    assert panel.head["way_on"] == ""
+    run.run()
+    panel.refresh()
+    assert "%finetune run 20 does 20 more" in panel.head["way_on"]
+    assert not {"run", "step", "pause"} & set(panel.clicks)
+
+
+def test_a_prompt_that_is_answered_again_at_the_same_update_has_one_answer_there():
+    config = RunConfig(sample_prompts=["umbrella"])
+    history = History()
+    for step, answer in ((0, "base"), (4, "a"), (4, "b"), (6, "c")):
+        history.append(SampleGenerated(step, "umbrella", answer, "base"))
+    (told,) = samples_of(history, config)
+    assert told["answers"] == [[0, "base"], [4, "b"], [6, "c"]]
 
 
 # What is being done
@@ -444,6 +481,29 @@ def test_answers_to_kept_prompts_can_be_left_out_while_they_are_given(tmp_path, 
         assert str(run.state) == "finished"
 
     asyncio.run(leaves_out())
+
+
+def test_a_rewind_while_counted_updates_are_done_leaves_the_run_there(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder, val_set_size=4, iters=40)
+
+    async def goes_back():
+        panel = run.panel()
+        run.start(3)
+        await run
+        facts = panel.head["facts"]
+        run.start(10)
+        while run.step_count < 6:
+            await asyncio.sleep(0.002)
+        await done(run, panel, {"do": "rewind", "to": 0})
+        assert (run.step_count, str(run.state)) == (0, "paused")
+        assert panel.head["facts"][:3] == facts[:3]
+        assert panel.said["text"].startswith("went back from update ")
+        run.start(1)
+        await run
+        assert run.step_count == 1
+        assert [row["step"] for row in run.history.evaluations("valid")] == [0]  # measured again
+
+    asyncio.run(goes_back())
 
 
 # Pages without a kernel

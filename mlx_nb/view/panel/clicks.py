@@ -32,7 +32,7 @@ from mlx_nb.view.event_text import AT_NO_UPDATE, describe, setting_words
 from mlx_nb.view.panel.chat import Chat
 from mlx_nb.view.panel.looks import Looks
 from mlx_nb.view.panel.run_handle import RunHandle
-from mlx_nb.view.panel.state import shown_path, visible
+from mlx_nb.view.panel.state import cannot_begin, shown_path, visible
 
 Message = Mapping[str, Any]
 # Results of what was clicked; else they are no news, for they come by themselves all the time.
@@ -53,9 +53,10 @@ def useful_clicks(run: RunHandle) -> list[str]:
     if run.let_go:
         return []
     running, prepared = state == RunState.RUNNING, run.prepared
+    can_train = not running and not run.over and not cannot_begin(run)
     useful = {
-        "run": not running and not run.over,
-        "step": not running and not run.over,
+        "run": can_train,
+        "step": can_train,
         "pause": running,
         "cancel": run.cancellable,
         "stop": running or (state in _MOVABLE and prepared),
@@ -64,8 +65,8 @@ def useful_clicks(run: RunHandle) -> list[str]:
         "sample": prepared and bool(run.config.sample_prompts),
         "rewind": run.step_count > 0,
         "skip": state == RunState.FAILED and prepared and not run.over,
-        "set": True,
-        "keep": True,
+        "set": not cannot_begin(run),
+        "keep": not cannot_begin(run),
         "chat": prepared or state == RunState.BUILT,
     }
     return [name for name, is_useful in useful.items() if is_useful]

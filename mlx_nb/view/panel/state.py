@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_nb.config.run_config import LIVE_SETTINGS, SETTINGS, RunConfig
-from mlx_nb.events import Progress, SampleGenerated, StepCompleted
+from mlx_nb.events import Progress, RunStarted, RunState, SampleGenerated, StepCompleted
 from mlx_nb.events.history import History, losses_by_row
 from mlx_nb.view.event_text import count, duration, progress_words, validation_words
 from mlx_nb.view.pace import RECENT_UPDATES, time_left, tokens_a_second
@@ -31,7 +31,9 @@ def visible(text: str) -> str:
 
 def head_of(run: RunHandle, device: str, warning: str | None = None) -> Told:
     """Name, state and why it failed; method, model, parameters, device and memory as `facts`; how to resume it."""
-    started, last = run.history.started, run.history.last_step
+    last = run.history.last_step
+    begun = (event for event in reversed(run.history.events) if isinstance(event, RunStarted))
+    started = run.history.started or next(begun, None)  # it may have gone back to before its start
     adapter = run.config.fine_tune_type.replace("lora", "LoRA").replace("doRA", "DoRA")
     facts = [adapter if run.config.method == "sft" else f"{run.config.method}, {adapter}", run.config.model]
     if started:
@@ -50,8 +52,25 @@ def head_of(run: RunHandle, device: str, warning: str | None = None) -> Told:
         "facts": facts,
         "warning": warning or "",
         "failure": run.let_go or run.failure,
+        "way_on": _way_on(run),
         "resume": f"%finetune resume {shown_path(run.folder, run.config)}" if run.step_count else "",
     }
+
+
+def _way_on(run: RunHandle) -> str:
+    """How a run that is over trains on, or one that could not begin begins; empty for every other."""
+    if run.let_go:
+        return ""
+    if run.over:
+        return "All its updates are done. %finetune run 20 does 20 more, from here."
+    if cannot_begin(run):
+        return "Mend that, and execute its cell again."
+    return ""
+
+
+def cannot_begin(run: RunHandle) -> bool:
+    """Whether it failed before it was loaded: what it was made from would fail again."""
+    return run.state == RunState.FAILED and not run.prepared
 
 
 def shown_path(path: str | Path, config: RunConfig) -> str:
@@ -139,7 +158,8 @@ def samples_of(history: History, config: RunConfig) -> list[Told]:
         if isinstance(event, SampleGenerated):
             told = found.setdefault(event.prompt, {"prompt": visible(event.prompt), "base": None, "answers": []})
             told["base"] = visible(event.base_answer) if event.base_answer is not None else told["base"]
-            told["answers"] = [*told["answers"][1 - ANSWERS_OF_A_PROMPT :], [event.step, visible(event.answer)]]
+            before = [one for one in told["answers"] if one[0] != event.step]  # answered again at the same update
+            told["answers"] = [*before[1 - ANSWERS_OF_A_PROMPT :], [event.step, visible(event.answer)]]
     for prompt in config.sample_prompts or ():
         found.setdefault(prompt, {"prompt": visible(prompt), "base": None, "answers": []})
     return list(found.values())

@@ -108,10 +108,13 @@ def _block_html(cells: list[Cell], tokens: np.ndarray, look: Look) -> str:
     hidden = role in look.hidden_roles
     runs = [] if hidden else merged_runs(cells, look.per_token)
     body = "".join(_run_html(run, tokens, look) for run in runs)
-    total = sum(len(cell.weights) for cell in cells)
-    trained = sum(weight != 0 for cell in cells for weight in cell.weights)
+    counts = role_counts(cells)
+    total, trained = counts.pop(role if role in counts else TEMPLATE, (0, 0))
+    of_template, template_trained = counts.pop(TEMPLATE, (0, 0))
     label = f"<b>{escape(one_line(role), quote=True)}</b>" if role else ""
     count = f"{grouped(trained)} of {grouped(total)} trained" if trained else f"{grouped(total)} tokens"
+    if of_template:
+        count += f" · template {f'{grouped(template_trained)} of ' if template_trained else ''}{grouped(of_template)}"
     count += ", hidden" if hidden else ""
     return (
         f'<div style="border-left:3px solid {tint(ROLE_COLORS.get(role, GREY), 0.85)};'

@@ -115,9 +115,10 @@ function layout(series, group, scale, axis, width, shown) {
   const values = standing.length ? standing : heights(lines);
   let lowest = Math.min(...values), highest = Math.max(...values);
   const span = highest - lowest, behind = heights(lines.filter((line) => line.role === "left"));
-  if (span > 0 && behind.length) {
-    lowest = Math.max(lowest - span, Math.min(lowest, ...behind));
-    highest = Math.min(highest + span, Math.max(highest, ...behind));
+  if (behind.length) {
+    const room = span > 0 ? span : Infinity; // a single point is not squeezed
+    lowest = Math.max(lowest - room, Math.min(lowest, ...behind));
+    highest = Math.min(highest + room, Math.max(highest, ...behind));
   }
   const margin = 0.06 * (highest - lowest) || (scale === "log" ? 0.1 : 0.1 * Math.abs(highest) || 1);
   const low = scale !== "log" && lowest >= 0 ? Math.max(0, lowest - margin) : lowest - margin, high = highest + margin;

@@ -41,6 +41,9 @@ function sync(parent, items, keyOf, make) {
   if (focused) wanted.find((one) => one.dataset.key === focused)?.focus();
 }
 
+// As the kernel writes it, whatever the language of the browser.
+const timeOfDay = (date) => date.toTimeString().slice(0, 8);
+
 const seconds = (value) => {
   if (value < 60) return value < 10 ? `${value.toFixed(1)} s` : `${Math.round(value)} s`;
   const all = Math.round(value), two = (number) => String(number).padStart(2, "0");

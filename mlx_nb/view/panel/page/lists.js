@@ -39,7 +39,7 @@ function checkpointsPage(page) {
   const none = h("div", { class: "mlx-nb-note" }, "no checkpoint is there yet");
   const body = h("tbody", {}), compared = h("div", { class: "mlx-nb-note" });
   const heads = ["update", "kind", "saved at", "MB", ""].map((name, at) => h("th", { scope: "col", class: at === 0 || at === 3 ? "mlx-nb-number" : "" }, name));
-  const table = h("div", { class: "mlx-nb-scrolls" }, h("table", { class: "mlx-nb-table" }, h("thead", {}, h("tr", {}, heads)), body));
+  const table = h("div", { class: "mlx-nb-scrolls" }, h("table", { class: "mlx-nb-table mlx-nb-acts" }, h("thead", {}, h("tr", {}, heads)), body));
   const el = h("div", {}, none, table, compared);
 
   const compare = (save, step) => {
@@ -66,7 +66,12 @@ function checkpointsPage(page) {
     none.hidden = infos.length > 0;
     table.hidden = !infos.length;
     sync(body, infos, ([save]) => save, line);
-    for (const [at, row] of [...body.children].entries()) row.querySelector("button").disabled = infos[at][1] >= page.step() || page.isGone();
+    for (const [at, row] of [...body.children].entries()) {
+      const rewind = row.querySelector("button"), ahead = infos[at][1] - page.step();
+      rewind.disabled = ahead >= 0 || page.isGone();
+      setText(rewind, ahead ? "Rewind to it" : "The run is here");
+      rewind.title = ahead > 0 ? "the run has gone back to before it" : "go back to this update; the branch that is left stays visible";
+    }
   }
   return { el, draw, on: ["checkpoints", "progress"] };
 }

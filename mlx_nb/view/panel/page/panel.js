@@ -102,12 +102,13 @@ function header(page) {
   const { model, store } = page;
   const name = h("b", { class: "mlx-nb-name" }), pill = h("span", { role: "status", class: "mlx-nb-pill" });
   const failure = h("div", { class: "mlx-nb-failure" }), facts = h("div", { class: "mlx-nb-facts" });
+  const wayOn = h("div", { class: "mlx-nb-note" });
   const warning = h("div", { class: "mlx-nb-note", role: "note" }), words = h("div", { class: "mlx-nb-words-of-progress" });
   const fill = h("div", {}), bar = h("div", { class: "mlx-nb-progress", role: "progressbar", "aria-label": "updates" }, fill);
   const doing = h("span", {}), doingFill = h("div", {}), doingBar = h("div", { class: "mlx-nb-doing-bar", role: "progressbar", "aria-label": "what is being done" }, doingFill);
   const cancel = page.button("cancel", "Cancel", "leave out what was asked for and is being done", () => page.act({ do: "cancel" }, "leaving it out …"), "mlx-nb-small");
   const activity = h("div", { class: "mlx-nb-doing" }, doingBar, doing, cancel);
-  const el = h("header", {}, h("div", { class: "mlx-nb-title" }, name, pill), failure, facts, warning, bar, words, activity);
+  const el = h("header", {}, h("div", { class: "mlx-nb-title" }, name, pill), failure, wayOn, facts, warning, bar, words, activity);
   let seen = "", since = Date.now(), toldAt = Date.now();
 
   function draw() {
@@ -116,11 +117,13 @@ function header(page) {
     const state = store.gone ? "✗ kernel gone" : store.heard() ? `${head.sign} ${head.state}` : "… asking the kernel";
     setText(pill, state);
     pill.dataset.tone = store.gone ? "orange" : TONES[head.state] ?? "grey";
-    const when = store.goneSince ? ` since ${store.goneSince.toLocaleTimeString()}` : "";
+    const when = store.goneSince ? ` since ${timeOfDay(store.goneSince)}` : "";
     const resume = head.resume ? ` Resume with ${head.resume}` : " Run the cell again.";
     const last = head.state === "running" ? "" : `, ${head.state}`;
     setText(failure, store.gone ? `kernel gone${when}; this is the last state${last}, after update ${progress.step ?? 0}.${resume}` : head.failure ?? "");
     failure.hidden = !failure.textContent;
+    setText(wayOn, store.gone ? "" : head.way_on ?? "");
+    wayOn.hidden = !wayOn.textContent;
     facts.replaceChildren(...(head.facts ?? []).map((fact) => h("span", {}, fact)));
     setText(warning, head.warning ? `⚠ ${head.warning}` : "");
     warning.hidden = !head.warning;

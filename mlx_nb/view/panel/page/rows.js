@@ -102,6 +102,11 @@ function rowsPage(page) {
     latest.style.display = now.rows === "update" && now.update !== null ? "" : "none";
     look.style.display = now.rows === "batch" ? "none" : "";
     const row = drawList(now);
+    // What is on show belongs to another list: it does not stand under this one while the kernel is asked.
+    if (el.which !== now.rows) {
+      if (el.which === "batch" || now.rows === "batch") show({ html: "" }, "");
+      el.which = now.rows;
+    }
     if (now.rows !== "batch" && row === null) return show({ html: "" }, "");
     const of = now.rows === "worst" || now.rows === "all" ? now.split : "train";
     if (now.row !== row || el.row !== `${of} ${row}`) { el.row = `${of} ${row}`; tokenPage = 0; }
