@@ -15,11 +15,11 @@ from mlx_nb.config.run_config import SETTINGS, RunConfig
 from mlx_nb.data.examples.effects import refuse_ineffective, refuse_loss_on
 from mlx_nb.data.examples.imitation import ExampleSettings, LeftOut
 from mlx_nb.data.examples.limits import ModelLimits
-from mlx_nb.data.examples.split import Examples, RowView, trains_plain_text
+from mlx_nb.data.examples.split import Examples, RowView, refuse_unreadable, trains_plain_text
 from mlx_nb.data.examples.tokenizing import Outcome, tokenize_split
 from mlx_nb.data.masks.prompt_format import CHAT, RAW, Rendering
 from mlx_nb.data.sources.row_source import RowSource
-from mlx_nb.data.sources.splits import Splits, open_splits, refuse_unknown_data
+from mlx_nb.data.sources.splits import Splits, is_at_hand, open_splits, refuse_unknown_data
 from mlx_nb.errors import CommandError, DataError, MlxNbError, ModelError, and_more, did_you_mean
 from mlx_nb.events import Progress, Question
 from mlx_nb.process.interruptible import Interruptible
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mlx_nb.train.reference_logprobs import ReferenceLogprobs
     from mlx_nb.train.state import TrainerExamples
 
+SECONDS_TO_LOOK = 1.0  # at the rows, before a cell returns
 SPLITS = ("train", "valid", "test")
 
 
@@ -162,6 +163,19 @@ class RunInputs:
         if self.config.reference_model is not None:
             refuse_unknown_model(model_named(self.config, "reference_model"))
         refuse_unknown_data(self.config.data, self.namespace, self.config.working_folder)
+
+    def check_at_hand(self) -> None:
+        """Raise for what is wrong with rows that are here already, as far as reading them for a moment tells.
+
+        No tokenizer is loaded and nothing is fetched. Raises ConfigError or DataError.
+        """
+        config = self.config
+        if not is_at_hand(config.data, self.namespace, config.working_folder):
+            return
+        with self.reading:
+            refuse_ineffective(config, self.splits)
+            settings, kind = ExampleSettings.of(config), method_named(config.method).rows
+            refuse_unreadable(self.splits.train, settings, kind, SECONDS_TO_LOOK)
 
     def check_reward_names(self) -> None:
         """Raise ConfigError for a reward that is neither a function in the notebook nor built in."""

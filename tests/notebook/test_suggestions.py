@@ -93,3 +93,31 @@ def test_rows_are_named_by_their_place_in_the_data_where_some_are_held_out(tiny_
     run.step()
     listed = str(run_line(session, "rows --top-loss 3"))
     assert any(place(row) in listed for row in run.row_losses())
+
+
+@pytest.mark.parametrize(
+    ("data", "settings", "told"),
+    [
+        (
+            [{"product": "umbrella", "slogan": "rain"}] * 4,
+            "",
+            "`prompt_feature: product` and `completion_feature: slogan`",
+        ),
+        ([{"text": ""}] * 3, "", "no row of train can be trained. The first: row 0"),
+        ([{"prompt": "a", "completion": "b"}] * 3, "method: dpo\n", "no column 'chosen'"),
+        ([{"prompt": "a", "completion": "b"}] * 3, "method: kto\n", "no column 'label'"),
+        ([{"question": "a"}] * 3, "method: grpo\nrewards: [number_match]\n", "Set prompt_feature: question."),
+        ([{"text": "a"}], "train_split: best\n", "train_split"),
+        ([], "", "rows"),
+    ],
+)
+def test_a_cell_whose_run_cannot_begin_fails_and_leaves_no_run(shell, tiny_folder, data, settings, told):
+    """Also where it would train in the background, long after the cell has returned."""
+    shell.user_ns["bees"] = data
+    begun = len(shell.user_ns.get("Out", {}))
+    result = shell.run_cell(f"%%finetune --background\nmodel: {tiny_folder}\ndata: bees\niters: 3\n{settings}")
+    assert result.error_in_exec is not None
+    assert told in str(result.error_in_exec)
+    assert "\n" not in str(result.error_in_exec)
+    assert shell.magics_manager.registry["FinetuneMagics"].session.runs == {}
+    assert begun == len(shell.user_ns.get("Out", {}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -62,6 +63,22 @@ class RowView:
         other = row_remarks(self.rejected) if self.rejected else []
         own = [f"{remark}." for remark in self.remarks]
         return [*own, *first, *(f"rejected: {one}" for one in other), *([self.error] if self.error else [])]
+
+
+def refuse_unreadable(source: RowSource, settings: ExampleSettings, kind: str, seconds: float) -> None:
+    """Raise DataError where no row says what `kind` takes, as far as `seconds` of reading tell, without a tokenizer."""
+    first: DataError | None = None
+    until = time.monotonic() + seconds
+    for row in range(len(source)):
+        try:
+            recognize(kind, source[row], settings.columns, row=row, location=source.location(row))
+            return
+        except DataError as error:
+            first = first or error
+        if time.monotonic() > until:
+            return
+    if first is not None:
+        raise DataError(f"no row of train can be trained. The first: {first}")
 
 
 class Examples:

@@ -122,6 +122,13 @@ def refuse_unknown_data(data: object, namespace: Mapping[str, object] | None, wo
         _look_up(data, _Known(known, working_folder or Path()))
 
 
+def is_at_hand(data: object, namespace: Mapping[str, object] | None, working_folder: Path | None) -> bool:
+    """Whether the rows are in memory or in files here: nothing has to be fetched, nor mixed. Raises DataError."""
+    known = {name: value for name, value in (namespace or {}).items() if not name.startswith("_")}
+    found = _look_up(data, _Known(known, working_folder or Path()))[0]
+    return not isinstance(found, str) and mixture_specs(found) is None
+
+
 @dataclass(frozen=True)
 class _Known:
     """What names can stand for: variables of the notebook, and paths that begin in `folder`."""
