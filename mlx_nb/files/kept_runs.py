@@ -124,7 +124,7 @@ def prune_earlier(folder: Path, keep: int, in_use: Collection[Path] = ()) -> lis
     One stays that is in use, or with anything in its folder that mlx_nb did not write.
     """
     rule = f"of the earlier runs in {folder} the {keep} newest are kept (`keep_previous`)"
-    said = []
+    lines = []
     for place in earlier_runs(folder)[:-keep]:
         found = heading(place)
         if found is None or found[2] != RUN or place in in_use or is_locked(place):
@@ -132,11 +132,11 @@ def prune_earlier(folder: Path, keep: int, in_use: Collection[Path] = ()) -> lis
         with suppress(OSError, FolderTaken):  # it is tried again by the next run
             own = own_files(place)
             if others := others_in(place, own):
-                said.append(f"{place} stays, although {rule}: mlx_nb did not write {and_more(others, 1)} in it.")
+                lines.append(f"{place} stays, although {rule}: mlx_nb did not write {and_more(others, 1)} in it.")
                 continue
             delete_own(place)
-            said.append(f"{place} ({megabytes(sum(own.values()))}) was removed: {rule}.")
-    return said
+            lines.append(f"{place} ({megabytes(sum(own.values()))}) was removed: {rule}.")
+    return lines
 
 
 # What a run's folder holds

@@ -244,10 +244,10 @@ class RunFolder:
                 kept = kept_run(target)
         if kept is None:
             return []
-        said = f"The adapter that was in {self.path} is now in {target}, with all of its run: {megabytes(kept.bytes)}."
+        moved = f"The adapter that was in {self.path} is now in {target}, with all of its run: {megabytes(kept.bytes)}."
         way_back = resume_command(kept.folder)
         ways = [f"{way_back} goes on with it"] if way_back else []
-        return [f"{said} {', '.join([*ways, f'{delete_command(kept.folder)} removes it'])}."]
+        return [f"{moved} {', '.join([*ways, f'{delete_command(kept.folder)} removes it'])}."]
 
     @_alone
     def adopt(self) -> None:

@@ -160,10 +160,10 @@ class Outcome:
     def _show_result(self) -> None:
         """The result, with the error that ended the run and where it is kept, each where there is one."""
         rich, plain = self._result
-        for said in filter(None, (self._error, self._kept.lost if self._kept is not None else "")):
+        for text in filter(None, (self._error, self._kept.lost if self._kept is not None else "")):
             style = f"border-left:3px solid {tint(ORANGE, 1)};padding:0 0 0 10px;margin:4px 0;{WRAP}"
-            rich += f'<div style="{style}">{html.escape(said)}</div>'
-            plain += f"\n{said}"
+            rich += f'<div style="{style}">{html.escape(text)}</div>'
+            plain += f"\n{text}"
         self._put(rich, plain)
 
     def _put(self, rich: str, plain: str) -> None:

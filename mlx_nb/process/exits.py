@@ -189,8 +189,8 @@ def _save(run: Unsaved, save: Callable[[], bool]) -> None:
         with _without_interrupts():
             save()
     except Exception as error:  # whatever it is, the other runs are still to be saved
-        said = error if isinstance(error, MlxNbError) else f"{type(error).__name__}: {error}"
-        print(f"{run.name}: {said}", file=sys.stderr)
+        reason = error if isinstance(error, MlxNbError) else f"{type(error).__name__}: {error}"
+        print(f"{run.name}: {reason}", file=sys.stderr)
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def answers(
     several = not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], Mapping))
     prompts = list(prompt) if several else [prompt]
     with memory_errors("the model answered", "Fewer prompts at once, or a lower max_tokens, need less."):
-        said = generate_texts(
+        texts = generate_texts(
             model,
             of.tokenizer,
             prompts,  # type: ignore[arg-type]
@@ -75,4 +75,4 @@ def answers(
             roles=of.config.roles,
             on_texts=on_text if several or on_text is None else lambda texts: on_text(texts[0]),
         )
-    return said if several else said[0]
+    return texts if several else texts[0]

@@ -321,13 +321,13 @@ class RunInputs:
         """
         from mlx_nb.model.logprobs import TargetScorer
 
-        said = row.rejected if rejected else row.conversation
-        if said is None:
+        conversation = row.rejected if rejected else row.conversation
+        if conversation is None:
             raise DataError(f"{row.error or f'row {row.row} is no pair.'} It has no tokens to measure.")
-        self.limits.require(said.tokens, np.ones(len(said.tokens)), name=f"row {row.row}")
+        self.limits.require(conversation.tokens, np.ones(len(conversation.tokens)), name=f"row {row.row}")
         model = self.base_model if base else self.loaded.model
         model.eval()
-        return TargetScorer(model).token_losses(said.tokens)
+        return TargetScorer(model).token_losses(conversation.tokens)
 
     def answers(self, prompt: str, max_tokens: int) -> Iterator[tuple[str, str | None]]:
         """The greedy answers to a kept prompt, of the model and of its base, as they grow."""

@@ -80,8 +80,8 @@ def read_history_of(checkpoint: Checkpoint) -> tuple[History, list[str]]:
             event = event_from_json(line)
             history.append(event if whole else _typed(event))
         except _FOREIGN as error:
-            said = f"event {number} of the history is unknown ({_reason(error)}), so it is left out from there on"
-            return history, [*problems, said]
+            unknown = f"event {number} of the history is unknown ({_reason(error)}), so it is left out from there on"
+            return history, [*problems, unknown]
     return history, problems
 
 

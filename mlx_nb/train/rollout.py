@@ -159,11 +159,15 @@ class Rollouts:
 
     def _batch(self, sampled: Sampled, advantages: Advantages, chosen: slice) -> TokenBatch:
         completions, examples = sampled.completions[chosen], sampled.examples[chosen]
-        batch = pad([_as_example(prompt, said) for prompt, said in zip(examples, completions)], self._width_multiple)
+        batch = pad(
+            [_as_example(prompt, completion) for prompt, completion in zip(examples, completions)], self._width_multiple
+        )
         behavior_BT = np.zeros(batch.tokens_BT.shape, np.float32)
-        for index, said in enumerate(completions):
-            behavior_BT[index, batch.lengths[index] - len(said.tokens) : batch.lengths[index]] = said.logprobs
-        counts = [said.finished or not self._config.mask_truncated_completions for said in completions]
+        for index, completion in enumerate(completions):
+            behavior_BT[index, batch.lengths[index] - len(completion.tokens) : batch.lengths[index]] = (
+                completion.logprobs
+            )
+        counts = [completion.finished or not self._config.mask_truncated_completions for completion in completions]
         batch = batch._replace(
             row_values={"advantage": advantages.advantage_N[chosen], "counts": np.array(counts, np.float32)},
             token_values={"behavior": behavior_BT},
@@ -192,11 +196,11 @@ class Rollouts:
 
     def _measured(self, sampled: Sampled) -> dict[str, float]:
         rewards_NF, total_N = sampled.scores.rewards_NF, sampled.scores.total_N
-        lengths = [len(said.tokens) for said in sampled.completions]
+        lengths = [len(completion.tokens) for completion in sampled.completions]
         known_N = total_N[np.isfinite(total_N)]
         measured = {
             "completion_tokens": float(np.mean(lengths)),
-            "cut_off": float(np.mean([not said.finished for said in sampled.completions])),
+            "cut_off": float(np.mean([not completion.finished for completion in sampled.completions])),
         }
         if len(known_N):
             measured["reward"] = float(known_N.mean())
@@ -211,7 +215,7 @@ class Rollouts:
         groups = []
         for start in range(0, len(sampled.completions), size):
             example = sampled.examples[start]
-            said = [
+            completions = [
                 {
                     "text": sampled.completions[n].text,
                     "rewards": {name: _plain(value) for name, value in zip(names, scores.rewards_NF[n])},
@@ -222,7 +226,7 @@ class Rollouts:
                 }
                 for n in range(start, start + size)
             ]
-            groups.append({"row": example.row, "prompt": _text_of(example.prompt), "completions": said})
+            groups.append({"row": example.row, "prompt": _text_of(example.prompt), "completions": completions})
         return tuple(groups)
 
     def batches(self, groups: Sequence[Sequence[Any]]) -> list[TokenBatch]:
@@ -249,8 +253,8 @@ class Rollouts:
         for batch in self._batches:
             ratio_BT = self._logprobs(batch, self._scorer) - batch.token_values["behavior"]
             for index, row in enumerate(batch.rows):
-                said = batch.loss_mask_BT[index] != 0
-                found.append((row, batch.tokens_BT[index][said], ratio_BT[index][said]))
+                trained = batch.loss_mask_BT[index] != 0
+                found.append((row, batch.tokens_BT[index][trained], ratio_BT[index][trained]))
         return found
 
     def measure(
@@ -315,8 +319,8 @@ def _progress(
         sampling.close()
 
 
-def _as_example(prompt: PromptExample, said: Completion) -> TokenizedExample:
-    tokens = np.concatenate([prompt.prompt_tokens, said.tokens]).astype(np.int32)
+def _as_example(prompt: PromptExample, completion: Completion) -> TokenizedExample:
+    tokens = np.concatenate([prompt.prompt_tokens, completion.tokens]).astype(np.int32)
     loss_mask = np.zeros(len(tokens), np.float32)
     loss_mask[len(prompt.prompt_tokens) :] = 1
     return TokenizedExample(tokens, loss_mask, prompt.row)

@@ -100,8 +100,8 @@ class _BrokenOff(BaseException):
 
 def _longest(config: RunConfig, examples: Sequence[Any]) -> int:
     """Tokens of the longest row, with the completion that a prompt may get."""
-    said = config.max_completion_length if method_named(config.method).kind.sampled else 0
-    return max(len(part.tokens) for example in examples for part in example.sequences) + said
+    completion = config.max_completion_length if method_named(config.method).kind.sampled else 0
+    return max(len(part.tokens) for example in examples for part in example.sequences) + completion
 
 
 class Trainer:

@@ -170,16 +170,16 @@ def setting_words(value: Any) -> str:
 
 def rollout_words(rollout: RolloutCompleted) -> str:
     """`8 completions of 2 prompts, reward 0.43 ± 0.21, 3 cut off, sampled in 3 s, 1 problem`."""
-    said = [completion for group in rollout.groups for completion in group["completions"]]
+    completions = [completion for group in rollout.groups for completion in group["completions"]]
     prompts = len(rollout.groups)
-    rewards = [completion["reward"] for completion in said if completion["reward"] is not None]
-    parts = [f"{counted(len(said), 'completion')} of {counted(prompts, 'prompt')}"]
+    rewards = [completion["reward"] for completion in completions if completion["reward"] is not None]
+    parts = [f"{counted(len(completions), 'completion')} of {counted(prompts, 'prompt')}"]
     if rewards:
         spread = f" ± {statistics.pstdev(rewards):.3g}" if len(rewards) > 1 else ""
         parts.append(f"reward {statistics.fmean(rewards):.3g}{spread}")
     else:
         parts.append("no reward")
-    cut = sum(not completion["finished"] for completion in said)
+    cut = sum(not completion["finished"] for completion in completions)
     parts += [f"{cut} cut off"] if cut else []
     parts.append(f"sampled in {duration(rollout.seconds) if rollout.seconds >= 10 else f'{rollout.seconds:.1f} s'}")
     problems = len(rollout.problems)

@@ -205,19 +205,19 @@ def row_record(view: RowView, settings: ExampleSettings) -> dict[str, Any]:
     return record
 
 
-def _sequence_record(said: TokenizedConversation | None, trained: bool) -> dict[str, Any]:
-    spans = [[s.start, s.end, s.role, s.message, _short(s.weight)] for s in said.spans] if said else []
-    if said is None or not trained:
+def _sequence_record(conversation: TokenizedConversation | None, trained: bool) -> dict[str, Any]:
+    spans = [[s.start, s.end, s.role, s.message, _short(s.weight)] for s in conversation.spans] if conversation else []
+    if conversation is None or not trained:
         return {"tokens": None, "loss_mask": None, "spans": spans}
-    loss_mask = [_short(weight) for weight in said.loss_mask.tolist()]
-    return {"tokens": said.tokens.tolist(), "loss_mask": loss_mask, "spans": spans}
+    loss_mask = [_short(weight) for weight in conversation.loss_mask.tolist()]
+    return {"tokens": conversation.tokens.tolist(), "loss_mask": loss_mask, "spans": spans}
 
 
 def stops_a_run(view: RowView, settings: ExampleSettings) -> bool:
     """Whether training stops at this row: it cannot be read, or is too long with `truncate: error`."""
     if view.content is None:
         return True
-    too_long = any(len(said.tokens) > settings.max_seq_length for said in view.conversations)
+    too_long = any(len(conversation.tokens) > settings.max_seq_length for conversation in view.conversations)
     return settings.truncate == "error" and too_long
 
 

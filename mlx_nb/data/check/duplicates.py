@@ -64,11 +64,11 @@ def spoken_text(content: RowContent) -> str:
 
     Of rows that differ by their answers, or have none, the prompt alone.
     """
-    said = content.spoken()
-    if isinstance(said, str):
-        return said
+    spoken = content.spoken()
+    if isinstance(spoken, str):
+        return spoken
     parts: list[str] = []
-    for message in said:
+    for message in spoken:
         if message["role"] != "system":
             parts += [value_text(call) for call in message.get("tool_calls", ())]
             parts.append(message.get("content") or "")

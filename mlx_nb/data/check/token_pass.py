@@ -107,19 +107,21 @@ def count_tokens(
         except DataError:
             continue
         try:
-            said = tokenize_as(kind, content, tokenizer, settings)
+            conversations = tokenize_as(kind, content, tokenizer, settings)
         except DataError as error:
             _collect_refusal(error, row, counts, collector)
             continue
-        counts.lengths += [len(conversation.tokens) for conversation in said]
-        _compare_answers(said, counts)
-        _collect_written(content, said, row, tokenizer, collector)
-        notes = [note for conversation in said for note in conversation.notes]
-        problems = [problem for conversation in said for problem in conversation.problems if problem not in notes]
+        counts.lengths += [len(conversation.tokens) for conversation in conversations]
+        _compare_answers(conversations, counts)
+        _collect_written(content, conversations, row, tokenizer, collector)
+        notes = [note for conversation in conversations for note in conversation.notes]
+        problems = [
+            problem for conversation in conversations for problem in conversation.problems if problem not in notes
+        ]
         _collect("mask_problem", problems, row, collector)
         _collect("tool_values", notes, row, collector)
         try:
-            examples = examples_of(kind, content, said, row, settings)
+            examples = examples_of(kind, content, conversations, row, settings)
         except MaskRefused as error:
             _collect_refusal(error, row, counts, collector)
             continue
@@ -153,21 +155,23 @@ def _collect_context(examples: Sequence[Example], row: int, settings: ExampleSet
         )
 
 
-def _compare_answers(said: Conversations, counts: TokenCounts) -> None:
-    if len(said) == 2:
-        chosen, rejected = (int(np.count_nonzero(answer.loss_mask)) for answer in said)
+def _compare_answers(conversations: Conversations, counts: TokenCounts) -> None:
+    if len(conversations) == 2:
+        chosen, rejected = (int(np.count_nonzero(answer.loss_mask)) for answer in conversations)
         counts.longer_chosen += chosen > rejected
         counts.longer_rejected += chosen < rejected
 
 
 def _collect_written(
-    content: RowContent, said: Conversations, row: int, tokenizer: Tokenizer, collector: Collector
+    content: RowContent, conversations: Conversations, row: int, tokenizer: Tokenizer, collector: Collector
 ) -> None:
     """A row whose text spells control tokens; of plain text it is a note, for it may have been written as a chat."""
-    sentences = [sentence for conversation in said for sentence in written_sentences(conversation)]
+    sentences = [sentence for conversation in conversations for sentence in written_sentences(conversation)]
     if sentences:
         special = control_tokens(fast_tokenizer(tokenizer)).special
-        plain = isinstance(content, TextRow) or not any(one.token in special for c in said for one in c.written)
+        plain = isinstance(content, TextRow) or not any(
+            one.token in special for c in conversations for one in c.written
+        )
         collector.add("markers" if plain else "control_tokens", row, sentences[0])
 
 

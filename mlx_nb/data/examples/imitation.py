@@ -119,8 +119,8 @@ def tokenize_row(
             conversation = tokenize_prompt_completion(prompt, completion, tokenizer, rendering=rendering)
             return _all_trained(conversation) if loss_on == "all" else conversation
         case PromptCompletionRow(prompt, completion):
-            said = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-            return tokenize_conversation(said, tokenizer, loss_on=loss_on, rendering=rendering)
+            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+            return tokenize_conversation(messages, tokenizer, loss_on=loss_on, rendering=rendering)
         case TextRow(text):
             return tokenize_text(text, tokenizer, rendering)
 

@@ -15,7 +15,7 @@ from mlx_nb.data.masks.conversation import TokenizedConversation, tokenize_conve
 from mlx_nb.data.masks.prompt_format import AS_USUAL, Rendering
 from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.data.rows.columns import Messages
-from mlx_nb.data.rows.imitation import refuse_context, said_by
+from mlx_nb.data.rows.imitation import as_messages, refuse_context
 from mlx_nb.data.rows.preference import LabeledRow, NothingToPrefer, PreferenceRow
 from mlx_nb.errors import DataError, MaskRefused
 
@@ -134,9 +134,9 @@ def tokenize_answer(
     if isinstance(prompt, str) and isinstance(answer, str):
         if rendering.is_raw(tokenizer):
             return tokenize_prompt_completion(prompt, answer, tokenizer, rendering=rendering)
-    asked = [{**message, "train": False} for message in said_by("user", prompt)]
-    said = [*asked, *said_by("assistant", answer)]
-    return tokenize_conversation(said, tokenizer, tools=tools, loss_on=loss_on, rendering=rendering)
+    asked = [{**message, "train": False} for message in as_messages("user", prompt)]
+    messages = [*asked, *as_messages("assistant", answer)]
+    return tokenize_conversation(messages, tokenizer, tools=tools, loss_on=loss_on, rendering=rendering)
 
 
 def preference_example(

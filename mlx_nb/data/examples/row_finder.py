@@ -73,8 +73,12 @@ class RowFinder:
         """What is known of row `row`; tokenizes it the first time."""
         if row not in self._facts:
             view = self._examples.view(row)
-            tokens = sum(len(said.tokens) for said in view.conversations)
-            trained = 0 if view.error else sum(int((said.loss_mask != 0).sum()) for said in view.conversations)
+            tokens = sum(len(conversation.tokens) for conversation in view.conversations)
+            trained = (
+                0
+                if view.error
+                else sum(int((conversation.loss_mask != 0).sum()) for conversation in view.conversations)
+            )
             self._facts[row] = RowFacts(tokens, trained, view.dropped_tokens, view.error is not None)
         return self._facts[row]
 

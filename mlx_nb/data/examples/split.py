@@ -54,7 +54,7 @@ class RowView:
     @property
     def conversations(self) -> Conversations:
         """What the model reads: of a pair both answers; nothing of a row that could not be tokenized."""
-        return tuple(said for said in (self.conversation, self.rejected) if said is not None)
+        return tuple(one for one in (self.conversation, self.rejected) if one is not None)
 
     @property
     def problems(self) -> list[str]:
@@ -102,37 +102,37 @@ class Examples:
         """Row `row` with everything known about it. Never raises for a bad row: `error` says what is wrong."""
         location = self.source.location(row)
         content: RowContent | None = None
-        said: Conversations = ()
+        conversations: Conversations = ()
         record: Mapping[str, Any] = {}
         try:
             record = self.source[row]
             content = recognize(self.kind, record, self.settings.columns, row=row, location=location)
-            said = tokenize_as(self.kind, content, self.tokenizer, self.settings)
-            examples = examples_of(self.kind, content, said, row, self.settings)
+            conversations = tokenize_as(self.kind, content, self.tokenizer, self.settings)
+            examples = examples_of(self.kind, content, conversations, row, self.settings)
         except DataError as error:
-            return self._seen(row, record, content, said, error=self._row_error(row, error))
+            return self._seen(row, record, content, conversations, error=self._row_error(row, error))
         sequences = examples[0].sequences
-        said = tuple(as_cut(*both, self.settings.truncate) for both in zip(said, sequences))
+        conversations = tuple(as_cut(*both, self.settings.truncate) for both in zip(conversations, sequences))
         if len(examples) > 1:
             problem = f"the text is trained in {len(examples)} pieces; this is the first."
-            said = (dataclasses.replace(said[0], problems=(*said[0].problems, problem)),)
+            conversations = (dataclasses.replace(conversations[0], problems=(*conversations[0].problems, problem)),)
         example = sequences[0] if ROW_KINDS[self.kind].answered else None
         dropped, far = examples[0].dropped_tokens, beyond_context(examples, self.settings)
-        return self._seen(row, record, content, said, example, dropped_tokens=dropped, far=far)
+        return self._seen(row, record, content, conversations, example, dropped_tokens=dropped, far=far)
 
     def _seen(
         self,
         row: int,
         record: Mapping[str, Any],
         content: RowContent | None,
-        said: Conversations,
+        conversations: Conversations,
         example: TokenizedExample | None = None,
         *,
         error: str | None = None,
         dropped_tokens: int = 0,
         far: int = 0,
     ) -> RowView:
-        first, rejected = (*said, None, None)[:2]
+        first, rejected = (*conversations, None, None)[:2]
         written_as = format_of(content, self.settings.rendering) if content else ""
         location = self.source.location(row)
         remarks = [*content_remarks(record, content, self.settings, self.kind).values()] if content else []
@@ -158,8 +158,8 @@ class Examples:
             location = self.source.location(row)
             try:
                 content = recognize(self.kind, self.source[row], self.settings.columns, row=row, location=location)
-                said = tokenize_as(self.kind, content, self.tokenizer, self.settings)
-                made: Sequence[Result] = examples_of(self.kind, content, said, row, self.settings)
+                conversations = tokenize_as(self.kind, content, self.tokenizer, self.settings)
+                made: Sequence[Result] = examples_of(self.kind, content, conversations, row, self.settings)
             except TooLong as error:
                 raise TooLong(self._row_error(row, error)) from None
             except DataError as error:
@@ -203,14 +203,14 @@ def tokenize_as(kind: str, content: RowContent, tokenizer: Tokenizer, settings: 
 
 
 def examples_of(
-    kind: str, content: RowContent, said: Conversations, row: int, settings: ExampleSettings
+    kind: str, content: RowContent, conversations: Conversations, row: int, settings: ExampleSettings
 ) -> Sequence[Example]:
     """The example of a row within `max_seq_length`, or those of a split text; without what comes from other rows.
 
     Raises DataError when nothing is left to train on, TooLong with `truncate: error`, OutsideVocabulary and
     BeyondPositions for what the model cannot read. None names the row.
     """
-    examples = ROW_KINDS[kind].cut(content, said, row, settings)
+    examples = ROW_KINDS[kind].cut(content, conversations, row, settings)
     for sequence in (sequence for example in examples for sequence in example.sequences):
         settings.limits.require(sequence.tokens, sequence.loss_mask, more=settings.completion)
     return examples

@@ -106,24 +106,28 @@ def written_out(tokens: np.ndarray, offsets: np.ndarray, text: str, tokenizer: T
 
 
 def from_content(
-    found: Sequence[Written], text: str, said: Any, render: Callable[[Any], str], constants: Callable[[], Sequence[str]]
+    found: Sequence[Written],
+    text: str,
+    given: Any,
+    render: Callable[[Any], str],
+    constants: Callable[[], Sequence[str]],
 ) -> tuple[Written, ...]:
     """Those of `found` in `text` that a conversation itself says; the others are its template's.
 
-    said       all that the template is given: messages and tools, as nested lists and mappings
-    render     `said` to text; `render(said)` is `text`. Raises RenderFailed
+    given      all that the template is given: messages and tools, as nested lists and mappings
+    render     `given` to text; `render(given)` is `text`. Raises RenderFailed
     constants  gives what the template looks for inside texts: one that it acts upon there (`</think>`) it writes itself
 
     A second render tells: in it the letters of each control token that stands in a string are others. Raises Unproved
     where the template then writes something else.
     """
     spelled = {written.spelled for written in found}
-    if not _holds("\n".join(texts_in(said, keys=True)), spelled):
+    if not _holds("\n".join(texts_in(given, keys=True)), spelled):
         return ()
-    strings = [string for string in _strings(said) if _holds(string.text, spelled)]
+    strings = [string for string in _strings(given) if _holds(string.text, spelled)]
     if not strings:
         return ()
-    conversation = _Conversation(said, text, render, spelled)
+    conversation = _Conversation(given, text, render, spelled)
     other = conversation.rendered_with([_any_of(spelled)] * len(strings))
     if other is None:
         other = conversation.rendered_with(conversation.changeable(strings, constants()))
@@ -145,7 +149,7 @@ class _String:
 class _Conversation:
     """What a template was given, what it made of it, and the control tokens of which some may be the conversation's."""
 
-    said: Any
+    given: Any
     text: str
     render: Callable[[Any], str]
     spelled: set[str]
@@ -164,7 +168,7 @@ class _Conversation:
             return [changed(item) for item in value] if isinstance(value, (list, tuple)) else value
 
         try:
-            other = self.render(changed(self.said))
+            other = self.render(changed(self.given))
         except RenderFailed:
             return None
         return other if _differs_in_letters_only(other, self.text) else None

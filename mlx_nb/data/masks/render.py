@@ -79,13 +79,13 @@ class ChatTemplate:
         if not messages or messages[-1].get("role") != "assistant":
             return self._render(messages, True, tools)
         *before, last = messages
-        said = last.get("content")
-        if not isinstance(said, str) or last.get("tool_calls"):
+        text = last.get("content")
+        if not isinstance(text, str) or last.get("tool_calls"):
             raise RenderFailed("the assistant's last message has tool calls, so it cannot be continued")
-        # What it is when it goes on: with the end of the turn behind what goes on, and not behind what was said.
-        longer = self._render([*before, {**last, "content": said + _GOES_ON}], False, tools)
+        # What it is when it goes on: with the end of the turn behind what goes on, and not behind what was text.
+        longer = self._render([*before, {**last, "content": text + _GOES_ON}], False, tools)
         start, found, rest = longer.partition(_GOES_ON)
-        if not found or _GOES_ON in rest or not start.endswith(said):
+        if not found or _GOES_ON in rest or not start.endswith(text):
             raise RenderFailed("the template changes the assistant's last message, so it cannot be continued")
         if not self._render(messages, False, tools).startswith(start):
             raise RenderFailed(
@@ -115,8 +115,8 @@ class ChatTemplate:
         tokens, offsets = encode_with_offsets(fast, text)
         found = written_out(tokens, offsets, text, fast)
 
-        def render(said: Any) -> str:
-            return self._ask(said[0], said[1]) if asking else self._render(said[0], False, said[1])
+        def render(given: Any) -> str:
+            return self._ask(given[0], given[1]) if asking else self._render(given[0], False, given[1])
 
         try:
             written = from_content(found, text, (messages, self.tools), render, lambda: self.facts().constants)

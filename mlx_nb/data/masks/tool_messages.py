@@ -66,16 +66,16 @@ def shown_conversation(
     shown_tools = [of_tools.written(tool, "") for tool in tools or ()] or None
     writers, shown = [of_tools], []
     for index, message in enumerate(messages):
-        said = {}
+        written = {}
         for key, item in message.items():
             if key == "tool_calls" and item:
                 form = arguments_form(tokenizer, with_tools=shown_tools is not None)
                 writer = _Writer(f"message {index} ({message.get('role')})")
                 writers.append(writer)
-                said[key] = [writer.call(call, form) for call in item]
+                written[key] = [writer.call(call, form) for call in item]
             elif item is not None and key not in _FLAGS:
-                said[key] = item if key == "content" else _without_nulls(item)
-        shown.append(said)
+                written[key] = item if key == "content" else _without_nulls(item)
+        shown.append(written)
     problems = tuple(problem for writer in writers for problem in writer.problems())
     return ShownConversation(shown, shown_tools, problems, tuple(note for writer in writers for note in writer.notes()))
 

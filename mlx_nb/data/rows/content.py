@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from mlx_nb.data.rows.columns import Messages
 
-Said = str | Messages
+TextOrMessages = str | Messages
 
 
 class RowContent(Protocol):
@@ -20,10 +20,10 @@ class RowContent(Protocol):
     def shape(self) -> str:
         """What it is made of, in words: `chat`, `pair of texts`."""
 
-    def parts(self) -> dict[str, Said]:
+    def parts(self) -> dict[str, TextOrMessages]:
         """Its texts and messages by name, in order: of a pair the prompt and both answers. A plain text has none."""
 
-    def spoken(self) -> Said:
+    def spoken(self) -> TextOrMessages:
         """What tells it from other rows: of rows that differ by their answers, or have none, the prompt alone."""
 
     def question(self) -> list[Any] | None:
@@ -38,4 +38,4 @@ class RowContent(Protocol):
 
 def is_of_messages(content: RowContent) -> bool:
     """Whether a row is made of messages, which only a chat template turns into text."""
-    return not content.from_texts and any(not isinstance(said, str) for said in content.parts().values())
+    return not content.from_texts and any(not isinstance(text, str) for text in content.parts().values())

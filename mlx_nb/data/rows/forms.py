@@ -32,7 +32,7 @@ _SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 # --- values ---------------------------------------------------------------------------------------------------------
 
 
-def read_said(value: Any, column: str, roles: Mapping[str, str]) -> Any:
+def read_text_or_messages(value: Any, column: str, roles: Mapping[str, str]) -> Any:
     """A text, or messages: a list of them, one alone, an object with `messages`, any of them as JSON text, or a
     dialog as one text (see `dialog`)."""
     if isinstance(value, str):
@@ -60,7 +60,7 @@ def dialog(text: str) -> Messages | None:
     if not text.lstrip().startswith("Human:") or "\n\nAssistant:" not in text:
         return None
     parts = [part.strip() for part in _SPEAKER.split(text)[1:]]
-    messages = [{"role": _SPEAKERS[who], "content": said} for who, said in zip(parts[::2], parts[1::2])]
+    messages = [{"role": _SPEAKERS[who], "content": text} for who, text in zip(parts[::2], parts[1::2])]
     return messages[:-1] if messages[-1] == {"role": "assistant", "content": ""} else messages
 
 
@@ -120,8 +120,8 @@ def _history(record: Mapping[str, Any], roles: Mapping[str, str]) -> Messages:
     for index, turn in enumerate(turns if isinstance(turns, (list, tuple)) else [turns]):
         if not isinstance(turn, (list, tuple)) or len(turn) != 2:
             raise DataError(f"`history[{index}]` must be a pair [question, answer], not {kind_of_value(turn)}.")
-        for role, said in zip(("user", "assistant"), turn):
-            messages.append({"role": role, "content": read_text(said, f"`history[{index}]`")})
+        for role, text in zip(("user", "assistant"), turn):
+            messages.append({"role": role, "content": read_text(text, f"`history[{index}]`")})
     return messages
 
 

@@ -18,7 +18,7 @@ from mlx_nb.data.rows.columns import (
     read_text,
     read_tools,
 )
-from mlx_nb.data.rows.content import Said
+from mlx_nb.data.rows.content import TextOrMessages
 from mlx_nb.data.rows.forms import (
     ANSWERING_COLUMNS,
     ASKING_COLUMNS,
@@ -28,7 +28,7 @@ from mlx_nb.data.rows.forms import (
     dialog,
     looks_like,
     question,
-    read_said,
+    read_text_or_messages,
     rejected_column,
 )
 from mlx_nb.errors import DataError, did_you_mean
@@ -67,11 +67,11 @@ class ChatRow(_Imitated):
 
     shape = "chat"
 
-    def parts(self) -> dict[str, Said]:
+    def parts(self) -> dict[str, TextOrMessages]:
         """The messages."""
         return {"": self.messages}
 
-    def spoken(self) -> Said:
+    def spoken(self) -> TextOrMessages:
         """The messages."""
         return self.messages
 
@@ -86,11 +86,11 @@ class PromptCompletionRow(_Imitated):
     from_texts = False
     shape = "prompt + completion"
 
-    def parts(self) -> dict[str, Said]:
+    def parts(self) -> dict[str, TextOrMessages]:
         """Both texts."""
         return {"prompt": self.prompt, "completion": self.completion}
 
-    def spoken(self) -> Said:
+    def spoken(self) -> TextOrMessages:
         """Both texts."""
         return f"{self.prompt}\n{self.completion}"
 
@@ -104,11 +104,11 @@ class TextRow(_Imitated):
     from_texts = False
     shape = "text"
 
-    def parts(self) -> dict[str, Said]:
+    def parts(self) -> dict[str, TextOrMessages]:
         """A plain text has no turns."""
         return {}
 
-    def spoken(self) -> Said:
+    def spoken(self) -> TextOrMessages:
         """The text."""
         return self.text
 
@@ -160,11 +160,13 @@ def _chat_from(column: str) -> _Builder:
 
 def _prompt_completion(record: Mapping[str, Any], columns: Columns) -> Row:
     prompt_column, completion_column = columns.prompt or "prompt", columns.completion or "completion"
-    prompt, completion = (_said(record[column], column, columns.roles) for column in (prompt_column, completion_column))
+    prompt, completion = (
+        _text_or_messages(record[column], column, columns.roles) for column in (prompt_column, completion_column)
+    )
     if isinstance(completion, str) and isinstance(record[prompt_column], str) and dialog(record[prompt_column]):
-        completion = said_by("assistant", completion.strip())
+        completion = as_messages("assistant", completion.strip())
     if isinstance(completion, list):
-        prompt = said_by("user", prompt)
+        prompt = as_messages("user", prompt)
         asked = [{**message, "train": False} for message in prompt]
         return chat_row(asked + completion, record, columns)
     if isinstance(prompt, list):
@@ -177,19 +179,19 @@ def _prompt_completion(record: Mapping[str, Any], columns: Columns) -> Row:
     return PromptCompletionRow(prompt, completion)
 
 
-def _said(value: Any, column: str, roles: Mapping[str, str]) -> Any:
+def _text_or_messages(value: Any, column: str, roles: Mapping[str, str]) -> Any:
     if isinstance(value, (list, tuple, Mapping)):
-        return read_said(value, column, roles)
-    return read_said(read_text(value, f"`{column}`"), column, roles)
+        return read_text_or_messages(value, column, roles)
+    return read_text_or_messages(read_text(value, f"`{column}`"), column, roles)
 
 
 def _alpaca(record: Mapping[str, Any], columns: Columns) -> Row:
     asking, answering = asking_columns(record) or ("instruction", "output")
     asked = question(record, asking, columns.roles)
-    answered = _said(record[answering], answering, columns.roles)
+    answered = _text_or_messages(record[answering], answering, columns.roles)
     if isinstance(asked, str) and isinstance(answered, str):
         return chat_row(_turn(asked, answered), record, columns, from_texts=True)
-    return chat_row([*said_by("user", asked), *said_by("assistant", answered)], record, columns)
+    return chat_row([*as_messages("user", asked), *as_messages("assistant", answered)], record, columns)
 
 
 def _text_row(record: Mapping[str, Any], columns: Columns) -> Row:
@@ -203,8 +205,8 @@ def _text_row(record: Mapping[str, Any], columns: Columns) -> Row:
         return TextRow(text)
     if {"role", "parent_id"} <= set(record):
         raise DataError(looks_like(record))
-    said = read_said(text, column, columns.roles)
-    return TextRow(said) if isinstance(said, str) else chat_row(said, record, columns)
+    content = read_text_or_messages(text, column, columns.roles)
+    return TextRow(content) if isinstance(content, str) else chat_row(content, record, columns)
 
 
 _SHAPES: tuple[tuple[tuple[str, ...], _Builder], ...] = (
@@ -219,9 +221,9 @@ def _turn(asked: str, answered: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
 
 
-def said_by(role: str, said: str | Messages) -> Messages:
+def as_messages(role: str, content: str | Messages) -> Messages:
     """The messages themselves, or a text as one message of this role."""
-    return [{"role": role, "content": said}] if isinstance(said, str) else said
+    return [{"role": role, "content": content}] if isinstance(content, str) else content
 
 
 def chat_row(messages: Messages, record: Mapping[str, Any], columns: Columns, *, from_texts: bool = False) -> ChatRow:

@@ -17,7 +17,7 @@ from mlx_nb.data.rows.columns import (
     read_system,
     read_tools,
 )
-from mlx_nb.data.rows.content import Said, is_of_messages
+from mlx_nb.data.rows.content import TextOrMessages, is_of_messages
 from mlx_nb.data.rows.forms import (
     CONVERSATION_COLUMNS,
     answer_column,
@@ -29,10 +29,10 @@ from mlx_nb.data.rows.forms import (
     looks_like,
     question,
     question_column,
-    read_said,
+    read_text_or_messages,
     rejected_column,
 )
-from mlx_nb.data.rows.imitation import chat_row, said_by
+from mlx_nb.data.rows.imitation import as_messages, chat_row
 from mlx_nb.errors import DataError, shown
 
 PAIR_FORMATS = "prompt + chosen + rejected, or chosen + rejected as whole conversations"
@@ -63,11 +63,11 @@ class PreferenceRow:
         """`pair of conversations` or `pair of texts`."""
         return "pair of conversations" if is_of_messages(self) else "pair of texts"
 
-    def parts(self) -> dict[str, Said]:
+    def parts(self) -> dict[str, TextOrMessages]:
         """The prompt and both answers."""
         return {"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
 
-    def spoken(self) -> Said:
+    def spoken(self) -> TextOrMessages:
         """The prompt alone."""
         return self.prompt
 
@@ -106,11 +106,11 @@ class LabeledRow:
         """`labeled conversation` or `labeled text`."""
         return "labeled conversation" if is_of_messages(self) else "labeled text"
 
-    def parts(self) -> dict[str, Said]:
+    def parts(self) -> dict[str, TextOrMessages]:
         """The prompt and the answer."""
         return {"prompt": self.prompt, "completion": self.completion}
 
-    def spoken(self) -> Said:
+    def spoken(self) -> TextOrMessages:
         """The prompt alone."""
         return self.prompt
 
@@ -142,11 +142,11 @@ def preference_row(record: Mapping[str, Any], columns: Columns) -> PreferenceRow
     chosen_name = columns.chosen or chosen_column(record) or "chosen"
     names = (chosen_name, columns.rejected or rejected_column(record) or "rejected")
     _require(record, names, PAIR_FORMATS, _what_pair)
-    chosen, rejected = (read_said(record[name], name, columns.roles) for name in names)
+    chosen, rejected = (read_text_or_messages(record[name], name, columns.roles) for name in names)
     asked: Messages | None = None
     if names[0] in CONVERSATION_COLUMNS and not _whole(rejected):
         asked, chosen = _last_answer(chosen, names[0])
-        rejected = said_by("assistant", rejected)
+        rejected = as_messages("assistant", rejected)
     if isinstance(chosen, str) != isinstance(rejected, str):
         kinds = [kind_of_value(answer) for answer in (chosen, rejected)]
         raise DataError(f"`{names[0]}` is {kinds[0]} and `{names[1]}` is {kinds[1]}. Make both of the same kind.")
@@ -187,7 +187,7 @@ def labeled_row(record: Mapping[str, Any], columns: Columns) -> LabeledRow:
         answer_name = columns.completion or answer_column(record) or "completion"
         prompt = _prompt(record, columns, LABEL_FORMATS)
         _require(record, (answer_name,), LABEL_FORMATS)
-        completion = read_said(record[answer_name], answer_name, columns.roles)
+        completion = read_text_or_messages(record[answer_name], answer_name, columns.roles)
         if not isinstance(completion, str) and completion[0]["role"] != "assistant":
             first = completion[0]["role"]
             raise DataError(f"`{answer_name}` begins with the {first}; it must begin with the assistant's answer.")
@@ -206,8 +206,8 @@ def with_context(
     """
     if all_texts(prompt, *answers) and not read_system(record, columns) and not read_tools(record, columns):
         return prompt, tuple(answers), None
-    asked = chat_row(said_by("user", prompt), record, columns)
-    return asked.messages, tuple(said_by("assistant", answer) for answer in answers), asked.tools
+    asked = chat_row(as_messages("user", prompt), record, columns)
+    return asked.messages, tuple(as_messages("assistant", answer) for answer in answers), asked.tools
 
 
 def all_texts(*parts: str | Messages) -> bool:
@@ -215,9 +215,9 @@ def all_texts(*parts: str | Messages) -> bool:
     return all(isinstance(part, str) for part in parts)
 
 
-def _whole(said: str | Messages) -> bool:
+def _whole(text: str | Messages) -> bool:
     """Whether messages are a whole conversation, and not an answer alone."""
-    return not isinstance(said, str) and said[0]["role"] != "assistant"
+    return not isinstance(text, str) and text[0]["role"] != "assistant"
 
 
 def _parted(chosen: Messages, rejected: Messages, names: tuple[str, str]) -> tuple[Messages, Messages, Messages]:
@@ -245,7 +245,9 @@ def _check_asked(record: Mapping[str, Any], columns: Columns, shared: Messages) 
         _require(record, (name,), PAIR_FORMATS)
     if record.get(name) is None:
         return
-    asked = [_spoken(message) for message in said_by("user", read_said(record[name], name, columns.roles))]
+    asked = [
+        _spoken(message) for message in as_messages("user", read_text_or_messages(record[name], name, columns.roles))
+    ]
     known = [_spoken(message) for message in shared]
     if not any(known[k : k + len(asked)] == asked for k in range(len(known))):
         raise DataError(
@@ -268,7 +270,7 @@ def _prompt(record: Mapping[str, Any], columns: Columns, formats: str) -> Any:
     if other:
         return question(record, other, columns.roles)
     _require(record, (name,), formats)
-    return read_said(record[name], name, columns.roles)
+    return read_text_or_messages(record[name], name, columns.roles)
 
 
 def _after(record: Mapping[str, Any], columns: Columns, answer: str | Messages) -> str | Messages:

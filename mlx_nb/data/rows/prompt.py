@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_nb.data.rows.columns import Columns, Messages, by_example, missing_column, read_messages
-from mlx_nb.data.rows.content import Said, is_of_messages
-from mlx_nb.data.rows.forms import conversation_column, looks_like, read_said
+from mlx_nb.data.rows.content import TextOrMessages, is_of_messages
+from mlx_nb.data.rows.forms import conversation_column, looks_like, read_text_or_messages
 from mlx_nb.data.rows.preference import all_texts, with_context
 from mlx_nb.errors import DataError
 
@@ -37,11 +37,11 @@ class PromptRow:
         """`prompt as messages` or `prompt as text`."""
         return "prompt as messages" if is_of_messages(self) else "prompt as text"
 
-    def parts(self) -> dict[str, Said]:
+    def parts(self) -> dict[str, TextOrMessages]:
         """The prompt."""
         return {"prompt": self.prompt}
 
-    def spoken(self) -> Said:
+    def spoken(self) -> TextOrMessages:
         """The prompt."""
         return self.prompt
 
@@ -65,7 +65,7 @@ def prompt_row(record: Mapping[str, Any], columns: Columns) -> PromptRow:
         raise DataError(f"{missing_column(record, (name,))} {_fix(record, columns)}")
     if columns.answer and answer_name not in record:
         raise DataError(f"{missing_column(record, (answer_name,))} A row without an answer needs null there.")
-    as_given = read_said(record[name], name, columns.roles)
+    as_given = read_text_or_messages(record[name], name, columns.roles)
     prompt, _, tools = with_context(as_given, (), record, columns)
     if isinstance(prompt, str) and not prompt.strip():
         raise DataError(f"`{name}` is empty: nothing is asked. Drop the row.")

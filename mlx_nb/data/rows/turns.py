@@ -19,18 +19,18 @@ def format_of(content: RowContent, rendering: Rendering) -> str:
 
 def turns(content: RowContent) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Every turn of a row as (name, message); a plain text has none."""
-    for part, said in content.parts().items():
-        if isinstance(said, str):
-            yield f"the {part}", {"content": said}
+    for part, spoken in content.parts().items():
+        if isinstance(spoken, str):
+            yield f"the {part}", {"content": spoken}
             continue
         of = f" of {part}" if part else ""
-        for index, message in enumerate(said):
+        for index, message in enumerate(spoken):
             yield f"message {index} ({message['role']}){of}", message
 
 
 def role_sequences(content: RowContent) -> list[list[str]]:
     """The roles of a conversation in order; of a pair of conversations both. None for texts."""
     parts = content.parts().values()
-    spoken = [[message["role"] for message in said] for said in parts if not isinstance(said, str)]
+    spoken = [[message["role"] for message in part] for part in parts if not isinstance(part, str)]
     start, answers = spoken[:1], spoken[1:]
     return [start[0] + answer for answer in answers] or start

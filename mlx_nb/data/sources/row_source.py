@@ -126,10 +126,10 @@ def _located(location: str) -> Iterator[None]:
 
 def _in_words(error: Exception) -> str:
     try:
-        said = " ".join(str(error).split())
+        text = " ".join(str(error).split())
     except Exception:
-        said = ""
-    return f"{type(error).__name__}: {shortened(said)}" if said else type(error).__name__
+        text = ""
+    return f"{type(error).__name__}: {shortened(text)}" if text else type(error).__name__
 
 
 def gathered(sources: Sequence[RowSource], source_ids: np.ndarray, row_ids: np.ndarray, name: str = "") -> RowSource:

@@ -51,13 +51,13 @@ class Chat:
         self._told_all()
         turns, shown_at = self._turns, 0.0
 
-        def on_text(said: str, done: bool) -> bool:
+        def on_text(text: str, done: bool) -> bool:
             nonlocal shown_at
             if turns is not self._turns:  # a new chat was begun meanwhile
                 return True
-            self._told[-1] = {**answer, "content": visible(said), "done": done}
+            self._told[-1] = {**answer, "content": visible(text), "done": done}
             if done:
-                self._turns.append({"role": "assistant", "content": said})
+                self._turns.append({"role": "assistant", "content": text})
             if done or time.monotonic() - shown_at > SECONDS_BETWEEN_WORDS:
                 self._told_all()
                 shown_at = time.monotonic()

@@ -156,8 +156,8 @@ def template_rows(template: TemplateCheck | None) -> list[tuple[str, str, bool |
     else:
         token = one_line("".join(template.end_of_turn))
         stops = "generation stops there" if template.ends_generation else "generation does not stop there"
-        said = f"{token} is trained; {stops}" if token else "none is trained"
-        rows.append(("end of turn", said, bool(token) and template.ends_generation))
+        words = f"{token} is trained; {stops}" if token else "none is trained"
+        rows.append(("end of turn", words, bool(token) and template.ends_generation))
     writers = [
         ("the template", template.writes_bos),
         ("the tokenizer, for a text alone", template.tokenizer_adds_bos),

@@ -67,8 +67,8 @@ class _Colors(NamedTuple):
 
 def fits(rollout: RolloutCompleted, ratios: Ratios) -> bool:
     """Whether log-ratios are those of the completions of a rollout."""
-    said = [(group["row"], completion["tokens"]) for group in rollout.groups for completion in group["completions"]]
-    return said == [(row, len(tokens)) for row, tokens, _ in ratios]
+    sampled = [(group["row"], completion["tokens"]) for group in rollout.groups for completion in group["completions"]]
+    return sampled == [(row, len(tokens)) for row, tokens, _ in ratios]
 
 
 def completions_html(rollout: RolloutCompleted, tokenizer: Tokenizer | None = None, ratios: Ratios = ()) -> str:
@@ -103,27 +103,29 @@ def last_rollout_html(history: History) -> str:
 
 
 def _largest_advantage(rollout: RolloutCompleted) -> float:
-    return max((abs(said["advantage"]) for group in rollout.groups for said in group["completions"]), default=0.0)
+    return max(
+        (abs(completion["advantage"]) for group in rollout.groups for completion in group["completions"]), default=0.0
+    )
 
 
 def _group_words(group: Mapping[str, Any]) -> str:
     """Mean and spread of the rewards of one prompt, and whether they teach anything."""
-    said = group["completions"]
-    rewards = [completion["reward"] for completion in said if completion["reward"] is not None]
+    completions = group["completions"]
+    rewards = [completion["reward"] for completion in completions if completion["reward"] is not None]
     if not rewards:
         return "no reward"
     spread = f" ± {number(statistics.stdev(rewards))}" if len(rewards) > 1 else ""
     words = f"reward {number(statistics.fmean(rewards))}{spread}"
-    teaches = any(completion["advantage"] for completion in said)
+    teaches = any(completion["advantage"] for completion in completions)
     return words if teaches else f"{words}, all advantages are 0: this prompt teaches nothing now"
 
 
 def _group_html(group: Mapping[str, Any], start: int, largest: float, colors: _Colors | None, *, is_open: bool) -> str:
-    names = list(dict.fromkeys(name for said in group["completions"] for name in said["rewards"]))
+    names = list(dict.fromkeys(name for completion in group["completions"] for name in completion["rewards"]))
     heads = [_head_html(name, _NUMBER) for name in ("advantage", "reward", *names, "tokens")]
     lines = [
-        _line_html(k, said, names, largest, _said_html(said, start + k, colors))
-        for k, said in enumerate(group["completions"])
+        _line_html(k, completion, names, largest, _completion_html(completion, start + k, colors))
+        for k, completion in enumerate(group["completions"])
     ]
     prompt = (
         f'<div style="border-left:3px solid {tint(ORANGE, 0.85)};padding:0 0 0 8px;margin:4px 0;{theme.WRAP}">'
@@ -140,20 +142,20 @@ def _group_html(group: Mapping[str, Any], start: int, largest: float, colors: _C
 
 def _head_html(name: str, style: str) -> str:
     # A long name may break after its underscores.
-    said = escape(one_line(name), quote=True).replace("_", "_<wbr>")
+    words = escape(one_line(name), quote=True).replace("_", "_<wbr>")
     rule = f"border-bottom:1px solid {tint(GREY, 0.6)}"
-    return f'<th scope="col" style="{style};white-space:normal;font-weight:600;{rule}">{said}</th>'
+    return f'<th scope="col" style="{style};white-space:normal;font-weight:600;{rule}">{words}</th>'
 
 
-def _line_html(k: int, said: Mapping[str, Any], names: Sequence[str], largest: float, text: str) -> str:
-    cells = [_advantage_html(said["advantage"], largest), _number_html(said["reward"], bold=True)]
-    cells += [_number_html(said["rewards"].get(name)) for name in names]
-    cut = "" if said["finished"] else f' <span style="{_BADGE}" title="cut at max_completion_length">cut</span>'
+def _line_html(k: int, completion: Mapping[str, Any], names: Sequence[str], largest: float, text: str) -> str:
+    cells = [_advantage_html(completion["advantage"], largest), _number_html(completion["reward"], bold=True)]
+    cells += [_number_html(completion["rewards"].get(name)) for name in names]
+    cut = "" if completion["finished"] else f' <span style="{_BADGE}" title="cut at max_completion_length">cut</span>'
     rule = f"border-bottom:1px solid {tint(GREY, 0.25)}"
     return (
         f'<tr style="background:none;{rule}"><td style="{_NUMBER};opacity:.75">{k}</td>'
         f'<td style="{_TEXT};width:99%"><div style="min-width:10em">{text}</div></td>{"".join(cells)}'
-        f'<td style="{_NUMBER}">{said["tokens"]:,}{cut}</td></tr>'
+        f'<td style="{_NUMBER}">{completion["tokens"]:,}{cut}</td></tr>'
     )
 
 
@@ -198,10 +200,10 @@ def _folded_html(text: str) -> str:
     )
 
 
-def _said_html(said: Mapping[str, Any], index: int, colors: _Colors | None) -> str:
+def _completion_html(completion: Mapping[str, Any], index: int, colors: _Colors | None) -> str:
     """A completion: its text, or its tokens colored by their log-ratio."""
     if colors is None:
-        return _folded_html(said["text"])
+        return _folded_html(completion["text"])
     _, tokens, ratio_T = colors.ratios[index]
     shown = tokens[: colors.tokens].tolist()
     spans, first = [], 0
@@ -254,13 +256,13 @@ def completions_text(rollout: RolloutCompleted, width: int = 100) -> str:
     """The rollout for a terminal of `width` columns: the numbers of each completion, and its text on one line."""
     lines = [f"after update {rollout.step}: {rollout_words(rollout)}"]
     for group in rollout.groups[:_MOST_GROUPS]:
-        names = list(dict.fromkeys(name for said in group["completions"] for name in said["rewards"]))
+        names = list(dict.fromkeys(name for completion in group["completions"] for name in completion["rewards"]))
         lines += ["", f"row {group['row']}  {_group_words(group)}", _shortened(f"prompt: {group['prompt']}", width)]
         table = [["", "advantage", "reward", *map(one_line, names), "tokens"]]
-        table += [_numbers(k, said, names) for k, said in enumerate(group["completions"])]
+        table += [_numbers(k, completion, names) for k, completion in enumerate(group["completions"])]
         widths = [max(map(len, column)) for column in zip(*table)]
         aligned = ["  ".join(cell.rjust(size) for cell, size in zip(cells, widths)) for cells in table]
-        texts = [_shortened(said["text"] or "nothing", width - 4) for said in group["completions"]]
+        texts = [_shortened(completion["text"] or "nothing", width - 4) for completion in group["completions"]]
         lines += [aligned[0], *(line for pair in zip(aligned[1:], texts) for line in (pair[0], f"    {pair[1]}"))]
     left_out = len(rollout.groups) - _MOST_GROUPS
     lines += ["", f"… and {counted(left_out, 'more prompt')}"] if left_out > 0 else []
@@ -268,10 +270,15 @@ def completions_text(rollout: RolloutCompleted, width: int = 100) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _numbers(k: int, said: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    values = [said["reward"], *(said["rewards"].get(name) for name in names)]
+def _numbers(k: int, completion: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    values = [completion["reward"], *(completion["rewards"].get(name) for name in names)]
     told = ["no number" if value is None else number(value) for value in values]
-    return [str(k), _signed(said["advantage"]), *told, f"{said['tokens']:,}{'' if said['finished'] else ' cut'}"]
+    return [
+        str(k),
+        _signed(completion["advantage"]),
+        *told,
+        f"{completion['tokens']:,}{'' if completion['finished'] else ' cut'}",
+    ]
 
 
 def _shortened(text: str, width: int) -> str:

@@ -21,7 +21,7 @@ _WORD = re.compile(rf"\n+|[^\S\n]*(?:[{_IDEOGRAPH}]|[^\W{_IDEOGRAPH}]+|[^\w\s])|
 class _Word(NamedTuple):
     """What is compared, and the cells `[first, stop)` that it is made of."""
 
-    said: tuple[str, str]
+    text: tuple[str, str]
     first: int
     stop: int
 
@@ -29,7 +29,7 @@ class _Word(NamedTuple):
 def marked(chosen: list[Cell], rejected: list[Cell]) -> tuple[list[Cell], list[Cell]]:
     """The cells of two answers, those that differ from the other answer marked."""
     words = _words(chosen), _words(rejected)
-    differing = differing_places([word.said for word in words[0]], [word.said for word in words[1]])
+    differing = differing_places([word.text for word in words[0]], [word.text for word in words[1]])
     return _with_marks(chosen, words[0], differing[0]), _with_marks(rejected, words[1], differing[1])
 
 

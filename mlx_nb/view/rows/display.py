@@ -213,8 +213,8 @@ def _columns_html(columns: list[tuple[str, str]]) -> str:
     )
     if not rows:
         return ""
-    said = "The model writes the answer itself. Its rewards are given:"
+    words = "The model writes the answer itself. Its rewards are given:"
     return (
-        f'<div dir="ltr" style="max-width:60em;text-align:left"><div style="font-size:.85em;opacity:.8">{said}</div>'
+        f'<div dir="ltr" style="max-width:60em;text-align:left"><div style="font-size:.85em;opacity:.8">{words}</div>'
         f'<table style="border:none;margin:4px 0 8px 0">{rows}</table></div>'
     )

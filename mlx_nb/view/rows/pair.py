@@ -159,19 +159,20 @@ def _prompt_html(prompt: list[Cell], tokens: np.ndarray, look: Look) -> str:
 
 
 def _column_html(name: str, answer: Answer, cells: list[Cell], look: Look, page: int, losses: int) -> str:
-    said, first = answer.conversation, name == _NAMES[0]
+    conversation, first = answer.conversation, name == _NAMES[0]
     beyond = page * PAGE_TOKENS >= max(1, _tokens(cells))
     body = (
         f'<div style="{QUIET}">this answer has no tokens on this page</div>'
         if beyond
-        else paged_html(cells, said.tokens, look, page, PAGE_TOKENS, alone=look.per_token or losses > 0)
+        else paged_html(cells, conversation.tokens, look, page, PAGE_TOKENS, alone=look.per_token or losses > 0)
     )
     # The rule above tells the columns apart where they stand one under the other.
     rule = f"border-top:3px {'solid' if first else 'dashed'} {tint(BLUE if first else GREY, 0.9)}"
     return (
         f'<div style="flex:1 1 20em;min-width:0;margin:4px 0 8px 0;{rule};padding:4px 0 0 0">'
-        f'<div><b>{name}</b> <span style="{QUIET}">{summary(said, answer.dropped_tokens)}</span></div>'
-        f"{strip_html(said.loss_mask)}{notes_html(said, cells, answer.token_loss, answer.token_loss_base)}"
+        f'<div><b>{name}</b> <span style="{QUIET}">{summary(conversation, answer.dropped_tokens)}</span></div>'
+        f"{strip_html(conversation.loss_mask)}"
+        f"{notes_html(conversation, cells, answer.token_loss, answer.token_loss_base)}"
         f'<div style="margin:8px 0 0 0">{body}</div></div>'
     )
 
@@ -192,10 +193,13 @@ def render_pair_text(
         lines += ["", f"prompt: {grouped(_tokens(cells.prompt))} tokens, read before either answer"]
         lines += block_lines(cells.prompt, width, color=color)
     for name, answer, side in zip(_NAMES, (chosen, rejected), (cells.chosen, cells.rejected)):
-        said, loss = answer.conversation, answer.token_loss
-        lines += ["", f"{name}: {summary(said, answer.dropped_tokens)}"]
-        lines += note_lines(said, side, loss, color=color)
+        conversation, loss = answer.conversation, answer.token_loss
+        lines += ["", f"{name}: {summary(conversation, answer.dropped_tokens)}"]
+        lines += note_lines(conversation, side, loss, color=color)
         lines += block_lines(side, width, color=color)
         if loss is not None:
-            lines += ["", *highest_losses(said, checked_loss("token_loss", loss, len(said.tokens)), side)]
+            lines += [
+                "",
+                *highest_losses(conversation, checked_loss("token_loss", loss, len(conversation.tokens)), side),
+            ]
     return "\n".join(lines)

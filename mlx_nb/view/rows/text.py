@@ -116,10 +116,10 @@ def _marked(runs: Iterable[Cell]) -> list[Piece]:
     for weight, group in groupby(runs, key=lambda run: run.weight):
         text = ""
         for differs, part in groupby(group, key=lambda run: run.differs):
-            said = "".join(
+            word = "".join(
                 piece.translate(named) for run in part for piece, _ in visible_parts(run.text, edges=not in_pair)
             )
-            text += f"▸{said}◂" if differs else said
+            text += f"▸{word}◂" if differs else word
         if weight == 0:
             pieces.append((text, ""))
             continue
