@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _discard_output() -> None:
-    """What is still to be written, at the end of the process too, goes nowhere."""
+    """Discard all further output, at exit as well."""
     with open(os.devnull, "w") as nowhere:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):  # of a stream that is no file

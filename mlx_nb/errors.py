@@ -91,7 +91,7 @@ class LossRaised(TrainingError):
 
 
 class ModelChanged(TrainingError):
-    """The model's parameters were exchanged from outside: what the run trains is not there any more."""
+    """The model's parameters were exchanged from outside: what the run trains no longer exists."""
 
     reason = "model changed"
 

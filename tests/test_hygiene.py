@@ -180,7 +180,7 @@ def test_a_rewind_of_a_run_whose_folder_is_lost_goes_back_from_memory_or_says_so
     LOST[how](tmp_path / "a")
     if command.endswith("2"):  # it is on disk alone
         run._checkpoints.snapshots.forget()
-        with pytest.raises(MlxNbError, match=r"is not there any more|cannot be read as a folder") as raised:
+        with pytest.raises(MlxNbError, match=r"no longer exists|cannot be read as a folder") as raised:
             run_line(session, command)
         assert run.step_count == 5
     elif "file" in how:

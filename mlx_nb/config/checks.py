@@ -65,7 +65,7 @@ def problems_of(config: Any, refused: Collection[str], given: Collection[str]) -
 
 
 def doubts_of(config: Any) -> list[str]:
-    """What may be meant but hardly is, a sentence or two each: said, and trained all the same."""
+    """Settings that are probably a mistake, a sentence or two about each; the run trains all the same."""
     rate, optimizer = config.learning_rate, config.optimizer
     if optimizer == "sgd" or rate <= _HIGHEST_RATE:
         return []
@@ -102,7 +102,7 @@ def _check_method(config: Readable) -> Iterator[SettingError]:
             known = f"Its options: {', '.join(options)}." if options else "It has no options."
             yield SettingError(
                 ("method_options", name),
-                f"`method_options.{name}` is no option of {method.name}.{did_you_mean(name, options)} {known}",
+                f"`method_options.{name}` is not an option of {method.name}.{did_you_mean(name, options)} {known}",
             )
         elif name in _declared(config) and is_built_in(method.name):
             yield SettingError(("method_options", name), f"`{name}` is a setting of its own: write `{name}: ...`.")

@@ -12,7 +12,7 @@ _TRAINING = ("lora", "train", "dora")
 _OTHERWISE = {
     "generate": 'ask a run with `%finetune generate "..."`',
     "chat": 'ask a run with `%finetune generate "..."`',
-    "fuse": "mlx_nb has no fusing of the adapter into the model yet",
+    "fuse": "mlx_nb cannot fuse an adapter into the model yet",
     "convert": "mlx_nb quantizes a model as it loads it: `load_in_bits: 4`",
     "server": "mlx_nb has no server",
 }

@@ -191,7 +191,7 @@ def _coerce_group(value: Any, kind: type, path: tuple[str, ...]) -> Any:
 
 
 def _refuse_crowd(value: Mapping[Any, Any], path: tuple[str, ...]) -> None:
-    """A mapping with more keys than anybody writes is one mistake, and not one for each key."""
+    """Report a mapping with far too many keys as one mistake, not one for each key."""
     if len(value) > MOST_KEYS:
         raise SettingError(path, f"`{'.'.join(path)}` has {len(value):,} keys. At most {MOST_KEYS} are read.")
 
@@ -223,7 +223,7 @@ def plain(value: Any, path: tuple[str, ...], depth: int = 0) -> Any:
 
 
 def typo_of(word: str, known: Iterable[str]) -> str | None:
-    """The known name that `word` is a misspelling of: one slip in at most two of the words that it is made of.
+    """The known name that `word` misspells, with one typo in at most two of its parts; None where there is none.
 
     A short word with another letter in it is another word: `min` and `max`, `text` and `test`.
     """

@@ -63,7 +63,7 @@ class Method:
 
     @property
     def kind(self) -> KindFacts:
-        """What is so of the rows that it takes."""
+        """The facts of the kind of rows that it takes."""
         return ROW_KINDS[self.rows]
 
     def uses(self, name: str, only_for: str | tuple[str, ...] | None, options: Collection[str] | None = None) -> bool:

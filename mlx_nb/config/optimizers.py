@@ -53,7 +53,7 @@ _STEPS = Argument(
 
 @dataclass(frozen=True)
 class Optimizer:
-    """An optimizer by its facts.
+    """What mlx_nb knows about an optimizer.
 
     where        its class, as `module:name`
     arguments    what it takes besides learning rate and weight decay
@@ -153,7 +153,7 @@ def _check_nested(optimizer: str, name: str, inner: Any) -> Iterator[SettingErro
     if name not in OPTIMIZERS:
         near = typo_of(name, OPTIMIZERS)
         suggestion = f" Did you mean {near!r}?" if near else f" Put it inside `{optimizer}`."
-        yield SettingError(path, f"`optimizer_config.{name}` is no optimizer.{suggestion}")
+        yield SettingError(path, f"`optimizer_config.{name}` is not an optimizer.{suggestion}")
     elif inner is not None and not isinstance(inner, Mapping):
         yield SettingError(path, f"`optimizer_config.{name}` must be a mapping, not {shown(inner)}.")
     elif inner and name != optimizer:
@@ -176,7 +176,7 @@ def _wrong_with(optimizer: str, name: str, value: Any) -> str | None:
         taken = f" It is one of {', '.join(others)}." if others and not near else ""
         if name == "weight_decay":
             taken = " Use `optimizer: adamw`."
-        return f"{label} is no argument of {optimizer}.{suggestion}{taken} It takes: {', '.join(known)}."
+        return f"{label} is not an argument of {optimizer}.{suggestion}{taken} It takes: {', '.join(known)}."
     if not known[name].fits(value):
         return f"{label} cannot be {shown(value)}. It takes {known[name].words}."
     if name == "relative_step" and value:

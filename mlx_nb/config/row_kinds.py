@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class KindFacts:
-    """What is so of every method that takes rows of one kind.
+    """What every method that takes rows of one kind has in common.
 
     judged       the rows judge answers, so without `beta` nothing is left to learn, and prompts are not trained
     pairs        two answers stand against each other, which can do without a reference

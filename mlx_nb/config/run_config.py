@@ -774,7 +774,7 @@ def _merge_synonyms(config: RunConfig) -> Iterator[SettingError]:
 
 
 def _settle(config: RunConfig) -> None:
-    """What the settings that were found good say together: one rate, one decay, the arguments of one optimizer."""
+    """Resolve settings that overlap into one learning rate, one weight decay and the arguments of one optimizer."""
     if has_no_decay(config.optimizer):
         object.__setattr__(config, "weight_decay", 0.0)
     if config.lr_schedule.arguments is not None:

@@ -227,7 +227,7 @@ def _check_safetensors(path: Path) -> None:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_HEADER_BYTES), "little")
         if size < _HEADER_BYTES or length > min(size - _HEADER_BYTES, _LARGEST_HEADER):
-            raise ValueError(f"{path.name} is cut short or no safetensors file")
+            raise ValueError(f"{path.name} is cut short, or not a safetensors file")
         try:
             header = json.loads(file.read(length))
             ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]

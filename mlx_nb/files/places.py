@@ -34,7 +34,7 @@ def working_folder() -> Path:
     try:
         return Path.cwd()
     except OSError:
-        raise FolderError("the working folder does not exist any more. Go to one that does: `%cd FOLDER`.") from None
+        raise FolderError("the working folder no longer exists. Go to one that does: `%cd FOLDER`.") from None
 
 
 def check_name(name: str) -> None:
@@ -72,11 +72,11 @@ def path_problem(path: Path, below: int = _LONGEST_BELOW) -> str | None:
     Whether something stands in the way on the disk is not looked at.
     """
     if "\0" in str(path):
-        return "it has a null character in it"
+        return "it contains a null character"
     try:
         size = len(os.fsencode(path))
     except ValueError:
-        return "it has half a surrogate pair in it"
+        return "it contains half a surrogate pair"
     longest = max(path.parts, key=lambda part: len(os.fsencode(part)), default="")
     if len(os.fsencode(longest)) > _LONGEST_PART:
         return f"the name {shortened(longest, 20)!r} in it has more than {_LONGEST_PART} bytes"

@@ -36,7 +36,7 @@ def json_object(content: bytes) -> Any:
     except RecursionError:
         raise WrongJson("it is nested too deeply") from None
     except ValueError as error:
-        raise WrongJson(f"it is no JSON: {error}") from None
+        raise WrongJson(f"it is not JSON: {error}") from None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def load_in_pieces(
     model: str, *, load_in_bits: int | None = None, chat_template: str | None = None
 ) -> Generator[Progress, None, LoadedModel]:
     """`load_model` in pieces, with Progress after each. What is fetched, imported and parsed is so on a thread."""
-    with memory_errors("the model was loaded", "Close other programs and kernels, or take a smaller model."):
+    with memory_errors("the model was loaded", "Close other programs and kernels, or use a smaller model."):
         folder = yield from fetched_folder(model)
         yield from _meanwhile("libraries", import_tokenizers)
         network, config = load_skeleton(folder)
@@ -105,7 +105,7 @@ def load_in_pieces(
         yield from _evaluated(network, "weights, as they are in the file")
         if bad := not_finite(dict(named_arrays(network.parameters()))):
             raise ModelError(
-                f"the weights in {folder} are damaged: {bad}. No rows and no setting can mend that: download or "
+                f"the weights in {folder} are damaged: {bad}. No rows and no setting can fix that: download or "
                 "convert the model again."
             )
         bits = (config.get("quantization") or {}).get("bits")
@@ -124,7 +124,7 @@ def load_in_pieces(
             _compute_in_float32(network)
             made = sum(array.nbytes for _, array in named_arrays(network.parameters()) if id(array) not in given)
             if lacking := shortage(made):
-                raise OutOfMemory(f"{model} in float32, as this CPU computes, {lacking}. Take a smaller model.")
+                raise OutOfMemory(f"{model} in float32, as this CPU computes, {lacking}. Use a smaller model.")
             base = f"{bits}-bit base" if bits else "base"
             notes.append(
                 f"On this CPU the {base} is held and computed in float32; saved adapters are the same either way."

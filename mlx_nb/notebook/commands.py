@@ -554,7 +554,7 @@ COMMANDS: dict[str, Command] = {
         of_now=True,
     ),
     "browse": _command("browse", "leaf through the rows: previous, next, jump, filters, colors", _browse, _SPLIT),
-    "batch": _command("batch", "the very arrays that the next update will train on", _batch, of_now=True),
+    "batch": _command("batch", "the exact arrays that the next update will train on", _batch, of_now=True),
     "rollouts": _command(
         "rollouts",
         "the newest completions: what each reward function said, and their advantages",

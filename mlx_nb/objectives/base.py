@@ -92,7 +92,7 @@ def with_metrics(result: Any, like: mx.array, each: str) -> tuple[mx.array, dict
         raise ConfigError(f"beside its losses the loss function may return {{name: values}}, not {_found(metrics)}.")
     for name, values in metrics.items():
         if name in _COLUMNS:
-            raise ConfigError(f"the metric {name!r} is called like a column of the history. Give it another name.")
+            raise ConfigError(f"the metric {name!r} has the name of a column of the history. Give it another name.")
         require_shape(values, like, f"the metric {name!r} must have one value for each {each}")
     return losses, metrics
 

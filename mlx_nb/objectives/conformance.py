@@ -85,7 +85,11 @@ def _pure(trial: Trial) -> str:
     """The same batch gives the same numbers again."""
     inputs = trial.inputs()
     first, second = (_number(trial.objective(trial.scorer, inputs).total) for _ in range(2))
-    return "" if first == second else f"the same batch gave {first} and then {second}: the loss keeps state or draws."
+    return (
+        ""
+        if first == second
+        else f"the same batch gave {first} and then {second}: the loss keeps state or draws random numbers."
+    )
 
 
 def _reference_is_asked_for(trial: Trial) -> str | None:
@@ -142,7 +146,7 @@ def _resuming_is_exact(trial: Trial) -> str:
         trial.scorer.model.update(start)
     for (key, one_array), (_, other_array) in zip(*map(named_arrays, ends)):
         if not mx.array_equal(one_array, other_array).item():
-            return f"after a resume {key} is another: the loss remembers what it saw. It may use only what it is given."
+            return f"after a resume {key} differs: the loss remembers what it saw. It may use only what it is given."
     return ""
 
 

@@ -20,7 +20,7 @@ from mlx_nb.objectives.trial_batches import trial_completions, trial_labels, tri
 
 @dataclass(frozen=True)
 class LossKind:
-    """What is so of every loss of one kind of row.
+    """What all losses of one kind of row have in common.
 
     wrap         (loss function with its options bound, beta, settings) -> the objective, with the sums around the loss
     trial_batch  (scorer, row numbers, width that is padded to a multiple of) -> a batch on which its laws are tried

@@ -114,7 +114,7 @@ class Checkpoints:
             checkpoint, _ = store.load(step, refuse_unusable)
         except CheckpointError:
             reachable = ", ".join(str(one) for one in there if one < self._run.step_count) or "none"
-            lost = "" if store.folder.exists() else f" {store.folder} is not there any more."
+            lost = "" if store.folder.exists() else f" {store.folder} no longer exists."
             raise CommandError(f"update {step} was not kept.{lost} These can be reached: {reachable}.") from None
         before = history_of(checkpoint).standing
         if [event.to_json() for event in before] != [event.to_json() for event in history.standing[: len(before)]]:

@@ -323,7 +323,7 @@ class RunInputs:
 
         conversation = row.rejected if rejected else row.conversation
         if conversation is None:
-            raise DataError(f"{row.error or f'row {row.row} is no pair.'} It has no tokens to measure.")
+            raise DataError(f"{row.error or f'row {row.row} is not a pair.'} It has no tokens to measure.")
         self.limits.require(conversation.tokens, np.ones(len(conversation.tokens)), name=f"row {row.row}")
         model = self.base_model if base else self.loaded.model
         model.eval()

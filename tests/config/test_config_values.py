@@ -157,8 +157,11 @@ def test_every_argument_of_an_optimizer_arrives(name):
         ({"optimizer_config": {"betas": [0.9]}}, "`optimizer_config.betas` cannot be [0.9]. It takes two numbers"),
         ({"optimizer_config": {"betas": [0.9, 1]}}, "It takes two numbers of at least 0 and below 1"),
         ({"optimizer_config": {"eps": "small"}}, "`optimizer_config.eps` cannot be 'small'. It takes a number"),
-        ({"optimizer_config": {"esp": 1}}, "`optimizer_config.esp` is no argument of adamw. Did you mean 'eps'?"),
-        ({"optimizer_config": {"momentum": 0.9}}, "no argument of adamw. It is one of `sgd`, `muon`. It takes: betas"),
+        ({"optimizer_config": {"esp": 1}}, "`optimizer_config.esp` is not an argument of adamw. Did you mean 'eps'?"),
+        (
+            {"optimizer_config": {"momentum": 0.9}},
+            "not an argument of adamw. It is one of `sgd`, `muon`. It takes: betas",
+        ),
         (
             {"optimizer_config": {"sgd": {"momentum": 0.9}}},
             "`optimizer_config.sgd` has no effect with `optimizer: adamw`.",
@@ -166,7 +169,7 @@ def test_every_argument_of_an_optimizer_arrives(name):
         ({"optimizer_config": {"adamw": 3}}, "`optimizer_config.adamw` must be a mapping, not 3."),
         (
             {"optimizer_config": {"adamw": {}, "eps": 1}},
-            "`optimizer_config.eps` is no optimizer. Put it inside `adamw`.",
+            "`optimizer_config.eps` is not an optimizer. Put it inside `adamw`.",
         ),
         (
             {"weight_decay": 0.3, "optimizer_config": {"weight_decay": 0.1}},

@@ -171,7 +171,7 @@ mlx_lm.lora --model mlx-community/Llama-3.2-3B-Instruct-4bit \\
     --gguf-path ./model.gguf
 """,
         [
-            "line 1, column 1: `mlx_lm.fuse` is a command, not a setting: mlx_nb has no fusing of the adapter into "
+            "line 1, column 1: `mlx_lm.fuse` is a command, not a setting: mlx_nb cannot fuse an adapter into "
             "the model yet."
         ],
     ),

@@ -150,7 +150,7 @@ LONG = {"prompt": "far " * 40 + "away?"}
 @pytest.mark.parametrize(
     ("truncate", "reason"),
     [
-        ("right", "a question without its end is no question"),
+        ("right", "a question without its end cannot be answered"),
         ("drop", "`truncate: drop` leaves it out"),
         ("split", "`truncate: split` is for plain text"),
     ],

@@ -120,14 +120,14 @@ def test_a_damaged_compressed_file_is_one_line(here, compression, damage):
     whole = COMPRESS[compression](as_lines(ROWS * 400))
     (here / f"train.jsonl.{compression}").write_bytes(damage(whole))
     message = refusal(f"train.jsonl.{compression}")
-    assert message.startswith(f"train.jsonl.{compression} is damaged, or was not downloaded to its end (")
-    assert message.endswith("). Get it again.")
+    assert message.startswith(f"train.jsonl.{compression} is damaged, or its download is incomplete (")
+    assert message.endswith("). Download it again.")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("a.jsonl.gz", as_lines(ROWS), "a.jsonl.gz is not a .gz file: by its content it is not compressed so."),
+        ("a.jsonl.gz", as_lines(ROWS), "a.jsonl.gz is not a .gz file: by its content it is not compressed that way."),
         ("a.jsonl.gz", as_lines(ROWS), "Rename it to a.jsonl."),
         ("a.jsonl", gzipped(b"{}"), "compressed with gzip. Rename it to a.jsonl.gz."),
         ("a.jsonl", zstandard(b"{}"), "compressed with zstandard. Rename it to a.jsonl.zst."),
@@ -243,7 +243,7 @@ def test_a_path_or_a_name_chooses_one_file_or_one_folder_of_several(here):
 UNCLEAR: list[tuple[dict[str, Sequence[Any]], str]] = [
     (
         {"train-00000-of-00003.parquet": SIX, "train-00002-of-00003.parquet": SEVEN},
-        "has 2 of the 3 shards of train; missing: train-00001-of-00003.parquet. Get them, or give the path of one",
+        "has 2 of the 3 shards of train; missing: train-00001-of-00003.parquet. Download them, or give the path of one",
     ),
     (
         {"data/train-00001-of-00002.parquet": SIX},

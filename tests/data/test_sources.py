@@ -307,7 +307,7 @@ BAD_FILES = [
     ("a.csv", b'a,b\n1,"2\n', "a.csv line 2: not valid CSV (unexpected end of data)."),
     ("a.csv", b"a,b\n1,caf\xe9\n", "a.csv line 2: not valid UTF-8."),
     ("a.csv", b"a,b\n", "a.csv has no rows."),
-    ("a.parquet", b"PAR1 and nothing else", "a.parquet is no readable parquet file"),
+    ("a.parquet", b"PAR1 and nothing else", "a.parquet is not a readable parquet file"),
     (
         "a.jsnl",
         b"{}",
@@ -358,7 +358,7 @@ BAD_DATA = [
     ("twice", {}, "folder twice has train.csv and train.jsonl: which one?"),
     ({"messages": []}, {}, "the dict data has no train split. It has: messages."),
     ("my_rows", {"val_set_size": 9}, "val_set_size: 9 would hold out all 9 training rows."),
-    ("my_rows", {"val_set_size": 2.5}, "val_set_size must be a whole number of rows from 1 on, not 2.5."),
+    ("my_rows", {"val_set_size": 2.5}, "val_set_size must be a whole number of rows, at least 1, not 2.5."),
     (
         "my_rows",
         {"val_set_size": -0.1},
@@ -581,7 +581,7 @@ def test_opening_local_rows_imports_nothing_heavy(here):
 @pytest.mark.parametrize("data", [["a slogan for a lamp", "another one for a chair"], "a slogan for a lamp"])
 def test_texts_in_place_of_rows_are_answered_with_what_a_row_is(data):
     with pytest.raises(
-        DataError, match=r"'a slogan for a lamp' is no file or folder, and a text alone is no row"
+        DataError, match=r"'a slogan for a lamp' is not a file or folder, and text alone is not a row"
     ) as error:
         open_splits(data)
     assert '{"prompt": ..., "completion": ...}' in str(error.value)

@@ -140,11 +140,11 @@ def test_json_text_inside_arguments_stays_text_and_keys_keep_their_order():
     ("text", "why"),
     [
         ('{"to": "Ro', "not valid JSON"),
-        ("[1, 2]", "no object"),
-        ("3", "no object"),
-        ("null", "no object"),
+        ("[1, 2]", "not an object"),
+        ("3", "not an object"),
+        ("null", "not an object"),
         ("sail to Rome", "not valid JSON"),
-        ('{"a": NaN}', "NaN is no number of JSON"),
+        ('{"a": NaN}', "NaN is not a JSON number"),
         ('{"a": 1e400}', "1e400 is beyond what a number can hold"),
         ('{"a": "\\ud800"}', "half a surrogate pair"),
         ("[" * 100_000, "not valid JSON"),
@@ -163,8 +163,8 @@ def test_a_text_that_is_no_object_is_refused_where_objects_are_written_and_told_
         row = said(template, text)
         assert f"<call>sail{text}<|im_end|>" in row.text
         assert (
-            "message 1 (assistant): the arguments of a tool call (1 in all) are no JSON object and are written as they "
-            "stand." in row.problems
+            "message 1 (assistant): the arguments of a tool call (1 in all) are not a JSON object and are written "
+            "as they are." in row.problems
         )
 
 

@@ -223,8 +223,8 @@ WRONG_RESULTS = {
         (lambda pairs: -pairs.chosen_P.mean(), "not one of shape ()"),
         (lambda pairs: None, "one loss for each pair: an array of shape (P,), not None."),
         (lambda pairs: (-pairs.chosen_P, None), "may return {name: values}, not None"),
-        (lambda pairs: (-pairs.chosen_P, {"loss": pairs.chosen_P}), "the metric 'loss' is called like a column"),
-        (lambda pairs: (-pairs.chosen_P, {"seconds": pairs.chosen_P}), "the metric 'seconds' is called like a column"),
+        (lambda pairs: (-pairs.chosen_P, {"loss": pairs.chosen_P}), "the metric 'loss' has the name of a column"),
+        (lambda pairs: (-pairs.chosen_P, {"seconds": pairs.chosen_P}), "the metric 'seconds' has the name of a column"),
         (lambda pairs: (-pairs.chosen_P, {"x": pairs.chosen_P.sum()}), "the metric 'x' must have one value for each"),
         (lambda pairs: (-pairs.chosen_P, {}, {}), "not a value of type tuple"),
     ],
@@ -259,7 +259,7 @@ def test_a_result_that_is_not_one_number_each_is_refused_in_one_line(own_methods
         (lambda targets: -mx.stack([targets.logprob_S] * 2), "must return one loss for each target"),
         (
             lambda targets: (-targets.logprob_S, {"loss": targets.logprob_S}),
-            "the metric 'loss' is called like a column",
+            "the metric 'loss' has the name of a column",
         ),
     ],
 )

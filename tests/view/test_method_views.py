@@ -134,7 +134,7 @@ def test_losses_of_both_answers_are_measured_and_shown(make_run):
     browser = run.browse()
     browser.color.value = "loss now"
     assert browser.view.value.count("mean loss of the trained tokens") == 2
-    with pytest.raises(DataError, match="row 1 is no pair"):
+    with pytest.raises(DataError, match="row 1 is not a pair"):
         make_run("kto").token_losses(make_run("kto").rows()[1], rejected=True)
 
 

@@ -1,4 +1,4 @@
-"""Finding rows by what they are: longest, cut, left out, of some words. Reads on a little at a time."""
+"""Finds rows that are longest, cut, left out or contain some words, a few at a time."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ class ChatTemplate:
         return Encoded(tokens, offsets, found, written)
 
     def facts(self) -> TemplateFacts:
-        """What the template does whatever the conversation, studied once for each template."""
+        """What the template does in every conversation, found out once for each template."""
         special = tuple(sorted((name, str(token)) for name, token in self.tokenizer.special_tokens_map.items()))
         key = (self.source or str(self._renderer._chat_template), special, self.tools is not None)
         if key not in _FACTS:

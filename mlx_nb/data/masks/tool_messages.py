@@ -147,7 +147,7 @@ class _Writer:
                 f"a value in {self.name} cannot be written: {error}. Correct it, or drop the row."
             ) from None
         except RecursionError:
-            raise MaskRefused(f"{self.name} is nested too deeply to be written. Drop the row.") from None
+            raise MaskRefused(f"{self.name} is nested too deeply to write. Drop the row.") from None
 
     def call(self, call: Any, form: ArgumentsForm) -> Any:
         """A tool call, alone or as a `function`, with its arguments in the form that the template wants."""
@@ -185,8 +185,8 @@ class _Writer:
     def problems(self) -> Iterator[str]:
         if self.unread:
             yield (
-                f"{self.name}: the arguments of a tool call ({self.unread} in all) are no JSON object and are written "
-                "as they stand."
+                f"{self.name}: the arguments of a tool call ({self.unread} in all) are not a JSON object and are "
+                "written as they are."
             )
         yield from (f"{self.name}: {sentence}" for sentence in self.remarks.sentences(notes=False))
 

@@ -124,7 +124,7 @@ def read_arguments(text: str, remarks: ValueRemarks) -> dict[str, Any]:
         return value
 
     def no_number(name: str) -> Any:
-        raise NotJson(f"{name} is no number of JSON")
+        raise NotJson(f"{name} is not a JSON number")
 
     if not text.strip():
         return {}
@@ -138,7 +138,7 @@ def read_arguments(text: str, remarks: ValueRemarks) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise NotJson(f"it is not valid JSON: {str(error).rstrip('.') or 'too deep'}") from None
     if not isinstance(value, dict):
-        raise NotJson("it is JSON, but no object")
+        raise NotJson("it is JSON, but not an object")
     result: dict[str, Any] = written_value(value, remarks, "", keep_nulls=True)
     return result
 
@@ -165,5 +165,5 @@ def _text(value: str, where: str) -> str:
         try:
             value.encode("utf-8")
         except UnicodeEncodeError:
-            raise NotJson(f"{where!a} has half a surrogate pair, which is no valid text") from None
+            raise NotJson(f"{where!a} has half a surrogate pair, which is not valid text") from None
     return value

@@ -227,7 +227,9 @@ def writable(value: Any, where: str) -> Any:
             elif isinstance(item, list):
                 below += [(inner, place) for inner in item]
             elif not is_known(item):
-                raise DataError(f"{place} is a {type(item).__name__}, which no text can be made of. Write it as text.")
+                raise DataError(
+                    f"{place} is a {type(item).__name__}, which cannot be turned into text. Write it as text."
+                )
         level = below
     return value
 

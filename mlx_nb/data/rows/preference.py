@@ -136,7 +136,7 @@ def preference_row(record: Mapping[str, Any], columns: Columns) -> PreferenceRow
 
     `{"messages": [...]}` counts as the list in it, and a whole conversation in `messages` beside a rejected answer as
     what was chosen. Raises NothingToPrefer for two answers that are the same, and DataError for everything else that
-    is no pair.
+    is not a pair.
     """
     record = _unpacked(record)
     chosen_name = columns.chosen or chosen_column(record) or "chosen"
@@ -231,7 +231,7 @@ def _parted(chosen: Messages, rejected: Messages, names: tuple[str, str]) -> tup
         if messages[shared]["role"] != "assistant":
             raise DataError(
                 f"`{names[0]}` and `{names[1]}` part at message {shared}, which is from the "
-                f"{messages[shared]['role']} in `{name}`: they answer different prompts. Let both begin alike."
+                f"{messages[shared]['role']} in `{name}`: they answer different prompts. Make both begin the same way."
             )
     if not shared:
         raise DataError(f"one of `{names[0]}` and `{names[1]}` is a whole conversation, the other an answer alone.")
@@ -265,7 +265,9 @@ def _prompt(record: Mapping[str, Any], columns: Columns, formats: str) -> Any:
     if other in CONVERSATION_COLUMNS:
         asked = read_messages(record[other], other, columns.roles)
         if asked[-1]["role"] == "assistant":
-            raise DataError(f"`{other}` ends with the assistant: nothing is asked. Let it end with the user's message.")
+            raise DataError(
+                f"`{other}` ends with the assistant: nothing is asked. It must end with the user's message."
+            )
         return asked
     if other:
         return question(record, other, columns.roles)

@@ -72,4 +72,6 @@ def _next_block(stream: Any, path: Path) -> bytes:
         return bytes(stream.read(1 << 20))
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-        raise DataError(f"{path.name} is damaged, or was not downloaded to its end ({reason}). Get it again.") from None
+        raise DataError(
+            f"{path.name} is damaged, or its download is incomplete ({reason}). Download it again."
+        ) from None

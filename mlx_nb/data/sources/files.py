@@ -42,9 +42,9 @@ def open_file(path: Path) -> RowSource | dict[str, RowSource]:
         with path.open("rb") as file:
             start = file.read(64)
         if not start:
-            raise DataError(f"{path} is empty (0 bytes). Remove it, or get it again.")
+            raise DataError(f"{path} is empty (0 bytes). Remove it, or download it again.")
         if compression and compression_of(start) != compression:
-            fault = _no_rows(start, path) or f"not compressed so. Rename it to {path.stem}"
+            fault = _no_rows(start, path) or f"not compressed that way. Rename it to {path.stem}"
             raise DataError(f"{path} is not a {compression} file: by its content it is {fault}.")
         with decompressed(path) if compression else path.open("rb") as content:
             start = content.read(64)
@@ -347,7 +347,7 @@ def _open_parquet(path: Path, file: IO[bytes]) -> RowSource:
     try:
         table = pyarrow.parquet.read_table(file)
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path.name} is no readable parquet file: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{path.name} is not a readable parquet file: {str(error).splitlines()[0]}") from None
 
     def read(row: int) -> Mapping[str, Any]:
         return without_nested_none(table.slice(row, 1).to_pylist()[0])

@@ -116,7 +116,7 @@ def _check_complete(split: str, total: int, shards: dict[int, Path]) -> None:
     ]
     raise DataError(
         f"folder {path.parent} has {total - len(missing)} of the {total} shards of {split}; missing: "
-        f"{and_more(names, 3)}. Get them, or give the path of one file."
+        f"{and_more(names, 3)}. Download them, or give the path of one file."
     )
 
 

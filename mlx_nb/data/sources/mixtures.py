@@ -106,7 +106,7 @@ def _held_out_count(val_set_size: float, total: int) -> int:
     if val_set_size < 1:
         return min(_HELD_OUT_AT_MOST, max(1, round(val_set_size * total))) if val_set_size else 0
     if val_set_size != int(val_set_size):
-        raise DataError(f"val_set_size must be a whole number of rows from 1 on, not {val_set_size:g}.")
+        raise DataError(f"val_set_size must be a whole number of rows, at least 1, not {val_set_size:g}.")
     if val_set_size >= total:
         raise DataError(f"val_set_size: {int(val_set_size)} would hold out all {total} training rows. Lower it.")
     return int(val_set_size)

@@ -52,7 +52,7 @@ def refuse_odd(record: Mapping[Any, Any]) -> None:
         if not isinstance(column, str):
             raise OddRow(f"the column name {shown(column)} is not text. Give the column a name, or drop the row.")
         if not column.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in column):
-            raise OddRow(f"the column name {column!a} is no valid text. Give the column another name.")
+            raise OddRow(f"the column name {column!a} is not valid text. Give the column another name.")
         refuse_odd_value(value, f"`{column}`")
 
 

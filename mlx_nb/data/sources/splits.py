@@ -193,7 +193,7 @@ def _not_found(text: str, path: Path, variables: Mapping[str, object], folder: P
         near = f" There is no folder {above}.{did_you_mean(above.name, _names_in(path.parent.parent))}"
     elif not near and len(text.split()) > 1 and not path.suffix:
         return (
-            f"{shown(text)} is no file or folder, and a text alone is no row. A row is a dict, such as "
+            f"{shown(text)} is not a file or folder, and text alone is not a row. A row is a dict, such as "
             '{"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}.'
         )
     return f"no such file or folder: {text}.{near} Working folder: {Path.cwd() / folder}."

@@ -163,7 +163,9 @@ def read_reward(name: str, function: Any) -> Reward:
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
-        raise ConfigError(f"reward {name} does not say what it takes. Wrap it in a function with `def`.") from None
+        raise ConfigError(
+            f"reward {name} has no signature that can be read. Wrap it in a function with `def`."
+        ) from None
     for parameter in parameters:
         if parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty:
             raise ConfigError(f"reward {name} takes `{parameter.name}` by position only. Remove the `/` after it.")

@@ -237,4 +237,4 @@ class Clicks:
             if info.save == save:
                 return info
         self._panel.show_again("checkpoints")
-        raise CommandError("this checkpoint is not there any more.")
+        raise CommandError("this checkpoint no longer exists.")
