@@ -19,7 +19,6 @@ MlxNbError
 
 from __future__ import annotations
 
-import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -194,9 +193,3 @@ def listed_problems(lines: Sequence[str]) -> str:
     """The lines about everything that is wrong, those after the first 200 as their number."""
     more = len(lines) - MOST_PROBLEMS
     return "\n".join([*lines[:MOST_PROBLEMS], *([f"and {counted(more, 'more problem')}."] if more > 0 else [])])
-
-
-def in_ipython() -> bool:
-    """Whether this process is a notebook's kernel or an IPython shell, where commands are typed in another way."""
-    shell = sys.modules.get("IPython.core.getipython")
-    return shell is not None and shell.get_ipython() is not None

@@ -15,6 +15,7 @@ import mlx_nb
 PACKAGE = Path(mlx_nb.__file__).parent
 # Folders and single files in reading order. A new file in a folder needs no place here.
 LAYERS = [
+    "ipython_shell",
     "errors",
     "events",
     "config",

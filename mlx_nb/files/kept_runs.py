@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlx_nb.errors import FolderTaken, and_more, in_ipython
+from mlx_nb.errors import FolderTaken, and_more
 from mlx_nb.files.folder_lock import LOCK_FILE, MARK, FolderLock, begins_as_ours, is_locked
 from mlx_nb.files.written_files import (
     BEST_FOLDER,
@@ -26,6 +26,7 @@ from mlx_nb.files.written_files import (
     heading,
     newest_checkpoint,
 )
+from mlx_nb.ipython_shell import in_ipython
 
 
 class KeptRun(NamedTuple):

@@ -170,6 +170,11 @@ class RunFolder:
         self.release()
 
     @property
+    def given_up(self) -> bool:
+        """Whether this run may write there no more; `lost` says why."""
+        return bool(self._given_up)
+
+    @property
     def lost(self) -> str:
         """Why this run may write there no more, and how to get it back from where it is now; empty while it may."""
         if not self._given_up:

@@ -25,6 +25,7 @@ from mlx_nb.events import (
 )
 from mlx_nb.notebook.progress_line import ProgressLine
 from mlx_nb.notebook.shown_text import has_rich_display
+from mlx_nb.run.background import hold_interrupts
 from mlx_nb.run.run import raise_failure
 from mlx_nb.view import event_text
 from mlx_nb.view.curves.figure import live_svg, live_words
@@ -38,13 +39,16 @@ _SECONDS_BETWEEN_UPDATES = 0.4
 _SECONDS_BETWEEN_SIGNS = 10.0
 
 
-def train(session: Session, run: Run, updates: int | None = None, *, wait: bool | None = None) -> None:
+def train(
+    session: Session, run: Run, updates: int | None = None, *, wait: bool | None = None, ends_cell: bool = False
+) -> None:
     """Move `run` by `updates` updates, or to its end, showing what happens.
 
     Where a person has the notebook open this returns at once, the run goes on in the background, and a panel stands
     under the cell; cells that are queued behind this one wait for it, unless `wait` is False. `wait` True stays in the
-    cell, as it does by itself under nbconvert and papermill, where nobody would wait for the background. Raises
-    TrainingError when an update was not kept.
+    cell, as it does by itself under nbconvert and papermill, where nobody would wait for the background. With
+    `ends_cell`, where nothing of the person's own follows in the cell, an interrupt is the run's from its start on.
+    Raises TrainingError when an update was not kept.
     """
     if wait or (wait is None and not has_live_front_end()):
         try:
@@ -55,11 +59,14 @@ def train(session: Session, run: Run, updates: int | None = None, *, wait: bool 
     is_shown = session.panel_of(run) is not None
     if not is_shown:
         show_panel(session, run)
-    run.start(updates)
-    if is_shown:
-        ProgressLine(run)
-    if wait is None and session.queued is not None:
-        session.queued.follow(run)
+    with run.interrupts(print):
+        run.start(updates)
+        if is_shown:
+            ProgressLine(run)
+        if wait is None and session.queued is not None:
+            session.queued.follow(run)
+        if ends_cell:
+            hold_interrupts()
 
 
 def show_panel(session: Session, run: Run) -> None:

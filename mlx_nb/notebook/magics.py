@@ -78,7 +78,7 @@ class FinetuneMagics(Magics):
             print(f"{run.name} is built. `%finetune step` does one update, `%finetune run` all of them.")
             return
         if not run.over:
-            train(self.session, run, wait=wait)
+            train(self.session, run, wait=wait, ends_cell=True)
 
 
 def _parse(magic: Any, line: str) -> Any:

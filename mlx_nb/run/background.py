@@ -8,6 +8,7 @@ from typing import Protocol
 
 from mlx_nb.errors import CommandError
 from mlx_nb.events import Event, Pause, Request
+from mlx_nb.ipython_shell import shell
 from mlx_nb.train.interrupts import Interrupts
 
 # One sleep(0) lets a click wait for three or four steps: a click takes several turns of the loop to arrive.
@@ -30,16 +31,26 @@ _moving: list[Runnable] = []
 _interrupts: Interrupts | None = None
 
 
-def _hold_interrupts() -> None:
-    """While any run moves, SIGINT pauses all that do. Between cells the kernel itself would ignore it.
-
-    Called from inside the task, because what is set in a cell is undone when the cell ends.
-    """
+def _follow_request() -> None:
+    """From the end of this request on, be it a cell or a click, SIGINT pauses all runs that move."""
     global _interrupts
     if _interrupts is None:
         _interrupts = Interrupts(_pause_all)
+        _interrupts.follow_request()
+        if (ipython := shell()) is not None:
+            # What the kernel does between the last line of a cell and the end of its request cannot be interrupted.
+            ipython.events.register("post_execute", hold_interrupts)
+
+
+def hold_interrupts() -> None:
+    """While any run moves, SIGINT pauses all that do. Between cells the kernel itself would ignore it.
+
+    Said again at each event, because what was set in a cell is undone when the cell ends. Said in a cell, it is for
+    the rest of that.
+    """
+    if _interrupts is not None:
         _interrupts.__enter__()
-    _interrupts.renew()
+        _interrupts.renew()
 
 
 def _pause_all(pause: Pause) -> None:
@@ -54,6 +65,8 @@ def _left(run: Runnable) -> None:
     if not _moving and _interrupts is not None:
         _interrupts.__exit__(None, None, None)
         _interrupts = None
+        if (ipython := shell()) is not None:
+            ipython.events.unregister("post_execute", hold_interrupts)
 
 
 class Background:
@@ -96,6 +109,7 @@ class Background:
                 f"{self._run.name} cannot train in the background here: no event loop is running. Use run.run()."
             ) from None
         _moving.append(self._run)
+        _follow_request()
         self._updates, self._ended = updates, ended
         self._task = loop.create_task(self._pump(), name=f"mlx_nb {self._run.name}")
 
@@ -114,7 +128,7 @@ class Background:
     def _advance(self) -> Event | None:
         """The next event; None when the run stands still, which whoever started it has been told then."""
         try:
-            _hold_interrupts()
+            hold_interrupts()
             if self._events is None:
                 self._events = self._run.moves(self._updates)
             event = next(self._events, None)

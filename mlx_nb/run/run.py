@@ -29,7 +29,6 @@ from mlx_nb.errors import (
     FolderTaken,
     MlxNbError,
     TrainingError,
-    in_ipython,
     shown,
 )
 from mlx_nb.events import (
@@ -64,6 +63,7 @@ from mlx_nb.events.history import History
 from mlx_nb.files.places import check_name, folder_of, refuse_among_files, same_folder, working_folder
 from mlx_nb.files.run_folder import RunFolder
 from mlx_nb.files.written_files import CHECKPOINTS, EXPORT, RUN
+from mlx_nb.ipython_shell import in_ipython
 from mlx_nb.process import exits
 from mlx_nb.process.turns import Turns, one_at_a_time
 from mlx_nb.run.asking import answers, check_asking
@@ -143,6 +143,7 @@ class Run:
         self.forks = 0  # how many were named after it
         self._blocked = False
         self._failed = False
+        self._paused_early = False  # while it loaded
         self._error: BaseException | None = None
         self.background = Background(self)
         self._inbox = Inbox()
@@ -305,7 +306,7 @@ class Run:
         if self._failed:
             return RunState.FAILED
         if self._trainer is None or not self.history.events:
-            return RunState.BUILT
+            return RunState.PAUSED if self._paused_early else RunState.BUILT
         if self._trainer.finished is None:
             return RunState.PAUSED
         return RunState.STOPPED if self._trainer.finished.reason == STOPPED else RunState.FINISHED
@@ -445,6 +446,8 @@ class Run:
 
         if self._trainer is None and self._error is not None and self.state == RunState.FAILED:
             return f"{self.name}: failed before its first update. {type(self._error).__name__}: {self._error}"
+        if self._trainer is None and self.state == RunState.PAUSED:
+            return f"{self.name}: paused while it loads, no update done yet. `%finetune run` goes on."
         if self._trainer is None:
             return f"{self.name}: built, no update done yet. `%finetune step` or `%finetune run` starts it."
         return summary_text(self.history, f"{self.name}: {self.state}")
@@ -488,8 +491,13 @@ class Run:
         return "Pausing while it loads; rows that are tokenized stay so. Interrupt again to break off reading rows."
 
     def _events(self, updates: int | None) -> Iterator[Event]:
-        yield from self.load()
+        try:
+            yield from self.load()
+        except KeyboardInterrupt:
+            self._paused_early = True
+            raise
         if self._trainer is None:
+            self._paused_early = True
             (asked, *_) = self._inbox.drop(Pause)
             paused = RunPaused(0, asked.reason)
             self._own.tell(paused)
@@ -744,8 +752,12 @@ class Run:
 
     @property
     def needs_saving(self) -> bool:
-        """Whether something would be lost if the process ended now, or an update later."""
-        return not self.let_go and (self.unsaved_updates > 0 or not self.over)
+        """Whether something would be lost if the process ended now, or an update later.
+
+        Asked while a run is collected, where whatever interrupts is lost: it reads no file.
+        """
+        given_up = self._home is not None and self._home.given_up
+        return not given_up and (self.unsaved_updates > 0 or not self.over)
 
     @property
     def unsaved_updates(self) -> int:

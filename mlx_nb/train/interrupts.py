@@ -10,6 +10,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from mlx_nb.events import Pause
+from mlx_nb.ipython_shell import shell
 
 
 class Interrupts:
@@ -33,9 +34,22 @@ class Interrupts:
         owner = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
         # One that has ended may be put back by others, as by a kernel after a cell; it counts for nothing.
         nested = isinstance(owner, Interrupts) and owner._before is not None
-        if not nested and threading.current_thread() is threading.main_thread():
+        if self._before is None and not nested and threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._handle)
         return self
+
+    def follow_request(self) -> None:
+        """Take the signal at the end of the kernel's request that is executed, where the kernel gives it back.
+
+        Between requests, where a kernel ignores it, that is now. Elsewhere than in a kernel nothing happens.
+        """
+        kernel = _kernel()
+        if kernel is None or self._before is not None:
+            return
+        if signal.getsignal(signal.SIGINT) == kernel.saved_sigint_handler:
+            self.__enter__()
+        else:
+            self._before, kernel.saved_sigint_handler = kernel.saved_sigint_handler, self._handle
 
     def renew(self) -> None:
         """Take the signal again where others have taken it since, as a kernel does at the end of a cell."""
@@ -44,6 +58,9 @@ class Interrupts:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._before is not None:
+            kernel = _kernel()
+            if kernel is not None and kernel.saved_sigint_handler == self._handle:
+                kernel.saved_sigint_handler = self._before
             if signal.getsignal(signal.SIGINT) == self._handle:
                 signal.signal(signal.SIGINT, self._before)
             self._before = None
@@ -57,6 +74,13 @@ class Interrupts:
             if self.count == 1:
                 self._say()
         self._ask(Pause("interrupted", at_once=self.count > 1))
+
+
+def _kernel() -> Any:
+    """The ipykernel that gives SIGINT to every request and takes it back at its end; None elsewhere."""
+    kernel = getattr(shell(), "kernel", None)
+    main = threading.current_thread() is threading.main_thread()
+    return kernel if main and hasattr(kernel, "saved_sigint_handler") else None
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from mlx_nb.config.methods import method_named
 from mlx_nb.config.run_config import LENGTHS, RunConfig
 from mlx_nb.data.examples.batches import Place, TokenBatch
 from mlx_nb.data.masks.tokenizer import Tokenizer
-from mlx_nb.errors import ConfigError, DataError, FolderError, TrainingError
+from mlx_nb.errors import CommandError, ConfigError, DataError, FolderError, TrainingError
 from mlx_nb.events import (
     EARLY_STOPPING,
     ITERS_REACHED,
@@ -621,7 +621,8 @@ class Trainer:
     def evaluate(self, split: str = "valid", *, all_rows: bool = False) -> EvaluationCompleted:
         """Loss over a fixed set of rows of `split`, or all, weighted by token. Changes nothing in the run.
 
-        Raises OutOfMemory when a batch does not fit.
+        Raises OutOfMemory when a batch does not fit, CommandError where a reward function asks for a pause at once.
+        A pause that others ask for is for when the run moves.
         """
         evaluating = self._evaluating(split, all_rows)
         with memory_errors("rows were evaluated", "A lower batch_size or max_seq_length needs less."):
@@ -631,6 +632,10 @@ class Trainer:
                 except StopIteration as ended:
                     result: EvaluationCompleted = ended.value
                     return result
+                except _BrokenOff:
+                    raise CommandError(
+                        "the evaluation was broken off by a pause at once. Nothing has changed."
+                    ) from None
 
     def _evaluating(self, split: str, all_rows: bool = False) -> Generator[Event, None, EvaluationCompleted]:
         """The same, with a Progress before each batch."""
@@ -640,9 +645,7 @@ class Trainer:
             raise DataError(f"there are no rows in the {split} split to evaluate.")
         started = time.perf_counter()
         limit = -1 if all_rows else config.test_batches if split == "test" else config.val_batches
-        measured = yield from self._polled(
-            self.source.measure(self.state.step, split, examples, limit, self.stepper.evaluate)
-        )
+        measured = yield from self.source.measure(self.state.step, split, examples, limit, self.stepper.evaluate)
         nll = measured.metrics.get("nll", measured.loss)
         return EvaluationCompleted(
             self.state.step,
@@ -659,7 +662,7 @@ class Trainer:
     def _validate(self, scheduled: bool) -> Generator[Event, None, tuple[Event, list[Due]]]:
         """Early stopping counts the scheduled ones alone: looking more often must not end a run."""
         try:
-            result = yield from self._evaluating("valid")
+            result = yield from self._polled(self._evaluating("valid"))
         except NoReward as error:
             return RequestRefused(self.state.step, f"validation: {error}"), []
         state = self.state = replace(self.state, validated_step=self.state.step)
@@ -685,7 +688,8 @@ class Trainer:
 
     def _test(self) -> Generator[Event, None, Event]:
         try:
-            return (yield from self._evaluating("test"))
+            tested: EvaluationCompleted = yield from self._polled(self._evaluating("test"))
+            return tested
         except NoReward as error:
             return RequestRefused(self.state.step, f"test: {error}")
 

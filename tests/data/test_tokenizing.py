@@ -128,7 +128,7 @@ def test_a_pause_leaves_after_the_row_and_going_on_repeats_none(tmp_path, tiny_f
     assert events[-1].reason == ("asked" if how == "request" else "interrupted")
     assert [event.done for event in tokenizing_signs(events)] == list(range(1, 8))
     assert not run.prepared
-    assert run.state == "built"
+    assert run.state == "paused"
     rest = list(run.events())
     assert [event.done for event in tokenizing_signs(rest)] == list(range(8, 41))
     whole = rows_run(tmp_path, tiny_folder, data=rows_of(how), iters=3, adapter_path=str(tmp_path / "whole"))

@@ -47,7 +47,6 @@ def test_the_quickstart_is_worked_by_hand(lab, tmp_path):
     at = page.evaluate(DONE)
     # Step: exactly one.
     page.get_by_role("button", name="Step", exact=True).click()
-    page.wait_for_function(f"{DONE.replace('() =>', '() => (')}) === {at + 1}", timeout=60_000)
     wait_for_state(page, "paused")
     time.sleep(1)
     assert page.evaluate(DONE) == at + 1
@@ -69,7 +68,6 @@ def test_the_quickstart_is_worked_by_hand(lab, tmp_path):
     page.locator(".mlx-nb-tabs").get_by_text("Curves").click()
     page.get_by_role("button", name="▶ Run").click()
     wait_for_state(page, "running")
-    page.wait_for_function(f"{DONE.replace('() =>', '() => (')}) > {at + 1}", timeout=60_000)
     page.evaluate("() => window.jupyterapp.commands.execute('notebook:interrupt-kernel')")
     wait_for_state(page, "paused")
     page.get_by_role("button", name="▶ Run").click()

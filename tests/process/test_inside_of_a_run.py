@@ -185,3 +185,30 @@ def test_a_reward_that_catches_everything_cannot_keep_the_process_from_its_end(t
     assert "Traceback" not in said
     saved = CheckpointStore(tmp_path / "a" / "checkpoints").list()
     assert (saved[-1].step, saved[-1].kind) == (3, "exit")
+
+
+def test_a_pause_at_once_breaks_off_no_evaluation_that_is_no_part_of_moving(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder, iters=4, val_set_size=0.2)
+    run.step()
+    expected = run.evaluate().loss
+    run.request(Pause("from elsewhere", at_once=True))
+    assert run.evaluate().loss == expected
+    assert run.run().reason == "from elsewhere"
+    assert run.run().reason == "iters reached"
+
+
+def test_a_reward_that_asks_for_a_pause_at_once_ends_an_evaluation_in_words(tmp_path, tiny_folder):
+    def mine(completion):
+        if asking:
+            run.request(Pause("by the reward", at_once=True))
+        return 1.0
+
+    asking = []
+    run = prompts_run(tmp_path, tiny_folder, mine, val_set_size=0.25)
+    run.step()
+    asking.append(True)
+    with pytest.raises(CommandError, match=r"broken off by a pause at once\. Nothing has changed"):
+        run.evaluate()
+    asking.clear()
+    assert run.run().reason == "by the reward"
+    assert run.run().reason == "iters reached"

@@ -35,6 +35,14 @@ class LiveKernel(Kernel):
         message["header"]["subshell_id"] = channel
         self.client.shell_channel.send(message)
 
+    def wait_for_state(self, wanted, timeout=60.0):
+        """Until the kernel tells a page that the run is `wanted`."""
+        while True:
+            message = self.client.get_iopub_msg(timeout=timeout)
+            told = message["content"].get("data", {}).get("state", {}).get("head", {})
+            if message["msg_type"] == "comm_msg" and told.get("state") == wanted:
+                return
+
     def new_subshell(self):
         """The id of a new subshell; None for a kernel that has none and says so."""
         self.client.kernel_info()
@@ -137,6 +145,38 @@ def test_an_interrupt_between_cells_pauses_and_the_handler_is_given_back(kernel,
     kernel.wait_for("a.state", "finished")
     assert kernel.value("digest(a)") == expected
     assert kernel.value("__import__('signal').getsignal(2)") == before
+
+
+def test_an_interrupt_at_any_moment_of_the_cell_that_starts_a_run_is_not_lost(kernel, tiny_folder):
+    expected = whole_digest(kernel, tiny_folder, 60)
+    for milliseconds in (0, 1, 2, 4, 6, 8, 10, 12, 14, 16, 20, 25, 30, 40, 60, 100, 200):
+        kernel.run("a = None")
+        sent = kernel.client.execute(cell(tiny_folder, "a", 60), stop_on_error=False)
+        while kernel.client.get_iopub_msg(timeout=30)["msg_type"] != "execute_input":
+            pass  # until then there is nothing to interrupt
+        time.sleep(milliseconds / 1000)
+        kernel.manager.interrupt_kernel()
+        kernel.reply_to(sent)
+        while (state := kernel.value("a and a.state")) == "running":
+            time.sleep(0.01)
+        # Either the cell was ended before there was a run, or the run has heard it.
+        assert state in ("None", "built", "paused"), (milliseconds, state)
+        status, text = kernel.run("if a is not None: print(a.run().step)")
+        assert status == "ok", text
+        assert kernel.value("a is None or digest(a)") in ("True", expected), milliseconds
+
+
+def test_an_interrupt_as_soon_as_a_click_on_run_shows_is_not_lost(kernel, tiny_folder):
+    expected = whole_digest(kernel, tiny_folder, 60)
+    kernel.run(cell(tiny_folder, "a", 60, "--paused"))
+    kernel.run("import mlx_nb; panel = a.panel(); panel")
+    for _ in range(8):
+        kernel.click({"do": "run"})
+        kernel.wait_for_state("running")
+        kernel.manager.interrupt_kernel()
+        kernel.wait_for("a.state", "paused")
+    kernel.run("a.run()")
+    assert kernel.value("digest(a)") == expected
 
 
 def test_await_waits_without_cancelling_and_two_runs_go_side_by_side(kernel, tiny_folder):

@@ -40,10 +40,14 @@ class Kernel:
             on_output(piece)
             if kind == "status" and content["execution_state"] == "idle":
                 break
-        reply = self.client.get_shell_msg(timeout=30)
+        return self.reply_to(message_id)["content"]["status"], text
+
+    def reply_to(self, message_id, timeout=30):
+        """The answer to a request, once it is executed."""
+        reply = self.client.get_shell_msg(timeout=timeout)
         while reply["parent_header"].get("msg_id") != message_id:
-            reply = self.client.get_shell_msg(timeout=30)
-        return reply["content"]["status"], text
+            reply = self.client.get_shell_msg(timeout=timeout)
+        return reply
 
     def run_all(self, cells, timeout=120, clock=0.0):
         """Send all cells at once, as Run All does; returns (status, text) of each.

@@ -230,7 +230,7 @@ def test_rows_that_never_come_are_broken_off_by_a_second_interrupt(tmp_path, tin
         with pytest.raises(KeyboardInterrupt):
             move()
     assert not run.home.held
-    assert run.state == "built"
+    assert run.state == "paused"
     rows.waits = False
     move()
     assert run.state == "finished"

@@ -67,7 +67,7 @@ def useful_clicks(run: RunHandle) -> list[str]:
         "skip": state == RunState.FAILED and prepared and not run.over,
         "set": not cannot_begin(run),
         "keep": not cannot_begin(run),
-        "chat": prepared or state == RunState.BUILT,
+        "chat": prepared or state in (RunState.BUILT, RunState.PAUSED),
     }
     return [name for name, is_useful in useful.items() if is_useful]
 
@@ -180,7 +180,7 @@ class Clicks:
     def applied(self) -> None:
         """A run that stands still is woken to read its requests, without an update."""
         run = self._panel.run
-        if not run.active and (run.prepared or run.state == RunState.BUILT):
+        if not run.active and (run.prepared or run.state in (RunState.BUILT, RunState.PAUSED)):
             run.start(0)
 
     def _set(self, name: str, text: str) -> None:

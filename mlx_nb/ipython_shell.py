@@ -1,0 +1,20 @@
+"""The IPython shell of this process, without importing IPython where nobody has."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+def shell() -> Any:
+    """The shell of a notebook's kernel or of a terminal; None in a plain process, and while IPython is being imported.
+
+    Safe from a signal handler, which may strike in the middle of that import.
+    """
+    kind = getattr(sys.modules.get("IPython.core.interactiveshell"), "InteractiveShell", None)
+    return kind.instance() if kind is not None and kind.initialized() else None
+
+
+def in_ipython() -> bool:
+    """Whether this process is a notebook's kernel or an IPython shell, where commands are typed in another way."""
+    return shell() is not None
