@@ -30,7 +30,7 @@ from mlx_nb.model.fingerprint import Weights, weights_fingerprint
 from mlx_nb.model.finite import not_finite
 from mlx_nb.model.gguf.convert import convert_gguf, write_model
 from mlx_nb.model.memory import memory_errors, shortage
-from mlx_nb.model.mlx_lm_import import files_for_a_model, import_mlx_lm, import_tokenizers
+from mlx_nb.model.mlx_lm_import import LIBRARIES, files_for_a_model, import_mlx_lm, import_tokenizers
 from mlx_nb.model.passes import doubt_note
 from mlx_nb.model.randomness import random_stream
 from mlx_nb.model.text_model import whole_note
@@ -96,10 +96,12 @@ def load_model(model: str, *, load_in_bits: int | None = None, chat_template: st
 def load_in_pieces(
     model: str, *, load_in_bits: int | None = None, chat_template: str | None = None
 ) -> Generator[Progress, None, LoadedModel]:
-    """`load_model` in pieces, with Progress after each. What is fetched, imported and parsed is so on a thread."""
+    """`load_model` in pieces, with Progress after each. What is fetched and parsed is so on a thread."""
     with memory_errors("the model was loaded", "Close other programs and kernels, or use a smaller model."):
         folder = yield from fetched_folder(model)
-        yield from _meanwhile("libraries", import_tokenizers)
+        begun = time.monotonic()
+        for done in import_tokenizers():
+            yield Progress(0, "loading libraries", done, len(LIBRARIES), time.monotonic() - begun)
         network, config = load_skeleton(folder)
         tokenizer = yield from _meanwhile("tokenizer", partial(load_tokenizer, folder))
         yield from _evaluated(network, "weights, as they are in the file")

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 import resource
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 _FILES_OF_A_MODEL = 2048  # what mlx-lm asks for: a large model has hundreds of files
+
+# In the order in which mlx-lm comes to them; each takes under half a second.
+LIBRARIES = (
+    "huggingface_hub",
+    "tokenizers",
+    "transformers",
+    "transformers.tokenization_utils_base",
+    "transformers.models.auto.tokenization_auto",
+)
 
 _NO_ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 
@@ -51,10 +61,16 @@ def import_mlx_lm() -> None:
             random.setstate(drawn)
 
 
-def import_tokenizers() -> None:
-    """Most of what importing mlx-lm takes; mlx-lm itself makes mlx streams, which belong to a thread."""
-    with _importing_quietly():
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
+def import_tokenizers() -> Iterator[int]:
+    """Import most of what mlx-lm takes, a piece at a time; gives the number of pieces that are done before each.
+
+    Not for a thread: transformers puts another module in its own place in the middle of its import, so that whoever
+    imports it meanwhile, such as another cell, would be left with the first one, which lacks every name.
+    """
+    for done, name in enumerate(LIBRARIES):
+        yield done
+        with _importing_quietly(), suppress(ImportError):  # in another version; it is imported where it is used
+            importlib.import_module(name)
 
 
 @contextmanager

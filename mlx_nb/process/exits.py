@@ -123,7 +123,8 @@ def moving(run: Unsaved) -> Iterator[None]:
     try:
         yield
     finally:
-        _moving.remove(mine)
+        with suppress(ValueError):  # a child that the run's code forked has forgotten it
+            _moving.remove(mine)
     go_on_ending()
     give_back()
 
@@ -136,7 +137,8 @@ def computing(run: Unsaved) -> Iterator[None]:
     try:
         yield
     finally:
-        _computing.remove(run)
+        with suppress(ValueError):
+            _computing.remove(run)
 
 
 def save_all(ending: bool = True) -> None:

@@ -7,13 +7,14 @@ import hashlib
 import json
 import os
 import shlex
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_nb.config.optimizers import has_no_decay
 from mlx_nb.config.run_config import LENGTHS, PATHS, SETTINGS, RunConfig, located
-from mlx_nb.data.examples.batches import ORDER
+from mlx_nb.data.examples.batches import ORDER, Place
 from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.errors import CheckpointError, ConfigError, did_you_mean, listed_problems, shown
 from mlx_nb.events import Event, Request, RunStarted, SettingChanged, event_from_json, request_from_json
@@ -24,6 +25,7 @@ from mlx_nb.files.typed_json import read_as
 
 if TYPE_CHECKING:
     from mlx_nb.train.checkpoint import Checkpoint
+    from mlx_nb.train.record import RunRecord
 
 _GROUPS = tuple(name for name in SETTINGS if dataclasses.is_dataclass(getattr(RunConfig(), name)))
 
@@ -115,6 +117,7 @@ def refuse_unusable(checkpoint: Checkpoint) -> None:
             wrong.append("config.data")
         check_name(record.name)
         wrong += ["history_parts" for part in record.history_parts if not HISTORY_FILE.fullmatch(part.file)]
+        wrong += _impossible_counts(record)
         wrong += ["live_changes" for event in _live_changes(checkpoint) if event.name not in SETTINGS]
         requests_of(checkpoint)
         if not wrong:
@@ -125,6 +128,44 @@ def refuse_unusable(checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"its settings cannot be used: {_reason(error).rstrip('.')}") from error
     if wrong:
         raise CheckpointError(f"it does not hold what a run goes on from (wrong: {', '.join(wrong)})")
+
+
+class Unfit:
+    """The checkpoints that turned out, once all was loaded, not to fit the run that they say they are of."""
+
+    def __init__(self) -> None:
+        self._reasons: dict[Path | None, str] = {}
+
+    def refuse(self, checkpoint: Checkpoint) -> None:
+        """Raise CheckpointError for one of them, and for one that is unusable by what it says."""
+        refuse_unusable(checkpoint)
+        if (reason := self._reasons.get(checkpoint.path)) is not None:
+            raise CheckpointError(reason)
+
+    @contextmanager
+    def noted(self, checkpoint: Checkpoint) -> Iterator[None]:
+        """While it is put in place: what is raised then is about the checkpoint, which is one of them."""
+        try:
+            yield
+        except (CheckpointError, ArithmeticError, *_FOREIGN) as error:
+            self._reasons[checkpoint.path] = _reason(error).rstrip(".")
+
+
+def _impossible_counts(record: RunRecord) -> list[str]:
+    """The keys whose counts no run can have come to."""
+    place = record.place or Place(0, 0, 1)
+    counts = {
+        **{f"trainer.{name}": count for name, count in vars(record.trainer).items() if isinstance(count, int)},
+        **{
+            f"history_parts.{name}": getattr(part, name) for part in record.history_parts for name in ("bytes", "lines")
+        },
+        "events": record.events,
+        "standing": record.standing,
+        "place.epoch": place.epoch,
+        "place.rows": place.rows,
+        "place.batch_size": place.batch_size - 1,
+    }
+    return [name for name, count in counts.items() if not 0 <= count < 2**63]
 
 
 def _typed(found: Event | Request) -> Any:

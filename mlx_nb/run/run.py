@@ -74,13 +74,13 @@ from mlx_nb.run.own_calls import OWN_FUNCTION, OwnCalls
 from mlx_nb.run.preparation import check_template_file, folder_taken, loading, make_trainer, with_start_adapter
 from mlx_nb.run.resume import ask_again, home_to_resume
 from mlx_nb.run.resume_checks import (
+    Unfit,
     allowed_changes,
     changes_since,
     defaults_taken,
     length_given,
     read_history_of,
     refuse_missing_variables,
-    refuse_unusable,
     requests_of,
     settings_to_resume,
 )
@@ -789,16 +789,21 @@ class Run:
         allow_changed = allowed_changes(allow_changed)
         folder = folder_of(str(path), working_folder())
         home = home_to_resume(folder)
+        store, unfit = CheckpointStore(folder / CHECKPOINTS), Unfit()
         try:
-            checkpoint, messages = CheckpointStore(folder / CHECKPOINTS).load(step, refuse_unusable)
-            settings = settings_to_resume(checkpoint, folder, config, data)
-            refuse_missing_variables(settings, checkpoint.state["name"], namespace)
-            run = cls(settings, name=checkpoint.state["name"], namespace=namespace, _from_checkpoint=True)
-            home.name, home.at_rest, home.let_go = run.name, run._at_rest, run.release
-            run._resumed, run._home = True, home
-            changed = changes_since(checkpoint, config, run.inputs.fingerprints, allow_changed)
-            run.trainer.restore(checkpoint)
-            run.history, damage = read_history_of(checkpoint)
+            while True:
+                checkpoint, messages = store.load(step, unfit.refuse)
+                settings = settings_to_resume(checkpoint, folder, config, data)
+                refuse_missing_variables(settings, checkpoint.state["name"], namespace)
+                run = cls(settings, name=checkpoint.state["name"], namespace=namespace, _from_checkpoint=True)
+                home.name, home.at_rest, home.let_go = run.name, run._at_rest, run.release
+                run._resumed, run._home = True, home
+                changed = changes_since(checkpoint, config, run.inputs.fingerprints, allow_changed)
+                with unfit.noted(checkpoint):
+                    run.trainer.restore(checkpoint)
+                    run.history, damage = read_history_of(checkpoint)
+                    break
+                run._trainer = None  # it may hold half of what does not fit, which is not to be saved
             run.history.folder = str(folder)
             run._checkpoints.go_on_from(checkpoint, whole=not damage)
             if length := length_given(checkpoint, config):

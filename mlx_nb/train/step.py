@@ -15,6 +15,7 @@ from mlx.utils import tree_map, tree_unflatten
 from mlx_nb.data.examples.batches import TokenBatch
 from mlx_nb.errors import CheckpointError, ModelChanged, TrainingError
 from mlx_nb.model.backend import one_blas_thread
+from mlx_nb.model.finite import not_finite
 from mlx_nb.model.lanes import in_lanes, lanes_of, one_by_one
 from mlx_nb.model.logprobs import TargetInputs, TargetScorer, target_inputs
 from mlx_nb.model.randomness import random_stream
@@ -137,6 +138,8 @@ class Stepper:
                         f"the checkpoint of step {step} is of another run: {what} {name} does not fit. "
                         "Use the model, fine_tune_type, lora_parameters and optimizer that it was made with."
                     )
+            if damaged := not_finite(theirs):
+                raise CheckpointError(f"the checkpoint of step {step} is damaged: {what} {damaged}.")
 
     def put_back(self, parameters: dict[str, mx.array], optimizer: dict[str, mx.array]) -> None:
         """Go on from these, which fit."""

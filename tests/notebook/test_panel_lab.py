@@ -47,6 +47,7 @@ def test_the_quickstart_is_worked_by_hand(lab, tmp_path):
     at = page.evaluate(DONE)
     # Step: exactly one.
     page.get_by_role("button", name="Step", exact=True).click()
+    page.wait_for_function(f"{DONE.replace('() =>', '() => (')}) === {at + 1}", timeout=60_000)
     wait_for_state(page, "paused")
     time.sleep(1)
     assert page.evaluate(DONE) == at + 1

@@ -504,6 +504,24 @@ def test_a_script_that_just_ends_saves_and_a_forked_child_does_not(tmp_path, tin
     assert saves(tmp_path / "a") == [(3, "exit")]
 
 
+def test_a_child_forked_by_code_that_a_run_calls_ends_as_it_says(tmp_path, tiny_folder):
+    body = """
+        def told(event):
+            if isinstance(event, StepCompleted) and event.step == 2:
+                if (child := os.fork()) == 0:
+                    sys.exit(7)
+                print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        run.listen(told)
+        try:
+            run.step(3)
+        except Exception as error:
+            print(repr(error))
+    """
+    result = ended(tmp_path, tiny_folder, body)
+    assert (result.returncode, result.stdout) == (0, "7\nwent on\n"), result.stderr
+    assert saves(tmp_path / "a") == [(3, "exit")]
+
+
 @pytest.mark.parametrize("move", ["run.run()", "run.step(10)"])
 def test_an_interrupted_script_stops_its_loop_over_runs_once_the_pause_is_saved(tmp_path, tiny_folder, move):
     body = f"""

@@ -148,9 +148,12 @@ calls = []
 def mine(completion):
     calls.append(1)
     if len(calls) > 12:
-        print("stuck", flush=True)
+        said = False
         while True:
             try:
+                if not said:
+                    said = True
+                    print("stuck", flush=True)
                 time.sleep(0.05)
             except:
                 pass

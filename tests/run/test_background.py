@@ -306,3 +306,22 @@ def test_a_kernel_that_is_shut_down_leaves_an_exact_checkpoint(kernel, tiny_fold
     whole.run(until=info.step)
     assert resumed.adapter_bytes() == whole.adapter_bytes()
     assert resumed.history["loss"] == whole.history["loss"]
+
+
+@pytest.mark.parametrize(
+    "code", ["from transformers import AutoTokenizer", "import mlx_lm", "a.tokenizer.eos_token", "%finetune row 1"]
+)
+def test_another_cell_may_use_what_a_run_is_just_importing(tmp_path, tiny_folder, code):
+    kernel = Kernel(tmp_path)
+    try:
+        rows = f"rows = {tiny_rows(12)!r}\nimport sys; print('transformers' in sys.modules)"
+        assert kernel.run(f"%load_ext mlx_nb\n{rows}") == ("ok", "False\n")
+        kernel.run(cell(tiny_folder, "a", 20, "--background"))
+        for _ in range(10):  # at some moments of its loading
+            status, text = kernel.run(code)
+            assert status == "ok", text
+            time.sleep(0.05)
+        assert kernel.run("_ = await a")[0] == "ok"
+        assert kernel.value("a.state") == "finished"
+    finally:
+        kernel.close()

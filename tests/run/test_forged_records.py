@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 
+import mlx.core as mx
 import pytest
 
 from mlx_nb import Run, RunConfig
@@ -17,7 +18,7 @@ from mlx_nb.errors import CheckpointError, MlxNbError
 from mlx_nb.files.typed_json import WrongJson, read_as
 from mlx_nb.run.resume_checks import refuse_unusable
 from mlx_nb.train.checkpoint import Checkpoint, CheckpointStore
-from mlx_nb.train.record import RunRecord, WorkingFolder
+from mlx_nb.train.record import SEAL, RunRecord, WorkingFolder, sealed
 from odd_values import nested
 from tiny import tiny_prompts, tiny_rows
 
@@ -195,6 +196,85 @@ def test_a_forged_newest_is_named_with_its_key_and_the_one_before_is_used(run, c
     notes = resumed(copied, run.config.method).trainer.notes
     (said,) = [note for note in notes if forged.name in note]
     assert key in said or key == "name"
+
+
+def swapped(group, change):
+    """Arrays of a checkpoint with one of `group` changed, or a name more or less."""
+
+    def swap(arrays):
+        arrays = {name: dict(inner) for name, inner in arrays.items()}
+        name = next(name for name, array in arrays[group].items() if array.dtype == mx.float32 and array.ndim)
+        new = change(arrays[group][name])
+        if new is MISSING:
+            del arrays[group][name]
+        elif isinstance(new, dict):
+            arrays[group] |= new
+        else:
+            arrays[group][name] = new
+        return arrays
+
+    return swap
+
+
+UNFIT_ARRAYS = {
+    "missing": lambda array: MISSING,
+    "one more": lambda array: {"zz": array},
+    "another shape": lambda array: mx.zeros([size + 1 for size in array.shape]),
+    "another dtype": lambda array: array.astype(mx.float16),
+    "no number": lambda array: mx.full(array.shape, float("nan")),
+    "infinite": lambda array: mx.full(array.shape, float("inf")),
+}
+
+
+@pytest.mark.parametrize("group", ["parameters", "optimizer"])
+@pytest.mark.parametrize("kind", UNFIT_ARRAYS)
+def test_arrays_that_do_not_fit_are_named_and_the_checkpoint_before_is_used(run, copied, group, kind):
+    store, good = stored(copied)
+    arrays = swapped(group, UNFIT_ARRAYS[kind])(good.arrays)
+    forged = store.save(dataclasses.replace(good, arrays=arrays), kind="step")
+    other = resumed(copied, run.config.method)
+    (said,) = [note for note in other.trainer.notes if forged.name in note]
+    assert {"parameters": "parameter ", "optimizer": "optimizer state "}[group] in said
+    assert (before := other.step_count) < 3
+    other.step()
+    other.release()
+    later = [info.step for info in store.list() if info.save > int(forged.name[5:9])]
+    assert later == [before + 1]  # nothing of it was saved
+
+
+def test_where_no_checkpoint_fits_it_is_named(run, copied):
+    store, good = stored(copied)
+    arrays = swapped("parameters", UNFIT_ARRAYS["another shape"])(good.arrays)
+    for info in store.list():
+        shutil.rmtree(info.path)
+    forged = store.save(dataclasses.replace(good, arrays=arrays), kind="step")
+    with pytest.raises(CheckpointError, match=rf"{forged.name}.* does not fit.*optimizer that it was made with"):
+        resumed(copied, run.config.method)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("place", 2), 0),
+        (("place", 0), -1),
+        (("place", 1), -3),
+        (("place", 1), 2**64),
+        (("history_parts", 0, "bytes"), -7414),
+        (("history_parts", 0, "lines"), -1),
+        (("trainer", "step"), -3),
+        (("trainer", "batches"), -1),
+        (("trainer", "tokens"), 2**70),
+        (("events",), -1),
+    ],
+)
+def test_counts_that_no_run_came_to_are_named_and_the_checkpoint_before_is_used(run, copied, path, value):
+    store, good = stored(copied)
+    state = sealed(changed({name: part for name, part in good.state.items() if name != SEAL}, path, value))
+    forged = store.save(dataclasses.replace(good, state=state), kind="step")
+    other = resumed(copied, run.config.method)
+    (said,) = [note for note in other.trainer.notes if forged.name in note]
+    assert path[0] in said or "step" in said
+    assert other.step_count < 3
 
 
 def refreshed(folder, name, content):
