@@ -15,7 +15,6 @@ import mlx_nb
 PACKAGE = Path(mlx_nb.__file__).parent
 # Folders and single files in reading order. A new file in a folder needs no place here.
 LAYERS = [
-    "ipython_shell",
     "errors",
     "events",
     "config",

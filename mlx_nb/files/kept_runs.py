@@ -26,7 +26,7 @@ from mlx_nb.files.written_files import (
     heading,
     newest_checkpoint,
 )
-from mlx_nb.ipython_shell import in_ipython
+from mlx_nb.process.ipython import in_ipython
 
 
 class KeptRun(NamedTuple):

@@ -29,7 +29,7 @@ from typing import Any, Protocol
 
 from mlx_nb.errors import MlxNbError
 from mlx_nb.events import Pause, Request
-from mlx_nb.ipython_shell import in_ipython
+from mlx_nb.process.ipython import in_ipython
 from mlx_nb.process.signal_watch import SignalWatch
 from mlx_nb.process.turns import Turns
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from mlx_nb.errors import CommandError
 from mlx_nb.events import Event, Pause, Request
-from mlx_nb.ipython_shell import shell
+from mlx_nb.process.ipython import shell
 from mlx_nb.train.interrupts import Interrupts
 
 # One sleep(0) lets a click wait for three or four steps: a click takes several turns of the loop to arrive.

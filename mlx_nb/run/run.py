@@ -63,8 +63,8 @@ from mlx_nb.events.history import History
 from mlx_nb.files.places import check_name, folder_of, refuse_among_files, same_folder, working_folder
 from mlx_nb.files.run_folder import RunFolder
 from mlx_nb.files.written_files import CHECKPOINTS, EXPORT, RUN
-from mlx_nb.ipython_shell import in_ipython
 from mlx_nb.process import exits
+from mlx_nb.process.ipython import in_ipython
 from mlx_nb.process.turns import Turns, one_at_a_time
 from mlx_nb.run.asking import answers, check_asking
 from mlx_nb.run.background import Background

@@ -10,7 +10,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from mlx_nb.events import Pause
-from mlx_nb.ipython_shell import shell
+from mlx_nb.process.ipython import shell
 
 
 class Interrupts:

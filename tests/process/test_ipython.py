@@ -10,7 +10,7 @@ import textwrap
 def test_a_plain_process_has_no_shell_and_imports_none():
     asked = """
         import sys
-        from mlx_nb.ipython_shell import in_ipython, shell
+        from mlx_nb.process.ipython import in_ipython, shell
         print(shell(), in_ipython(), "IPython" in sys.modules)
     """
     assert subprocess.check_output([sys.executable, "-c", textwrap.dedent(asked)], text=True).split() == [
@@ -23,7 +23,7 @@ def test_a_plain_process_has_no_shell_and_imports_none():
 def test_a_shell_is_known():
     asked = """
         from IPython.core.interactiveshell import InteractiveShell
-        from mlx_nb.ipython_shell import in_ipython, shell
+        from mlx_nb.process.ipython import in_ipython, shell
         before = in_ipython()
         made = InteractiveShell.instance()
         print(before, in_ipython(), shell() is made)
@@ -35,7 +35,7 @@ def test_a_shell_is_known():
 def test_it_may_be_asked_in_the_middle_of_every_import_of_ipython():
     asked = """
         import os, signal, sys
-        from mlx_nb.ipython_shell import in_ipython
+        from mlx_nb.process.ipython import in_ipython
         found = []
         class Finder:
             def find_spec(self, name, path, target=None):
