@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mlx_nb.config.methods import register_objective
     from mlx_nb.config.run_config import RunConfig
     from mlx_nb.objectives.conformance import check_objective
+    from mlx_nb.run.rows import rows
     from mlx_nb.run.run import Run
     from mlx_nb.run.saved import load
 
@@ -27,6 +28,7 @@ __all__ = [
     "load",
     "load_ipython_extension",
     "register_objective",
+    "rows",
     "unload_ipython_extension",
 ]
 
@@ -36,8 +38,9 @@ _PUBLIC = {
     "check_objective": "mlx_nb.objectives.conformance",
     "load": "mlx_nb.run.saved",
     "register_objective": "mlx_nb.config.methods",
+    "rows": "mlx_nb.run.rows",
 }
-_COMPUTING = ("Run", "check_objective", "load")
+_COMPUTING = ("Run", "check_objective", "load", "rows")
 
 
 def __getattr__(name: str) -> Any:

@@ -253,6 +253,9 @@ class RunConfig(Settings):
         None, "Name of the validation split. null = valid, validation, val, dev or test file.", group="rows"
     )
     test_split: str | None = setting(None, "Name of the test split. null = test.", group="rows")
+    leave_out: tuple[int, ...] | None = setting(
+        None, "Training rows that are not trained, by number, as the row views count them. null = none.", group="rows"
+    )
     val_set_size: float = setting(
         0.1,
         "Without a validation split, hold out this share of the training rows (at most 200), or this many if "

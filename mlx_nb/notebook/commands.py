@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mlx_nb.config.methods import method_named
+from mlx_nb.config.run_config import RunConfig
 from mlx_nb.config.yaml_text import as_words, read_words
 from mlx_nb.errors import CommandError, did_you_mean
 from mlx_nb.events import Pause, RunState, Stop
@@ -43,6 +44,7 @@ CELL_OPTIONS = {
 
 
 _EXAMPLE = "learning_rate=5e-5"
+_ROWS_EXAMPLE = "%finetune rows data=bees model=smollm2-135m"
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def run_line(session: Session, line: str) -> Any:
     arguments = command.parser.parse_args(rest)
     if session.queued is not None and name not in _STEERING and not arguments.now:
         session.queued.before_command()
-    stamp = _running_at(session, arguments.name) if command.of_now else None
+    stamp = _running_at(session, arguments.name) if command.of_now and _is_of_a_run(arguments) else None
     with _unchanged_when_interrupted(session, name, arguments):
         answer = command.act(session, arguments)
     if "name" in arguments and (arguments.name in session.runs or (arguments.name is None and session.runs)):
@@ -153,8 +155,15 @@ def _unchanged_when_interrupted(session: Session, command: str, arguments: argpa
         raise CommandError(f"%finetune {command} was interrupted; {where}.") from None
 
 
+def _is_of_a_run(arguments: argparse.Namespace) -> bool:
+    """Whether a command is about a run, and not about rows that it names itself."""
+    return not any("=" in word for word in getattr(arguments, "what", ()))
+
+
 def _running_at(session: Session, name: str | None) -> str | None:
     """`update 7 of 60, running` of a run that moves in the background; None of every other."""
+    if not session.runs:  # the command says so itself, where it needs one
+        return None
     run = session.get(name)
     if run.state != RunState.RUNNING:
         return None
@@ -382,7 +391,14 @@ def _only_candidate() -> str:
     )
 
 
-def _rows(session: Session, arguments: argparse.Namespace) -> Text:
+def _rows(session: Session, arguments: argparse.Namespace) -> Any:
+    settings = [word for word in arguments.what if "=" in word]
+    splits = [word for word in arguments.what if "=" not in word]
+    if len(splits) > 1:
+        raise CommandError(f"%finetune rows: {' '.join(splits)!r} is more than one split. For example: {_ROWS_EXAMPLE}")
+    arguments.split = splits[0] if splits else "train"
+    if settings:
+        return _rows_of(session, arguments.split, settings)
     run = session.get(arguments.name)
     rows = run.rows(arguments.split)
     if arguments.top_loss is not None:
@@ -393,6 +409,17 @@ def _rows(session: Session, arguments: argparse.Namespace) -> Text:
     elif run.left_out[arguments.split]:
         lines += ["Left out:", *(f"  {row.reason}" for row in run.left_out[arguments.split])]
     return Text("\n".join(lines))
+
+
+def _rows_of(session: Session, split: str, words: Sequence[str]) -> Any:
+    """The rows of data that no run has yet, to leaf through; of the model the tokenizer alone is loaded."""
+    settings = read_words(words, "%finetune rows", _ROWS_EXAMPLE)
+    if "data" not in settings:
+        raise CommandError(f"%finetune rows: say which rows, as in {_ROWS_EXAMPLE}")
+    with as_words():
+        session.looked_at = Run(RunConfig.from_dict(settings), name="rows", namespace=session.namespace)
+    session.looked_at.inputs.check_names()
+    return session.looked_at.browse(split)
 
 
 def _top_loss(run: Run, split: str, count: int, measure: bool) -> Text:
@@ -546,9 +573,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "rows": _command(
         "rows",
-        "how many rows a split has, and which are left out; --top-loss 10 for the hardest",
+        "how many rows a split has, and which are left out; with data=bees those of no run yet",
         _rows,
-        _SPLIT,
+        _argument("what", nargs="*", metavar="split, key=value", help="data=bees model=smollm2-135m: before a run"),
         _argument("--top-loss", type=int, metavar="N", help="the N rows of highest loss when last visited"),
         _argument("--measure", action="store_true", help="measure every row of the split now"),
         of_now=True,

@@ -27,6 +27,7 @@ class Session:
         self.namespace = namespace
         self.queued = queued
         self.runs: dict[str, Run] = {}
+        self.looked_at: Run | None = None  # of which only the rows are looked at
         self._current: str | None = None
         self._shown: dict[str, tuple[Panel, Outcome]] = {}
         self._further: dict[str, list[Any]] = {}  # what stands below further views of a panel, once that is closed

@@ -15,7 +15,7 @@ from mlx_nb.config.run_config import SETTINGS, RunConfig
 from mlx_nb.data.examples.effects import refuse_ineffective, refuse_loss_on
 from mlx_nb.data.examples.imitation import ExampleSettings, LeftOut
 from mlx_nb.data.examples.limits import ModelLimits
-from mlx_nb.data.examples.split import Examples, RowView, refuse_unreadable, trains_plain_text
+from mlx_nb.data.examples.split import Examples, RowView, refuse_unreadable, trains_plain_text, without
 from mlx_nb.data.examples.tokenizing import Outcome, tokenize_split
 from mlx_nb.data.masks.prompt_format import CHAT, RAW, Rendering
 from mlx_nb.data.sources.row_source import RowSource
@@ -175,6 +175,7 @@ class RunInputs:
         with self.reading:
             refuse_ineffective(config, self.splits)
             settings, kind = ExampleSettings.of(config), method_named(config.method).rows
+            without(config.leave_out or (), (), (), self.splits.train)
             refuse_unreadable(self.splits.train, settings, kind, SECONDS_TO_LOOK)
 
     def check_reward_names(self) -> None:
@@ -244,6 +245,8 @@ class RunInputs:
                 kept, left_out = end.value
                 break
             yield Progress(0, f"tokenizing {split}", done, len(source), seconds)
+        if split == "train" and self.config.leave_out is not None:
+            kept, left_out = without(self.config.leave_out, kept, left_out, source)
         self.left_out[split] = left_out
         self._tokenizing.pop(split, None)
         if left_out and not kept:

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from mlx_nb.data.examples.split import Examples, RowView
+from mlx_nb.config.run_config import RunConfig
+from mlx_nb.data.examples.split import Examples, RowView, without
 from mlx_nb.errors import CommandError
+from mlx_nb.files.places import folder_of, working_folder
+from mlx_nb.run.inputs import RunInputs
 from mlx_nb.view.rows.display import ShownRow
+
+
+def rows(data: Any, split: str = "train", *, namespace: Mapping[str, Any] | None = None, **settings: Any) -> Rows:
+    """The rows of any data as a model will see them, before there is a run: `mlx_nb.rows(bees, model="smollm2-135m")`.
+
+    `data` is what the setting takes, or the rows themselves; `settings` are those of a run, such as `model`, `method`,
+    `chat_template` and `max_seq_length`. Of the model only the tokenizer is loaded. Raises ConfigError, DataError or
+    ModelError, each in one line.
+    """
+    inputs = RunInputs(RunConfig.from_dict({**settings, "data": data}).at(working_folder()), namespace)
+    return Rows(inputs.split(split), split)
 
 
 class Rows(Sequence[RowView]):
@@ -27,6 +43,34 @@ class Rows(Sequence[RowView]):
         if not 0 <= index < len(self):
             raise IndexError(f"no row {row}: {self.split} has rows 0 to {len(self) - 1}.")
         return ShownRow.of(self.examples.view(index), self.examples.tokenizer, self.split)
+
+    def edited(self, row: int, /, **columns: Any) -> Any:
+        """Row `row` with other values in its columns, as the model would see it: `rows.edited(12, completion="Yes")`.
+
+        Nothing is written: the row itself stays as it is.
+        """
+        before = self[row]
+        examples = self.examples
+        view = examples.view(before.row, {**examples.source[before.row], **columns})
+        return ShownRow.of(view, examples.tokenizer, self.split)
+
+    def export(self, path: str | Path, *, leave_out: Collection[int] = ()) -> Path:
+        """Write the rows but those to a new file of JSON lines, for `data:`. Returns its path.
+
+        Raises CommandError where a file is already, or nothing can be written.
+        """
+        place, source = folder_of(str(path), working_folder()), self.examples.source
+        without(tuple(leave_out), (), (), source)
+        chosen = (row for row in range(len(self)) if row not in set(leave_out))
+        try:
+            with place.open("x", encoding="utf-8") as file:
+                for row in chosen:
+                    file.write(json.dumps(source[row], ensure_ascii=False, default=str) + "\n")
+        except FileExistsError:
+            raise CommandError(f"{place} is there already, and is not written over. Name another file.") from None
+        except OSError as error:
+            raise CommandError(f"{place} cannot be written: {error.strerror or error}. Name another file.") from None
+        return place
 
     def __repr__(self) -> str:
         return f"Rows({self.split}, {len(self)} rows)"

@@ -15,13 +15,61 @@ from places import NOTEBOOKS
 
 pytestmark = [pytest.mark.real_model, pytest.mark.kernel]
 
+# What is asked of the kernel of each notebook once all its cells are executed.
+ROWS = """{
+    "left_out": sum(len(rows) for rows in run.left_out.values()),
+    "validation_loss": [round(one["loss"], 3) for one in run.history.evaluations("valid")],
+    "hardest": list(run.row_losses())[:3],
+}"""
+RESUMED = """{
+    "same_losses": same_losses,
+    "same_adapter": same_adapter,
+    "left": [round(row["loss"], 3) for row in whole.history.abandoned()[0]],
+    "fork_megabytes": round(shared / 1e6),
+    "instead": [round(loss, 3) for loss in whole.history["loss"][4:]],
+}"""
+BY_HAND = """{
+    "updates": run.step_count,
+    "learning_rate_changes": [event.new for event in run.history.events if type(event).__name__ == "SettingChanged"],
+    "samples": len(answers),
+    "validation_loss": [round(one["loss"], 3) for one in run.history.evaluations("valid")],
+}"""
+PREFERRED = """def measured(run, name):
+    events = [event for event in run.history.events if type(event).__name__ == "EvaluationCompleted"]
+    return [round(event.metrics[name], 3) for event in events]
 
-def executed(folder: Path, name: str) -> nbformat.NotebookNode:
+
+{
+    "dpo_accuracy": measured(dpo, "accuracy"),
+    "dpo_margin": measured(dpo, "margin"),
+    "first_loss": round(dpo.history["loss"][0], 4),
+    "orpo_accuracy": measured(orpo, "accuracy"),
+    "orpo_nll": measured(orpo, "nll"),
+    "words": [len(answer.split()) for answer in orpo.generate(questions, max_tokens=32)],
+    "own_gap": measured(own, "gap"),
+}"""
+REWARDED = """steps = [event.metrics for event in run.history.events if type(event).__name__ == "StepCompleted"]
+
+
+def mean(name, part):
+    return round(sum(one[name] for one in part) / len(part), 3)
+
+
+{
+    "reward": [mean("reward", steps[:6]), mean("reward", steps[-6:])],
+    "completion_tokens": [mean("completion_tokens", steps[:6]), mean("completion_tokens", steps[-6:])],
+    "largest_kl": round(max(one["kl"] for one in steps), 3),
+    "updates": run.step_count,
+}"""
+
+
+def executed(folder: Path, name: str, asked: str) -> nbformat.NotebookNode:
     from nbclient import NotebookClient
 
     for rows in ("home_requests", "short_answers"):
         shutil.copytree(NOTEBOOKS / rows, folder / rows)
     notebook = nbformat.read(NOTEBOOKS / name, 4)
+    notebook.cells.append(nbformat.v4.new_code_cell(asked))
     NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(folder)}}).execute()
     return notebook
 
@@ -30,6 +78,11 @@ def text_of(notebook: nbformat.NotebookNode, source: str) -> str:
     """The plain text of the first cell that begins with `source`."""
     cell = next(cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.startswith(source))
     return "".join(output.get("text", "") or output.get("data", {}).get("text/plain", "") for output in cell.outputs)
+
+
+def result_of(notebook: nbformat.NotebookNode) -> dict:
+    """The value of the last cell."""
+    return ast.literal_eval(notebook.cells[-1].outputs[-1]["data"]["text/plain"])
 
 
 def test_the_quickstart_learns_its_task(tmp_path, capsys):
@@ -41,21 +94,21 @@ def test_the_quickstart_learns_its_task(tmp_path, capsys):
 
 
 def test_rows_and_masks_finds_what_was_broken(tmp_path):
-    notebook = executed(tmp_path, "02_rows_and_masks.ipynb")
+    notebook = executed(tmp_path, "02_rows_and_masks.ipynb", ROWS)
     check = text_of(notebook, "%finetune check")
     for row in (40, 41, 42, 43, 45, 46):
         assert f"row {row}" in check, row
     assert "row 5: the same as training row 44" in check
     assert "<script>alert(1)</script>" in text_of(notebook, "%finetune row 47")
     assert "left out" in text_of(notebook, "%finetune row 40")
-    result = ast.literal_eval(text_of(notebook, "{"))
+    result = result_of(notebook)
     assert result["left_out"] == 0
     assert result["validation_loss"][-1] < 0.5 < result["validation_loss"][0]
 
 
 def test_stop_resume_rewind_ends_bit_for_bit_the_same(tmp_path):
-    notebook = executed(tmp_path, "03_stop_resume_rewind.ipynb")
-    result = ast.literal_eval(text_of(notebook, "{"))
+    notebook = executed(tmp_path, "03_stop_resume_rewind.ipynb", RESUMED)
+    result = result_of(notebook)
     assert result["same_losses"]
     assert result["same_adapter"]
     assert len(result["left"]) == len(result["instead"]) == 6
@@ -65,8 +118,8 @@ def test_stop_resume_rewind_ends_bit_for_bit_the_same(tmp_path):
 
 
 def test_training_under_your_hand_pauses_changes_and_ends(tmp_path):
-    notebook = executed(tmp_path, "04_training_under_your_hand.ipynb")
-    result = ast.literal_eval(text_of(notebook, "{"))
+    notebook = executed(tmp_path, "04_training_under_your_hand.ipynb", BY_HAND)
+    result = result_of(notebook)
     assert result["updates"] == 16
     assert result["learning_rate_changes"] == [2e-4]
     assert result["samples"] == 3
@@ -75,8 +128,8 @@ def test_training_under_your_hand_pauses_changes_and_ends(tmp_path):
 
 
 def test_preferences_are_told_apart_and_orpo_answers_in_a_word(tmp_path):
-    notebook = executed(tmp_path, "05_preferences.ipynb")
-    result = ast.literal_eval(text_of(notebook, "def measured"))
+    notebook = executed(tmp_path, "05_preferences.ipynb", PREFERRED)
+    result = result_of(notebook)
     assert result["first_loss"] == 0.6931
     assert result["dpo_accuracy"][-1] > 0.9 > result["dpo_accuracy"][0]
     assert result["dpo_margin"][-1] > 1
@@ -88,8 +141,8 @@ def test_preferences_are_told_apart_and_orpo_answers_in_a_word(tmp_path):
 
 
 def test_a_reward_of_ones_own_is_learned_and_a_failing_one_is_named(tmp_path):
-    notebook = executed(tmp_path, "06_grpo_with_your_own_reward.ipynb")
-    result = ast.literal_eval(text_of(notebook, "steps ="))
+    notebook = executed(tmp_path, "06_grpo_with_your_own_reward.ipynb", REWARDED)
+    result = result_of(notebook)
     assert result["updates"] == 12
     assert result["reward"][1] > result["reward"][0] + 0.15
     assert result["completion_tokens"][1] < result["completion_tokens"][0]

@@ -80,6 +80,7 @@ TABLE = {
     "valid_split": (SPLIT, [None, "other"]),
     "test_split": ({**SPLIT, "test": True}, [None, "other"]),
     "val_set_size": (SFT, [2, 3]),
+    "leave_out": (SFT, [None, [0, 1, 2]]),
     "chat_feature": (
         {**SFT, "data": [{**row, "more": row["messages"][:1] * 2 + row["messages"][1:]} for row in tiny_rows(12)]},
         [None, "more"],

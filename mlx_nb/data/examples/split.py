@@ -81,6 +81,18 @@ def refuse_unreadable(source: RowSource, settings: ExampleSettings, kind: str, s
         raise DataError(f"no row of train can be trained. The first: {first}")
 
 
+def without(
+    rows: Sequence[int], kept: Sequence[Any], left_out: Sequence[LeftOut], source: RowSource
+) -> tuple[list[Any], list[LeftOut]]:
+    """Examples, and what is left out, once the person leaves out `rows` too. Raises DataError for no such row."""
+    for row in rows:
+        if not 0 <= row < len(source):
+            raise DataError(f"`leave_out`: there is no row {row}. The training rows are 0 to {len(source) - 1}.")
+    chosen, known = set(rows), {one.row for one in left_out}
+    told = [LeftOut(row, f"{source.named(row)}: left out by `leave_out`.") for row in sorted(chosen - known)]
+    return [one for one in kept if one.row not in chosen], sorted([*left_out, *told], key=lambda one: one.row)
+
+
 class Examples:
     """The examples of one split. A row is tokenized when it is asked for, and not before.
 
@@ -98,14 +110,17 @@ class Examples:
     def __len__(self) -> int:
         return len(self.source)
 
-    def view(self, row: int) -> RowView:
-        """Row `row` with everything known about it. Never raises for a bad row: `error` says what is wrong."""
+    def view(self, row: int, edited: Mapping[str, Any] | None = None) -> RowView:
+        """Row `row` with everything known about it. Never raises for a bad row: `error` says what is wrong.
+
+        With `edited` in place of what the row says.
+        """
         location = self.source.location(row)
         content: RowContent | None = None
         conversations: Conversations = ()
         record: Mapping[str, Any] = {}
         try:
-            record = self.source[row]
+            record = self.source[row] if edited is None else edited
             content = recognize(self.kind, record, self.settings.columns, row=row, location=location)
             conversations = tokenize_as(self.kind, content, self.tokenizer, self.settings)
             examples = examples_of(self.kind, content, conversations, row, self.settings)

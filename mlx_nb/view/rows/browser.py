@@ -16,6 +16,7 @@ from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.errors import MlxNbError
 from mlx_nb.view.closing import close_widgets
 from mlx_nb.view.rows.display import RowDisplay, TokenLoss, measured_losses
+from mlx_nb.view.rows.editor import RowEditor
 from mlx_nb.view.theme import WRAP, visible_html
 
 # A search looks at rows for this long at a click, so that the notebook never waits for a whole split.
@@ -52,6 +53,7 @@ class RowBrowser:
         self.position = 0
         self._page = 0
         self._quiet = False
+        self._left: set[int] = set()
         self._build()
         self.search: Search = self._finder.search()
         self._choose(0)
@@ -64,6 +66,23 @@ class RowBrowser:
     def row(self) -> int | None:
         """The number of the row on show; None when nothing was found."""
         return self.search.found[self.position] if self.position < len(self.search.found) else None
+
+    @property
+    def leave_out(self) -> list[int]:
+        """The training rows that were marked to be left out, as the setting of that name takes them."""
+        return sorted(self._left)
+
+    def _edited(self) -> tuple[Examples, int] | None:
+        return None if self.row is None else (self._splits[self.split.value], self.row)
+
+    def _mark(self, is_left: bool) -> None:
+        if not self._quiet and self.row is not None:
+            (self._left.add if is_left else self._left.discard)(self.row)
+            self._say_left()
+
+    def _say_left(self) -> None:
+        line = f"leave_out: {self.leave_out}"
+        self.setting.value = f"in the settings: <code>{line}</code>" if self._left else ""
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         # An exported notebook has no kernel behind its widgets: there the row itself is left.
@@ -90,11 +109,15 @@ class RowBrowser:
         self.more = widgets.Button(description="Search on", tooltip="look at more rows", layout=_width("auto"))
         self.page_back = widgets.Button(description="◀ page", layout=_width("auto"))
         self.page_on = widgets.Button(description="page ▶", layout=_width("auto"))
+        self.leave = widgets.Checkbox(description="leave out", indent=False, layout=_width("auto"))
+        self.setting = widgets.HTML()
         self.status = widgets.HTML()
         self.view = widgets.HTML()
         for box in (self.split, self.filter, self.jump, self.color):
             box.style.description_width = "3.2em"
         me = weakref.proxy(self)  # ipywidgets keeps the widgets, and their callbacks must not keep this
+        self.editor = RowEditor(self._tokenizer, lambda: me._edited())
+        self.leave.observe(lambda change: me._mark(change["new"]), "value")
         self.previous.on_click(lambda _: me._choose(me.position - 1))
         self.next.on_click(lambda _: me._choose(me.position + 1))
         self.more.on_click(lambda _: me._read_on())
@@ -112,7 +135,9 @@ class RowBrowser:
                 widgets.Box([self.previous, self.next, self.jump, self.color, self.tokens], layout=wrap),
                 widgets.Box([widgets.Label("roles"), *self.roles.values()], layout=wrap),
                 widgets.Box([self.status, self.more, self.page_back, self.page_on], layout=wrap),
+                widgets.Box([self.editor.open, self.leave, self.setting], layout=wrap),
                 self.view,
+                self.editor.widget,
             ]
         )
         weakref.finalize(self, close_widgets, self.widget).atexit = False
@@ -159,7 +184,10 @@ class RowBrowser:
         self.jump.max = max(0, len(self._finder) - 1)
         if row is not None:
             self.jump.value = row
+        self.leave.value = row in self._left and self.split.value == "train"
+        self.leave.disabled = row is None or self.split.value != "train"
         self._quiet = False
+        self.editor.show()
         self.previous.disabled = self.position <= 0
         self.next.disabled = self.position >= found - 1
         self.more.layout.display = "none" if self.search.done else ""
