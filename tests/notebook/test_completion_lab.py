@@ -25,7 +25,7 @@ def listed(page, index: int, screenshot) -> list[str]:
         index,
     )
     page.keyboard.press("Tab")
-    page.wait_for_selector(".jp-Completer:not(.lm-mod-hidden) .jp-Completer-match", timeout=20_000)
+    page.wait_for_selector(".jp-Completer:not(.lm-mod-hidden) .jp-Completer-match")
     found = [one.inner_text() for one in page.locator(".jp-Completer-match").all()]
     screenshot(page, f"completion_{index}")
     page.keyboard.press("Escape")

@@ -70,7 +70,7 @@ def test_an_executed_notebook_keeps_a_static_figure_and_summary(tiny_folder, tmp
         ]
     )
     NotebookClient(
-        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()
     outputs = notebook.cells[1].outputs
     kinds = {kind for output in outputs for kind in output.get("data", {})}

@@ -21,7 +21,7 @@ def test_the_row_browser_is_worked_by_hand(lab, tiny_folder, tmp_path):
     page = lab.open(["%load_ext mlx_nb", body, "%finetune browse"])
     for cell in range(3):
         lab.run_cell(page, cell)
-    page.wait_for_function(ROW_SHOWN, arg=0, timeout=60_000)
+    page.wait_for_function(ROW_SHOWN, arg=0)
     page.get_by_role("button", name="Next ▶").click()
     page.wait_for_function(ROW_SHOWN, arg=1)
     page.get_by_role("button", name="◀ Previous").click()

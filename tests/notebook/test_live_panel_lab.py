@@ -46,7 +46,7 @@ def training(lab, tiny_folder):
     page = lab.open(cells)
     for cell in range(3):
         lab.run_cell(page, cell)
-    page.wait_for_function(f"() => ({TEXT_OF_CELL})(2).includes('ready')", timeout=60_000)
+    page.wait_for_function(f"() => ({TEXT_OF_CELL})(2).includes('ready')")
     lab.run_cell(page, 3)
     lab.run_cell(page, 4)
     wait_for_state(page, "running")
@@ -85,7 +85,7 @@ def assert_clicks_answer_at_once(page, lab):
     time.sleep(1)  # for the rows of the last update
     chosen = int(page.locator(".mlx-nb-entry").nth(1).inner_text().split()[1])
     page.locator(".mlx-nb-entry").nth(1).click()
-    page.wait_for_selector(".mlx-nb-tokens", timeout=30_000)
+    page.wait_for_selector(".mlx-nb-tokens")
     cell_answers(page, lab, 5, f"'row': {chosen}")
 
 

@@ -32,7 +32,7 @@ def test_the_quickstart_is_worked_by_hand(lab, tmp_path):
     lab.run_cell(page, 0)
     lab.run_cell(page, 1)
     wait_for_state(page, "running")
-    page.wait_for_function(DONE.replace("?? -1)", "?? -1) >= 2"), timeout=120_000)
+    page.wait_for_function(DONE.replace("?? -1)", "?? -1) >= 2"))
     # Another cell answers while it trains.
     answered = cell_answers(page, lab, 2, "answer 42")
     cell_answers(page, lab, 3, "slowest")
@@ -47,7 +47,7 @@ def test_the_quickstart_is_worked_by_hand(lab, tmp_path):
     at = page.evaluate(DONE)
     # Step: exactly one.
     page.get_by_role("button", name="Step", exact=True).click()
-    page.wait_for_function(f"{DONE.replace('() =>', '() => (')}) === {at + 1}", timeout=60_000)
+    page.wait_for_function(f"{DONE.replace('() =>', '() => (')}) === {at + 1}")
     wait_for_state(page, "paused")
     time.sleep(1)
     assert page.evaluate(DONE) == at + 1
@@ -60,10 +60,10 @@ def test_the_quickstart_is_worked_by_hand(lab, tmp_path):
     cell_answers(page, lab, 4, "changed [0.0002]")
     # Rows, with masks.
     page.locator(".mlx-nb-tabs").get_by_text("Rows").click()
-    page.wait_for_selector(".mlx-nb-tokens", timeout=30_000)
+    page.wait_for_selector(".mlx-nb-tokens")
     # Samples.
     page.locator(".mlx-nb-tabs").get_by_text("Samples").click()
-    page.wait_for_selector(".mlx-nb-answers >> text=base", timeout=30_000)
+    page.wait_for_selector(".mlx-nb-answers >> text=base")
     assert page.get_by_text("Dim the light").first.is_visible()
     # Run on, and Jupyter's own interrupt.
     page.locator(".mlx-nb-tabs").get_by_text("Curves").click()
@@ -78,7 +78,6 @@ def test_the_quickstart_is_worked_by_hand(lab, tmp_path):
             const node = window.jupyterapp.shell.currentWidget.content.widgets[1].outputArea.node;
             return node.querySelector('img') && node.textContent.includes('home: finished after update 24');
         }""",
-        timeout=30_000,
     )
     name = page.evaluate("() => window.jupyterapp.shell.currentWidget.context.path")
     page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")

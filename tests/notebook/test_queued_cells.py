@@ -52,7 +52,7 @@ def executed(tiny_folder, folder):
     sources = [SETUP.format(tests=str(SUPPORT)), cell(tiny_folder, "a", 150), *ASKED]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
     NotebookClient(
-        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     ).execute()
     return [
         "".join(output.get("text") or output["data"]["text/plain"] for output in one.outputs)

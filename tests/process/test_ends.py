@@ -175,7 +175,7 @@ class Lives(threading.Thread):
             status, text = kernel.run(cell)
             assert status == "ok", text
         kernel.client.execute(f"%finetune run {self.track.move}")
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not updates_noted(self.log):
             assert time.monotonic() < deadline, "no update"
             time.sleep(0.02)
@@ -198,7 +198,7 @@ class Lives(threading.Thread):
             return at
         kernel.client = kernel.manager.client()
         kernel.client.start_channels()
-        kernel.client.wait_for_ready(timeout=60)
+        kernel.client.wait_for_ready(timeout=180)
         return at
 
     def missing(self, at):

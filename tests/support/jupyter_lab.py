@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PATIENCE = 180_000  # ms that a page may take for anything, on a machine with much else to do
 
 
 class Lab:
@@ -40,10 +41,11 @@ class Lab:
     def reopen(self, name: str, width: int = 1200):
         """A notebook that is there, opened and a kernel ready."""
         page = self._browser.new_page(viewport={"width": width, "height": 900})
+        page.set_default_timeout(PATIENCE)
         page.goto(f"http://localhost:{self.port}/lab/tree/{name}")
-        page.wait_for_selector(".jp-Notebook", timeout=60_000)
+        page.wait_for_selector(".jp-Notebook")
         page.evaluate("async () => { await window.jupyterapp.shell.currentWidget.sessionContext.ready; }")
-        page.wait_for_selector("text=| Idle", timeout=60_000)
+        page.wait_for_selector("text=| Idle")
         return page
 
     @staticmethod
@@ -83,7 +85,7 @@ def lab(tmp_path_factory):
     with (home / "log").open("w") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
-        for _ in range(120):
+        for _ in range(360):
             try:
                 urllib.request.urlopen(f"http://localhost:{port}/api", timeout=2)
                 break

@@ -23,9 +23,9 @@ class Kernel:
         self.manager.start_kernel(cwd=str(folder))
         self.client = self.manager.client()
         self.client.start_channels()
-        self.client.wait_for_ready(timeout=60)
+        self.client.wait_for_ready(timeout=180)
 
-    def run(self, code, timeout=120, on_output=lambda text: None):
+    def run(self, code, timeout=300, on_output=lambda text: None):
         """Execute; returns (status, text of all streams and results). `on_output` sees each piece as it comes."""
         message_id = self.client.execute(code)
         text = ""
@@ -42,14 +42,14 @@ class Kernel:
                 break
         return self.reply_to(message_id)["content"]["status"], text
 
-    def reply_to(self, message_id, timeout=30):
+    def reply_to(self, message_id, timeout=300):
         """The answer to a request, once it is executed."""
         reply = self.client.get_shell_msg(timeout=timeout)
         while reply["parent_header"].get("msg_id") != message_id:
             reply = self.client.get_shell_msg(timeout=timeout)
         return reply
 
-    def run_all(self, cells, timeout=120, clock=0.0):
+    def run_all(self, cells, timeout=300, clock=0.0):
         """Send all cells at once, as Run All does; returns (status, text) of each.
 
         `clock` is by how many seconds the clock of the front end is ahead of the kernel's.

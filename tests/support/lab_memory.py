@@ -38,7 +38,7 @@ def run_again(page, lab, number):
     lab.run_cell(page, 1)
     page.wait_for_function(f"() => ({COUNT})(1) === {2 * number + 2}", timeout=300_000)
     wait_for_state(page, "finished", timeout=300)
-    page.wait_for_function(f"() => ({PANELS})() === 1", timeout=30_000)
+    page.wait_for_function(f"() => ({PANELS})() === 1")
     time.sleep(1)  # for what is closed to be closed in the browser too
     cell_answers(page, lab, 2, f"|{2 * number + 3}")
     text = page.evaluate(TEXT_OF_CELL, 2)

@@ -12,14 +12,14 @@ TEXT_OF_CELL = """(index) => {
 }"""
 
 
-def wait_for_state(page, state, timeout=60):
+def wait_for_state(page, state, timeout=180):
     """Until the panel shows it. Returns the seconds it took."""
     begun = time.monotonic()
     page.wait_for_function(STATE, arg=state, timeout=1000 * timeout)
     return time.monotonic() - begun
 
 
-def cell_answers(page, lab, index, text, timeout=60):
+def cell_answers(page, lab, index, text, timeout=180):
     """Run a cell; the seconds until its output holds `text`."""
     begun = time.monotonic()
     lab.run_cell(page, index)
