@@ -50,7 +50,7 @@ def report(chosen: argparse.Namespace) -> dict:
     from mlx_nb.model.backend import ORDER_VARIABLE, prepare_backend
 
     prepare_backend()
-    from mlx_nb.model.loading import model_folder
+    from mlx_nb.model.model_source import model_folder
 
     folder = str(model_folder("smollm2-135m"))
     figures = {}

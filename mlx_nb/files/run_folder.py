@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import gc
 import os
 import secrets
-import shutil
 import sys
 import tempfile
 import threading
@@ -19,23 +17,22 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from mlx_nb.errors import FolderError, FolderTaken, and_more
-from mlx_nb.files.folder_lock import MARK, FolderLock, Holder
+from mlx_nb.files.folder_lock import MARK, FolderLock
 from mlx_nb.files.kept_runs import (
     delete_command,
     folder_now,
     kept_run,
     megabytes,
-    new_folder_beside,
     prune_earlier,
     resume_command,
 )
+from mlx_nb.files.moving import finish_moving, held_by, move_aside
 from mlx_nb.files.places import refuse_among_files, refuse_among_runs
 from mlx_nb.files.whole_files import write_whole
 from mlx_nb.files.written_files import (
     ADAPTER_FILE,
     ARRIVING_FILE,
     CONFIG_FILE,
-    MOVING_FILE,
     RUN,
     WrittenFiles,
     foreign_marks,
@@ -120,7 +117,7 @@ class RunFolder:
             self.release()
             raise self._unwritable(error) from None
         if holder is not None:
-            raise FolderTaken(self._held_by(holder))
+            raise FolderTaken(held_by(self.path, self.name, holder))
         self._wait_for_arrival()
 
     def _wait_for_arrival(self) -> None:
@@ -133,7 +130,7 @@ class RunFolder:
         other = RunFolder(source, self.name)
         other.take()
         try:
-            other.finish_moving()
+            finish_moving(other.path, other.name)
         finally:
             other.release()
         self.take()
@@ -233,7 +230,7 @@ class RunFolder:
             self.take()
         self.refuse_foreign()
         try:
-            target = self.finish_moving() or self._move_aside()
+            target = finish_moving(self.path, self.name) or move_aside(self.path, self.name)
             self._begin_list()
         except OSError as error:
             raise self._unwritable(error) from None
@@ -257,7 +254,7 @@ class RunFolder:
     @_alone
     def adopt(self) -> None:
         """Go on with the run that is there. Its id becomes this one's. Raises FolderError when it was moved away."""
-        if self.held and (target := self.finish_moving()):
+        if self.held and (target := finish_moving(self.path, self.name)):
             raise FolderError(f"the run in {self.path} was moved to {target} when another began. Resume it there.")
         written = WrittenFiles(self.path)
         if written.run is not None:
@@ -321,58 +318,6 @@ class RunFolder:
                 )
         return self.begin()
 
-    def finish_moving(self) -> Path | None:
-        """Go on with a move that was cut short by the death of its process."""
-        try:
-            target = Path((self.path / MARK / MOVING_FILE).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        if not (target / MARK / ARRIVING_FILE).exists():  # not begun, or all there
-            (self.path / MARK / MOVING_FILE).unlink()
-            return None
-        return self._move_to(target)
-
-    def _move_aside(self) -> Path | None:
-        if not WrittenFiles(self.path).own():
-            WrittenFiles(self.path).path.unlink(missing_ok=True)
-            return None
-        target = new_folder_beside(self.path)
-        (self.path / MARK / MOVING_FILE).write_text(str(target), encoding="utf-8")
-        (target / MARK).mkdir()
-        write_whole(target / MARK / ARRIVING_FILE, lambda file: file.write(str(self.path).encode()))
-        return self._move_to(target)
-
-    def _move_to(self, target: Path) -> Path:
-        """Move all our own files to `target`, the list of them last. Nobody takes that folder before it is done."""
-        lock = FolderLock(target, self.name)
-        if (holder := lock.take()) is not None:
-            raise FolderTaken(self._held_by(holder))
-        try:
-            self._move_all(target)
-        finally:
-            lock.release()
-        return target
-
-    def _move_all(self, target: Path) -> None:
-        written = WrittenFiles(self.path)
-        own = written.own()
-        for name in own:
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            _move(self.path / name, target / name)
-        for folder in {(self.path / name).parent for name in own} - {self.path}:
-            with suppress(OSError):  # something of somebody else is in it
-                folder.rmdir()
-        if written.path.exists():
-            _move(written.path, target / MARK / written.path.name)
-        (target / MARK / ARRIVING_FILE).unlink()
-        (self.path / MARK / MOVING_FILE).unlink()
-
-    def _held_by(self, holder: Holder) -> str:
-        return (
-            f"{self.path} is held by {holder}. Give this run another `--name`, such as {self.name}-2 (or another "
-            "adapter_path), or end the other one first."
-        )
-
     def _unwritable(self, error: Exception) -> FolderError:
         reason = getattr(error, "strerror", None) or str(error)
         return FolderError(
@@ -402,26 +347,6 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
     except FileNotFoundError:
         return None
     return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _move(source: Path, target: Path) -> None:
-    """Rename, or copy whole and then remove where the target is on another disk."""
-    try:
-        os.rename(source, target)
-        return
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-    partial_copy = target.with_name(f".{target.name}.partial")
-    if source.is_dir():
-        shutil.rmtree(partial_copy, ignore_errors=True)  # of a process that died
-        shutil.copytree(source, partial_copy)
-        os.rename(partial_copy, target)
-        shutil.rmtree(source)
-    else:
-        shutil.copy2(source, partial_copy)
-        os.replace(partial_copy, target)
-        source.unlink()
 
 
 def _in_child() -> None:

@@ -16,7 +16,8 @@ from mlx_nb.files.typed_json import WrongJson, json_object, read_as
 from mlx_nb.files.whole_files import near_path
 from mlx_nb.files.written_files import ADAPTER_FILE, CONFIG_FILE
 from mlx_nb.model.fingerprint import base_identity, weights_fingerprint
-from mlx_nb.model.loading import load_skeleton, model_folder, model_named
+from mlx_nb.model.loading import load_skeleton
+from mlx_nb.model.model_source import model_folder, model_named
 
 START, REFERENCE = "resume_adapter_file", "reference_adapter"
 SCALE = "lora_parameters.scale"

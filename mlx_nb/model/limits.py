@@ -17,7 +17,8 @@ from mlx.utils import tree_unflatten
 
 from mlx_nb.data.examples.limits import ModelLimits
 from mlx_nb.errors import ModelError
-from mlx_nb.model.loading import load_skeleton, model_folder
+from mlx_nb.model.loading import load_skeleton
+from mlx_nb.model.model_source import model_folder
 
 _PROBE = (5, 2, 7, 3, 1)
 

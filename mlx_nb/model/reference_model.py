@@ -21,8 +21,9 @@ from mlx_nb.model import adapters
 from mlx_nb.model.adapter_files import REFERENCE, START, AdapterFile, open_adapter, shape_of
 from mlx_nb.model.fingerprint import weights_fingerprint
 from mlx_nb.model.limits import limits_of
-from mlx_nb.model.loading import LoadedModel, model_folder, model_named
+from mlx_nb.model.loading import LoadedModel
 from mlx_nb.model.logprobs import TargetScorer
+from mlx_nb.model.model_source import model_folder, model_named
 from mlx_nb.model.randomness import random_stream
 from mlx_nb.model.shared_base import load_base, twin
 from mlx_nb.model.trees import held_arrays

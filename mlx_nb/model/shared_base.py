@@ -11,7 +11,8 @@ from weakref import WeakSet
 from mlx_nb.config.run_config import RunConfig
 from mlx_nb.events import Progress
 from mlx_nb.model.adapters import detach_adapter
-from mlx_nb.model.loading import LoadedModel, fetched_folder, load_in_pieces, model_named
+from mlx_nb.model.loading import LoadedModel, fetched_folder, load_in_pieces
+from mlx_nb.model.model_source import model_named
 from mlx_nb.model.passes import made_alike, made_of
 from mlx_nb.model.trees import held_arrays
 from mlx_nb.process.pieces import finished

@@ -150,7 +150,7 @@ def _fetch_model() -> Path:
     from mlx_nb.model.backend import prepare_backend
 
     prepare_backend()
-    from mlx_nb.model.loading import model_folder
+    from mlx_nb.model.model_source import model_folder
 
     return model_folder("smollm2-135m")
 

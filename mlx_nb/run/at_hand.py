@@ -26,7 +26,7 @@ def row_variables(namespace: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def models_at_hand() -> dict[str, str]:
     """The models that can be loaded without a download, each with where it is."""
-    from mlx_nb.model.loading import models_at_hand
+    from mlx_nb.model.model_source import models_at_hand
 
     return models_at_hand()
 

@@ -99,7 +99,8 @@ class RunInputs:
 
     @cached_property
     def _tokenizer_alone(self) -> Any:
-        from mlx_nb.model.loading import load_tokenizer, model_folder, model_named
+        from mlx_nb.model.loading import load_tokenizer
+        from mlx_nb.model.model_source import model_folder, model_named
 
         return load_tokenizer(model_folder(model_named(self.config)), self.config.located("chat_template"))
 
@@ -112,7 +113,7 @@ class RunInputs:
     def limits(self) -> ModelLimits:
         """What the model, and a reference model beside it, can read. Reads no weights."""
         from mlx_nb.model.limits import limits_by_name
-        from mlx_nb.model.loading import model_named
+        from mlx_nb.model.model_source import model_named
 
         found, other = limits_by_name(model_named(self.config)), self.config.reference_model
         return found if other is None else found.within(limits_by_name(model_named(self.config, "reference_model")))
@@ -157,7 +158,7 @@ class RunInputs:
 
     def check_names(self) -> None:
         """Raise DataError or ModelError for rows or a model that are not there, as far as a look at names can tell."""
-        from mlx_nb.model.loading import model_named, refuse_unknown_model
+        from mlx_nb.model.model_source import model_named, refuse_unknown_model
 
         refuse_unknown_model(model_named(self.config))
         if self.config.reference_model is not None:

@@ -56,7 +56,7 @@ def adapter_notes(inputs: RunInputs, allow_changed: Collection[str]) -> list[str
     Raises ModelError for one that was made on another base, unless `allow_changed` has "model".
     """
     from mlx_nb.model.adapter_files import REFERENCE, START, check_base, open_adapter
-    from mlx_nb.model.loading import model_folder, model_named
+    from mlx_nb.model.model_source import model_folder, model_named
     from mlx_nb.model.reference_model import BARE
 
     config, notes = inputs.config, list[str]()

