@@ -315,6 +315,40 @@ def _runs(session: Session, arguments: argparse.Namespace) -> Text:
     return Text("\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in table))
 
 
+def _config(session: Session, arguments: argparse.Namespace) -> Text:
+    run = session.get(arguments.name)
+    return Text(run.config.to_yaml().rstrip() or "# every setting is at its default")
+
+
+def _compare(session: Session, arguments: argparse.Namespace) -> Text:
+    from mlx_nb.notebook.several_runs import compared
+
+    names = list(dict.fromkeys(arguments.runs))
+    runs = [session.get(name) for name in names]
+    if len(runs) == 1 and not session.is_current(runs[0]):
+        runs.insert(0, session.get())
+    if not runs:
+        runs = list(session.runs.values())
+    if len(runs) < 2:
+        raise CommandError("%finetune compare: name two runs or more. `%finetune runs` lists them.")
+    return Text(compared(runs))
+
+
+def _load(session: Session, arguments: argparse.Namespace) -> Text:
+    from mlx_nb.run.saved import load
+
+    output = output_name(arguments.output) or "model"
+    known = session.runs.get(arguments.folder)
+    place = Path(arguments.folder)
+    folder = (
+        known.folder if known is not None else place if place.exists() else run_folder(str(place), working_folder())
+    )
+    model = load(folder)
+    if session.namespace is not None:
+        session.namespace[output] = model
+    return Text(f"{model!r}\n`{output}.generate('Hello')` asks it, `{output}.generate('Hello', base=True)` its base.")
+
+
 def _delete(session: Session, arguments: argparse.Namespace) -> Text:
     from mlx_nb.notebook.kept import delete_kept
 
@@ -503,7 +537,7 @@ def _command(
     for flags, options in arguments:
         parser.add_argument(*flags, **options)
     usage = _usage(parser)
-    if name not in ("runs", "help", "use", "delete"):
+    if name not in ("runs", "help", "use", "delete", "compare", "load"):
         parser.add_argument("--name", "-n", default=None, help="another run than the current one")
     parser.add_argument(
         NOW, action="store_true", help="act at once, while a run goes on that this cell is queued behind"
@@ -612,6 +646,27 @@ COMMANDS: dict[str, Command] = {
         "the runs of this notebook; --disk: those that are kept on disk, and what each takes",
         _runs,
         _argument("--disk", action="store_true", help="those in adapters/ too, with their size"),
+    ),
+    "config": _command("config", "the settings that are not at their defaults, as the body of a cell", _config),
+    "report": _command(
+        "report",
+        "one HTML page with everything about the run",
+        lambda session, arguments: session.get(arguments.name).report(arguments.path),
+        _argument("path", nargs="?", help="file (default: report.html in its folder)"),
+        of_now=True,
+    ),
+    "compare": _command(
+        "compare",
+        "runs side by side: losses, and the settings that differ",
+        _compare,
+        _argument("runs", nargs="*", metavar="run", help="names (default: all; with one, it and the current run)"),
+    ),
+    "load": _command(
+        "load",
+        "a model with a saved adapter, to ask it without its run",
+        _load,
+        _argument("folder", help="name of a run, or folder of its adapter"),
+        _OUTPUT,
     ),
     "delete": _command(
         "delete",

@@ -16,10 +16,23 @@ WIDTH = 66  # characters that fit where the notebook is 700 px wide
 _PAGE = 96  # of what `?` opens, which is as wide as the window
 _GROUPS = {
     "Train": ("step", "run", "pause", "stop", "rewind", "skip", "resume"),
-    "Look": ("panel", "status", "plot", "report", "check", "rows", "row", "browse", "batch", "rollouts"),
+    "Look": (
+        "panel",
+        "status",
+        "plot",
+        "report",
+        "check",
+        "rows",
+        "row",
+        "browse",
+        "batch",
+        "rollouts",
+        "config",
+        "compare",
+    ),
     "Ask": ("generate", "eval"),
     "Change": ("set", "fork"),
-    "Keep": ("save", "runs", "use"),
+    "Keep": ("save", "load", "runs", "use", "delete"),
 }
 TEN = (
     "model",

@@ -75,3 +75,39 @@ def test_generate_takes_text_without_quotation_marks(shell, run, text):
     result = shell.run_cell(f"%finetune generate {text} --max-tokens 3")
     assert str(result.result) == "red"
     assert asked == [text.strip('"')]
+
+
+def test_config_report_compare_and_load_are_commands_too(shell, run, tmp_path):
+    session = shell.magics_manager.registry["FinetuneMagics"].session
+    session.add(run)
+    run.run()
+    other = run.fork(name="other", iters=6, learning_rate=2e-5)
+    session.add(other)
+
+    def ask(line):
+        result = shell.run_cell(f"%finetune {line}")
+        assert result.success, line
+        return result.result
+
+    assert RunConfig.from_yaml(str(ask("config --name bees"))).to_dict() == run.config.to_dict()
+    assert ask("report --name bees").name == "report.html"
+    table = {line.split("  ")[0]: line for line in str(ask("compare bees")).splitlines()}
+    assert table["learning_rate"].split()[1:] == ["2e-05", "1e-05"]
+    assert table["update"].split()[1:] == ["4", "of", "6", "4", "of", "4"]
+    assert "batch_size" not in table
+    assert str(ask("compare other bees")) == str(ask("compare bees"))
+    assert "mine.generate" in str(ask("load bees -o mine"))
+    assert shell.user_ns["mine"].generate("say red", max_tokens=5) == run.generate("say red", max_tokens=5)
+
+
+def test_a_row_has_what_one_asks_it_for(run):
+    row = run.rows("train")[3]
+    assert [one["role"] for one in row.messages] == ["user", "assistant"]
+    assert row.text == row.conversation.text
+    assert row.text.count(row.messages[1]["content"]) >= 1
+    assert len(row.tokens) == len(row.loss_mask) > 0
+    assert {span.role for span in row.spans} == {"user", "assistant"}
+    assert row.problems == []
+    broken = Run(RunConfig(model=run.config.model, data=[{"text": ""}] * 2, val_set_size=0)).rows("train")[0]
+    assert (broken.text, len(broken.tokens), broken.spans, broken.messages) == ("", 0, (), [])
+    assert broken.problems

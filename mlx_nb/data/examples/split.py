@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import numpy as np
+
 from mlx_nb.data.examples.imitation import (
     ExampleSettings,
     LeftOut,
@@ -18,7 +20,7 @@ from mlx_nb.data.examples.imitation import (
 )
 from mlx_nb.data.examples.kinds import ROW_KINDS, Conversations, Example, Result, recognize
 from mlx_nb.data.examples.remarks import content_remarks
-from mlx_nb.data.masks.conversation import TokenizedConversation, row_remarks
+from mlx_nb.data.masks.conversation import Span, TokenizedConversation, row_remarks
 from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.data.rows.content import RowContent
 from mlx_nb.data.rows.imitation import TextRow
@@ -50,6 +52,38 @@ class RowView:
     dropped_tokens: int = 0
     format: str = ""
     remarks: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """What the model reads, special tokens written out; empty for a row that could not be tokenized."""
+        return self.conversation.text if self.conversation else ""
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """(T,) int32, the same as tokens; of a pair the chosen answer's with its prompt."""
+        return self.conversation.tokens if self.conversation else np.zeros(0, np.int32)
+
+    @property
+    def loss_mask(self) -> np.ndarray:
+        """(T,) float32, how much each token is trained."""
+        return self.conversation.loss_mask if self.conversation else np.zeros(0, np.float32)
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """Where each message lies in `text`, and who says it."""
+        return self.conversation.spans if self.conversation else ()
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """What the row says, message by message; of a pair the prompt and the chosen answer. None of plain text."""
+        parts = self.content.parts() if self.content else {}
+        found: list[dict[str, Any]] = []
+        for name, said in parts.items():
+            if name == "rejected":
+                continue
+            role = "user" if name == "prompt" else "assistant"
+            found += [{"role": role, "content": said}] if isinstance(said, str) else [dict(one) for one in said]
+        return found
 
     @property
     def conversations(self) -> Conversations:
