@@ -339,11 +339,8 @@ def _load(session: Session, arguments: argparse.Namespace) -> Text:
 
     output = output_name(arguments.output) or "model"
     known = session.runs.get(arguments.folder)
-    place = Path(arguments.folder)
-    folder = (
-        known.folder if known is not None else place if place.exists() else run_folder(str(place), working_folder())
-    )
-    model = load(folder)
+    place = known.folder if known is not None else Path(arguments.folder)
+    model = load(place if place.exists() else run_folder(arguments.folder, working_folder()))
     if session.namespace is not None:
         session.namespace[output] = model
     return Text(f"{model!r}\n`{output}.generate('Hello')` asks it, `{output}.generate('Hello', base=True)` its base.")

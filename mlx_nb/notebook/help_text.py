@@ -16,20 +16,8 @@ WIDTH = 66  # characters that fit where the notebook is 700 px wide
 _PAGE = 96  # of what `?` opens, which is as wide as the window
 _GROUPS = {
     "Train": ("step", "run", "pause", "stop", "rewind", "skip", "resume"),
-    "Look": (
-        "panel",
-        "status",
-        "plot",
-        "report",
-        "check",
-        "rows",
-        "row",
-        "browse",
-        "batch",
-        "rollouts",
-        "config",
-        "compare",
-    ),
+    "Look": ("panel", "status", "plot", "report", "config", "compare"),
+    "Rows": ("rows", "row", "browse", "check", "batch", "rollouts"),
     "Ask": ("generate", "eval"),
     "Change": ("set", "fork"),
     "Keep": ("save", "load", "runs", "use", "delete"),

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def compared(runs: list[Run]) -> str:
-    """A table with a column for each run: where it stands, its losses, and every setting that is not the same in all."""
+    """A table with a column for each run: where it stands, its losses, and the settings in which they differ."""
     described = [run.config.described() for run in runs]
     names = [name for name in described[0] if len({repr(one.get(name)) for one in described}) > 1]
     table = [("", *(run.name for run in runs))]
