@@ -147,12 +147,9 @@ def _keep_executed(notebook: Any, path: Path, before: bytes) -> Path:
 
 
 def _fetch_model() -> Path:
-    from mlx_nb.model.backend import prepare_backend
+    from mlx_nb.run.at_hand import fetched
 
-    prepare_backend()
-    from mlx_nb.model.model_source import model_folder
-
-    return model_folder("smollm2-135m")
+    return fetched("smollm2-135m")
 
 
 def _execute(path: Path) -> tuple[Any, Path]:

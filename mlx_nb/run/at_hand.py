@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from mlx_nb.data.sources.tables import could_be_rows
@@ -29,6 +30,16 @@ def models_at_hand() -> dict[str, str]:
     from mlx_nb.model.model_source import models_at_hand
 
     return models_at_hand()
+
+
+def fetched(model: str) -> Path:
+    """The folder of a model, downloaded where it is not here yet. Raises ModelError."""
+    from mlx_nb.model.backend import prepare_backend
+
+    prepare_backend()
+    from mlx_nb.model.model_source import model_folder
+
+    return model_folder(model)
 
 
 def built_in_rewards() -> dict[str, str]:
