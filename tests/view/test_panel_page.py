@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 
 import pytest
 
@@ -83,6 +84,51 @@ def test_every_page_fits_and_has_one_left_edge(theme, width, opened):
     assert len(tops) == 1  # nothing wraps alone
 
 
+def test_the_buttons_of_each_checkpoint_are_whole_where_the_notebook_is_narrow(opened):
+    """As beside an open side bar; and what is disabled says why."""
+    page = opened("light", 320)
+    page.get_by_role("tab", name="Checkpoints").click()
+    buttons = page.locator(".mlx-nb-acts button")
+    assert buttons.count() >= 3
+    for at in range(buttons.count()):
+        box = buttons.nth(at).bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= 320
+    step = int(page.locator(".mlx-nb-acts tbody td").first.inner_text())
+    page.evaluate("(step) => change('progress', { ...model.get('progress'), step })", step)
+    assert buttons.first.inner_text() == "The run is here"
+    assert buttons.first.is_disabled()
+
+
+def test_what_is_being_done_for_a_paused_run_can_be_cancelled_and_the_run_is_not_said_to_run(opened):
+    told = {
+        "words": "answering the kept prompts: 3 of at most 64 tokens",
+        "done": 3,
+        "total": 64,
+        "left": 9,
+        "update": 0,
+    }
+    page = opened(activity=told)
+    page.evaluate("change('clicks', ['cancel', 'run', 'step', 'sample'])")
+    assert "running" not in page.get_by_role("status").inner_text()
+    assert page.locator(".mlx-nb-doing").inner_text().startswith("answering the kept prompts: 3 of at most 64 tokens")
+    assert page.get_by_role("button", name="Run", exact=False).first.is_enabled()
+    page.get_by_role("button", name="Cancel").click()
+    assert {"do": "cancel"} in sent(page)
+    page.evaluate("change('clicks', ['run'])")
+    assert not page.get_by_role("button", name="Cancel").is_visible()
+
+
+def test_a_batch_does_not_stay_under_another_list(opened):
+    page = opened()
+    page.get_by_role("tab", name="Rows").click()
+    page.get_by_role("button", name="Next batch").click()
+    answer_all(page, opened.panel)
+    assert page.locator(".mlx-nb-row .mlx-nb-batch").count() == 1
+    page.get_by_role("button", name="All rows").click()  # and the kernel has not answered
+    assert page.locator(".mlx-nb-row .mlx-nb-batch").count() == 0
+
+
 @pytest.mark.parametrize(("theme", "dark"), [("light", False), ("dark", True), (PLAIN, False)])
 def test_the_colors_are_those_of_the_page(theme, dark, opened):
     page = opened(theme)
@@ -157,6 +203,7 @@ def test_a_kernel_that_falls_silent_is_said_to_be_gone_and_never_running(opened)
     page.evaluate("() => { const now = Date.now; Date.now = () => now() + 60000; }")
     page.wait_for_selector("text=✗ kernel gone")
     assert "running" not in page.locator(".mlx-nb-panel").inner_text()
+    assert re.search(r"kernel gone since \d\d:\d\d:\d\d; this", page.locator(".mlx-nb-failure").inner_text())
     assert "Resume with %finetune resume" in page.locator(".mlx-nb-failure").inner_text()
     assert page.locator(".mlx-nb-toolbar button:enabled").count() == 0
     assert page.locator("path.mlx-nb-raw").is_visible()
