@@ -1,7 +1,7 @@
-"""Attention and SwiGLU of mlx-lm's models as a CPU computes them fast, while a graph is built and for no longer.
+"""Faster attention and SwiGLU for mlx-lm's models on a CPU, in place only while a graph is being built.
 
-mlx-lm's models call these functions by names in their own modules. The names are bound to ours while inside `kernels`,
-for a model of which that is proved to change neither loss nor gradient, and bound back when the last one leaves.
+mlx-lm's models call these functions by names in their own modules. Inside `kernels` those names are bound to ours, for
+a model whose loss and gradient are proved not to change; when the last caller leaves, they are bound back.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _entering = threading.Lock()
 
 @dataclass
 class _Kernels:
-    """What is bound while someone is inside: by thread, since blocks are those of whose graph it is."""
+    """What one caller of `kernels` has bound. The blocks of a mask are kept for the graph that this thread builds."""
 
     modules: list[ModuleType]
     block: int
@@ -47,7 +47,10 @@ class _Kernels:
     masks: dict[int, tuple[mx.array, list[Block] | None]] = field(default_factory=dict)
 
     def blocks(self, mask: Any, length: int) -> list[Block] | None:
-        """None for what is left to mlx: no mask, one of numbers, or one that hides everything from a query."""
+        """The blocks of queries for a mask.
+
+        None where mlx computes it: without a mask, with one of numbers, or with a query that sees nothing.
+        """
         if isinstance(mask, str):
             return causal_blocks(length, self.block) if mask == "causal" else None
         if not isinstance(mask, mx.array) or mask.dtype != mx.bool_ or mask.shape != (length, length):
@@ -59,13 +62,13 @@ class _Kernels:
 
 @contextmanager
 def kernels(model: nn.Module) -> Iterator[None]:
-    """Graphs of `model` that are built while inside are computed fast; for one of which `kernels_are_proved`."""
+    """Compute the graphs of `model` that are built inside the fast way. Call `kernels_are_proved` first."""
     with _bound(model, _BLOCK, _FEWEST_TOKENS):
         yield
 
 
 def kernels_are_proved(model: nn.Module) -> bool:
-    """Whether there is a faster way on this machine that gives this model's own loss and gradient."""
+    """Whether this machine has a faster way, and it gives the model's own loss and gradient."""
     if not backend.is_cpu() or platform.machine() not in ("x86_64", "AMD64"):
         return False
     return _are_proved(model, trained_forms(model))

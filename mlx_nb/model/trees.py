@@ -1,4 +1,4 @@
-"""Trees of parameters and gradients, as flat lists."""
+"""The arrays of a model, and of trees of parameters or gradients, as flat lists."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def named_arrays(tree: Any) -> list[tuple[str, mx.array]]:
 
 
 def trained_arrays_of(model: nn.Module) -> list[tuple[str, mx.array]]:
-    """(path, array) of what is trained of a model; none of one that a family's own code does not make a module."""
+    """(path, array) of every trained array of a model; empty for an object that is not an mlx module."""
     try:
         return named_arrays(model.trainable_parameters())
     except AttributeError:

@@ -1,4 +1,4 @@
-"""The last steps of a run in memory, to go back to; on disk without a name once the run has ended."""
+"""The last steps of a run, kept in memory to rewind to; once the run has ended, in a file without a name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The first pass of the data check: every row is read, for its shape, its roles, its turns and its doubles."""
+"""The first pass of the data check: reads every row, and checks shapes, roles, turns and duplicates."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Overlap:
 
 @dataclass
 class SplitReading:
-    """What reading all rows of one split gives. `near` joins the rows that are nearly the same.
+    """What the first pass found in one split. `near` groups the rows that are nearly the same.
 
     formats               how many rows are written in which format
     first_format          that of the first row
@@ -80,7 +80,7 @@ def read_splits(
 
 
 class _Rows:
-    """The rows of all splits under one count, so that one index holds them all."""
+    """The rows of all splits, numbered as one sequence, so that one index holds them all."""
 
     def __init__(self, sources: dict[str, RowSource], settings: ExampleSettings, kind: str) -> None:
         self.sources, self.columns, self.kind = sources, settings.columns, kind

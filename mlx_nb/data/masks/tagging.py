@@ -1,4 +1,4 @@
-"""A tagged copy of a conversation: every text replaced by private-use characters, rendered, and proved to fit.
+"""Finds each text of a conversation in its render, by a copy in which private-use characters stand for texts.
 
 Each text gets one code point. Where the render of the copy equals the real render except at those characters, they
 show where each text went. An assistant message without any text of its own gets one character more, and the proof
@@ -28,12 +28,12 @@ _MOST_RENDERS = 64  # to find which messages of a long conversation are left out
 
 
 class Unproved(Exception):
-    """Where a message lies could not be proved. The message says why, without a full stop."""
+    """Where a message lies could not be proved. The text says why, without a full stop."""
 
 
 @dataclass(frozen=True)
 class Tagging:
-    """Which characters are kept, and which texts are replaced besides contents and reasoning.
+    """How texts are tagged: which characters stay, and which texts besides contents and reasoning are replaced.
 
     `kept` is what stands between the brackets of a pattern.
     """
@@ -73,7 +73,7 @@ class TaggedMessages:
     first: int
 
     def leaf(self, tag: str) -> Leaf:
-        """The text that stands at a tag."""
+        """The text that a tag stands for."""
         return self.leaves[ord(tag) - self.first]
 
     @cached_property
@@ -99,7 +99,7 @@ class TaggedMessages:
         return np.maximum(numbers, -1)
 
     def runs(self, numbers: np.ndarray) -> list[Run]:
-        """The stretches of one tag with no other tag between, in order, from the `numbers` of a render."""
+        """The runs of a render in order: stretches in which no other tag stands. `numbers` are those of the render."""
         at = np.flatnonzero(numbers >= 0)
         which = numbers[at]
         if not len(at):

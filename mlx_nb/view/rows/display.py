@@ -50,7 +50,7 @@ class TokenLoss(Protocol):
 
 
 def measured_losses(view: RowView, token_loss: TokenLoss, *, compare: bool = False) -> dict[str, Any]:
-    """What `RowDisplay` colors the tokens by: the losses of both answers of a pair, with those of the base."""
+    """The losses that `RowDisplay` colors tokens by; of a pair of both answers, with `compare` of the base too."""
     names = [("token_loss", "token_loss_base")]
     if view.rejected is not None:
         names.append(("rejected_loss", "rejected_loss_base"))
@@ -166,7 +166,7 @@ class RowDisplay:
 
 
 def _badges(view: RowView) -> list[tuple[str, bool]]:
-    """What a person said about the row, each as (words, whether it speaks for the answer)."""
+    """The row's marks, such as its label or weight, as (words, whether it favors the answer)."""
     marks = view.content.marks() if view.content else {}
     return [
         (f"{'✓' if value else '✗'} {name}: {'good' if value else 'bad'}", value)
@@ -197,7 +197,7 @@ def _columns(view: RowView) -> list[tuple[str, str]]:
 
 
 def _written(value: Any) -> str:
-    """A value as Python writes it, of an object that cannot be written its kind."""
+    """A value as Python writes it; the name of its type where that fails."""
     try:
         return repr(value)
     except Exception:
