@@ -238,7 +238,7 @@ class RunConfig(Settings):
     )
     chat_template: str | None = setting(
         None,
-        "Jinja text, or a file with it, to use in place of the model's own chat template.",
+        "chatml, llama3, gemma or mistral, Jinja text, or a file with it, in place of the model's own chat template.",
         group="model",
     )
     data: Any = setting(

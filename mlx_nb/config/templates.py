@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from mlx_nb.config.named_templates import NAMED_TEMPLATES
 from mlx_nb.config.neighbor_words import TEMPLATE_NAMES, TEMPLATE_OF_MODEL
 from mlx_nb.errors import shortened, shown
 
@@ -25,7 +26,7 @@ def template_problem(value: str) -> str | None:
     if is_template_text(value):
         return _text_problem(value, "`chat_template`")
     word = value.strip().lower()
-    if word not in (*TEMPLATE_OF_MODEL, *TEMPLATE_NAMES) or Path(value).exists():
+    if value in NAMED_TEMPLATES or word not in (*TEMPLATE_OF_MODEL, *TEMPLATE_NAMES) or Path(value).exists():
         return None
     if word in TEMPLATE_OF_MODEL:
         return f"`chat_template: {value}` is the default here: the model's own. Remove it."
@@ -33,7 +34,9 @@ def template_problem(value: str) -> str | None:
 
 
 def file_problem(value: str, folder: Path) -> str | None:
-    """What is wrong with the file that a `chat_template` names, seen from `folder`; None where it is good."""
+    """What is wrong with the file that a `chat_template` names, seen from `folder`; None for a good one or a name."""
+    if value in NAMED_TEMPLATES and not (folder / value).exists():
+        return None
     try:
         path = folder / Path(value).expanduser()
         text = path.read_text(encoding="utf-8")
@@ -63,4 +66,7 @@ def _text_problem(source: str, what: str) -> str | None:
     return None
 
 
-_TAKES = "It takes Jinja text, or the path of a file with it; remove it for the model's own template."
+_TAKES = (
+    f"It takes {', '.join(NAMED_TEMPLATES)}, Jinja text, or the path of a file with it; remove it for the model's own "
+    "template."
+)

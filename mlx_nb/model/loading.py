@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map, tree_unflatten
 
+from mlx_nb.config.named_templates import NAMED_TEMPLATES
 from mlx_nb.config.run_config import RunConfig
 from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.errors import ModelError, OutOfMemory
@@ -229,7 +230,27 @@ def _dequantized(module: nn.QuantizedLinear | nn.QuantizedEmbedding) -> nn.Modul
     return linear
 
 
+def _named_template(tokenizer: Tokenizer, name: str) -> str:
+    """The Jinja text of a template by name; the token that ends its turns ends an answer. Raises ModelError.
+
+    A control token that the tokenizer lacks would be written as ordinary characters, of which none ends a turn.
+    """
+    named = NAMED_TEMPLATES[name]
+    known = getattr(tokenizer, "_tokenizer", tokenizer).get_vocab()
+    if missing := [token for token in named.tokens if token not in known]:
+        fitting = [other for other, one in NAMED_TEMPLATES.items() if all(token in known for token in one.tokens)]
+        raise ModelError(
+            f"`chat_template: {name}` writes {', '.join(missing)}, which this model's tokenizer does not have; tokens "
+            f"are not added to a model. Its own tokens are enough for: {', '.join(fitting)}."
+        )
+    if named.end and hasattr(tokenizer, "add_eos_token"):
+        tokenizer.add_eos_token(named.end)
+    return named.source
+
+
 def _set_chat_template(tokenizer: Tokenizer, chat_template: str) -> None:
+    if chat_template in NAMED_TEMPLATES:
+        chat_template = _named_template(tokenizer, chat_template)
     if "{" not in chat_template:
         try:
             chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")

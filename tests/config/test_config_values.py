@@ -409,7 +409,7 @@ LATER = [
     ({"target_modules": ["q_proj", ""]}, "`target_modules` has an empty name. Remove it."),
     ({"lora_parameters": {"keys": [""]}}, "`lora_parameters.keys` has an empty name. Remove it."),
     ({"chat_template": ""}, "`chat_template` is empty."),
-    ({"chat_template": "chatml"}, "`chat_template: chatml` is the name of a template of other programs."),
+    ({"chat_template": "vicuna"}, "`chat_template: vicuna` is the name of a template of other programs."),
     ({"chat_template": "tokenizer_default"}, "is the default here: the model's own. Remove it."),
     ({"chat_template": "{{"}, "`chat_template` is not valid Jinja at line 1: unexpected 'end of template'."),
     ({"chat_template": "{% for m in messages %}\n{{ m }}"}, "`chat_template` is not valid Jinja at line 2: "),
