@@ -79,6 +79,13 @@ def test_a_line_has_every_number_of_its_completion():
     assert told[-1] == "⚠ reward short: <b>bad</b>"
 
 
+def test_a_column_s_name_breaks_after_its_underscores_and_nowhere_else_whatever_is_said_around_it():
+    html = completions_html(rollout([completion("red", exact_match=1.0)]))
+    heads = re.findall(r'<th scope="col" style="([^"]*)">(.*?)</th>', html)
+    assert "exact_<wbr>match" in [name for _, name in heads]
+    assert all("overflow-wrap:normal" in style for style, name in heads if name)
+
+
 def test_bars_are_as_long_as_advantages_and_point_to_their_side():
     html = completions_html(
         rollout([completion(advantage=2.0, a=1), completion(advantage=-1.0, a=0)], [completion(a=1)])

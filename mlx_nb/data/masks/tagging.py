@@ -169,13 +169,13 @@ def tag_and_prove(
     if not _fits(real, codes, numbers):
         raise Unproved("the template's own text depends on what the messages say")
     runs, lost = tags.runs(numbers), list(_lost_texts(tags, numbers))
-    heard = {run.message for run in runs}
-    silent = [i for i, m in enumerate(messages) if m.get("role") == "assistant" and i not in heard]
+    found = {run.message for run in runs}
+    silent = [i for i, m in enumerate(messages) if m.get("role") == "assistant" and i not in found]
     absent = _left_out(messages, silent, text, render, constants)
     removed: list[tuple[int, int]] = []
     if len(silent) > len(absent):
-        heard |= set(absent)
-        followed = [i for i in silent if i not in heard]
+        found |= set(absent)
+        followed = [i for i in silent if i not in found]
         try:
             if gone := _gone_with_others(messages, followed, runs, text, render):
                 absent = sorted([*absent, *gone])
@@ -320,11 +320,11 @@ def _gone_with_others(
     """
     if len(messages) <= LONG:
         return []
-    heard = {run.message for run in runs}
+    found = {run.message for run in runs}
     missing = {
         i
         for i, message in enumerate(messages)
-        if i not in heard and any(part.strip() for part in texts_in(message.get("content"), keys=False))
+        if i not in found and any(part.strip() for part in texts_in(message.get("content"), keys=False))
     }
 
     def same_without(some: Sequence[int]) -> bool:

@@ -141,10 +141,12 @@ def _group_html(group: Mapping[str, Any], start: int, largest: float, colors: _C
 
 
 def _head_html(name: str, style: str) -> str:
-    # A long name may break after its underscores.
+    # A long name breaks after its underscores, and nowhere else, whatever the page around it says of other text.
     words = escape(one_line(name), quote=True).replace("_", "_<wbr>")
     rule = f"border-bottom:1px solid {tint(GREY, 0.6)}"
-    return f'<th scope="col" style="{style};white-space:normal;font-weight:600;{rule}">{words}</th>'
+    return (
+        f'<th scope="col" style="{style};white-space:normal;overflow-wrap:normal;font-weight:600;{rule}">{words}</th>'
+    )
 
 
 def _line_html(k: int, completion: Mapping[str, Any], names: Sequence[str], largest: float, text: str) -> str:
