@@ -94,3 +94,12 @@ def test_every_state_has_words_that_go_behind_a_name(asked):
 )
 def test_the_value_of_a_setting_is_written_as_in_a_cell(value, written):
     assert setting_words(value) == written
+
+
+@pytest.mark.usefixtures("asked")
+def test_text_of_a_command_breaks_between_words_in_a_notebook(shell):
+    for line in ("status", "help", "runs"):
+        result = shell.run_cell(f"%finetune {line}").result
+        bundle = shell.display_formatter.format(result)[0]
+        assert bundle["text/plain"] == str(result)
+        assert "word-break:normal" in bundle["text/html"]

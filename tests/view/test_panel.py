@@ -16,7 +16,7 @@ import pytest
 from traitlets import TraitError
 
 from curve_histories import update, validation
-from mlx_nb import RunConfig
+from mlx_nb import Run, RunConfig
 from mlx_nb.errors import CommandError, DataError
 from mlx_nb.events import (
     AdapterSaved,
@@ -504,6 +504,20 @@ def test_a_rewind_while_counted_updates_are_done_leaves_the_run_there(tmp_path, 
         assert [row["step"] for row in run.history.evaluations("valid")] == [0]  # measured again
 
     asyncio.run(goes_back())
+
+
+def test_the_log_gives_no_event_a_time_that_is_not_its_own(tmp_path, tiny_folder):
+    run = rows_run(tmp_path, tiny_folder, val_set_size=4, iters=8)
+    run.run(until=4)
+    run.release()
+    resumed = Run.resume(run.folder)
+    panel = resumed.panel()
+    before = list(panel.happened["lines"])
+    assert before
+    assert not any(re.match(r"\d\d:\d\d:\d\d", line) for line in before)
+    resumed.run()
+    (new, *_) = panel.happened["lines"][len(before) :]
+    assert re.match(r"\d\d:\d\d:\d\d  \S", new)
 
 
 # Pages without a kernel

@@ -155,7 +155,7 @@ class Panel(anywidget.AnyWidget):
             said={"count": 0, "text": "", "bad": False},
         )
         for event in run.history.events:
-            self._log(event)
+            self._log(event, "")  # when that was is not known
         self.on_msg(self._heard)
         self.observe(lambda _: self._later(lambda: self.show_again("completions")), "coloring")
         self._built_at = time.monotonic()
@@ -317,11 +317,12 @@ class Panel(anywidget.AnyWidget):
         told = {"changes": changes} if changes is not None else {"series": self.series}
         self.send({"kind": "series", "from": version, "version": version + 1, **told})
 
-    def _log(self, event: Event) -> None:
-        """Note an event, but for the frequent ones."""
+    def _log(self, event: Event, when: str | None = None) -> None:
+        """Note an event, but for the frequent ones; `when` is the time of day, None = now."""
         if isinstance(event, StepCompleted | Progress | StateChanged):
             return
-        new = [f"{time.strftime('%H:%M:%S')}  {one_line(describe(event))}"]
+        at = time.strftime("%H:%M:%S") if when is None else when
+        new = [f"{at:8}  {one_line(describe(event))}"]
         new += [f"          {one_line(remark)}" for remark in remarks(event)]
         before, lines = self.happened["count"], self.happened["lines"]
         lines += new
