@@ -8,6 +8,7 @@ import pytest
 
 pytestmark = pytest.mark.browser
 ROW_SHOWN = "(row) => document.querySelector('.mlx-nb-tokens b')?.textContent.includes(`row ${row} `)"
+ROWS_READ = r"() => Number(/found in (\d+) of 300 rows/.exec(document.body.innerText)?.[1] ?? 0)"
 
 
 def test_the_row_browser_is_worked_by_hand(lab, tiny_folder, tmp_path):
@@ -32,6 +33,10 @@ def test_the_row_browser_is_worked_by_hand(lab, tiny_folder, tmp_path):
     number.press("Enter")
     page.wait_for_function(ROW_SHOWN, arg=250)
     page.locator(".widget-dropdown select").nth(1).select_option("longest")
+    page.wait_for_function(f"() => ({ROWS_READ})() > 0")
+    while (read := page.evaluate(ROWS_READ)) < len(rows):  # it reads for a moment, and on when asked
+        page.get_by_role("button", name="Search on").click()
+        page.wait_for_function(f"(read) => ({ROWS_READ})() > read", arg=read)
     page.wait_for_function(ROW_SHOWN, arg=299)
     assert page.get_by_text("1 of 300 found in 300 of 300 rows").is_visible()
     page.get_by_role("button", name="user", exact=True).click()
