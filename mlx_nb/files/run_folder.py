@@ -84,6 +84,7 @@ class RunFolder:
         self.let_go = let_go or self.give_up
         self._lock = FolderLock(path, name)
         self.notes: tuple[str, ...] = ()
+        self.refused = False  # the last attempt to write there
         self._given_up = ""
         self._saved = False  # when it was given up
         self._written: WrittenFiles | None = None
@@ -271,6 +272,7 @@ class RunFolder:
     @_alone
     def write(self, path: Path, write: Callable[[Any], Any]) -> None:
         """Write a file of the run, whole or not at all, and note it. Raises OSError where the disk does not take it."""
+        self.refused = True
         self.check()
         name = path.relative_to(self.path).as_posix()
         if self._written is None:
@@ -283,6 +285,7 @@ class RunFolder:
             )
         write_whole(path, write, partial(written.record, name))
         self._seen[path] = stamp if (stamp := _stamp(path)) else (0, 0, 0)
+        self.refused = False
 
     @_alone
     def keep_numbered(self, count: int) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mlx_nb.config.run_config import SETTINGS, RunConfig
-from mlx_nb.errors import CheckpointError, CommandError, FolderError
+from mlx_nb.errors import CheckpointError, CommandError, FolderError, ModelChanged
 from mlx_nb.events import AdapterSaved, Event, RunFailed, RunFinished, RunPaused, SettingChanged, StepCompleted
 from mlx_nb.events.history import History
 from mlx_nb.files.folder_lock import is_locked
@@ -130,11 +130,20 @@ class Checkpoints:
         return None
 
     def save(self, kind: str) -> Path:
-        """Write everything that the next update depends on. Returns the folder. Raises CheckpointError."""
+        """Write everything that the next update depends on. Returns the folder. Raises CheckpointError.
+
+        Where the model was changed from outside that is what is in memory of the last boundary. Raises ModelChanged
+        when that is saved already.
+        """
         trainer = self._run.trainer
         store = self._own_store
         with self._saving:
-            snapshot = trainer.snapshot()
+            try:
+                snapshot = trainer.snapshot()
+            except ModelChanged:
+                if (folder := self.save_last_boundary(kind)) is None:
+                    raise
+                return folder
             state = {**snapshot.state, **_place_in(self._run.history)}
             return self._write(replace(snapshot, state=state), trainer.config, store, kind)
 

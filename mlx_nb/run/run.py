@@ -28,6 +28,7 @@ from mlx_nb.errors import (
     FolderError,
     FolderTaken,
     MlxNbError,
+    ModelChanged,
     TrainingError,
     shown,
 )
@@ -549,6 +550,8 @@ class Run:
             if kind := self._checkpoints.kind_due(event):
                 try:
                     self.checkpoint(kind)
+                except ModelChanged:
+                    pass  # which the failure said; what was done until then is saved
                 except CheckpointError as error:
                     self._blocked = True
                     paused = RunPaused(self.step_count, str(error))
@@ -1040,7 +1043,7 @@ class Run:
         if same_folder(folder, self.folder):
             with self.home.writing():
                 self._save_adapter(self.home)
-        elif self._blocked or not self._can_write():
+        elif self._blocked or self.home.refused or not self._can_write():
             self.home.release()
             self._home = self._saved_to(folder, RUN)
             self.config = self.config.replace(adapter_path=str(folder))

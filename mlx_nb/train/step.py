@@ -115,7 +115,8 @@ class Stepper:
                     now = "gone" if name not in there else f"of shape {there[name][0]}, {there[name][1]}"
                     raise ModelChanged(
                         f"the model was changed from outside: {name}, which is trained, was of shape {shape}, {dtype} "
-                        f"and is {now}."
+                        f"and is {now}. `%finetune resume`, or `Run.resume`, goes on from the last update with a whole "
+                        "model."
                     )
         return parameters
 

@@ -242,6 +242,7 @@ class Trainer:
             try:
                 if self.saves.best_is_due:
                     self.put_back_best()
+                self.stepper.trainable()  # raises ModelChanged before the model is asked anything
                 if self.schedule:
                     event = yield from self._undisturbed(self._do_next())
                 elif self.finished is not None or done == updates:
@@ -621,9 +622,10 @@ class Trainer:
     def evaluate(self, split: str = "valid", *, all_rows: bool = False) -> EvaluationCompleted:
         """Loss over a fixed set of rows of `split`, or all, weighted by token. Changes nothing in the run.
 
-        Raises OutOfMemory when a batch does not fit, CommandError where a reward function asks for a pause at once.
-        A pause that others ask for is for when the run moves.
+        Raises OutOfMemory when a batch does not fit, ModelChanged, and CommandError where a reward function asks for
+        a pause at once. A pause that others ask for is for when the run moves.
         """
+        self.stepper.trainable()  # raises ModelChanged
         evaluating = self._evaluating(split, all_rows)
         with memory_errors("rows were evaluated", "A lower batch_size or max_seq_length needs less."):
             while True:

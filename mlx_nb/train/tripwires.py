@@ -93,7 +93,7 @@ def advice(kind: type[TrainingError], step: int = FIRST_UPDATES, learning_rate: 
     if kind is LossRaised:
         return "The update was not applied. Mend the function, run its cell again, and then `%finetune resume`."
     if kind is ModelChanged:
-        return "The update was not applied. `%finetune resume` goes on from the last checkpoint, with a whole model."
+        return "The update was not applied."
     if kind is NonFiniteLoss and step < FIRST_UPDATES:
         return (
             f"The update was not applied. So early in a run the learning rate ({learning_rate:.3g}) and the base are "

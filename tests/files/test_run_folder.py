@@ -388,6 +388,23 @@ def test_a_file_that_was_changed_since_is_neither_written_over_nor_moved(here, t
     assert isinstance(run.run(), RunFinished)
 
 
+def test_a_run_whose_adapter_was_changed_goes_on_in_the_folder_that_it_is_saved_to(here, tiny_folder):
+    whole = make(tiny_folder, iters=6, adapter_path="whole")
+    whole.run()
+    run = make(tiny_folder, iters=6)
+    run.step(2)
+    mine = here / "adapters/run/adapters.safetensors"
+    mine.write_bytes(b"a person's own")
+    assert isinstance(run.run(), RunPaused)
+    run.save("else")
+    assert run.folder == here / "else"
+    assert isinstance(run.run(), RunFinished)
+    assert run.adapter_bytes() == whole.adapter_bytes()
+    assert mine.read_bytes() == b"a person's own"
+    run.save("copy")  # nothing was refused since: an export
+    assert run.folder == here / "else"
+
+
 def test_the_adapter_of_an_older_version_is_known_by_its_settings(here, tiny_folder):
     make(tiny_folder).run()
     shutil.rmtree(here / "adapters/run/.mlx_nb")

@@ -11,8 +11,9 @@ import mlx_nb
 from mlx_nb import Run, RunConfig
 from mlx_nb.config.methods import METHODS
 from mlx_nb.errors import CheckpointError, LossRaised, ModelChanged
+from mlx_nb.process import exits
 from mlx_nb.process.own_code import code_digest
-from tiny import tiny_prompts, tiny_rows
+from tiny import tiny_pairs, tiny_prompts, tiny_rows
 
 
 def make_run(tiny_folder, tmp_path, name="run", **settings):
@@ -135,6 +136,47 @@ def test_what_is_trained_is_what_the_run_made_trainable(tiny_folder, tmp_path, d
     assert run.adapter_bytes() == whole.adapter_bytes()
     saved = mx.load(str(tmp_path / "saved" / "adapters.safetensors"))
     assert set(saved) == set(whole.adapter_bytes())
+
+
+def length(completion):
+    return float(len(completion))
+
+
+WAYS_TO_END = {
+    "it is moved": lambda run: pytest.raises(ModelChanged, run.run),
+    "it lets go": lambda run: run.release(),
+    "its folder is taken": lambda run: None,
+    "a checkpoint is asked for": lambda run: run.checkpoint(),
+    "the process ends": lambda run: exits.save_all(ending=False),
+}
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "grpo"])
+@pytest.mark.parametrize("way", WAYS_TO_END)
+def test_what_was_done_before_arrays_were_exchanged_is_saved_from_memory(tiny_folder, tmp_path, way, method):
+    rows = {"sft": tiny_rows, "dpo": tiny_pairs, "grpo": tiny_prompts}[method](24)
+    more = {"method": method, "autosave_minutes": None, "save_every": -1, "val_set_size": 0, "data": rows, "iters": 6}
+    if method == "grpo":
+        more |= {"rewards": [length], "group_size": 2, "max_completion_length": 3}
+    whole = make_run(tiny_folder, tmp_path, "whole", **more)
+    whole.run()
+    run = make_run(tiny_folder, tmp_path, **more)
+    run.step(3)
+    run.model.model.layers[0].self_attn.q_proj.lora_a = mx.zeros((2, 2))
+    WAYS_TO_END[way](run)
+    again = Run.resume(tmp_path / "run", data=rows, namespace={"length": length})
+    assert again.step_count == 3
+    assert again.run().reason == "iters reached"
+    assert again.adapter_bytes() == whole.adapter_bytes()
+
+
+@pytest.mark.parametrize("call", ["evaluate", "save", "fork", "step", "rewind"])
+def test_whatever_is_done_with_exchanged_arrays_says_how_to_go_on(tiny_folder, tmp_path, call):
+    run = make_run(tiny_folder, tmp_path)
+    run.step(2)
+    run.model.model.layers[0].self_attn.q_proj.lora_a = mx.zeros((2, 2))
+    with pytest.raises(ModelChanged, match=r"was changed from outside: .*`%finetune resume`.* goes on"):
+        getattr(run, call)()
 
 
 def test_arrays_exchanged_from_outside_are_one_clear_error_and_a_resume_mends_it(tiny_folder, tmp_path):
