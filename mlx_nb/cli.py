@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from mlx_nb.config.yaml_text import as_words, read_words
 from mlx_nb.errors import ConfigError, DataError, MlxNbError
+from mlx_nb.process.command_output import CommandOutput, discard
 
 if TYPE_CHECKING:
     from mlx_nb.config.run_config import RunConfig
@@ -22,24 +22,19 @@ _NOBODY_READS = 141  # as a shell has it for a program that SIGPIPE ended
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status; an expected error is one line on stderr and status 1.
 
-    Where nobody reads the output any more, as with `| head`, the status is 141, and nothing is said.
+    Where nobody reads the output any more, as with `| head`, the status is 141, and nothing is said. Where it cannot
+    be written, as on a full disk, that is said once on stderr, and what was begun goes on without it.
     """
+    output = CommandOutput(sys.stdout)
     try:
-        try:
-            return _carry_out(arguments)
-        finally:
-            sys.stdout.flush()
+        with redirect_stdout(output):
+            try:
+                return _carry_out(arguments)
+            finally:
+                output.flush()
     except BrokenPipeError:
-        _discard_output()
+        discard(sys.stdout, sys.stderr)
         return _NOBODY_READS
-
-
-def _discard_output() -> None:
-    """Discard all further output, at exit as well."""
-    with open(os.devnull, "w") as nowhere:
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):  # of a stream that is no file
-                os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def _carry_out(arguments: Sequence[str] | None) -> int:

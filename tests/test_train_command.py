@@ -87,6 +87,21 @@ def test_rewards_come_from_a_file(config, tmp_path, tiny_folder, capsys):
     assert "--rewards scorse.py: no such file. Give the Python file with the functions." in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("output", ["full", "closed"])
+@pytest.mark.parametrize("words", [["train", "run.yaml"], ["train", "run.yaml", "--json"]], ids=" ".join)
+def test_a_log_that_cannot_be_written_ends_no_training(words, output, config, tmp_path):
+    command = [sys.executable, "-m", "mlx_nb", *words]
+    with open("/dev/full", "w") as full:
+        closed = {"preexec_fn": lambda: os.close(1)} if output == "closed" else {"stdout": full}
+        ended = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120, check=False, **closed)
+    assert ended.returncode == 0, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "Exception ignored" not in ended.stderr
+    said = "mlx-nb: the output cannot be written (No space left on device); it goes on without."
+    assert ended.stderr.count(said) == (output == "full")
+    assert CheckpointStore(tmp_path / "adapters/run/checkpoints").list()[-1].kind == "final"
+
+
 @pytest.mark.parametrize(
     "words",
     [
