@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import TYPE_CHECKING, Any
 
 from mlx_nb.config.yaml_text import as_words, read_words
 from mlx_nb.errors import ConfigError, DataError, MlxNbError
-from mlx_nb.process.command_output import CommandOutput, discard
 
 if TYPE_CHECKING:
     from mlx_nb.config.run_config import RunConfig
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Where nobody reads the output any more, as with `| head`, the status is 141, and nothing is said. Where it cannot
     be written, as on a full disk, that is said once on stderr, and what was begun goes on without it.
     """
-    output = CommandOutput(sys.stdout)
+    output = _Output(sys.stdout)
     try:
         with redirect_stdout(output):
             try:
@@ -33,8 +33,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
             finally:
                 output.flush()
     except BrokenPipeError:
-        discard(sys.stdout, sys.stderr)
+        _discard(sys.stdout, sys.stderr)
         return _NOBODY_READS
+
+
+class _Output:
+    """Standard output of a command; every attribute but these is that of the stream.
+
+    What cannot be written, as on a full disk, is said once on stderr and left out from then on. Where nobody reads any
+    more BrokenPipeError is raised as ever. A process that was started without standard output writes nowhere.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, or leave it out."""
+        if self._stream is not None:
+            with self._left_out():
+                self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Hand over what is buffered, or leave it out."""
+        if self._stream is not None:
+            with self._left_out():
+                self._stream.flush()
+
+    @contextmanager
+    def _left_out(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            _discard(self._stream)
+            with suppress(OSError, AttributeError):
+                print(f"mlx-nb: the output cannot be written ({error.strerror}); it goes on without.", file=sys.stderr)
+
+
+def _discard(*streams: Any) -> None:
+    """Discard all further output of the streams, at exit as well."""
+    with open(os.devnull, "w") as nowhere:
+        for stream in streams:
+            with suppress(OSError, ValueError, AttributeError):  # of a stream that is no file
+                os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def _carry_out(arguments: Sequence[str] | None) -> int:

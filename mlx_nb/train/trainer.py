@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 import typing
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,9 @@ _REWARD_ADVICE = (
 )
 
 
+SECONDS_BETWEEN_LOOKS = 0.001  # of a loop that waits for another
+
+
 class _BrokenOff(BaseException):
     """What was being done is dropped, as if it had never begun. No `except Exception` of a person's own stops it."""
 
@@ -102,6 +106,30 @@ def _longest(config: RunConfig, examples: Sequence[Any]) -> int:
     """Tokens of the longest row, with the completion that a prompt may get."""
     completion = config.max_completion_length if method_named(config.method).kind.sampled else 0
     return max(len(part.tokens) for example in examples for part in example.sequences) + completion
+
+
+@dataclass(eq=False)
+class _Shared:
+    """Work in pieces of one thread, and how many loops over events are at it. `patience` in seconds."""
+
+    work: Generator[Event, None, Any]
+    thread: int
+    patience: float = 1.0
+    loops: int = 0
+    event: Event = Progress(0, "", 0, 0)
+    moved_at: float = field(default_factory=time.monotonic)
+
+    def move(self) -> None:
+        """Do the next piece. Raises StopIteration with the result."""
+        try:
+            self.event = next(self.work)
+        finally:
+            self.moved_at = time.monotonic()
+
+    @property
+    def stands_still(self) -> bool:
+        """Whether its thread has done nothing for longer than others wait."""
+        return time.monotonic() - self.moved_at > self.patience
 
 
 class Trainer:
@@ -153,7 +181,7 @@ class Trainer:
         self.kept_memory = 0  # bytes of earlier updates that are kept to rewind to
         self._started = False
         self._break_off = False
-        self._doing: object = None  # changes when another loop takes up, or takes back, what one was doing
+        self._shared: _Shared | None = None
         self._memory_limit = memory_limit
         self._sampler = sampler
         self._reference = reference
@@ -244,13 +272,11 @@ class Trainer:
                     self.put_back_best()
                 self.stepper.trainable()  # raises ModelChanged before the model is asked anything
                 if self.schedule:
-                    event = yield from self._undisturbed(self._do_next())
+                    event = yield from self._together(self._do_next)
                 elif self.finished is not None or done == updates:
                     return
                 elif self.rollouts is not None and not self.rollouts.ready:
-                    first = self.state.batches
-                    sampling = self.rollouts.sample(self.state.step, first, self.plan.examples(first))
-                    event = yield from self._undisturbed(self._polled(sampling))
+                    event = yield from self._together(self._sample_rollout)
                 else:
                     event = self._update()
                     done += 1
@@ -313,18 +339,51 @@ class Trainer:
         finally:
             work.close()
 
-    def _undisturbed(self, work: Generator[Event, None, Any]) -> Generator[Event, None, Any]:
-        """`work`, broken off where another loop over events took it up meanwhile, or the run went back."""
-        self._doing = mine = object()
+    def _sample_rollout(self) -> Generator[Event, None, Event]:
+        assert self.rollouts is not None
+        first = self.state.batches
+        rollout: Event = yield from self._polled(
+            self.rollouts.sample(self.state.step, first, self.plan.examples(first))
+        )
+        return rollout
+
+    def _together(self, begin: Callable[[], Generator[Event, None, Any]]) -> Generator[Event, None, Any]:
+        """Work in pieces that is done once, whatever number of loops over events come to it.
+
+        Loops of one thread go on where the others are. Those of other threads wait, since mlx's arrays may belong to
+        the thread that made them; where that stands still they begin anew, and then it is the other that waits. One
+        loop has the result; for the others it is broken off, and so it is for all where the run went back.
+        """
+        me = threading.get_ident()
+        while (shared := self._shared) is not None and shared.thread != me:
+            if shared.stands_still:
+                self._shared = _Shared(begin(), me, 2 * shared.patience)
+                break
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+            yield shared.event
+            if self._shared is not shared:
+                raise _BrokenOff
+        if self._shared is None:
+            self._shared = _Shared(begin(), me)
+        mine = self._shared
+        mine.loops += 1
         try:
-            while True:
-                yield next(work)
-                if self._doing is not mine:
-                    raise _BrokenOff
+            while self._shared is mine:
+                try:
+                    mine.move()
+                except BaseException:
+                    self._shared = None if self._shared is mine else self._shared
+                    raise
+                yield mine.event
+            raise _BrokenOff
         except StopIteration as ended:
             return ended.value
         finally:
-            work.close()
+            mine.loops -= 1
+            if not mine.loops:
+                mine.work.close()
+                if self._shared is mine:
+                    self._shared = None
 
     def _do_next(self) -> Generator[Event, None, Event]:
         """Carry out the first thing of the queue, which leaves it only then, and queue what follows from it."""
@@ -381,7 +440,7 @@ class Trainer:
         """Go on from a snapshot, bit for bit. Raises CheckpointError when it is of another model or optimizer."""
         parameters = checkpoint.arrays["parameters"]
         self.stepper.refuse_misfit(checkpoint.step, parameters, checkpoint.arrays["optimizer"])
-        self._doing = None
+        self._shared = None
         self.stepper.put_back(parameters, checkpoint.arrays["optimizer"])
         self.state = TrainerState(**checkpoint.state["trainer"])
         # JSON has no tuples; checkpoints from before had plain losses, which belong to no length.

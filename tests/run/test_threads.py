@@ -170,6 +170,28 @@ def test_what_one_loop_was_doing_when_another_took_it_up_is_done_once(tmp_path, 
     assert run.adapter_bytes() == whole.adapter_bytes()
 
 
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("kind", ["rows", "rollouts"])
+def test_threads_that_all_move_one_run_come_to_its_end_together(tmp_path, tiny_folder, kind, count):
+    def made(name):
+        if kind == "rollouts":
+            return rollouts_run(tmp_path, tiny_folder, iters=6, adapter_path=str(tmp_path / name))
+        settings = {**QUIET, "iters": 12, "steps_per_eval": 1, "val_set_size": 12, "batch_size": 2}
+        return rows_run(tmp_path, tiny_folder, **settings, adapter_path=str(tmp_path / name))
+
+    whole = made("whole")
+    whole.run()
+    run, ended = made("run"), []
+    threads = [threading.Thread(target=lambda: ended.append(run.run()), daemon=True) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert [one.reason for one in ended] == ["iters reached"] * count
+    assert happened(run.history.events) == happened(whole.history.events)
+    assert run.adapter_bytes() == whole.adapter_bytes()
+
+
 def test_a_rollout_that_another_loop_made_anew_is_trained_on_once(tmp_path, tiny_folder):
     whole = rollouts_run(tmp_path, tiny_folder, iters=3, adapter_path=str(tmp_path / "whole"))
     whole.run()
