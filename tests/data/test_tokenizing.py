@@ -83,7 +83,7 @@ def test_a_pause_while_the_model_is_loaded_is_heard_and_going_on_loads_it(tmp_pa
     monkeypatch.setattr(loading, "load_tokenizer", lambda folder: time.sleep(0.3) or real(folder))
     run = rows_run(tmp_path, tiny_folder, data=rows_of("paused"), iters=1)
     for event in run.events():
-        if isinstance(event, Progress):
+        if isinstance(event, Progress) and event.what != "loading libraries":
             assert event.what == "loading tokenizer"
             run.request(Pause("asked"))
     assert event == RunPaused(0, "asked")

@@ -106,7 +106,7 @@ def prompt_example(
     if length > settings.max_seq_length and settings.truncate == "right":
         raise DataError(
             f"the prompt has {length} tokens, over max_seq_length={settings.max_seq_length}, and a question without "
-            "its end is no question. Raise max_seq_length, or set truncate to left or drop."
+            "its end cannot be answered. Raise max_seq_length, or set truncate to left or drop."
         )
     kept = kept_part(length, settings)
     return PromptExample(
