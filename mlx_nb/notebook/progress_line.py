@@ -30,9 +30,8 @@ class ProgressLine:
 
     def _on_event(self, event: Event) -> None:
         if self._in_background and isinstance(event, StateChanged) and event.state != RunState.RUNNING:
-            self.end(
-                f"{self._run.name} {event_text.STATES[self._run.state]} at update {event.step}  ·  {how_far(self._run)}"
-            )
+            ended = f"{self._run.name} {event_text.STATES[self._run.state]} at update {event.step}"
+            self.end(f"{ended}  ·  {how_far(self._run)}" if self._run.prepared else ended)
         elif self._line.is_due:
             activity = event_text.progress_words(event) if isinstance(event, Progress) else ""
             self._line.put(f"{self._run.name}  ·  {how_far(self._run, activity)}")
