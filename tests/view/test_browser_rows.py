@@ -211,7 +211,10 @@ def test_the_legend_counts_what_the_mask_trains(kind, nasty, tokenizer, opened):
         assert f"{len(mask):,} tokens · {np.count_nonzero(mask):,} trained" in text
         if kind in {"runs", "tokens"}:
             assert f"weight 0.3: {np.count_nonzero(np.isclose(mask, 0.3)):,} tokens" in text
-        in_blocks += sum(map(number, re.findall(r"^\w+ ([\d,]+) of [\d,]+ trained$", text, re.MULTILINE)))
+        heads = re.findall(
+            r"^\w+ [\d,]+ (?:of [\d,]+ trained|tokens)(?: · template [\d,]+(?: of [\d,]+)?)?$", text, re.M
+        )
+        in_blocks += sum(number(trained) for head in heads for trained in re.findall(r"([\d,]+) of", head))
     assert in_blocks == np.count_nonzero(mask)
 
 
