@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from tiny import tiny_rows
 pytestmark = pytest.mark.faults
 
 KILLS = 110
+UNCHANGED = re.compile(r"%finetune run was interrupted; \w+ is as it was, paused at update (?P<update>\d+)\.")
 QUICK_SECONDS = 0.25  # an update, an evaluation and a save of this size, where each does not take longer than that
 
 
@@ -124,6 +126,9 @@ def test_interrupts_at_random_moments_change_nothing(tmp_path, tiny_folder, requ
                     given_up += 1
                 elif LINE in text:  # before it moved, or after
                     lines += 1
+                elif unchanged := UNCHANGED.search(text):  # before it moved
+                    lines += 1
+                    assert kernel.value(f"{name}.step_count") == unchanged["update"], text
                 elif status != "ok":
                     # Before the magic is entered, or after it has ended, the signal is IPython's to answer. How many
                     # strike there is a matter of how busy the machine is, so others are sent in their place.
