@@ -185,6 +185,8 @@ SWITCHES: dict[str, tuple[str, str, str]] = {
     "load_in_8bit": ("load_in_bits", "8", ""),
     "train_on_responses_only": ("loss_on", "", "all"),
     "mask_history": ("loss_on", "final", ""),
+    "gradient_checkpointing": ("grad_checkpoint", "true", ""),
+    "use_gradient_checkpointing": ("grad_checkpoint", "true", ""),
     "use_rslora": ("lora_parameters", "{scale: alpha / sqrt(rank)}", ""),
 }
 OFF = ("", "0", "false", "no", "off", "none", "null")
@@ -236,9 +238,6 @@ NEEDLESS = {
 
 # What mlx_nb does not have.
 ABSENT = {
-    "grad_checkpoint": "gradient checkpointing",
-    "gradient_checkpointing": "gradient checkpointing",
-    "use_gradient_checkpointing": "gradient checkpointing",
     "segment_size": "segmented backward pass",
     "efficient_long_context": "chunked pass over long rows",
     "seq_step_size": "chunked pass over long rows",

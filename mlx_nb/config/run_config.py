@@ -425,6 +425,12 @@ class RunConfig(Settings):
         group="training",
         at_least=1,
     )
+    grad_checkpoint: bool = setting(
+        False,
+        "Keep of each layer only what goes into it, and compute the rest again for the gradient: the same numbers in a "
+        "fraction of the memory, for about a third more time.",
+        group="training",
+    )
     seed: int = setting(
         0, "Decides row order, adapter start and dropout.", group="training", at_least=0, at_most=2**63 - 1
     )

@@ -23,14 +23,12 @@ import numpy as np
 from mlx_nb.model import backend
 from mlx_nb.model.block_attention import Block, block_attention, causal_blocks, fast_swiglu, masked_blocks
 from mlx_nb.model.mlx_lm_import import import_mlx_lm
-from mlx_nb.model.passes import once_a_model, random_tokens, trained_forms
-from mlx_nb.model.trees import trained_arrays_of
+from mlx_nb.model.passes import once_a_model, trained_forms
+from mlx_nb.model.proof import gives_the_same
 
 _BLOCK = 64  # queries; larger ones leave out less, and smaller ones take longer to build
 _FEWEST_TOKENS = 128  # below that there is little to leave out
 _PROBED_BLOCK, _PROBED_TOKENS = 3, 8
-# Loss in nats, gradients as parts of the largest: rounding comes to a tenth of it.
-_LOSS_TOLERANCE, _GRADIENT_TOLERANCE = 1e-5, 1e-4
 
 _inside: list[_Kernels] = []
 _entering = threading.Lock()
@@ -75,46 +73,12 @@ def kernels_are_proved(model: nn.Module) -> bool:
 
 
 @once_a_model(good=bool)
-def _are_proved(model: nn.Module, trained: tuple[Any, ...]) -> bool:
+def _are_proved(model: nn.Module, _trained: tuple[Any, ...]) -> bool:
     """Whether loss and gradient of a few tokens are those of the model's own call, in blocks of a few queries."""
-    tokens_BT = mx.array([random_tokens(model, _PROBED_TOKENS, draw) for draw in range(2)])
-    before = trained_arrays_of(model)
-    # An adapter begins with a factor of zeros, which hides the gradient of the other.
-    moved = {
-        name: array if mx.any(array).item() else array + mx.full(array.shape, 0.01, array.dtype)
-        for name, array in before
-    }
-    names = list(moved)
-
-    def loss(*arrays: mx.array) -> mx.array:
-        model.load_weights(list(zip(names, arrays)), strict=False)
-        logits = model(tokens_BT[:, :-1]).astype(mx.float32)
-        return nn.losses.cross_entropy(logits, tokens_BT[:, 1:]).mean()
-
-    def found() -> tuple[mx.array, list[mx.array]]:
-        if not trained:
-            return loss(), []
-        value, gradients = mx.value_and_grad(loss, argnums=tuple(range(len(names))))(*moved.values())
-        gradients = list(gradients) if isinstance(gradients, (list, tuple)) else [gradients]
-        mx.eval(value, gradients)
-        return value, gradients
-
     try:
-        own_loss, own = found()
-        with _bound(model, _PROBED_BLOCK, _PROBED_BLOCK):
-            our_loss, ours = found()
-        if not _largest(own_loss - our_loss) <= _LOSS_TOLERANCE:
-            return False
-        most = _GRADIENT_TOLERANCE * max(map(_largest, own), default=0.0)
-        return all(_largest(one - other) <= most for one, other in zip(ours, own))
+        return gives_the_same(model, lambda: _bound(model, _PROBED_BLOCK, _PROBED_BLOCK), _PROBED_TOKENS)
     except Exception:  # whatever a family's own code raises: it is no proof
         return False
-    finally:
-        model.load_weights(before, strict=False)
-
-
-def _largest(array: mx.array) -> float:
-    return float(np.abs(np.array(array.astype(mx.float32))).max())
 
 
 @contextmanager

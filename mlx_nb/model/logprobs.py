@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from mlx_nb.model import backend
 from mlx_nb.model.batch_memory import ModelSizes, refuse_beyond_memory
 from mlx_nb.model.cpu_kernels import kernels, kernels_are_proved
 from mlx_nb.model.lanes import in_lanes
+from mlx_nb.model.layer_checkpoints import checkpointed_layers, refuse_unproved_checkpoints
 from mlx_nb.model.passes import refuse_cache_doubt
 from mlx_nb.model.text_model import text_model
 from mlx_nb.model.vocabulary_chunks import TargetFunction, head_arrays, over_chunks, targets_at_once
@@ -95,13 +96,17 @@ class TargetScorer:
     """Log-probabilities of targets under one model, live: it reads the model's parameters at each call.
 
     The head is computed at targets alone where that is PROVED, on a probe, to give the model's own logits; where it is
-    not, the model is run whole. Raises ModelError for a family whose
-    pass without a cache, which is what is scored here, is not the one that answers take.
+    not, the model is run whole. With `grad_checkpoint` the insides of layers are not kept for a gradient in training
+    mode. Raises ModelError for a family whose pass without a cache, which is what is scored here, is not the one that
+    answers take, or whose layers cannot be computed again.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, grad_checkpoint: bool = False) -> None:
         refuse_cache_doubt(model)
+        if grad_checkpoint:
+            refuse_unproved_checkpoints(model)
         self.model = model
+        self._keeps_layers = not grad_checkpoint
         self._text = text_model(model)
         self._has_kernels = kernels_are_proved(model)
         self._head_arrays = head_arrays(self._text, self.sizes.hidden) if self._text is not None else []
@@ -132,8 +137,16 @@ class TargetScorer:
         its own target alone. Gradients are passed through the first of its arrays; the others pass none.
         """
         targets = (inputs.target_S, *values_S)
-        with kernels(self.model) if self._has_kernels else nullcontext():
+        with self._fast(self.model), self._checkpoints():
             return self._at_targets(inputs, function, targets)
+
+    def _fast(self, module: nn.Module) -> AbstractContextManager[None]:
+        return kernels(module) if self._has_kernels else nullcontext()
+
+    def _checkpoints(self) -> AbstractContextManager[None]:
+        if self._keeps_layers or not self.model.training:
+            return nullcontext()
+        return checkpointed_layers(self.model, self._fast)
 
     def _at_targets(
         self, inputs: TargetInputs, function: TargetFunction, targets: tuple[mx.array, ...]

@@ -27,3 +27,26 @@ def random_stream(seed: int) -> Iterator[None]:
         yield
     finally:
         mx.random.seed((high << 32) | low)
+
+
+def random_key() -> mx.array:
+    """The key that the next numbers of `mx.random` are drawn from, as it is now."""
+    return mx.stop_gradient(_key())
+
+
+@contextmanager
+def drawing_from(key: mx.array) -> Iterator[None]:
+    """Draws inside are those that followed `random_key()`, in a traced graph too; the stream stays as it was."""
+    before = random_key()
+    try:
+        _key()[:] = key
+        yield
+    finally:
+        _key()[:] = before
+
+
+def _key() -> mx.array:
+    """The key itself, which changes in place with each draw."""
+    state: Any = mx.random.state
+    result: mx.array = state[0]
+    return result

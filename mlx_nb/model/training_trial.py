@@ -13,6 +13,7 @@ from mlx_nb.config.run_config import RunConfig
 from mlx_nb.errors import MlxNbError, ModelError, and_more
 from mlx_nb.model.adapters import attach_adapter
 from mlx_nb.model.backend import one_blas_thread
+from mlx_nb.model.layer_checkpoints import refuse_unproved_checkpoints
 from mlx_nb.model.loading import LoadedModel
 from mlx_nb.model.memory import is_out_of_memory
 from mlx_nb.model.passes import family_of, is_half, once_a_model, one_line, random_tokens, trained_forms
@@ -48,6 +49,8 @@ def training_notes(
             if not named_arrays(model.trainable_parameters()):
                 raise ModelError(f"{family_of(model)} has no module that mlx-lm can adapt. Choose another model.")
             idle = _without_gradient(model, trained_forms(model))
+            if config.grad_checkpoint:
+                refuse_unproved_checkpoints(model)
             if config.fine_tune_type == "full" and _keeps_weights(model, trained_forms(model)):
                 reason = "in an answer it computes with weights that it kept from before an update"
                 raise _refusal(loaded.model, kind, reason)

@@ -198,7 +198,7 @@ class Trainer:
                 mx.eval(held_arrays(model))
             self.notes += orthogonalized_outside(model, config)
             model.eval()
-            self.scorer = TargetScorer(model)
+            self.scorer = TargetScorer(model, grad_checkpoint=config.grad_checkpoint)
             self.stepper = Stepper(
                 model,
                 build_optimizer(config),

@@ -171,5 +171,6 @@ TABLE = {
 }
 
 
-# Settings whose effect needs a hub dataset; out of it they are refused below.
-ELSEWHERE = ("subset",)
+# Settings whose effect needs a hub dataset, and is refused below out of it; or is of memory alone, and tried where that
+# is measured: tests/model/test_layer_checkpoints.py.
+ELSEWHERE = ("subset", "grad_checkpoint")

@@ -1,0 +1,191 @@
+"""Layers whose insides are not kept for the gradient: what goes into a layer is, and the rest is computed again.
+
+While a graph is built, stand-ins shadow the layers in the list that the model goes through; no class, no parameter and
+no name is changed. One layer is computed again at a time: it begins when the gradient of its results is there, and the
+gradient goes on to the layer before only when that of its parameters is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map, tree_unflatten
+
+from mlx_nb.errors import ModelError
+from mlx_nb.model.passes import family_of, once_a_model, one_line, trained_forms
+from mlx_nb.model.proof import gives_the_same
+from mlx_nb.model.randomness import drawing_from, random_key
+from mlx_nb.model.trees import named_arrays
+
+_PROBED_TOKENS = 8
+_PLAIN = (mx.array, bool, int, float, str, type(None))
+
+# What a layer is computed inside of, the first time and again.
+Inside = Callable[[nn.Module], AbstractContextManager[object]]
+
+
+@contextmanager
+def checkpointed_layers(model: nn.Module, inside: Inside, called: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Graphs of `model` that are built inside keep of each layer what goes into it, and compute the rest again.
+
+    Numbers and gradients are the model's own, dropout included. `called` is called for each layer. Call
+    `refuse_unproved_checkpoints` first.
+    """
+    lists = _lists_of_layers(model)
+    shadowed: list[tuple[dict[str, Any], str]] = []
+    try:
+        for holder, name in lists:
+            stand_ins = [layer and _Checkpointed(layer, inside, called) for layer in holder[name]]
+            vars(holder)[name] = stand_ins
+            shadowed.append((vars(holder), name))
+        yield
+    finally:
+        for attributes, name in shadowed:
+            attributes.pop(name, None)
+
+
+def refuse_unproved_checkpoints(model: nn.Module) -> None:
+    """Raises ModelError, by the family's name, where checkpointed layers do not give its own loss and gradient."""
+    doubt = _doubt(model, trained_forms(model))
+    if doubt is not None:
+        raise ModelError(
+            f"grad_checkpoint cannot be used with {family_of(model)}: {doubt}. Set grad_checkpoint: false."
+        )
+
+
+@once_a_model(good=lambda doubt: doubt is None)
+def _doubt(model: nn.Module, _trained: tuple[Any, ...]) -> str | None:
+    calls = 0
+
+    def count() -> None:
+        nonlocal calls
+        calls += 1
+
+    try:
+        same = gives_the_same(
+            model, lambda: checkpointed_layers(model, lambda _layer: nullcontext(), count), _PROBED_TOKENS
+        )
+    except Exception as error:  # whatever a family's own code raises
+        return f"a gradient with it fails ({one_line(error).rstrip('.')})"
+    if not calls:
+        return "its layers are not called one after the other"
+    return None if same else "the gradient with it is not that of the model"
+
+
+def _lists_of_layers(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Modules and the names of their lists in which the model's layers are."""
+    layers = {id(layer) for layer in getattr(model, "layers", ())}
+    return [
+        (module, name)
+        for module in model.modules()
+        for name, value in module.items()
+        if isinstance(value, list) and any(id(one) in layers for one in value)
+    ]
+
+
+class _Checkpointed:
+    """Stands in for a layer: all but the call is the layer's own.
+
+    A layer that is given what it may write to, such as a cache from which others read its keys, is called as it is.
+    """
+
+    def __init__(self, layer: nn.Module, inside: Inside, called: Callable[[], None]) -> None:
+        self._layer, self._inside, self._called = layer, inside, called
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # models ask which kind a layer is
+        return type(self._layer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._layer[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._layer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not all(isinstance(value, _PLAIN) for _, value in named_arrays((args, kwargs))):
+            return self._layer(*args, **kwargs)
+        self._called()
+        names, parameters = _split(self._layer.trainable_parameters())
+        given, inputs = _floats((args, kwargs))
+        key = random_key()
+        form: list[Any] = []
+
+        def of(*arrays: mx.array) -> list[mx.array]:
+            args, kwargs = given(arrays[len(names) :])
+            with _in_place(self._layer, names, arrays[: len(names)], parameters), self._inside(self._layer):
+                result = self._layer(*args, **kwargs)
+            rebuild, outputs = _floats(result)
+            form[:] = [rebuild]
+            return outputs
+
+        outputs = _computed_again(of, parameters, inputs, key)
+        [rebuild] = form
+        return rebuild(outputs)
+
+
+def _computed_again(
+    of: Callable[..., list[mx.array]], parameters: list[mx.array], inputs: list[mx.array], key: Any
+) -> list[mx.array]:
+    """What `of` gives; for the gradient it is called again with the same arrays and the same random `key`."""
+    stream = mx.default_stream(mx.default_device())
+
+    @mx.custom_function
+    def once(*arrays: mx.array) -> Any:
+        return of(*arrays)
+
+    @once.vjp
+    def _gradient(primals: Any, cotangents: Any, _results: Any) -> Any:
+        primals, cotangents = _listed(primals), _listed(cotangents)
+        with mx.stream(stream), drawing_from(key):
+            _, slopes = mx.vjp(of, mx.depends(primals, cotangents), cotangents)
+            own = slopes[: len(parameters)]
+            # The layer before begins once these are there: until then what they are made from is held.
+            return [*own, *(mx.depends(slope, own) if own else slope for slope in slopes[len(own) :])]
+
+    return _listed(once(*parameters, *inputs))
+
+
+def _listed(arrays: Any) -> list[mx.array]:
+    return list(arrays) if isinstance(arrays, (list, tuple)) else [arrays]
+
+
+def _split(tree: Any) -> tuple[list[str], list[mx.array]]:
+    named = named_arrays(tree)
+    return [name for name, _ in named], [array for _, array in named]
+
+
+def _floats(tree: Any) -> tuple[Callable[[Any], Any], list[mx.array]]:
+    """The arrays of floats in a tree, and how the tree is made again with others in their place."""
+    found: list[mx.array] = []
+
+    def is_float(value: Any) -> bool:
+        return isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)
+
+    tree_map(lambda value: found.append(value) if is_float(value) else None, tree)
+
+    def rebuild(arrays: Any) -> Any:
+        left = iter(arrays)
+        return tree_map(lambda value: next(left) if is_float(value) else value, tree)
+
+    return rebuild, found
+
+
+@contextmanager
+def _in_place(layer: nn.Module, names: list[str], arrays: Any, before: list[mx.array]) -> Iterator[None]:
+    """The trained arrays of the layer are these while inside."""
+    if not names:
+        yield
+        return
+    try:
+        layer.update(tree_unflatten(list(zip(names, arrays))))
+        yield
+    finally:
+        layer.update(tree_unflatten(list(zip(names, before))))
