@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import TYPE_CHECKING, Any
 
-from mlx_nb.config.yaml_text import as_words, read_words
+from mlx_nb.config.yaml_text import advice_as_words, read_words
 from mlx_nb.errors import ConfigError, DataError, MlxNbError
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def _check(chosen: argparse.Namespace) -> int:
 
     settings = read_words(chosen.settings, "mlx-nb check", "data max_seq_length=1024")
     rows = settings.pop("rows", None)
-    with as_words():
+    with advice_as_words():
         config = _config_for_check(chosen, settings)
     run = Run(config)
     if chosen.rows:

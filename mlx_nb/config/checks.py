@@ -1,7 +1,7 @@
-"""Settings that would have no effect, or that exclude each other: each an error that names the setting.
+"""Checks across settings: those without effect and those that exclude each other, each an error naming the setting.
 
-Every check yields a SettingError for each thing that is wrong. The values that it reads are already of the right kind
-and inside their bounds.
+Every check is a generator of SettingErrors. The values that it reads already have the right type and are inside their
+bounds.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from mlx_nb.config.optimizers import arguments_of, check_optimizer_config, has_n
 from mlx_nb.config.templates import template_problem
 from mlx_nb.errors import ConfigError, did_you_mean, shown
 
-# Whose a message is; `function_call` is the assistant's, and its text is the JSON of a tool call.
+# Roles a message can have; `function_call` is the assistant's, and its text is the JSON of a tool call.
 CALLING = "function_call"
 MESSAGE_ROLES = ("system", "developer", "user", "assistant", "tool", CALLING, "function", "ipython")
 
 
-class Readable:
-    """A RunConfig in which the settings that were refused by themselves cannot be read. `given` are names of settings.
+class CheckedConfig:
+    """A view of a RunConfig in which reading a setting that was already refused ends the check.
 
-    What depends on one of them is not checked: it would be one more message about the same mistake.
+    `given` are setting names. A check that depends on a refused setting is skipped: it would report the same mistake
+    again.
     """
 
     def __init__(self, config: Any, refused: Collection[str], given: Collection[str]) -> None:
@@ -39,22 +40,22 @@ class Readable:
         return getattr(self._config, name)
 
     def declarations(self, wanted: Callable[[Field[Any]], bool]) -> Iterator[Field[Any]]:
-        """Of the settings that are wanted, those that were not refused and are not at their default."""
+        """The wanted settings that were not refused and are not at their default."""
         for declared in filter(wanted, fields(self._config)):
             if declared.name not in self.refused and getattr(self._config, declared.name) != declared.default:
                 yield declared
 
 
 class _Refused(Exception):
-    """A setting that a check reads was refused."""
+    """Raised when a check reads a setting that was refused."""
 
 
 def problems_of(config: Any, refused: Collection[str], given: Collection[str]) -> list[SettingError]:
-    """Yields every setting of `config` that has no effect or excludes another.
+    """All settings of `config` that have no effect or exclude another one, as errors.
 
-    `refused` are settings that are wrong anyway; `given` are those that were given, be it at their default.
+    `refused` are settings that are wrong already; `given` are those that were given, even at their default.
     """
-    readable, problems = Readable(config, refused, given), []
+    readable, problems = CheckedConfig(config, refused, given), []
     for check in EFFECT_CHECKS:
         try:
             for problem in check(readable):
@@ -64,8 +65,8 @@ def problems_of(config: Any, refused: Collection[str], given: Collection[str]) -
     return problems
 
 
-def doubts_of(config: Any) -> list[str]:
-    """Settings that are probably a mistake, a sentence or two about each; the run trains all the same."""
+def warnings_about(config: Any) -> list[str]:
+    """Warnings about settings that are probably a mistake, a sentence or two each; the run trains anyway."""
     rate, optimizer = config.learning_rate, config.optimizer
     if optimizer == "sgd" or rate <= _HIGHEST_RATE:
         return []
@@ -77,7 +78,7 @@ def doubts_of(config: Any) -> list[str]:
     ]
 
 
-def _check_method(config: Readable) -> Iterator[SettingError]:
+def _check_method(config: CheckedConfig) -> Iterator[SettingError]:
     """The method exists and every setting that was given has an effect with it."""
     try:
         method = method_named(config.method)
@@ -109,12 +110,12 @@ def _check_method(config: Readable) -> Iterator[SettingError]:
     yield from _check_option_kinds(config.method_options, method.loss(config.loss))
 
 
-def _declared(config: Readable) -> dict[str, Field[Any]]:
+def _declared(config: CheckedConfig) -> dict[str, Field[Any]]:
     return {declared.name: declared for declared in fields(config._config)}
 
 
-def _remedy(config: Readable, name: str) -> str:
-    """The rest of the line about a setting that the method's loss does not take."""
+def _remedy(config: CheckedConfig, name: str) -> str:
+    """The end of the error about a setting that the method's loss does not take: which variant or method does."""
     method = method_named(config.method)
     variant = f", `loss: {config.loss or next(iter(method.losses))}`" if len(method.losses) > 1 else ""
     takers = [f"`loss: {other}`" for other, loss in method.losses.items() if name in loss.options]
@@ -123,8 +124,8 @@ def _remedy(config: Readable, name: str) -> str:
     return f"{variant}. Remove it."
 
 
-def _check_rows(config: Readable) -> Iterator[SettingError]:
-    """Settings that only some kinds of rows have a use for."""
+def _check_rows(config: CheckedConfig) -> Iterator[SettingError]:
+    """Settings that only apply to some kinds of rows."""
     method = METHODS.get(config.method)
     if method is None:
         return
@@ -140,13 +141,13 @@ def _check_rows(config: Readable) -> Iterator[SettingError]:
         yield SettingError(("loss_on",), f"`loss_on` has no effect with `method: {method.name}`. Remove it.")
 
 
-def _check_smoothing(config: Readable) -> Iterator[SettingError]:
+def _check_smoothing(config: CheckedConfig) -> Iterator[SettingError]:
     if config.loss == "robust" and (config.label_smoothing or 0) >= 0.5:
         yield SettingError(("label_smoothing",), "`loss: robust` needs a `label_smoothing` below 0.5.")
 
 
 def _check_option_kinds(given: Mapping[str, Any], loss: Loss) -> Iterator[SettingError]:
-    """Each option is of the kind of its default: a number, true or false, or text."""
+    """Each option has the type of its default: a number, true or false, or text."""
     defaults = options_of(loss.function()) if given else {}
     for name, value in given.items():
         kind = next((kind for kind in _OPTION_KINDS if isinstance(defaults.get(name), kind)), None)
@@ -159,7 +160,7 @@ def _check_option_kinds(given: Mapping[str, Any], loss: Loss) -> Iterator[Settin
             )
 
 
-def _check_references(config: Readable) -> Iterator[SettingError]:
+def _check_references(config: CheckedConfig) -> Iterator[SettingError]:
     method = METHODS.get(config.method)
     if method is None or not method.reference:
         return
@@ -178,8 +179,8 @@ def _check_references(config: Readable) -> Iterator[SettingError]:
             yield SettingError((name,), f"`{name}` has no effect with `beta: 0`. Remove one of them.")
 
 
-def _check_rewards(config: Readable) -> Iterator[SettingError]:
-    """What is wrong with the rewards of a method that learns from them."""
+def _check_rewards(config: CheckedConfig) -> Iterator[SettingError]:
+    """The rewards and their weights, for a method that learns from rewards."""
     method = METHODS.get(config.method)
     if method is None or not method.kind.sampled:
         return
@@ -198,8 +199,8 @@ def _check_rewards(config: Readable) -> Iterator[SettingError]:
         yield SettingError(("reward_weights",), "`reward_weights` are all 0, which leaves nothing to learn.")
 
 
-def _check_rollouts(config: Readable) -> Iterator[SettingError]:
-    """Yields settings that exclude each other where completions are sampled."""
+def _check_rollouts(config: CheckedConfig) -> Iterator[SettingError]:
+    """Settings that exclude each other when completions are sampled."""
     method = METHODS.get(config.method)
     if method is None or not method.kind.sampled:
         return
@@ -220,8 +221,8 @@ def _check_rollouts(config: Readable) -> Iterator[SettingError]:
         yield SettingError(("stop",), "`stop` has an empty text, which would end every completion at once. Remove it.")
 
 
-def _check_roles(config: Readable) -> Iterator[SettingError]:
-    """Every word of the person's own stands for a role that is known."""
+def _check_roles(config: CheckedConfig) -> Iterator[SettingError]:
+    """Every custom role word maps to a known role."""
     for word, role in config.roles.items():
         if role not in MESSAGE_ROLES:
             near = did_you_mean(str(role), MESSAGE_ROLES)
@@ -231,12 +232,12 @@ def _check_roles(config: Readable) -> Iterator[SettingError]:
             )
 
 
-def _check_template(config: Readable) -> Iterator[SettingError]:
+def _check_template(config: CheckedConfig) -> Iterator[SettingError]:
     if config.chat_template is not None and (problem := template_problem(config.chat_template)) is not None:
         yield SettingError(("chat_template",), problem)
 
 
-def _check_held_out(config: Readable) -> Iterator[SettingError]:
+def _check_held_out(config: CheckedConfig) -> Iterator[SettingError]:
     if config.val_set_size >= 1 and not float(config.val_set_size).is_integer():
         yield SettingError(
             ("val_set_size",),
@@ -244,7 +245,7 @@ def _check_held_out(config: Readable) -> Iterator[SettingError]:
         )
 
 
-def _check_folder(config: Readable) -> Iterator[SettingError]:
+def _check_folder(config: CheckedConfig) -> Iterator[SettingError]:
     parts = (config.adapter_path or "").split("/")
     if any(len(part.encode(errors="surrogatepass")) > _LONGEST_FILE_NAME for part in parts):
         yield SettingError(
@@ -253,12 +254,12 @@ def _check_folder(config: Readable) -> Iterator[SettingError]:
         )
 
 
-def _check_length(config: Readable) -> Iterator[SettingError]:
+def _check_length(config: CheckedConfig) -> Iterator[SettingError]:
     if config.iters is not None and config.epochs is not None:
         yield SettingError(("epochs",), "`iters` and `epochs` both set the length of the run. Give one of them.")
 
 
-def _check_warmup(config: Readable) -> Iterator[SettingError]:
+def _check_warmup(config: CheckedConfig) -> Iterator[SettingError]:
     warmup = config.lr_schedule.warmup
     updates = math.ceil(_WARMUP_SHARE * config.iters) if warmup is None and config.iters is not None else warmup
     if updates is not None and updates < 2 and config.lr_schedule.warmup_init:
@@ -271,7 +272,7 @@ def _check_warmup(config: Readable) -> Iterator[SettingError]:
         yield SettingError(("warmup",), f"`warmup` ({warmup}) is longer than the run (`iters: {config.iters}`).")
 
 
-def _check_pieces(config: Readable) -> Iterator[SettingError]:
+def _check_pieces(config: CheckedConfig) -> Iterator[SettingError]:
     if config.stride and config.truncate != "split":
         yield SettingError(("stride",), "`stride` has no effect without `truncate: split`.")
     if config.stride >= config.max_seq_length:
@@ -280,7 +281,7 @@ def _check_pieces(config: Readable) -> Iterator[SettingError]:
         )
 
 
-def _check_adapter(config: Readable) -> Iterator[SettingError]:
+def _check_adapter(config: CheckedConfig) -> Iterator[SettingError]:
     if config.num_layers == 0:
         yield SettingError(("num_layers",), "`num_layers: 0` trains nothing. Use -1 for all layers.")
     if is_all_linear(config.lora_parameters.keys):
@@ -291,7 +292,7 @@ def _check_adapter(config: Readable) -> Iterator[SettingError]:
         yield SettingError(path, f"`{'.'.join(path)}` has an empty name. Remove it.")
 
 
-def _check_full(config: Readable) -> Iterator[SettingError]:
+def _check_full(config: CheckedConfig) -> Iterator[SettingError]:
     if config.fine_tune_type == "full" and config.lora_parameters != type(config.lora_parameters)():
         name = "lora_parameters" if "lora_parameters" in config.given else "target_modules"
         yield SettingError(
@@ -300,11 +301,11 @@ def _check_full(config: Readable) -> Iterator[SettingError]:
         )
 
 
-def _check_optimizer(config: Readable) -> Iterator[SettingError]:
+def _check_optimizer(config: CheckedConfig) -> Iterator[SettingError]:
     yield from check_optimizer_config(config.optimizer, config.optimizer_config)
 
 
-def _check_decay(config: Readable) -> Iterator[SettingError]:
+def _check_decay(config: CheckedConfig) -> Iterator[SettingError]:
     if "weight_decay" not in config.given:
         return
     if has_no_decay(config.optimizer) and config.weight_decay:
@@ -318,7 +319,7 @@ def _check_decay(config: Readable) -> Iterator[SettingError]:
         )
 
 
-def _check_schedule(config: Readable) -> Iterator[SettingError]:
+def _check_schedule(config: CheckedConfig) -> Iterator[SettingError]:
     schedule = config.lr_schedule
     if config.schedule_iters is not None and schedule.name == "constant":
         yield SettingError(
@@ -349,7 +350,7 @@ def _check_schedule(config: Readable) -> Iterator[SettingError]:
         )
 
 
-def _check_validation(config: Readable) -> Iterator[SettingError]:
+def _check_validation(config: CheckedConfig) -> Iterator[SettingError]:
     if config.early_stopping_patience is not None and config.steps_per_eval == -1:
         yield SettingError(
             ("early_stopping_patience",),
@@ -357,24 +358,24 @@ def _check_validation(config: Readable) -> Iterator[SettingError]:
         )
 
 
-def _check_test(config: Readable) -> Iterator[SettingError]:
+def _check_test(config: CheckedConfig) -> Iterator[SettingError]:
     if config.test_batches not in (-1, 0) and not config.test:
         yield SettingError(("test_batches",), "`test_batches` has no effect without `test: true`.")
 
 
-def _check_samples(config: Readable) -> Iterator[SettingError]:
+def _check_samples(config: CheckedConfig) -> Iterator[SettingError]:
     if config.sample_prompts is None:
         for declared in config.declarations(lambda one: one.name in ("sample_every", "sample_tokens")):
             name = declared.name
             yield SettingError((name,), f"`{name}` has no effect without `sample_prompts`. Set them, or remove it.")
 
 
-def _check_spikes(config: Readable) -> Iterator[SettingError]:
+def _check_spikes(config: CheckedConfig) -> Iterator[SettingError]:
     if config.loss_spike is None and any(config.declarations(lambda one: one.name == "spike_patience")):
         yield SettingError(("spike_patience",), "`spike_patience` has no effect with `loss_spike: null`. Remove it.")
 
 
-def _check_zeros(config: Readable) -> Iterator[SettingError]:
+def _check_zeros(config: CheckedConfig) -> Iterator[SettingError]:
     for declared in config.declarations(lambda one: one.name in _NEVER_0):
         if getattr(config, declared.name) == 0:
             name = declared.name
@@ -383,9 +384,9 @@ def _check_zeros(config: Readable) -> Iterator[SettingError]:
 
 _NEVER_0 = ("steps_per_eval", "val_batches", "test_batches", "save_every")
 _LONGEST_FILE_NAME = 255
-_HIGHEST_RATE = 0.1  # that is not doubted
+_HIGHEST_RATE = 0.1  # the highest one without a warning
 _WARMUP_SHARE = 0.05  # of the run, unless `warmup` is set
-# The kind of a default, what an option with it takes, and whether a value is that. A bool is a number in Python.
+# By the type of an option's default: what it accepts in words, and a test for it. A bool is an int in Python.
 _OPTION_KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
     bool: ("true or false", lambda value: isinstance(value, bool)),
     numbers.Real: (
@@ -408,7 +409,7 @@ _EXAMPLE_ARGUMENTS = {
     "exponential_decay": "[1e-4, 0.99]",
     "step_decay": "[1e-4, 0.5, 100]",
 }
-EFFECT_CHECKS: tuple[Callable[[Readable], Iterator[SettingError]], ...] = (
+EFFECT_CHECKS: tuple[Callable[[CheckedConfig], Iterator[SettingError]], ...] = (
     _check_method,
     _check_rows,
     _check_roles,

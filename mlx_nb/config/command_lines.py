@@ -1,4 +1,4 @@
-"""A command line of mlx-lm or mlx-lm-lora, pasted where settings go: its options, as what they are here."""
+"""Parses a pasted mlx-lm or mlx-lm-lora command line, so that its options can be explained as settings."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _OTHERWISE = {
 
 
 def read_command(text: str, name: str = "") -> Document | None:
-    """The options of a command as settings; None when the text is no command.
+    """The options of a command as settings; None if the text is not a command.
 
-    It always has a problem: that a command is not what goes here. Options that are not settings are left in, to be
-    answered as any unknown setting is.
+    The result always has a problem: a command is not valid here. Options that are not settings are kept, so that they
+    get the errors of unknown settings.
     """
     lines = text.splitlines()
     first = next((number for number, line in enumerate(lines) if line.strip() and not line.lstrip().startswith("#")), 0)
@@ -47,7 +47,7 @@ def read_command(text: str, name: str = "") -> Document | None:
 
 
 def _options(lines: list[str], number: int) -> list[tuple[tuple[int, int], str, list[str]]]:
-    """(line and column, name, words after it) of each option of a command that `\\` carries over lines."""
+    r"""(line and column, name, following words) of each option of a command that may continue over lines with `\`."""
     options: list[tuple[tuple[int, int], str, list[str]]] = []
     for offset, line in enumerate(lines):
         code = re.sub(r"(^|\s)#.*", "", line)

@@ -1,4 +1,4 @@
-"""How a setting is declared, and how a value becomes one: the right type, inside its bounds, or a clear error."""
+"""Declaration of a setting, and conversion of a given value to its type and bounds, or to a clear error."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ def setting(
     synonyms: Mapping[str, str] | None = None,
     only_for: str | tuple[str, ...] | None = None,
 ) -> Any:
-    """Declare one setting. `live` ones may change during a run; `synonyms` are other words for a choice.
+    """Declare one setting.
 
-    `only_for` says which methods it has an effect with: those that take a kind of row (`pairs`, `prompts`, ...) or one
-    of several, that use a `reference`, or whose loss has it as an `option`.
+    `live` settings may change during a run; `synonyms` maps other programs' words to choices. `only_for` restricts it
+    to some methods: those with one kind of rows (`pairs`, `prompts`, ...) or one of several, those with a `reference`,
+    or those whose loss has it as an `option`.
     """
     bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
     metadata = {"help": help, "group": group, "live": live, "synonyms": dict(synonyms or {}), "only_for": only_for}
@@ -45,18 +46,18 @@ def setting(
 
 @functools.cache
 def kinds_of(group: type) -> Mapping[str, Any]:
-    """The type of each setting of a group by its name, worked out once: annotations are text until then."""
+    """The types of the settings of a group by name. Cached: annotations are strings until they are resolved."""
     return types.MappingProxyType(typing.get_type_hints(group))
 
 
 class Settings:
-    """Base of a group of settings: remembers which of them were given, whatever their values.
+    """Base class of a group of settings; remembers which were given, even at their default.
 
-    A value that is the default may be a person's own choice, and then nothing else may decide it.
+    A given value takes precedence over a derived one, also if it equals the default.
     """
 
     def __new__(cls, *values: Any, **named: Any) -> Any:
-        """Note which settings are given, before defaults fill in the others."""
+        """Record which settings are given, before defaults fill in the others."""
         self = super().__new__(cls)
         names = [declared.name for declared in fields(cls)]  # type: ignore[arg-type]
         object.__setattr__(self, "_given", names_given({**dict(zip(names, values)), **named}))
@@ -64,19 +65,19 @@ class Settings:
 
     @property
     def given(self) -> frozenset[str]:
-        """Names of the settings that were given; of a group each one alone, as in `lora_parameters.rank`."""
+        """Names of the settings that were given; those inside a group as in `lora_parameters.rank`."""
         result: frozenset[str] = self.__dict__["_given"]
         return result
 
     def with_given(self, given: Iterable[str]) -> Any:
-        """The same settings, as if those in `given` had been given."""
+        """A copy of the settings that counts those in `given` as given."""
         other = copy.copy(self)
         object.__setattr__(other, "_given", frozenset(given))
         return other
 
 
 def names_given(values: Mapping[str, Any]) -> frozenset[str]:
-    """The names of settings in a mapping of them, those of groups as `group.name`."""
+    """The names of settings in a mapping, those inside groups as `group.name`."""
     names: set[str] = set()
     for name, value in values.items():
         inner = value.given if isinstance(value, Settings) else value if isinstance(value, Mapping) else None
@@ -85,7 +86,7 @@ def names_given(values: Mapping[str, Any]) -> frozenset[str]:
 
 
 class SettingError(ConfigError):
-    """What is wrong with one setting, and the path of its key."""
+    """An error about one setting, with the path of its key."""
 
     def __init__(self, path: tuple[str, ...], message: str) -> None:
         super().__init__(on_one_line(message))
@@ -93,7 +94,7 @@ class SettingError(ConfigError):
 
 
 class SettingErrors(ConfigError):
-    """What is wrong with several settings, one line each."""
+    """Errors about several settings, one line each."""
 
     def __init__(self, errors: Sequence[SettingError]) -> None:
         super().__init__(listed_problems([*map(str, errors)]))
@@ -101,9 +102,9 @@ class SettingErrors(ConfigError):
 
 
 def coerce(value: Any, declared: dataclasses.Field[Any], hint: Any, parent: tuple[str, ...] = ()) -> Any:
-    """`value` as the declared type, inside its bounds: of plain Python types that JSON can hold.
+    """Convert `value` to the declared type, inside its bounds, made of plain Python types that JSON can hold.
 
-    Raises SettingError with the path of the setting, SettingErrors for several inside a group.
+    Raises SettingError with the path of the setting, or SettingErrors for several inside a group.
     """
     path = (*parent, declared.name)
     label = ".".join(path)
@@ -120,10 +121,10 @@ def coerce(value: Any, declared: dataclasses.Field[Any], hint: Any, parent: tupl
     if kind is dict or typing.get_origin(kind) is dict:
         if not isinstance(value, Mapping):
             raise SettingError(path, f"`{label}` must be a mapping such as {{name: value}}, not {shown(value)}.")
-        _refuse_crowd(value, path)
+        _check_key_count(value, path)
         return plain(value, path)
     synonyms = declared.metadata["synonyms"]
-    value = of_python(value)
+    value = to_plain_python(value)
     known = synonyms.get(value, value) if isinstance(value, str) else value
     result = _CONVERSIONS[typing.get_origin(kind) or kind](known, kind)
     if result is _WRONG:
@@ -143,18 +144,18 @@ def coerce(value: Any, declared: dataclasses.Field[Any], hint: Any, parent: tupl
 
 
 def _null_means(declared: dataclasses.Field[Any]) -> str:
-    """What the help of a setting says about null, which other programs may write as 0 or -1; "" where nothing."""
+    """The part of a setting's help about null, which other programs may write as 0 or -1; "" if there is none."""
     found = re.search(r"null = [^.]*(?:\.\d[^.]*)*\.", declared.metadata["help"])
     return found.group() if found else ""
 
 
 def _as_computed(value: Any) -> tuple[Any, ...]:
-    """A number, and what it is as a 32-bit float where it is a float: both are to be inside the bounds."""
+    """A number, and for a float also its 32-bit value: both must be inside the bounds."""
     return (value, as_float32(value)) if isinstance(value, float) else (value,)
 
 
 def _limits(declared: dataclasses.Field[Any], kind: Any) -> list[tuple[str, float]]:
-    """The bounds of a number: those it declares, and for a count what an array can be measured in."""
+    """The bounds of a number: those declared, and for a count the largest array dimension."""
     bounds = dict(declared.metadata["bounds"])
     if kind is int:
         bounds.setdefault("at most", _LARGEST_INT)
@@ -169,7 +170,7 @@ def _coerce_group(value: Any, kind: type, path: tuple[str, ...]) -> Any:
     if not isinstance(value, Mapping):
         names = ", ".join(declared.name for declared in fields(kind))
         raise SettingError(path, f"`{path[0]}` must be a mapping with some of: {names}; not {shown(value)}.")
-    _refuse_crowd(value, path)
+    _check_key_count(value, path)
     known = {declared.name: declared for declared in fields(kind)}
     hints = kinds_of(kind)
     errors: list[SettingError] = []
@@ -190,18 +191,18 @@ def _coerce_group(value: Any, kind: type, path: tuple[str, ...]) -> Any:
     return kind(**converted)
 
 
-def _refuse_crowd(value: Mapping[Any, Any], path: tuple[str, ...]) -> None:
-    """Report a mapping with far too many keys as one mistake, not one for each key."""
+def _check_key_count(value: Mapping[Any, Any], path: tuple[str, ...]) -> None:
+    """Report a mapping with far too many keys as one mistake, instead of one for each key."""
     if len(value) > MOST_KEYS:
         raise SettingError(path, f"`{'.'.join(path)}` has {len(value):,} keys. At most {MOST_KEYS} are read.")
 
 
 def plain(value: Any, path: tuple[str, ...], depth: int = 0) -> Any:
-    """`value` with paths as text, numpy's numbers and arrays as Python's, tuples as lists: what JSON can hold.
+    """Convert `value` to what JSON can hold: paths become text, numpy values Python's, tuples lists.
 
-    Raises SettingError for what it cannot: other objects, names that are no text, endless nesting, NaN.
+    Raises SettingError for other objects, keys that are not text, NaN, and nesting that is too deep.
     """
-    label, value = ".".join(path), of_python(value)
+    label, value = ".".join(path), to_plain_python(value)
     if depth > _DEEPEST:
         raise SettingError(path[:1], f"`{path[0]}` is nested more than {_DEEPEST} levels deep.")
     if isinstance(value, Mapping):
@@ -223,9 +224,9 @@ def plain(value: Any, path: tuple[str, ...], depth: int = 0) -> Any:
 
 
 def typo_of(word: str, known: Iterable[str]) -> str | None:
-    """The known name that `word` misspells, with one typo in at most two of its parts; None where there is none.
+    """The known name that `word` misspells, with one typo in at most two of its parts; None without one.
 
-    A short word with another letter in it is another word: `min` and `max`, `text` and `test`.
+    In a short word a replaced letter makes another word: `min` and `max`, `text` and `test`.
     """
     parts = word.lower().replace("-", "_").split("_")
     for name in known:
@@ -240,7 +241,7 @@ def typo_of(word: str, known: Iterable[str]) -> str | None:
 
 
 def _one_slip(one: str, other: str, other_letter: bool) -> bool:
-    """Equal but for a letter too many, too few, swapped with the next or, if `other_letter`, another one."""
+    """Equal but for one letter added, omitted, swapped with the next or, with `other_letter`, replaced."""
     if one == other:
         return True
     short, long = sorted((one, other), key=len)
@@ -257,23 +258,23 @@ def _one_slip(one: str, other: str, other_letter: bool) -> bool:
 
 _WRONG = object()
 _DEEPEST = 32
-_LARGEST_INT = 2**31 - 1  # what arrays are measured in
-_LARGEST_FLOAT = 3.4e38  # what they hold
-_SMALLEST_FLOAT = 2.0**-126  # below it a 32-bit float loses digits, and some devices make it 0
+_LARGEST_INT = 2**31 - 1  # array dimensions are of this type
+_LARGEST_FLOAT = 3.4e38  # array elements are of this type
+_SMALLEST_FLOAT = 2.0**-126  # below it a 32-bit float loses digits, and some devices flush it to 0
 MOST_KEYS = 100
 
 
 def as_float32(number: float) -> float:
-    """A number as arrays hold it."""
+    """The number rounded to a 32-bit float."""
     try:
         result: float = struct.unpack("f", struct.pack("f", number))[0]
         return result
-    except (OverflowError, struct.error):  # a float, or an int, that is too large
+    except (OverflowError, struct.error):  # a float or an int that is too large
         return math.inf if number > 0 else -math.inf
 
 
 def _vanishing(value: Any, kind: Any) -> str | None:
-    """The rest of the line about a number, or one in a list, that is 0 as arrays hold it; None where there is none."""
+    """The end of the error for a number, or one in a list, that becomes 0 as a 32-bit float; None if there is none."""
     if kind is not float and typing.get_args(kind)[:1] != (float,):
         return None
     for one in value if isinstance(value, (list, tuple)) else (value,):
@@ -282,8 +283,8 @@ def _vanishing(value: Any, kind: Any) -> str | None:
     return None
 
 
-def of_python(value: Any) -> Any:
-    """A number of numpy or another library as Python's, an array as a list; anything else as it is."""
+def to_plain_python(value: Any) -> Any:
+    """A numpy (or similar) scalar as Python's, an array as a list; anything else unchanged."""
     if not hasattr(value, "shape") or isinstance(value, type):
         return value
     convert = getattr(value, "item" if value.shape == () else "tolist", None)
@@ -291,7 +292,7 @@ def of_python(value: Any) -> Any:
 
 
 def _to_number(value: Any, _kind: Any) -> Any:
-    """A finite number of a size that prints."""
+    """A finite number of printable size."""
     if isinstance(value, int):
         return value if abs(value) < 2**64 else _WRONG
     return _to_float(value, None)
@@ -315,7 +316,7 @@ def _to_float(value: Any, _kind: Any) -> Any:
 
 
 def _to_text(value: Any, _kind: Any) -> Any:
-    """Text that can be written to a file: without NUL and halves of surrogate pairs."""
+    """Text that can be written to a file: without NUL and lone surrogates."""
     text = str(value) if isinstance(value, (str, PurePath)) else "\0"
     return text if "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text) else _WRONG
 
@@ -329,7 +330,7 @@ def _to_tuple(value: Any, kind: Any) -> Any:
     if not isinstance(items, (list, tuple)) or not items:
         return _WRONG
     item_kind = typing.get_args(kind)[0]
-    converted = [_CONVERSIONS[item_kind](of_python(item), item_kind) for item in items]
+    converted = [_CONVERSIONS[item_kind](to_plain_python(item), item_kind) for item in items]
     return _WRONG if any(item is _WRONG for item in converted) else tuple(converted)
 
 
@@ -341,7 +342,7 @@ _CONVERSIONS: dict[Any, Callable[[Any, Any], Any]] = {
     Literal: _to_choice,
     tuple: _to_tuple,
 }
-# What a kind of value is called: one of them, and several.
+# Names of the types in messages: singular and plural.
 _WORDS = {
     int: ("a whole number", "whole numbers"),
     float: ("a finite number", "finite numbers"),

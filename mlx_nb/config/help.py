@@ -1,4 +1,4 @@
-"""The settings as a person reads them: the text of `%%finetune?` and the reference page in docs."""
+"""Help for the settings: the text of `%%finetune?` and the reference page in docs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _NESTED: dict[str, type] = {"lora_parameters": LoraParameters, "lr_schedule": Lr
 
 @dataclasses.dataclass(frozen=True)
 class SettingHelp:
-    """One line of the reference: name, default and kind as text, help, and whether it may change mid-run."""
+    """A line of the reference: name, default and type as text, help, and whether it may change during a run."""
 
     name: str
     group: str
@@ -70,7 +70,7 @@ def settings_text(width: int = 100) -> str:
 
 
 def full_help(name: str, width: int = 100) -> str:
-    """All about one setting; empty where there is none of this name."""
+    """The complete help for one setting; empty if there is no setting of this name."""
     for line in setting_help():
         if line.name == name:
             live = " It may change during a run." if line.live else ""
@@ -111,10 +111,7 @@ def short_help(text: str, longest: int = 68) -> str:
 
 
 def choices_of(name: str, method: str | None = None) -> dict[str, str]:
-    """The values that a setting chooses from, with what each means where that is known; empty where it takes others.
-
-    `name` may be one inside a group, such as `lr_schedule.name`.
-    """
+    """The choices of a setting with their meanings (empty where unknown); empty for a setting without choices."""
     outer, _, inner = name.partition(".")
     if name == "method":
         return {one.name: one.kind.words for one in METHODS.values()}
@@ -130,7 +127,7 @@ def choices_of(name: str, method: str | None = None) -> dict[str, str]:
 
 
 def inner_settings(name: str) -> dict[str, str]:
-    """The settings inside a group, with their help; empty where `name` is no group."""
+    """The settings inside a group, with their help; empty if `name` is not a group."""
     return {one.name: one.metadata["help"] for one in dataclasses.fields(_NESTED[name])} if name in _NESTED else {}
 
 

@@ -1,4 +1,4 @@
-"""What to say to a setting that does not exist: what it is here, or the nearest name where it is a slip."""
+"""Advice about unknown settings: the name used here for another program's setting, or the nearest spelling."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from typing import Any
 from mlx_nb.config.fields import SettingError, typo_of
 from mlx_nb.config.methods import METHODS
 from mlx_nb.config.neighbor_words import (
-    ABSENT,
     ALL_LINEAR,
     ALPHAS,
     INSTEAD,
     METHOD_LINES,
-    NEEDLESS,
     OFF,
     OFF_HERE,
     SAME,
     SECTIONS,
     SWITCHES,
+    UNNECESSARY,
+    UNSUPPORTED,
     VALUES,
 )
 from mlx_nb.errors import MOST_PROBLEMS, shortened
 
 
 @dataclass(frozen=True)
-class Foreign:
-    """A setting that does not exist: the error, the setting of ours that it means ("" = none), and its value there.
+class UnknownSetting:
+    """An unknown setting: the error about it, our setting with the same meaning ("" = none), and the value for that.
 
-    `plainly` is the error without what to write, "" where the error has no such part.
+    `without_advice` is the error without advice on what to write, "" if the error has no such part.
     """
 
     error: SettingError
     meant: str = ""
     value: Any = None
-    plainly: str = ""
+    without_advice: str = ""
 
     def with_problems(self, problems: Sequence[SettingError]) -> SettingError:
-        """One error about the setting, where what it means here would have `problems`."""
+        """One combined error, for a setting whose translation would have `problems` of its own."""
         if not problems:
             return self.error
-        return SettingError(self.error.path, " ".join([self.plainly or str(self.error), *map(str, problems)]))
+        return SettingError(self.error.path, " ".join([self.without_advice or str(self.error), *map(str, problems)]))
 
 
 def foreign_settings(
@@ -50,10 +50,10 @@ def foreign_settings(
     known: Mapping[str, Any],
     groups: Mapping[str, tuple[str, ...]],
     fits: Callable[..., bool],
-) -> Iterator[Foreign]:
-    """One for each setting in `values` that is not `known`, and for each in a mapping that another program groups by.
+) -> Iterator[UnknownSetting]:
+    """One UnknownSetting for each unknown setting in `values`, and in mappings in which other programs group settings.
 
-    `groups` has the names inside each group of ours; `fits(setting, value)` says whether a setting takes a value.
+    `groups` has the names inside each group of ours; `fits(setting, value)` tells whether a setting takes a value.
     """
     unknown = 0
     for key, value in values.items():
@@ -61,8 +61,8 @@ def foreign_settings(
         if key in known:
             continue
         unknown += 1
-        if unknown > MOST_PROBLEMS:  # nobody will read what they might have meant
-            yield Foreign(SettingError((key,), f"unknown setting `{shortened(key)}`."))
+        if unknown > MOST_PROBLEMS:  # nobody reads so many suggestions
+            yield UnknownSetting(SettingError((key,), f"unknown setting `{shortened(key)}`."))
             continue
         if section is None or not isinstance(value, Mapping) or not value:
             yield _foreign((key,), key, value, values, known, groups, fits)
@@ -76,65 +76,67 @@ def _foreign(
     path: tuple[str, ...],
     word: str,
     value: Any,
-    around: Mapping[Any, Any],
+    siblings: Mapping[Any, Any],
     known: Mapping[str, Any],
     groups: Mapping[str, tuple[str, ...]],
     fits: Callable[..., bool],
-) -> Foreign:
+) -> UnknownSetting:
     head = f"unknown setting `{shortened('.'.join(path))}`."
     word = word.lstrip("-").lower().replace("-", "_")
     outer, _, inner = word.partition(".")
     if (len(path) > 1 and word in known) or inner in groups.get(outer, ()):
-        return _renamed(path, head, word, value, around, known, fits)
-    method = METHODS.get(str(around.get("method")))
+        return _renamed(path, head, word, value, siblings, known, fits)
+    method = METHODS.get(str(siblings.get("method")))
     if method is not None and any(word in loss.options for loss in method.losses.values()):
         written = f"`method_options: {{{word}: {_written(value)}}}`"
-        return Foreign(SettingError(path, f"{head} It is an option of `method: {method.name}`: write {written}."))
+        return UnknownSetting(
+            SettingError(path, f"{head} It is an option of `method: {method.name}`: write {written}.")
+        )
     if word in ALPHAS:
-        return _alpha(path, head, value, around)
+        return _alpha(path, head, value, siblings)
     if word in SAME:
-        return _renamed(path, head, SAME[word], value, around, known, fits)
+        return _renamed(path, head, SAME[word], value, siblings, known, fits)
     if word in SWITCHES:
         return _switched(path, head, word, value)
     if word == "adapter" and str(value).lower() in OFF:
-        return Foreign(SettingError(path, f"{head} Here it is `fine_tune_type: full`."), "fine_tune_type")
+        return UnknownSetting(SettingError(path, f"{head} Here it is `fine_tune_type: full`."), "fine_tune_type")
     if word in INSTEAD:
         meant, hint = INSTEAD[word]
-        return Foreign(SettingError(path, f"{head} {hint}"), meant)
-    if word in NEEDLESS:
-        return Foreign(SettingError(path, f"{head} {NEEDLESS[word]} Remove it."))
-    if word in ABSENT:
-        return Foreign(SettingError(path, f"{head} mlx_nb has no {ABSENT[word]} yet. Remove it."))
+        return UnknownSetting(SettingError(path, f"{head} {hint}"), meant)
+    if word in UNNECESSARY:
+        return UnknownSetting(SettingError(path, f"{head} {UNNECESSARY[word]} Remove it."))
+    if word in UNSUPPORTED:
+        return UnknownSetting(SettingError(path, f"{head} mlx_nb has no {UNSUPPORTED[word]} yet. Remove it."))
     near = typo_of(word, known)
     hint = f"Did you mean {near!r}?" if near else "`%%finetune?` lists all settings."
-    return Foreign(SettingError(path, f"{head} {hint}"), near or "", value)
+    return UnknownSetting(SettingError(path, f"{head} {hint}"), near or "", value)
 
 
 def inner_hint(
     error: SettingError, values: Mapping[Any, Any], known: Mapping[str, Any], fits: Callable[..., bool]
 ) -> SettingError:
-    """The error about a name that a group of ours does not have, with what it is here where others have it there."""
+    """The error about an unknown name in a group, with its name here if another program has it in that group."""
     path = error.path
     group = values.get(path[0])
     if len(path) != 2 or not isinstance(group, Mapping) or not str(error).startswith("unknown setting"):
         return error
     word = path[1].lstrip("-").lower().replace("-", "_")
-    if not any(word in table for table in (known, ALPHAS, SAME, SWITCHES, INSTEAD, NEEDLESS, ABSENT)):
+    if not any(word in table for table in (known, ALPHAS, SAME, SWITCHES, INSTEAD, UNNECESSARY, UNSUPPORTED)):
         return error
     return _foreign(path, path[1], group.get(path[1]), {**values, **group}, known, {}, fits).error
 
 
-def _switched(path: tuple[str, ...], head: str, word: str, value: Any) -> Foreign:
+def _switched(path: tuple[str, ...], head: str, word: str, value: Any) -> UnknownSetting:
     """The error about a switch that is one value of a setting here."""
     name, on, off = SWITCHES[word]
     written = off if str(value).lower() in OFF else on
     if not written:
-        return Foreign(SettingError(path, f"{head} {AT_DEFAULT}"))
-    return Foreign(SettingError(path, f"{head} Here it is `{name}: {written}`."), name)
+        return UnknownSetting(SettingError(path, f"{head} {AT_DEFAULT}"))
+    return UnknownSetting(SettingError(path, f"{head} Here it is `{name}: {written}`."), name)
 
 
 def _method_lines(value: str) -> dict[str, str]:
-    """The settings that a method of another program is here, the method first; none where there is no such."""
+    """The settings that select another program's method here, the method first; empty if there is none."""
     if value in METHODS:
         return {"method": value}
     if value in METHOD_LINES:
@@ -143,21 +145,23 @@ def _method_lines(value: str) -> dict[str, str]:
     return {"method": owners[0], "loss": value} if len(owners) == 1 else {}
 
 
-def _method_around(around: Mapping[Any, Any]) -> str:
-    """The method that the settings name, in our word or another's; "" where none of them does."""
-    for word, value in around.items():
+def _method_around(siblings: Mapping[Any, Any]) -> str:
+    """The method that the settings name, in our word or another program's; "" if none of them does."""
+    for word, value in siblings.items():
         if word == "method" or SAME.get(word) == "method":
             return _method_lines(str(value)).get("method", "")
     return ""
 
 
-def _of_method(path: tuple[str, ...], head: str, outer: str, value: str, around: Mapping[Any, Any]) -> Foreign | None:
-    """The error about the name of a method or of a loss, where it is other settings here; None where it is `outer`."""
+def _of_method(
+    path: tuple[str, ...], head: str, outer: str, value: str, siblings: Mapping[Any, Any]
+) -> UnknownSetting | None:
+    """The error about the name of a method or loss that means other settings here; None if it means `outer`."""
     lines = _method_lines(value)
     if outer == "method" and not lines:
         hint = f"Here it is `method`, and mlx_nb has no {value} yet. It has: {', '.join(METHODS)}."
-        return Foreign(SettingError(path, f"{head} {hint}"), outer)
-    named = _method_around(around)
+        return UnknownSetting(SettingError(path, f"{head} {hint}"), outer)
+    named = _method_around(siblings)
     method = METHODS.get(named or "sft")
     if outer == "loss" and (not lines or (method is not None and value in method.losses)):
         return None
@@ -167,7 +171,7 @@ def _of_method(path: tuple[str, ...], head: str, outer: str, value: str, around:
     if outer == "loss" and named not in ("", lines["method"]):
         written += f", in place of `method: {named}`"
     hint = f"Here it is `{outer}`: write {written}." if outer in lines else f"Here it is {written}."
-    return Foreign(SettingError(path, f"{head} {hint}"), outer, lines["method"] if outer == "method" else None)
+    return UnknownSetting(SettingError(path, f"{head} {hint}"), outer, lines["method"] if outer == "method" else None)
 
 
 def _renamed(
@@ -175,32 +179,32 @@ def _renamed(
     head: str,
     name: str,
     value: Any,
-    around: Mapping[Any, Any],
+    siblings: Mapping[Any, Any],
     known: Mapping[str, Any],
     fits: Callable[..., bool],
-) -> Foreign:
-    """The error about a setting that has another name here, with the line to write where the value fits."""
+) -> UnknownSetting:
+    """The error about a setting with another name here, with the line to write if the value fits."""
     outer, _, inner = name.partition(".")
     value = VALUES.get(outer, {}).get(value, value) if isinstance(value, str) else value
-    if path[-1].replace("-", "_") == "num_train_epochs" and _is_set(around.get("max_steps")):
-        return Foreign(SettingError(path, f"{head} There `max_steps` goes before it. Remove it."))
+    if path[-1].replace("-", "_") == "num_train_epochs" and _is_set(siblings.get("max_steps")):
+        return UnknownSetting(SettingError(path, f"{head} There `max_steps` goes before it. Remove it."))
     if not inner and is_off(value) and (value is None or not fits(outer, value) or outer == "method"):
         if outer == "method" or (fits(outer, None) and known[outer].default is None):
-            return Foreign(SettingError(path, f"{head} {AT_DEFAULT}"))
+            return UnknownSetting(SettingError(path, f"{head} {AT_DEFAULT}"))
         value = None
     if inner and value is None:
-        return Foreign(SettingError(path, f"{head} {AT_DEFAULT}"), outer)
+        return UnknownSetting(SettingError(path, f"{head} {AT_DEFAULT}"), outer)
     if not inner and is_off(value) and not fits(outer, value):
-        return Foreign(SettingError(path, f"{head} Here it is `{outer}`.{_off_hint(outer)}"), outer)
+        return UnknownSetting(SettingError(path, f"{head} Here it is `{outer}`.{_off_hint(outer)}"), outer)
     if outer in ("method", "loss") and isinstance(value, str):
-        other = _of_method(path, head, outer, value, around)
+        other = _of_method(path, head, outer, value, siblings)
         if other is not None:
             return other
     if name in ("target_modules", "lora_parameters.keys"):
         if is_all_linear(value):
-            return Foreign(SettingError(path, f"{head} {ALL_ADAPTED}"))
+            return UnknownSetting(SettingError(path, f"{head} {ALL_ADAPTED}"))
         value = [one.strip() for one in value.split(",")] if isinstance(value, str) and "," in value else value
-    plainly = f"{head} Here it is `{outer}`."
+    without_advice = f"{head} Here it is `{outer}`."
     if inner:
         written = f"{outer}: {{{inner}: {_written(value)}}}"
         hint = f"It belongs inside: `{outer}: {{{inner}: ...}}`."
@@ -210,7 +214,7 @@ def _renamed(
         hint = f"Here it is `{outer}`."
     if (value is not None or not inner) and fits(outer, given):
         hint = f"{hint[:-1]}: write `{written}`." if not inner else f"{hint[:-1]}, here `{written}`."
-    return Foreign(SettingError(path, f"{head} {hint}"), outer, None if inner else value, plainly)
+    return UnknownSetting(SettingError(path, f"{head} {hint}"), outer, None if inner else value, without_advice)
 
 
 AT_DEFAULT = "That is the default here. Remove it."
@@ -223,19 +227,19 @@ def is_all_linear(value: Any) -> bool:
     return isinstance(word, str) and word.lower() in ALL_LINEAR
 
 
-def _alpha(path: tuple[str, ...], head: str, value: Any, around: Mapping[Any, Any]) -> Foreign:
+def _alpha(path: tuple[str, ...], head: str, value: Any, siblings: Mapping[Any, Any]) -> UnknownSetting:
     """The error about PEFT's alpha: the scale here is alpha / rank."""
-    group = around.get("lora_parameters")
-    around = {**group, **around} if isinstance(group, Mapping) else around
-    rank = next((around[word] for word in ("rank", "r", "lora_r", "lora_rank") if word in around), None)
+    group = siblings.get("lora_parameters")
+    siblings = {**group, **siblings} if isinstance(group, Mapping) else siblings
+    rank = next((siblings[word] for word in ("rank", "r", "lora_r", "lora_rank") if word in siblings), None)
     numbers = [one for one in (value, rank) if isinstance(one, (int, float)) and not isinstance(one, bool) and one > 0]
     scale = f"{numbers[0] / numbers[1]:g}" if len(numbers) == 2 else "..."
     hint = f"Here it is `lora_parameters: {{scale: {scale}}}` (alpha / rank)."
-    return Foreign(SettingError(path, f"{head} {hint}"), "lora_parameters")
+    return UnknownSetting(SettingError(path, f"{head} {hint}"), "lora_parameters")
 
 
 def is_off(value: Any) -> bool:
-    """Whether other programs say with this value that something is off, or left to them."""
+    """Whether other programs use this value for "off" or "automatic"."""
     if isinstance(value, str):
         return value.lower() in (*OFF, "0.0", "-1")
     return value is None or (isinstance(value, (int, float)) and value in (0, -1))
@@ -247,12 +251,12 @@ def _is_set(value: Any) -> bool:
 
 
 def _off_hint(name: str) -> str:
-    """What to write here for a setting that is off elsewhere, with a space in front; "" where nothing is to be said."""
+    """How to write "off" where other programs write it differently, after a space; "" if there is no advice."""
     return f" {OFF_HERE[name]}" if name in OFF_HERE else ""
 
 
 def value_hint(name: str, value: Any) -> str:
-    """What to add to the error about a value that a setting does not take, with a space in front."""
+    """An addition to the error about a value that a setting does not take, after a space."""
     if is_off(value):
         return _off_hint(name)
     if isinstance(value, str):
@@ -264,7 +268,7 @@ def value_hint(name: str, value: Any) -> str:
 
 
 def _written(value: Any) -> str:
-    """The value as it is written in YAML, "..." for one that is long or an object."""
+    """The value as written in YAML; "..." for a long one or an object."""
     if (
         isinstance(value, str)
         and value

@@ -1,6 +1,7 @@
-"""The training methods by name: which rows each takes, where its losses are, and what it measures.
+"""The training methods by name: the kind of rows each takes, its losses, and its metrics.
 
-Only names and words are here, so that a configuration can be checked without loading mlx.
+Contains only names and words, so that a configuration can be checked without loading mlx. A new method or variant of a
+loss is an entry in METHODS.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from mlx_nb.errors import ConfigError, did_you_mean
 
 @dataclass(frozen=True)
 class Metric:
-    """What a number says, and where a healthy run moves it: `up`, `down`, or words such as `near 0`."""
+    """What a metric measures, and its trend in a healthy run: `up`, `down`, or words such as `near 0`."""
 
     help: str
     healthy: str = ""
@@ -25,10 +26,10 @@ class Metric:
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss function, or `module:name` of one, and its options: the names of its keyword-only parameters.
+    """A loss function, or its `module:name`, and its options: the names of its keyword-only parameters.
 
-    `stops_gradient` says that it holds part of itself constant, so its gradient is not that of its value.
-    `scale_rewards` is what that setting is for this loss unless it is given.
+    `stops_gradient` marks a loss that treats a part of itself as constant, so that its gradient is not that of its
+    value. `scale_rewards` is the default of that setting for this loss.
     """
 
     where: str | Callable[..., Any]
@@ -37,7 +38,7 @@ class Loss:
     scale_rewards: str = "group"
 
     def function(self) -> Callable[..., Any]:
-        """The function itself, imported if need be."""
+        """The function itself, imported if necessary."""
         if callable(self.where):
             return self.where
         module, name = self.where.split(":")
@@ -63,11 +64,11 @@ class Method:
 
     @property
     def kind(self) -> KindFacts:
-        """The facts of the kind of rows that it takes."""
+        """The facts about the kind of rows that it takes."""
         return ROW_KINDS[self.rows]
 
     def uses(self, name: str, only_for: str | tuple[str, ...] | None, options: Collection[str] | None = None) -> bool:
-        """Whether a setting that was declared with `only_for` has an effect with a loss that has these `options`.
+        """Whether a setting declared with `only_for` has an effect with a loss that has these `options`.
 
         None = with any loss of the method.
         """
@@ -187,8 +188,8 @@ METHODS: dict[str, Method] = {
     )
 }
 _BUILT_IN = frozenset(METHODS)
-# Methods that learn from the same thing, by another way.
-_AKIN = {
+# Other names for methods, and what to write for them.
+_OTHER_NAMES = {
     **dict.fromkeys(("ppo", "rloo", "reinforce", "reinforce++", "rlhf", "rlvr", "gspo", "dapo"), "`grpo`"),
     **dict.fromkeys(("ipo", "slic", "rdpo"), "`dpo`"),
     "simpo": "`method: cpo` with `loss: simpo`",
@@ -197,10 +198,10 @@ _AKIN = {
 
 
 def method_named(name: str) -> Method:
-    """The method of that name. Raises ConfigError naming the nearest."""
+    """The method with that name. Raises ConfigError, suggesting the nearest."""
     if name not in METHODS:
-        akin = _AKIN.get(name.lower()) if isinstance(name, str) else None
-        hint = f" mlx_nb has none of that name; {akin} is the nearest." if akin else did_you_mean(name, METHODS)
+        similar = _OTHER_NAMES.get(name.lower()) if isinstance(name, str) else None
+        hint = f" mlx_nb has none of that name; {similar} is the nearest." if similar else did_you_mean(name, METHODS)
         raise ConfigError(
             f"`method` cannot be {name!r}.{hint} There are: {', '.join(METHODS)}. "
             "One of your own comes first: run the cell with its `register_objective`."
@@ -261,7 +262,7 @@ def register_objective(
 
 
 def _positional(loss: Callable[..., Any]) -> list[str]:
-    """The parameters of a loss function that are not its options."""
+    """The parameters of a loss function that are not options."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return [one.name for one in inspect.signature(loss).parameters.values() if one.kind in kinds]
 

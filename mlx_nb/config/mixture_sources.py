@@ -1,6 +1,6 @@
-"""The sources of a mixture, as `data` lists them: what a list of names is, and what is wrong with one of it.
+"""Checks of the sources of a mixture, as `data` lists them.
 
-A mixture in the settings is judged when they are read, and one that a variable holds when the variable is looked up.
+A mixture in the settings is checked when they are read, one that a variable holds when the variable is looked up.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_nb.config.fields import as_float32, of_python
+from mlx_nb.config.fields import as_float32, to_plain_python
 from mlx_nb.errors import did_you_mean, shortened, shown
 
 FEATURES = {
@@ -40,7 +40,7 @@ SOURCE_KEYS = ("path", "weight", "subset", "train_split", "valid_split", "test_s
 
 
 def is_mixture(found: object) -> bool:
-    """Whether it is a list of names, or of `{path: ..., weight: ...}`, and no list of rows."""
+    """Whether it is a list of names or `{path: ..., weight: ...}`, as opposed to a list of rows."""
     if not isinstance(found, (list, tuple)) or not found:
         return False
     first = found[0]
@@ -55,9 +55,9 @@ def is_source(item: object) -> bool:
 
 
 def source_problem(item: object, number: int) -> tuple[str, str] | None:
-    """(key, message) of the first thing that is wrong with a source of a mixture; None where it is good.
+    """(key, message) of the first mistake in a source of a mixture; None if there is none.
 
-    `number` counts from 1. The key is "" where the source is wrong as a whole.
+    `number` counts from 1. The key is "" if the source as a whole is wrong.
     """
     if isinstance(item, (str, os.PathLike)):
         return None if str(item).strip() else ("", f"source {number} of data is empty. Give a name, or remove it.")
@@ -70,7 +70,7 @@ def source_problem(item: object, number: int) -> tuple[str, str] | None:
                 f"source {number} of data has the unknown key {shortened(str(key))!r}."
                 f"{did_you_mean(shortened(str(key)), SOURCE_KEYS)} Known: {', '.join(SOURCE_KEYS)}."
             )
-        if key == "weight" and value is not None and not _is_weight(of_python(value)):
+        if key == "weight" and value is not None and not _is_weight(to_plain_python(value)):
             return key, f"weight of source {number} of data must be a number above 0, not {shown(value)}."
         if key not in ("path", "weight") and value is not None and not (isinstance(value, str) and value.strip()):
             return key, f"{key} of source {number} of data must be text, not {shown(value)}."

@@ -1,4 +1,4 @@
-"""Chat templates by name, for a base model that has none of its own: `chat_template: chatml`."""
+"""Named chat templates for base models that have none: `chat_template: chatml`. A new template is an entry here."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class NamedTemplate:
-    """Jinja text, the control tokens it writes, and the token that ends a turn; "" where it is the tokenizer's own."""
+    """A Jinja template, the control tokens it writes, and the token that ends a turn ("" = the tokenizer's own)."""
 
     source: str
     tokens: tuple[str, ...]
@@ -23,7 +23,7 @@ _LLAMA3 = (
     "+ m.content + '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-# Neither knows a system role: its text stands before the first message.
+# Neither has a system role: its text is put before the first message.
 _SYSTEM = "{% set system = messages[0].content + '\n\n' if messages[0].role == 'system' else '' %}"
 _FIRST = "(system if loop.index0 == (1 if system else 0) else '')"
 _GEMMA = (

@@ -1,12 +1,12 @@
-"""What the settings of other programs are here: mlx-lm, mlx-lm-lora, LoRA-Studio, mlx-bun, TRL, PEFT, Unsloth, axolotl,
-LLaMA-Factory.
+"""Translation of other programs' settings.
 
-Words that mean the same here have the same name here, and are not listed.
+Covers mlx-lm, mlx-lm-lora, LoRA-Studio, mlx-bun, TRL, PEFT, Unsloth, axolotl and LLaMA-Factory. Settings that have the
+same name and meaning here are not listed.
 """
 
 from __future__ import annotations
 
-# The same value under another name. `group.name` is a setting inside a group.
+# Same value, other name. `group.name` is a setting inside a group.
 SAME = {
     "lr": "learning_rate",
     "gradient_accumulation_steps": "grad_accumulation_steps",
@@ -121,7 +121,7 @@ SAME = {
     "adam_epsilon": "optimizer_config.eps",
 }
 
-# Another setting does it in another way: that setting, and what to write.
+# A different setting serves the purpose: that setting, and what to write.
 INSTEAD: dict[str, tuple[str, str]] = {
     "adapter": (
         "fine_tune_type",
@@ -173,8 +173,8 @@ INSTEAD: dict[str, tuple[str, str]] = {
     "config": ("", "Write the lines of that file here, or use `mlx-nb train FILE`."),
 }
 
-# Switches of others that are one value of a setting here: the setting, its value where they are on, and where they are
-# off. "" = its default.
+# Switches that are one value of a setting here: the setting, its value when they are on, and when they are off ("" =
+# default).
 SWITCHES: dict[str, tuple[str, str, str]] = {
     "use_dora": ("fine_tune_type", "dora", ""),
     "full_finetuning": ("fine_tune_type", "full", ""),
@@ -191,7 +191,7 @@ SWITCHES: dict[str, tuple[str, str, str]] = {
 }
 OFF = ("", "0", "false", "no", "off", "none", "null")
 
-# What to write here where others write null, 0 or -1 for "off", "no limit" or "as it comes".
+# What to write here where other programs write null, 0 or -1 for "off", "no limit" or "automatic".
 OFF_HERE = {
     "keep": "To keep all checkpoints, write a large number: `keep: 1000`.",
     "max_seq_length": "For no limit, write the length of the longest row, as the data check gives it.",
@@ -213,8 +213,8 @@ OFF_HERE = {
     "temperature": "Completions are always sampled: write a number above 0.",
 }
 
-# What is so anyway.
-NEEDLESS = {
+# Settings that are not needed, and why.
+UNNECESSARY = {
     "train": "A run always trains.",
     "do_train": "A run always trains.",
     "steps_per_report": "Every update is reported.",
@@ -236,8 +236,8 @@ NEEDLESS = {
     "use_qlora": "A quantized model gives QLoRA by itself; see `load_in_bits`.",
 }
 
-# What mlx_nb does not have.
-ABSENT = {
+# What mlx_nb does not support.
+UNSUPPORTED = {
     "segment_size": "segmented backward pass",
     "efficient_long_context": "chunked pass over long rows",
     "seq_step_size": "chunked pass over long rows",
@@ -293,7 +293,8 @@ ABSENT = {
     "fsdp": "training on several machines",
 }
 
-# Mappings in which LoRA-Studio groups its settings: what each key in them is at the top. The rest are SAME or as here.
+# Mappings in which LoRA-Studio groups its settings, with the top-level name of each key; other keys are SAME or
+# unchanged.
 SECTIONS: dict[str, dict[str, str]] = {
     "adapter": {"type": "fine_tune_type", "alpha": "lora_alpha"},
     "optim": {},
@@ -306,16 +307,16 @@ SECTIONS: dict[str, dict[str, str]] = {
     "peft": {"alpha": "lora_alpha"},
 }
 
-# Words whose value is divided by the rank here.
+# Settings whose value is divided by the rank here.
 ALPHAS = ("lora_alpha", "alpha")
 
-# Methods of other programs that have another name here. A loss that only one method has is found by its name.
+# Methods that have another name here. A loss that only one method has is found by its name.
 METHOD_LINES: dict[str, dict[str, str]] = {
     "pt": {"method": "sft"},
     "gspo": {"method": "grpo", "importance_sampling_level": "sequence"},
 }
 
-# What other programs call their chat templates, and the one that the model has.
+# Other programs' names for chat templates, and for the model's own.
 TEMPLATE_OF_MODEL = ("tokenizer_default", "default", "auto")
 TEMPLATE_NAMES = (
     "alpaca",
@@ -355,10 +356,10 @@ TEMPLATE_NAMES = (
     "zephyr",
 )
 
-# What other programs write for every linear layer, which is the default here.
+# Other programs' words for every linear layer, which is the default here.
 ALL_LINEAR = ("all-linear", "all_linear", "all")
 
-# Names that other programs have for a value of ours.
+# Other programs' names for values of our settings.
 VALUES: dict[str, dict[str, str]] = {
     "optimizer": {
         "adamw_torch": "adamw",

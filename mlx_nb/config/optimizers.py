@@ -1,6 +1,6 @@
-"""What each optimizer of mlx takes besides its learning rate and weight decay, declared so that mlx need not be loaded.
+"""The optimizers and their arguments besides learning rate and weight decay, declared without loading mlx.
 
-A test holds the table to the signatures of mlx.
+A test compares the table with mlx's signatures. A new optimizer is an entry in OPTIMIZERS and a name in OptimizerName.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mlx_nb.errors import shown
 
 @dataclass(frozen=True)
 class Argument:
-    """What an argument takes, in words, and whether a value is that."""
+    """What an argument accepts, in words, and a test for it."""
 
     words: str
     fits: Callable[[Any], bool]
@@ -53,13 +53,13 @@ _STEPS = Argument(
 
 @dataclass(frozen=True)
 class Optimizer:
-    """What mlx_nb knows about an optimizer.
+    """One optimizer.
 
     where        its class, as `module:name`
     arguments    what it takes besides learning rate and weight decay
-    standard     arguments that it gets where a person gives none, if they are not mlx's own
+    standard     our defaults for its arguments, where they differ from mlx's
     decays       whether it takes a weight decay
-    elementwise  whether each number is updated by its own gradient alone, so that arrays may be joined into one
+    elementwise  whether each number is updated from its own gradient alone, so that arrays may be concatenated
     """
 
     where: str
@@ -69,14 +69,14 @@ class Optimizer:
     elementwise: bool = False
 
     def made(self, arguments: Mapping[str, Any]) -> Any:
-        """The optimizer itself, imported if need be."""
+        """An instance of the optimizer, its class imported if necessary."""
         module, name = self.where.split(":")
         return getattr(importlib.import_module(module), name)(**arguments)
 
 
 OptimizerName = Literal["adam", "adamw", "sgd", "adafactor", "muon", "lion"]
 _ADAM = {"betas": _BETAS, "eps": _EPS, "bias_correction": _FLAG}
-# Without bias correction mlx's Adam takes its first steps about three times too long.
+# Without bias correction the first steps of mlx's Adam are about three times too long.
 _CORRECTED = {"bias_correction": True}
 OPTIMIZERS: dict[str, Optimizer] = {
     "adam": Optimizer("mlx.optimizers:Adam", _ADAM, _CORRECTED, decays=False, elementwise=True),
@@ -101,7 +101,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
             "relative_step": _FLAG,
             "warmup_init": _FLAG,
         },
-        # With the rate of the schedule, not adafactor's own relative one.
+        # With the scheduled rate instead of adafactor's own relative one.
         {"relative_step": False, "scale_parameter": False},
     ),
     "muon": Optimizer("mlx_nb.train.optimizer:Muon", {"momentum": _SHARE, "nesterov": _FLAG, "ns_steps": _STEPS}),
@@ -115,7 +115,7 @@ def has_no_decay(name: Any) -> bool:
 
 
 def arguments_of(optimizer: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The arguments of one optimizer in `optimizer_config`, which mlx-lm nests by the name of the optimizer."""
+    """The arguments for one optimizer in `optimizer_config`, which mlx-lm nests by the optimizer's name."""
     return (given.get(optimizer) or {}) if is_nested(given) else given
 
 
@@ -125,7 +125,7 @@ def is_nested(given: Mapping[str, Any]) -> bool:
 
 
 def check_optimizer_config(optimizer: str, given: Mapping[str, Any]) -> Iterator[SettingError]:
-    """What is wrong with `optimizer_config`, argument by argument."""
+    """Errors about `optimizer_config`, argument by argument."""
     path: tuple[str, ...] = ("optimizer_config",)
     if is_nested(given):
         for name, inner in given.items():

@@ -1,4 +1,4 @@
-"""The kinds of rows that training methods take, as far as settings and words need to know them."""
+"""What settings and messages need to know about each kind of row. A new kind begins with an entry here."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class KindFacts:
-    """What every method that takes rows of one kind has in common.
+    """What all methods with one kind of rows have in common.
 
-    judged       the rows judge answers, so without `beta` nothing is left to learn, and prompts are not trained
-    pairs        two answers stand against each other, which can do without a reference
-    sampled      the rows only ask, and the model's own answers are trained
+    judged       rows rate answers: without `beta` nothing is left to learn, and prompts are not trained
+    pairs        two answers are compared, which is possible without a reference
+    sampled      rows are prompts only, and the model's own answers are trained
     words        what is learned from
     pieces       a long text may be trained in pieces (`truncate: split`)
     loss_of_row  what the loss of one row is; empty where the loss function decides
@@ -25,7 +25,7 @@ class KindFacts:
     loss_of_row: str = ""
 
 
-# With `data/examples/kinds.py` and `objectives/kinds.py` these are all places that a new kind has.
+# A new kind also has an entry in `data/examples/kinds.py` and in `objectives/kinds.py`, and nowhere else.
 ROW_KINDS = {
     "tokens": KindFacts("rows to imitate", pieces=True),
     "pairs": KindFacts("pairs of answers, one better", judged=True, pairs=True, loss_of_row="of the pair"),

@@ -1,7 +1,8 @@
-"""RunConfig: every setting declared once, with its default, bounds and help.
+"""RunConfig: every setting, declared once with its default, bounds and help.
 
-The declaration feeds the YAML of a `%%finetune` cell, validation, `%%finetune?` and the reference page in docs.
-Keys are those of mlx-lm's and mlx-lm-lora's YAML where they have one; `iters` counts optimizer updates.
+The declaration is the source of the YAML keys of a `%%finetune` cell, validation, `%%finetune?` and the reference page
+in docs. Keys are those of mlx-lm's and mlx-lm-lora's YAML where they have one; `iters` counts optimizer updates. A new
+setting is one field of RunConfig.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from mlx_nb.errors import ConfigError, listed_problems, shown
 
 @dataclass(frozen=True)
 class LoraParameters(Settings):
-    """Shape of the adapter. `scale` multiplies the adapter's output and is never divided by the rank."""
+    """Settings of the adapter. `scale` multiplies the adapter's output and is never divided by the rank."""
 
     rank: int = setting(8, "Inner dimension R of the adapter matrices.", group="adapter", at_least=1)
     scale: float = setting(20.0, "Factor on the adapter's output; PEFT's lora_alpha / r.", group="adapter", above=0)
@@ -48,7 +49,7 @@ class LoraParameters(Settings):
 
 @dataclass(frozen=True)
 class LrSchedule(Settings):
-    """Shape of the learning rate over updates, before warm-up is put in front of it."""
+    """The learning rate as a function of the update, before warm-up is prepended."""
 
     short_form: ClassVar[str] = "name"
 
@@ -72,10 +73,10 @@ class LrSchedule(Settings):
 
 @dataclass(frozen=True, init=False)
 class RunConfig(Settings):
-    """Everything that decides a run. Frozen; `replace` gives a changed, checked copy.
+    """All settings of a run. Frozen; `replace` gives a changed, checked copy.
 
-    `working_folder` is where the relative paths in it begin; None is wherever the process is.
-    Raises ConfigError when a setting is unknown, of the wrong kind, out of bounds, or would have no effect.
+    Relative paths in it are relative to `working_folder`, None = the process's working folder. Raises ConfigError if a
+    setting is unknown, of the wrong type, out of bounds, or would have no effect.
     """
 
     working_folder: ClassVar[Path | None] = None
@@ -503,14 +504,14 @@ class RunConfig(Settings):
 
     @property
     def given(self) -> frozenset[str]:
-        """Names of the settings that were given, second words as the settings they stand for."""
+        """Names of the settings that were given; synonyms count as the settings they stand for."""
         return frozenset(".".join(_OTHER_NAMES.get((name,), (name,))) for name in super().given)
 
     def __init__(self, **values: Any) -> None:
         kinds = kinds_of(RunConfig)
         foreign = list(foreign_settings(values, SETTINGS, _GROUPS, _fits))
         errors, refused = [], set()
-        # A setting under another program's name counts in what the others are checked with.
+        # A setting given under another program's name is checked together with the others.
         meant = {one.meant: one.value for one in foreign if one.meant and one.meant not in values}
         named = {one.meant: one for one in foreign if one.meant in meant}
         if str(values.get("fine_tune_type")) in METHODS and "method" not in values:
@@ -522,7 +523,7 @@ class RunConfig(Settings):
                 value = meant[name] if fits else _MISSING
                 refused |= set() if fits else {name}
             try:
-                taken = default if value is _MISSING else _taken(name, value, declared, kinds[name])
+                taken = default if value is _MISSING else _converted(name, value, declared, kinds[name])
             except SettingErrors as several:
                 errors += [inner_hint(one, values, SETTINGS, _fits) for one in several.errors]
             except SettingError as error:
@@ -542,13 +543,13 @@ class RunConfig(Settings):
             order = {key: index for index, key in enumerate(map(str, values))}
             errors.sort(key=lambda error: order.get(error.path[0], len(order)))
             raise errors[0] if len(errors) == 1 else SettingErrors(errors)
-        _settle(self)
+        _resolve_overlaps(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[Any, Any], document: Document | None = None) -> RunConfig:
-        """From flat settings. Raises ConfigError with one line for each that is unknown or wrong.
+        """From a flat dict of settings. Raises ConfigError with one line for each that is unknown or wrong.
 
-        `document` is the text that they were read from: each line begins with its file, line and column.
+        `document` is the text that they were read from: each line then begins with file, line and column.
         """
         if not isinstance(values, Mapping):
             raise ConfigError(f"settings are a dict such as {{'iters': 100}}, not {shown(values)}.")
@@ -568,9 +569,9 @@ class RunConfig(Settings):
 
     @classmethod
     def from_yaml(cls, source: str | Path, **overrides: Any) -> RunConfig:
-        """From YAML text or the path of a YAML file; `overrides` win over the file.
+        """From YAML text or the path of a YAML file; `overrides` take precedence over the file.
 
-        Raises ConfigError in one line for a text that is no YAML, else in one line for each thing that is wrong.
+        Raises ConfigError in one line for text that is not YAML, otherwise with one line for each mistake.
         """
         if not isinstance(source, str | Path):
             way = " A dict of settings is for `RunConfig.from_dict`." if isinstance(source, Mapping) else ""
@@ -585,30 +586,30 @@ class RunConfig(Settings):
         return cls.from_dict({**given, **overrides}, dataclasses.replace(document, marks=marks))
 
     def replace(self, **changes: Any) -> RunConfig:
-        """A changed, checked copy, with the same working folder. Given are what was given before and the changes."""
+        """A changed, checked copy with the same working folder. What was given before still counts as given."""
         kept = {**self.to_dict(), "rewards": self.rewards}
         other = changes.get("optimizer")
         if other not in (None, self.optimizer) and (has_no_decay(self.optimizer) or has_no_decay(other)):
-            del kept["weight_decay"]  # one of them has none, which is no choice for the other
+            del kept["weight_decay"]  # the new optimizer has none, and the old one's is not a choice for the new one
         given = {name for name in self.given if name.partition(".")[0] not in changes} | names_given(changes)
         result: RunConfig = RunConfig.from_dict({**kept, **changes}).with_given(given).at(self.working_folder)
         return result
 
     def at(self, working_folder: Path | None) -> RunConfig:
-        """A copy whose relative paths begin in `working_folder`, wherever the process goes."""
+        """A copy whose relative paths are relative to `working_folder`, wherever the process changes to."""
         other = copy.copy(self)
         object.__setattr__(other, "working_folder", working_folder)
         return other
 
     def located(self, name: str) -> str | None:
-        """The setting `name`, made absolute where it is a relative path of something that exists."""
+        """The setting `name`, made absolute if it is a relative path of something that exists."""
         return located(getattr(self, name), self.working_folder)
 
     def with_live(self, **changes: Any) -> RunConfig:
-        """A copy with live settings changed, and what goes with them.
+        """A copy with live settings changed, and settings that depend on them.
 
-        A new `learning_rate` also becomes the start of the schedule's arguments; of `iters` and `epochs` one takes the
-        place of the other; without `sample_prompts` or `loss_spike` those about them are at their defaults again.
+        A new `learning_rate` also becomes the start of the schedule's arguments; `iters` and `epochs` replace each
+        other; without `sample_prompts` or `loss_spike` the settings about them return to their defaults.
         """
         further: dict[str, Any] = {}
         for name, other in (("iters", "epochs"), ("epochs", "iters")):
@@ -624,7 +625,7 @@ class RunConfig(Settings):
         return self.replace(**{**further, **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for YAML or JSON; `from_dict` reads them back."""
+        """Plain values for YAML or JSON; `from_dict` reads them back."""
         values = {name: getattr(self, name) for name in SETTINGS}
         for name, value in values.items():
             if name == "rewards" and value is not None:
@@ -636,13 +637,16 @@ class RunConfig(Settings):
         return values
 
     def to_yaml(self) -> str:
-        """The settings that differ from their defaults, as the body of a `%%finetune` cell. Rows are named only."""
+        """The settings that differ from their defaults, as the body of a `%%finetune` cell.
+
+        Rows in memory are only mentioned.
+        """
         changed = self.changed()
         unnamed = "" if "data" in self.described() else "# data: rows in memory; write the name of their variable\n"
         return unnamed + (yaml.safe_dump(changed, sort_keys=False, allow_unicode=True) if changed else "")
 
     def described(self) -> dict[str, Any]:
-        """Every setting as a plain value, without the rows themselves where `data` is an object in memory."""
+        """Every setting as a plain value, without the rows themselves if `data` is an object in memory."""
         return {name: value for name, value in self.to_dict().items() if name != "data" or _names_files(value)}
 
     def changed(self) -> dict[str, Any]:
@@ -658,31 +662,31 @@ def _defaults() -> Mapping[str, Any]:
 
 
 def located(text: str | None, working_folder: Path | None) -> str | None:
-    """`text`, made absolute where it is a relative path of something that exists in `working_folder`."""
+    """`text`, made absolute if it is a relative path of something that exists in `working_folder`."""
     if not text or working_folder is None:
         return text
     try:
         path = working_folder / Path(text).expanduser()
         return str(path) if path.exists() else text
-    except (OSError, ValueError, RuntimeError):  # a template, or another text that cannot be a path
+    except (OSError, ValueError, RuntimeError):  # a template, or other text that cannot be a path
         return text
 
 
 def reward_name(function: Any) -> str:
-    """The name that a reward function goes by: its own, that of what a functools.partial calls, or its class's."""
+    """The name of a reward function: its own, that of the function in a functools.partial, or its class's."""
     inner = getattr(function, "func", function)
     return getattr(inner, "__name__", type(inner).__name__)
 
 
 def _names_files(data: Any) -> bool:
-    """Whether it is the name of something, or a mixture of such names."""
+    """Whether `data` is a name, or a mixture of names."""
     if isinstance(data, list):
         return all(isinstance(one, str) or (is_source(one) and isinstance(one["path"], str)) for one in data)
     return isinstance(data, str)
 
 
-def _taken(name: str, value: Any, declared: dataclasses.Field[Any], kind: Any) -> Any:
-    """The value of a setting as it is kept. Raises SettingError or SettingErrors."""
+def _converted(name: str, value: Any, declared: dataclasses.Field[Any], kind: Any) -> Any:
+    """The value of a setting as it is stored. Raises SettingError or SettingErrors."""
     if name == "data":
         return _data(value)
     if name == "rewards" and value is not None:
@@ -691,7 +695,7 @@ def _taken(name: str, value: Any, declared: dataclasses.Field[Any], kind: Any) -
 
 
 def _data(value: Any) -> Any:
-    """`data` with its names as text and its weights as numbers; objects with rows are left alone."""
+    """`data` with names as text and weights as numbers; objects with rows are returned unchanged."""
     if isinstance(value, str | PurePath):
         if not str(value).strip():
             raise SettingError(("data",), "`data` is empty. It takes a name, or rows.")
@@ -734,14 +738,14 @@ def _rewards(value: Any) -> Any:
 def _fits(name: str, value: Any) -> bool:
     """Whether the setting `name` takes `value`."""
     try:
-        _taken(name, value, SETTINGS[name], kinds_of(RunConfig)[name])
+        _converted(name, value, SETTINGS[name], kinds_of(RunConfig)[name])
     except ConfigError:
         return False
     return True
 
 
 def unknown_settings(values: Mapping[str, Any]) -> list[SettingError]:
-    """One error for each name in `values` that is no setting."""
+    """One error for each name in `values` that is not a setting."""
     return [one.error for one in foreign_settings(values, SETTINGS, _GROUPS, _fits)]
 
 
@@ -765,7 +769,7 @@ def _looks_like_path(source: str) -> bool:
 
 
 def _merge_synonyms(config: RunConfig) -> Iterator[SettingError]:
-    """`target_modules` and `warmup` are second words: fold them into the setting they stand for."""
+    """Fold the synonyms `target_modules` and `warmup` into the settings they stand for."""
     if config.target_modules is not None:
         keys = config.lora_parameters.keys
         if keys is not None and keys != config.target_modules:
@@ -782,8 +786,8 @@ def _merge_synonyms(config: RunConfig) -> Iterator[SettingError]:
         object.__setattr__(config, "warmup", None)
 
 
-def _settle(config: RunConfig) -> None:
-    """Resolve settings that overlap into one learning rate, one weight decay and the arguments of one optimizer."""
+def _resolve_overlaps(config: RunConfig) -> None:
+    """Resolve overlapping settings into one learning rate, one weight decay and the arguments of one optimizer."""
     if has_no_decay(config.optimizer):
         object.__setattr__(config, "weight_decay", 0.0)
     if config.lr_schedule.arguments is not None:
@@ -802,9 +806,9 @@ RunConfig.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         for name, declared in SETTINGS.items()
     ]
 )
-LENGTHS = ("iters", "epochs")  # of which a run has one
+LENGTHS = ("iters", "epochs")  # a run has one of them
 PATHS = ("data", "model", "resume_adapter_file", "reference_model", "reference_adapter", "chat_template")
-# Live settings that switch something off with null, and the settings about it.
+# Live settings that switch something off with null, and the settings that depend on them.
 _SWITCHES = {"sample_prompts": ("sample_every", "sample_tokens"), "loss_spike": ("spike_patience",)}
 _MISSING = object()
 _AT_THE_END = (2**31, 0)

@@ -1,4 +1,4 @@
-"""What is wrong with a chat template of the person's own, Jinja text or the file with it, before a model is loaded."""
+"""Checks of a user-defined chat template, Jinja text or a file with it, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from mlx_nb.errors import shortened, shown
 
 
 def is_template_text(value: str) -> bool:
-    """Whether a `chat_template` is Jinja text, and not the path of a file with it."""
+    """Whether a `chat_template` is Jinja text, as opposed to the path of a file."""
     return "{" in value
 
 
 def standard_jinja(source: str) -> str:
-    """A chat template without the tag `generation` of transformers, which changes no text and jinja2 does not know."""
+    """A chat template without transformers' `generation` tag, which changes no text and is unknown to jinja2."""
     standard = re.sub(r"\{%([-+]?)\s*generation\s*([-+]?)%\}", r"{%\1 if true \2%}", source)
     return re.sub(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}", r"{%\1 endif \2%}", standard)
 
 
 def template_problem(value: str) -> str | None:
-    """What is wrong with a `chat_template` whatever files there are; None where it may be right."""
+    """What is wrong with a `chat_template`, without looking at files; None if it may be right."""
     if is_template_text(value):
         return _text_problem(value, "`chat_template`")
     word = value.strip().lower()
@@ -34,7 +34,7 @@ def template_problem(value: str) -> str | None:
 
 
 def file_problem(value: str, folder: Path) -> str | None:
-    """What is wrong with the file that a `chat_template` names, seen from `folder`; None for a good one or a name."""
+    """What is wrong with the file that a `chat_template` names, relative to `folder`; None if it is fine or no file."""
     if value in NAMED_TEMPLATES and not (folder / value).exists():
         return None
     try:

@@ -1,7 +1,7 @@
-"""YAML as people mean it: 1e-5 is a number, `on` is a word, a repeated key is an error, every key has a place.
+"""Reads YAML as users mean it: 1e-5 is a number, `on` is text, repeated keys are errors, and keys have positions.
 
-PyYAML follows YAML 1.1, which reads `1e-5` as a string, `on` as True and `012` as 10. What it would run out of memory,
-recursion or digits with is refused in one line here.
+PyYAML follows YAML 1.1, which reads `1e-5` as a string, `on` as True and `012` as 10. Input that would exhaust memory,
+recursion or digits is refused in one line.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import yaml
 from mlx_nb.errors import CommandError, ConfigError, on_one_line, shortened
 
 _DEEPEST = 32  # levels of nesting
-_MOST_VALUES = 100_000  # with every alias written out
-_MOST_NODES = 10_000  # keys and values as they are written
-_MOST_NODES_WITH_ROWS = 50_000  # where rows are written out
+_MOST_VALUES = 100_000  # with all aliases expanded
+_MOST_NODES = 10_000  # keys and values as written
+_MOST_NODES_WITH_ROWS = 50_000  # the limit if rows are written out
 _MOST_CHARACTERS = 1_000_000
 
 
@@ -29,7 +29,7 @@ _MOST_CHARACTERS = 1_000_000
 class Document:
     """The mapping of one YAML text. `marks` has (line, column) of each key, counted from 1, by key path.
 
-    `name` is that of its file, and empty for a text. `problems` are the keys that are given twice: (mark, message).
+    `name` is its file, empty for a text. `problems` are the keys given twice: (mark, message).
     """
 
     values: dict[str, Any]
@@ -38,7 +38,7 @@ class Document:
     problems: tuple[tuple[tuple[int, int], str], ...] = ()
 
     def mark(self, *path: str) -> tuple[int, int] | None:
-        """(line, column) of a key, or of the nearest one around it; None for a key that is not in the text."""
+        """(line, column) of a key, or of the nearest one that encloses it; None for a key that is not in the text."""
         while path and path not in self.marks:
             path = path[:-1]
         return self.marks.get(path)
@@ -52,7 +52,7 @@ class Document:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the scalars and tags of the YAML 1.2 core schema, of bounded depth and size."""
+    """SafeLoader with the scalars and tags of the YAML 1.2 core schema, and limits on depth and size."""
 
     depth = 0
     nodes = 0
@@ -76,7 +76,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _scalar(pattern: str, what: str, make: Callable[[str], Any]) -> Callable[[yaml.SafeLoader, Any], Any]:
-    """A constructor of a scalar that matches `pattern`; `what` is the name of its kind."""
+    """A constructor for scalars that match `pattern`; `what` is the name of their type."""
     whole = re.compile(pattern)
 
     def construct(loader: yaml.SafeLoader, node: Any) -> Any:
@@ -85,7 +85,7 @@ def _scalar(pattern: str, what: str, make: Callable[[str], Any]) -> Callable[[ya
         if whole.fullmatch(text):
             try:
                 return make(text)
-            except ValueError:  # Python converts no more than 4,300 digits
+            except ValueError:  # Python converts at most 4,300 digits
                 reason = f"a number of {len(text):,} digits is too long"
         raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark)
 
@@ -93,7 +93,7 @@ def _scalar(pattern: str, what: str, make: Callable[[str], Any]) -> Callable[[ya
 
 
 def _text(loader: yaml.SafeLoader, node: Any) -> str:
-    """A text, in which the two halves of a character that JSON escapes as a surrogate pair are one character again."""
+    """A text in which surrogate pairs from JSON escapes are joined to one character."""
     text = loader.construct_scalar(node)
     return re.sub("[\ud800-\udbff][\udc00-\udfff]", lambda pair: _joined(pair.group()), text)
 
@@ -136,7 +136,7 @@ for _name, _pattern, _first, _what, _make in _SCALARS:
 
 
 def read_yaml_file(path: Path) -> str:
-    """The text of a YAML file, which is UTF-8, or UTF-16 with its mark. Raises ConfigError."""
+    """The text of a YAML file in UTF-8, or in UTF-16 with a byte order mark. Raises ConfigError."""
     if path.is_dir():
         raise ConfigError(f"{path} is a folder. Give the path of a YAML file.")
     try:
@@ -164,7 +164,7 @@ def _too_long(named: str, size: str) -> ConfigError:
 
 
 def load_mapping(text: str, name: str = "") -> Document:
-    """Read a YAML mapping; `name` is that of its file. Raises ConfigError with line and column when it is not one."""
+    """Read a YAML mapping; `name` is its file. Raises ConfigError with line and column if it is not one."""
     named = name or "the YAML"
     if len(text) > _MOST_CHARACTERS:
         raise _too_long(named, f"{len(text):,} characters")
@@ -199,7 +199,7 @@ def load_mapping(text: str, name: str = "") -> Document:
         where = f"line {len(before)}, column {len(before[-1]) + 1}"
         character = f"U+{error.character:04X}" if isinstance(error.character, int) else repr(error.character)
         raise ConfigError(f"{named} cannot be read at {where}: it has the character {character}. Remove it.") from None
-    except (ValueError, OverflowError):  # of chr(), for "\UFFFFFFFF"
+    except (ValueError, OverflowError):  # raised by chr() for "\UFFFFFFFF"
         line = loader.get_mark().line + 1 if loader else 1
         raise ConfigError(f"{named} cannot be read at line {line}: there is no such character.") from None
     finally:
@@ -208,9 +208,9 @@ def load_mapping(text: str, name: str = "") -> Document:
 
 
 def read_value(text: str) -> Any:
-    """The value of a `key=value` word: a number, true, false, null, a quoted text, a list or mapping, else the text.
+    """Parse the value of a `key=value` word: number, true, false, null, quoted text, list or mapping, else plain text.
 
-    Unlike in a YAML line, `#` and `: ` in it are just characters. Raises ConfigError for an unclosed list.
+    Unlike in YAML lines, `#` and `: ` have no special meaning. Raises ConfigError for an unclosed list.
     """
     if text.lstrip()[:1] in ("[", "{", '"', "'"):
         return load_mapping(f"value: {text}", f"the value {text[:80]}").values["value"]
@@ -221,7 +221,7 @@ def read_value(text: str) -> Any:
 
 
 def read_words(words: Sequence[str], command: str, example: str) -> dict[str, Any]:
-    """The settings that `key=value` words of a command line give. Raises CommandError, one line for each wrong word."""
+    """The settings in `key=value` words of a command line. Raises CommandError with one line for each wrong word."""
     values: dict[str, Any] = {}
     problems = []
     for word in words:
@@ -240,13 +240,13 @@ def read_words(words: Sequence[str], command: str, example: str) -> dict[str, An
     return values
 
 
-# A setting as advice writes it: a line of YAML in backticks.
+# A setting in an error message: a line of YAML in backticks.
 _LINE_OF_ADVICE = re.compile(r"`([a-z_][\w.]*): ([^`]+)`")
 
 
 @contextmanager
-def as_words() -> Iterator[None]:
-    """Raise what is wrong with settings that were given as `key=value` words with advice that is written so too."""
+def advice_as_words() -> Iterator[None]:
+    """A context that rewrites the advice in errors from YAML lines to `key=value` words."""
     try:
         yield
     except ConfigError as error:
@@ -259,7 +259,7 @@ def _as_word(line: re.Match[str]) -> str:
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values `node` holds with its aliases written out. Raises ComposerError when it holds itself."""
+    """Number of values in `node` with its aliases expanded. Raises ComposerError if it contains itself."""
     size = known.get(id(node))
     if size == 0:
         raise yaml.composer.ComposerError(None, None, "an anchor that holds itself", node.start_mark)
@@ -298,7 +298,7 @@ def _record_marks(
 
 
 _LINE_BREAK = "\r\n|[\n\r\x85\u2028\u2029]"
-# What PyYAML says, in the words of somebody who wrote settings.
+# PyYAML's messages, reworded for someone who writes settings.
 _REASONS = {
     f"it has more than {_MOST_NODES_WITH_ROWS:,} keys and values": (
         f"it has more than {_MOST_NODES_WITH_ROWS:,} keys and values; put rows into a file, and name it in `data`"
@@ -309,7 +309,7 @@ _REASONS = {
 }
 
 
-# A line that is meant as `key: value`, and what it lacks.
+# A line that is meant as `key: value`, and what is missing in it.
 _FORGOTTEN = {
     r"([A-Za-z_][\w.-]*)(?:[ ]+([^:=]*\S))?": "no colon",
     r"([A-Za-z_][\w.-]*):(?!//)([^\s:].*)": "no space behind its colon",
@@ -319,9 +319,9 @@ _NO_COLON = ("mapping values are not allowed here", "could not find expected ':'
 
 
 def _line_without_colon(text: str, mark: yaml.Mark, problem: str | None) -> tuple[int, str] | None:
-    """(number, what to write) of the line whose colon, or the space behind it, was forgotten, if that is wrong.
+    """(number, advice) of the line that lacks its colon, or the space after it, if that explains the error.
 
-    YAML names the place where it needed the colon, which is as late as the next line with something in it.
+    YAML reports the place where it needed the colon, which may be as late as the next non-empty line.
     """
     if problem not in _NO_COLON:
         return None
@@ -340,7 +340,7 @@ def _line_without_colon(text: str, mark: yaml.Mark, problem: str | None) -> tupl
 
 
 def _last_written(lines: Sequence[str], mark: yaml.Mark) -> int:
-    """The index of the marked line, or of the last one with something in it: YAML notices much at the end."""
+    """The index of the marked line, or of the last non-empty one before it: YAML notices many mistakes late."""
     number = min(mark.line, len(lines) - 1)
     while number > 0 and not lines[number].strip():
         number -= 1

@@ -1,7 +1,7 @@
-"""What happened in a run: frozen records that turn into JSON lines and back.
+"""Events and requests of a run: frozen records that convert to JSON lines and back.
 
-Events are the only thing training tells the views; requests are the only thing the views tell training. The comment at
-a field says what it is; the reference takes it from there.
+Training reports to the views through events only; the views control training through requests only. The comment at a
+field is its description in the reference.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class SampleGenerated(Event):
 
 @dataclass(frozen=True)
 class RolloutCompleted(Event):
-    """Completions were sampled and scored; the next updates are made with them."""
+    """Completions were sampled and scored; the following updates train on them."""
 
     # for each prompt {row, prompt, completions}; for each completion {text, rewards: {function: number}, reward: their
     # weighted sum, advantage, tokens, finished}. A number is None where a function gave none.
@@ -102,7 +102,7 @@ class RolloutCompleted(Event):
 
 @dataclass(frozen=True)
 class Progress(Event):
-    """How far something is that takes longer than an update. Not kept in the history."""
+    """Progress of work that takes longer than an update, such as loading. Not kept in the history."""
 
     what: str  # what is being done, in words
     done: int  # parts that are done
@@ -111,7 +111,7 @@ class Progress(Event):
 
 
 class RunState(StrEnum):
-    """What a run is doing. Each member equals its word and is shown as that."""
+    """State of a run. Each member equals its string value and is displayed as that."""
 
     __repr__ = str.__repr__
 
@@ -125,14 +125,14 @@ class RunState(StrEnum):
 
 @dataclass(frozen=True)
 class StateChanged(Event):
-    """The run began or ceased to move in the background. Not kept in the history."""
+    """The run started or stopped running in the background. Not kept in the history."""
 
     state: str  # one of the words of `RunState`
 
 
 @dataclass(frozen=True)
 class RequestRefused(Event):
-    """Something that was asked for could not be done, and nothing has changed. Not kept in the history."""
+    """A request could not be carried out and nothing has changed. Not kept in the history."""
 
     error: str  # why, and what can be done, in a sentence
 
@@ -142,7 +142,7 @@ class AdapterSaved(Event):
     """An adapter was written."""
 
     path: str  # file with its weights
-    kind: str  # `last`, `best`, or `step` for one that is kept under the number of its update
+    kind: str  # `last`, `best`, or `step` for one that is kept under its update number
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class SettingChanged(Event):
     name: str  # name of the setting
     old: Any  # its value before
     new: Any  # its value from now on
-    iters: int | None = None  # updates in the whole run from now on; None where that has not changed
+    iters: int | None = None  # updates in the whole run from now on; None if that has not changed
     note: str = ""  # what else the change does, in words
 
 
@@ -176,7 +176,7 @@ class Rewound(Event):
     """The run went back to `step`."""
 
     from_step: int  # the update it was at
-    kept: int  # how many of the events that counted until now still do; the later ones are of the branch that was left
+    kept: int  # how many of the events so far still count; the later ones belong to the branch that was left
 
 
 # Why a run ended.
@@ -230,17 +230,20 @@ class NothingLearned(Event):
 
 @dataclass(frozen=True)
 class DataChanged(Event):
-    """A file of rows is no longer what the run read from it; the run goes on with the rows as they were. Said once."""
+    """A data file no longer has the content that the run read. The run continues with the rows it has read.
+
+    Reported once.
+    """
 
     path: str  # path of the file
 
 
 @dataclass(frozen=True)
 class MemoryLow(Event):
-    """The most that mlx has used is close to what the device has."""
+    """Peak mlx memory is close to the capacity of the device."""
 
-    peak: int  # bytes, the most so far
-    limit: int  # bytes that the device has
+    peak: int  # peak use in bytes so far
+    limit: int  # capacity of the device in bytes
 
 
 EVENT_TYPES: dict[str, type[Event]] = {
@@ -282,7 +285,7 @@ def event_from_json(line: str) -> Event:
 
 @dataclass(frozen=True)
 class Request:
-    """Base of what a person may ask of a run; read at step boundaries only."""
+    """Base of all requests to a run; read at step boundaries only."""
 
     def to_json(self) -> str:
         """One JSON line; `request_from_json` reads it back."""
@@ -293,13 +296,13 @@ class Request:
 class Pause(Request):
     """Stop at the next step boundary; the run can go on."""
 
-    reason: str = "asked to pause"  # what `RunPaused` will say
-    at_once: bool = False  # drop the update or evaluation in hand, as if it had never begun
+    reason: str = "asked to pause"  # the reason that `RunPaused` will give
+    at_once: bool = False  # drop the update or evaluation in progress, as if it had never begun
 
 
 @dataclass(frozen=True)
 class Cancel(Request):
-    """Leave out the answers to kept prompts that are due now, and a validation that was asked for."""
+    """Skip the answers to kept prompts that are due now, and a requested validation."""
 
 
 @dataclass(frozen=True)
@@ -344,24 +347,24 @@ class ChangeSetting(Request):
 
 @dataclass(frozen=True)
 class Question(Request):
-    """Ask the live model, and get its answer as it grows."""
+    """Ask the live model, and receive its answer as it grows."""
 
     messages: str | Sequence[Mapping[str, Any]]  # a text, or the messages of a chat
-    # called with (text so far, whether it is complete) after each token; the answer ends there if it returns True.
+    # Called with (text so far, whether it is complete) after each token; the answer ends there if it returns True.
     on_text: Callable[[str, bool], bool | None]
     base: bool = False  # whether the base answers, with the adapter switched off
     max_tokens: int = 256  # tokens of the answer at most
 
 
-# Who answers which. Each of the two matches every kind of its own; the type checker fails where one is missing.
+# Who handles which request. Each of the two matches on every kind of its own; the type checker fails if one is missing.
 TrainerRequest = Pause | Stop | Skip | Save | Evaluate | Sample | ChangeSetting | Cancel
 RunRequest = Question | Rewind
-# What was asked and not done yet is part of a checkpoint, but for what ends a run: who resumes it wants it to go on.
+# Pending requests are saved in checkpoints, except those that end a run: whoever resumes it wants it to continue.
 KEPT_REQUESTS = (Skip, Save, Evaluate, Sample, Rewind, ChangeSetting)
 
 
 def request_from_json(line: str) -> Request:
-    """The request that `Request.to_json` wrote, of those that a checkpoint keeps."""
+    """Parse a request written by `Request.to_json`, of the kinds that a checkpoint stores."""
     values = json.loads(line)
     kinds = {kind.__name__: kind for kind in KEPT_REQUESTS}
     return kinds[values.pop("request")](**values)

@@ -1,4 +1,4 @@
-"""Events to columns: what a plot, a table or a DataFrame needs. Pure."""
+"""The history of a run: its events as columns for plots, tables and DataFrames. Pure: no files, no mlx."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ EVALUATION_COLUMNS = ("step", "split", "loss", "perplexity", "target_tokens", "r
 
 
 class History:
-    """All events of a run, with the two tables that people look at.
+    """All events of a run, with the tables of its updates and its evaluations.
 
-    `events` is everything that happened; `standing` leaves out what a rewind took back, and so do the tables.
+    `events` is everything that happened; `in_effect` leaves out what a rewind undid, and so do the tables.
 
     `history["loss"]` is a column of the steps, `history.tail(5)` the last of them, `history.to_pandas()` all as a
     DataFrame; `history.steps()` and `history.evaluations()` are lists of dicts.
@@ -46,37 +46,37 @@ class History:
 
     def __init__(self, events: Iterable[Event] = ()) -> None:
         self.events: list[Event] = []
-        self.standing: list[Event] = []
-        self.folder: str | None = None  # of a run that was moved since, where it is now
+        self.in_effect: list[Event] = []
+        self.folder: str | None = None  # where the run's folder is now, if it was moved
         self._abandoned: list[list[Event]] = []
-        # The kinds that are asked for all the time, with the place of each among the standing events.
+        # Events of the kinds that are looked up often, with their indices in `in_effect`.
         kinds = (StepCompleted, EvaluationCompleted, RolloutCompleted)
         self._kept: dict[type, list[tuple[int, Any]]] = {kind: [] for kind in kinds}
-        self._begun: float | None = None  # on this process's clock; what came before it has taken `_before` seconds
+        self._begun: float | None = None  # on this process's clock; everything before that took `_before` seconds
         self._before = self._latest = 0.0
         for event in events:
             self.append(event)
         self._begun = None
 
     def append(self, event: Event) -> None:
-        """Add an event; after a Rewound, what it went back over stands no more."""
+        """Add an event; a Rewound removes what it undid from `in_effect`."""
         self._latest = time.monotonic()
         if self._begun is None:
             self._before, self._begun = sum(self.spent().values()), self._latest
             self._before += getattr(event, "seconds", 0.0)
         self.events.append(event)
         if isinstance(event, Rewound):
-            self._abandoned.append(self.standing[event.kept :])
-            del self.standing[event.kept :]
+            self._abandoned.append(self.in_effect[event.kept :])
+            del self.in_effect[event.kept :]
             for kept in self._kept.values():
                 while kept and kept[-1][0] >= event.kept:
                     kept.pop()
         if type(event) in self._kept:
-            self._kept[type(event)].append((len(self.standing), event))
-        self.standing.append(event)
+            self._kept[type(event)].append((len(self.in_effect), event))
+        self.in_effect.append(event)
 
     def spent(self) -> dict[str, float]:
-        """Seconds of computing by what they went into: `training`, `validation` and `sampling`, rewound ones too."""
+        """Seconds of computing by activity: `training`, `validation` and `sampling`, including what was rewound."""
         seconds = {"training": 0.0, "validation": 0.0, "sampling": 0.0}
         for event in self.events:
             match event:
@@ -90,12 +90,12 @@ class History:
 
     @property
     def elapsed(self) -> float:
-        """Seconds of the wall clock from the first event to the newest; of an earlier process, its computing alone."""
+        """Wall-clock seconds from the first event to the newest; for an earlier process, its computing time alone."""
         live = 0.0 if self._begun is None else self._latest - self._begun
         return max(self._before + live, sum(self.spent().values()))
 
     def abandoned(self) -> list[list[dict[str, Any]]]:
-        """The steps of each branch that a rewind left behind, the oldest first; dicts as those of `steps()`."""
+        """The steps of each branch that a rewind abandoned, oldest first, as dicts like those of `steps()`."""
         branches = [
             [_step_row(event) for event in branch if isinstance(event, StepCompleted)] for branch in self._abandoned
         ]
@@ -109,8 +109,10 @@ class History:
         return iter(self.steps())
 
     def __getitem__(self, column: str) -> list[float]:
-        """One column of the steps, in order; a metric is NaN where it was not measured. Raises KeyError naming the
-        columns."""
+        """One column of the steps, in order; NaN where a metric was not measured.
+
+        Raises KeyError, listing the columns.
+        """
         if column in STEP_COLUMNS:
             return [getattr(event, column) for event in self._of(StepCompleted)]
         if column not in self.columns:
@@ -119,11 +121,11 @@ class History:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The names of the columns, those of the method's own metrics last."""
+        """The names of the columns, the method's own metrics last."""
         return (*STEP_COLUMNS, *sorted(self.step_metrics))
 
     def last_steps(self, count: int) -> list[StepCompleted]:
-        """The last `count` updates, the oldest first."""
+        """The last `count` updates, oldest first."""
         return [event for _, event in self._kept[StepCompleted][-count:]]
 
     def tail(self, count: int = 5) -> HistoryTable:
@@ -146,12 +148,12 @@ class History:
         return [_step_row(event) for event in self._of(StepCompleted)]
 
     def evaluations(self, split: str | None = None) -> list[dict[str, Any]]:
-        """One dict per evaluation, of one split or of all, the method's own metrics last."""
+        """One dict per evaluation of one split (None: of all), the method's own metrics last."""
         return [evaluation_row(event) for event in self._of(EvaluationCompleted) if split in (None, event.split)]
 
     @property
     def best_validation(self) -> dict[str, Any] | None:
-        """The validation whose adapter is in `best/`; of those of a run that marked none, the one of lowest loss."""
+        """The validation whose adapter is in `best/`; in a run that marked none, the one with the lowest loss."""
         newest_first = (event for event in self._of(EvaluationCompleted, reverse=True) if event.split == "valid")
         best = next((event for event in newest_first if event.best), None)
         if best is None:
@@ -171,21 +173,21 @@ class History:
 
     @property
     def rollout_count(self) -> int:
-        """How many sets of completions were sampled."""
+        """Number of rollouts, that is of sets of sampled completions."""
         return len(self._kept[RolloutCompleted])
 
     def last_rollouts(self, count: int) -> list[RolloutCompleted]:
-        """The last `count` sets of completions, the oldest first."""
+        """The last `count` rollouts, oldest first."""
         return [event for _, event in self._kept[RolloutCompleted][-count:]]
 
     def row_losses(self, split: str = "train") -> dict[int, list[tuple[int, float]]]:
         """{row: [(step, loss), ...]} for every row of `split` that was trained on or evaluated, in order.
 
-        Losses are the method's own, for `sft` means over the row's target tokens in nats; in training, those before the
-        update. With `grpo` one that was evaluated is minus the reward.
+        Losses are the method's own (for `sft` means over the row's target tokens, in nats); training losses are those
+        before the update. With `grpo` the loss of an evaluated row is minus its reward.
         """
         visits: dict[int, list[tuple[int, float]]] = {}
-        for event in self.standing:
+        for event in self.in_effect:
             match event:
                 case StepCompleted() if split == "train":
                     step = event.step - 1
@@ -199,43 +201,43 @@ class History:
 
     @property
     def started(self) -> RunStarted | None:
-        """How the run began, once it has."""
+        """The RunStarted event, or None before the run has started."""
         return next(self._of(RunStarted), None)
 
     @property
     def iters(self) -> int | None:
-        """Updates in the run, as was last said."""
+        """Updates in the whole run, as last reported."""
         for event in self._of(SettingChanged, reverse=True):
             if event.name not in ("iters", "epochs"):
                 continue
             if length := event.iters or (
                 event.new if event.name == "iters" else None
-            ):  # an older mlx_nb told no length
+            ):  # older versions did not report the length
                 return int(length)
         return self.started.iters if self.started else None
 
     @property
     def last_step(self) -> StepCompleted | None:
-        """The last update that stands."""
+        """The last update that was not rewound."""
         return next(self._of(StepCompleted, reverse=True), None)
 
     @property
     def finished(self) -> RunFinished | None:
-        """How the run ended, once it has."""
+        """The RunFinished event, or None before the run has ended."""
         return next(self._of(RunFinished, reverse=True), None)
 
     def _of(self, kind: type, *, reverse: bool = False) -> Iterator[Any]:
         if kind in self._kept:
             kept = self._kept[kind]
             return (event for _, event in (reversed(kept) if reverse else kept))
-        return (event for event in (reversed(self.standing) if reverse else self.standing) if isinstance(event, kind))
+        return (event for event in (reversed(self.in_effect) if reverse else self.in_effect) if isinstance(event, kind))
 
     def __repr__(self) -> str:
         return f"History({len(self)} updates, {len(self.evaluations())} evaluations)"
 
 
 class HistoryTable:
-    """Rows of a history as a table: HTML that lasts in a saved notebook, and plain text."""
+    """Rows of a history as a table: HTML that survives in a saved notebook, and plain text."""
 
     def __init__(self, rows: list[dict[str, Any]], total: int) -> None:
         self.rows = rows
@@ -270,7 +272,7 @@ def _step_row(event: StepCompleted) -> dict[str, Any]:
 
 
 def losses_by_row(event: StepCompleted | EvaluationCompleted) -> list[tuple[int, float]]:
-    """One loss for each row of an event: of a prompt, the mean of its completions'."""
+    """One loss for each row of an event; for a prompt, the mean over its completions."""
     rows: dict[int, list[float]] = {}
     for row, loss in event.row_losses:
         rows.setdefault(row, []).append(loss)
@@ -284,9 +286,9 @@ def evaluation_row(event: EvaluationCompleted) -> dict[str, Any]:
 
 
 def smoothed(values: Sequence[float], factor: float = 0.9) -> list[float]:
-    """Exponential moving average without the start's pull towards zero (Adam's bias correction).
+    """Exponential moving average with Adam's bias correction, so that its start is not pulled towards zero.
 
-    What is not finite is passed over, and NaN itself.
+    Values that are not finite are skipped; their own entries are NaN.
     """
     average, weight, result = 0.0, 0.0, []
     for value in values:
@@ -298,7 +300,7 @@ def smoothed(values: Sequence[float], factor: float = 0.9) -> list[float]:
 
 
 def decimated(count: int, limit: int) -> list[int]:
-    """At most `limit` indices of a series of `count`, evenly spread, the last always among them."""
+    """At most `limit` indices into a series of `count`, evenly spread, always including the last."""
     if count <= limit:
         return list(range(count))
     return [round(index * (count - 1) / (limit - 1)) for index in range(limit)]

@@ -1,1 +1,1 @@
-"""Files that mlx_nb writes: whole or not at all, one writer, and only over its own."""
+"""Files that mlx_nb writes: atomically, with one writer per folder, never over files of others."""

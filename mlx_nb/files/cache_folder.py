@@ -1,4 +1,4 @@
-"""Where fetched and converted models are kept, each whole or not at all."""
+"""The cache of fetched and converted models; each entry is complete or absent."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mlx_nb.files.whole_files import sync_folder, sync_tree
 
 SIZES_FILE = "mlx_nb_files.json"  # name and size of each file, written with the folder
 _WORK = re.compile(r"\..+\.work")
-_EARLIER_WORK = re.compile(r"\..+-[0-9a-f]{8}")  # of versions without locks
+_EARLIER_WORK = re.compile(r"\..+-[0-9a-f]{8}")  # temporary folders of versions without locks
 _EARLIER_WORK_SECONDS = 3600.0
 _OF_MODELS = {".safetensors", ".json", ".jinja", ".gguf", ".whl"}
 _TRIES = 1000
@@ -30,7 +30,10 @@ _mended: dict[Path, str] = {}
 
 
 def cache_folder() -> Path:
-    """`MLX_NB_CACHE`, or `mlx_nb` in the user's cache folder. Raises ModelError where that cannot be a folder."""
+    """The cache folder: `MLX_NB_CACHE`, or `mlx_nb` in the user's cache folder.
+
+    Raises ModelError if it cannot be a folder.
+    """
     named = os.environ.get("MLX_NB_CACHE")
     try:
         if named:
@@ -48,12 +51,12 @@ def cache_folder() -> Path:
     return folder
 
 
-def made_once(folder: Path, make: Callable[[Path], Path]) -> Path:
-    """The model in `folder`; where there is none, or a damaged one, it is made.
+def make_once(folder: Path, make: Callable[[Path], Path]) -> Path:
+    """The model in `folder`, made first if it is missing or damaged.
 
-    `make` is given an empty folder to work in, on the same disk, and returns the model's inside it. Of several
-    processes one makes it, and the others wait and take it. Raises OSError when it cannot be written, and what `make`
-    raises; an earlier folder is left as it was then.
+    `make` gets an empty folder to work in, on the same disk, and returns the model's folder inside it. If several
+    processes need the same model, one makes it and the others wait. Raises OSError if it cannot be written, and
+    whatever `make` raises; an existing folder is then left unchanged.
     """
     _sweep(folder.parent)
     if folder.is_dir() and damage(folder) is None:
@@ -78,23 +81,23 @@ def made_once(folder: Path, make: Callable[[Path], Path]) -> Path:
 
 
 def _keep_foreign(damaged: Path, folder: Path) -> None:
-    """Put what is of no model, such as a person's notes, back from a damaged one into the one that takes its place."""
+    """Move files that are not part of a model, such as notes, from a damaged folder to its replacement."""
     for entry in damaged.iterdir():
         if entry.suffix not in _OF_MODELS and not (folder / entry.name).exists():
             os.rename(entry, folder / entry.name)
 
 
-def mended_note(folder: Path) -> str | None:
-    """What a person should know when the model in `folder` was damaged and is made anew by this process, else None."""
+def repair_note(folder: Path) -> str | None:
+    """A note that the model in `folder` was damaged and remade by this process; None otherwise."""
     reason = _mended.get(folder)
     return None if reason is None else f"The cached model in {folder} was damaged ({reason}) and was made again."
 
 
 @contextmanager
 def _work_on(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder` that this process alone works in; gone afterwards.
+    """An empty folder beside `folder` that only this process works in; removed afterwards.
 
-    It is its own lock, so that nothing but it is ever left behind, and what is left behind is known to be nobody's.
+    The folder is its own lock: nothing else can be left behind, and a folder that was left behind belongs to nobody.
     """
     work = folder.with_name(f".{folder.name}.work")
     missing = [parent for parent in (folder.parent, *folder.parent.parents) if not parent.exists()]
@@ -104,12 +107,12 @@ def _work_on(folder: Path) -> Iterator[Path]:
             _remove(entry)
         yield work
     except OSError:
-        missing.clear()  # a folder that could not be written stays, to be looked at
+        missing.clear()  # a folder that could not be written stays for inspection
         raise
     finally:
         _remove(work)
         os.close(descriptor)
-        for parent in missing:  # after a failure nothing is in them
+        for parent in missing:  # after a failure these are empty
             try:
                 parent.rmdir()
             except OSError:
@@ -117,13 +120,13 @@ def _work_on(folder: Path) -> Iterator[Path]:
 
 
 def _locked(work: Path) -> int:
-    """Make the folder and lock it, waiting for whoever has it. Returns what is to be closed."""
+    """Create the folder and lock it, waiting for its current holder. Returns the descriptor to close."""
     left = _TRIES
     while True:
         try:
             work.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:  # removed between the two by the one who had it, or nothing can be made there
+        except FileNotFoundError:  # its holder removed it in between, or nothing can be created there
             if not (left := left - 1):
                 raise
             continue
@@ -140,7 +143,7 @@ def _locked(work: Path) -> int:
 
 
 def _lock(descriptor: int, *, wait: bool) -> bool:
-    """False when another has it. A disk that knows no locks gives it to everyone."""
+    """Lock a descriptor. Returns False if another process holds it. On a disk without locks everyone succeeds."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -151,7 +154,7 @@ def _lock(descriptor: int, *, wait: bool) -> bool:
 
 
 def _sweep(parent: Path) -> None:
-    """Remove what processes that were killed left in a cache folder; what a living one works in stays."""
+    """Remove what killed processes left in a cache folder; folders that a live process works in stay."""
     try:
         left = [entry for entry in parent.iterdir() if entry.name.startswith(".") and entry.is_dir()]
     except OSError:
@@ -164,7 +167,10 @@ def _sweep(parent: Path) -> None:
 
 
 def _holds_models_alone(folder: Path) -> bool:
-    """Whether every file in it is of a kind that models are made of. A person's folder may have such a name."""
+    """Whether every file in a folder is of a kind that models consist of.
+
+    A user's own folder may have the same name.
+    """
     return all(Path(name).suffix in _OF_MODELS for _, _, files in os.walk(folder) for name in files)
 
 
@@ -188,7 +194,7 @@ def _remove(entry: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the files of a model's folder, by name; None when they are whole. Reads no weights."""
+    """What is wrong with the files of a model folder, by name; None if they are intact. Reads no weights."""
     try:
         sizes = _json_of(folder / SIZES_FILE) if (folder / SIZES_FILE).exists() else {}
         for name, size in sizes.items():
@@ -222,7 +228,7 @@ def _json_of(path: Path) -> dict[str, Any]:
 
 
 def _check_safetensors(path: Path) -> None:
-    """Raise ValueError when the file is shorter or longer than its header says."""
+    """Raise ValueError if the file's size differs from what its header states."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_HEADER_BYTES), "little")

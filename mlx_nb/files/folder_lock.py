@@ -1,7 +1,7 @@
-"""One writer for each run folder: a lock that the operating system takes back when its process dies.
+"""One writer per run folder: a lock that the operating system releases when its process dies.
 
-`.mlx_nb/lock` in the folder is locked with flock(2) and says who holds it. On a disk that cannot lock, the file alone
-is the lock, and it counts as long as the process that it names lives.
+`.mlx_nb/lock` in the folder is locked with flock(2) and names its holder. On a disk without locks the file alone is the
+lock, and it counts as long as the process that it names is alive.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from pathlib import Path
 
 from mlx_nb.files.typed_json import WrongJson, json_object, read_as
 
-MARK = ".mlx_nb"  # the folder, inside the one of a run, with what mlx_nb has to know of it
+MARK = ".mlx_nb"  # the subfolder of a run folder with mlx_nb's bookkeeping
 LOCK_FILE = "lock"
 _CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
-_BEGINNING = b'{"run": "'  # of a lock, and of the list of a run's files
+_BEGINNING = b'{"run": "'  # of a lock file, and of the list of a run's files
 _TRIES = 50
-_WAIT_SECONDS = 0.01  # for a holder that has the lock and is about to write its name
+_WAIT_SECONDS = 0.01  # for a holder that has the lock and has yet to write its name
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a folder. `started` tells a process from a later one with the same number; `since` is in UTC."""
+    """Who holds a folder. `started` distinguishes a process from a later one with the same pid; `since` is in UTC."""
 
     run: str
     pid: int
@@ -46,12 +46,12 @@ class Holder:
 
     @property
     def is_this_process(self) -> bool:
-        """Whether it is a run of this process."""
+        """Whether the holder is a run of this process."""
         return self == _this_process(self.run, self.since)
 
     @property
     def is_dead(self) -> bool:
-        """Whether its process is known to be gone. That of another machine never is."""
+        """Whether its process is known to be gone; always False for a process of another machine."""
         if self.host != socket.gethostname():
             return False
         try:
@@ -64,7 +64,7 @@ class Holder:
 
 
 def process_start(pid: int) -> str | None:
-    """When a process of this machine started, in ticks since the machine did; None where that is not known."""
+    """When a process of this machine started, in ticks since boot; None if unknown."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -78,7 +78,7 @@ def _this_process(run: str, since: str | None = None) -> Holder:
 
 
 class _LockFile:
-    """The open file of a lock. Whatever an interrupt leaves of it, `close` closes; twice is once."""
+    """The open file of a lock. `close` cleans up whatever an interrupt left; calling it twice is harmless."""
 
     def __init__(self, path: Path, made: Sequence[Path]) -> None:
         self.path, self._made, self._pid = path, made, os.getpid()
@@ -86,23 +86,23 @@ class _LockFile:
         self._file = io.FileIO(path, "r+", opener=lambda name, _: os.open(name, os.O_RDWR | os.O_CREAT, 0o644))
 
     def lock(self, name: str) -> bool:
-        """Lock it for the run called `name`. False when somebody else holds it, or it is no longer at its path."""
+        """Lock it for the run called `name`. Returns False if another holds it, or it is no longer at its path."""
         self.locked = _lock(self._file.fileno(), self.path, name)
         return self.locked
 
     def holder(self) -> Holder | None:
-        """Who holds it; None when that is not written yet."""
+        """The holder; None if its name is not written yet."""
         return _read(self._file.fileno())
 
     def is_at(self, path: Path) -> bool:
-        """Whether it is locked, and the file at `path`."""
+        """Whether it is locked and is the file at `path`."""
         return self.locked and not self._file.closed and _is_file(self._file.fileno(), path)
 
     def close(self) -> None:
-        """Give the lock back, if this process has it; folders that were made for it and are empty go."""
+        """Release the lock if this process has it, and remove folders that were created for it and are empty."""
         try:
             if self._pid == os.getpid() and self.is_at(self.path):
-                # While it is locked: who opened it in between will see that it is gone, and open the next one.
+                # Unlinked while locked: whoever opened it in between sees that it is gone, and opens the next one.
                 with suppress(OSError):
                     self.path.unlink()
                     _remove_empty([*self._made, self.path.parent])
@@ -110,12 +110,12 @@ class _LockFile:
             self._file.close()
 
     def forget(self) -> None:
-        """Close it without giving the lock back: in a forked child it is the parent's."""
+        """Close it without releasing the lock: in a forked child the lock belongs to the parent."""
         self._file.close()
 
 
 class FolderLock:
-    """The lock of one folder, for the run called `name`. Given back by `release`, or when nobody refers to it."""
+    """The lock of one folder, for the run called `name`. Released by `release`, or when nothing refers to it."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.path = folder / MARK / LOCK_FILE
@@ -131,13 +131,13 @@ class FolderLock:
         return self.is_of(self.path.parent.parent)
 
     def is_of(self, folder: Path) -> bool:
-        """Whether it is held and is the lock of `folder`, under whatever path that was taken."""
+        """Whether it is held and locks `folder`, by whatever path it was taken."""
         return self._file is not None and self._file.is_at(folder / MARK / LOCK_FILE)
 
     def take(self) -> Holder | None:
-        """Take the lock, making the folder if there is none. Returns who holds it if somebody else does.
+        """Take the lock, creating the folder if needed. Returns the holder if it is another one.
 
-        Raises OSError where the folder cannot be made or written.
+        Raises OSError if the folder cannot be created or written.
         """
         if self.held:
             return None
@@ -145,9 +145,9 @@ class FolderLock:
         for left in reversed(range(_TRIES)):
             try:
                 self._make_folders()
-                # Kept before it is locked: what an interrupt leaves is closed by the next `take` or `release`.
+                # Stored before locking: what an interrupt leaves is closed by the next `take` or `release`.
                 self._file = _LockFile(self.path, tuple(self._made))
-            except FileNotFoundError:  # its last holder took the folder away in between
+            except FileNotFoundError:  # its last holder removed the folder in between
                 if left:
                     continue
                 raise
@@ -163,14 +163,14 @@ class FolderLock:
         return Holder("?", 0, "an unknown machine", None, "an unknown time")
 
     def _make_folders(self) -> None:
-        # The target of a link that leads nowhere yet is made, and the link stays.
+        # A link whose target does not exist yet stays a link; its target is created.
         folder = Path(os.path.realpath(self.path.parent))
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         self._made += [path for path in missing if path not in self._made]
         folder.mkdir(parents=True, exist_ok=True)
 
     def release(self) -> None:
-        """Give it back, if it is held; folders that were made for it and are empty go."""
+        """Release it if it is held, and remove folders that were created for it and are empty."""
         if self._file is not None:
             self._file.close()
         else:
@@ -180,7 +180,7 @@ class FolderLock:
         self._file, self._given_back, self._made = None, None, []
 
     def forget(self) -> None:
-        """In a forked child: the lock is the parent's."""
+        """In a forked child: the lock belongs to the parent."""
         if self._given_back is not None:
             self._given_back.detach()
         if self._file is not None:
@@ -189,7 +189,7 @@ class FolderLock:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process that lives, this one included, holds the lock of `folder`."""
+    """Whether a live process, including this one, holds the lock of `folder`."""
     try:
         descriptor = os.open(folder / MARK / LOCK_FILE, os.O_RDWR)
     except (OSError, ValueError):
@@ -205,7 +205,7 @@ def is_locked(folder: Path) -> bool:
 
 
 def holder_of(folder: Path) -> Holder | None:
-    """Who the lock of `folder` says has it; None when there is none, or that is not written yet."""
+    """The holder that the lock of `folder` names; None if there is no lock, or no name in it yet."""
     try:
         with open(folder / MARK / LOCK_FILE, "rb") as file:
             return _read(file.fileno())
@@ -214,9 +214,9 @@ def holder_of(folder: Path) -> Holder | None:
 
 
 def begins_as_ours(path: Path) -> bool:
-    """Whether a lock or list may be one of mlx_nb: a file of its own, empty or with the name of a run first.
+    """Whether a lock or list may be mlx_nb's: a file of its own that is empty or begins with the name of a run.
 
-    One that is not there may. A process that died while it wrote leaves a part of that.
+    True also for a missing file. A process that died while writing leaves the beginning of such a file.
     """
     if os.path.islink(path):
         return False
@@ -243,7 +243,7 @@ def _is_file(descriptor: int, path: Path) -> bool:
 
 
 def _lock(descriptor: int, path: Path, name: str) -> bool:
-    """Lock an open file and write down who did. False when somebody else holds it, or it is no longer at `path`."""
+    """Lock an open file and record the holder. Returns False if another holds it, or it is no longer at `path`."""
     locks = True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -262,13 +262,13 @@ def _lock(descriptor: int, path: Path, name: str) -> bool:
     text = json.dumps(asdict(mine)).encode()
     os.pwrite(descriptor, text, 0)
     os.ftruncate(descriptor, len(text))
-    if not locks:  # the last of several that came in the same instant has it
+    if not locks:  # of several that came at the same instant the last one has it
         time.sleep(5 * _WAIT_SECONDS)
     return locks or _read(descriptor) == mine
 
 
 def _read(descriptor: int) -> Holder | None:
-    """Who holds it; None when that is not written yet."""
+    """The holder; None if its name is not written yet."""
     try:
         holder: Holder = read_as(Holder, json_object(os.pread(descriptor, 4096, 0)))
     except WrongJson:

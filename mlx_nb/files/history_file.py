@@ -1,11 +1,11 @@
-"""The events of a run as lines of a file beside its checkpoints, which only grows.
+"""The events of a run as lines of an append-only file beside its checkpoints.
 
     checkpoints/
-      history-0001.jsonl    one event a line, written by one process; its end may be cut by the death of that process
+      history-0001.jsonl    one event a line, written by one process; its end may be cut off if that process dies
 
-A checkpoint names the parts that its history is made of, in order: {"file", "bytes", "lines", "sha256"}, each the
-first `bytes` of a file and their digest. What follows in the file is of later updates, or of none. So saving takes as
-long as the new events are many, and a run that is resumed anywhere, twice even, never touches what is there.
+A checkpoint names the parts that make up its history, in order: {"file", "bytes", "lines", "sha256"}, each the first
+`bytes` of a file and their digest. What follows in the file belongs to later updates, or to none. So the cost of a save
+is proportional to the new events, and a run that is resumed anywhere, even twice, never changes what is there.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from mlx_nb.files.typed_json import read_as
 from mlx_nb.files.whole_files import sync, sync_folder
 
 HISTORY_FILE = re.compile(r"history-(\d{4,})\.jsonl")
-MOST_PARTS = 16  # a run that was resumed more often writes its history anew, once
+MOST_PARTS = 16  # a run that was resumed more often writes its history into one new file
 
 
 class HistoryFile:
-    """The history that one run writes. `parts` are the earlier ones, of a run that goes on; they hold `events`.
+    """The history file that one run appends to.
 
-    The parts lie in `folder`; a save to another one writes everything there.
+    `parts` are earlier parts of a resumed run, with `events` events in all.
+    The parts are in `folder`; a save to another folder writes everything there.
     """
 
     def __init__(self, folder: Path | None = None, parts: Sequence[dict[str, Any]] = (), events: int = 0) -> None:
@@ -39,15 +40,15 @@ class HistoryFile:
             self._events = events
 
     def _start_over(self, folder: Path | None) -> None:
-        """Nothing counts as written: all events are to be, into a new file."""
+        """Count nothing as written: all events go into a new file."""
         self._folder = folder
         self._earlier: list[dict[str, Any]] = []
-        self._events = self._bytes = self._lines = 0  # all events that are written; what the own file holds
+        self._events = self._bytes = self._lines = 0  # all events that are written; size of the run's own file
         self._own: Path | None = None
         self._digest = hashlib.sha256()
 
     def save(self, events: Sequence[Event], folder: Path) -> list[dict[str, Any]]:
-        """Write what is new of all `events` of the run into `folder`, which exists, flushed. Returns the parts.
+        """Append the new ones of all `events` of the run to `folder`, which exists, and flush. Returns the parts.
 
         Raises OSError; then nothing has changed.
         """
@@ -60,7 +61,7 @@ class HistoryFile:
 
     @property
     def parts(self) -> list[dict[str, Any]]:
-        """What a checkpoint says of its history."""
+        """The parts of the history, as a checkpoint stores them."""
         if self._own is None:
             return list(self._earlier)
         own = {
@@ -72,7 +73,7 @@ class HistoryFile:
         return [*self._earlier, own]
 
     def _is_there(self) -> bool:
-        """Whether the files are as long as they were left: nobody moved one away or cut it."""
+        """Whether the files still have the sizes they were left with: none was moved away or cut."""
         assert self._folder is not None
         try:
             sizes = [(self._folder / part["file"]).stat().st_size for part in self.parts]
@@ -100,7 +101,7 @@ class HistoryFile:
         self._digest.update(content)
         self._lines += events
         self._events += events
-        self._bytes += len(content)  # last: an interrupt before it is found by the size
+        self._bytes += len(content)  # last: an interrupt before it is detected by the size
 
 
 def history_files(folder: Path) -> set[str]:
@@ -109,7 +110,7 @@ def history_files(folder: Path) -> set[str]:
 
 
 def is_history(path: Path) -> bool:
-    """Whether a file of such a name is a history, and not a person's: empty, or an event in its first line."""
+    """Whether a file with such a name is a history and not a user's file: empty, or with an event in its first line."""
     try:
         with path.open("rb") as file:
             first = file.readline()
@@ -121,7 +122,7 @@ def is_history(path: Path) -> bool:
 def read_history(folder: Path, parts: Any) -> tuple[list[str], list[str]]:
     """The lines of the history that a checkpoint in `folder` names, and what is wrong with it, in words.
 
-    After damage the lines before it are returned. What was trained does not depend on them.
+    If it is damaged, the lines before the damage are returned. Training does not depend on them.
     """
     lines: list[str] = []
     for part in parts:
@@ -133,7 +134,7 @@ def read_history(folder: Path, parts: Any) -> tuple[list[str], list[str]]:
 
 
 def _read_part(folder: Path, part: dict[str, Any]) -> tuple[list[str], str]:
-    """The lines of a part that can be read, and what is wrong with it."""
+    """The readable lines of a part, and what is wrong with it."""
     name, size = part["file"], part["bytes"]
     try:
         with (folder / name).open("rb") as file:
@@ -150,7 +151,7 @@ def _read_part(folder: Path, part: dict[str, Any]) -> tuple[list[str], str]:
 
 
 def _readable(content: bytes) -> Iterator[str]:
-    """The lines before the first that is no event."""
+    """The lines before the first one that is not an event."""
     for line in content.splitlines():
         try:
             text = line.decode()
@@ -162,7 +163,7 @@ def _readable(content: bytes) -> Iterator[str]:
 
 
 def _next_file(folder: Path) -> Path:
-    """A new, empty file."""
+    """Create the next, empty history file."""
     numbers = [int(name.removeprefix("history-").removesuffix(".jsonl")) for name in history_files(folder)]
     path = folder / f"history-{max(numbers, default=0) + 1:04d}.jsonl"
     path.open("xb").close()

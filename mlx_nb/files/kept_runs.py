@@ -1,6 +1,6 @@
-"""The runs that are kept on disk: where earlier ones of a name are, what they take, and how they are removed.
+"""Runs kept on disk: where earlier runs of a name are, their sizes, and their removal.
 
-Only what mlx_nb wrote is ever removed, byte for byte as it was written, and never while a run holds the folder.
+Only files that mlx_nb wrote are ever removed, byte for byte as written, and never while a run holds the folder.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mlx_nb.process.ipython import in_ipython
 
 
 class KeptRun(NamedTuple):
-    """A run on disk. `bytes` are those of its own files, `update` is that of its newest checkpoint."""
+    """A run on disk. `bytes` is the size of its own files, `update` that of its newest checkpoint."""
 
     folder: Path
     name: str
@@ -40,17 +40,17 @@ class KeptRun(NamedTuple):
 
 
 def megabytes(size: int) -> str:
-    """`66.2 MB`, `1.3 GB`."""
+    """A size as text: `66.2 MB`, `1.3 GB`."""
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
 def delete_command(folder: Path) -> str:
-    """What removes the run in `folder`, as a person would write it here."""
+    """The command that removes the run in `folder`, as the user would type it here."""
     return f"`{'%finetune' if in_ipython() else 'mlx-nb'} delete {shlex.quote(str(folder))} --yes`"
 
 
 def resume_command(folder: Path) -> str:
-    """What goes on with the run in `folder`; empty where there is no checkpoint to go on from."""
+    """The command that resumes the run in `folder`; empty if it has no checkpoint."""
     newest = newest_checkpoint(folder)
     if newest is None:
         return ""
@@ -61,7 +61,7 @@ def resume_command(folder: Path) -> str:
 
 
 def _names_its_rows(checkpoint: Path) -> bool:
-    """Whether the settings in a checkpoint say where the rows are; those that were an object are not in it."""
+    """Whether the settings in a checkpoint name the source of the rows; rows given as an object are not stored."""
     try:
         return "data" in json.loads((checkpoint / "state.json").read_bytes())["config"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -72,32 +72,32 @@ def _names_its_rows(checkpoint: Path) -> bool:
 
 
 def earlier_runs(folder: Path) -> list[Path]:
-    """Where the runs are that were in `folder` before, the newest last."""
+    """The folders of runs that were in `folder` before, the newest last."""
     found = [(number, path) for parent, start in _places(folder) for number, path in _numbered(parent, start)]
     return [path for _, path in sorted(found)]
 
 
 def new_folder_beside(folder: Path) -> Path:
-    """`NAME.previous-1` beside the folder; `previous-1` in it where it is a link, a mount or the working folder.
+    """Create `NAME.previous-1` beside the folder; inside it if that is a link, a mount or the working folder.
 
-    The number is above all that are there.
+    The number is above all existing ones.
     """
     here = Path.cwd().resolve()
     beside, inside = _places(folder)
     if not folder.is_symlink() and not os.path.ismount(folder) and folder.resolve() not in (here, *here.parents):
-        with suppress(OSError):  # such as a name that is too long, or a folder above that cannot be written
+        with suppress(OSError):  # such as a name that is too long, or a parent folder that cannot be written
             return _make_next(*beside)
     return _make_next(*inside)
 
 
 def folder_now(folder: Path, run_id: str) -> Path | None:
-    """Where the run is that was in `folder`; None when it is neither there nor moved aside by a later one."""
+    """The current folder of a run that was in `folder`; None if it is neither there nor moved aside by a later run."""
     places = [folder, *reversed(earlier_runs(folder))]
     return next((place for place in places if (found := heading(place)) and found[0] == run_id), None)
 
 
 def _places(folder: Path) -> tuple[tuple[Path, str], tuple[Path, str]]:
-    """Where an earlier run can be, beside and inside: the folder above it, and how its name begins."""
+    """Where an earlier run can be, beside and inside: the parent folder, and how its name begins."""
     return (folder.parent, f"{folder.name}.previous-"), (folder, "previous-")
 
 
@@ -120,9 +120,9 @@ def _make_next(parent: Path, start: str) -> Path:
 
 
 def prune_earlier(folder: Path, keep: int, in_use: Collection[Path] = ()) -> list[str]:
-    """Of the runs that were in `folder` before, remove all but the `keep` newest. Returns what there is to say of it.
+    """Remove the runs that were in `folder` before, except the `keep` newest. Returns notes about it for the user.
 
-    One stays that is in use, or with anything in its folder that mlx_nb did not write.
+    A run stays if it is in use, or if its folder contains anything that mlx_nb did not write.
     """
     rule = f"of the earlier runs in {folder} the {keep} newest are kept (`keep_previous`)"
     lines = []
@@ -130,7 +130,7 @@ def prune_earlier(folder: Path, keep: int, in_use: Collection[Path] = ()) -> lis
         found = heading(place)
         if found is None or found[2] != RUN or place in in_use or is_locked(place):
             continue
-        with suppress(OSError, FolderTaken):  # it is tried again by the next run
+        with suppress(OSError, FolderTaken):  # the next run tries again
             own = own_files(place)
             if others := others_in(place, own):
                 lines.append(f"{place} stays, although {rule}: mlx_nb did not write {and_more(others, 1)} in it.")
@@ -144,7 +144,7 @@ def prune_earlier(folder: Path, keep: int, in_use: Collection[Path] = ()) -> lis
 
 
 def runs_below(folder: Path) -> Iterator[KeptRun]:
-    """The runs in a folder and the folders in it, by path."""
+    """The runs in a folder and its subfolders, by path."""
     for parent, inner, _ in os.walk(folder):
         inner.sort()
         place = Path(parent)
@@ -155,7 +155,7 @@ def runs_below(folder: Path) -> Iterator[KeptRun]:
 
 
 def kept_run(folder: Path) -> KeptRun | None:
-    """The run in a folder; None when there is none."""
+    """The run in a folder; None if there is none."""
     found, own = heading(folder), own_files(folder, exact=False)
     newest = newest_checkpoint(folder)
     if found is None and not own:
@@ -166,9 +166,9 @@ def kept_run(folder: Path) -> KeptRun | None:
 
 
 def own_files(folder: Path, *, exact: bool = True) -> dict[str, int]:
-    """The files of the run in `folder`, as names in it with their bytes, the list of them last.
+    """The files of the run in `folder`: names and sizes in bytes, the list of files last.
 
-    `exact` are those with the very bytes that were written; otherwise the size is enough.
+    With `exact`, only files with exactly the bytes that were written; otherwise the size is enough.
     """
     names: list[str] = []
     for name in WrittenFiles(folder).own(exact=exact):
@@ -182,11 +182,11 @@ def own_files(folder: Path, *, exact: bool = True) -> dict[str, int]:
 
 
 def _checkpoint_files(folder: Path, exact: bool) -> list[str]:
-    """The files of a checkpoint that are as its manifest says, and that manifest, last."""
+    """The files of a checkpoint that match its manifest, and the manifest itself, last."""
     try:
         content: dict[str, Any] = json.loads((folder / "manifest.json").read_bytes())
-        told = content.pop("sha256")
-        if told != hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest():
+        recorded = content.pop("sha256")
+        if recorded != hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest():
             return []
         listed = content["files"].items()
         own = [name for name, about in listed if "/" not in name and _is_as_written(folder / name, about, exact)]
@@ -205,7 +205,7 @@ def _is_as_written(path: Path, about: dict[str, Any], exact: bool) -> bool:
 
 
 def others_in(folder: Path, own: Collection[str]) -> list[str]:
-    """What else lies in a folder, as names in it: files, links, and folders with nothing in them."""
+    """Everything else in a folder, as names in it: files, links and empty folders."""
     ours = {name for file in own for name in (file, *(parent.as_posix() for parent in Path(file).parents))} | {MARK}
     if begins_as_ours(folder / MARK / LOCK_FILE):
         ours.add(f"{MARK}/{LOCK_FILE}")
@@ -217,7 +217,7 @@ def others_in(folder: Path, own: Collection[str]) -> list[str]:
 
 
 def _is_leaf(folder: Path) -> bool:
-    """Whether a folder is a link, or has nothing in it that can be seen."""
+    """Whether a folder is a link, or has nothing visible in it."""
     try:
         return folder.is_symlink() or not os.listdir(folder)
     except OSError:
@@ -225,9 +225,9 @@ def _is_leaf(folder: Path) -> bool:
 
 
 def delete_own(folder: Path) -> dict[str, int]:
-    """Remove the files of the run in `folder`, and it if nothing else is in it. Returns what was removed, as in it.
+    """Remove the files of the run in `folder`, and the folder if nothing else is in it. Returns what was removed.
 
-    Raises FolderTaken where a run holds it, and OSError; what is left then can be removed by a second time.
+    Raises FolderTaken if a run holds it, and OSError; calling it again removes what is left then.
     """
     lock = FolderLock(folder, folder.name)
     if (holder := lock.take()) is not None:
@@ -249,5 +249,5 @@ def delete_own(folder: Path) -> dict[str, int]:
 def _remove_empty_folders(folder: Path, names: Iterable[str]) -> None:
     parents = {parent for name in names for parent in Path(name).parents} - {Path(), Path(MARK)}
     for parent in sorted(parents, key=lambda one: -len(one.parts)):
-        with suppress(OSError):  # something of somebody else is in it
+        with suppress(OSError):  # a file of others is in it
             (folder / parent).rmdir()

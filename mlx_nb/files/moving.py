@@ -1,4 +1,4 @@
-"""A run's files are moved to another folder, whole, whenever the process that does it dies."""
+"""Moves a run's files to another folder; a move that is cut short by the death of its process is finished later."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mlx_nb.files.written_files import ARRIVING_FILE, MOVING_FILE, WrittenFiles
 
 
 def held_by(folder: Path, name: str, holder: Holder) -> str:
-    """Why the run called `name` cannot have a folder that another one holds, and what to do."""
+    """Error text: the run called `name` cannot have a folder that another run holds, and what to do."""
     return (
         f"{folder} is held by {holder}. Give this run another `--name`, such as {name}-2 (or another adapter_path), or "
         "end the other one first."
@@ -24,19 +24,25 @@ def held_by(folder: Path, name: str, holder: Holder) -> str:
 
 
 def finish_moving(folder: Path, name: str) -> Path | None:
-    """Go on with a move that was cut short by the death of its process."""
+    """Finish a move that was cut short by the death of its process.
+
+    Returns where the files are; None if there was none.
+    """
     try:
         target = Path((folder / MARK / MOVING_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    if not (target / MARK / ARRIVING_FILE).exists():  # not begun, or all there
+    if not (target / MARK / ARRIVING_FILE).exists():  # not begun, or complete
         (folder / MARK / MOVING_FILE).unlink()
         return None
     return _move_to(folder, target, name)
 
 
 def move_aside(folder: Path, name: str) -> Path | None:
-    """Move the files of the run in `folder` to a new folder beside it. Returns that; None where there are none."""
+    """Move the files of the run in `folder` to a new folder beside it.
+
+    Returns that folder; None if there are no files.
+    """
     if not WrittenFiles(folder).own():
         WrittenFiles(folder).path.unlink(missing_ok=True)
         return None
@@ -48,7 +54,10 @@ def move_aside(folder: Path, name: str) -> Path | None:
 
 
 def _move_to(folder: Path, target: Path, name: str) -> Path:
-    """Move all our own files to `target`, the list of them last. Nobody takes that folder before it is done."""
+    """Move all our own files to `target`, the list of them last.
+
+    No other run can take that folder before it is done.
+    """
     lock = FolderLock(target, name)
     if (holder := lock.take()) is not None:
         raise FolderTaken(held_by(folder, name, holder))
@@ -66,7 +75,7 @@ def _move_all(folder: Path, target: Path) -> None:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         _move(folder / name, target / name)
     for inner in {(folder / name).parent for name in own} - {folder}:
-        with suppress(OSError):  # something of somebody else is in it
+        with suppress(OSError):  # a file of others is in it
             inner.rmdir()
     if written.path.exists():
         _move(written.path, target / MARK / written.path.name)
@@ -75,7 +84,7 @@ def _move_all(folder: Path, target: Path) -> None:
 
 
 def _move(source: Path, target: Path) -> None:
-    """Rename, or copy whole and then remove where the target is on another disk."""
+    """Rename; if the target is on another disk, copy completely and then remove."""
     try:
         os.rename(source, target)
         return
@@ -84,7 +93,7 @@ def _move(source: Path, target: Path) -> None:
             raise
     partial_copy = target.with_name(f".{target.name}.partial")
     if source.is_dir():
-        shutil.rmtree(partial_copy, ignore_errors=True)  # of a process that died
+        shutil.rmtree(partial_copy, ignore_errors=True)  # left by a process that died
         shutil.copytree(source, partial_copy)
         os.rename(partial_copy, target)
         shutil.rmtree(source)

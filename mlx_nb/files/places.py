@@ -1,4 +1,4 @@
-"""Where mlx_nb may write: paths that can exist, and that do not lie among the files of another run."""
+"""Where mlx_nb may write: paths that can exist, and that are not inside the files of another run."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from mlx_nb.files.written_files import (
 
 _LONGEST_NAME = 200  # bytes: file systems take 255, and `.previous-1` may follow
 _LONGEST_PART = 255
-_LONGEST_BELOW = 128  # bytes of the longest path that a run writes below its folder
-_DEEPEST = 200  # folders inside one another: Python's own ways to make and remove them call themselves for each
+_LONGEST_BELOW = 128  # length in bytes of the longest path that a run writes below its folder
+_DEEPEST = 200  # nesting depth of folders: Python's own functions to make and remove them are recursive
 _OF_EXPORTS = {MARK, ADAPTER_FILE, CONFIG_FILE}
 _OF_RUNS = {*_OF_EXPORTS, BEST_FOLDER, CHECKPOINTS, REFERENCE_FILE, REPORT_FILE}
 
 
 def working_folder() -> Path:
-    """The working folder of the process. Raises FolderError when it was removed."""
+    """The working folder of the process. Raises FolderError if it was removed."""
     try:
         return Path.cwd()
     except OSError:
@@ -38,7 +38,7 @@ def working_folder() -> Path:
 
 
 def check_name(name: str) -> None:
-    """Raise ConfigError for a name of a run that cannot be one of a folder."""
+    """Raise ConfigError for a run name that cannot be the name of a folder."""
     parts = name.split("/") if isinstance(name, str) else [""]
     problem = f"a run cannot be called {shown(name)}: its name is also that of its folder in adapters/"
     if not all(map(str.strip, parts)) or {".", ".."} & set(parts) or not name.isprintable():
@@ -48,7 +48,7 @@ def check_name(name: str) -> None:
 
 
 def folder_of(path: str, working_folder: Path | None) -> Path:
-    """The absolute path of a run's folder. A link in it stays one, unless `..` follows it. Raises FolderError."""
+    """The absolute path of a run's folder. A link in it stays a link, unless `..` follows it. Raises FolderError."""
     try:
         folder = (working_folder or Path.cwd()) / Path(path).expanduser()
         folder = Path(os.path.realpath(folder)) if ".." in folder.parts else folder
@@ -61,15 +61,15 @@ def folder_of(path: str, working_folder: Path | None) -> Path:
 
 
 def run_folder(name: str, working_folder: Path) -> Path:
-    """The folder that a person means by the name of a run or the path of its folder. Raises FolderError."""
+    """The folder that a run's name or the path of its folder refers to. Raises FolderError."""
     folder = folder_of(name, working_folder)
     return folder if os.path.lexists(folder) or "/" in name else folder_of(f"adapters/{name}", working_folder)
 
 
 def path_problem(path: Path, below: int = _LONGEST_BELOW) -> str | None:
-    """Why no file system takes `path` with `below` bytes of further names in it; None where nothing speaks against it.
+    """Why no file system accepts `path` with `below` bytes of further names in it; None if it is possible.
 
-    Whether something stands in the way on the disk is not looked at.
+    What already exists on the disk is not checked.
     """
     if "\0" in str(path):
         return "it contains a null character"
@@ -96,9 +96,9 @@ def same_folder(one: Path, other: Path) -> bool:
 
 
 def refuse_among_files(path: Path, own: Path | None = None) -> None:
-    """Raise FolderTaken, in one line, where `path` lies under a name that a run keeps for its own files.
+    """Raise FolderTaken if `path` is under a name that a run reserves for its own files.
 
-    `own` is the folder of the run that asks, which may not be there yet.
+    `own` is the folder of the calling run, which may not exist yet.
     """
     real = Path(os.path.realpath(path))
     folders = [real, *real.parents]
@@ -117,7 +117,7 @@ def refuse_among_files(path: Path, own: Path | None = None) -> None:
 
 
 def refuse_among_runs(folder: Path) -> None:
-    """Raise FolderTaken, in one line, where a run in `folder` would write into the folder of another run."""
+    """Raise FolderTaken if a run in `folder` would write into the folder of another run."""
     refuse_among_files(folder)
     for name in (BEST_FOLDER, CHECKPOINTS):
         place = folder / name
@@ -134,7 +134,7 @@ def refuse_among_runs(folder: Path) -> None:
 
 
 def free_name(path: Path) -> Path:
-    """`path`, or where that is taken the same with the first number that is free."""
+    """`path`, or if that exists the same with the first free number."""
     free, number = path, 1
     while os.path.lexists(free):
         number += 1
@@ -143,7 +143,7 @@ def free_name(path: Path) -> Path:
 
 
 def _run_in(folder: Path, name: str) -> str | None:
-    """The run in whose folder a thing called `name` is one of its own, by name; None when there is none."""
+    """The name of the run in whose folder `name` is one of the run's own files; None if there is none."""
     if (found := heading(folder)) is not None:
         return found[1] if found[2] != EXPORT or name.casefold() in _OF_EXPORTS else None
     if (holder := _holder_in(folder)) is not None:
@@ -152,7 +152,7 @@ def _run_in(folder: Path, name: str) -> str | None:
 
 
 def _holder_in(folder: Path) -> str | None:
-    """The live run that holds a folder, by name; it may have written nothing there yet."""
+    """The name of the live run that holds a folder, which may have written nothing there yet."""
     if not is_locked(folder):
         return None
     holder = holder_of(folder)

@@ -1,4 +1,4 @@
-"""A report of a run as a file: written whole, over an earlier report of the same run only."""
+"""The report of a run as a file: written atomically, and only over an earlier report of the same run."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from mlx_nb.files.places import free_name, path_problem, refuse_among_files, sam
 from mlx_nb.files.whole_files import write_whole
 from mlx_nb.files.written_files import REPORT_FILE
 
-_LONGEST_PARTIAL = 16  # bytes that the name of a file takes more while it is written
+_LONGEST_PARTIAL = 16  # bytes that a file name grows by while it is written
 
 
 class ReportPath(type(Path())):  # type: ignore[misc]
-    """The path of a report, which a notebook shows as a link."""
+    """The path of a report, displayed as a link in a notebook."""
 
     def _repr_html_(self) -> str:
         target = self.relative_to(Path.cwd()) if self.is_relative_to(Path.cwd()) else self
@@ -23,14 +23,14 @@ class ReportPath(type(Path())):  # type: ignore[misc]
 
 
 def report_mark(name: str) -> str:
-    """What says in a page that it is a report of the run `name`."""
+    """The tag that marks a page as a report of the run `name`."""
     return f'<meta name="generator" content="mlx_nb: {escape(name, quote=True)}">'
 
 
 def report_path(path: str | Path, name: str, folder: Path) -> Path:
-    """Where a report of the run `name` in `folder` goes that a person wants at `path`, as an absolute path.
+    """The absolute path for a report of the run `name` in `folder` that the user wants at `path`.
 
-    Raises CommandError, naming a file that is free where this one is somebody else's, and for no possible file.
+    Raises CommandError for an impossible path, and for a file that is not a report of this run, naming a free one.
     """
     try:
         absolute = working_folder() / Path(path).expanduser()
@@ -48,7 +48,7 @@ def report_path(path: str | Path, name: str, folder: Path) -> Path:
 
 
 def _is_default(path: Path, folder: Path) -> bool:
-    """Whether it is the run's own report, by whatever path."""
+    """Whether it is the run's default report, by whatever path."""
     return path.name == REPORT_FILE and same_folder(path.parent, folder)
 
 
@@ -65,9 +65,9 @@ def _refuse_taken(path: Path, name: str) -> None:
 
 
 def write_report(path: Path, page: str, name: str) -> Path:
-    """Write the page whole or not at all, over an earlier one of the same run only. Returns the path.
+    """Write the page atomically, over an earlier report of the same run only. Returns the path.
 
-    Raises CommandError, naming a file that is free where this one is somebody else's.
+    Raises CommandError if the file there is not a report of this run, naming a free one.
     """
     try:
         _refuse_taken(path, name)
@@ -85,5 +85,5 @@ def _is_report(path: Path, name: str) -> bool:
 
 
 def _free(path: Path) -> Path:
-    """A name like this one that is not taken."""
+    """A name like this one that is free."""
     return free_name(path.with_suffix(".html") if path.is_dir() else path)

@@ -37,33 +37,33 @@ from mlx_nb.files.written_files import (
     WrittenFiles,
     foreign_marks,
     has_whole_checkpoint,
-    not_ours,
+    not_ours_error,
     run_in,
 )
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-# One thread at a time takes, checks or gives back a folder: the one that trains, or one that saves meanwhile.
-_one_thread = threading.RLock()
+# One thread at a time takes, checks or releases a folder: the one that trains, or one that saves meanwhile.
+_lock = threading.RLock()
 
 
-def _alone(method: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+def _locked(method: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     @functools.wraps(method)
-    def alone(*arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
-        with _one_thread:
+    def locked(*arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
+        with _lock:
             return method(*arguments, **options)
 
-    return alone
+    return locked
 
 
 class RunFolder:
-    """The folder at `path` in the hands of the run `run_id`, called `name`.
+    """The folder at `path`, as used by the run `run_id` called `name`.
 
-    `take` before anything is loaded, `begin` before the first file, `write` for each, `release` at the end. All raise
-    FolderError in one line: the folder cannot be written, somebody else holds it, or a file that mlx_nb did not write
-    is in the way. `at_rest` says whether all is saved and nothing moves, so that another
-    run of this process may take the folder over; `let_go` ends the run for a reason, so that it may.
+    Call `take` before anything is loaded, `begin` before the first file, `write` for each file, `release` at the end.
+    All raise FolderError in one line if the folder cannot be written, another run holds it, or a file that mlx_nb did
+    not write is in the way. `at_rest` tells whether everything is saved and no training is active, so that another run
+    of this process may take the folder over; `let_go(reason)` ends this run for that.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class RunFolder:
         self.let_go = let_go or self.give_up
         self._lock = FolderLock(path, name)
         self.notes: tuple[str, ...] = ()
-        self.refused = False  # the last attempt to write there
+        self.refused = False  # whether the last attempt to write there failed
         self._given_up = ""
         self._saved = False  # when it was given up
         self._written: WrittenFiles | None = None
@@ -100,17 +100,17 @@ class RunFolder:
         """Whether it is the folder at `path` that is held, which may have been moved since."""
         return self._lock.is_of(path)
 
-    @_alone
+    @_locked
     def take(self) -> None:
-        """Make sure that nobody else writes there, and that this run can. The folder is made if there is none."""
+        """Take the lock and make sure that this run can write there. Creates the folder if needed."""
         if self.lost:
             raise FolderTaken(self.lost)
         try:
             if foreign := foreign_marks(self.path):
-                raise not_ours(str(self.path / foreign[0]))
+                raise not_ours_error(str(self.path / foreign[0]))
             holder = self._lock.take()
             if holder is not None and holder.is_this_process:
-                self._ask_here()
+                self._take_over()
                 holder = self._lock.take()
             if holder is None:
                 _probe(self.path)
@@ -122,12 +122,12 @@ class RunFolder:
         self._wait_for_arrival()
 
     def _wait_for_arrival(self) -> None:
-        """Have the files that are being moved here all here. Raises FolderTaken while another run moves them."""
+        """Wait until files that are being moved here have arrived. Raises FolderTaken while another run moves them."""
         try:
             source = Path((self.path / MARK / ARRIVING_FILE).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return
-        self.release()  # they are moved by who holds both folders, that one first
+        self.release()  # whoever moves them holds both folders, this one first
         other = RunFolder(source, self.name)
         other.take()
         try:
@@ -137,44 +137,47 @@ class RunFolder:
         self.take()
 
     def other_holder(self) -> RunFolder | None:
-        """The folder as another run of this process holds it."""
-        return holder_here(self.path, self)
+        """The RunFolder of another run of this process that holds this folder; None without one."""
+        return holder_in_process(self.path, self)
 
-    @_alone
+    @_locked
     def share(self) -> None:
-        """The same for a run that only reads at first: another run of this process may have it until then."""
+        """Like `take`, for a run that only reads at first: another run of this process may hold it until then."""
         if self.other_holder() is None:
             self.take()
 
-    def _ask_here(self) -> None:
-        """Have another run of this process let go: one that nobody refers to, or that is at rest with all saved."""
+    def _take_over(self) -> None:
+        """Take over from another run of this process that nothing refers to, or that is at rest and saved."""
         gc.collect()
         other = self.other_holder()
         if other is not None and other.at_rest():
             whom = "the same run, resumed" if other.run_id == self.run_id else f"the run {self.name!r}"
             other.give_up(f"{self.path} was taken over by {whom} in this process")
 
-    @_alone
+    @_locked
     def release(self) -> None:
-        """Let go. The folder can be taken again, unless another run does."""
+        """Release the lock. The folder can be taken again unless another run has it."""
         self._lock.release()
 
-    @_alone
+    @_locked
     def give_up(self, reason: str) -> None:
-        """Let go for good: `reason` is what every later attempt to write is answered with."""
+        """Release the lock for good: every later attempt to write fails with `reason`."""
         self._given_up = reason
         self._saved = folder_now(self.path, self.run_id) is not None and has_whole_checkpoint(self.path)
-        self.at_rest, self.let_go = lambda: False, self.give_up  # what they are of is not held by its folder
+        self.at_rest, self.let_go = (
+            lambda: False,
+            self.give_up,
+        )  # drop the references to the run, which its folder must not keep alive
         self.release()
 
     @property
     def given_up(self) -> bool:
-        """Whether this run may write there no more; `lost` says why."""
+        """Whether this run has lost the folder; `lost` says why."""
         return bool(self._given_up)
 
     @property
     def lost(self) -> str:
-        """Why this run may write there no more, and how to get it back from where it is now; empty while it may."""
+        """Why this run has lost the folder, and how to get it back from where it is now; empty if it has not."""
         if not self._given_up:
             return ""
         place = folder_now(self.path, self.run_id)
@@ -184,9 +187,9 @@ class RunFolder:
             saved = f" It is saved, and {way_back} goes on with it."
         return f"{self._given_up}.{saved} This run writes there no more; `run.save(FOLDER)` keeps it elsewhere."
 
-    @_alone
+    @_locked
     def check(self) -> None:
-        """Before every save: the folder is still there and still this run's."""
+        """Check before every save that the folder still exists and is still this run's. Raises FolderError."""
         if self.lost or not self.held:
             self.take()
         there = run_in(self.path)
@@ -200,7 +203,7 @@ class RunFolder:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """The folder held, and afterwards let go of unless it was held before."""
+        """A context in which the folder is held; it is released afterwards unless it was held before."""
         before = self.held
         self.check()
         try:
@@ -210,22 +213,22 @@ class RunFolder:
                 self.release()
 
     def refuse_misplaced(self) -> None:
-        """Raise FolderTaken where a run here would write among the files of another run, or that one among its own."""
+        """Raise FolderTaken if this run would write among the files of another one, or another one among its own."""
         refuse_among_runs(self.path)
 
     def refuse_foreign(self) -> None:
-        """Raise FolderError where a file of somebody else has a name that this run would write under."""
+        """Raise FolderError if a file that mlx_nb did not write has a name that this run would write under."""
         self.refuse_misplaced()
         in_the_way = [*foreign_marks(self.path), *WrittenFiles(self.path).in_the_way()]
         if in_the_way:
-            raise not_ours(and_more([str(self.path / name) for name in in_the_way], 1))
+            raise not_ours_error(and_more([str(self.path / name) for name in in_the_way], 1))
 
-    @_alone
+    @_locked
     def begin(self, keep_previous: int | None = None) -> Path | None:
-        """Make the folder this run's. What an earlier run wrote there is moved; returns the folder that it is in now.
+        """Start this run in the folder. Files of an earlier run are moved; returns the folder they are in now.
 
-        Every other file stays where it is. Of the earlier runs the `keep_previous` newest are kept, None = all.
-        `notes` has what there is to say of them.
+        All other files stay. Of the earlier runs the `keep_previous` newest are kept (None: all). Notes about it for
+        the user are in `notes`.
         """
         if not self.held:
             self.take()
@@ -240,10 +243,10 @@ class RunFolder:
         return target
 
     def _where_it_is(self, target: Path | None) -> list[str]:
-        """What there is to say of the run that was moved to `target`."""
+        """Notes about the run that was moved to `target`."""
         kept = None
         if target is not None:
-            with suppress(OSError):  # somebody removes it just now
+            with suppress(OSError):  # another process is removing it
                 kept = kept_run(target)
         if kept is None:
             return []
@@ -252,9 +255,9 @@ class RunFolder:
         ways = [f"{way_back} goes on with it"] if way_back else []
         return [f"{moved} {', '.join([*ways, f'{delete_command(kept.folder)} removes it'])}."]
 
-    @_alone
+    @_locked
     def adopt(self) -> None:
-        """Go on with the run that is there. Its id becomes this one's. Raises FolderError when it was moved away."""
+        """Continue the run that is there: its id becomes this one's. Raises FolderError if it was moved away."""
         if self.held and (target := finish_moving(self.path, self.name)):
             raise FolderError(f"the run in {self.path} was moved to {target} when another began. Resume it there.")
         written = WrittenFiles(self.path)
@@ -262,16 +265,16 @@ class RunFolder:
             self.run_id = written.run
 
     def _begin_list(self) -> None:
-        """The list of this run's files, with those that are there already and are its own."""
+        """Create the list of this run's files, with its own files that already exist."""
         self._written = WrittenFiles(self.path)
         try:
             self._written.adopt(self.run_id, self.name, self._kind)
         except OSError as error:
             raise self._unwritable(error) from None
 
-    @_alone
+    @_locked
     def write(self, path: Path, write: Callable[[Any], Any]) -> None:
-        """Write a file of the run, whole or not at all, and note it. Raises OSError where the disk does not take it."""
+        """Write a file of the run atomically and record it. Raises OSError if the disk does not take it."""
         self.refused = True
         self.check()
         name = path.relative_to(self.path).as_posix()
@@ -287,11 +290,11 @@ class RunFolder:
         self._seen[path] = stamp if (stamp := _stamp(path)) else (0, 0, 0)
         self.refused = False
 
-    @_alone
+    @_locked
     def keep_numbered(self, count: int) -> None:
-        """Remove the numbered adapters of this run but for the `count` that were written last.
+        """Remove the numbered adapters of this run except the `count` last written.
 
-        One that is not as it was written stays. Raises OSError.
+        An adapter that was changed since stays. Raises OSError.
         """
         self.check()
         written = WrittenFiles(self.path)
@@ -299,11 +302,12 @@ class RunFolder:
             if written.holds(name):
                 (self.path / name).unlink()
 
-    @_alone
+    @_locked
     def take_for_adapter(self) -> Path | None:
-        """Take a folder that a person names for an adapter. One that was saved there before is moved aside.
+        """Take a folder that the user names for an adapter. An adapter saved there before is moved aside.
 
-        Returns where that is now. Raises FolderError where a run, or somebody else's adapter, is in the folder.
+        Returns where that is now. Raises FolderError if a run, or an adapter that mlx_nb did not write, is in the
+        folder.
         """
         refuse_among_files(self.path)
         self.take()
@@ -332,19 +336,19 @@ class RunFolder:
 _folders: weakref.WeakSet[RunFolder] = weakref.WeakSet()
 
 
-def holder_here(path: Path, but: RunFolder | None = None) -> RunFolder | None:
-    """The run of this process that holds the folder at `path`, other than `but`."""
+def holder_in_process(path: Path, but: RunFolder | None = None) -> RunFolder | None:
+    """The RunFolder of this process, other than `but`, that holds the folder at `path`; None without one."""
     return next((one for one in list(_folders) if one is not but and one.holds(path)), None)
 
 
 def _probe(folder: Path) -> None:
-    """Whether files can be made in the folder itself. Raises OSError."""
+    """Check that files can be created in the folder. Raises OSError."""
     with tempfile.NamedTemporaryFile(prefix=f"{MARK}-", dir=folder):
         pass
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """What changes with every change of a file; None when there is none."""
+    """A stamp that changes with every change of a file; None without the file."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -353,9 +357,9 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
 
 
 def _in_child() -> None:
-    """Who had the folders to itself was a thread of the process that was forked."""
-    global _one_thread
-    _one_thread = threading.RLock()
+    """In a forked child: the thread that held `_lock` does not exist here, so make a new lock."""
+    global _lock
+    _lock = threading.RLock()
 
 
 os.register_at_fork(after_in_child=_in_child)

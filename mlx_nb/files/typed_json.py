@@ -1,4 +1,4 @@
-"""JSON that somebody else may have written, read as the dataclass that it stands for: every value of its kind."""
+"""Reads untrusted JSON as dataclasses, checking that every value has its declared type."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _WORDS: dict[Any, str] = {
 
 
 class WrongJson(ValueError):
-    """A key that is not there, one that nobody knows, or a value of another kind. The message says which and where."""
+    """A missing key, an unknown key, or a value of another type. The message says which and where."""
 
 
 def json_object(content: bytes) -> Any:
-    """The value of a JSON text in which no key comes twice in one object. Raises WrongJson."""
+    """Parse a JSON text; no key may occur twice in one object. Raises WrongJson."""
     try:
-        return json.loads(content, object_pairs_hook=_once)
+        return json.loads(content, object_pairs_hook=_unique_keys)
     except WrongJson:
         raise
     except RecursionError:
@@ -39,7 +39,7 @@ def json_object(content: bytes) -> Any:
         raise WrongJson(f"it is not JSON: {error}") from None
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     read = dict(pairs)
     if len(read) < len(pairs):
         raise WrongJson(
@@ -49,11 +49,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_as(kind: Any, value: Any, where: str = "", *, others: bool = False) -> Any:
-    """A value of JSON as one of `kind`: a type, a Literal, a union, a list, tuple or dict of kinds, a dataclass, a
-    NamedTuple; recursively.
+    """Convert a JSON value to `kind`, recursively.
 
-    A field with a default may be missing. `others` lets the object have keys besides, which are passed over. Raises
-    WrongJson, with the place of what is wrong behind `where`.
+    `kind` is a type, a Literal, a union, a list, tuple or dict of kinds, a dataclass or a NamedTuple. A field with a
+    default may be missing. With `others`, unknown keys of the object are ignored. Raises WrongJson, with the place of
+    the mistake after `where`.
     """
     origin, options = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:

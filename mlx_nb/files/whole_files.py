@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, also after a power cut; and what killed processes left of them."""
+"""Atomic file writes: a file is complete or absent, even after a power cut; and cleanup after killed processes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 
 from mlx_nb.errors import nearest
 
-# Called with the finished file, its size in bytes and its SHA-256, before the file takes its place.
+# Called with the finished file, its size in bytes and its SHA-256, before it replaces the target.
 BeforeReplacing = Callable[[int, str], None]
 
 
 class HashedFile(io.BufferedWriter):
-    """A new file that hashes what is written to it, in order. Raises FileExistsError where there is one."""
+    """A new file that hashes what is written to it, in order. Raises FileExistsError if the file exists."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path, "xb"))
@@ -30,10 +30,10 @@ class HashedFile(io.BufferedWriter):
 
 
 def near_path(given: str, wanted: Callable[[Path], bool], names: Iterable[str] = ()) -> str:
-    """` Did you mean 'x'?` for a path that does not exist: what is wanted and lies beside it, spelled like it.
+    """` Did you mean 'x'?` for a path that does not exist: the nearest spelling of what is `wanted` in its folder.
 
-    Where its folder does not exist, the one that is spelled like that. `names` are others that may be meant. Raises
-    OSError for what cannot be looked at.
+    If its folder does not exist, the nearest spelling of that. `names` are further candidates. Raises OSError for a
+    folder that cannot be listed.
     """
     path = Path(given).expanduser()
     names = list(names)
@@ -49,10 +49,10 @@ def near_path(given: str, wanted: Callable[[Path], bool], names: Iterable[str] =
 
 
 def write_whole(path: Path, write: Callable[[Any], Any], before_replacing: BeforeReplacing | None = None) -> None:
-    """Write beside `path`, flush to disk, then rename: a reader sees the old file or the new one, never half.
+    """Write beside `path`, flush to disk, then rename: a reader sees the old file or the new one, never a part.
 
-    What a process that was killed while it wrote the same file left behind is removed. `before_replacing` may still
-    refuse by raising. Raises OSError.
+    Removes what a process that was killed while writing the same file left behind. `before_replacing` may raise to
+    cancel the write. Raises OSError.
     """
     _remove_leftovers(path)
     partial = path.with_name(f".{os.getpid()}.{path.name}")
@@ -79,7 +79,7 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether there is a process of this number."""
+    """Whether a process with this pid exists."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -98,7 +98,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush the names in a folder to disk."""
+    """Flush the directory entries of a folder to disk."""
     _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
 
 
@@ -115,6 +115,6 @@ def sync(descriptor: int) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network disks cannot flush folders; a write that failed says something else.
+        # Some network disks cannot flush folders; other errors mean a failed write.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise

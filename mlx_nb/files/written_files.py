@@ -1,9 +1,9 @@
-"""Which files in a folder are mlx_nb's own: a list that is kept as they are written, and what marks older ones.
+"""Which files in a folder mlx_nb wrote: a list that grows with each write, and rules for files of older versions.
 
     .mlx_nb/written.jsonl     {"run": id, "name": ..., "kind": "run" or "export"}, then for each file that was written
                               {"file": name, "bytes": size, "sha256": digest}, the newest last
 
-A file counts as our own when it is, byte for byte, one that the list names. A person's file never does.
+A file counts as our own if it has exactly the bytes that the list names. A user's file never does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mlx_nb.files.history_file import history_files, is_history
 from mlx_nb.files.typed_json import WrongJson, json_object, read_as
 
 LIST_FILE = "written.jsonl"
-# Until all files of an earlier run are moved, these name where to, in the one folder, and where from, in the other.
+# Until all files of an earlier run are moved, these name the target in the source folder and the source in the target.
 MOVING_FILE, ARRIVING_FILE = "moving", "arriving"
 PREVIOUS = re.compile(r"(?:.+\.)?previous-\d+")  # the name of the folder that they are moved to
 ADAPTER_FILE = "adapters.safetensors"
@@ -48,8 +48,8 @@ TAKEN = (
 
 
 @dataclass(frozen=True)
-class ListOf:
-    """The first line: whose list it is."""
+class ListHeader:
+    """The first line of the list: whose files they are."""
 
     run: str
     name: str | None = None
@@ -57,7 +57,7 @@ class ListOf:
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenEntry:
     """A line about a file that was written."""
 
     file: str
@@ -66,23 +66,23 @@ class Written:
 
 
 def heading(folder: Path) -> tuple[str, str, str] | None:
-    """Id, name and kind of the run whose list is in `folder`; None when there is none."""
+    """Id, name and kind of the run whose list is in `folder`; None if there is none."""
     try:
         with open(folder / MARK / LIST_FILE, "rb") as file:
-            first = read_as(ListOf, json_object(file.readline()), others=True)
+            first = read_as(ListHeader, json_object(file.readline()), others=True)
     except (OSError, WrongJson):
         return None
     return None if first.name is None else (first.run, first.name, first.kind or RUN)
 
 
 def run_in(folder: Path) -> tuple[str, str] | None:
-    """Id and name of that run."""
+    """Id and name of the run whose list is in `folder`; None if there is none."""
     found = heading(folder)
     return None if found is None else found[:2]
 
 
-def not_ours(files: str) -> FolderError:
-    """What to raise where a file that mlx_nb would write is there, and somebody else's."""
+def not_ours_error(files: str) -> FolderError:
+    """The error for a file that mlx_nb would write over but did not write itself."""
     return FolderError(
         f"{files} would be written over, and mlx_nb did not write it, or it was changed since. Nothing was moved. Give "
         "another `--name` or adapter_path."
@@ -90,17 +90,17 @@ def not_ours(files: str) -> FolderError:
 
 
 def foreign_marks(folder: Path) -> list[str]:
-    """What has the name of a file in which mlx_nb keeps track of `folder`, and is somebody else's, as names in it."""
+    """Files in `folder` that have the names of mlx_nb's bookkeeping files but are not ours, as names in it."""
     mark = folder / MARK
     if os.path.islink(mark) or not os.path.isdir(mark):
         return [MARK] if os.path.lexists(mark) else []
     foreign = [name for name in (LIST_FILE, LOCK_FILE) if not begins_as_ours(mark / name)]
-    foreign += [name for name in (MOVING_FILE, ARRIVING_FILE) if not _is_way(mark / name, folder)]
+    foreign += [name for name in (MOVING_FILE, ARRIVING_FILE) if not _is_note_of_move(mark / name, folder)]
     return [f"{MARK}/{name}" for name in foreign]
 
 
-def _is_way(path: Path, folder: Path) -> bool:
-    """Whether a file that says where the files of `folder` are moved to, or came from, may be one of mlx_nb."""
+def _is_note_of_move(path: Path, folder: Path) -> bool:
+    """Whether a file that names the target or source of a move of `folder` may be mlx_nb's."""
     if os.path.islink(path):
         return False
     try:
@@ -114,7 +114,7 @@ def _is_way(path: Path, folder: Path) -> bool:
 
 
 class WrittenFiles:
-    """The list of one folder, as it is on disk. `run` is the id of the run that it is of; None without a list."""
+    """The list of one folder, as it is on disk. `run` is the id of its run; None without a list."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -124,40 +124,42 @@ class WrittenFiles:
         self.kind: str | None = None
         self._digests: dict[str, set[tuple[int, str]]] = {}
         for line in self._lines():
-            if isinstance(line, ListOf):
+            if isinstance(line, ListHeader):
                 self.run, self.name, self.kind = line.run, line.name, line.kind
             else:
                 self._note(line.file, line.bytes, line.sha256)
 
-    def _lines(self) -> Iterator[ListOf | Written]:
-        """What the lines say; those that say nothing of the kind are passed over."""
+    def _lines(self) -> Iterator[ListHeader | WrittenEntry]:
+        """The entries of the list; lines that are no entries are skipped."""
         try:
             text = self.path.read_text(encoding="utf-8")
         except (OSError, ValueError):
             return
         for line in text.splitlines():
-            with suppress(WrongJson):  # the process died in the middle of it
+            with suppress(WrongJson):  # the process died while writing it
                 entry = json_object(line.encode())
-                yield read_as(ListOf if isinstance(entry, dict) and "run" in entry else Written, entry, others=True)
+                yield read_as(
+                    ListHeader if isinstance(entry, dict) and "run" in entry else WrittenEntry, entry, others=True
+                )
 
     def begin(self, run: str, name: str, kind: str) -> None:
-        """Make it the list of the run `run`. Raises OSError, and FolderError where it is somebody else's file."""
+        """Start the list of the run `run`. Raises OSError, and FolderError if a file there is not ours."""
         self.run, self.name, self.kind = run, name, kind
         self._append({"run": run, "name": name, "kind": kind})
 
     def record(self, name: str, size: int, digest: str) -> None:
-        """Note a file that is about to take its place. Raises as `begin` does."""
+        """Record a file that is about to take its place. Raises as `begin` does."""
         self._note(name, size, digest)
         self._append({"file": name, "bytes": size, "sha256": digest})
 
     def _note(self, name: str, size: int, digest: str) -> None:
-        """The name moves to the end: what was written last is the last."""
+        """Move the name to the end: the order is that of the last writes."""
         others = {other: known for other, known in self._digests.items() if other != name}
         self._digests = {**others, name: {*self._digests.get(name, ()), (size, digest)}}
 
     def _append(self, entry: dict[str, Any]) -> None:
         if foreign := foreign_marks(self._folder):
-            raise not_ours(str(self._folder / foreign[0]))
+            raise not_ours_error(str(self._folder / foreign[0]))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a+b") as file:
             end = file.seek(0, 2)
@@ -167,14 +169,14 @@ class WrittenFiles:
             file.write((b"\n" if end and torn else b"") + json.dumps(entry).encode() + b"\n")
 
     def adopt(self, run: str, name: str, kind: str) -> None:
-        """Begin the list of the run that is there already, written by an mlx_nb that kept none. Raises OSError."""
+        """Start the list of a run that is already there, written by a version that kept no list. Raises OSError."""
         found = _unlisted(self._folder)
         self.begin(run, name, kind)
         for file in found:
             self.record(file, *_digest(self._folder / file))
 
     def holds(self, name: str, *, exact: bool = True) -> bool:
-        """Whether the file `name` is there and one that was written by mlx_nb; not `exact`, by its size alone."""
+        """Whether the file `name` exists and was written by mlx_nb; without `exact`, compares its size only."""
         path = self._folder / name
         if self.run is None:
             return name in _unlisted(self._folder)
@@ -185,17 +187,17 @@ class WrittenFiles:
         return any(size == one for one, _ in known) and (not exact or _digest(path) in known)
 
     def numbered(self) -> list[str]:
-        """The numbered adapters that the list names and that are there, changed since or not, the newest last."""
+        """The existing numbered adapters that the list names, changed since or not, the newest last."""
         return [name for name in self._digests if NUMBERED.fullmatch(name) and (self._folder / name).is_file()]
 
     def own(self, *, exact: bool = True) -> list[str]:
-        """Our own files that are there, and the folders of checkpoints, as names in the folder."""
+        """Our own existing files and the folders of checkpoints, as names in the folder."""
         listed = [name for name in self._digests if self.holds(name, exact=exact)]
         names = _unlisted(self._folder) if self.run is None else listed
         return [*names, *_checkpoints(self._folder)]
 
     def in_the_way(self) -> list[str]:
-        """What a run would write over and is not our own."""
+        """Files that a run would write over and that are not our own."""
         found = []
         for name in (BEST_FOLDER, CHECKPOINTS):
             if (self._folder / name).exists() and not (self._folder / name).is_dir():
@@ -226,11 +228,11 @@ def _digest(path: Path) -> tuple[int, str]:
 
 
 def _unlisted(folder: Path) -> list[str]:
-    """What an mlx_nb that kept no list wrote: the adapter beside a configuration with our settings in it, and so on."""
+    """Files of a version that kept no list: an adapter beside a configuration with our settings in it, and so on."""
     found = []
     for inner in ("", f"{BEST_FOLDER}/"):
         if inner and ((folder / inner / MARK).exists() or (folder / inner / CHECKPOINTS).exists()):
-            continue  # a run that is called so
+            continue  # a run with this name
         if not has_own_configuration(folder / inner):
             continue
         names = [CONFIG_FILE, ADAPTER_FILE]
@@ -242,7 +244,7 @@ def _unlisted(folder: Path) -> list[str]:
 
 
 def has_own_configuration(folder: Path) -> bool:
-    """Whether the adapter in `folder` was written by mlx_nb, which puts its settings beside it."""
+    """Whether the adapter in `folder` was written by mlx_nb, which stores its settings beside it."""
     try:
         return isinstance(json.loads((folder / CONFIG_FILE).read_bytes())["mlx_nb"]["settings"], dict)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -250,7 +252,7 @@ def has_own_configuration(folder: Path) -> bool:
 
 
 def _checkpoints(folder: Path) -> list[str]:
-    """The whole checkpoints, the histories, and the name of the newest. What else lies there is somebody else's."""
+    """The complete checkpoints, the histories, and the pointer to the newest. Other files there are not ours."""
     inside = folder / CHECKPOINTS
     try:
         entries = sorted(inside.iterdir())
@@ -271,13 +273,13 @@ def has_whole_checkpoint(folder: Path) -> bool:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The folder of the newest checkpoint of the run in `folder`; None without one."""
+    """The folder of the newest checkpoint of the run in `folder`; None if there is none."""
     saved = [folder / name for name in _checkpoints(folder) if SAVED.fullmatch(name.rpartition("/")[2])]
     return max(saved, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
 def _is_pointer(path: Path) -> bool:
-    """Whether a file is `NAME SHA-256-OF-NAME`."""
+    """Whether a file has the form `NAME SHA-256-OF-NAME`."""
     try:
         name, digest = path.read_text(encoding="utf-8").split()
     except (OSError, ValueError):

@@ -18,7 +18,7 @@ from mlx_nb.config.run_config import RunConfig
 from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.errors import ModelError, OutOfMemory
 from mlx_nb.events import Progress
-from mlx_nb.files.cache_folder import mended_note
+from mlx_nb.files.cache_folder import repair_note
 from mlx_nb.model.backend import is_cpu
 from mlx_nb.model.fingerprint import Weights, weights_fingerprint
 from mlx_nb.model.finite import not_finite
@@ -88,7 +88,7 @@ def load_in_pieces(
                 "convert the model again."
             )
         bits = (config.get("quantization") or {}).get("bits")
-        notes = [note] if (note := mended_note(folder)) else []
+        notes = [note] if (note := repair_note(folder)) else []
         if load_in_bits is not None:
             if bits is not None:
                 raise ModelError(

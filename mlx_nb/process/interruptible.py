@@ -1,4 +1,4 @@
-"""The one place where an interrupt strikes at once: code of a person's own, which nothing else could end."""
+"""The one place where an interrupt takes effect at once: user code, which nothing else could end."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from types import TracebackType
 
 from mlx_nb.process import exits
 
-STRIKES = 3  # interrupts that such code may catch; the next one ends the process
-SECONDS_TO_END = 0.2  # in which what was struck has left such code, or has caught it
+STRIKES = 3  # interrupts that user code may catch; the next one ends the process
+SECONDS_TO_END = 0.2  # time for interrupted code to return, or to have caught the interrupt
 
 
 class Interruptible:
-    """A context for such code, and the way to break it off from a signal handler.
+    """A context for user code, and the means to interrupt it from a signal handler.
 
-    Everywhere else an interrupt is a request, so that nothing of ours ends between two lines that belong together.
+    Everywhere else an interrupt is a request, so that no code of ours stops between two lines that belong together.
     """
 
     def __init__(self) -> None:
-        self._thread: int | None = None  # which runs it
+        self._thread: int | None = None  # the thread that runs it
         self._strikes = 0
         self._struck_at = 0.0
 
     @property
     def inside(self) -> bool:
-        """Whether this thread is in such code."""
+        """Whether this thread is inside user code."""
         return self._thread == threading.get_ident()
 
     def __enter__(self) -> None:
@@ -37,14 +37,14 @@ class Interruptible:
 
     @property
     def stuck(self) -> bool:
-        """Whether such code is still running although it was struck: it catches every exception."""
+        """Whether such code is still running although it was interrupted: it catches every exception."""
         there = self._thread is not None and self._strikes > 0
         return there and time.monotonic() - self._struck_at > SECONDS_TO_END
 
     def strike(self, error: BaseException) -> None:
-        """Raise `error` if this thread is in such code. Code of another thread cannot be broken off.
+        """Raise `error` if this thread is inside user code. Code on another thread cannot be interrupted.
 
-        Where it has caught that too often, the process is saved and ends.
+        If the code has caught that too often, the runs are saved and the process ends.
         """
         if not self.inside or (self._strikes and not self.stuck):
             return

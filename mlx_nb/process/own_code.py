@@ -1,4 +1,4 @@
-"""Functions that a person wrote, losses and rewards: what they raised, in one line, and whether they are as before."""
+"""User-defined functions (losses, rewards): their errors in one line, and a digest that shows whether they changed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WRITES = ("STORE_GLOBAL", "STORE_DEREF", "DELETE_GLOBAL", "DELETE_DEREF")
 
 
 def describe_error(error: BaseException, function: Callable[..., Any]) -> str:
-    """An exception in one line, with the line of `function`'s code that raised it, counted from its `def`."""
+    """Describe an exception in one line, with the line of `function` that raised it, counted from its `def`."""
     while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
     try:
@@ -41,15 +41,15 @@ def _is_ours(variables: dict[str, Any]) -> bool:
 
 
 def is_own(function: Callable[..., Any]) -> bool:
-    """Whether a person wrote it: it does not come with this package."""
+    """Whether the function is user-defined, that is not part of this package."""
     return not str(getattr(inspect.unwrap(function), "__module__", "")).startswith("mlx_nb.")
 
 
 def code_digest(function: Callable[..., Any]) -> str:
     """SHA-256 of what a function does: its code without line numbers, defaults, and what it closes over or calls.
 
-    Functions of its own module that it names count with theirs, and so do constants there: numbers, texts, tuples of
-    them. What it writes itself (a counter) and what can change in place (a list) do not.
+    Functions and constants (numbers, texts, tuples of them) of its own module that it refers to are included. Globals
+    that it assigns (a counter) and mutable values (a list) are not.
     """
     digest = hashlib.sha256()
     for part in _parts(function, set()):

@@ -1,4 +1,4 @@
-"""Work that is done in pieces: a generator gives way after each, so that cells and clicks have their turn."""
+"""Cooperative work: a generator yields after each piece, so that cells and clicks are handled in between."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 def finished(work: Generator[Any, None, Result]) -> Result:
-    """The result of work in pieces, done at once."""
+    """Run a generator of pieces to its end and return its result."""
     while True:
         try:
             next(work)
@@ -22,10 +22,10 @@ def finished(work: Generator[Any, None, Result]) -> Result:
 
 
 def on_thread(function: Callable[[], Result]) -> Generator[None, None, Result]:
-    """Call `function` on a thread and give way until it is done; returns or raises what it does.
+    """Call `function` on a thread and yield until it is done; returns or raises what it does.
 
-    Only for what makes no mlx arrays that outlive it: they belong to the thread that made them. When the work is
-    dropped the thread goes on, and its result is lost.
+    Only for functions that make no mlx arrays that outlive the call: arrays belong to the thread that made them. If the
+    generator is closed, the thread runs on and its result is dropped.
     """
     outcome: list[Callable[[], Result]] = []
 

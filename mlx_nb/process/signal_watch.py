@@ -1,4 +1,4 @@
-"""Signals told on a thread of their own: also while the main thread is inside one long computation."""
+"""A thread that is notified of signals even while the main thread is inside one long computation."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Callable
 
 
 class SignalWatch:
-    """Calls `told` with the number of each signal that has a handler in Python, until it is closed.
+    """Calls `on_signal` with the number of each signal that has a Python handler, until it is closed.
 
-    To be made and closed on the main thread. Python calls a handler only between two steps of its interpreter there;
-    the wakeup descriptor is written to at once. Where another owns that already, nothing is told.
+    Create and close it on the main thread. Python runs a handler only between two bytecodes of that thread, but writes
+    to the wakeup descriptor at once. If something else already uses that descriptor, nothing is reported.
     """
 
-    def __init__(self, told: Callable[[int], None]) -> None:
-        self._told = told
+    def __init__(self, on_signal: Callable[[int], None]) -> None:
+        self._on_signal = on_signal
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self.renew()
@@ -26,16 +26,16 @@ class SignalWatch:
         with self._reader:
             while numbers := self._reader.recv(64):
                 for number in numbers:
-                    self._told(number)
+                    self._on_signal(number)
 
     def renew(self) -> None:
-        """Take the descriptor where nobody has it: who had it instead may have given it up."""
+        """Take the descriptor if it is free: its previous user may have released it."""
         owner = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         if owner not in (-1, self._writer.fileno()):
             signal.set_wakeup_fd(owner)
 
     def close(self) -> None:
-        """Give the descriptor back, and end the thread."""
+        """Release the descriptor and end the thread."""
         owner = signal.set_wakeup_fd(-1)
         if owner != self._writer.fileno():
             signal.set_wakeup_fd(owner)

@@ -116,8 +116,8 @@ class Checkpoints:
             reachable = ", ".join(str(one) for one in there if one < self._run.step_count) or "none"
             lost = "" if store.folder.exists() else f" {store.folder} no longer exists."
             raise CommandError(f"update {step} was not kept.{lost} These can be reached: {reachable}.") from None
-        before = history_of(checkpoint).standing
-        if [event.to_json() for event in before] != [event.to_json() for event in history.standing[: len(before)]]:
+        before = history_of(checkpoint).in_effect
+        if [event.to_json() for event in before] != [event.to_json() for event in history.in_effect[: len(before)]]:
             raise CommandError(f"the checkpoint of update {step} is of a branch that was left by a rewind.")
         return checkpoint
 
@@ -244,7 +244,7 @@ class Checkpoints:
 
 def _place_in(history: History) -> dict[str, int]:
     """How far a history is: its events, and those of them that no rewind left."""
-    return {"events": len(history.events), "standing": len(history.standing)}
+    return {"events": len(history.events), "standing": len(history.in_effect)}
 
 
 def _working_folder(config: RunConfig, run_folder: Path) -> dict[str, str] | None:

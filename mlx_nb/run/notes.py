@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from mlx_nb.config.checks import doubts_of
+from mlx_nb.config.checks import warnings_about
 from mlx_nb.data.examples.imitation import ExampleSettings
 from mlx_nb.data.examples.split import longest
 from mlx_nb.data.masks.prompt_format import has_chat_template
@@ -24,7 +24,7 @@ def start_notes(inputs: RunInputs) -> list[str]:
 
     warning = prepare_backend().warning
     of_model = (*inputs.loaded.notes, *training_notes(inputs.loaded, inputs.config, refuse_beyond_memory))
-    notes = [*([warning] if warning else []), *doubts_of(inputs.config), *of_model, *inputs.splits.notes]
+    notes = [*([warning] if warning else []), *warnings_about(inputs.config), *of_model, *inputs.splits.notes]
     if (
         inputs.config.prompt_format is None
         and inputs.asking.is_raw(inputs.tokenizer)

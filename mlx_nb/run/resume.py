@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mlx_nb.errors import MlxNbError
 from mlx_nb.events import ChangeSetting, Request, Rewind
-from mlx_nb.files.run_folder import RunFolder, holder_here
+from mlx_nb.files.run_folder import RunFolder, holder_in_process
 from mlx_nb.files.written_files import CHECKPOINTS
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def home_to_resume(folder: Path) -> RunFolder:
 
     A run of this process that holds it and is not saved is saved, and writes there no more.
     """
-    before = holder_here(folder)
+    before = holder_in_process(folder)
     if before is not None and not before.at_rest():
         before.let_go(f"{folder} was taken over by the same run, resumed in this process")
     home = RunFolder(folder, folder.name)

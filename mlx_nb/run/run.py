@@ -154,7 +154,7 @@ class Run:
         self._panel: weakref.ref[Panel] | None = None
         self._browsers: list[RowBrowser] = []  # which live as long as the run, shown or not
         self._own = OwnCalls(name)
-        exits.join(self)
+        exits.register(self)
 
     @classmethod
     def from_yaml(
@@ -470,7 +470,7 @@ class Run:
         from mlx_nb.model.memory import device_limits
 
         events = self._events(updates)
-        with exits.moving(self), device_limits():
+        with exits.driving(self), device_limits():
             while True:
                 with self.interrupts(), self.turns.turn(), exits.computing(self), self._own.calling(OWN_FUNCTION):
                     event = next(events, None)
@@ -711,7 +711,7 @@ class Run:
             raise CheckpointError(f"{self.name} is not let go, because {error}") from None
         self.home.give_up(f"{reason or f'{self.name} let go of {self.folder}'} after update {self.step_count}")
         self._checkpoints.snapshots.forget()
-        exits.give_back()
+        exits.restore_signals()
 
     @property
     def let_go(self) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_nb.config.checks import doubts_of
+from mlx_nb.config.checks import warnings_about
 from mlx_nb.config.methods import method_named
 from mlx_nb.config.run_config import LENGTHS, RunConfig
 from mlx_nb.data.examples.batches import Place, TokenBatch
@@ -602,7 +602,7 @@ class Trainer:
         """What a person should know about a change of the setting `name`; empty where it is what it says."""
         if name != "learning_rate":
             return ""
-        return " ".join([rate_words(config, self.iters, self.state.step), *doubts_of(config)])
+        return " ".join([rate_words(config, self.iters, self.state.step), *warnings_about(config)])
 
     def refuse_shorter_than_done(self, config: RunConfig) -> None:
         """Raise ConfigError for settings of a length that the run is beyond already."""

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from mlx_nb.config.methods import METHODS
-from mlx_nb.config.neighbor_words import ABSENT, ALPHAS, INSTEAD, NEEDLESS, SAME, SECTIONS, SWITCHES, VALUES
+from mlx_nb.config.neighbor_words import ALPHAS, INSTEAD, SAME, SECTIONS, SWITCHES, UNNECESSARY, UNSUPPORTED, VALUES
 from mlx_nb.config.run_config import _GROUPS, SETTINGS, RunConfig
 from mlx_nb.errors import ConfigError
 
@@ -469,22 +469,22 @@ NEIGHBORS = {
 
 @pytest.mark.parametrize("program", NEIGHBORS)
 def test_every_word_of_another_program_is_a_setting_or_known_for_what_it_is(program):
-    known = {*SETTINGS, *SAME, *SWITCHES, *INSTEAD, *NEEDLESS, *ABSENT, *ALPHAS, *SECTIONS}
+    known = {*SETTINGS, *SAME, *SWITCHES, *INSTEAD, *UNNECESSARY, *UNSUPPORTED, *ALPHAS, *SECTIONS}
     assert [word for word in NEIGHBORS[program].split() if word not in known] == []
 
 
-@pytest.mark.parametrize("word", sorted({*SAME, *SWITCHES, *INSTEAD, *NEEDLESS, *ABSENT, *ALPHAS}))
+@pytest.mark.parametrize("word", sorted({*SAME, *SWITCHES, *INSTEAD, *UNNECESSARY, *UNSUPPORTED, *ALPHAS}))
 def test_a_word_of_another_program_is_answered_by_what_there_is(word):
     assert word not in SETTINGS
-    assert sum(word in table for table in (SAME, SWITCHES, INSTEAD, NEEDLESS, ABSENT, ALPHAS)) == 1
+    assert sum(word in table for table in (SAME, SWITCHES, INSTEAD, UNNECESSARY, UNSUPPORTED, ALPHAS)) == 1
     with pytest.raises(ConfigError) as caught:
         RunConfig.from_dict({word: "x"})
     first, *others = str(caught.value).splitlines()
     assert first.startswith(f"unknown setting `{word}`. ")
     assert all(line.startswith(f"`{SAME[word]}` ") for line in others)
     assert "Did you mean" not in first
-    if word in ABSENT:
-        assert first.endswith(f"mlx_nb has no {ABSENT[word]} yet. Remove it.")
+    if word in UNSUPPORTED:
+        assert first.endswith(f"mlx_nb has no {UNSUPPORTED[word]} yet. Remove it.")
     for name in re.findall(r"`([a-z_]+)(?:: [^`]*)?`", first)[1:]:
         assert name in SETTINGS, first
     if word in SAME:

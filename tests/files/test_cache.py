@@ -16,7 +16,7 @@ import pytest
 
 from mlx_nb.errors import ModelError
 from mlx_nb.files import cache_folder, whole_files
-from mlx_nb.files.cache_folder import damage, made_once
+from mlx_nb.files.cache_folder import damage, make_once
 from mlx_nb.model import model_source
 from mlx_nb.model.loading import load_model
 from mlx_nb.model.model_source import model_folder
@@ -25,7 +25,7 @@ from tiny import save_tiny_model
 SLOW_MAKER = """
 import json, os, sys, time
 from pathlib import Path
-from mlx_nb.files.cache_folder import made_once
+from mlx_nb.files.cache_folder import make_once
 
 def make(work):
     print("made by", os.getpid(), flush=True)
@@ -42,7 +42,7 @@ def make(work):
 
 print("ready", flush=True)
 sys.stdin.readline()
-made_once(Path(sys.argv[1]), make)
+make_once(Path(sys.argv[1]), make)
 print("done", flush=True)
 """
 
@@ -97,7 +97,7 @@ def test_a_process_killed_at_any_moment_leaves_a_whole_model_or_none(tmp_path, s
         process.kill()
         process.wait()
         assert not folder.exists() or damage(folder) is None, attempt
-    made_once(folder, copied(source))
+    make_once(folder, copied(source))
     assert damage(folder) is None
     assert names(folder.parent) == ["tiny"]  # and nothing else is left
 
@@ -136,10 +136,10 @@ def test_what_is_being_made_is_not_swept_away_by_another_model(tmp_path, source)
         assert go_on.wait(30)
         return copied(source)(work)
 
-    thread = threading.Thread(target=made_once, args=(tmp_path / "one", slow))
+    thread = threading.Thread(target=make_once, args=(tmp_path / "one", slow))
     thread.start()
     assert inside.wait(30)
-    made_once(tmp_path / "two", copied(source))
+    make_once(tmp_path / "two", copied(source))
     assert names(tmp_path) == [".one.work", "two"]
     go_on.set()
     thread.join()
@@ -152,7 +152,7 @@ def test_what_earlier_versions_left_is_removed_once_it_is_old(tmp_path, source):
         left.mkdir()
         (left / "model.safetensors").write_bytes(b"x")
         os.utime(left, (time.time() - age,) * 2)
-    made_once(tmp_path / "tiny", copied(source))
+    make_once(tmp_path / "tiny", copied(source))
     assert names(tmp_path) == [".new-0123abcd", "tiny"]
 
 
@@ -283,24 +283,24 @@ def test_a_damaged_model_of_the_hub_is_fetched_again(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
 def test_a_whole_model_in_a_read_only_cache_is_used(tmp_path, source):
-    folder = made_once(tmp_path / "models" / "tiny", copied(source))
+    folder = make_once(tmp_path / "models" / "tiny", copied(source))
     folder.parent.chmod(0o555)
     try:
-        assert made_once(folder, lambda work: pytest.fail("made again")) == folder
+        assert make_once(folder, lambda work: pytest.fail("made again")) == folder
     finally:
         folder.parent.chmod(0o755)
 
 
 def test_a_whole_model_is_used_without_a_lock_or_a_write(tmp_path, source, monkeypatch):
-    folder = made_once(tmp_path / "models" / "tiny", copied(source))
+    folder = make_once(tmp_path / "models" / "tiny", copied(source))
     monkeypatch.setattr(cache_folder, "_work_on", lambda folder: pytest.fail("asked to write"))
-    assert made_once(folder, lambda work: pytest.fail("made again")) == folder
+    assert make_once(folder, lambda work: pytest.fail("made again")) == folder
 
 
 def test_what_is_made_is_flushed_before_it_has_its_name(tmp_path, source, monkeypatch):
     done, sync, rename = [], os.fsync, os.rename
     monkeypatch.setattr(os, "fsync", lambda descriptor: (done.append("flush"), sync(descriptor))[1])
     monkeypatch.setattr(os, "rename", lambda one, other: (done.append("name"), rename(one, other))[1])
-    made_once(tmp_path / "tiny", copied(source))
+    make_once(tmp_path / "tiny", copied(source))
     entries = len(names(tmp_path / "tiny")) + 1  # its files and itself
     assert done == ["flush"] * entries + ["name", "flush"]

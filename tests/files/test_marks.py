@@ -11,7 +11,7 @@ from folder_lives import make
 from mlx_nb import Run
 from mlx_nb.errors import FolderError, MlxNbError
 from mlx_nb.events import RunFinished, RunPaused
-from mlx_nb.files.cache_folder import damage, made_once
+from mlx_nb.files.cache_folder import damage, make_once
 from mlx_nb.notebook.quickstart import _copy_example, _example_files
 from tiny import save_tiny_model, tiny_rows
 
@@ -137,10 +137,10 @@ def test_a_folder_of_a_persons_beside_cached_models_is_not_swept_away(here):
         (folder / "chapters").mkdir(parents=True)
         (folder / "chapters/one.tex").write_text("mine")
         os.utime(folder, (0, 0))
-    folder = made_once(here / "cache/tiny", make_model)
+    folder = make_once(here / "cache/tiny", make_model)
     assert [(one / "chapters/one.tex").read_text() for one in kept] == ["mine", "mine"]
     (folder / "notes.md").write_text("mine")
     (folder / "config.json").write_text("{")
-    assert damage(made_once(folder, make_model)) is None
+    assert damage(make_once(folder, make_model)) is None
     assert json.loads((folder / "config.json").read_text())
     assert (folder / "notes.md").read_text() == "mine"

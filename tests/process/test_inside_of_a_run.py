@@ -89,7 +89,7 @@ def test_a_listener_that_moves_or_asks_the_run_is_told_what_it_may_do_and_traini
     assert said.count("run cannot") == 1
     assert "from inside of a listener" in said
     assert "run.request(Pause())" in said
-    assert run.history["loss"] == [event.loss for event in run.history.standing if isinstance(event, StepCompleted)]
+    assert run.history["loss"] == [event.loss for event in run.history.in_effect if isinstance(event, StepCompleted)]
 
 
 def test_what_a_listener_may_do_works(tmp_path, tiny_folder):

@@ -55,7 +55,7 @@ def some_history(seed: int, events: int = 120) -> History:
                 step += 1
                 metrics = {"margin": draw.random()} if draw.random() < 0.5 else {}
                 history.append(update(step, draw.choice([draw.random(), math.nan]), metrics))
-                stood[step] = len(history.standing)
+                stood[step] = len(history.in_effect)
             case "valid":
                 history.append(validation(step, draw.random()))
             case "save":
@@ -124,7 +124,7 @@ def test_a_rewind_cuts_the_lines_as_it_cuts_the_history_and_leaves_the_branches(
     assert len(told) == min(len(branches), 10)
     assert all(set(line) <= set(branch) for line, branch in zip(told, branches[-len(told) :]))
     assert [clock["step"][-1] for clock in series["clocks"][1:]] == [line[-1][0] for line in told]
-    standing = [event for event in history.standing if isinstance(event, AdapterSaved | SettingChanged | Rewound)]
+    standing = [event for event in history.in_effect if isinstance(event, AdapterSaved | SettingChanged | Rewound)]
     if all(sum(type(event) is kind for event in standing) <= 16 for kind in (AdapterSaved, SettingChanged, Rewound)):
         assert sorted(marker["step"] for marker in series["markers"]) == sorted(event.step for event in standing)
 
@@ -211,7 +211,7 @@ def test_minus_a_reward_is_no_point_of_the_loss():
 
 def test_a_rewind_cuts_the_validations_of_metrics_too():
     history = method_history("dpo", 30)
-    kept = history.standing.index(next(event for event in history.standing if event.step == 11))
+    kept = history.in_effect.index(next(event for event in history.in_effect if event.step == 11))
     history.append(Rewound(10, 30, kept))
     series = series_of(history, 60, METHODS["dpo"].metrics)
     assert [step for step, _ in lines_of(series, "margin", "valid")[0]] == [0]
@@ -308,7 +308,7 @@ def long_history(updates: int, metrics: int = 0, branches: int = 0) -> History:
             history.append(RunPaused(100_000 + step, "for a reason that takes some words " * 5))
             history.append(BatchSkipped(100_000 + step, tuple(range(1000))))
         if branches and step % (updates // branches) == 0:
-            history.append(Rewound(100_000 + step - 100, 100_000 + step, len(history.standing) - 200))
+            history.append(Rewound(100_000 + step - 100, 100_000 + step, len(history.in_effect) - 200))
     return history
 
 
@@ -434,7 +434,7 @@ def told_history(updates: int = 140) -> History:
                 history.append(AdapterSaved(step, "adapters/pirate", "last"))
 
     learn(1, 70)
-    kept = len(history.standing)
+    kept = len(history.in_effect)
     learn(71, 92, explode=True)
     history.append(Rewound(70, 92, kept))
     history.append(SettingChanged(70, "learning_rate", 1e-4, 5e-5))

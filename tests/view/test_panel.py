@@ -92,7 +92,7 @@ def test_changes_make_of_what_a_page_has_what_there_is(seed):
             if draw.random() < 0.02:
                 history.append(SettingChanged(step, "learning_rate", 1e-4, 5e-5))
         if draw.random() < 0.1 and step > 10:
-            kept = next(at for at, event in enumerate(history.standing) if event.step > step - 5)
+            kept = next(at for at, event in enumerate(history.in_effect) if event.step > step - 5)
             history.append(Rewound(step - 5, step, kept))
             step -= 5
         new = copy.deepcopy(builder.series(3000))

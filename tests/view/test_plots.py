@@ -64,7 +64,7 @@ def test_the_best_reward_is_the_highest_and_no_loss_is_minus_a_reward():
 
 def test_what_a_rewind_left_stays_in_the_figure_of_rewards():
     history = method_history("grpo", 30)
-    history.append(Rewound(10, 30, history.standing.index(next(e for e in history.standing if e.step == 11))))
+    history.append(Rewound(10, 30, history.in_effect.index(next(e for e in history.in_effect if e.step == 11))))
     left = next(line for line in plot_history(history).axes[0].get_lines() if line.get_label() == "rewound")
     assert list(left.get_xdata()) == list(range(11, 31))
 

@@ -44,7 +44,7 @@ def known_role(role: str, own: Mapping[str, str], where: str) -> str:
 def calls_in_text(value: Any, role: str, where: str) -> list[dict[str, Any]]:
     """The tool calls that a message of the role `function_call` consists of: one, or a list, as JSON text."""
     try:
-        found = json.loads(value, object_pairs_hook=_once) if isinstance(value, str) else value
+        found = json.loads(value, object_pairs_hook=_unique_keys) if isinstance(value, str) else value
         problem = ""
         refuse_odd_value(found, where)
     except (ValueError, RecursionError) as error:
@@ -58,7 +58,7 @@ def calls_in_text(value: Any, role: str, where: str) -> list[dict[str, Any]]:
     return [whole_call(call) for call in calls]
 
 
-def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     read = dict(pairs)
     if len(read) < len(pairs):
         raise ValueError("a key comes twice in one object")

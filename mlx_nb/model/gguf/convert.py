@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_nb.errors import ModelError
-from mlx_nb.files.cache_folder import made_once
+from mlx_nb.files.cache_folder import make_once
 from mlx_nb.model.gguf.tokenizer import build_tokenizer, end_of_turn_ids
 
 GROUP_SIZE = 32
@@ -85,7 +85,7 @@ def convert_gguf(path: Path, folder: Path) -> Path:
     folder cannot be written.
     """
     try:
-        return made_once(folder, lambda work: write_model(path, work / "model"))
+        return make_once(folder, lambda work: write_model(path, work / "model"))
     except OSError as error:
         raise ModelError(
             f"{folder} cannot be written: {_reason(error)}. Free some space, or choose another folder (MLX_NB_CACHE)."

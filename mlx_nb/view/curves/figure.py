@@ -173,7 +173,7 @@ def room_for_left(low: float, high: float, left: list[float]) -> tuple[float, fl
 
 def _mark_changes(axes: Axes, history: History) -> None:
     """A thin line where a setting was changed, named at its top; of many changes, only the last are named."""
-    changes = [event for event in history.standing if isinstance(event, SettingChanged)]
+    changes = [event for event in history.in_effect if isinstance(event, SettingChanged)]
     for number, event in enumerate(changes):
         axes.axvline(event.step, color=LEFT_COLOR, linewidth=0.8, linestyle="--", zorder=0)
         if number >= len(changes) - _NAMED_CHANGES:

@@ -50,7 +50,9 @@ class Looks:
         which   `update` (the rows of that one), `worst` (highest loss first) or `all` (in their own order)
         """
         if which == "update":
-            found = (one for one in self._run.history.standing if isinstance(one, StepCompleted) and one.step == update)
+            found = (
+                one for one in self._run.history.in_effect if isinstance(one, StepCompleted) and one.step == update
+            )
             return {**rows_of(next(found, None), self._location(split)), "pages": 1}
         if which == "worst":
             losses = self._worst_rows(split)

@@ -154,7 +154,7 @@ def listed_rows(losses: Sequence[tuple[int, float | None]], location: Callable[[
 def samples_of(history: History, config: RunConfig) -> list[Told]:
     """Each kept or answered prompt: `base` answer (None: none) and the newest `answers` as [update, text]."""
     found: dict[str, Told] = {}
-    for event in history.standing:
+    for event in history.in_effect:
         if isinstance(event, SampleGenerated):
             told = found.setdefault(event.prompt, {"prompt": visible(event.prompt), "base": None, "answers": []})
             told["base"] = visible(event.base_answer) if event.base_answer is not None else told["base"]

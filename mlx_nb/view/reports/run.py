@@ -110,7 +110,7 @@ def _evaluations(history: History) -> str:
 
 
 def _samples(history: History) -> str:
-    answers = [event for event in history.standing if isinstance(event, SampleGenerated)]
+    answers = [event for event in history.in_effect if isinstance(event, SampleGenerated)]
     rows = (
         [
             str(event.step),
