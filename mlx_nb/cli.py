@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import TYPE_CHECKING, Any
 
-from mlx_nb.config.yaml_text import advice_as_words, read_words
 from mlx_nb.errors import ConfigError, DataError, MlxNbError
 
 if TYPE_CHECKING:
@@ -84,17 +83,18 @@ def _discard(*streams: Any) -> None:
 
 
 def _carry_out(arguments: Sequence[str] | None) -> int:
-    parser = command_line()
-    chosen, further = parser.parse_known_args(arguments)
-    # argparse fills DATA and the settings at the first of them, and gives back settings that follow an option.
-    if further and (not hasattr(chosen, "settings") or any(word.startswith("-") for word in further)):
-        parser.error(f"unrecognized arguments: {' '.join(further)}")
-    if further:
-        chosen.settings = [*chosen.settings, *further]
-    if chosen.act is None:
-        parser.print_help()
-        return 2
+    # Whatever takes long to import is imported in here, so that an interrupt meanwhile is one line too.
     try:
+        parser = command_line()
+        chosen, further = parser.parse_known_args(arguments)
+        # argparse fills DATA and the settings at the first of them, and gives back settings that follow an option.
+        if further and (not hasattr(chosen, "settings") or any(word.startswith("-") for word in further)):
+            parser.error(f"unrecognized arguments: {' '.join(further)}")
+        if further:
+            chosen.settings = [*chosen.settings, *further]
+        if chosen.act is None:
+            parser.print_help()
+            return 2
         result: int = chosen.act(chosen)
         return result
     except MlxNbError as error:
@@ -159,6 +159,7 @@ def _quickstart(chosen: argparse.Namespace) -> int:
 def _train(chosen: argparse.Namespace) -> int:
     from pathlib import Path
 
+    from mlx_nb.config.yaml_text import read_words
     from mlx_nb.model.backend import prepare_backend
 
     prepare_backend()
@@ -193,6 +194,7 @@ def _functions_in(path: str | None) -> dict[str, Any]:
 def _check(chosen: argparse.Namespace) -> int:
     import json
 
+    from mlx_nb.config.yaml_text import advice_as_words, read_words
     from mlx_nb.run.run import Run
 
     settings = read_words(chosen.settings, "mlx-nb check", "data max_seq_length=1024")

@@ -132,3 +132,21 @@ def test_where_nobody_reads_the_output_a_command_ends_without_a_word(words, conf
     # argparse itself takes no notice of a help that nobody reads.
     status = {"": 2, "--help": 0, "check nothing.jsonl": 1}
     assert ended.returncode == status.get(" ".join(words), 141)
+
+
+INTERRUPTED_IN_AN_IMPORT = """
+import sys
+class Interrupts:
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("mlx_nb.") and name not in ("mlx_nb.cli", "mlx_nb.errors"):
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupts())
+from mlx_nb.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("arguments", [["train", "run.yaml"], ["check", "rows.jsonl"], ["settings"], ["runs"]])
+def test_an_interrupt_while_a_command_is_imported_is_one_line(config, arguments):
+    ended = subprocess.run([sys.executable, "-c", INTERRUPTED_IN_AN_IMPORT, *arguments], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "mlx-nb: interrupted\n")
