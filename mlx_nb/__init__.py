@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from mlx_nb.config.methods import register_objective
     from mlx_nb.config.run_config import RunConfig
+    from mlx_nb.notebook.new_run import new
     from mlx_nb.objectives.conformance import check_objective
     from mlx_nb.run.rows import rows
     from mlx_nb.run.run import Run
@@ -27,6 +28,7 @@ __all__ = [
     "check_objective",
     "load",
     "load_ipython_extension",
+    "new",
     "register_objective",
     "rows",
     "unload_ipython_extension",
@@ -37,10 +39,11 @@ _PUBLIC = {
     "RunConfig": "mlx_nb.config.run_config",
     "check_objective": "mlx_nb.objectives.conformance",
     "load": "mlx_nb.run.saved",
+    "new": "mlx_nb.notebook.new_run",
     "register_objective": "mlx_nb.config.methods",
     "rows": "mlx_nb.run.rows",
 }
-_COMPUTING = ("Run", "check_objective", "load", "rows")
+_COMPUTING = ("Run", "check_objective", "load", "new", "rows")
 
 
 def __getattr__(name: str) -> Any:

@@ -422,6 +422,25 @@ def _only_candidate() -> str:
     )
 
 
+def _new(session: Session, arguments: argparse.Namespace) -> Any:
+    """The form; where there are no widgets, and with --write, the cell itself, at the next prompt or below this one."""
+    from mlx_nb.notebook import new_run
+
+    given, namespace = new_run.given_in(arguments.changes), session.namespace or {}
+    form = session.form
+    if arguments.write or not has_rich_display():
+        if form is not None and not given:
+            given = dict(form.values)
+        with advice_as_words():
+            new_run.checked_run(given, namespace)
+        new_run.write_next_cell(given)
+        return None
+    if form is not None:
+        form.close()
+    session.form = new_run.NewRun(given, namespace)
+    return session.form
+
+
 def _rows(session: Session, arguments: argparse.Namespace) -> Any:
     settings = [word for word in arguments.what if "=" in word]
     splits = [word for word in arguments.what if "=" not in word]
@@ -534,7 +553,7 @@ def _command(
     for flags, options in arguments:
         parser.add_argument(*flags, **options)
     usage = _usage(parser)
-    if name not in ("runs", "help", "use", "delete", "compare", "load"):
+    if name not in ("new", "runs", "help", "use", "delete", "compare", "load"):
         parser.add_argument("--name", "-n", default=None, help="another run than the current one")
     parser.add_argument(
         NOW, action="store_true", help="act at once, while a run goes on that this cell is queued behind"
@@ -547,10 +566,17 @@ def _argument(*flags: str, **options: Any) -> tuple[tuple[Any, ...], dict[str, A
 
 
 # What a person does to a run that is running, and looks that show it so: in the cell that starts one they do not wait.
-_STEERING = ("pause", "stop", "set", "skip", "panel", "status", "runs", "use", "browse", "help")
+_STEERING = ("pause", "stop", "set", "skip", "panel", "status", "runs", "use", "browse", "help", "new")
 _OUTPUT = _argument("-o", "--output", metavar="VARIABLE", help=CELL_OPTIONS["-o"])
 _SPLIT = _argument("split", nargs="?", default="train", choices=SPLITS)
 COMMANDS: dict[str, Command] = {
+    "new": _command(
+        "new",
+        "a form for a new run: settings, rows with masks, their check, and the cell",
+        _new,
+        _argument("changes", nargs="*", metavar="key=value", help="what the form begins with"),
+        _argument("--write", action="store_true", help="write its cell into the next one"),
+    ),
     "step": _command("step", "do exactly n updates (default 1)", _step, _argument("n", nargs="?", type=int, default=1)),
     "run": _command(
         "run",

@@ -15,7 +15,7 @@ from mlx_nb.notebook.queued_cells import NOW
 WIDTH = 66  # characters that fit where the notebook is 700 px wide
 _PAGE = 96  # of what `?` opens, which is as wide as the window
 _GROUPS = {
-    "Train": ("step", "run", "pause", "stop", "rewind", "skip", "resume"),
+    "Train": ("new", "step", "run", "pause", "stop", "rewind", "skip", "resume"),
     "Look": ("panel", "status", "plot", "report", "config", "compare"),
     "Rows": ("rows", "row", "browse", "check", "batch", "rollouts"),
     "Ask": ("generate", "eval"),

@@ -12,6 +12,7 @@ from mlx_nb.view.panel.still import lasting_html
 if TYPE_CHECKING:
     from mlx_nb.events import Event
     from mlx_nb.notebook.lasting_output import Outcome
+    from mlx_nb.notebook.new_run import NewRun
     from mlx_nb.notebook.queued_cells import QueuedCells
     from mlx_nb.run.run import Run
     from mlx_nb.view.panel.panel import Panel
@@ -28,6 +29,7 @@ class Session:
         self.queued = queued
         self.runs: dict[str, Run] = {}
         self.looked_at: Run | None = None  # of which only the rows are looked at
+        self.form: NewRun | None = None  # of a run that there is not yet
         self._current: str | None = None
         self._shown: dict[str, tuple[Panel, Outcome]] = {}
         self._further: dict[str, list[Any]] = {}  # what stands below further views of a panel, once that is closed
@@ -134,6 +136,8 @@ class Session:
         self.save_all()
         for name in list(self._shown):
             self._close_shown(name)
+        if self.form is not None:
+            self.form.close()
 
     def save_all(self) -> None:
         """Write a checkpoint of every run that did updates since its last one. What cannot be saved is said."""

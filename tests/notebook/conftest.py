@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from jupyter_lab import lab
-from row_pages import screenshot
+from row_pages import browser, screenshot
 
-__all__ = ["lab", "screenshot"]
+__all__ = ["browser", "lab", "screenshot"]

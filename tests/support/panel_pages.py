@@ -1,4 +1,4 @@
-"""A panel in a bare page: the very script and state of the package, and a model of what anywidget gives to a view."""
+"""A widget of ours, above all the panel, in a bare page: its script and state, and a model like that of anywidget."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ window.model = {
     send(message) { window.sent.push(message); window.to_kernel?.(message); },
 };
 window.deliver = message => { for (const callback of [...heard["msg:custom"] ?? []]) callback(message, []); };
-const forget = widget.initialize({ model: window.model });
+const forget = widget.initialize?.({ model: window.model });
 window.close_view = widget.render({ model: window.model, el: document.querySelector("#cell") });
 window.close_model = forget;
 window.ready = true;
@@ -47,7 +47,7 @@ def state_of(panel) -> dict:
     return {name: value for name, value in panel.get_state().items() if name[0] != "_" and name not in OWN}
 
 
-def page_of(state: dict, theme: str) -> str:
+def page_of(state: dict, theme: str, css: str = Panel._css) -> str:
     """The page as HTML, in a theme of `THEMES` or plain."""
     style = ""
     if theme in THEMES:
@@ -55,18 +55,23 @@ def page_of(state: dict, theme: str) -> str:
         style = f":root {{ --jp-layout-color0: {page}; --jp-layout-color1: {above}; --jp-ui-font-color0: {text};"
         style += f" --jp-ui-font-color1: {quiet} }} body {{ background: {page}; color: {text} }}"
     told = json.dumps(state, allow_nan=False).replace("<", "\\u003c")
-    return PAGE % {"theme": style, "style": Panel._css, "state": told}
+    return PAGE % {"theme": style, "style": css, "state": told}
 
 
 def open_panel(browser, panel, theme="light", width=900, height=900, wrong=None, **changed):
     """A page with the panel; what it asks the kernel is answered by `panel`, in this process."""
+    no_beats_for(panel)
+    return open_widget(browser, panel, theme, width, height, wrong, **changed)
+
+
+def open_widget(browser, panel, theme="light", width=900, height=900, wrong=None, **changed):
+    """A page with a widget; `wrong` gets what fails there, and `page.asked` what it sends to the kernel."""
     wrong = [] if wrong is None else wrong
     panel._loop = None  # the loop that runs here is the browser's
-    no_beats_for(panel)
     page = browser.new_page(viewport={"width": width, "height": height}, device_scale_factor=1)
     answers = {
-        "/panel.js": (str(Panel._esm), "text/javascript"),
-        "/": (page_of({**state_of(panel), **changed}, theme), "text/html"),
+        "/panel.js": (str(panel._esm), "text/javascript"),
+        "/": (page_of({**state_of(panel), **changed}, theme, str(panel._css)), "text/html"),
     }
 
     def answer(route):

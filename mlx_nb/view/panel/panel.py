@@ -83,9 +83,14 @@ def _refresh(panel: weakref.ref[Panel]) -> None:
         one._later(one.refresh)
 
 
+def page_part(name: str) -> str:
+    """One file of the page: a part of the script, or its style."""
+    return (_PAGE / name).read_text(encoding="utf-8")
+
+
 def page_script() -> str:
     """The whole module that draws the panel in a browser."""
-    return "\n".join((_PAGE / part).read_text(encoding="utf-8") for part in PARTS)
+    return "\n".join(page_part(part) for part in PARTS)
 
 
 def _told(kind: Any) -> Any:
@@ -107,7 +112,7 @@ class Panel(anywidget.AnyWidget):
 
     # As text: anywidget watches a path, and by that keeps every widget.
     _esm = page_script()
-    _css = (_PAGE / "panel.css").read_text(encoding="utf-8")
+    _css = page_part("panel.css")
 
     tab = traitlets.Unicode("Curves").tag(sync=True)
     selection = traitlets.Dict({"update": None, "split": "train", "rows": "update", "row": None}).tag(sync=True)

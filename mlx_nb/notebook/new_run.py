@@ -1,0 +1,166 @@
+"""The form of `%finetune new`: model, data, method and settings, a look at the rows, and the cell that comes of it.
+
+It trains nothing and does nothing that a cell cannot: what it gives is the text of a `%%finetune` cell.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import Callable, Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import anywidget
+import traitlets
+
+from mlx_nb.config.yaml_text import read_words
+from mlx_nb.errors import CommandError, MlxNbError
+from mlx_nb.notebook.new_run_cell import cell_text, fields_of
+from mlx_nb.notebook.templating import fill
+from mlx_nb.run.run import Run
+from mlx_nb.view.closing import close_widgets
+from mlx_nb.view.panel.panel import page_part
+from mlx_nb.view.reports.check import render_html
+from mlx_nb.view.rows.display import RowDisplay
+from mlx_nb.view.theme import WRAP
+
+ROWS_CHECKED = 1000  # of each split, at a click; the rest is read
+_PAGE = Path(__file__).with_name("page")
+EXAMPLE = "data=bees iters=60"
+
+
+def new(*, namespace: Mapping[str, Any] | None = None, **settings: Any) -> NewRun:
+    """A form for a new run: `mlx_nb.new(data="bees")`. It displays itself; `.cell` is the cell that it stands for.
+
+    `settings` are what its fields begin with, and `namespace` is where variables with rows are looked for: the
+    notebook's unless given. Raises CommandError for a setting that is no text or number.
+    """
+    from IPython.core.getipython import get_ipython
+
+    shell: Any = get_ipython()
+    variables = namespace if namespace is not None else shell.user_ns if shell is not None else {}
+    for name, value in settings.items():
+        if not isinstance(value, str | int | float):
+            raise CommandError(f"mlx_nb.new: `{name}` is no text or number. Write it as in YAML, in quotation marks.")
+    return NewRun({name: _text_of(value) for name, value in settings.items()}, variables)
+
+
+def given_in(words: list[str]) -> dict[str, str]:
+    """The settings of `key=value` words as they were typed. Raises CommandError."""
+    read_words(words, "%finetune new", EXAMPLE)
+    return {key: text for key, _, text in (word.partition("=") for word in words)}
+
+
+def _text_of(value: str | float) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def checked_run(given: Mapping[str, str], namespace: Mapping[str, Any]) -> Run:
+    """The run that the cell would make, not loaded. Raises what the cell would, as far as names tell."""
+    body = cell_text(given).partition("\n")[2]
+    run = Run.from_yaml(fill(body, namespace) + "\n", name=given.get("name") or "run", namespace=namespace)
+    run.inputs.check_names()
+    return run
+
+
+def write_next_cell(given: Mapping[str, str]) -> None:
+    """Have the front end write the cell below the one that is executed, or at the next prompt."""
+    from IPython.core.getipython import get_ipython
+
+    shell: Any = get_ipython()
+    shell.set_next_input(cell_text(given))
+
+
+class NewRun(anywidget.AnyWidget):
+    """The form as a widget. `values` is what was typed, `cell` the cell that one would have typed instead.
+
+    Rows and their check are asked for with a click; of the model only the tokenizer is loaded for them.
+    """
+
+    # As text: anywidget watches a path, and by that keeps every widget.
+    _esm = page_part("dom.js") + (_PAGE / "new_run.js").read_text(encoding="utf-8")
+    _css = page_part("panel.css") + (_PAGE / "new_run.css").read_text(encoding="utf-8")
+
+    values = traitlets.Dict().tag(sync=True)
+    cell = traitlets.Unicode().tag(sync=True)
+    fields: traitlets.List[Any] = traitlets.List().tag(sync=True)
+    problems: traitlets.List[Any] = traitlets.List().tag(sync=True)
+
+    def __init__(self, given: Mapping[str, str], namespace: Mapping[str, Any]) -> None:
+        self._namespace = namespace
+        self._run: tuple[str, Run] | None = None  # of which only rows are looked at, and the cell that it is of
+        try:
+            self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
+        except RuntimeError:
+            self._loop = None
+        super().__init__(values=dict(given))
+        self.refresh()
+        me: Any = weakref.proxy(self)
+        self.observe(lambda _: me._later(me.refresh), "values")
+        self.on_msg(lambda _, message, __: me._later(lambda: me.answer(message)))
+
+    def refresh(self) -> None:
+        """Write the cell anew from what was typed, and say what is wrong with it."""
+        given = {name: str(text) for name, text in self.values.items()}
+        with self.hold_sync():
+            self.fields = [field._asdict() for field in fields_of(given, self._namespace)]
+            self.cell = cell_text(given)
+            try:
+                checked_run(given, self._namespace)
+                self.problems = []
+            except MlxNbError as error:
+                self.problems = str(error).splitlines()
+
+    def answer(self, message: Mapping[str, Any]) -> None:
+        """Send the page what it asks to see: a row with its loss mask, or the check of all rows."""
+        try:
+            told = self.row(int(message["row"])) if message.get("look") == "row" else self.check()
+        except MlxNbError as error:
+            told = {"error": str(error)}
+        self.send({"kind": "answer", "id": message.get("id"), **told})
+
+    def row(self, row: int) -> dict[str, Any]:
+        """Training row `row` as the model will see it, as `html`, and how many `rows` there are."""
+        run = self._looked_at()
+        rows = run.inputs.split("train")
+        row = max(0, min(row, len(rows) - 1))
+        html = RowDisplay(rows.view(row), run.tokenizer, "train")._repr_html_() if len(rows) else ""
+        return {"html": html, "row": row, "rows": len(rows)}
+
+    def check(self) -> dict[str, Any]:
+        """What the data check finds, as `html`."""
+        return {"html": render_html(self._looked_at().check(rows=ROWS_CHECKED))}
+
+    def _looked_at(self) -> Run:
+        given = {name: str(text) for name, text in self.values.items()}
+        cell = cell_text(given)
+        if self._run is None or self._run[0] != cell:
+            self._run = cell, checked_run(given, self._namespace)
+        return self._run[1]
+
+    def _later(self, act: Callable[[], None]) -> None:
+        """Do it on the kernel's thread: a click may arrive on another one."""
+
+        def guarded() -> None:
+            if self.comm is not None:
+                act()
+
+        if self._loop is None or self._loop.is_closed():
+            guarded()
+        else:
+            self._loop.call_soon_threadsafe(guarded)
+
+    def close(self) -> None:
+        """Take the form away."""
+        if self.comm is not None:
+            close_widgets(self.layout)
+            self.unobserve_all()
+            super().close()
+
+    def _repr_mimebundle_(self, **options: Any) -> Any:
+        data, metadata = super()._repr_mimebundle_(**options)  # type: ignore[misc]
+        words = "The form is gone with its kernel; `%finetune new` shows another. The cell that it began with:"
+        html = f'<div>{words}</div><pre style="{WRAP}">{escape(self.cell)}</pre>'
+        return {**data, "text/html": html, "text/plain": self.cell}, metadata

@@ -1,0 +1,130 @@
+// The form of a new run. What is typed goes to the kernel, which gives the cell and says what is wrong with it.
+
+const MULTILINE = ["sample_prompts"];
+
+function newRunPage({ model, el }) {
+  const id = `mlx-nb-${Math.random().toString(36).slice(2)}`;
+  const grid = h("div", { class: "mlx-nb-settings" });
+  const problems = h("div", { class: "mlx-nb-failure mlx-nb-problems", role: "alert" });
+  const cell = h("pre", { class: "mlx-nb-cell", tabindex: 0, "aria-label": "the cell" });
+  const said = h("span", { class: "mlx-nb-note", "aria-live": "polite" });
+  const copy = h("button", { type: "button", class: "mlx-nb-action mlx-nb-primary", onclick: () => copyCell() }, "Copy the cell");
+  const look = h("button", { type: "button", class: "mlx-nb-action", onclick: () => showRow(0) }, "Show the rows");
+  const check = h("button", { type: "button", class: "mlx-nb-action", onclick: () => showCheck() }, "Check the rows");
+  const back = h("button", { type: "button", class: "mlx-nb-small", onclick: () => showRow(row - 1) }, "◀ Row before");
+  const on = h("button", { type: "button", class: "mlx-nb-small", onclick: () => showRow(row + 1) }, "Row after ▶");
+  const where = h("span", { class: "mlx-nb-note" }), leaf = h("span", { class: "mlx-nb-line", hidden: true }, back, where, on);
+  const shown = h("div", { class: "mlx-nb-row" }), findings = h("div", { class: "mlx-nb-row" });
+  const root = h("div", { class: "mlx-nb-panel mlx-nb-new", "data-lm-suppress-shortcuts": "true", role: "region", "aria-label": "new run" },
+    h("div", { class: "mlx-nb-note" }, "Empty fields keep their default. What comes of it is the cell below, nothing else."),
+    grid, problems, h("h4", {}, "The cell"), cell, h("div", { class: "mlx-nb-line" }, copy, said),
+    h("h4", {}, "Its rows, as the model will see them"), h("div", { class: "mlx-nb-line" }, look, check, leaf), shown, findings);
+  const made = new Map(), waiting = new Map();
+  let row = 0, number = 0;
+
+  function put(name, text) {
+    model.set("values", { ...model.get("values"), [name]: text });
+    model.save_changes();
+  }
+
+  function input({ name, default: usual, choices, only_these: onlyThese }) {
+    const attributes = { id: `${id}-${name}`, class: "mlx-nb-field", spellcheck: "false", autocomplete: "off" };
+    if (onlyThese) {
+      const unset = h("option", { value: "" }, usual ? `${usual} (default)` : "(default)");
+      return h("select", attributes, unset, choices.filter(([text]) => text !== usual).map(([text, words]) => h("option", { value: text }, words ? `${text}: ${words}` : text)));
+    }
+    if (MULTILINE.includes(name)) return h("textarea", { ...attributes, rows: 2, placeholder: "one a line" });
+    return h("input", { ...attributes, type: "text", list: `${id}-list-${name}`, placeholder: usual });
+  }
+
+  function field(one) {
+    const box = input(one);
+    box.addEventListener("change", () => put(one.name, box.value));
+    const list = h("datalist", { id: `${id}-list-${one.name}` }, one.choices.map(([text, words]) => h("option", { value: text }, words)));
+    return { of: JSON.stringify(one), box, parts: [h("label", { for: box.id }, one.name), box, h("span", { class: "mlx-nb-note" }, one.help, list)] };
+  }
+
+  function drawFields() {
+    const typed = model.get("values"), named = { name: "name", default: "run", help: "also the run's folder in adapters/", choices: [], only_these: false };
+    const wanted = [named, ...model.get("fields")];
+    for (const one of wanted) if (made.get(one.name)?.of !== JSON.stringify(one)) made.set(one.name, field(one));
+    const parts = wanted.flatMap(({ name }) => made.get(name).parts), at = document.activeElement?.id;
+    if (parts.length !== grid.children.length || parts.some((part, place) => part !== grid.children[place])) {
+      grid.replaceChildren(...parts);
+      if (at) grid.querySelector(`[id="${at}"]`)?.focus();
+    }
+    for (const { name } of wanted) if (made.get(name).box !== document.activeElement) made.get(name).box.value = typed[name] ?? "";
+  }
+
+  function draw() {
+    setText(cell, model.get("cell"));
+    const wrong = model.get("problems");
+    problems.hidden = !wrong.length;
+    problems.replaceChildren(...wrong.map((line) => h("div", {}, line)));
+    for (const button of [look, check]) button.disabled = wrong.length > 0;
+  }
+
+  async function copyCell() {
+    let isCopied = true;
+    try {
+      await navigator.clipboard.writeText(model.get("cell"));
+    } catch { // a page without https, or without the permission
+      getSelection().selectAllChildren(cell);
+      isCopied = document.execCommand("copy");
+    }
+    setText(said, `${isCopied ? "copied; paste it into a cell" : "select the text to copy it"}, or run \`%finetune new --write\`, which writes it into the next one`);
+  }
+
+  function ask(message, into) {
+    setText(into, "asking the kernel …");
+    return new Promise((resolve) => {
+      waiting.set(++number, resolve);
+      model.send({ ...message, id: number });
+    });
+  }
+
+  async function showRow(wanted) {
+    const told = await ask({ look: "row", row: wanted }, shown);
+    leaf.hidden = !told.rows;
+    if (told.error) return setText(shown, told.error);
+    row = told.row;
+    setText(where, `row ${row} (0 to ${told.rows - 1})`);
+    back.disabled = row <= 0;
+    on.disabled = row >= told.rows - 1;
+    setHtml(shown, told.html);
+  }
+
+  async function showCheck() {
+    const told = await ask({ look: "check" }, findings);
+    told.error ? setText(findings, told.error) : setHtml(findings, told.html);
+  }
+
+  // Rows on show are those of another cell now.
+  function changed() {
+    draw();
+    setText(said, "");
+    leaf.hidden = true;
+    for (const one of [shown, findings]) one.replaceChildren();
+  }
+
+  function hear(message) {
+    if (message.kind !== "answer") return;
+    waiting.get(message.id)?.(message);
+    waiting.delete(message.id);
+  }
+
+  const listeners = [["change:fields", drawFields], ["change:values", drawFields], ["change:cell", changed], ["change:problems", draw], ["msg:custom", hear]];
+  for (const [name, listener] of listeners) model.on(name, listener);
+  // A notebook takes single keys for commands: two letters delete a cell.
+  root.addEventListener("keydown", (event) => { if (!event.ctrlKey && !event.metaKey && !event.altKey) event.stopPropagation(); });
+  el.append(root);
+  const lightOrDark = followTheme(root);
+  drawFields();
+  draw();
+  return () => {
+    for (const [name, listener] of listeners) model.off(name, listener);
+    lightOrDark();
+  };
+}
+
+export default { render: newRunPage };

@@ -1,0 +1,156 @@
+"""The form of a new run: the cell that it stands for, what it shows of the rows, and where the cell is written."""
+
+from __future__ import annotations
+
+import pytest
+
+import mlx_nb
+from mlx_nb import RunConfig
+from mlx_nb.errors import CommandError, ConfigError, MlxNbError
+from mlx_nb.notebook.commands import run_line
+from mlx_nb.notebook.help_text import TEN
+from mlx_nb.notebook.new_run import NewRun
+from mlx_nb.notebook.new_run_cell import cell_text, fields_of
+from panel_pages import open_widget
+from tiny import tiny_pairs, tiny_rows
+
+TYPED = {
+    "lora_parameters.rank": "16",
+    "learning_rate": "1e-4",
+    "name": "bees",
+    "data": "my rows: new #1.jsonl",
+    "iters": "60",
+    "sample_prompts": "Who are you?\nSay {hello}",
+    "model": "smollm2-135m",
+}
+
+
+def test_the_cell_is_what_one_would_have_typed():
+    assert cell_text(TYPED).splitlines() == [
+        "%%finetune --name bees",
+        "model: smollm2-135m",
+        'data: "my rows: new #1.jsonl"',
+        "iters: 60",
+        "learning_rate: 1e-4",
+        "lora_parameters: {rank: 16}",
+        'sample_prompts: ["Who are you?", "Say {{hello}}"]',
+    ]
+    assert cell_text({"iters": " ", "data": "bees"}) == "%%finetune\ndata: bees"
+
+
+def test_the_run_of_the_cell_has_the_settings_that_were_typed(shell):
+    run = mlx_nb.notebook.new_run.checked_run({**TYPED, "data": "bees"}, {"bees": tiny_rows()})
+    assert run.name == "bees"
+    assert run.config.lora_parameters.rank == 16
+    assert run.config.learning_rate == 1e-4
+    assert run.config.sample_prompts == ("Who are you?", "Say {hello}")
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "grpo"])
+def test_the_form_has_the_settings_that_people_change_and_the_method_needs(method):
+    fields = {field.name: field for field in fields_of({"method": method}, {"bees": tiny_rows()})}
+    assert set(TEN) <= set(fields)
+    assert ("beta" in fields) == (method != "sft")
+    assert ("rewards" in fields) == (method == "grpo")
+    assert ["bees", "24 rows"] in fields["data"].choices
+    assert fields["method"].only_these
+    assert not fields["data"].only_these
+
+
+def test_a_form_says_what_the_cell_would_say_and_shows_the_rows(tiny_folder):
+    namespace = {"bees": tiny_rows(), "pairs": tiny_pairs()}
+    form = NewRun({"data": "bees", "model": str(tiny_folder)}, namespace)
+    sent = []
+    form.send = lambda message, buffers=None: sent.append(message)
+    assert form.problems == []
+    form.answer({"look": "row", "row": 3, "id": 1})
+    form.answer({"look": "check", "id": 2})
+    assert (sent[0]["row"], sent[0]["rows"]) == (3, 22)  # a tenth is held out
+    assert "assistant" in sent[0]["html"]
+    assert "Data check" in sent[1]["html"]
+    form.values = {"data": "bess", "iters": "many", "model": str(tiny_folder)}
+    assert any("`iters`" in line for line in form.problems)
+    form.values = {"data": "bess", "model": str(tiny_folder)}
+    assert "Did you mean 'bees'?" in form.problems[0]
+    form.answer({"look": "row", "row": 0, "id": 3})
+    assert "Did you mean 'bees'?" in sent[2]["error"]
+    form.values = {"data": "pairs", "method": "dpo", "model": str(tiny_folder)}
+    assert "method: dpo" in form.cell
+    assert form.problems == []
+    form.close()
+
+
+def test_the_command_writes_the_cell_below_or_at_the_next_prompt(shell, tiny_folder):
+    shell.user_ns["bees"] = tiny_rows()
+    session = shell.magics_manager.registry["FinetuneMagics"].session
+    written = []
+    shell.set_next_input = lambda text, replace=False: written.append(text)
+    assert run_line(session, f"new data=bees model={tiny_folder} iters=40") is None
+    session.form = mlx_nb.new(data="bees", model=str(tiny_folder), iters=50)
+    run_line(session, "new --write")
+    cells = [f"%%finetune\nmodel: {tiny_folder}\ndata: bees\niters: {iters}" for iters in (40, 50)]
+    assert written == cells
+    assert RunConfig.from_yaml(written[0].partition("\n")[2]).iters == 40
+    for line in ("new data=bess", "new data=bees itres=3", "new bees"):
+        with pytest.raises(MlxNbError):
+            run_line(session, line)
+    with pytest.raises(CommandError, match="no text or number"):
+        mlx_nb.new(data=[{"text": "x"}])
+    with pytest.raises(ConfigError, match="iters"):
+        run_line(session, "new data=bees itres=3")
+    assert written == cells
+    session.form.close()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("theme", "width"), [("light", 700), ("dark", 1100), ("light", 1600)])
+def test_the_page_gives_what_was_typed_and_shows_what_the_kernel_says(
+    theme, width, browser, screenshot, tiny_folder, monkeypatch
+):
+    form = NewRun({"model": str(tiny_folder)}, {"bees": tiny_rows(), "pairs": tiny_pairs()})
+    wrong = []
+    page = open_widget(browser, form, theme, width, wrong=wrong)
+
+    def answer():
+        page.wait_for_timeout(30)
+        for saved in page.evaluate("window.saved.splice(0)"):
+            for name, value in saved.items():
+                setattr(form, name, value)
+        for message in page.asked:
+            form.answer(message)
+        page.asked.clear()
+        told = {name: getattr(form, name) for name in ("fields", "cell", "problems")}
+        page.evaluate("told => { for (const [name, value] of Object.entries(told)) change(name, value); }", told)
+
+    page.get_by_label("data", exact=True).fill("bees")
+    page.get_by_label("iters").fill("many")
+    page.get_by_label("iters").blur()
+    answer()
+    assert "`iters`" in page.get_by_role("alert").inner_text()
+    assert page.get_by_role("button", name="Show the rows").is_disabled()
+    page.get_by_label("iters").fill("60")
+    page.get_by_label("learning_rate").fill("1e-4")
+    page.get_by_label("learning_rate").blur()
+    answer()
+    assert not page.get_by_role("alert").is_visible()
+    assert page.locator(".mlx-nb-cell").inner_text() == form.cell
+    assert form.cell.splitlines()[2:] == ["data: bees", "iters: 60", "learning_rate: 1e-4"]
+    page.get_by_role("button", name="Show the rows").click()
+    answer()
+    page.get_by_role("button", name="Row after").click()
+    answer()
+    page.get_by_role("button", name="Check the rows").click()
+    answer()
+    assert "row 1 (0 to 21)" in page.locator(".mlx-nb-new").inner_text()
+    assert "Data check" in page.locator(".mlx-nb-new").inner_text()
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    screenshot(page, f"new_run_{theme}_{width}")
+    page.get_by_label("method").select_option("dpo")
+    answer()
+    assert "method: dpo" in page.locator(".mlx-nb-cell").inner_text()
+    assert page.get_by_label("beta").is_visible()
+    page.get_by_role("button", name="Copy the cell").click()
+    page.wait_for_selector("text=%finetune new --write")
+    page.close()
+    form.close()
+    assert wrong == []
