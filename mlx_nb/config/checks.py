@@ -370,6 +370,18 @@ def _check_samples(config: CheckedConfig) -> Iterator[SettingError]:
             yield SettingError((name,), f"`{name}` has no effect without `sample_prompts`. Set them, or remove it.")
 
 
+def _check_down_weight(config: CheckedConfig) -> Iterator[SettingError]:
+    if config.down_weight is None:
+        if any(config.declarations(lambda one: one.name == "down_weight_factor")):
+            message = "`down_weight_factor` has no effect without `down_weight`. Set that, or remove it."
+            yield SettingError(("down_weight_factor",), message)
+        return
+    both = sorted(set(config.down_weight) & set(config.leave_out or ()))
+    if both:
+        message = f"`down_weight` has row {both[0]}, which `leave_out` leaves out. Remove it from one of them."
+        yield SettingError(("down_weight",), message)
+
+
 def _check_spikes(config: CheckedConfig) -> Iterator[SettingError]:
     if config.loss_spike is None and any(config.declarations(lambda one: one.name == "spike_patience")):
         yield SettingError(("spike_patience",), "`spike_patience` has no effect with `loss_spike: null`. Remove it.")
@@ -431,6 +443,7 @@ EFFECT_CHECKS: tuple[Callable[[CheckedConfig], Iterator[SettingError]], ...] = (
     _check_validation,
     _check_test,
     _check_samples,
+    _check_down_weight,
     _check_spikes,
     _check_zeros,
 )

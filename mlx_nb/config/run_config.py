@@ -257,6 +257,20 @@ class RunConfig(Settings):
     leave_out: tuple[int, ...] | None = setting(
         None, "Training rows that are not trained, by number, as the row views count them. null = none.", group="rows"
     )
+    down_weight: tuple[int, ...] | None = setting(
+        None,
+        "Training rows that count less than the others, by number, as the row views count them. null = none.",
+        group="rows",
+        only_for=("tokens", "pairs"),
+    )
+    down_weight_factor: float = setting(
+        0.5,
+        "What a row of down_weight counts; any other counts 1.",
+        group="rows",
+        above=0,
+        below=1,
+        only_for=("tokens", "pairs"),
+    )
     val_set_size: float = setting(
         0.1,
         "Without a validation split, hold out this share of the training rows (at most 200), or this many if "

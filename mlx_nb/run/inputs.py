@@ -15,7 +15,14 @@ from mlx_nb.config.run_config import SETTINGS, RunConfig
 from mlx_nb.data.examples.effects import refuse_ineffective, refuse_loss_on
 from mlx_nb.data.examples.imitation import ExampleSettings, LeftOut
 from mlx_nb.data.examples.limits import ModelLimits
-from mlx_nb.data.examples.split import Examples, RowView, refuse_unreadable, trains_plain_text, without
+from mlx_nb.data.examples.split import (
+    Examples,
+    RowView,
+    refuse_no_such_row,
+    refuse_unreadable,
+    trains_plain_text,
+    without,
+)
 from mlx_nb.data.examples.tokenizing import Outcome, tokenize_split
 from mlx_nb.data.masks.prompt_format import CHAT, RAW, Rendering
 from mlx_nb.data.sources.row_source import RowSource
@@ -176,7 +183,8 @@ class RunInputs:
         with self.reading:
             refuse_ineffective(config, self.splits)
             settings, kind = ExampleSettings.of(config), method_named(config.method).rows
-            without(config.leave_out or (), (), (), self.splits.train)
+            refuse_no_such_row("leave_out", config.leave_out or (), self.splits.train)
+            refuse_no_such_row("down_weight", config.down_weight or (), self.splits.train)
             refuse_unreadable(self.splits.train, settings, kind, SECONDS_TO_LOOK)
 
     def check_reward_names(self) -> None:
@@ -194,7 +202,12 @@ class RunInputs:
         if source is None:
             raise DataError(f"these data have no {split} split.")
         kind = method_named(self.config.method).rows
-        return Examples(source, self.tokenizer, ExampleSettings.of(self.config, self.limits), kind)
+        settings = ExampleSettings.of(self.config, self.limits)
+        if split == "train" and self.config.down_weight is not None:
+            refuse_no_such_row("down_weight", self.config.down_weight, source)
+            rows, factor = frozenset(self.config.down_weight), self.config.down_weight_factor
+            settings = dataclasses.replace(settings, down_weighted=rows, down_weight_factor=factor)
+        return Examples(source, self.tokenizer, settings, kind)
 
     @cached_property
     def examples(self) -> TrainerExamples:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx_nb.config.run_config import RunConfig
-from mlx_nb.data.examples.split import Examples, RowView, without
+from mlx_nb.data.examples.split import Examples, RowView, refuse_no_such_row
+from mlx_nb.data.sources.export import write_rows
 from mlx_nb.errors import CommandError
 from mlx_nb.files.places import folder_of, working_folder
 from mlx_nb.run.inputs import RunInputs
@@ -59,17 +59,9 @@ class Rows(Sequence[RowView]):
 
         Raises CommandError where a file is already, or nothing can be written.
         """
-        place, source = folder_of(str(path), working_folder()), self.examples.source
-        without(tuple(leave_out), (), (), source)
-        chosen = (row for row in range(len(self)) if row not in set(leave_out))
-        try:
-            with place.open("x", encoding="utf-8") as file:
-                for row in chosen:
-                    file.write(json.dumps(source[row], ensure_ascii=False, default=str) + "\n")
-        except FileExistsError:
-            raise CommandError(f"{place} is there already, and is not written over. Name another file.") from None
-        except OSError as error:
-            raise CommandError(f"{place} cannot be written: {error.strerror or error}. Name another file.") from None
+        place, left = folder_of(str(path), working_folder()), frozenset(leave_out)
+        refuse_no_such_row("leave_out", left, self.examples.source)
+        write_rows(self.examples.source, (row for row in range(len(self)) if row not in left), place)
         return place
 
     def __repr__(self) -> str:

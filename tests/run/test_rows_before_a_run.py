@@ -65,6 +65,47 @@ def test_a_row_that_is_not_there_cannot_be_left_out(tmp_path, tiny_folder):
         run.step()
 
 
+def test_down_weighted_rows_count_as_their_messages_with_that_weight(tmp_path, tiny_folder):
+    rows = [
+        {"messages": [{"role": "user", "content": f"say {word}"}, {"role": "assistant", "content": word}]}
+        for word in ["red", "green", "blue"] * 4
+    ]
+    lighter = [
+        {"messages": [row["messages"][0], {**row["messages"][1], "weight": 0.25}]} if number in (1, 5) else row
+        for number, row in enumerate(rows)
+    ]
+    data = {"train": rows, "valid": rows[:2]}
+    numbers = {"down_weight": [1, 5], "down_weight_factor": 0.25}
+    chosen = rows_run(tmp_path, tiny_folder, data=data, adapter_path=str(tmp_path / "a"), **numbers)
+    written = rows_run(tmp_path, tiny_folder, data={**data, "train": lighter}, adapter_path=str(tmp_path / "b"))
+    plain = rows_run(tmp_path, tiny_folder, data=data, adapter_path=str(tmp_path / "c"))
+    for run in (chosen, written, plain):
+        run.step(3)
+    assert chosen.history["loss"] == written.history["loss"] != plain.history["loss"]
+    assert chosen.adapter_bytes() == written.adapter_bytes()
+    view = chosen.rows("train")[1]
+    assert set(view.loss_mask) == {0.0, 0.25}
+    assert "it is down-weighted: it counts 0.25." in view.problems
+    assert set(chosen.rows("valid")[1].loss_mask) == {0.0, 1.0}
+    chosen.checkpoint()
+    assert Run.resume(chosen.folder, data=data).config.down_weight == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"down_weight": [99]}, r"`down_weight`: there is no row 99. The training rows are 0 to 23."),
+        ({"down_weight": [3], "leave_out": [3]}, "`down_weight` has row 3, which `leave_out` leaves out"),
+        ({"down_weight_factor": 0.1}, "`down_weight_factor` has no effect without `down_weight`"),
+        ({"down_weight": [3], "down_weight_factor": 1.0}, "`down_weight_factor` must be below 1"),
+        ({"down_weight": [3], "method": "kto"}, "`down_weight` has no effect with `method: kto`"),
+    ],
+)
+def test_what_cannot_be_down_weighted_is_one_line(tmp_path, tiny_folder, settings, told):
+    with pytest.raises((ConfigError, DataError), match=told):
+        rows_run(tmp_path, tiny_folder, data=tiny_rows(), val_set_size=0, steps_per_eval=None, **settings).step()
+
+
 def test_what_was_chosen_is_written_as_rows_and_nothing_is_written_over(tmp_path, tiny_folder, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = mlx_nb.rows(tiny_rows(), model=str(tiny_folder), val_set_size=0)
@@ -93,8 +134,30 @@ def test_the_row_view_tries_a_row_and_collects_those_to_leave_out(tmp_path, tiny
     assert browser.leave_out == [1, 3]
     assert "leave_out: [1, 3]" in browser.setting.value
     assert RunConfig.from_yaml(f"leave_out: {browser.leave_out}").leave_out == (1, 3)
+    browser.jump.value = 3
+    browser.lighter.value = True  # a row is not both
+    assert (browser.leave_out, browser.down_weight, browser.leave.value) == ([1], [3], False)
+    assert "down_weight: [3]" in browser.setting.value
     browser.split.value = "valid"
     assert browser.leave.disabled
+    assert browser.lighter.disabled
+
+
+def test_the_row_view_writes_the_rows_that_were_found(tmp_path, tiny_folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = [{"prompt": f"say {word}", "completion": word} for word in ["red", "green", "blue"] * 4]
+    run = rows_run(tmp_path, tiny_folder, data=data, val_set_size=0)
+    browser = run.browse()
+    browser.text.value = "green"
+    assert list(browser.search.found) == [1, 4, 7, 10]
+    browser.jump.max = 11
+    browser.next.click()
+    browser.leave.value = True
+    browser.write.click()
+    assert browser.said.value == "3 rows are in selection.jsonl"
+    assert [json.loads(line) for line in (tmp_path / "selection.jsonl").read_text().splitlines()] == [data[1]] * 3
+    browser.write.click()
+    assert "is there already" in browser.said.value
 
 
 def test_the_command_shows_the_rows_of_a_variable(shell, tiny_folder):

@@ -81,6 +81,8 @@ TABLE = {
     "test_split": ({**SPLIT, "test": True}, [None, "other"]),
     "val_set_size": (SFT, [2, 3]),
     "leave_out": (SFT, [None, [0, 1, 2]]),
+    "down_weight": (PAIRS, [None, [0, 1, 2]]),
+    "down_weight_factor": ({**SFT, "down_weight": [0, 1, 2]}, [0.5, 0.1]),
     "chat_feature": (
         {**SFT, "data": [{**row, "more": row["messages"][:1] * 2 + row["messages"][1:]} for row in tiny_rows(12)]},
         [None, "more"],

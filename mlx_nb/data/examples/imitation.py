@@ -62,6 +62,7 @@ class ExampleSettings:
     """The settings that decide how a row becomes an example.
 
     `limits` are those of the model that reads it, and `completion` the most tokens that it then writes itself.
+    Rows that are `down_weighted` count by `down_weight_factor`.
     """
 
     loss_on: str
@@ -72,6 +73,8 @@ class ExampleSettings:
     rendering: Rendering = AS_USUAL
     limits: ModelLimits = UNLIMITED
     completion: int = 0
+    down_weighted: frozenset[int] = frozenset()
+    down_weight_factor: float = 1.0
 
     @classmethod
     def of(cls, config: RunConfig, limits: ModelLimits = UNLIMITED) -> ExampleSettings:

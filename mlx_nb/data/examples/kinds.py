@@ -7,7 +7,7 @@ common in `objectives/kinds.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,7 @@ class RowKind:
     cut       (content, conversations, row, settings) -> its examples within `max_seq_length`; raises DataError, TooLong
     complete  the results of all rows, with what an example takes from other rows
     remarks   what is odd about a row of this kind alone, each with the kind of finding that it is
+    weighted  (example, factor) -> the example, counting so much of what it did
     answered  its rows hold the answers that are trained; else the model writes them
     compared  how rows are told apart, said where some are alike; empty = by all they say
     unit      what is counted in a data check
@@ -65,6 +66,7 @@ class RowKind:
     cut: Callable[[Any, Conversations, int, ExampleSettings], Sequence[Example]]
     complete: Callable[[Any, ExampleSettings], Iterable[Result]] = _as_they_are
     remarks: Callable[[Mapping[str, Any], Any], Remarks] = _no_remarks
+    weighted: Callable[[Any, float], Example] | None = None
     answered: bool = True
     compared: str = ""
     unit: str = "row"
@@ -91,11 +93,13 @@ ROW_KINDS: dict[str, RowKind] = {
         lambda *row: (tokenize_row(*row),),
         lambda content, read, row, settings: cut_row(content, read[0], row, settings),
         remarks=_label_of_a_bad_answer,
+        weighted=lambda example, factor: replace(example, loss_mask=example.loss_mask * np.float32(factor)),
     ),
     "pairs": RowKind(
         preference_row,
         tokenize_pair,
         lambda content, read, row, settings: [preference_example(content, (read[0], read[1]), row, settings)],
+        weighted=lambda example, factor: replace(example, weight=example.weight * factor),
         compared=BY_PROMPT,
         unit="answer",
     ),

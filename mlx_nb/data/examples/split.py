@@ -115,13 +115,18 @@ def refuse_unreadable(source: RowSource, settings: ExampleSettings, kind: str, s
         raise DataError(f"no row of train can be trained. The first: {first}")
 
 
+def refuse_no_such_row(setting: str, rows: Iterable[int], source: RowSource) -> None:
+    """Raise DataError for a number in `setting` that is of no training row."""
+    for row in rows:
+        if not 0 <= row < len(source):
+            raise DataError(f"`{setting}`: there is no row {row}. The training rows are 0 to {len(source) - 1}.")
+
+
 def without(
     rows: Sequence[int], kept: Sequence[Any], left_out: Sequence[LeftOut], source: RowSource
 ) -> tuple[list[Any], list[LeftOut]]:
     """Examples, and what is left out, once the person leaves out `rows` too. Raises DataError for no such row."""
-    for row in rows:
-        if not 0 <= row < len(source):
-            raise DataError(f"`leave_out`: there is no row {row}. The training rows are 0 to {len(source) - 1}.")
+    refuse_no_such_row("leave_out", rows, source)
     chosen, known = set(rows), {one.row for one in left_out}
     told = [LeftOut(row, f"{source.named(row)}: left out by `leave_out`.") for row in sorted(chosen - known)]
     return [one for one in kept if one.row not in chosen], sorted([*left_out, *told], key=lambda one: one.row)
@@ -185,6 +190,8 @@ class Examples:
         written_as = format_of(content, self.settings.rendering) if content else ""
         location = self.source.location(row)
         remarks = [*content_remarks(record, content, self.settings, self.kind).values()] if content else []
+        if row in self.settings.down_weighted:
+            remarks.append(f"it is down-weighted: it counts {self.settings.down_weight_factor:g}")
         remarks += [f"{far:,} tokens, and the model was made for {self.settings.limits.context:,}"] if far else []
         return RowView(
             row, location, content, first, example, error, rejected, dropped_tokens, written_as, tuple(remarks)
@@ -262,6 +269,9 @@ def examples_of(
     examples = ROW_KINDS[kind].cut(content, conversations, row, settings)
     for sequence in (sequence for example in examples for sequence in example.sequences):
         settings.limits.require(sequence.tokens, sequence.loss_mask, more=settings.completion)
+    weighted = ROW_KINDS[kind].weighted
+    if weighted is not None and row in settings.down_weighted:
+        return [weighted(example, settings.down_weight_factor) for example in examples]
     return examples
 
 

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
@@ -13,7 +14,8 @@ import ipywidgets as widgets
 from mlx_nb.data.examples.row_finder import ALL, FILTERS, RowFinder, Search
 from mlx_nb.data.examples.split import Examples, RowView
 from mlx_nb.data.masks.tokenizer import Tokenizer
-from mlx_nb.errors import MlxNbError
+from mlx_nb.data.sources.export import write_rows
+from mlx_nb.errors import CommandError, DataError, MlxNbError
 from mlx_nb.view.closing import close_widgets
 from mlx_nb.view.rows.display import RowDisplay, TokenLoss, measured_losses
 from mlx_nb.view.rows.editor import RowEditor
@@ -54,6 +56,7 @@ class RowBrowser:
         self._page = 0
         self._quiet = False
         self._left: set[int] = set()
+        self._lighter: set[int] = set()
         self._build()
         self.search: Search = self._finder.search()
         self._choose(0)
@@ -75,14 +78,48 @@ class RowBrowser:
     def _edited(self) -> tuple[Examples, int] | None:
         return None if self.row is None else (self._splits[self.split.value], self.row)
 
-    def _mark(self, is_left: bool) -> None:
-        if not self._quiet and self.row is not None:
-            (self._left.add if is_left else self._left.discard)(self.row)
-            self._say_left()
+    @property
+    def down_weight(self) -> list[int]:
+        """The training rows that were marked to count less, as the setting of that name takes them."""
+        return sorted(self._lighter)
 
-    def _say_left(self) -> None:
-        line = f"leave_out: {self.leave_out}"
-        self.setting.value = f"in the settings: <code>{line}</code>" if self._left else ""
+    def export(self, path: str | Path) -> int:
+        """Write the rows that were found, but those to leave out, to a new file of JSON lines. Returns how many.
+
+        Raises CommandError while rows are left to search, or where nothing can be written.
+        """
+        if not self.search.done:
+            raise CommandError(f"{self._summary(len(self.search.found))}: click on Search on until all are read.")
+        left = self._left if self.split.value == "train" else set()
+        rows = (row for row in sorted(self.search.found) if row not in left)
+        return write_rows(self._splits[self.split.value].source, rows, Path(path))
+
+    def _exported(self) -> None:
+        try:
+            self.said.value = f"{self.export(self.file.value):,} rows are in {escape(self.file.value)}"
+        except (CommandError, DataError) as error:
+            self.said.value = escape(str(error))
+
+    def _mark(self, marks: Mapping[str, bool]) -> None:
+        """Leave the row on show out, or have it count less; a row is not both."""
+        if self._quiet or self.row is None:
+            return
+        for marked, name in ((self._left, "leave"), (self._lighter, "lighter")):
+            if name in marks:
+                (marked.add if marks[name] else marked.discard)(self.row)
+            elif any(marks.values()):
+                marked.discard(self.row)
+        self._show_marks()
+        lines = [f"leave_out: {self.leave_out}"] * bool(self._left)
+        lines += [f"down_weight: {self.down_weight}"] * bool(self._lighter)
+        self.setting.value = "in the settings: " + " ".join(f"<code>{line}</code>" for line in lines) if lines else ""
+
+    def _show_marks(self) -> None:
+        is_quiet, self._quiet = self._quiet, True
+        for box, marked in ((self.leave, self._left), (self.lighter, self._lighter)):
+            box.value = self.row in marked and self.split.value == "train"
+            box.disabled = self.row is None or self.split.value != "train"
+        self._quiet = is_quiet
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         # An exported notebook has no kernel behind its widgets: there the row itself is left.
@@ -110,14 +147,25 @@ class RowBrowser:
         self.page_back = widgets.Button(description="◀ page", layout=_width("auto"))
         self.page_on = widgets.Button(description="page ▶", layout=_width("auto"))
         self.leave = widgets.Checkbox(description="leave out", indent=False, layout=_width("auto"))
+        self.lighter = widgets.Checkbox(description="down-weight", indent=False, layout=_width("auto"))
+        self.lighter.tooltip = "train it, but have it count less than the others"
         self.setting = widgets.HTML()
+        self.file = widgets.Text(value="selection.jsonl", layout=_width("13em"), tooltip="a new file")
+        self.write = widgets.Button(
+            description="Export",
+            tooltip="write the rows that were found, but those to leave out",
+            layout=_width("auto"),
+        )
+        self.said = widgets.HTML()
         self.status = widgets.HTML()
         self.view = widgets.HTML()
         for box in (self.split, self.filter, self.jump, self.color):
             box.style.description_width = "3.2em"
         me = weakref.proxy(self)  # ipywidgets keeps the widgets, and their callbacks must not keep this
         self.editor = RowEditor(self._tokenizer, lambda: me._edited())
-        self.leave.observe(lambda change: me._mark(change["new"]), "value")
+        self.leave.observe(lambda change: me._mark({"leave": change["new"]}), "value")
+        self.lighter.observe(lambda change: me._mark({"lighter": change["new"]}), "value")
+        self.write.on_click(lambda _: me._exported())
         self.previous.on_click(lambda _: me._choose(me.position - 1))
         self.next.on_click(lambda _: me._choose(me.position + 1))
         self.more.on_click(lambda _: me._read_on())
@@ -135,7 +183,8 @@ class RowBrowser:
                 widgets.Box([self.previous, self.next, self.jump, self.color, self.tokens], layout=wrap),
                 widgets.Box([widgets.Label("roles"), *self.roles.values()], layout=wrap),
                 widgets.Box([self.status, self.more, self.page_back, self.page_on], layout=wrap),
-                widgets.Box([self.editor.open, self.leave, self.setting], layout=wrap),
+                widgets.Box([self.editor.open, self.leave, self.lighter, self.setting], layout=wrap),
+                widgets.Box([self.write, self.file, self.said], layout=wrap),
                 self.view,
                 self.editor.widget,
             ]
@@ -184,8 +233,7 @@ class RowBrowser:
         self.jump.max = max(0, len(self._finder) - 1)
         if row is not None:
             self.jump.value = row
-        self.leave.value = row in self._left and self.split.value == "train"
-        self.leave.disabled = row is None or self.split.value != "train"
+        self._show_marks()
         self._quiet = False
         self.editor.show()
         self.previous.disabled = self.position <= 0
