@@ -322,7 +322,14 @@ def _to_text(value: Any, _kind: Any) -> Any:
 
 
 def _to_choice(value: Any, kind: Any) -> Any:
-    return value if value in typing.get_args(kind) and not isinstance(value, bool) else _WRONG
+    choices = typing.get_args(kind)
+    among = any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices)
+    return value if among else _WRONG
+
+
+def choice_words(kind: Any) -> list[str]:
+    """The choices of a Literal as they are written in YAML."""
+    return [str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in typing.get_args(kind)]
 
 
 def _to_tuple(value: Any, kind: Any) -> Any:
@@ -365,7 +372,7 @@ def _expected(options: tuple[Any, ...], synonyms: Mapping[str, str] = types.Mapp
     elif kind is dict or typing.get_origin(kind) is dict:
         text = "It takes a mapping such as {name: value}. Leave it out for none."
     elif typing.get_origin(kind) is Literal:
-        text = f"Choose one of: {', '.join(str(choice) for choice in [*typing.get_args(kind), *synonyms])}."
+        text = f"Choose one of: {', '.join([*choice_words(kind), *synonyms])}."
     elif typing.get_origin(kind) is tuple:
         text = f"It takes a list of {_WORDS[typing.get_args(kind)[0]][1]}, one at least."
     else:

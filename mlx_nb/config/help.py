@@ -9,7 +9,7 @@ import types
 import typing
 from typing import Any, Literal
 
-from mlx_nb.config.fields import kinds_of
+from mlx_nb.config.fields import choice_words, kinds_of
 from mlx_nb.config.methods import METHODS
 from mlx_nb.config.run_config import SETTINGS, LoraParameters, LrSchedule, RunConfig
 
@@ -123,7 +123,7 @@ def choices_of(name: str, method: str | None = None) -> dict[str, str]:
     kind = _without_none(kinds.get(inner or outer, Any))
     if kind is bool:
         return {"true": "", "false": ""}
-    return {str(one): "" for one in typing.get_args(kind)} if typing.get_origin(kind) is Literal else {}
+    return dict.fromkeys(choice_words(kind), "") if typing.get_origin(kind) is Literal else {}
 
 
 def inner_settings(name: str) -> dict[str, str]:
@@ -162,7 +162,7 @@ def _default_text(declared: dataclasses.Field[Any]) -> str:
 def _kind_text(hint: Any, bounds: dict[str, float]) -> str:
     kind = _without_none(hint)
     if typing.get_origin(kind) is Literal:
-        text = ", ".join(str(choice) for choice in typing.get_args(kind))
+        text = ", ".join(choice_words(kind))
     elif typing.get_origin(kind) is tuple:
         text = "list"
     elif dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict:

@@ -446,6 +446,12 @@ class RunConfig(Settings):
         "fraction of the memory, for about a third more time.",
         group="training",
     )
+    packing: Literal["auto", True, False] = setting(
+        "auto",
+        "Compute the rows of a batch one after the other in one row, without padding, and what they begin with in "
+        "common once: the same numbers to rounding. auto = where that saves enough.",
+        group="training",
+    )
     seed: int = setting(
         0, "Decides row order, adapter start and dropout.", group="training", at_least=0, at_most=2**63 - 1
     )

@@ -9,6 +9,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_nb.data.examples.batches import TokenBatch
+from mlx_nb.data.examples.packing import pack_lines, scored_lines
 from mlx_nb.errors import OutOfMemory
 from mlx_nb.model.memory import available_memory, shortage
 from mlx_nb.model.randomness import random_stream
@@ -46,7 +47,10 @@ def least_bytes(batch: TokenBatch, sizes: ModelSizes, *, trained: bool, targets_
     layer, or for a gradient of all.
     """
     columns = np.nonzero(batch.loss_mask_BT[:, 1:])[1]
-    positions = batch.tokens_BT.shape[0] * (int(columns.max(initial=0)) + 1)
+    if batch.packed:
+        positions = len(pack_lines(scored_lines(batch)).tokens_N)
+    else:
+        positions = batch.tokens_BT.shape[0] * (int(columns.max(initial=0)) + 1)
     projected = min(len(columns), targets_at_once(sizes.vocabulary)) if targets_only else positions
     logits = projected * sizes.vocabulary * 4
     hidden = positions * sizes.hidden * sizes.itemsize

@@ -28,25 +28,39 @@ class Piece(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Queries `start` to `stop` and the keys that they see."""
+    """Queries `start` to `stop`, the keys that they see, and in which lines of the batch they are computed."""
 
     start: int
     stop: int
     pieces: tuple[Piece, ...]
+    lines: slice = slice(None)
 
 
-def causal_blocks(length: int, size: int) -> list[Block]:
+# For each line of a batch the first query that is needed and the one after the last; None = all are.
+Needed = Sequence[tuple[int, int]] | None
+
+
+def causal_blocks(length: int, size: int, needed: Needed = None) -> list[Block]:
     """Every query sees the keys up to its own position: those before its block without a mask."""
     blocks = []
     for start in range(0, length, size):
         stop = min(start + size, length)
         place = mx.arange(stop - start)
         pieces = [Piece(0, start, None)] if start else []
-        blocks.append(Block(start, stop, (*pieces, Piece(start, stop, place[:, None] >= place[None]))))
+        pieces.append(Piece(start, stop, place[:, None] >= place[None]))
+        blocks.append(Block(start, stop, tuple(pieces), _lines_with(needed, start, stop)))
     return blocks
 
 
-def masked_blocks(mask_TT: np.ndarray, size: int) -> list[Block] | None:
+def _lines_with(needed: Needed, start: int, stop: int) -> slice:
+    """Lines side by side among which are all that need a query of the block."""
+    if needed is None:
+        return slice(None)
+    lines = [line for line, (first, end) in enumerate(needed) if first < stop and start < end]
+    return slice(lines[0], lines[-1] + 1) if lines else slice(0, 0)
+
+
+def masked_blocks(mask_TT: np.ndarray, size: int, needed: Needed = None) -> list[Block] | None:
     """By a mask that is true where a query sees a key. None where a query sees none: that has no softmax."""
     blocks = []
     for start in range(0, len(mask_TT), size):
@@ -57,14 +71,18 @@ def masked_blocks(mask_TT: np.ndarray, size: int) -> list[Block] | None:
         first, last = int(seen[0]), int(seen[-1]) + 1
         part = rows[:, first:last]
         piece = Piece(first, last, None if part.all() else mx.array(part))
-        blocks.append(Block(start, start + len(rows), (piece,)))
+        stop = start + len(rows)
+        blocks.append(Block(start, stop, (piece,), _lines_with(needed, start, stop)))
     return blocks
 
 
 def block_attention(
     queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, blocks: Sequence[Block]
 ) -> mx.array:
-    """softmax(scale Q K^T) V of float32 (B, H, T, D) queries with (B, KV, T, D) keys and (B, KV, T, E) values."""
+    """softmax(scale Q K^T) V of float32 (B, H, T, D) queries with (B, KV, T, D) keys and (B, KV, T, E) values.
+
+    0 where a block leaves out a line.
+    """
     stream = mx.default_stream(mx.default_device())
 
     @mx.custom_function
@@ -72,14 +90,20 @@ def block_attention(
         grouped = _grouped(q, k.shape[1])
         results: list[tuple[mx.array, mx.array]] = []
         for block in blocks:
+            if not _computed(block, len(q)):
+                shape = (*grouped.shape[:3], block.stop - block.start)
+                results.append((mx.zeros((*shape, v.shape[-1])), mx.zeros((*shape, 1))))
+                continue
             rows = _after(_rows(grouped, block), results) * (scale * _LOG2E)
-            scores = [_scores(rows, k, piece, grouped.shape[2]) for piece in block.pieces]
+            seen_keys, seen_values = k[block.lines], v[block.lines]
+            scores = [_scores(rows, seen_keys, piece, grouped.shape[2]) for piece in block.pieces]
             largest = _over(mx.maximum, [part.max(axis=-1, keepdims=True) for part in scores])
             terms = [mx.power(2.0, part - largest) for part in scores]
             total = _over(mx.add, [part.sum(axis=-1, keepdims=True) for part in terms])
-            products = [part @ v[:, :, piece.first : piece.last] for part, piece in zip(terms, block.pieces)]
+            products = [part @ seen_values[:, :, piece.first : piece.last] for part, piece in zip(terms, block.pieces)]
             outputs = _over(mx.add, products) / total
-            results.append((_ungrouped(outputs, grouped), _ungrouped(largest + mx.log2(total), grouped)))
+            log = largest + mx.log2(total)
+            results.append((_ungrouped(outputs, grouped, block), _ungrouped(log, grouped, block)))
         outputs_of, logs_of = (list(parts) for parts in zip(*results))
         return _joined(outputs_of, q.shape), mx.concatenate(logs_of, axis=3)
 
@@ -109,18 +133,23 @@ def _slopes(
     to_queries: list[tuple[mx.array, ...]] = []
     to_keys, to_values = mx.zeros_like(k), mx.zeros_like(v)
     for block in blocks:
+        if not _computed(block, len(q)):
+            nothing = mx.zeros((*grouped.shape[:3], block.stop - block.start, grouped.shape[-1]))
+            to_queries.append((nothing, to_keys, to_values))
+            continue
+        lines = block.lines
         rows, slopes, found, log = (_rows(array, block) for array in (grouped, above, outputs, logs))
         rows = _after(rows, to_queries)
         inner = (slopes * found).sum(axis=-1, keepdims=True)
         parts = []
         for piece in block.pieces:
             seen = slice(piece.first, piece.last)
-            terms = mx.power(2.0, _scores(rows * (scale * _LOG2E), k, piece, grouped.shape[2]) - log)
-            of_scores = terms * (slopes @ v[:, :, seen].swapaxes(-1, -2) - inner)
-            parts.append(of_scores @ k[:, :, seen])
-            to_keys = to_keys.at[:, :, seen].add(of_scores.swapaxes(-1, -2) @ (rows * scale))
-            to_values = to_values.at[:, :, seen].add(terms.swapaxes(-1, -2) @ slopes)
-        of_rows = _ungrouped(_over(mx.add, parts) * scale, grouped)
+            terms = mx.power(2.0, _scores(rows * (scale * _LOG2E), k[lines], piece, grouped.shape[2]) - log)
+            of_scores = terms * (slopes @ v[lines, :, seen].swapaxes(-1, -2) - inner)
+            parts.append(of_scores @ k[lines, :, seen])
+            to_keys = to_keys.at[lines, :, seen].add(of_scores.swapaxes(-1, -2) @ (rows * scale))
+            to_values = to_values.at[lines, :, seen].add(terms.swapaxes(-1, -2) @ slopes)
+        of_rows = _ungrouped(_over(mx.add, parts) * scale, grouped, block)
         to_queries.append((of_rows, to_keys, to_values))
     return _joined([part[0] for part in to_queries], q.shape), to_keys, to_values
 
@@ -137,14 +166,25 @@ def _grouped(array: mx.array, groups: int) -> mx.array:
 
 
 def _rows(grouped: mx.array, block: Block) -> mx.array:
-    """The queries of a block, (B, KV, H / KV x C, X)."""
-    batch, groups, _, _, width = grouped.shape
-    return grouped[:, :, :, block.start : block.stop].reshape(batch, groups, -1, width)
+    """The queries of a block in its lines, (B', KV, H / KV x C, X)."""
+    _, groups, _, _, width = grouped.shape
+    rows = grouped[block.lines, :, :, block.start : block.stop]
+    return rows.reshape(len(rows), groups, -1, width)
 
 
-def _ungrouped(rows: mx.array, grouped: mx.array) -> mx.array:
+def _computed(block: Block, lines: int) -> int:
+    """In how many lines of so many."""
+    return len(range(lines)[block.lines])
+
+
+def _ungrouped(rows: mx.array, grouped: mx.array, block: Block) -> mx.array:
+    """(B, KV, H / KV, C, X), 0 in the lines that the block leaves out."""
     batch, groups, shared = grouped.shape[:3]
-    return rows.reshape(batch, groups, shared, -1, rows.shape[-1])
+    apart = rows.reshape(len(rows), groups, shared, -1, rows.shape[-1])
+    if len(rows) == batch:
+        return apart
+    first = block.lines.start
+    return mx.pad(apart, [(first, batch - first - len(rows)), *[(0, 0)] * 4])
 
 
 def _joined(parts: Sequence[mx.array], shape: tuple[int, ...]) -> mx.array:

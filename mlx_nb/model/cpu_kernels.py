@@ -21,7 +21,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_nb.model import backend
-from mlx_nb.model.block_attention import Block, block_attention, causal_blocks, fast_swiglu, masked_blocks
+from mlx_nb.model.block_attention import Block, Needed, block_attention, causal_blocks, fast_swiglu, masked_blocks
 from mlx_nb.model.mlx_lm_import import import_mlx_lm
 from mlx_nb.model.passes import once_a_model, trained_forms
 from mlx_nb.model.proof import gives_the_same
@@ -32,6 +32,7 @@ _PROBED_BLOCK, _PROBED_TOKENS = 3, 8
 
 _inside: list[_Kernels] = []
 _entering = threading.Lock()
+_asked = threading.local()
 
 
 @dataclass
@@ -44,17 +45,17 @@ class _Kernels:
     thread: int = field(default_factory=threading.get_ident)
     masks: dict[int, tuple[mx.array, list[Block] | None]] = field(default_factory=dict)
 
-    def blocks(self, mask: Any, length: int) -> list[Block] | None:
-        """The blocks of queries for a mask.
+    def blocks(self, mask: Any, length: int, needed: Needed) -> list[Block] | None:
+        """The blocks of queries for a mask, in the lines that need them.
 
         None where mlx computes it: without a mask, with one of numbers, or with a query that sees nothing.
         """
         if isinstance(mask, str):
-            return causal_blocks(length, self.block) if mask == "causal" else None
+            return causal_blocks(length, self.block, needed) if mask == "causal" else None
         if not isinstance(mask, mx.array) or mask.dtype != mx.bool_ or mask.shape != (length, length):
             return None
         if id(mask) not in self.masks:  # all layers are given the same one
-            self.masks[id(mask)] = (mask, masked_blocks(np.array(mask), self.block))
+            self.masks[id(mask)] = (mask, masked_blocks(np.array(mask), self.block, needed))
         return self.masks[id(mask)][1]
 
 
@@ -62,6 +63,24 @@ class _Kernels:
 def kernels(model: nn.Module) -> Iterator[None]:
     """Compute the graphs of `model` that are built inside the fast way. Call `kernels_are_proved` first."""
     with _bound(model, _BLOCK, _FEWEST_TOKENS):
+        yield
+
+
+@contextmanager
+def needed_queries(needed: Needed) -> Iterator[None]:
+    """Of attention that this thread asks for inside, no other queries are used: for each line (first, end) of them."""
+    before = getattr(_asked, "needed", None)
+    _asked.needed = needed
+    try:
+        yield
+    finally:
+        _asked.needed = before
+
+
+@contextmanager
+def tried_kernels(model: nn.Module) -> Iterator[None]:
+    """As `kernels`, in blocks of a few queries, so that a few tokens are enough to try them on."""
+    with _bound(model, _PROBED_BLOCK, _PROBED_BLOCK):
         yield
 
 
@@ -76,7 +95,7 @@ def kernels_are_proved(model: nn.Module) -> bool:
 def _are_proved(model: nn.Module, _trained: tuple[Any, ...]) -> bool:
     """Whether loss and gradient of a few tokens are those of the model's own call, in blocks of a few queries."""
     try:
-        return gives_the_same(model, lambda: _bound(model, _PROBED_BLOCK, _PROBED_BLOCK), _PROBED_TOKENS)
+        return gives_the_same(model, lambda: tried_kernels(model), _PROBED_TOKENS)
     except Exception:  # whatever a family's own code raises: it is no proof
         return False
 
@@ -145,7 +164,8 @@ def _attention(
         return own()
     if keys.shape[2] != length or any(array.dtype != mx.float32 for array in (queries, keys, values)):
         return own()
-    blocks = mine.blocks(mask, length)
+    needed: Needed = getattr(_asked, "needed", None)
+    blocks = mine.blocks(mask, length, needed if needed is None or len(needed) == len(queries) else None)
     if blocks is None:
         return own()
     return block_attention(queries, keys, values, scale=scale, blocks=blocks)

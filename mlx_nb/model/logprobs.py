@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -18,12 +18,14 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_nb.data.examples.batches import TokenBatch
+from mlx_nb.data.examples.packing import pack_lines, scored_lines
 from mlx_nb.errors import DataError
 from mlx_nb.model import backend
 from mlx_nb.model.batch_memory import ModelSizes, refuse_beyond_memory
 from mlx_nb.model.cpu_kernels import kernels, kernels_are_proved
 from mlx_nb.model.lanes import in_lanes
 from mlx_nb.model.layer_checkpoints import checkpointed_layers, refuse_unproved_checkpoints
+from mlx_nb.model.packing import Layout, layout_of, mixing_lines, packing_is_proved
 from mlx_nb.model.passes import refuse_cache_doubt
 from mlx_nb.model.text_model import text_model
 from mlx_nb.model.vocabulary_chunks import TargetFunction, head_arrays, over_chunks, targets_at_once
@@ -35,11 +37,12 @@ _IS_X86 = platform.machine() in ("x86_64", "AMD64")
 class TargetInputs(NamedTuple):
     """A batch as the model takes it.
 
-    tokens_BT    (B, T) int32, inputs
+    tokens_BT    (B, T) int32, inputs: the lines of the batch, or one row of them where they are packed
     position_S   (S,) int32, index into the flattened (B * T) outputs of the position that predicts each target
     target_S     (S,) int32, the token to predict
     weight_S     (S,) float32, its weight in the loss; 0 on padding of S
     row_values   {name: (R,) float32}, token_values {name: (S,) float32}: constants that an objective needs
+    layout       where the lines are in a packed row, None where they are not packed
     """
 
     tokens_BT: mx.array
@@ -48,6 +51,18 @@ class TargetInputs(NamedTuple):
     weight_S: mx.array
     row_values: dict[str, mx.array]
     token_values: dict[str, mx.array]
+    layout: Layout | None = None
+
+    @property
+    def lines(self) -> int:
+        """How many lines the batch has."""
+        lines: int = (self.tokens_BT if self.layout is None else self.layout.position_RL).shape[0]
+        return lines
+
+    @property
+    def line_S(self) -> mx.array:
+        """(S,) int32, the line that each target is in."""
+        return self.position_S // self.tokens_BT.shape[1] if self.layout is None else self.layout.line_S
 
 
 def target_inputs(batch: TokenBatch, targets_to_multiple: int = 1, width_to_multiple: int = 1) -> TargetInputs:
@@ -55,17 +70,23 @@ def target_inputs(batch: TokenBatch, targets_to_multiple: int = 1, width_to_mult
 
     Columns after the last position that predicts a target are cut: in a causal model they change nothing. What is
     left is rounded up to `width_to_multiple`, as far as the batch goes, and the targets to `targets_to_multiple`.
-    Raises DataError for a batch without any target.
+    Of a packed batch each line is cut so, and what is left of them is one row. Raises DataError for a batch without any
+    target.
     """
     row_S, column_S = np.nonzero(batch.loss_mask_BT[:, 1:])
     if not len(row_S):
         raise DataError(f"rows {', '.join(map(str, batch.rows))}: no token is trained. Leave them out.")
-    width = int(column_S.max()) + 1
-    width = min(-(-width // width_to_multiple) * width_to_multiple, batch.tokens_BT.shape[1])
-    tokens_BT = batch.tokens_BT[:, :width]
+    packed = pack_lines(scored_lines(batch)) if batch.packed else None
+    if packed is None:
+        width = int(column_S.max()) + 1
+        width = min(-(-width // width_to_multiple) * width_to_multiple, batch.tokens_BT.shape[1])
+        tokens_BT = batch.tokens_BT[:, :width]
+        position_S = row_S * width + column_S
+    else:
+        tokens_BT = packed.tokens_N[None]
+        position_S = np.concatenate([at[column_S[row_S == line]] for line, at in enumerate(packed.positions)])
     weight_S = batch.loss_mask_BT[row_S, column_S + 1]
     target_S = batch.tokens_BT[row_S, column_S + 1]
-    position_S = row_S * width + column_S
     padding = -len(position_S) % targets_to_multiple
 
     def padded(array_S: np.ndarray, dtype: type) -> mx.array:
@@ -78,6 +99,7 @@ def target_inputs(batch: TokenBatch, targets_to_multiple: int = 1, width_to_mult
         padded(weight_S, np.float32),
         {name: mx.array(value_R.astype(np.float32)) for name, value_R in batch.row_values.items()},
         {name: padded(value_BT[row_S, column_S + 1], np.float32) for name, value_BT in batch.token_values.items()},
+        None if packed is None else layout_of(packed, padded(row_S, np.int32)),
     )
 
 
@@ -117,6 +139,11 @@ class TargetScorer:
         return self._text is not None
 
     @cached_property
+    def can_pack(self) -> bool:
+        """Whether lines that are packed in one row are computed as each alone."""
+        return packing_is_proved(self.model)
+
+    @cached_property
     def sizes(self) -> ModelSizes:
         """What the memory of a batch depends on."""
         return ModelSizes.of(self.model, self._text)
@@ -137,16 +164,23 @@ class TargetScorer:
         its own target alone. Gradients are passed through the first of its arrays; the others pass none.
         """
         targets = (inputs.target_S, *values_S)
-        with self._fast(self.model), self._checkpoints():
+        layout = inputs.layout
+        with self._fast(self.model), self._checkpoints(layout), mixing_lines(self.model, layout):
             return self._at_targets(inputs, function, targets)
 
     def _fast(self, module: nn.Module) -> AbstractContextManager[None]:
         return kernels(module) if self._has_kernels else nullcontext()
 
-    def _checkpoints(self) -> AbstractContextManager[None]:
+    def _checkpoints(self, layout: Layout | None) -> AbstractContextManager[None]:
         if self._keeps_layers or not self.model.training:
             return nullcontext()
-        return checkpointed_layers(self.model, self._fast)
+
+        @contextmanager
+        def again(layer: nn.Module) -> Iterator[None]:
+            with self._fast(layer), mixing_lines(layer, layout):
+                yield
+
+        return checkpointed_layers(self.model, again)
 
     def _at_targets(
         self, inputs: TargetInputs, function: TargetFunction, targets: tuple[mx.array, ...]

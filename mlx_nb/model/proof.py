@@ -9,11 +9,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_nb.model.passes import random_tokens
+from mlx_nb.model.passes import is_half, random_tokens
 from mlx_nb.model.trees import trained_arrays_of
 
 # Loss in nats, gradients as parts of the largest: rounding comes to a tenth of it.
 _LOSS_TOLERANCE, _GRADIENT_TOLERANCE = 1e-5, 1e-4
+_HALF = 200  # times as much in half precision
 _ROWS = 2
 
 
@@ -24,6 +25,20 @@ def gives_the_same(model: nn.Module, way: Callable[[], AbstractContextManager[ob
     Raises what the model's code raises. The trained arrays are as before afterwards.
     """
     tokens_BT = mx.array([random_tokens(model, tokens, draw) for draw in range(_ROWS)])
+
+    def loss(way: Callable[[], AbstractContextManager[object]]) -> mx.array:
+        with way():
+            logits = model(tokens_BT[:, :-1]).astype(mx.float32)
+        return nn.losses.cross_entropy(logits, tokens_BT[:, 1:]).mean()
+
+    return agree(model, lambda: loss(nullcontext), lambda: loss(way))
+
+
+def agree(model: nn.Module, own: Callable[[], mx.array], other: Callable[[], mx.array]) -> bool:
+    """Whether two ways to compute one loss, mean or sum of nats, give the same number and the same gradient.
+
+    Raises what the model's code raises. The trained arrays are as before afterwards.
+    """
     before = trained_arrays_of(model)
     # An adapter begins with a factor of zeros, which hides the gradient of the other.
     moved = {
@@ -32,12 +47,10 @@ def gives_the_same(model: nn.Module, way: Callable[[], AbstractContextManager[ob
     }
     names = list(moved)
 
-    def found(way: Callable[[], AbstractContextManager[object]]) -> tuple[mx.array, list[mx.array]]:
+    def found(way: Callable[[], mx.array]) -> tuple[mx.array, list[mx.array]]:
         def loss(*arrays: mx.array) -> mx.array:
             model.load_weights(list(zip(names, arrays)), strict=False)
-            with way():
-                logits = model(tokens_BT[:, :-1]).astype(mx.float32)
-            return nn.losses.cross_entropy(logits, tokens_BT[:, 1:]).mean()
+            return way()
 
         if not names:
             return loss(), []
@@ -47,12 +60,13 @@ def gives_the_same(model: nn.Module, way: Callable[[], AbstractContextManager[ob
         return value, gradients
 
     try:
-        own_value, own = found(nullcontext)
-        our_value, ours = found(way)
-        if not _largest(own_value - our_value) <= _LOSS_TOLERANCE:
+        value, gradients = found(own)
+        other_value, others = found(other)
+        rounding = _HALF if is_half(model) else 1
+        if not _largest(value - other_value) <= rounding * _LOSS_TOLERANCE * max(1.0, _largest(value)):
             return False
-        most = _GRADIENT_TOLERANCE * max(map(_largest, own), default=0.0)
-        return all(_largest(one - other) <= most for one, other in zip(ours, own))
+        most = rounding * _GRADIENT_TOLERANCE * max(map(_largest, gradients), default=0.0)
+        return all(_largest(one - two) <= most for one, two in zip(gradients, others))
     finally:
         model.load_weights(before, strict=False)
 

@@ -16,6 +16,7 @@ from mlx_nb.model.backend import one_blas_thread
 from mlx_nb.model.layer_checkpoints import refuse_unproved_checkpoints
 from mlx_nb.model.loading import LoadedModel
 from mlx_nb.model.memory import is_out_of_memory
+from mlx_nb.model.packing import packing_is_proved
 from mlx_nb.model.passes import family_of, is_half, once_a_model, one_line, random_tokens, trained_forms
 from mlx_nb.model.randomness import random_stream
 from mlx_nb.model.shared_base import twin
@@ -48,6 +49,12 @@ def training_notes(
             check_size(model, config)
             if not named_arrays(model.trainable_parameters()):
                 raise ModelError(f"{family_of(model)} has no module that mlx-lm can adapt. Choose another model.")
+            packed = config.packing is not False and packing_is_proved(model)
+            if config.packing is True and not packed:
+                raise ModelError(
+                    f"packing cannot be used with {family_of(model)}: rows in one row do not give the loss and the "
+                    "gradient of the same rows alone. Set packing: auto."
+                )
             idle = _without_gradient(model, trained_forms(model))
             if config.grad_checkpoint:
                 refuse_unproved_checkpoints(model)
@@ -64,6 +71,11 @@ def training_notes(
     if len(idle) == len(names):
         raise _refusal(loaded.model, kind, "nothing that would be trained has a gradient")
     notes = []
+    if config.packing is not False and not packed:
+        notes.append(
+            f"{family_of(model)}: rows are not packed, because one after the other in one row they do not give the "
+            "loss of the same rows alone."
+        )
     if idle:
         notes.append(
             f"{len(idle)} of {len(names)} trained tensors never get a gradient in {family_of(model)}, and stay as they "

@@ -73,12 +73,7 @@ class Objective(Protocol):
 
 def sum_by_row(inputs: TargetInputs, value_S: mx.array) -> mx.array:
     """(B,) the sum of the values of each row's targets. Differentiable."""
-    return mx.zeros(inputs.tokens_BT.shape[0]).at[row_of_target(inputs)].add(value_S)
-
-
-def row_of_target(inputs: TargetInputs) -> mx.array:
-    """(S,) int32, the row of the batch that each target is in."""
-    return inputs.position_S // inputs.tokens_BT.shape[1]
+    return mx.zeros(inputs.lines).at[inputs.line_S].add(value_S)
 
 
 def with_metrics(result: Any, like: mx.array, each: str) -> tuple[mx.array, dict[str, mx.array]]:

@@ -116,6 +116,13 @@ def _padding_is_inert(trial: Trial) -> str:
     return _differ("padding", plain, padded)
 
 
+def _packing_is_inert(trial: Trial) -> str:
+    """Lines in one row, one after the other, give loss, units and gradient of the same lines side by side."""
+    batch = trial.make(trial.scorer, range(ROWS), 1)
+    packed = _gradient(trial, target_inputs(batch._replace(packed=True)))
+    return _differ("packing", _gradient(trial, trial.inputs()), packed)
+
+
 def _micro_batches_are_one_batch(trial: Trial) -> str:
     """Sums over micro-batches of different sizes equal those over one batch."""
     whole = _gradient(trial, trial.inputs())
@@ -195,6 +202,7 @@ _LAWS = (
     _pure,
     _reference_is_asked_for,
     _padding_is_inert,
+    _packing_is_inert,
     _micro_batches_are_one_batch,
     _resuming_is_exact,
     _gradient_is_that_of_the_loss,

@@ -24,7 +24,6 @@ from mlx_nb.objectives.base import (
     Objective,
     k3,
     require_shape,
-    row_of_target,
     sum_by_row,
     with_metrics,
 )
@@ -71,7 +70,7 @@ def completion_objective(
 
     def objective(scorer: TargetScorer, inputs: TargetInputs) -> LossSum:
         logprob_S, entropy_S = scorer.at_targets(inputs, partial(_logprob_and_entropy, temperature=temperature))
-        row_S = row_of_target(inputs)
+        row_S = inputs.line_S
         weight_S = inputs.weight_S * inputs.row_values["counts"][row_S]
         length_S = mx.maximum(sum_by_row(inputs, weight_S), 1.0)[row_S]
         # The target of padding is token 0, which at a low temperature can be e^-88 and less likely: against the
@@ -88,7 +87,7 @@ def completion_objective(
             weight_S,
             row_S,
             length_S,
-            inputs.tokens_BT.shape[0],
+            inputs.lines,
             max_completion_length,
         )
         result = loss(completions)

@@ -22,6 +22,15 @@ def _example(row: int, seed: int, longest: int = 18) -> TokenizedExample:
     return TokenizedExample(random.integers(1, VOCABULARY, length).astype(np.int32), loss_mask, row)
 
 
+def _answer(row: int, seed: int, prompt: int) -> TokenizedExample:
+    """An answer of its own to a prompt that others may have too."""
+    asked, own = np.random.default_rng([0, prompt]), np.random.default_rng([seed, row])
+    lengths = int(asked.integers(8, 11)), int(own.integers(2, 9))
+    tokens = [random.integers(1, VOCABULARY, length) for random, length in zip((asked, own), lengths)]
+    loss_mask = np.repeat(np.array([0, 1], np.float32), lengths)
+    return TokenizedExample(np.concatenate(tokens).astype(np.int32), loss_mask, row)
+
+
 def _noisy(scorer: TargetScorer, batch: TokenBatch, seed: int, size: float) -> np.ndarray:
     """(B, T) log-probabilities of a model not far from the scorer's own; noise by row, so that batches agree."""
     values_BT = np.zeros(batch.tokens_BT.shape, np.float32)
@@ -41,8 +50,8 @@ def trial_tokens(scorer: TargetScorer, rows: Sequence[int], width: int) -> Token
 
 
 def trial_pairs(scorer: TargetScorer, rows: Sequence[int], width: int) -> TokenBatch:
-    """Pairs of answers of weight 1 and 2, with log-probabilities of a reference."""
-    pairs = [PreferenceExample(_example(row, 1), _example(row, 2), 0, row, weight=1 + row % 2) for row in rows]
+    """Pairs of answers to one prompt, of weight 1 and 2, with log-probabilities of a reference."""
+    pairs = [PreferenceExample(_answer(row, 1, row), _answer(row, 2, row), 0, row, weight=1 + row % 2) for row in rows]
     batch = pad_pairs(pairs, width)
     return batch._replace(token_values={"reference": _noisy(scorer, batch, 3, 0.5)})
 
@@ -55,8 +64,9 @@ def trial_labels(scorer: TargetScorer, rows: Sequence[int], width: int) -> Token
 
 
 def trial_completions(scorer: TargetScorer, rows: Sequence[int], width: int) -> TokenBatch:
-    """Completions with advantages, and log-probabilities of the policy that sampled them and of a reference."""
-    batch = pad([_example(row, 1) for row in rows], width)
+    """Completions of prompts, three of each, with advantages and log-probabilities of the policy that sampled them and
+    of a reference."""
+    batch = pad([_answer(row, 1, row // 3) for row in rows], width)
     advantages = np.array([(-1.2, 0.4, 0.8)[row % 3] for row in rows], np.float32)
     values = {"advantage": advantages, "counts": np.ones(len(rows), np.float32)}
     drawn = {"behavior": _noisy(scorer, batch, 3, 0.1), "reference": _noisy(scorer, batch, 4, 0.3)}

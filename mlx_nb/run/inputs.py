@@ -292,7 +292,7 @@ class RunInputs:
                 )
             return found
 
-        return ReferenceLogprobs(scorer, fingerprint)
+        return ReferenceLogprobs(scorer, fingerprint, self.config.packing)
 
     @cached_property
     def rewards(self) -> tuple[Reward, ...]:

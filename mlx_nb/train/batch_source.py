@@ -15,6 +15,7 @@ from mlx_nb.events import Event, Progress
 from mlx_nb.model.lanes import lane_count, lanes_of
 from mlx_nb.model.logprobs import TargetInputs, TargetScorer, target_values
 from mlx_nb.objectives.kinds import LOSS_KINDS
+from mlx_nb.train.packing import packed_as_set
 from mlx_nb.train.reference_logprobs import ReferenceLogprobs
 from mlx_nb.train.step import Evaluation, add_metrics, mean_metrics
 
@@ -87,9 +88,13 @@ class RowBatches:
         batches = [self._kind.collate(group, self._width_multiple) for group in groups]
         if self._reference is not None:
             batches = [self._reference.fill(batch) for batch in batches]
+        batches = [self._packed(batch) for batch in batches]
         if self._kind.mismatched:
             batches = [_with_row_value(batch, "kl_estimate", kl_estimate) for batch in batches]
         return batches
+
+    def _packed(self, batch: TokenBatch) -> TokenBatch:
+        return packed_as_set(batch, self._config.packing, self._scorer)
 
     def _mismatched_sum(self, group: Sequence[Any]) -> tuple[float, int]:
         """Sum of log(pi / pi_ref) over the mismatched answers of labeled rows, and their number; (0, 0) of others."""
@@ -98,7 +103,7 @@ class RowBatches:
             return 0.0, 0
         if (mismatched := answers_of_others(group, self._width_multiple)) is None:
             return 0.0, 0
-        parts = lanes_of(self._kl_reference.fill(mismatched), lane_count())
+        parts = lanes_of(self._packed(self._kl_reference.fill(mismatched)), lane_count())
         return float(sum(ratio_S.sum() for ratio_S in target_values(parts, self._log_ratio))), len(group)
 
     def _log_ratio(self, inputs: TargetInputs) -> mx.array:

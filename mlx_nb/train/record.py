@@ -42,6 +42,7 @@ class RolloutBatch:
 
     rows: list[int]
     lengths: list[int]
+    packed: bool = False
 
 
 @dataclass(frozen=True)

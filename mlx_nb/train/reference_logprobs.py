@@ -1,7 +1,7 @@
 """Log-probabilities of the reference model, measured once for each row when it is first needed, and kept on disk.
 
-A row is always measured alone, so its numbers do not depend on the batch it came in, and measuring it again after a
-resume gives the same bits.
+A line is always measured alone, or the two answers of a pair together where packing computes their prompt once. So its
+numbers do not depend on the batch it came in, and measuring it again after a resume gives the same bits.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from mlx_nb.files.written_files import REFERENCE_FILE
 from mlx_nb.model.adapters import Write
 from mlx_nb.model.lanes import lane_count
 from mlx_nb.model.logprobs import TargetScorer, target_values
+from mlx_nb.train.packing import Packing, pays
 
 
 class ReferenceLogprobs:
@@ -30,8 +31,9 @@ class ReferenceLogprobs:
     is: numbers of another one are never read.
     """
 
-    def __init__(self, scorer: Callable[[], TargetScorer], fingerprint: str) -> None:
+    def __init__(self, scorer: Callable[[], TargetScorer], fingerprint: str, packing: Packing = "auto") -> None:
         self._make_scorer = scorer
+        self._packing = packing
         self._scorer: TargetScorer | None = None
         self._known: dict[bytes, np.ndarray] = {}
         self._saved: tuple[Path, int] | None = None  # the folder that has them all, and how many
@@ -50,23 +52,39 @@ class ReferenceLogprobs:
 
     def fill(self, batch: TokenBatch) -> TokenBatch:
         """The batch with `token_values["reference"]` (B, T), 0 where nothing is trained. Measures what is not known."""
-        lines = _lines(batch)
-        digests = [_digest(line) for line in lines]
-        missing = {digest: line for digest, line in zip(digests, lines) if digest not in self._known}
+        units = self._units(batch)
+        digests = [_digest(unit) for _, unit in units]
+        missing = {digest: unit for digest, (_, unit) in zip(digests, units) if digest not in self._known}
         self._measure(missing)
         reference_BT = np.zeros(batch.tokens_BT.shape, np.float32)
-        for index, (digest, line) in enumerate(zip(digests, lines)):
-            values_T = reference_BT[index, : line.lengths[0]]
-            values_T[line.loss_mask_BT[0] != 0] = self._known[digest]
+        for digest, (lines, unit) in zip(digests, units):
+            values_LT = np.zeros(unit.tokens_BT.shape, np.float32)
+            values_LT[unit.loss_mask_BT != 0] = self._known[digest]
+            columns = unit.tokens_BT.shape[1]
+            reference_BT[lines, :columns] = values_LT
         return batch._replace(token_values={**batch.token_values, "reference": reference_BT})
 
-    def _measure(self, lines: Mapping[bytes, TokenBatch]) -> None:
+    def _units(self, batch: TokenBatch) -> list[tuple[list[int], TokenBatch]]:
+        """What is measured at a time: lines of the batch by their places, both of a pair where packing them pays."""
+        rows = len(batch.rows)
+        units = []
+        for row in range(rows):
+            lines = list(range(row, len(batch.lengths), rows))
+            together = _unit(batch, lines)
+            if len(lines) > 1 and pays(together, self._packing):
+                units.append((lines, together))
+            else:
+                units += [([line], _unit(batch, [line])) for line in lines]
+        return units
+
+    def _measure(self, units: Mapping[bytes, TokenBatch]) -> None:
         """As many at the same time as there are lanes, those of like length together."""
-        by_length = sorted(lines, key=lambda digest: lines[digest].lengths)
+        by_length = sorted(units, key=lambda digest: units[digest].lengths)
         at_once = lane_count()
         for start in range(0, len(by_length), at_once):
             chosen = by_length[start : start + at_once]
-            self._known.update(zip(chosen, target_values([lines[key] for key in chosen], self.scorer.logprobs)))
+            packed = [_packed_where_it_can_be(units[digest], self.scorer) for digest in chosen]
+            self._known.update(zip(chosen, target_values(packed, self.scorer.logprobs)))
 
     def save(self, folder: Path, write: Write = write_whole) -> None:
         """Write what is known beside the run, unless nothing is new. Raises OSError."""
@@ -105,13 +123,20 @@ class ReferenceLogprobs:
         self._saved = (folder, len(self._known))
 
 
-def _lines(batch: TokenBatch) -> list[TokenBatch]:
-    """Each line of the batch as a batch of its own, without padding and without the weights of its tokens."""
-    return [
-        TokenBatch(tokens[None, :length], (loss_mask[None, :length] != 0).astype(np.float32), (0,), (length,))
-        for tokens, loss_mask, length in zip(batch.tokens_BT, batch.loss_mask_BT, batch.lengths)
-    ]
+def _unit(batch: TokenBatch, lines: list[int]) -> TokenBatch:
+    """Some lines of the batch as a batch of its own, without the weights of their tokens."""
+    lengths = tuple(batch.lengths[line] for line in lines)
+    tokens = batch.tokens_BT[lines, : max(lengths)]
+    mask = (batch.loss_mask_BT[lines, : max(lengths)] != 0).astype(np.float32)
+    return TokenBatch(tokens, mask, (0,), lengths)
 
 
-def _digest(line: TokenBatch) -> bytes:
-    return hashlib.sha256(line.tokens_BT.astype("<i4").tobytes() + (line.loss_mask_BT != 0).tobytes()).digest()
+def _packed_where_it_can_be(unit: TokenBatch, scorer: TargetScorer) -> TokenBatch:
+    return unit._replace(packed=scorer.can_pack) if len(unit.lengths) > 1 else unit
+
+
+def _digest(unit: TokenBatch) -> bytes:
+    """Of a line that is measured alone, its tokens and their mask; of lines together their lengths too."""
+    lengths = repr(unit.lengths).encode() if len(unit.lengths) > 1 else b""
+    content = unit.tokens_BT.astype("<i4").tobytes() + (unit.loss_mask_BT != 0).tobytes()
+    return hashlib.sha256(lengths + content).digest()

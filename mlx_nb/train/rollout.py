@@ -30,6 +30,7 @@ from mlx_nb.rollouts.rewards.resolve import Reward, completion_batch
 from mlx_nb.rollouts.rewards.score import Scores, score_completions
 from mlx_nb.rollouts.sampling import SamplingSettings, sample_groups
 from mlx_nb.train.batch_source import Measured
+from mlx_nb.train.packing import packed_as_set
 from mlx_nb.train.reference_logprobs import ReferenceLogprobs
 from mlx_nb.train.step import Evaluation
 
@@ -172,11 +173,13 @@ class Rollouts:
             row_values={"advantage": advantages.advantage_N[chosen], "counts": np.array(counts, np.float32)},
             token_values={"behavior": behavior_BT},
         )
+        batch = packed_as_set(batch, self._config.packing, self._scorer)
         return batch if self._reference is None else self._with_reference(batch, self._reference.scorer)
 
     def _with_reference(self, batch: TokenBatch, scorer: TargetScorer) -> TokenBatch:
         """At the sampling temperature, as the policy's."""
-        return batch._replace(token_values={**batch.token_values, "reference": self._logprobs(batch, scorer)})
+        reference_BT = self._logprobs(batch._replace(packed=batch.packed and scorer.can_pack), scorer)
+        return batch._replace(token_values={**batch.token_values, "reference": reference_BT})
 
     def _logprobs(self, batch: TokenBatch, scorer: TargetScorer) -> np.ndarray:
         """(B, T) at the sampling temperature, 0 where nothing is trained."""
@@ -290,7 +293,7 @@ class Rollouts:
             for number, batch in enumerate(self._batches)
             for name, array in _arrays_of(batch).items()
         }
-        shapes = [{"rows": batch.rows, "lengths": batch.lengths} for batch in self._batches]
+        shapes = [{"rows": batch.rows, "lengths": batch.lengths, "packed": batch.packed} for batch in self._batches]
         return arrays, {"batches": shapes, "updates_left": self._updates_left, "metrics": self.metrics}
 
     def restore(self, arrays: dict[str, mx.array], state: Any, prompts: Sequence[Sequence[PromptExample]]) -> None:
@@ -366,4 +369,5 @@ def _batch_of(arrays: dict[str, np.ndarray], shape: dict[str, Any]) -> TokenBatc
         tuple(shape["lengths"]),
         having("row."),
         having("token."),
+        shape.get("packed", False),
     )

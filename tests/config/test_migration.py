@@ -399,7 +399,7 @@ rl: dpo
             "`{path: ..., weight: ...}` to mix.",
             "line 7, column 1: unknown setting `sequence_len`. Here it is `max_seq_length`: write "
             "`max_seq_length: 2048`.",
-            "line 8, column 1: unknown setting `sample_packing`. mlx_nb has no packing of rows yet. Remove it.",
+            "line 8, column 1: unknown setting `sample_packing`. Here it is `packing`: write `packing: true`.",
             "line 9, column 1: unknown setting `micro_batch_size`. Here it is `batch_size`: write `batch_size: 2`.",
             "line 10, column 1: unknown setting `lora_target_linear`. Every linear layer is adapted unless "
             "`target_modules` says others. Remove it.",
@@ -705,7 +705,7 @@ LINES = {
         "line 1, column 1: unknown setting `pref_ftx`. mlx_nb has no likelihood term in dpo yet. Remove it.",
     ],
     "neat_packing: true": [
-        "line 1, column 1: unknown setting `neat_packing`. mlx_nb has no packing of rows yet. Remove it.",
+        "line 1, column 1: unknown setting `neat_packing`. Here it is `packing`: write `packing: true`.",
     ],
     "val_size: 0.1": [
         "line 1, column 1: unknown setting `val_size`. Here it is `val_set_size`: write `val_set_size: 0.1`.",

@@ -34,7 +34,7 @@ def own_methods():
 def test_every_objective_passes_the_battery(method, loss):
     laws = check_objective(method, loss)
     untried = METHODS[method].reference + METHODS[method].losses[loss].stops_gradient
-    assert len(laws) == 8 - untried
+    assert len(laws) == 9 - untried
     assert all("\n" not in law for law in laws)
     assert any("finite differences" in law for law in laws) != METHODS[method].losses[loss].stops_gradient
 
@@ -112,7 +112,7 @@ def test_a_method_of_ones_own_trains_under_its_name(own_methods):
         gap = pairs.chosen_P - pairs.rejected_P
         return mx.logaddexp(mx.zeros_like(gap), -slope * gap), {"gap": gap}
 
-    assert len(check_objective("mine", method_options={"slope": 0.3})) == 7
+    assert len(check_objective("mine", method_options={"slope": 0.3})) == 8
     with pytest.raises(ConfigError, match="Its options: slope"):
         RunConfig(method="mine", method_options={"slop": 1})
     for text in ("method: mine\nslope: 0.3", "slope: 0.3\nmethod: mine"):

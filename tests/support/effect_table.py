@@ -173,6 +173,6 @@ TABLE = {
 }
 
 
-# Settings whose effect needs a hub dataset, and is refused below out of it; or is of memory alone, and tried where that
-# is measured: tests/model/test_layer_checkpoints.py.
-ELSEWHERE = ("subset", "grad_checkpoint")
+# Settings whose effect needs a hub dataset, and is refused below out of it; or is of memory or time alone, and tried
+# where that is measured: tests/model/test_layer_checkpoints.py, tests/train/test_packed_runs.py.
+ELSEWHERE = ("subset", "grad_checkpoint", "packing")

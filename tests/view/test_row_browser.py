@@ -11,6 +11,7 @@ from mlx_nb.data.examples.row_finder import FILTERS, RowFinder
 from mlx_nb.errors import CommandError
 from mlx_nb.notebook.commands import run_line
 from mlx_nb.notebook.session import Session
+from mlx_nb.view.rows.batch import BatchDisplay
 from tiny import tiny_labels, tiny_pairs, tiny_prompts
 
 
@@ -179,7 +180,10 @@ def test_batch_shows_the_arrays_of_the_next_update(run):
     batch = run.trainer.next_batches()[0]
     event = run.step()
     assert event.rows == batch.rows
-    assert f"{len(batch.rows)} × {batch.tokens_BT.shape[1]}" in repr(shown)
+    assert batch.packed
+    assert f"{len(batch.rows)} segments in one row of {sum(batch.lengths)} positions" in repr(shown)
+    apart = BatchDisplay([batch._replace(packed=False)], run.tokenizer)
+    assert f"{len(batch.rows)} × {batch.tokens_BT.shape[1]}" in repr(apart)
     assert all(f"row {row}" in shown._repr_html_() for row in batch.rows)
     assert "mlx-nb-batch" in shown._repr_html_()
 

@@ -33,6 +33,7 @@ class TokenBatch(NamedTuple):
     lengths       tokens of each line of tokens_BT without padding
     row_values    (R,) float32 constants by name, one for each of `rows`
     token_values  (B, T) float32 constants by name, aligned with tokens_BT
+    packed        whether the lines are computed one after the other in one row
     """
 
     tokens_BT: np.ndarray
@@ -41,6 +42,7 @@ class TokenBatch(NamedTuple):
     lengths: tuple[int, ...]
     row_values: Mapping[str, np.ndarray] = MappingProxyType({})
     token_values: Mapping[str, np.ndarray] = MappingProxyType({})
+    packed: bool = False
 
 
 class Place(NamedTuple):
@@ -209,6 +211,7 @@ def split_rows(batch: TokenBatch, parts: int) -> list[TokenBatch]:
                 tuple(batch.lengths[line] for line in lines),
                 {name: value_R[rows] for name, value_R in batch.row_values.items()},
                 {name: value_BT[lines] for name, value_BT in batch.token_values.items()},
+                batch.packed,
             )
         )
     return found

@@ -10,6 +10,7 @@ from types import MappingProxyType
 import numpy as np
 
 from mlx_nb.data.examples.batches import TokenBatch
+from mlx_nb.data.examples.packing import PackedLines, pack_lines
 from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.errors import DataError
 from mlx_nb.view import theme
@@ -165,6 +166,7 @@ class BatchDisplay:
                 line_names(batch),
                 lengths=batch.lengths,
                 token_values=batch.token_values,
+                packed=_packed(batch),
             )
             for batch in self.batches
         )
@@ -172,13 +174,35 @@ class BatchDisplay:
     def __repr__(self) -> str:
         lines = [] if self.batches else [_NOTHING_YET]
         for number, batch in enumerate(self.batches, start=1):
-            rows, width = batch.tokens_BT.shape
-            head = f"batch of the next update, {rows} × {width} positions"
+            width, packed = batch.tokens_BT.shape[1], _packed(batch)
+            head = f"batch of the next update, {_shape_words(batch.tokens_BT.shape, packed)}"
             lines.append(head if len(self.batches) == 1 else f"{head}, part {number} of {len(self.batches)}")
-            for name, length, mask_T in zip(line_names(batch), batch.lengths, batch.loss_mask_BT):
-                trained = np.count_nonzero(mask_T)
-                lines.append(f"  {name}: {length} tokens, {trained} trained, {width - length} padding")
+            for index, (name, length) in enumerate(zip(line_names(batch), batch.lengths)):
+                trained = np.count_nonzero(batch.loss_mask_BT[index])
+                end = f"{width - length} padding" if packed is None else _segment_words(packed, index)
+                lines.append(f"  {name}: {length} tokens, {trained} trained, {end}")
         return "\n".join(lines)
+
+
+def _packed(batch: TokenBatch) -> PackedLines | None:
+    """The lines of a packed batch in their row, whole."""
+    if not batch.packed:
+        return None
+    return pack_lines([tokens_T[:length] for tokens_T, length in zip(batch.tokens_BT, batch.lengths)])
+
+
+def _shape_words(shape: tuple[int, ...], packed: PackedLines | None) -> str:
+    if packed is None:
+        return f"{shape[0]:,} × {shape[1]:,} positions"
+    return f"{shape[0]:,} segments in one row of {len(packed.tokens_N):,} positions"
+
+
+def _segment_words(packed: PackedLines, line: int) -> str:
+    """Where a line is in the packed row; what it begins with may be there with an earlier one."""
+    shared, positions = packed.shared[line], packed.positions[line]
+    own = positions[shared:]
+    there = f"at {own[0]:,} to {own[-1]:,}" if len(own) else "all of it with others"
+    return f"segment {line} {there}" + (f", its first {shared:,} tokens with an earlier one" if shared else "")
 
 
 def line_names(batch: TokenBatch) -> list[str]:
@@ -216,14 +240,15 @@ def render_batch_html(
     segments_BT: np.ndarray | None = None,
     lengths: Sequence[int] | None = None,
     token_values: Mapping[str, np.ndarray] = MappingProxyType({}),
+    packed: PackedLines | None = None,
 ) -> str:
     """The very arrays of a batch: each position, the token it predicts, whether that counts, and the padding.
 
     `tokens_BT` and `loss_mask_BT` are (B, T); `rows` names each line of the batch; `segments_BT` numbers the
     packed rows. Without `lengths`, untrained zeros at the end of a line are taken for padding. Long stretches
     that are alike are shortened. A target that counts across a segment or into the padding is marked.
-    `token_values` are constants (B, T) by name, told with the targets that count. Raises DataError when the shapes
-    do not agree.
+    `token_values` are constants (B, T) by name, told with the targets that count. Of `packed` lines each is a segment
+    of one row, without padding. Raises DataError when the shapes do not agree.
     """
     tokens_BT, loss_mask_BT = np.asarray(tokens_BT), np.asarray(loss_mask_BT)
     segments = None if segments_BT is None else np.asarray(segments_BT)
@@ -238,12 +263,16 @@ def render_batch_html(
     for index, row in enumerate(rows):
         tokens_T, mask_T = tokens_BT[index], loss_mask_BT[index]
         length = _length(tokens_T, mask_T) if lengths is None else int(lengths[index])
+        if packed is not None:
+            tokens_T, mask_T = tokens_T[:length], mask_T[:length]
         used, padding = used + length, padding + len(tokens_T) - length
         name = f"row {row}" if isinstance(row, int | np.integer) else one_line(str(row))
-        segments_T = [0] * len(tokens_T) if segments is None else segments[index].tolist()
+        number = 0 if packed is None else index
+        segments_T = [number] * len(tokens_T) if segments is None else segments[index].tolist()
         values = {what: value_BT[index].tolist() for what, value_BT in token_values.items()}
         body = _row_html(tokens_T.tolist(), mask_T.tolist(), segments_T, length, tokenizer, values)
-        count = f"{length:,} tokens, {np.count_nonzero(mask_T):,} trained, {len(tokens_T) - length:,} padding"
+        end = f"{len(tokens_T) - length:,} padding" if packed is None else _segment_words(packed, index)
+        count = f"{length:,} tokens, {np.count_nonzero(mask_T):,} trained, {end}"
         parts.append(
             f'<details{" open" if index < _OPEN_ROWS else ""} style="margin:0 0 10px 0">'
             f'<summary><b>{escape(name, quote=True)}</b> <span style="{_QUIET}">{count}</span></summary>'
@@ -257,7 +286,7 @@ def render_batch_html(
     if segments is not None:
         crossing = span("counts across a boundary", style=f"{_CROSSING};white-space:nowrap")
         legend += f"&emsp;a blue bar starts a segment&emsp; {crossing}"
-    heading = f"<b>batch</b>&emsp;{len(tokens_BT):,} × {tokens_BT.shape[1]:,} positions · {share} padding"
+    heading = f"<b>batch</b>&emsp;{_shape_words(tokens_BT.shape, packed)} · {share} padding"
     return (
         f'<div class="mlx-nb-batch" dir="ltr" style="max-width:60em;text-align:left"><div>{heading}</div>'
         f'<div style="font-size:.85em;line-height:1.7;margin:0 0 8px 0">{legend}</div>{"".join(parts)}</div>'
