@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from mlx_nb.errors import CommandError, FolderError, shown
 from mlx_nb.files.places import free_name, path_problem, refuse_among_files, same_folder, working_folder
@@ -20,6 +21,9 @@ class ReportPath(type(Path())):  # type: ignore[misc]
     def _repr_html_(self) -> str:
         target = self.relative_to(Path.cwd()) if self.is_relative_to(Path.cwd()) else self
         return f'<a href="{escape(str(target), quote=True)}" target="_blank">{escape(str(self))}</a>'
+
+    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
+        printer.text(str(self))
 
 
 def report_mark(name: str) -> str:

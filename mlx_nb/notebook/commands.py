@@ -425,6 +425,7 @@ def _only_candidate() -> str:
 def _new(session: Session, arguments: argparse.Namespace) -> Any:
     """The form; where there are no widgets, and with --write, the cell itself, at the next prompt or below this one."""
     from mlx_nb.notebook import new_run
+    from mlx_nb.notebook.new_run_cell import cell_text
 
     given, namespace = new_run.given_in(arguments.changes), session.namespace or {}
     form = session.form
@@ -434,7 +435,7 @@ def _new(session: Session, arguments: argparse.Namespace) -> Any:
         with advice_as_words():
             new_run.checked_run(given, namespace)
         new_run.write_next_cell(given)
-        return None
+        return None if has_rich_display() else Text(cell_text(given))
     if form is not None:
         form.close()
     session.form = new_run.NewRun(given, namespace)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from mlx_nb.events import (
     RunPaused,
     StepCompleted,
 )
+from mlx_nb.notebook.front_end import is_console
 from mlx_nb.notebook.progress_line import ProgressLine
 from mlx_nb.notebook.shown_text import has_rich_display
 from mlx_nb.run.background import hold_interrupts
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 
 _SECONDS_BETWEEN_UPDATES = 0.4
 _SECONDS_BETWEEN_SIGNS = 10.0
+_BETWEEN = "  ·  "  # the parts of a progress line
+_CLEAR_LINE = "\r\x1b[K"  # of a terminal: what stands in it is written over
 
 
 def train(
@@ -75,6 +79,9 @@ def show_panel(session: Session, run: Run) -> None:
 
     from mlx_nb.notebook.lasting_output import Outcome
 
+    if not has_rich_display():
+        print(run.status())
+        return
     panel = session.panel_of(run)
     if panel is not None:
         session.show_further(run, panel)
@@ -121,14 +128,14 @@ def _moved(run: Run, updates: int | None) -> Event | None:
     """Move the run under a display of its own, which stays as a figure and a table. Returns the last event."""
     display = _LiveDisplay(run)
     ended: Event | None = None
-    with run.interrupts(print) as interrupts:
+    with run.interrupts(display.print) as interrupts:
         if not run.prepared:
             display.say("loading model and rows …")
             try:
                 _load(run, display.load)
             finally:
                 if not run.prepared:
-                    display.say(f"{run.name}: not loaded.")
+                    display.say(f"{run.name}: not loaded.", last=True)
         for event in run.events(updates):
             if run.prepared:
                 display.show(event)
@@ -137,7 +144,7 @@ def _moved(run: Run, updates: int | None) -> Event | None:
         if run.prepared:
             display.finish(ended)
         elif run.history.last_step:
-            print(event_text.describe(run.history.last_step))
+            display.print(event_text.describe(run.history.last_step))
     return ended
 
 
@@ -176,6 +183,15 @@ def _worth_a_line(event: Event, iters: int, seconds_since: float) -> bool:
     return not isinstance(event, StepCompleted | RolloutCompleted) or event.step % max(1, iters // 20) == 0
 
 
+def _fitting(line: str, width: int) -> str:
+    """The line in at most `width` characters; of its parts the last ones before the time left go first."""
+    parts = line.split(_BETWEEN)
+    while len(_BETWEEN.join(parts)) > width and len(parts) > 3:
+        del parts[-2]
+    fitting = _BETWEEN.join(parts)
+    return fitting if len(fitting) <= width else f"{fitting[: width - 1]}…"
+
+
 class _LiveDisplay:
     """One output that is updated in place and, at the end, replaced by a figure and a table that last."""
 
@@ -184,22 +200,33 @@ class _LiveDisplay:
         self._iters = 0
         self._shown_at = 0.0
         self._in_notebook = has_rich_display()
+        self._in_terminal = not self._in_notebook and (sys.stdout.isatty() or is_console())
         self._handle: Any = None
         self._broken = False
         self._activity = ""
         self._remarked: set[str] = set()
 
-    def say(self, text: str) -> None:
-        """A line in place of the progress."""
+    def print(self, text: str) -> None:
+        """A line that stays."""
+        if self._in_terminal:
+            sys.stdout.write(_CLEAR_LINE)
+        print(text, flush=True)
+
+    def say(self, text: str, *, last: bool = False) -> None:
+        """A line in place of the progress; the `last` one stays in a terminal."""
+        if last and self._in_terminal:
+            self.print(text)
+            return
         self._put(html.escape(text), text)
         self._shown_at = time.monotonic()
 
     def load(self, progress: Progress) -> None:
         """How far loading is, in place of the line before; elsewhere than in a notebook a line now and then."""
-        seconds = _SECONDS_BETWEEN_UPDATES if self._in_notebook else _SECONDS_BETWEEN_SIGNS
+        in_place = self._in_notebook or self._in_terminal
+        seconds = _SECONDS_BETWEEN_UPDATES if in_place else _SECONDS_BETWEEN_SIGNS
         if time.monotonic() - self._shown_at >= seconds:
             words = event_text.progress_words(progress)
-            if not self._in_notebook:
+            if not in_place:
                 print(words, flush=True)
             self.say(words)
 
@@ -209,18 +236,21 @@ class _LiveDisplay:
             # A reward function that fails does so in every rollout.
             if remark not in self._remarked:
                 self._remarked.add(remark)
-                print(remark)
-        if isinstance(event, DataChanged | LossSpiked | MemoryLow | NothingLearned):
-            print(event_text.describe(event))
+                self.print(remark)
+        is_said = isinstance(event, DataChanged | LossSpiked | MemoryLow | NothingLearned)
+        if is_said:
+            self.print(event_text.describe(event))
         since = time.monotonic() - self._shown_at
-        if not self._in_notebook:
-            if _worth_a_line(event, self._run.trainer.iters, since):
+        self._iters = self._run.trainer.iters
+        if not self._in_notebook and not self._in_terminal:
+            if _worth_a_line(event, self._iters, since):
                 print(event_text.describe(event), flush=True)
                 self._shown_at = time.monotonic()
             return
-        self._iters = self._run.trainer.iters
-        self._activity = event_text.progress_words(event) if isinstance(event, Progress) else ""
         quick = isinstance(event, StepCompleted | RolloutCompleted | AdapterSaved | Progress)
+        if self._in_terminal and not quick and not is_said:
+            self.print(event_text.describe(event))
+        self._activity = event_text.progress_words(event) if isinstance(event, Progress) else ""
         if since >= _SECONDS_BETWEEN_UPDATES or not quick:
             self._draw()
             self._shown_at = time.monotonic()
@@ -229,6 +259,9 @@ class _LiveDisplay:
         history = self._run.history
         line = event_text.progress_line(history, self._iters)
         line += f"  ·  {self._activity}" if self._activity else ""
+        if self._in_terminal:
+            self._put("", f"{self._run.name}  ·  {line}")
+            return
         done = history.last_step.step / self._iters if history.last_step else 0.0
         bar = (
             '<div style="height:4px;max-width:560px;background:rgba(128,128,128,0.25);border-radius:2px;margin:4px 0">'
@@ -253,7 +286,7 @@ class _LiveDisplay:
         )
         title = f"{run.name}: {state} after update {run.step_count}"
         if not self._in_notebook:
-            print(event_text.summary_text(history, title))
+            self.print(event_text.summary_text(history, title))
             return
         rich = event_text.summary_html(history, title) + last_rollout_html(history)
         self._put(rich, event_text.summary_text(history, title))
@@ -270,6 +303,9 @@ class _LiveDisplay:
 
     def _put(self, rich: str, plain: str) -> None:
         """Show, or update in place. A display that fails is given up; training goes on."""
+        if self._in_terminal:
+            sys.stdout.write(f"{_CLEAR_LINE}{_fitting(plain, shutil.get_terminal_size().columns - 1)}")
+            sys.stdout.flush()
         if not self._in_notebook or self._broken:
             return
         from IPython.display import display
@@ -286,7 +322,7 @@ class _LiveDisplay:
 
 
 def has_live_front_end() -> bool:
-    """Whether somebody has this notebook open: a front end that can be asked for input, which executors cannot."""
+    """Whether somebody has this notebook open: not a console, and not an executor, which cannot be asked for input."""
     from IPython.core.getipython import get_ipython
 
-    return bool(getattr(getattr(get_ipython(), "kernel", None), "_allow_stdin", False))
+    return has_rich_display() and bool(getattr(getattr(get_ipython(), "kernel", None), "_allow_stdin", False))

@@ -19,8 +19,10 @@ def has_rich_display() -> bool:
     """Whether what is displayed here can be changed in place, as in a notebook."""
     from IPython.core.getipython import get_ipython
 
+    from mlx_nb.notebook.front_end import is_console
+
     shell = get_ipython()
-    return shell is not None and hasattr(shell, "kernel")
+    return shell is not None and hasattr(shell, "kernel") and not is_console()
 
 
 def bundle_of(text: str, *, quiet: bool = False) -> dict[str, str]:

@@ -85,11 +85,12 @@ def test_the_command_writes_the_cell_below_or_at_the_next_prompt(shell, tiny_fol
     session = shell.magics_manager.registry["FinetuneMagics"].session
     written = []
     shell.set_next_input = lambda text, replace=False: written.append(text)
-    assert run_line(session, f"new data=bees model={tiny_folder} iters=40") is None
+    shown = run_line(session, f"new data=bees model={tiny_folder} iters=40")
     session.form = mlx_nb.new(data="bees", model=str(tiny_folder), iters=50)
     run_line(session, "new --write")
     cells = [f"%%finetune\nmodel: {tiny_folder}\ndata: bees\niters: {iters}" for iters in (40, 50)]
     assert written == cells
+    assert shown == cells[0]  # no widgets here
     assert RunConfig.from_yaml(written[0].partition("\n")[2]).iters == 40
     for line in ("new data=bess", "new data=bees itres=3", "new bees"):
         with pytest.raises(MlxNbError):

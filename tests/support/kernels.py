@@ -22,6 +22,7 @@ class Kernel:
         self.manager = KernelManager(kernel_name="python3")
         self.manager.start_kernel(cwd=str(folder))
         self.client = self.manager.client()
+        self.client.session.metadata = {"cellId": "cell"}  # as a notebook, and no console, sends with its requests
         self.client.start_channels()
         self.client.wait_for_ready(timeout=180)
 

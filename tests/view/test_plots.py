@@ -19,6 +19,7 @@ from mlx_nb.events.history import History, smoothed
 from mlx_nb.view.curves.curves import SeriesBuilder
 from mlx_nb.view.curves.figure import live_svg, live_words, plot_history
 from mlx_nb.view.curves.shown_figure import drawable
+from mlx_nb.view.curves.text_chart import text_chart
 from mlx_nb.view.event_text import summary_rows
 from places import SUPPORT
 
@@ -110,10 +111,28 @@ def test_a_notebook_gets_a_picture_without_any_backend_of_pyplot():
         "print(sorted(data), data['image/png'][:4], data['text/plain'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SUPPORT)
-    assert done.stdout.strip() == (
+    head, *chart = done.stdout.strip().splitlines()
+    assert head == (
         "['image/png', 'text/plain'] b'\\x89PNG' bees: m, 60 updates (a figure: "
         '`.savefig("curves.png")` writes it to a file)'
     ), done.stderr
+    assert chart[-1].strip() == "⠒ training loss   o validation"
+
+
+def test_where_there_are_no_pictures_the_curve_is_drawn_in_characters():
+    history = History([update(step, 4.0 - step) for step in range(1, 4)])
+    chart = text_chart(history, width=12, height=3).splitlines()
+    assert chart == [
+        "3 │    ⠑⢄⡀",
+        "  │      ⠈⠢⣀",
+        "1 │         ⠉⠢⢄",
+        "  └────────────",
+        "   0   update 3",
+        "   ⠒ training loss",
+    ], "\n".join(chart)
+    assert text_chart(History([update(1, 2.0)])) == ""
+    flat = text_chart(History([update(1, 2.0), update(2, 2.0)]), width=20, height=3)
+    assert flat.splitlines()[0].strip() == "2 │"
 
 
 @pytest.mark.parametrize("name", ["模型 🐝", "a$b$c", "$\\frac{", "été"])

@@ -40,13 +40,14 @@ def plot_history(
     global state of pyplot changes. Its ground is transparent, and it reads on light and on dark.
     """
     from mlx_nb.view.curves.shown_figure import ShownFigure
+    from mlx_nb.view.curves.text_chart import text_chart
 
     large = live_quantity(history)
     measured = [*(name for name in metrics if name in history.step_metrics), *history.step_metrics]
     small = [name for name in (*main_metrics(measured), *(["loss"] if large != "loss" else [])) if name != large]
     heights = (2.2, 1.2, 1) if small else (2.2, 1)
     words = f"{title or 'run'}, {counted(len(history), 'update')}"
-    figure = ShownFigure(words, (7.5, 6.2 if small else 4.6))
+    figure = ShownFigure(words, (7.5, 6.2 if small else 4.6), text_chart(history))
     grid = figure.add_gridspec(len(heights), 6, height_ratios=heights)
     _draw_large(figure.add_subplot(grid[0, :]), history, large, title)
     width = 6 // max(1, len(small))

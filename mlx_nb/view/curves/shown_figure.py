@@ -47,13 +47,13 @@ _FURTHER_FAMILIES = (
 class ShownFigure(Figure):
     """A Figure that a notebook shows as a picture without any backend of pyplot; `savefig` writes it to a file.
 
-    `words` is what it shows where there are no pictures.
+    `words` and `chart` are what it shows where there are no pictures.
     """
 
-    def __init__(self, words: str, size: tuple[float, float]) -> None:
+    def __init__(self, words: str, size: tuple[float, float], chart: str = "") -> None:
         super().__init__(figsize=size, dpi=110, layout="constrained", facecolor="none", edgecolor="none")
         FigureCanvasAgg(self)
-        self.words = words
+        self.words, self.chart = words, chart
 
     def finish(self) -> None:
         """Make everything in it readable: one ink, whole updates, letters that a font has, and `$` as it stands."""
@@ -75,7 +75,8 @@ class ShownFigure(Figure):
         return buffer.getvalue()
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        return {"image/png": self._repr_png_(), "text/plain": repr(self)}
+        plain = "\n".join(filter(None, [repr(self), self.chart]))
+        return {"image/png": self._repr_png_(), "text/plain": plain}
 
     def __repr__(self) -> str:
         return f'{self.words} (a figure: `.savefig("curves.png")` writes it to a file)'

@@ -124,11 +124,11 @@ class RowBrowser:
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         # An exported notebook has no kernel behind its widgets: there the row itself is left.
         bundle = self.widget._repr_mimebundle_(include=include, exclude=exclude)
-        return {
-            **bundle,
-            "text/html": self.view.value,
-            "text/plain": f"rows of {self.split.value}: {len(self._finder):,}",
-        }
+        plain = f"rows of {self.split.value}: {len(self._finder):,}"
+        if self.row is not None:
+            row = self._splits[self.split.value].view(self.row)
+            plain += f"\n\n{RowDisplay(row, self._tokenizer, self.split.value)!r}"
+        return {**bundle, "text/html": self.view.value, "text/plain": plain}
 
     def _build(self) -> None:
         self.split = widgets.Dropdown(options=list(self._splits), description="split", layout=_width("11em"))
