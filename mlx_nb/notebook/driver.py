@@ -30,7 +30,8 @@ from mlx_nb.notebook.shown_text import has_rich_display
 from mlx_nb.run.background import hold_interrupts
 from mlx_nb.run.run import raise_failure
 from mlx_nb.view import event_text
-from mlx_nb.view.curves.figure import live_svg, live_words
+from mlx_nb.view.curves.figure import live_svg
+from mlx_nb.view.curves.quantity import live_words
 from mlx_nb.view.reports.completions import last_rollout_html
 
 if TYPE_CHECKING:

@@ -164,7 +164,9 @@ def test_the_command_shows_the_rows_of_a_variable(shell, tiny_folder):
     shell.user_ns["bees"] = tiny_rows()
     session = shell.magics_manager.registry["FinetuneMagics"].session
     browser = run_line(session, f"rows data=bees model={tiny_folder} val_set_size=0")
-    assert browser._repr_mimebundle_()["text/plain"] == "rows of train: 24"
+    plain = browser._repr_mimebundle_()["text/plain"]
+    assert plain.startswith("rows of train: 24\n\ntrain row 0 (bees[0])")
+    assert "│ <|user|>say red 0<|end|>" in plain
     assert session.runs == {}
     for line, told in (
         ("rows model=x", "say which rows, as in %finetune rows data=bees"),

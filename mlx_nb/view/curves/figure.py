@@ -15,6 +15,7 @@ from mlx_nb.errors import counted
 from mlx_nb.events import SettingChanged
 from mlx_nb.events.history import History, decimated, smoothed
 from mlx_nb.view.curves.points import SHORT_RUN
+from mlx_nb.view.curves.quantity import live_quantity, validations_of
 from mlx_nb.view.metric_text import headline, main_metrics
 from mlx_nb.view.theme import INK
 
@@ -110,12 +111,6 @@ def _draw_metric(axes: Axes, history: History, name: str, metric: Metric | None)
     if healthy:
         axes.set_title(f"healthy: {healthy}", loc="right", fontsize=7)
     axes.tick_params(labelsize=7)
-
-
-def validations_of(history: History, name: str) -> list[tuple[int, float]]:
-    """(update, value) of the validations whose first number is `name`: loss or reward."""
-    checked = [(row["step"], headline(row)) for row in history.evaluations("valid")]
-    return [(step, value) for step, (what, value) in checked if what == name and math.isfinite(value)]
 
 
 def _draw_validation(axes: Axes, valid: list[tuple[int, float]]) -> None:
@@ -233,16 +228,6 @@ def live_svg(history: History, iters: int, width: int = 560, height: int = 150) 
             f'<circle cx="{x}" cy="{y}" r="3" fill="{VALID_COLOR}"/>' for x, y in (place(*point) for point in valid)
         ]
     return "".join([*parts, "</svg>"])
-
-
-def live_quantity(history: History) -> str:
-    """What the small curve shows: `reward` of a method that learns from rewards, else `loss`."""
-    return "reward" if history.last_step is not None and "reward" in history.last_step.metrics else "loss"
-
-
-def live_words(history: History) -> str:
-    """What the small curve shows, for its legend: `training loss, smoothed`."""
-    return f"training {live_quantity(history)}" + ("" if len(history) < SHORT_RUN else ", smoothed")
 
 
 def _value_range(values: list[float]) -> tuple[float, float]:

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 from mlx_nb.events.history import History, smoothed
 from mlx_nb.view.curves.points import SHORT_RUN
+from mlx_nb.view.curves.quantity import live_quantity, live_words, validations_of
 
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a braille character, by row and column
 _EMPTY = 0x2800
@@ -19,8 +20,6 @@ def text_chart(history: History, width: int = 60, height: int = 10) -> str:
 
     `width` and `height` are of the part inside the axes, in characters. Empty before two numbers are known.
     """
-    from mlx_nb.view.curves.figure import live_quantity, live_words, validations_of
-
     name = live_quantity(history)
     values = history[name] if len(history) < SHORT_RUN else smoothed(history[name])
     points = [(step, value) for step, value in zip(history["step"], values) if math.isfinite(value)]
