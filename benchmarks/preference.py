@@ -1,12 +1,15 @@
 """DPO on SmolLM2-135M: tokens per second and peak memory of mlx-lm-lora and of mlx_nb on the same pairs, in one run.
 
     python benchmarks/preference.py FOLDER --peer-python PYTHON [--pairs 12] [--batch-size 2] [--updates 8]
+    python benchmarks/preference.py --shared-prompt 300 [--sides mlx_nb unpacked]
 
-FOLDER has a train.jsonl with rows {prompt, chosen, rejected}. PYTHON is one of an environment that has both mlx_nb and
+FOLDER has a train.jsonl with rows {prompt, chosen, rejected}; without one, pairs are made with a prompt of so many
+tokens and answers of 40 to 80. PYTHON is one of an environment that has both mlx_nb and
 mlx-lm-lora (pip install --no-deps mlx-lm-lora==5.10.2). Each side is a process of its own, with the same BLAS, float32
 base, adapter, optimizer and chat template; each update is timed, the first is left out. The peer trains as its
 documentation says, with the same model loaded a second time as the reference. mlx_nb measures the reference of a row
-at its first visit, so its first epoch and the later ones are shown apart. JSON comes last.
+at its first visit, so its first epoch and the later ones are shown apart. `unpacked` is mlx_nb with packing: false,
+which computes the prompt for each answer. OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE are unset for all. JSON comes last.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import argparse
 import itertools
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -24,12 +28,16 @@ from pathlib import Path
 
 LORA = {"rank": 8, "dropout": 0.0, "scale": 20.0}
 LEARNING_RATE = 1e-5
-SIDES = ("peer", "mlx_nb")
+SIDES = ("peer", "unpacked", "mlx_nb")
+CHOOSE_THE_KERNEL = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
+WORDS = ("the", "a", "of", "to", "and", "in", "is", "it", "that", "for", "on", "with", "as", "was", "he", "she")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--shared-prompt", type=int, default=300, help="tokens of the prompts that are made")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--peer-python", default=sys.executable)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--pairs", type=int, default=12)
@@ -40,12 +48,15 @@ def main() -> None:
     if chosen.child:
         print(json.dumps(train_peer(chosen) if chosen.child == "peer" else train_mlx_nb(chosen)))
         return
-    found = {side: run_child(chosen, side) for side in SIDES}
-    for name, figures in found["mlx_nb"]["epochs"].items():
-        ratio = figures["tokens_per_second"] / found["peer"]["tokens_per_second"]
-        print(f"mlx_nb, {name}: {show(figures)}: {ratio:.2f} times the peer's tokens per second")
-    print(f"mlx-lm-lora: {show(found['peer'])}")
-    print(f"peak memory: mlx_nb {found['mlx_nb']['peak_gb']:.2f} GB, mlx-lm-lora {found['peer']['peak_gb']:.2f} GB")
+    found = {side: run_child(chosen, side) for side in SIDES if side in chosen.sides}
+    for side, figures in found.items():
+        for name, rate in figures["epochs"].items():
+            print(f"{side}, {name}: {show(rate)}, peak {figures['peak_gb']:.2f} GB")
+    for name, rate in found.get("mlx_nb", {"epochs": {}})["epochs"].items():
+        for side, figures in found.items():
+            if side != "mlx_nb":
+                ratio = rate["pairs_per_second"] / figures["epochs"].get(name, rate)["pairs_per_second"]
+                print(f"mlx_nb is {ratio:.2f} times {side} in pairs per second, {name}")
     print(json.dumps(found))
 
 
@@ -55,16 +66,28 @@ def show(figures: dict) -> str:
 
 def run_child(chosen: argparse.Namespace, side: str) -> dict:
     python = chosen.peer_python if side == "peer" else sys.executable
-    command = [python, __file__, str(chosen.folder), "--child", side]
-    for name in ("model", "pairs", "batch_size", "updates"):
+    command = [python, __file__, *([str(chosen.folder)] if chosen.folder else []), "--child", side]
+    for name in ("model", "pairs", "batch_size", "updates", "shared_prompt"):
         command += [f"--{name.replace('_', '-')}", str(getattr(chosen, name))]
     # The peer has mlx's own order of work: mlx_nb, which loads its model, sets another one for its lanes.
-    environment = {**os.environ, "MLX_BFS_MAX_WIDTH": "20"} if side == "peer" else None
+    environment = {name: value for name, value in os.environ.items() if name not in CHOOSE_THE_KERNEL}
+    environment |= {"MLX_BFS_MAX_WIDTH": "20"} if side == "peer" else {}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def read_pairs(chosen: argparse.Namespace) -> list[dict]:
+    if chosen.folder is None:
+        draw = random.Random(0)
+
+        def text(tokens: int) -> str:
+            return " ".join(draw.choices(WORDS, k=tokens))
+
+        names = ("chosen", "rejected")
+        return [
+            {"prompt": text(chosen.shared_prompt - 30), **{name: text(draw.randint(40, 80)) for name in names}}
+            for _ in range(chosen.pairs)
+        ]
     return [json.loads(line) for line in (chosen.folder / "train.jsonl").read_text().splitlines()[: chosen.pairs]]
 
 
@@ -95,6 +118,7 @@ def train_mlx_nb(chosen: argparse.Namespace) -> dict:
             "autosave_minutes": None,
             "loss_spike": None,
             "adapter_path": f"{folder}/adapter",
+            "packing": False if chosen.child == "unpacked" else "auto",
         }
         run = Run(RunConfig.from_dict(settings))
         import mlx.core as mx
@@ -171,7 +195,8 @@ def train_peer(chosen: argparse.Namespace) -> dict:
             training_callback=Clock(),
         )
     seconds = [after - before for before, after in itertools.pairwise(times)]
-    return {**rates(seconds, tokens[1:], chosen.batch_size), "peak_gb": mx.get_peak_memory() / 1e9}
+    epochs = dict.fromkeys(("first epoch", "later epochs"), rates(seconds, tokens[1:], chosen.batch_size))
+    return {"epochs": epochs, "peak_gb": mx.get_peak_memory() / 1e9}
 
 
 if __name__ == "__main__":

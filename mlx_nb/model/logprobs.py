@@ -18,7 +18,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_nb.data.examples.batches import TokenBatch
-from mlx_nb.data.examples.packing import pack_lines, scored_lines
+from mlx_nb.data.examples.packing import PackedLines, pack_lines, scored_lines
 from mlx_nb.errors import DataError
 from mlx_nb.model import backend
 from mlx_nb.model.batch_memory import ModelSizes, refuse_beyond_memory
@@ -76,7 +76,7 @@ def target_inputs(batch: TokenBatch, targets_to_multiple: int = 1, width_to_mult
     row_S, column_S = np.nonzero(batch.loss_mask_BT[:, 1:])
     if not len(row_S):
         raise DataError(f"rows {', '.join(map(str, batch.rows))}: no token is trained. Leave them out.")
-    packed = pack_lines(scored_lines(batch)) if batch.packed else None
+    packed = _packed(batch, width_to_multiple) if batch.packed else None
     if packed is None:
         width = int(column_S.max()) + 1
         width = min(-(-width // width_to_multiple) * width_to_multiple, batch.tokens_BT.shape[1])
@@ -99,8 +99,17 @@ def target_inputs(batch: TokenBatch, targets_to_multiple: int = 1, width_to_mult
         padded(weight_S, np.float32),
         {name: mx.array(value_R.astype(np.float32)) for name, value_R in batch.row_values.items()},
         {name: padded(value_BT[row_S, column_S + 1], np.float32) for name, value_BT in batch.token_values.items()},
-        None if packed is None else layout_of(packed, padded(row_S, np.int32)),
+        None if packed is None else layout_of(packed, padded(row_S, np.int32), width_to_multiple),
     )
+
+
+def _packed(batch: TokenBatch, width_to_multiple: int) -> PackedLines:
+    """The lines as one row, which is rounded up to a multiple by padding of its shortest line."""
+    lines = scored_lines(batch)
+    shortest = min(range(len(lines)), key=lambda line: len(lines[line]))
+    missing = -len(pack_lines(lines).tokens_N) % width_to_multiple
+    lines[shortest] = np.pad(lines[shortest], (0, missing))
+    return pack_lines(lines)
 
 
 def target_values(parts: Sequence[TokenBatch], function: Callable[[TargetInputs], mx.array]) -> list[np.ndarray]:

@@ -34,7 +34,7 @@ class Layout(NamedTuple):
                  of the others that share it; R * L where there are no more
     taken_RL     (R, L) int32, the position that is taken back from each place, N where none is
     line_S       (S,) int32, the line of the batch that each target is in
-    needed       for each line the first query that is needed and the one after the last
+    needed       for each line the first query that is needed and the one after the last; empty = all may be
     """
 
     position_RL: mx.array
@@ -44,11 +44,15 @@ class Layout(NamedTuple):
     needed: tuple[tuple[int, int], ...]
 
 
-def layout_of(packed: PackedLines, line_S: mx.array) -> Layout:
-    """Lines that share nothing come first, and longer ones before shorter: what a block needs is side by side."""
+def layout_of(packed: PackedLines, line_S: mx.array, width_to_multiple: int = 1) -> Layout:
+    """Lines that share nothing come first, and longer ones before shorter: what a block needs is side by side.
+
+    L is rounded up to `width_to_multiple`. Above 1 it is for what is compiled, and `needed`, which would be another
+    constant for each batch, is empty.
+    """
     lengths = [len(position) for position in packed.positions]
     order = sorted(range(len(lengths)), key=lambda line: (packed.shared[line], -lengths[line], line))
-    longest, count = max(lengths), len(packed.tokens_N)
+    longest, count = -(-max(lengths) // width_to_multiple) * width_to_multiple, len(packed.tokens_N)
     position_RL = np.stack(
         [packed.positions[line][np.minimum(np.arange(longest), lengths[line] - 1)] for line in order]
     )
@@ -62,7 +66,7 @@ def layout_of(packed: PackedLines, line_S: mx.array) -> Layout:
             places[position].insert(0 if place >= own else len(places[position]), at)
     most, nowhere = max(map(len, places)), len(order) * longest
     place_CN = np.array([[*found, *[nowhere] * (most - len(found))] for found in places]).T
-    needed = tuple((packed.shared[line], lengths[line]) for line in order)
+    needed = () if width_to_multiple > 1 else tuple((packed.shared[line], lengths[line]) for line in order)
     return Layout(_indices(position_RL), _indices(place_CN), _indices(taken_RL), line_S, needed)
 
 

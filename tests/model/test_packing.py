@@ -159,6 +159,13 @@ def test_a_prompt_is_computed_once():
     assert seen == [(1, own, 32)] * 2
 
 
+def test_what_is_compiled_has_few_shapes_and_no_constants_of_its_own():
+    inputs = [target_inputs(pad(random_examples(5, seed))._replace(packed=True), 64, 32) for seed in range(12)]
+    assert {one.tokens_BT.shape for one in inputs} <= {(1, 32), (1, 64), (1, 96)}
+    assert {one.layout.position_RL.shape for one in inputs} <= {(5, 32), (5, 64)}
+    assert {one.layout.needed for one in inputs} == {()}
+
+
 def test_lines_of_a_row_for_example():
     lines = [np.arange(12), np.array([*range(10), 50]), np.array([*range(10), 50, 51]), np.array([7, 8])]
     packed = pack_lines(lines)
