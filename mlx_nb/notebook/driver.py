@@ -55,6 +55,8 @@ def train(
     `ends_cell`, where nothing of the person's own follows in the cell, an interrupt is the run's from its start on.
     Raises TrainingError when an update was not kept.
     """
+    if wait is None:
+        wait = session.preferences.wait
     if wait or (wait is None and not has_live_front_end()):
         try:
             train_here(run, updates, quiet=session.panel_of(run) is not None)
@@ -89,6 +91,7 @@ def show_panel(session: Session, run: Run) -> None:
         session.show_again(run)
         return
     panel = run.panel()
+    panel.refresh_seconds = session.preferences.refresh_seconds
     display(panel)
     session.keep_shown(run, panel, Outcome(run))
 

@@ -32,12 +32,14 @@ def unload(shell: InteractiveShell) -> None:
     magics.interrupts.close()
     magics.bare_run.close()
     magics.session.close()
+    magics.preferences.close()
     manager = shell.magics_manager
     for kind in ("line", "cell"):
         manager.magics[kind].pop("finetune", None)
     manager.registry.pop(type(magics).__name__, None)
-    if magics in shell.configurables:
-        shell.configurables.remove(magics)
+    for one in (magics, magics.preferences):
+        if one in shell.configurables:
+            shell.configurables.remove(one)
     if magics.matcher in shell.Completer.custom_matchers:
         shell.Completer.custom_matchers.remove(magics.matcher)
     setattr(shell, _MAGICS, None)

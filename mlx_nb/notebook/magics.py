@@ -8,11 +8,13 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class, no_var_expand
 from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
 
+from mlx_nb.config.yaml_text import load_mapping
 from mlx_nb.errors import CommandError
 from mlx_nb.notebook.bare_run import BareRun
 from mlx_nb.notebook.commands import CELL_OPTIONS, output_name, refuse_shortened, run_line, wait_of
 from mlx_nb.notebook.help_text import cell_help
 from mlx_nb.notebook.interrupted import InterruptsInOneLine
+from mlx_nb.notebook.preferences import Finetune
 from mlx_nb.notebook.queued_cells import NOW, QueuedCells
 from mlx_nb.notebook.session import Session
 from mlx_nb.notebook.templating import fill
@@ -25,7 +27,10 @@ class FinetuneMagics(Magics):
     def __init__(self, shell: InteractiveShell) -> None:
         super().__init__(shell)
         self.queued = QueuedCells(shell)
-        self.session = Session(shell.user_ns, self.queued)
+        self.preferences = Finetune(parent=shell)
+        configurables: list[Any] = shell.configurables
+        configurables.append(self.preferences)  # for %config
+        self.session = Session(shell.user_ns, self.queued, self.preferences)
         self.interrupts = InterruptsInOneLine(shell)
         self.bare_run = BareRun(shell)
         self.matcher: Any = None
@@ -61,9 +66,9 @@ class FinetuneMagics(Magics):
         shell: Any = self.shell
         namespace = shell.user_ns
         allowed = tuple(arguments.allow_changed)
-        run = Run.from_yaml(
-            fill(cell, namespace) + "\n", name=arguments.name, namespace=namespace, allow_changed=allowed
-        )
+        body, memory = fill(cell, namespace) + "\n", self.preferences.snapshot_memory
+        usual = {} if memory is None or "snapshot_memory" in load_mapping(body).values else {"snapshot_memory": memory}
+        run = Run.from_yaml(body, name=arguments.name, namespace=namespace, allow_changed=allowed, **usual)
         run.inputs.check_names()
         if not arguments.paused:  # a cell whose run cannot begin is one that fails
             run.inputs.check_at_hand()

@@ -7,6 +7,7 @@ from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from mlx_nb.errors import CommandError, MlxNbError, did_you_mean
+from mlx_nb.notebook.preferences import Finetune
 from mlx_nb.view.panel.still import lasting_html
 
 if TYPE_CHECKING:
@@ -24,8 +25,14 @@ class Session:
     `queued` has the cells wait that are queued behind one that starts a run.
     """
 
-    def __init__(self, namespace: MutableMapping[str, Any] | None = None, queued: QueuedCells | None = None) -> None:
+    def __init__(
+        self,
+        namespace: MutableMapping[str, Any] | None = None,
+        queued: QueuedCells | None = None,
+        preferences: Finetune | None = None,
+    ) -> None:
         self.namespace = namespace
+        self.preferences = preferences if preferences is not None else Finetune()
         self.queued = queued
         self.runs: dict[str, Run] = {}
         self.looked_at: Run | None = None  # of which only the rows are looked at

@@ -224,6 +224,23 @@ def test_tab_completes_commands_options_and_settings(trained):
     assert "--paused" in completions("%%finetune --pa")
 
 
+def test_config_finetune_lists_what_holds_for_all_runs_and_cells_follow_it(shell, tiny_folder, capsys):
+    before = os.environ.get("MLX_NB_CACHE")
+    shell.run_line_magic("config", "Finetune")
+    assert "Finetune.wait" in capsys.readouterr().out
+    shell.run_line_magic("config", "Finetune.cache_folder = '/elsewhere'")
+    assert os.environ["MLX_NB_CACHE"] == "/elsewhere"
+    shell.run_line_magic("config", "Finetune.cache_folder = ''")
+    assert os.environ.get("MLX_NB_CACHE") == before
+    shell.run_line_magic("config", "Finetune.snapshot_memory = 7")
+    shell.user_ns["my_rows"] = tiny_rows()
+    body = f"model: {tiny_folder}\ndata: my_rows\niters: 2"
+    run_cell(shell, f"%%finetune --paused -o run\n{body}")
+    assert shell.user_ns["run"].config.snapshot_memory == 7
+    run_cell(shell, f"%%finetune --paused -o run\n{body}\nsnapshot_memory: 9")
+    assert shell.user_ns["run"].config.snapshot_memory == 9
+
+
 def test_unloading_removes_every_trace(shell):
     shell.run_line_magic("unload_ext", "mlx_nb")
     assert "finetune" not in shell.magics_manager.magics["line"]

@@ -77,6 +77,21 @@ def test_a_console_on_a_kernel_trains_in_the_foreground_and_shows_the_answer(tmp
         kernel.close()
 
 
+def test_a_cell_waits_for_its_run_where_config_finetune_says_so(tmp_path, tiny_folder):
+    kernel = Kernel(tmp_path)
+    try:
+        kernel.run(SETUP.format(tests=str(SUPPORT)))
+        body = f"%%finetune -o run\nmodel: {tiny_folder}\ndata: rows\niters: 200"
+        kernel.run(body)
+        assert kernel.value("run.finished") == "False"
+        kernel.run("%finetune stop")
+        kernel.run("%config Finetune.wait = True")
+        kernel.run(body.replace("200", "6"))
+        assert kernel.value("run.finished") == "True"
+    finally:
+        kernel.close()
+
+
 def test_a_line_that_is_too_long_loses_its_middle_and_keeps_the_time_left():
     line = "run  ·  update 3 of 9  ·  loss 1.234  ·  812 tokens/s  ·  memory 1.2 GB  ·  0:12 left"
     assert _fitting(line, 100) == line

@@ -138,6 +138,7 @@ class Panel(anywidget.AnyWidget):
         except RuntimeError:
             self._loop = None
         self._device, self._warning = device, warning
+        self.refresh_seconds = SECONDS_BETWEEN_REFRESHES
         self._views, self._drawn_at, self._cost = 0, 0.0, 0.0
         self._coming: asyncio.TimerHandle | None = None
         self._activity, self.awaited = Activity(), set[str]()
@@ -243,7 +244,7 @@ class Panel(anywidget.AnyWidget):
         if text := result_of(event, self.awaited, run.config):
             self.say(text, bad=isinstance(event, RequestRefused))
         since = time.monotonic() - self._drawn_at
-        wait = max(SECONDS_BETWEEN_REFRESHES, self._cost / MOST_OF_THE_TIME) - since
+        wait = max(self.refresh_seconds, self._cost / MOST_OF_THE_TIME) - since
         if isinstance(event, TURNS) or (self._watched and wait <= 0):
             self.refresh()
         elif self._watched and self._coming is None and self._loop is not None and not self._loop.is_closed():
