@@ -152,7 +152,7 @@ def measure_mlx_nb(chosen: argparse.Namespace) -> dict:
         packing=False if chosen.child == "mlx_nb, unpacked" else "auto",
     )
     run = Run(config)
-    steps = [event for event in run.trainer.events(chosen.steps) if isinstance(event, StepCompleted)]
+    steps = [event for event in run.events(chosen.steps) if isinstance(event, StepCompleted)]
     return summary([step.tokens for step in steps], [step.seconds for step in steps], steps[-1].peak_memory)
 
 

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mlx_nb.model.powers import power_of_2
+
 _LOG2E = math.log2(math.e)
 _HIDDEN = -1e30
 
@@ -98,7 +100,7 @@ def block_attention(
             seen_keys, seen_values = k[block.lines], v[block.lines]
             scores = [_scores(rows, seen_keys, piece, grouped.shape[2]) for piece in block.pieces]
             largest = _over(mx.maximum, [part.max(axis=-1, keepdims=True) for part in scores])
-            terms = [mx.power(2.0, part - largest) for part in scores]
+            terms = [power_of_2(part - largest) for part in scores]
             total = _over(mx.add, [part.sum(axis=-1, keepdims=True) for part in terms])
             products = [part @ seen_values[:, :, piece.first : piece.last] for part, piece in zip(terms, block.pieces)]
             outputs = _over(mx.add, products) / total
@@ -144,7 +146,7 @@ def _slopes(
         parts = []
         for piece in block.pieces:
             seen = slice(piece.first, piece.last)
-            terms = mx.power(2.0, _scores(rows * (scale * _LOG2E), k[lines], piece, grouped.shape[2]) - log)
+            terms = power_of_2(_scores(rows * (scale * _LOG2E), k[lines], piece, grouped.shape[2]) - log)
             of_scores = terms * (slopes @ v[lines, :, seen].swapaxes(-1, -2) - inner)
             parts.append(of_scores @ k[lines, :, seen])
             to_keys = to_keys.at[lines, :, seen].add(of_scores.swapaxes(-1, -2) @ (rows * scale))

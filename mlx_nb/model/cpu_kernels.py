@@ -27,7 +27,7 @@ from mlx_nb.model.passes import once_a_model, trained_forms
 from mlx_nb.model.proof import gives_the_same
 
 _BLOCK = 64  # queries; larger ones leave out less, and smaller ones take longer to build
-_FEWEST_TOKENS = 128  # below that there is little to leave out
+_FEWEST_TOKENS = 32  # below that an update takes longer to build than is saved
 _PROBED_BLOCK, _PROBED_TOKENS = 3, 8
 
 _inside: list[_Kernels] = []

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import resource
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +24,12 @@ _WORDS = re.compile(
     re.IGNORECASE,
 )
 _CACHED_SHARE = 4  # freed arrays that mlx keeps for later take at most one part in so many of a GPU's memory
+
+# glibc's own names for what it keeps of freed memory, and the numbers that it comes to by itself with large arrays.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_KEPT = {_TRIM_THRESHOLD: 2**31 - 1, _MMAP_THRESHOLD: 2**30}
+_USUAL = {_TRIM_THRESHOLD: 64 * 1024**2, _MMAP_THRESHOLD: 32 * 1024**2}
+_OF_A_PERSON = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 _holding = threading.Lock()
 _holders = 0
@@ -126,12 +134,10 @@ def device_limits() -> Iterator[None]:
     """While inside, on a GPU: the memory that Metal recommends stays resident, and mlx's cache has a limit.
 
     What was set before is set again when the last of several runs is done; a lower cache limit of a person's own
-    stays. Does nothing on a CPU, where mlx has neither.
+    stays. On a CPU with glibc freed arrays stay with the process, for the next ones: each that is new to it costs a
+    fault for every page, which is more than most operations on it. They are given back in the end.
     """
     global _holders
-    if is_cpu():
-        yield
-        return
     with _holding:
         _holders += 1
         if _holders == 1:
@@ -146,6 +152,9 @@ def device_limits() -> Iterator[None]:
 
 
 def _set_limits() -> None:
+    if is_cpu():
+        _set_malloc(_KEPT)
+        return
     resident = mx.device_info().get("max_recommended_working_set_size")
     if resident is not None:
         _limits_before["wired"] = mx.set_wired_limit(int(resident))
@@ -158,6 +167,10 @@ def _set_limits() -> None:
 
 
 def _give_back_limits() -> None:
+    if is_cpu():
+        _set_malloc(_USUAL)
+        give_back_freed()
+        return
     mx.synchronize()
     mx.clear_cache()
     if "wired" in _limits_before:
@@ -167,6 +180,27 @@ def _give_back_limits() -> None:
 
 
 def clear_cache() -> None:
-    """Give back what mlx keeps of freed arrays: after work whose sizes are not those of updates."""
+    """Give back what is kept of freed arrays: after work whose sizes are not those of updates."""
     if not is_cpu():
         mx.clear_cache()
+    elif _holders:
+        give_back_freed()
+
+
+def give_back_freed() -> None:
+    """Give what this process keeps of freed arrays on a CPU back to the system."""
+    if (trim := getattr(_libc(), "malloc_trim", None)) is not None:
+        trim(0)
+
+
+def _set_malloc(limits: Mapping[int, int]) -> None:
+    """Nothing without glibc, or where a person has set them by the environment."""
+    mallopt = getattr(_libc(), "mallopt", None)
+    if mallopt is None or any(name in os.environ for name in _OF_A_PERSON):
+        return
+    for name, value in limits.items():
+        mallopt(name, value)
+
+
+def _libc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if sys.platform == "linux" else None

@@ -26,6 +26,10 @@ _ATTENTION = ("self_attn", "attention", "attn", "self_attention", "block_sparse_
 _MIXERS = frozenset((*_ATTENTION, "mamba", "mixer", "conv", "temporal_block", "token_mixer"))
 
 
+# Products over other numbers of rows round otherwise: over 30 layers the gradient of random tokens differed by 2e-4.
+_ROUNDING = 10
+
+
 class Layout(NamedTuple):
     """Where the tokens of a packed row are, with R lines of at most L tokens.
 
@@ -289,7 +293,7 @@ def _is_proved(model: nn.Module, _trained: tuple[Any, ...]) -> bool:
         return sum(losses, mx.array(0.0))
 
     try:
-        return agree(model, alone, together)
+        return agree(model, alone, together, _ROUNDING)
     except Exception:  # whatever a family's own code raises: it is no proof
         return False
 

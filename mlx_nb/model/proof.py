@@ -34,10 +34,11 @@ def gives_the_same(model: nn.Module, way: Callable[[], AbstractContextManager[ob
     return agree(model, lambda: loss(nullcontext), lambda: loss(way))
 
 
-def agree(model: nn.Module, own: Callable[[], mx.array], other: Callable[[], mx.array]) -> bool:
+def agree(model: nn.Module, own: Callable[[], mx.array], other: Callable[[], mx.array], rounding: float = 1) -> bool:
     """Whether two ways to compute one loss, mean or sum of nats, give the same number and the same gradient.
 
-    Raises what the model's code raises. The trained arrays are as before afterwards.
+    `rounding` is how many times the usual they may differ by. Raises what the model's code raises. The trained arrays
+    are as before afterwards.
     """
     before = trained_arrays_of(model)
     # An adapter begins with a factor of zeros, which hides the gradient of the other.
@@ -62,7 +63,7 @@ def agree(model: nn.Module, own: Callable[[], mx.array], other: Callable[[], mx.
     try:
         value, gradients = found(own)
         other_value, others = found(other)
-        rounding = _HALF if is_half(model) else 1
+        rounding *= _HALF if is_half(model) else 1
         if not _largest(value - other_value) <= rounding * _LOSS_TOLERANCE * max(1.0, _largest(value)):
             return False
         most = rounding * _GRADIENT_TOLERANCE * max(map(_largest, gradients), default=0.0)

@@ -19,6 +19,7 @@ from mlx_nb.model.adapters import attach_adapter
 from mlx_nb.model.block_attention import block_attention, causal_blocks, fast_swiglu, masked_blocks
 from mlx_nb.model.cpu_kernels import kernels, kernels_are_proved
 from mlx_nb.model.logprobs import TargetScorer, target_inputs
+from mlx_nb.model.powers import power_of_2
 from tiny import random_examples, tiny_model
 
 SHAPES = {  # heads, heads of keys, width of queries, width of values
@@ -270,3 +271,13 @@ def test_half_precision_is_left_to_mlx(monkeypatch):
     model = tiny_model()
     model.set_dtype(mx.bfloat16)
     mx.eval(TargetScorer(model).logprobs(target_inputs(pad(random_examples(2)))))
+
+
+def test_powers_of_2_are_mlx_own_to_rounding_and_never_denormal():
+    x = mx.concatenate([mx.linspace(-100, 100, 40_001), mx.random.uniform(-2, 2, (10_000,), key=mx.random.key(0))])
+    found, expected = np.array(power_of_2(x)).astype(np.float64), 2.0 ** np.array(x).astype(np.float64)
+    assert np.abs(found / expected - 1).max() < 3e-7
+    far = power_of_2(mx.array([-101.0, -1e30, -float("inf")]))
+    assert far.tolist() == [power_of_2(mx.array(-100.0)).item()] * 3
+    assert np.isnan(np.array(power_of_2(mx.array(float("nan")))))
+    assert power_of_2(mx.array([0.0, 1.0, -3.0])).tolist() == pytest.approx([1, 2, 0.125], rel=2e-7)

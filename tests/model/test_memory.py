@@ -253,6 +253,56 @@ def test_a_cpu_has_no_limits_to_set(monkeypatch):
         memory.clear_cache()
 
 
+KEPT = """
+import contextlib, resource
+import mlx.core as mx
+from mlx_nb.model.memory import device_limits
+
+def new_pages():
+    # Arrays of other sizes come and go in between, as in an update.
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for size in [3, 7, 5, 40, 11] * 4:
+        mx.eval(mx.zeros(size << 18) + 1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def held():
+    line = next(line for line in open("/proc/self/status") if line.startswith("VmRSS"))
+    return int(line.split()[1]) >> 10
+
+mx.set_default_device(mx.cpu)
+mx.eval(mx.zeros(1 << 18) + 1)
+usual, before = new_pages(), held()
+with device_limits():
+    with device_limits():
+        new_pages()
+    kept, there = new_pages(), held()
+print(usual, kept, new_pages(), before, there, held())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_on_a_cpu_freed_arrays_are_kept_for_the_next_ones_and_given_back_in_the_end():
+    done = subprocess.run([sys.executable, "-c", KEPT], check=True, timeout=120, capture_output=True, text=True)
+    usual, kept, later, before, there, after = map(int, done.stdout.split())
+    assert kept < usual / 10
+    assert later > 10 * kept
+    assert there > before + 30  # MB
+    assert after < before + 20
+
+
+@pytest.mark.parametrize("name", memory._OF_A_PERSON)
+def test_what_a_person_set_in_the_environment_stays(name, monkeypatch):
+    class Libc:
+        def mallopt(self, name, value):
+            pytest.fail("set")
+
+    monkeypatch.setattr(memory, "is_cpu", lambda: True)
+    monkeypatch.setattr(memory, "_libc", Libc)
+    monkeypatch.setenv(name, "1")
+    with memory.device_limits():
+        pass
+
+
 LIMITS = """
 import resource
 resource.setrlimit(resource.RLIMIT_NOFILE, (300, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
