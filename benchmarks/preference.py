@@ -102,6 +102,7 @@ def rates(seconds: list[float], tokens: list[int], batch_size: int) -> dict:
 
 def train_mlx_nb(chosen: argparse.Namespace) -> dict:
     from mlx_nb import Run, RunConfig
+    from mlx_nb.events import StepCompleted
 
     with tempfile.TemporaryDirectory() as folder:
         settings = {
@@ -123,12 +124,8 @@ def train_mlx_nb(chosen: argparse.Namespace) -> dict:
         run = Run(RunConfig.from_dict(settings))
         import mlx.core as mx
 
-        seconds, tokens = [], []
-        for _ in range(run.trainer.iters):
-            begun = time.perf_counter()
-            step = run.step()
-            seconds.append(time.perf_counter() - begun)
-            tokens.append(step.tokens)
+        steps = [event for event in run.events() if isinstance(event, StepCompleted)]
+        seconds, tokens = [step.seconds for step in steps], [step.tokens for step in steps]
     half = len(seconds) // 2
     epochs = {
         "first epoch": rates(seconds[1:half], tokens[1:half], chosen.batch_size),

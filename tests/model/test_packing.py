@@ -64,8 +64,8 @@ def gradients(model, batch, *, lanes=1, compiled=False, checkpoints=False, **set
     return found
 
 
-def assert_same(plain, packed):
-    assert packed[0] == pytest.approx(plain[0], rel=1e-6, abs=1e-7)
+def assert_same(plain, packed, rel=1e-6):
+    assert packed[0] == pytest.approx(plain[0], rel=rel, abs=1e-7)
     assert packed[1] == pytest.approx(plain[1], rel=1e-5, abs=1e-6)
     largest = max(mx.abs(array).max().item() for array in plain[2].values())
     assert largest > 0
@@ -206,9 +206,7 @@ def test_attention_leaves_out_what_no_line_needs_and_changes_nothing_else(needed
 @pytest.mark.real_model
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_the_real_model_packs_rows_and_pairs(method, smollm2):
-    from mlx_nb.model.loading import load_model
-
-    model = attached(load_model(smollm2).model)
+    model = attached(smollm2().model)
     random = np.random.default_rng(0)
     prompt = random.integers(1, 40_000, 150)
     if method == "dpo":
@@ -216,4 +214,5 @@ def test_the_real_model_packs_rows_and_pairs(method, smollm2):
         batch = batch._replace(token_values={"reference": np.full(batch.tokens_BT.shape, -6, np.float32)})
     else:
         batch = pad([answer(random, random.integers(1, 40_000, length), length) for length in (40, 150, 90)])
-    assert_same(*gradients(model, batch, method=method, lanes=2))
+    # The loss of a pair is of a difference between sums of log-probabilities, which are far larger.
+    assert_same(*gradients(model, batch, method=method, lanes=2), rel=1e-6 if method == "sft" else 5e-6)
