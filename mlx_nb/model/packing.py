@@ -17,6 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_nb.data.examples.packing import PackedLines, pack_lines
+from mlx_nb.model.backend import one_blas_thread
 from mlx_nb.model.cpu_kernels import kernels_are_proved, needed_queries, tried_kernels
 from mlx_nb.model.passes import once_a_model, random_tokens, trained_forms
 from mlx_nb.model.proof import agree
@@ -272,7 +273,8 @@ def _is_linear(part: Any) -> bool:
 
 def packing_is_proved(model: nn.Module) -> bool:
     """Whether lines in one row, of which two begin alike, give the loss and gradient of the same lines alone."""
-    return _is_proved(model, trained_forms(model))
+    with one_blas_thread():  # of products this small more threads make far more beside other programs
+        return _is_proved(model, trained_forms(model))
 
 
 @once_a_model(good=bool)
