@@ -151,7 +151,7 @@ def mixing_lines(module: nn.Module, layout: Layout | None) -> Iterator[None]:
     finally:
         for attributes, name, before in reversed(shadowed):
             if before is None:
-                del attributes[name]
+                attributes.pop(name, None)  # an interrupt may have come before it was there
             else:
                 attributes[name] = before
 
