@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
@@ -138,6 +139,25 @@ def test_without_it_a_packed_row_would_be_another_one_and_afterwards_nothing_is_
     with pytest.raises(RuntimeError), mixing_lines(model, packed.layout):
         raise RuntimeError
     assert [(path, id(module), sorted(vars(module))) for path, module in model.named_modules()] == before
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_5", "qwen3_moe"])
+def test_what_rows_begin_with_in_common_may_itself_be_trained(family):
+    rows = random_examples(3, shortest=14, longest=20)
+    beginning = rows[0].tokens[:12]
+    for row in rows[1:]:
+        row.tokens[: 10 + row.row] = beginning[: 10 + row.row]
+    for row in rows:
+        row.loss_mask[1:] = 1 + 0.5 * row.row
+    batch = pad(rows)
+    assert min(pack_lines(scored_lines(batch)).shared[1:]) >= 11
+    assert_same(*gradients(attached(small_model(family), fine_tune_type="full"), batch, method="sft"))
+
+
+def test_a_quantized_base_is_packed():
+    model = tiny_model(dims=64)
+    nn.quantize(model, group_size=32, bits=4)
+    assert_same(*gradients(attached(model), pairs(), method="cpo"))
 
 
 def test_a_prompt_is_computed_once():
