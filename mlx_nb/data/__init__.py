@@ -1,1 +1,1 @@
-"""Rows, examples (tokens and loss mask) and batches. Nothing here imports mlx."""
+"""Rows, examples (tokens and loss mask) and batches. Does not import mlx."""

@@ -1,1 +1,1 @@
-"""Training objectives. One file is one objective."""
+"""Training objectives. One file is one method; a new loss of a method is a function in its file."""

@@ -26,7 +26,7 @@ from mlx_nb.model.logprobs import TargetInputs, TargetScorer
 
 Metrics = dict[str, tuple[mx.array, mx.array]]
 
-# A metric of that name would take the place of a column in the history of a run.
+# A metric with such a name would replace a column in the history of a run.
 _COLUMNS = frozenset(one.name for event in (StepCompleted, EvaluationCompleted) for one in fields(event))
 
 
@@ -34,8 +34,8 @@ class LossSum(NamedTuple):
     """A loss before division, so that micro-batches of any size add up to one big batch.
 
     total    () float32, sum of the loss over the units
-    units    () float32, how many units (for SFT: weighted target tokens)
-    metrics  {name: (sum, what it is divided by)}, each () float32
+    units    () float32, number of units (for SFT: weighted target tokens)
+    metrics  {name: (sum, divisor)}, each () float32
     row_total_R, row_units_R  (R,) float32, the same two sums for each row of the data in the batch
     """
 
@@ -68,7 +68,7 @@ class Objective(Protocol):
     """`(scorer, inputs) -> LossSum`; pure, no state, no randomness but the model's own dropout."""
 
     def __call__(self, scorer: TargetScorer, inputs: TargetInputs) -> LossSum:
-        """The loss of a batch, summed, and its parts."""
+        """The summed loss of a batch, with its units and metrics."""
 
 
 def sum_by_row(inputs: TargetInputs, value_S: mx.array) -> mx.array:
@@ -77,9 +77,9 @@ def sum_by_row(inputs: TargetInputs, value_S: mx.array) -> mx.array:
 
 
 def with_metrics(result: Any, like: mx.array, each: str) -> tuple[mx.array, dict[str, mx.array]]:
-    """What a loss function returned: its losses, one for `each` and so shaped as `like`, and the metrics of its own.
+    """Validate the return value of a loss function: losses, one for `each` and shaped like `like`, and its own metrics.
 
-    Raises ConfigError for anything else, also for a metric called like a column of the history.
+    Raises ConfigError for anything else, also for a metric named like a column of the history.
     """
     losses, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
     losses = require_shape(losses, like, f"the loss function must return one loss for each {each}")
@@ -93,7 +93,7 @@ def with_metrics(result: Any, like: mx.array, each: str) -> tuple[mx.array, dict
 
 
 def require_shape(value: Any, like: mx.array, promise: str) -> mx.array:
-    """The value, an array of the shape of `like`. Raises ConfigError: the promise, and what there is."""
+    """The value, checked to be an array shaped like `like`. Raises ConfigError with the promise and what was found."""
     if isinstance(value, mx.array) and value.shape == like.shape:
         return value
     raise ConfigError(f"{promise}: an array of shape {like.shape}, not {_found(value)}.")
@@ -106,17 +106,17 @@ def _found(value: Any) -> str:
 
 
 def k3(reference: mx.array, policy: mx.array) -> mx.array:
-    """Estimate of KL(policy || reference) from log-probabilities of what the policy wrote (Schulman 2020, k3).
+    """Estimate of KL(policy || reference) from log-probabilities of the policy's own samples (Schulman 2020, k3).
 
-    exp(r - p) - (r - p) - 1, never below 0 and unbiased on the policy's own samples.
+    exp(r - p) - (r - p) - 1, never negative and unbiased on the policy's own samples.
     """
     difference = reference - policy
     return mx.exp(difference) - difference - 1
 
 
 def k2(reference: mx.array, policy: mx.array) -> mx.array:
-    """(log(policy / reference))^2 / 2: to second order the KL either way (Schulman 2020, k2).
+    """(log(policy / reference))^2 / 2: to second order the KL in either direction (Schulman 2020, k2).
 
-    For tokens that the policy did not write, where the exponential of `k3` says little and can be astronomical.
+    For tokens that the policy did not sample, for which the exponential in `k3` is uninformative and can be huge.
     """
     return mx.square(policy - reference) / 2

@@ -1,4 +1,4 @@
-"""From the settings of a run to its objective: the loss function of the method, its options, and the sums around it."""
+"""Builds the objective of a run from its settings: the method's loss function, its options, and the sums around it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def objective_for(config: RunConfig) -> Objective:
 
 
 def _named_when_it_raises(loss: Callable[..., Any], method: str) -> Callable[..., Any]:
-    """The same function, whose errors are told as its own: an OSError in it is no full disk."""
+    """The same function, with its errors marked as its own: an OSError in it does not mean a full disk."""
 
     @wraps(loss)
     def guarded(*arguments: Any, **options: Any) -> Any:
@@ -38,7 +38,7 @@ def _named_when_it_raises(loss: Callable[..., Any], method: str) -> Callable[...
 
 
 def options_for(config: RunConfig) -> dict[str, Any]:
-    """The options of the loss function: from the settings, else its own defaults."""
+    """The options of the loss function: from the settings, otherwise its own defaults."""
     defaults = options_of(method_named(config.method).loss(config.loss).function())
     given = {name: value for name in defaults if (value := getattr(config, name, None)) is not None}
     return {**defaults, **given, **config.method_options}

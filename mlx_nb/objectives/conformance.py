@@ -1,4 +1,4 @@
-"""The laws that every objective obeys, tried on a model of a few thousand parameters: for built-in ones and yours."""
+"""Tests the laws of objectives on a model of a few thousand parameters, for built-in and user-defined ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _Maker = Callable[[TargetScorer, Sequence[int], int], TokenBatch]
 
 
 class Trial(NamedTuple):
-    """An objective with what it is tried on: batches of some of `ROWS` rows, padded to a multiple of a width."""
+    """An objective and the batches to test it on: some of `ROWS` rows, padded to a multiple of a width."""
 
     config: RunConfig
     objective: Objective
@@ -45,11 +45,11 @@ class Trial(NamedTuple):
 
 
 def check_objective(name: str, loss: str | None = None, **settings: Any) -> tuple[str, ...]:
-    """Try the laws on a method, built in or your own; `settings` are those of a run, such as `beta=0.2`.
+    """Test the laws on a method, built in or your own; `settings` are those of a run, such as `beta=0.2`.
 
-    Returns the laws that were tried. Raises ConfigError at the first that does not hold: what differs, and by how much.
+    Returns the laws that were tested. Raises ConfigError at the first violation: what differs, and by how much.
     """
-    # With one update a rollout every ratio is 1, and options that bound it would be refused.
+    # With one update per rollout every ratio is 1, and options that bound it would be refused.
     of_prompts = {"rewards": ["length"], "updates_per_rollout": 2} if method_named(name).kind.sampled else {}
     config = RunConfig.from_dict({"method": name, "loss": loss, **of_prompts, **settings})
     method = method_named(name)
@@ -69,7 +69,7 @@ def check_objective(name: str, loss: str | None = None, **settings: Any) -> tupl
     return tuple(tried)
 
 
-# A law returns what is wrong, an empty string where it holds, or None where it is not tried.
+# A law returns the violation, an empty string if it holds, or None if it does not apply.
 
 
 def _finite(trial: Trial) -> str:
@@ -92,8 +92,8 @@ def _pure(trial: Trial) -> str:
     )
 
 
-def _reference_is_asked_for(trial: Trial) -> str | None:
-    """A loss that reads log-probabilities of a reference asks for them by `reference=True`."""
+def _reference_is_registered(trial: Trial) -> str | None:
+    """A loss that reads log-probabilities of a reference must be registered with `reference=True`."""
     if trial.method.reference:
         return None
     batch = trial.make(trial.scorer, range(ROWS), 1)
@@ -136,7 +136,7 @@ def _micro_batches_are_one_batch(trial: Trial) -> str:
 
 
 def _resuming_is_exact(trial: Trial) -> str:
-    """Updates done again from the first one on, by an objective made afresh, give the same bits."""
+    """Repeated updates from the first one on, by a newly built objective, give the same bits."""
     parts = [target_inputs(trial.make(trial.scorer, rows, 1)) for rows in ((0, 1), (2, 3), (4, 5))]
     start = trial.scorer.model.trainable_parameters()
 
@@ -160,7 +160,7 @@ def _resuming_is_exact(trial: Trial) -> str:
 def _gradient_is_that_of_the_loss(trial: Trial) -> str | None:
     """The gradient equals finite differences along its own direction.
 
-    A loss that holds something constant by `mx.stop_gradient` says so, and is not tried.
+    Not tested for a loss that declares that it uses `mx.stop_gradient`.
     """
     if trial.loss.stops_gradient:
         return None
@@ -171,7 +171,7 @@ def _gradient_is_that_of_the_loss(trial: Trial) -> str | None:
     norm = sum(_number(mx.square(array).sum()) for array in flat.values()) ** 0.5
     if norm == 0:
         return "the gradient is 0 everywhere: the loss does not depend on the model."
-    step = 1e-3 / norm  # short, so that no hinge or clip is crossed on the way
+    step = 1e-3 / norm  # short, so that no hinge or clip is crossed
     values = []
     try:
         for sign in (1, -1):
@@ -200,7 +200,7 @@ def _metrics_are_documented(trial: Trial) -> str:
 _LAWS = (
     _finite,
     _pure,
-    _reference_is_asked_for,
+    _reference_is_registered,
     _padding_is_inert,
     _packing_is_inert,
     _micro_batches_are_one_batch,
@@ -247,7 +247,7 @@ def _is_padding(batch: TokenBatch) -> np.ndarray:
 
 
 def _model() -> nn.Module:
-    """A llama of two layers."""
+    """A llama with two layers."""
     import_mlx_lm()
     from mlx_lm.models import llama
 

@@ -15,8 +15,8 @@ Result = tuple[mx.array, dict[str, mx.array]]
 def sigmoid(pairs: PairLogprobs, *, beta: float = 0.1, cpo_alpha: float = 1.0, label_smoothing: float = 0.0) -> Result:
     """-log sigmoid(beta (log pi(y_w) - log pi(y_l))) + alpha NLL(y_w) (CPO).
 
-    NLL is the mean over the tokens of the answer, where the paper writes that of the whole answer: so `cpo_alpha` means
-    the same for answers of any length. The paper's alpha is 1.
+    NLL is the mean over the tokens of the answer, where the paper has that of the whole answer, so that `cpo_alpha` has
+    the same effect for answers of any length. The paper's alpha is 1.
     """
     scaled = beta * (pairs.chosen_P - pairs.rejected_P) - pairs.margin_P
     return _with_likelihood(smoothed_log_sigmoid(scaled, label_smoothing), pairs, cpo_alpha)

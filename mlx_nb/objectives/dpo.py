@@ -35,7 +35,7 @@ def hinge(pairs: PairLogprobs, *, beta: float = 0.1) -> mx.array:
 def ipo(pairs: PairLogprobs, *, beta: float = 0.1) -> tuple[mx.array, dict[str, mx.array]]:
     """(d - 1 / (2 beta))^2, d of log-probabilities PER TOKEN (IPO, Azar et al. 2023, equation 17).
 
-    The paper does not say per token; its authors do so in their experiments, and TRL with them.
+    The paper does not mention per token; its authors use it in their experiments, and so does TRL.
     """
     chosen, rejected = _ratios_per_token(pairs)
     loss = mx.square(chosen - rejected - (0.5 + pairs.margin_P) / beta)

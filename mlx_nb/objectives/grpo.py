@@ -1,11 +1,11 @@
-"""Group relative policy optimization (Shao et al. 2024) and its variants: rewards of what the policy itself wrote.
+"""Group relative policy optimization (Shao et al. 2024) and its variants: rewards for the policy's own completions.
 
 Of N completions o_i, with advantage A_i and ratio r = pi / pi_old of a token, the loss of a token
 
     l = -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) + beta KL(pi || pi_ref)        (equation 3)
 
-of DeepSeekMath is common to all; they differ in what it is averaged over. pi_old are the log-probabilities at which
-the tokens were sampled, so that clipping means something from the second update on the same completions. All
+of DeepSeekMath is common to all; they differ in what it is averaged over. pi_old are the log-probabilities at which the
+tokens were sampled, so that clipping has an effect from the second update on the same completions. All
 log-probabilities are at the sampling temperature, before top_p and top_k.
 """
 
@@ -55,7 +55,7 @@ class Completions(NamedTuple):
 
 
 class TokenLosses(NamedTuple):
-    """Loss of each token, its share in the sum, 1 where its ratio was clipped, and what the sum is divided by."""
+    """Loss of each token, its share in the sum, 1 where its ratio was clipped, and the divisor of the sum."""
 
     loss_S: mx.array
     share_S: mx.array
@@ -99,7 +99,7 @@ def completion_objective(
             loss_S, extra = with_metrics(result, logprob_S, "token")
             result = TokenLosses(loss_S, 1 / length_S, _count(completions), mx.zeros_like(loss_S))
         counted_S = result.loss_S * result.share_S * weight_S
-        tokens = weight_S.sum()  # 0 where all completions are masked: then there is nothing to measure
+        tokens = weight_S.sum()  # 0 if all completions are masked: then there is nothing to measure
         metrics: Metrics = {
             "entropy": ((entropy_S * weight_S).sum(), tokens),
             "clipped": ((result.clipped_S * weight_S).sum(), tokens),
@@ -130,9 +130,9 @@ def _count(completions: Completions) -> mx.array:
 def clipped(
     *, high: float | None = None
 ) -> Callable[[Callable[[Completions], tuple[mx.array, mx.array]]], Callable[..., TokenLosses]]:
-    """The loss of equation 3, averaged as a function says that gives (share of each token, divisor of the sum).
+    """Make a loss of equation 3 from a function that returns (share of each token, divisor of the sum).
 
-    `high` is the default of `epsilon_high` for ratios of tokens; null = as epsilon.
+    `high` is the default of `epsilon_high` for ratios of tokens; None = as epsilon.
     """
 
     def averaged(average: Callable[[Completions], tuple[mx.array, mx.array]]) -> Callable[..., TokenLosses]:

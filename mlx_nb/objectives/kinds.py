@@ -1,4 +1,4 @@
-"""What the losses of each kind of row have in common: their batches, the sums around them, what these measure."""
+"""The common part of all losses of a kind of row: their batches, the sums around them, and their standard metrics."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from mlx_nb.objectives.trial_batches import trial_completions, trial_labels, tri
 
 @dataclass(frozen=True)
 class LossKind:
-    """What all losses of one kind of row have in common.
+    """The common part of all losses of one kind of row.
 
     wrap         (loss function with its options bound, beta, settings) -> the objective, with the sums around the loss
-    trial_batch  (scorer, row numbers, width that is padded to a multiple of) -> a batch on which its laws are tried
-    collate      (examples, width) -> their batch
-    metrics      what the sums around the loss measure by themselves
-    spread       of an example the label whose rows are spread over all batches; None = rows are alike
-    mismatched   (examples, width) -> their prompts with the answers of other rows, for an estimate of the KL to the
-                 reference that the loss is given as `kl_estimate`; None = it is given none
+    trial_batch  (scorer, row numbers, padding multiple) -> a batch on which its laws are tested
+    collate      (examples, padding multiple) -> their batch
+    metrics      the metrics that the sums around the loss measure
+    spread       label of an example, whose rows are spread over all batches; None = rows are alike
+    mismatched   (examples, padding multiple) -> their prompts with the answers of other rows, for an estimate of the KL
+                 to the reference that the loss receives as `kl_estimate`; None = it receives none
     """
 
     wrap: Callable[[Callable[..., Any], float, RunConfig], Objective]

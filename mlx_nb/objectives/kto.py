@@ -16,8 +16,8 @@ class LabeledLogprobs(NamedTuple):
 
     Those of the reference are constants, and 0 for a method without one.
 
-    `kl_estimate_B` is the z0 of the loss: the mean log-ratio of mismatched answers over the whole update (of all rows
-    in validation), at least 0, the same number for every answer, without gradient.
+    `kl_estimate_B` is z0 in the loss: the mean log-ratio of mismatched answers over the whole update (of all rows in
+    validation), at least 0, the same number for every answer, without gradient.
     """
 
     logprob_B: mx.array
@@ -27,7 +27,7 @@ class LabeledLogprobs(NamedTuple):
 
 
 def label_objective(loss: Callable[[LabeledLogprobs], Any], beta: float) -> Objective:
-    """Units are answers; a loss function gives one loss for each."""
+    """Wrap a loss function that returns one loss per answer. Units are answers."""
 
     def objective(scorer: TargetScorer, inputs: TargetInputs) -> LossSum:
         logprob_S = scorer.logprobs(inputs)

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from mlx_nb.objectives.preference import PairLogprobs, log_one_minus_exp, log_sigmoid, per_token, reward_metrics
 
-# The odds of an answer are those of a mean log-probability of at most this: at 0 (p = 1) they would be infinite.
+# Odds are computed with a mean log-probability of at most this: at 0 (p = 1) they would be infinite.
 _LARGEST_MEAN = -1e-6
 
 

@@ -1,4 +1,4 @@
-"""Pairs of answers to one prompt, one chosen and one rejected: what DPO, CPO and ORPO have in common.
+"""Pairs of answers to one prompt, one chosen and one rejected: the common part of DPO, CPO and ORPO.
 
 Log-probabilities are of whole answers, sum_t log p(y_t | x, y_<t) over the trained tokens, in float32.
 """
@@ -15,7 +15,7 @@ from mlx_nb.objectives.base import LossSum, Metrics, Objective, k2, sum_by_row, 
 
 
 class PairLogprobs(NamedTuple):
-    """Of P pairs, each (P,): log-probabilities under policy and reference, trained tokens, and the margin asked for.
+    """P pairs, each field (P,): log-probabilities under policy and reference, trained tokens, and requested margin.
 
     Those of the reference are constants, and 0 for a method without one. `margin_P` is the row's `margin`, else 0.
     """
@@ -30,9 +30,9 @@ class PairLogprobs(NamedTuple):
 
 
 def pair_objective(loss: Callable[[PairLogprobs], Any], beta: float) -> Objective:
-    """Units are pairs, each weighted by its `preference_score`; a loss function gives one loss for each pair.
+    """Wrap a loss function that returns one loss per pair. Units are pairs, weighted by their `preference_score`.
 
-    The batch holds the P chosen answers and then the P rejected ones. `beta` scales the implicit rewards shown.
+    The batch holds the P chosen answers and then the P rejected ones. `beta` scales the displayed implicit rewards.
     """
 
     def objective(scorer: TargetScorer, inputs: TargetInputs) -> LossSum:
@@ -63,7 +63,7 @@ def _halves(inputs: TargetInputs, value_S: mx.array) -> tuple[mx.array, mx.array
 
 
 def _measured(pairs: PairLogprobs, beta: float) -> dict[str, mx.array]:
-    """beta * log(policy / reference) is the reward a policy implies (DPO, section 4)."""
+    """Metrics of implicit rewards: beta * log(policy / reference) is the reward that a policy implies (DPO, 4)."""
     chosen, rejected = log_ratios(pairs)
     logprob_chosen, logprob_rejected = per_token(pairs)
     return {
@@ -74,7 +74,7 @@ def _measured(pairs: PairLogprobs, beta: float) -> dict[str, mx.array]:
 
 
 def reward_metrics(chosen_P: mx.array, rejected_P: mx.array) -> dict[str, mx.array]:
-    """What is shown of the rewards that a loss implies; a loss whose rewards are others returns its own."""
+    """The metrics of a loss's implicit rewards; a loss with other rewards returns its own."""
     return {
         "accuracy": (chosen_P > rejected_P).astype(mx.float32),
         "margin": chosen_P - rejected_P,
@@ -89,14 +89,14 @@ def log_sigmoid(x: mx.array) -> mx.array:
 
 
 def smoothed_log_sigmoid(x: mx.array, label_smoothing: float) -> mx.array:
-    """-(1 - epsilon) log sigmoid(x) - epsilon log sigmoid(-x): a share epsilon of the labels is taken to be flipped."""
+    """-(1 - epsilon) log sigmoid(x) - epsilon log sigmoid(-x): assumes that a share epsilon of labels is flipped."""
     return -(1 - label_smoothing) * log_sigmoid(x) - label_smoothing * log_sigmoid(-x)
 
 
 def log_one_minus_exp(x: mx.array) -> mx.array:
     """log(1 - e^x) for x < 0, accurate near both ends (Maechler 2012, equation 7)."""
     near_zero = x > -0.6931472
-    # Each branch sees only arguments at which it and its gradient are finite.
+    # Each branch receives only arguments at which it and its gradient are finite.
     small = mx.where(near_zero, x, -1.0)
     large = mx.where(near_zero, -1.0, x)
     return mx.where(near_zero, mx.log(-mx.expm1(small)), mx.log1p(-mx.exp(large)))

@@ -20,8 +20,7 @@ from mlx_nb.objectives.base import LossSum, Objective, sum_by_row, with_metrics
 class Targets(NamedTuple):
     """Targets of a batch: logits (S, V) float32, and log p(target) (S,) under policy and reference.
 
-    Where they are many, a loss function is given some of them at a time. Those of the reference are constants, and 0
-    for a method without one.
+    A loss function receives large batches in parts. Reference values are constants, and 0 for a method without one.
     """
 
     logits_SV: mx.array
@@ -30,7 +29,10 @@ class Targets(NamedTuple):
 
 
 def token_objective(loss: Callable[[Targets], Any]) -> Objective:
-    """Units are weighted target tokens; a loss function gives one loss for each target, from that target alone."""
+    """Wrap a loss function that returns one loss per target, from that target alone.
+
+    Units are weighted target tokens.
+    """
 
     def objective(scorer: TargetScorer, inputs: TargetInputs) -> LossSum:
         names: list[str] = []

@@ -1,4 +1,4 @@
-"""Batches of a few random rows, on which the laws of objectives are tried."""
+"""Random batches on which the laws of objectives are tested."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _answer(row: int, seed: int, prompt: int) -> TokenizedExample:
 
 
 def _noisy(scorer: TargetScorer, batch: TokenBatch, seed: int, size: float) -> np.ndarray:
-    """(B, T) log-probabilities of a model not far from the scorer's own; noise by row, so that batches agree."""
+    """(B, T) log-probabilities of a model close to the scorer's own; noise by row, so that batches agree."""
     values_BT = np.zeros(batch.tokens_BT.shape, np.float32)
     for index, length in enumerate(batch.lengths):
         mask = batch.loss_mask_BT[index, :length] != 0

@@ -1,4 +1,4 @@
-"""How much better a completion is than the others of its prompt: the advantage of GRPO."""
+"""GRPO's advantage: how much better a completion is than the others for its prompt."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import numpy as np
 from mlx_nb.errors import ConfigError, did_you_mean
 
 EPSILON = 1e-4  # added to a standard deviation, as in TRL
-EQUAL_WITHIN = 1e-6  # rewards that differ by no more say nothing about which completion is better
+EQUAL_WITHIN = 1e-6  # rewards that differ by no more are considered equal
 
 
 @dataclass(frozen=True)
 class Advantages:
-    """advantage_N          (N,) float32; 0 where there is nothing to learn
+    """The advantages of N completions.
+
+    advantage_N          (N,) float32; 0 where there is nothing to learn
     valid_N              (N,) bool; False where the completion has no reward
-    zero_variance_share  share of the groups whose rewards are all equal, or of which fewer than 2 are known
+    zero_variance_share  share of the groups whose rewards are all equal, or with fewer than 2 known rewards
     """
 
     advantage_N: np.ndarray
@@ -26,15 +28,15 @@ class Advantages:
 
 
 def group_advantages(total_N: np.ndarray, group_size: int, *, scale: str) -> Advantages:
-    """A = (r - mean of its group) / scale, for N = P * G rewards, those of one prompt side by side.
+    """A = (r - mean of its group) / scale, for N = P * G rewards, those of one prompt adjacent.
 
     scale: `group`  std of the group + 1e-4 (Shao et al. 2024, DeepSeekMath, section 4.1.2)
            `batch`  std of all rewards of the batch + 1e-4
            `none`   1 (Liu et al. 2025, Understanding R1-Zero-Like Training: Dr. GRPO)
 
-    The std is that of a sample (ddof = 1), as in TRL. A reward that is NaN is left out of means and deviations. A group
-    whose rewards are all equal within 1e-6, or with fewer than 2 rewards, gets exactly 0.
-    Raises ConfigError for an unknown scale and ValueError when the groups do not come out even.
+    The std is that of a sample (ddof = 1), as in TRL. NaN rewards are excluded from means and deviations. A group whose
+    rewards are all equal within 1e-6, or with fewer than 2 rewards, gets exactly 0. Raises ConfigError for an unknown
+    scale and ValueError if N is not a multiple of `group_size`.
     """
     if scale not in SCALES:
         known = ", ".join(SCALES)
@@ -57,14 +59,14 @@ def group_advantages(total_N: np.ndarray, group_size: int, *, scale: str) -> Adv
 
 
 def _mean(values: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Of the valid values of each row of the array, (rows, 1)."""
+    """Mean of the valid values of each row of the array, (rows, 1)."""
     counts = np.maximum(1, valid.sum(axis=1, keepdims=True))
     result: np.ndarray = np.sum(values, axis=1, keepdims=True, where=valid) / counts
     return result
 
 
 def _deviation(values: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Sample standard deviation of the valid values of each row of the array, (rows, 1); 0 of fewer than 2."""
+    """Sample standard deviation of the valid values of each row of the array, (rows, 1); 0 for fewer than 2."""
     squares = np.sum((values - _mean(values, valid)) ** 2, axis=1, keepdims=True, where=valid)
     result: np.ndarray = np.sqrt(squares / np.maximum(1, valid.sum(axis=1, keepdims=True) - 1))
     return result

@@ -1,4 +1,4 @@
-"""Completions as rows that grow: which begin together, and where each ends."""
+"""The rows of a sampling batch: which start together, and where each completion ends."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mlx_nb.model.passes import SideBySide
 
 @dataclass(frozen=True, eq=False)
 class Completion:
-    """What the model said to one prompt.
+    """A sampled completion of one prompt.
 
     tokens        (T,) int32, as drawn: with the end token, or with the tokens of the stop string
-    logprobs      (T,) float32, log-probability of each under the model that drew it, before top_k and top_p
+    logprobs      (T,) float32, log-probability of each under the sampling model, before top_k and top_p
     text          without the end token; up to the stop string
-    finished      False when it was cut at max_tokens
-    prompt_index  which of the prompts it answers
+    finished      False if it was cut at max_tokens
+    prompt_index  index of its prompt
     """
 
     tokens: np.ndarray
@@ -32,7 +32,7 @@ class Completion:
 
 @dataclass(eq=False)
 class Row:
-    """One completion as it grows, to `most` tokens. `launched` counts those asked of the device, `tokens` what came."""
+    """A completion in progress, up to `most` tokens. `launched` counts tokens requested from the device."""
 
     number: int
     prompt_index: int
@@ -45,7 +45,7 @@ class Row:
     text: str = ""
 
     def completion(self) -> Completion:
-        """What was sampled so far."""
+        """The Completion sampled so far."""
         return Completion(
             np.array(self.tokens, np.int32),
             np.array(self.logprobs, np.float32),
@@ -56,7 +56,7 @@ class Row:
 
 
 class Waiting:
-    """Rows that have not begun, in the order in which they will."""
+    """Rows that have not started, in the order in which they will."""
 
     def __init__(self, rows: Sequence[Row], lengths: Sequence[int], together: SideBySide, rows_at_once: int) -> None:
         self._lengths = lengths
@@ -66,13 +66,13 @@ class Waiting:
         self.rows = deque(sorted(rows, key=lambda row: lengths[row.prompt_index]) if by_length else rows)
 
     def is_next(self, prompt_index: int) -> bool:
-        """Whether the next row to begin answers this prompt."""
+        """Whether the next row to start belongs to this prompt."""
         return bool(self.rows) and self.rows[0].prompt_index == prompt_index
 
     def next_rows(self, growing: int) -> list[Row]:
-        """The rows that begin now, beside those that are growing.
+        """The rows that start now, next to those in progress.
 
-        Few never do while others grow: moving the caches costs about a step.
+        A few alone are not started while others are in progress: merging caches costs about one step.
         """
         room = min(len(self.rows), self._rows_at_once - growing)
         if self._together is SideBySide.ANY_LENGTHS:
@@ -92,16 +92,17 @@ class Waiting:
 
 
 class Endings:
-    """Where a completion ends: an end token of the tokenizer, or a stop string in the text."""
+    """Detects the end of a completion: an end token of the tokenizer, or a stop string in the text."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
         self._tokenizer = tokenizer
         self._stop = stop
-        # Every token but a special one is a byte or more; the spare ones keep the window's edge off the stop string.
+        # Every token except special ones has at least a byte; the spare ones keep the window's edge off the stop
+        # string.
         self._window = max((len(text.encode()) for text in stop), default=0) + 4
 
     def judge(self, row: Row) -> None:
-        """After a new token: mark the row as ended when it is, and give it its text."""
+        """After a new token: if the row has ended, mark it so and set its text."""
         if row.tokens[-1] in self._tokenizer.eos_token_ids:
             row.ended = row.finished = True
             row.text = self._tokenizer.decode(row.tokens[:-1])

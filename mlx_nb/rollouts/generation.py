@@ -1,4 +1,4 @@
-"""Text from the live model, with its adapter or without."""
+"""Text from the live model, with or without its adapter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_nb.data.examples.prompt import prompt_tokens
-from mlx_nb.data.masks.prompt_format import AS_USUAL, Rendering
+from mlx_nb.data.masks.prompt_format import DEFAULT_RENDERING, Rendering
 from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.data.rows.columns import AUTOMATIC
 from mlx_nb.errors import CommandError
@@ -31,19 +31,19 @@ def generate_texts(
     max_tokens: int,
     temperature: float,
     seed: int,
-    rendering: Rendering = AS_USUAL,
+    rendering: Rendering = DEFAULT_RENDERING,
     tools: Sequence[Any] | None = None,
     roles: Mapping[str, str] = AUTOMATIC.roles,
     on_texts: Callable[[list[str]], None] | None = None,
 ) -> list[str]:
-    """One answer per prompt: those of a list are what each prompt alone gives, to rounding.
+    """Generate one answer per prompt; each is what its prompt alone gives, up to rounding.
 
-    A prompt is a list of messages, or a text: a user message, or where `rendering` says raw a text to be continued.
-    Messages, `tools` and `roles` are read and rendered like those of rows. Above temperature 0 the first of a list is
-    what its prompt alone gives, and a prompt that is repeated gets other answers. `on_texts` is told the answers so
-    far, in whole characters, again and again. The model's modes and the user's random stream are as before afterwards.
-    An answer ends where the model's learned positions do. Raises DataError for a prompt without tokens or with what
-    the model cannot read, CommandError for no tokens to say.
+    A prompt is a list of messages, or a text: a user message, or with a raw `rendering` a text to be continued.
+    Messages, `tools` and `roles` are read and rendered like those of rows. Above temperature 0 the first answer is the
+    one that its prompt alone gives, and a repeated prompt gets different answers. `on_texts` is called repeatedly with
+    the answers so far, in whole characters. The model's modes and the user's random stream are restored afterwards. An
+    answer ends at the last learned position. Raises DataError for a prompt without tokens or with tokens that the model
+    cannot read, CommandError if `max_tokens` is below 1.
     """
     from mlx_lm.generate import wired_limit
 
@@ -51,16 +51,16 @@ def generate_texts(
         raise CommandError(f"cannot answer in {max_tokens} tokens. Give max_tokens of 1 or more.")
     tokens = [prompt_tokens(tokenizer, prompt, tools, rendering, roles) for prompt in prompts]
     room = _room(model, tokens, max_tokens)
-    _tell_doubt(model)
+    _warn_about_doubt(model)
     with wired_limit(model):
         settings = SamplingSettings(max_tokens, temperature)
         growing = [_GrowingText(tokenizer) for _ in prompts]
-        told = None if on_texts is None else _telling(growing, on_texts)
-        completions = sample_each(model, tokenizer, tokens, settings, seed_for(seed, "generate"), room, told)
+        on_tokens = None if on_texts is None else _token_callback(growing, on_texts)
+        completions = sample_each(model, tokenizer, tokens, settings, seed_for(seed, "generate"), room, on_tokens)
     return [text.of(completion.tokens.tolist(), whole=True) for text, completion in zip(growing, completions)]
 
 
-def _telling(growing: Sequence[_GrowingText], on_texts: Callable[[list[str]], None]) -> Callable[..., None]:
+def _token_callback(growing: Sequence[_GrowingText], on_texts: Callable[[list[str]], None]) -> Callable[..., None]:
     def on_tokens(tokens: list[list[int]]) -> None:
         on_texts([text.of(some) for text, some in zip(growing, tokens)])
 
@@ -68,7 +68,7 @@ def _telling(growing: Sequence[_GrowingText], on_texts: Callable[[list[str]], No
 
 
 class _GrowingText:
-    """An answer as `stream_text` has it: without the end token, in the words of mlx-lm's streaming detokenizer."""
+    """An answer as `stream_text` gives it: without the end token, decoded by mlx-lm's streaming detokenizer."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._ends = tokenizer.eos_token_ids
@@ -76,7 +76,7 @@ class _GrowingText:
         self._read = 0
 
     def of(self, tokens: Sequence[int], *, whole: bool = False) -> str:
-        """The text of all tokens so far, of which it has read the first; `whole` when no more will come."""
+        """The text of all tokens so far, continuing where the last call ended; `whole` if no more will come."""
         for token in tokens[self._read :]:
             if token not in self._ends:
                 self._detokenizer.add_token(token)
@@ -88,12 +88,15 @@ class _GrowingText:
 
 
 def stream_text(
-    model: nn.Module, tokenizer: Tokenizer, prompt: Prompt, max_tokens: int, rendering: Rendering = AS_USUAL
+    model: nn.Module, tokenizer: Tokenizer, prompt: Prompt, max_tokens: int, rendering: Rendering = DEFAULT_RENDERING
 ) -> Iterator[str]:
-    """The greedy answer to one prompt as it grows: all of it so far, after each token. Raises as `generate_texts`."""
+    """The greedy answer to one prompt as it grows: all of it so far, after each token.
+
+    Raises as `generate_texts` does.
+    """
     from mlx_lm import stream_generate
 
-    _tell_doubt(model)
+    _warn_about_doubt(model)
     text = ""
     tokens = prompt_tokens(tokenizer, prompt, rendering=rendering)
     (room,) = _room(model, [tokens], max_tokens)
@@ -102,13 +105,13 @@ def stream_text(
         yield text
 
 
-def _tell_doubt(model: nn.Module) -> None:
+def _warn_about_doubt(model: nn.Module) -> None:
     if (note := doubt_note(model)) is not None:
-        warnings.warn(note, stacklevel=4)  # the line that asked the run
+        warnings.warn(note, stacklevel=4)  # the user's line that called the run
 
 
 def _room(model: nn.Module, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[int]:
-    """How many tokens each answer may have: `max_tokens`, or as many as the model has positions left."""
+    """The limit for each answer: `max_tokens`, or the number of positions that the model has left."""
     limits = limits_of(model)
     for number, tokens in enumerate(prompts):
         limits.require(np.asarray(tokens), more=1, name="the prompt" if len(prompts) == 1 else f"prompt {number}")

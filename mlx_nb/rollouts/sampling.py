@@ -1,8 +1,8 @@
-"""Completions sampled from the live model, with the log-probability of each token as it was drawn.
+"""Samples completions from the live model, with the log-probability of each token as drawn.
 
-Each prompt is read once and alone; its keys and values start every row of its group. Rows are decoded side by side
-through mlx-lm's batch caches as far as the model is proved to bear it: rows of any length, where one that has ended
-makes room for the next; rows of equal length that begin together; or one row after another.
+Each prompt is processed once and alone; its keys and values start every row of its group. Rows are decoded side by side
+in mlx-lm's batch caches as far as the model is proved to support it: rows of any length, where one that has ended makes
+room for the next; rows of equal length that start together; or one row after another.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _PROMPT_TOKENS_AT_ONCE = 2048
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How completions are drawn; `draw_tokens` says what temperature, top_k and top_p do.
+    """How completions are drawn; see `draw_tokens` for temperature, top_k and top_p.
 
-    max_tokens  where a completion is cut, the end token counted
+    max_tokens  maximum length of a completion, including the end token
     stop        a completion ends when its text contains one of these
     """
 
@@ -53,9 +53,9 @@ def sample_groups(
     *,
     rows_at_once: int = _ROWS_AT_ONCE,
 ) -> Generator[int, None, list[Completion]]:
-    """`group_size` completions of each prompt (tokens), prompt 0's first; yields the tokens drawn so far as it goes.
+    """`group_size` completions of each prompt (tokens), prompt 0's first; yields the number of tokens drawn so far.
 
-    It may be dropped at any yield. The model's mode is the caller's at each yield, and `mx.random` is never used: a
+    It can be closed at any yield. The model's mode is the caller's at each yield, and `mx.random` is never used: a
     token depends on the seed, the number of its completion and its place in it. The same seed, model and prompts give
     the same bits. Raises DataError for a prompt without tokens, ModelError for a model whose cache has no batch form.
     """
@@ -81,9 +81,9 @@ def sample_each(
     room: Sequence[int] = (),
     on_tokens: Callable[[list[list[int]]], None] | None = None,
 ) -> list[Completion]:
-    """One completion of each prompt, whatever its model's caches are, none longer than its `room` if given.
+    """One completion of each prompt, with any kind of cache, none longer than its `room` if given.
 
-    `on_tokens` is told the tokens of each so far, again and again. Raises DataError for a prompt without tokens.
+    `on_tokens` is called repeatedly with the tokens of each so far. Raises DataError for a prompt without tokens.
     """
     _refuse_empty(prompts)
     rows = _rows_of(prompts, 1, settings, room)
@@ -139,13 +139,13 @@ def _sample(
 
 
 def _uniforms(seed: int, rows: int, max_tokens: int) -> np.ndarray:
-    """(rows, max_tokens, 2) float32 multiples of 2^-23 in [0, 1): what `draw_tokens` draws by."""
+    """(rows, max_tokens, 2) float32 multiples of 2^-23 in [0, 1): the random numbers for `draw_tokens`."""
     random = np.random.default_rng(seed_for(seed, "rollout"))
     return random.integers(0, 1 << 23, (rows, max_tokens, 2), dtype=np.int32).astype(np.float32) / (1 << 23)
 
 
 def _read_prompt(model: nn.Module, prompt: Sequence[int]) -> list[Any]:
-    """The model's caches after all tokens of a prompt but the last, which is each row's first input."""
+    """The model's caches after all tokens of a prompt except the last, which is each row's first input."""
     from mlx_lm.models.cache import make_prompt_cache
 
     caches = make_prompt_cache(model)
@@ -157,7 +157,7 @@ def _read_prompt(model: nn.Module, prompt: Sequence[int]) -> list[Any]:
 
 
 class _Drawn(NamedTuple):
-    """A step's rows, and their tokens and log-probabilities where the device left them."""
+    """A step's rows, and their tokens and log-probabilities as arrays on the device."""
 
     rows: list[Row]
     token_B: Any
@@ -167,8 +167,8 @@ class _Drawn(NamedTuple):
 class _Batch:
     """Rows that are decoded side by side. `drawn` counts the tokens that were read.
 
-    On a GPU a step is asked of the device before the one before it is read, so that Python and the device work at
-    once. On a CPU they would share the cores: each step is read at once, and drawn by NumPy.
+    On a GPU a step is launched before the previous one is read, so that Python and the device work at the same time. On
+    a CPU they would compete for cores: each step is read at once, and drawn by NumPy.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class _Batch:
         return sum(not row.ended for row in self._rows)
 
     def join(self, rows: list[Row], caches: dict[int, list[Any]], last_tokens: list[int]) -> None:
-        """Take in rows whose prompts were read into `caches`, by prompt; rows that have ended leave."""
+        """Add rows whose prompts were processed into `caches`, by prompt; rows that have ended are removed."""
         self._drop_ended()
         if not self._merges:
             self._caches = copy.deepcopy(caches[rows[0].prompt_index])
@@ -210,7 +210,7 @@ class _Batch:
         self._rows = self._rows + rows
 
     def step(self) -> None:
-        """Ask for the next token of each row, and read the tokens of this step or of the one before."""
+        """Launch the next token of each row, and read the tokens of this step or of the previous one."""
         launched = self._launch()
         ready, self._unread = (launched, None) if self._on_cpu else (self._unread, launched)
         if ready is None:
@@ -225,7 +225,7 @@ class _Batch:
             self._drop_ended()
 
     def _launch(self) -> _Drawn | None:
-        """Start computing one token for each row; None when no row needs another."""
+        """Start computing one token for each row; None if no row needs another."""
         last = self._settings.max_tokens - 1
         if all(row.ended or row.launched > last for row in self._rows):
             return None
@@ -252,7 +252,7 @@ class _Batch:
 
 
 def _for_rows(rows: Sequence[Row], caches: dict[int, list[Any]]) -> list[Any]:
-    """The caches of prompts as one for each layer, with a row for each completion."""
+    """The caches of prompts combined to one for each layer, with a row for each completion."""
     place_of = {prompt_index: place for place, prompt_index in enumerate(caches)}
     joining = merged(list(caches.values()))
     for cache in joining:

@@ -18,15 +18,15 @@ from mlx_nb.data.examples.limits import ModelLimits
 from mlx_nb.data.examples.split import (
     Examples,
     RowView,
+    exclude_rows,
     refuse_no_such_row,
     refuse_unreadable,
     trains_plain_text,
-    without,
 )
 from mlx_nb.data.examples.tokenizing import Outcome, tokenize_split
 from mlx_nb.data.masks.prompt_format import CHAT, RAW, Rendering
 from mlx_nb.data.sources.row_source import RowSource
-from mlx_nb.data.sources.splits import Splits, is_at_hand, open_splits, refuse_unknown_data
+from mlx_nb.data.sources.splits import Splits, is_local, open_splits, refuse_unknown_data
 from mlx_nb.errors import CommandError, DataError, MlxNbError, ModelError, and_more, did_you_mean
 from mlx_nb.events import Progress, Question
 from mlx_nb.process.interruptible import Interruptible
@@ -178,7 +178,7 @@ class RunInputs:
         No tokenizer is loaded and nothing is fetched. Raises ConfigError or DataError.
         """
         config = self.config
-        if not is_at_hand(config.data, self.namespace, config.working_folder):
+        if not is_local(config.data, self.namespace, config.working_folder):
             return
         with self.reading:
             refuse_ineffective(config, self.splits)
@@ -260,7 +260,7 @@ class RunInputs:
                 break
             yield Progress(0, f"tokenizing {split}", done, len(source), seconds)
         if split == "train" and self.config.leave_out is not None:
-            kept, left_out = without(self.config.leave_out, kept, left_out, source)
+            kept, left_out = exclude_rows(self.config.leave_out, kept, left_out, source)
         self.left_out[split] = left_out
         self._tokenizing.pop(split, None)
         if left_out and not kept:

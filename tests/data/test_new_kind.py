@@ -26,7 +26,7 @@ class RatedRow(PromptCompletionRow):
     stars: float = 5.0
     shape = "rated answer"
 
-    def marks(self):
+    def ratings(self):
         return {"stars": self.stars}
 
 

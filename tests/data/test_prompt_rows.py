@@ -51,8 +51,8 @@ def test_columns_go_by_the_names_they_are_given():
 BAD = [
     ({"question": "x"}, Columns(), "no column 'prompt'. The row has: 'question'. Set prompt_feature: question."),
     ({"text": "x"}, Columns(), "Known: prompt (+ answer and any other columns)."),
-    ({"prompt": " \n"}, Columns(), "`prompt` is empty: nothing is asked"),
-    ({"prompt": [USER, ASSISTANT]}, Columns(), "`prompt` ends with the assistant: nothing is asked"),
+    ({"prompt": " \n"}, Columns(), "`prompt` is empty: there is nothing to answer"),
+    ({"prompt": [USER, ASSISTANT]}, Columns(), "`prompt` ends with the assistant: there is nothing to answer"),
     ({"prompt": [SYSTEM]}, Columns(), "`prompt` ends with the system"),
     ({"prompt": 7}, Columns(), "`prompt` must be text or a list of messages, not the number 7"),
     ({"prompt": "x", "solution": 1}, Columns(answer="solutions"), "no column 'solutions'"),

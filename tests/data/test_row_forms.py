@@ -305,7 +305,7 @@ UNREADABLE: list[tuple[str, dict[str, Any], str]] = [
     (
         "pairs",
         {"messages": [USER, GOOD], "chosen": [GOOD], "rejected": [BAD]},
-        "`messages` ends with the assistant: nothing is asked",
+        "`messages` ends with the assistant: there is nothing to answer",
     ),
     ("pairs", {"messages": [USER], "rejected_response": "x"}, "no answer after the last user message"),
     ("pairs", {"messages": [USER, GOOD], "rejected_response": "Arr."}, "are the same: there is nothing to prefer"),

@@ -1,1 +1,1 @@
-"""The data check: what is wrong or odd with rows, before anything is trained."""
+"""The data check: errors and oddities in the rows, found before training."""

@@ -1,7 +1,8 @@
-"""The data check: what is wrong or odd with these rows, by row number, before anything is trained.
+"""The data check: reports errors and oddities in the rows, by row number, before training.
 
-Two passes. Every row is read: its shape, the order of its roles, empty turns, duplicates. Then rows are tokenized
-as training would do it, all of them or, in a large split, a sample that depends on nothing but the number of rows.
+Two passes. The first reads every row: its shape, the order of its roles, empty turns, duplicates. The second tokenizes
+rows as training does: all of them or, in a large split, a sample that depends only on the number of rows. A new kind of
+finding is declared in `findings.py` and collected in one of the passes.
 """
 
 from __future__ import annotations
@@ -33,15 +34,17 @@ _LOPSIDED, _ENOUGH_TO_COMPARE = 0.8, 20
 
 @dataclass(frozen=True)
 class SplitCheck:
-    """One split. `rows` were read and `checked` of them tokenized; what follows `checked` is about those.
+    """The result for one split.
+
+    `rows` were read and `checked` of them tokenized; fields after `checked` are about those.
 
     shapes         rows by shape: chat, prompt + completion, text; pair of texts, labeled text, prompt as text, ...
     formats        rows by how they are written for the model: "chat template", "raw text"
-    labels         of labeled answers, how many are "true" and "false"
+    labels         for labeled answers, how many are "true" and "false"
     trainable      of the checked rows, those that become `examples`, with `tokens` and `trained_tokens` in all; as many
                    examples as rows, or more with `truncate: split`
     longer_chosen  of the pairs whose answers differ in length, the share in which the chosen one is longer
-    near_groups    numbers of rows that are nearly the same, each like another of its group; the first groups
+    near_groups    numbers of near-duplicate rows, each similar to another of its group; the first groups
     """
 
     split: str
@@ -66,14 +69,17 @@ class SplitCheck:
 
     @property
     def trained_share(self) -> float:
-        """Trained tokens of all tokens, from 0 to 1."""
+        """Share of trained tokens among all tokens, from 0 to 1."""
         return self.trained_tokens / max(1, self.tokens)
 
 
 @dataclass(frozen=True)
 class EpochEstimate:
-    """One pass over the training rows with these settings, and what the whole run is. Counted, or scaled up from
-    the checked rows where `estimated`. `examples` are the rows, or their pieces with `truncate: split`."""
+    """Size of one pass over the training rows with these settings, and of the whole run.
+
+    Counted, or scaled up from the checked rows if `estimated`. `examples` are rows, or pieces of them with `truncate:
+    split`.
+    """
 
     rows: int
     examples: int
@@ -88,7 +94,7 @@ class EpochEstimate:
 
 @dataclass(frozen=True, repr=False)
 class DataCheck:
-    """All that was found. `findings` are in order: errors, warnings, notes. `kind` is what the rows were read as."""
+    """The result of a data check. `findings` are ordered: errors, warnings, notes. `kind` is the kind of rows."""
 
     model: str
     data: str
@@ -104,16 +110,16 @@ class DataCheck:
     notes: tuple[str, ...]
 
     def count(self, severity: str) -> int:
-        """How many findings of a severity."""
+        """Number of findings with this severity."""
         return sum(item.severity == severity for item in self.findings)
 
     @property
     def ok(self) -> bool:
-        """No errors: a run will not stop at these rows."""
+        """Whether there are no errors: a run will not stop because of these rows."""
         return self.count(ERROR) == 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values, ready for JSON, with the number of findings of each severity first."""
+        """Everything as plain JSON values, with the number of findings of each severity first."""
         return {"counts": {severity: self.count(severity) for severity in SEVERITIES}, **dataclasses.asdict(self)}
 
     def __repr__(self) -> str:
@@ -122,7 +128,7 @@ class DataCheck:
 
 
 def row_count(rows: int | str | None) -> int | None:
-    """`5000`, or None for all rows. Raises CommandError for what is no number of rows."""
+    """Parse a number of rows: `5000`, or None for all. Raises CommandError for anything else."""
     if rows is None or rows == "all":
         return None
     words = str(rows)
@@ -140,13 +146,13 @@ def check_data(
     kind: str = "tokens",
     limits: ModelLimits = UNLIMITED,
 ) -> DataCheck:
-    """Check the rows of all splits as a run with these settings would see them.
+    """Check the rows of all splits as a run with these settings would use them.
 
     kind    what the training method takes: tokens, pairs, labels or prompts
     limits  what the model can read
-    rows    how many rows of each split are tokenized; None or `all` = all. Everything else looks at every row.
+    rows    how many rows of each split are tokenized (None or `all` = all); the other checks read every row
 
-    Never raises for a bad row. Raises DataError when the data change while they are read, and for `prompt_format: chat`
+    Never raises for a bad row. Raises DataError if the data change while they are read, and for `prompt_format: chat`
     without a chat template.
     """
     count = row_count(rows)
@@ -184,11 +190,11 @@ def check_data(
 
 
 def row_record(view: RowView, settings: ExampleSettings) -> dict[str, Any]:
-    """A row as training will see it, for JSON: `row`, `tokens`, `loss_mask`, `spans`, `problems`.
+    """A row as JSON values, as training uses it: `row`, `tokens`, `loss_mask`, `spans`, `problems`.
 
-    A span is [start, end, role, message, weight] in characters of the rendered text. A row that is not trained has
-    `tokens` and `loss_mask` null and the reason among `problems`. A pair has these of its chosen answer, and
-    `rejected` with the other's; a labeled answer has its `label` besides.
+    A span is [start, end, role, message, weight] in characters of the rendered text. For a row that is not trained,
+    `tokens` and `loss_mask` are null and `problems` has the reason. A pair has these fields for its chosen answer, and
+    those of the other one in `rejected`; a labeled answer also has its `label`.
     """
     problems = view.problems
     if view.dropped_tokens:
@@ -200,7 +206,7 @@ def row_record(view: RowView, settings: ExampleSettings) -> dict[str, Any]:
     }
     if view.rejected:
         record["rejected"] = _sequence_record(view.rejected, view.error is None)
-    if view.content is not None and "label" in (marks := view.content.marks()):
+    if view.content is not None and "label" in (marks := view.content.ratings()):
         record["label"] = marks["label"]
     return record
 
@@ -222,7 +228,7 @@ def stops_a_run(view: RowView, settings: ExampleSettings) -> bool:
 
 
 def _short(weight: float) -> float | int:
-    """A float32 weight without the digits that only its binary form has."""
+    """A float32 weight without the digits that only come from its binary form."""
     return int(weight) if weight == int(weight) else round(weight, 6)
 
 
@@ -252,12 +258,12 @@ def _split_check(reading: SplitReading, counts: TokenCounts, max_seq_length: int
 
 
 def _share(these: int, others: int) -> float | None:
-    """The share of these, from 0 to 1; None where there are too few of both to say."""
+    """The share of the first count in both, from 0 to 1; None if there are too few for a statement."""
     return round(these / (these + others), 4) if these + others >= _ENOUGH_TO_COMPARE else None
 
 
 def _balance_findings(split: SplitCheck) -> list[Finding]:
-    """Sides that are out of balance: one kind of answer mostly longer, one label mostly given."""
+    """Imbalances: one kind of answer mostly longer, or one label mostly given."""
     found = []
     longer = split.longer_chosen
     if longer is not None and not 1 - _LOPSIDED <= longer <= _LOPSIDED:
@@ -283,7 +289,7 @@ def _template_findings(template: TemplateCheck | None) -> list[Finding]:
 
 
 def _epoch(train: SplitCheck, config: RunConfig) -> EpochEstimate | None:
-    """As the trainer counts: batches in a pass and updates in a pass, rounded up; an update stays within a pass."""
+    """Batches and updates in a pass, rounded up as in the trainer; an update never crosses passes."""
     if not train.trainable:
         return None
     scale = train.rows / train.checked

@@ -1,10 +1,10 @@
-"""Rows that say the same thing: exactly, or nearly.
+"""Exact and near duplicates among rows.
 
-Exact: equal digests of the whole recognized row. Near: the sets of three-word sequences of two rows overlap by
-`NEAR` or more (Jaccard similarity). Candidates come from MinHash with banding (Broder 1997; Leskovec, Rajaraman and
-Ullman, Mining of Massive Datasets, 3.4), in time and memory linear in the rows; every candidate is then compared in
-full, so a pair that is reported is a pair. With 16 bands of 4 a pair at `NEAR` is found with probability 0.988, one
-at 0.9 with probability 1 - 2e-8.
+Exact: equal digests of the whole recognized row. Near: the sets of three-word sequences of two rows have a Jaccard
+similarity of `NEAR` or more. Candidates come from MinHash with banding (Broder 1997; Leskovec, Rajaraman and Ullman,
+Mining of Massive Datasets, 3.4), in time and memory linear in the rows; every candidate pair is then compared in full,
+so there are no false positives. With 16 bands of 4 a pair at `NEAR` is found with probability 0.988, one at 0.9 with
+probability 1 - 2e-8.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 )
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
-# In a bucket of a thousand alike rows each is compared with a few, not with all: the few connect them all.
+# In a bucket of a thousand similar rows each is compared with only a few, which is enough to connect them all.
 _PREDECESSORS = 4
 _FIRST_OF_BUCKET = 4
 _BOILERPLATE_SHARE, _BOILERPLATE_ROWS = 0.5, 20
@@ -45,12 +45,12 @@ _MIXERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB), np.uint
 
 
 def row_digest(content: RowContent) -> bytes:
-    """16 bytes that two rows share when they hold the same messages, tools, weights and texts."""
+    """16 bytes that are equal for rows with the same messages, tools, weights and texts."""
     return _digest([type(content).__name__, vars(content)])
 
 
 def prompt_digest(content: RowContent) -> bytes | None:
-    """16 bytes that two rows share when they ask the same; None for rows that are one with their answer."""
+    """16 bytes that are equal for rows with the same prompt; None for rows that are compared as a whole."""
     question = content.question()
     return None if question is None else _digest(question)
 
@@ -59,16 +59,16 @@ def _digest(value: object) -> bytes:
     return hashlib.blake2b(value_text(value).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def spoken_text(content: RowContent) -> str:
-    """What a row says of its own: all its texts but the system prompt and the tools, which rows often share.
+def distinctive_text(content: RowContent) -> str:
+    """The texts specific to a row: all except system prompt and tools, which rows often share.
 
-    Of rows that differ by their answers, or have none, the prompt alone.
+    For rows that differ in their answers, or have none, only the prompt.
     """
-    spoken = content.spoken()
-    if isinstance(spoken, str):
-        return spoken
+    content_part = content.distinctive()
+    if isinstance(content_part, str):
+        return content_part
     parts: list[str] = []
-    for message in spoken:
+    for message in content_part:
         if message["role"] != "system":
             parts += [value_text(call) for call in message.get("tool_calls", ())]
             parts.append(message.get("content") or "")
@@ -76,7 +76,7 @@ def spoken_text(content: RowContent) -> str:
 
 
 def word_sequences(text: str) -> np.ndarray:
-    """The distinct sequences of three words in a text, as sorted 64-bit hashes. Case and punctuation do not count."""
+    """The distinct three-word sequences of a text, as sorted 64-bit hashes. Case and punctuation are ignored."""
     words = _WORD.findall(text.casefold() if text.isascii() else unicodedata.normalize("NFKC", text).casefold())
     if not words:
         return np.zeros(0, np.uint64)
@@ -100,7 +100,7 @@ _WORD_IDS = _WordIds()
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64: every bit of the result depends on every bit of the value."""
+    """The finalizer of splitmix64: every bit of the result depends on every bit of the value."""
     values = (values ^ (values >> np.uint64(30))) * _MIXERS[0]
     values = (values ^ (values >> np.uint64(27))) * _MIXERS[1]
     result: np.ndarray = values ^ (values >> np.uint64(31))
@@ -114,7 +114,7 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def common_sequences(texts: Iterable[str]) -> np.ndarray:
-    """The word sequences that stand in more than half of these texts, and in 20 or more: boilerplate, not content."""
+    """The word sequences that occur in more than half of these texts, and in at least 20: boilerplate."""
     sets = [word_sequences(text) for text in texts]
     if len(sets) < _BOILERPLATE_ROWS:
         return np.zeros(0, np.uint64)
@@ -123,11 +123,11 @@ def common_sequences(texts: Iterable[str]) -> np.ndarray:
 
 
 class NearIndex:
-    """Texts with numbers, and which of them are nearly the same.
+    """An index that finds near-duplicates among numbered texts.
 
     count        how many texts may be added, 128 bytes each
-    boilerplate  word sequences that are not compared, from `common_sequences`
-    text_of      gives a text again by its number, for the full comparison
+    boilerplate  word sequences that are ignored, from `common_sequences`
+    text_of      returns a text by its number, for the full comparison
     """
 
     def __init__(self, count: int, boilerplate: np.ndarray, text_of: Callable[[int], str]) -> None:
@@ -139,13 +139,13 @@ class NearIndex:
         self._sequences = lru_cache(maxsize=8192)(lambda number: self.sequences(text_of(number)))
 
     def sequences(self, text: str) -> np.ndarray:
-        """The word sequences of a text that are compared; all of them when it is nothing but boilerplate."""
+        """The word sequences of a text that are compared; all of them if it is nothing but boilerplate."""
         found = word_sequences(text)
         own = np.setdiff1d(found, self.boilerplate, assume_unique=True) if len(self.boilerplate) else found
         return own if len(own) else found
 
     def add(self, number: int, text: str) -> None:
-        """Numbers must rise. A text without any word is never near another."""
+        """Add a text; numbers must increase. A text without words is never near another."""
         sequences = self.sequences(text)
         if len(sequences):
             self._minima[self._added % _FOLDED_AT_ONCE] = _minima(sequences)
@@ -155,11 +155,11 @@ class NearIndex:
                 self._fold(_FOLDED_AT_ONCE)
 
     def _fold(self, count: int) -> None:
-        """The last `count` texts' minima become band keys."""
+        """Convert the minima of the last `count` texts to band keys."""
         self._bands[self._added - count : self._added] = _band_keys(self._minima[:count])
 
     def candidates(self) -> list[tuple[int, int]]:
-        """Pairs (earlier, later) that share a band, in order; of crowded bands a connecting few."""
+        """Pairs (earlier, later) that share a band, in order; for large bands only enough pairs to connect them."""
         self._fold(self._added % _FOLDED_AT_ONCE)
         bands, size = self._bands[: self._added], self._added
         codes = [np.zeros(0, np.int64)]
@@ -179,12 +179,12 @@ class NearIndex:
         return sorted(pairs, key=lambda pair: (pair[1], pair[0]))
 
     def similarity(self, a: int, b: int) -> float:
-        """How much two texts overlap, from 0 to 1, compared in full."""
+        """Similarity of two texts from 0 to 1, compared in full."""
         return jaccard(self._sequences(a), self._sequences(b))
 
 
 def _codes(order: np.ndarray, earlier: np.ndarray, later: np.ndarray, wanted: np.ndarray, size: int) -> np.ndarray:
-    """Pairs of positions in `order` as single numbers, later * size + earlier."""
+    """Encode pairs of positions in `order` as single numbers, later * size + earlier."""
     result: np.ndarray = order[later[wanted]] * np.int64(size) + order[earlier[wanted]]
     return result
 
@@ -207,7 +207,7 @@ def _band_keys(minima: np.ndarray) -> np.ndarray:
 
 
 class Groups:
-    """Things that belong together, joined pair by pair (union-find)."""
+    """Groups of numbers that are joined pair by pair (union-find)."""
 
     def __init__(self) -> None:
         self._parent: dict[int, int] = {}
@@ -220,7 +220,7 @@ class Groups:
         return number
 
     def join(self, a: int, b: int) -> None:
-        """Make the groups of `a` and `b` one, led by the lower of their leaders."""
+        """Merge the groups of `a` and `b`; the lower leader leads."""
         first, second = sorted((self.leader(a), self.leader(b)))
         self._parent[second] = first
 

@@ -1,4 +1,4 @@
-"""What a data check can find: each kind declared once, with how bad it is and what to do about it."""
+"""The kinds of findings of the data check: each declared once, with its severity and what to do about it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHOWN_ROWS, SHOWN_EXAMPLES, LISTED_ROWS = 20, 3, 50
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of finding. `what` names the rows it is about; `next` says what to do, {row} being the first."""
+    """One kind of finding. `what` describes the rows; `next` says what to do, with {row} for the first of them."""
 
     severity: str
     what: str
@@ -181,10 +181,10 @@ KINDS: dict[str, Kind] = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing to know about the rows of a split, or about the template (`split` is None).
+    """A finding about the rows of a split, or about the chat template (then `split` is None).
 
-    severity  "error": a run would stop; "warning": trained, but probably not as meant; "note": worth knowing
-    count     how many rows; `looked_at` is how many were looked at for it
+    severity  "error": a run would stop; "warning": trained, but probably not as intended; "note": good to know
+    count     how many rows, out of `looked_at` that were checked for it
     rows      the first of them, from 0
     examples  some of them in words, as (row, text)
     """
@@ -202,7 +202,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class RowList:
-    """How many rows, and the first of them as (row, reason)."""
+    """A number of rows, and the first of them as (row, reason)."""
 
     count: int
     rows: tuple[tuple[int, str], ...]
@@ -210,13 +210,13 @@ class RowList:
 
 @dataclass
 class RowTally:
-    """Counts rows and keeps the first of them with the reason."""
+    """Counts rows and stores the first of them with their reasons."""
 
     count: int = 0
     rows: list[tuple[int, str]] = field(default_factory=list)
 
     def add(self, row: int, reason: str) -> None:
-        """Count a row, and keep it while there are few."""
+        """Count a row, and store it if there are few so far."""
         self.count += 1
         if len(self.rows) < LISTED_ROWS:
             self.rows.append((row, reason))
@@ -234,14 +234,14 @@ class _Rows:
 
 
 class Collector:
-    """Gathers the rows of a split by kind, keeping all counts but only the first rows and examples."""
+    """Collects the findings of one split by kind: all counts, but only the first rows and examples."""
 
     def __init__(self, split: str) -> None:
         self.split = split
         self._found: dict[tuple[str, str], _Rows] = {}
 
     def add(self, kind: str, row: int, example: str = "", *, remark: str = "") -> None:
-        """Row `row` is of this kind. Rows with another `remark` are a finding of their own."""
+        """Record that row `row` is of this kind. Rows with different `remark`s are separate findings."""
         found = self._found.setdefault((kind, remark), _Rows())
         found.count += 1
         if len(found.rows) < SHOWN_ROWS:
@@ -250,7 +250,7 @@ class Collector:
             found.examples.append((row, example))
 
     def findings(self, looked_at: int) -> list[Finding]:
-        """What was gathered; `looked_at` is how many rows were looked at."""
+        """The collected findings; `looked_at` is how many rows were checked."""
         other_split = "" if self.split == "train" else f" --split {self.split}"
         return [
             dataclasses.replace(
@@ -266,14 +266,14 @@ class Collector:
 
 
 def finding(kind: str, split: str | None = None, remark: str = "") -> Finding:
-    """A finding of a declared kind; `remark` says more exactly what."""
+    """A finding of a declared kind; `remark` adds details."""
     declared = KINDS[kind]
     what = f"{declared.what}: {remark}" if remark else declared.what
     return Finding(kind, declared.severity, split, what, declared.next)
 
 
 def in_order(findings: list[Finding]) -> tuple[Finding, ...]:
-    """Errors first, then warnings, then notes; within each in the order of the table, the most rows first."""
+    """Errors first, then warnings, then notes; within each in the order of the table, then by number of rows."""
     kinds = list(KINDS)
     return tuple(
         sorted(findings, key=lambda item: (SEVERITIES.index(item.severity), kinds.index(item.kind), -item.count))

@@ -12,9 +12,9 @@ from mlx_nb.data.check.duplicates import (
     Groups,
     NearIndex,
     common_sequences,
+    distinctive_text,
     prompt_digest,
     row_digest,
-    spoken_text,
 )
 from mlx_nb.data.check.findings import LISTED_ROWS, Collector, RowTally
 from mlx_nb.data.check.token_pass import sampled_rows
@@ -32,7 +32,7 @@ _BOILERPLATE_SAMPLE = 2000
 
 @dataclass(frozen=True)
 class Overlap:
-    """Rows of `split` that are training rows too. `pairs`: the first, as (row, training row, similarity)."""
+    """Rows of `split` that are also training rows. `pairs`: the first ones, as (row, training row, similarity)."""
 
     split: str
     exact: int
@@ -42,11 +42,11 @@ class Overlap:
 
 @dataclass
 class SplitReading:
-    """What the first pass found in one split. `near` groups the rows that are nearly the same.
+    """Result of the first pass for one split. `near` groups near-duplicate rows.
 
-    formats               how many rows are written in which format
-    first_format          that of the first row
-    first_with            the first row with a digest; `first_asking` the first with a digest of its prompt
+    formats               number of rows by format
+    first_format          the format of the first row
+    first_with            the first row with a digest; `first_with_prompt` the first with a digest of its prompt
     labels                how many answers are labeled True and False
     """
 
@@ -61,14 +61,14 @@ class SplitReading:
     exact_duplicates: int = 0
     near: Groups = field(default_factory=Groups)
     first_with: dict[bytes, int] = field(default_factory=dict)
-    first_asking: dict[bytes, int] = field(default_factory=dict)
+    first_with_prompt: dict[bytes, int] = field(default_factory=dict)
     shared_exactly: RowTally = field(default_factory=RowTally)
 
 
 def read_splits(
     sources: dict[str, RowSource], settings: ExampleSettings, kind: str = "tokens"
 ) -> tuple[dict[str, SplitReading], list[Overlap]]:
-    """Read every row of every split, `train` first; and again, one by one, the rows that may be nearly the same."""
+    """Read every row of every split, `train` first, and read candidates for near-duplicates again one by one."""
     rows = _Rows(sources, settings, kind)
     index = NearIndex(len(rows), common_sequences(_some_texts(rows)), rows.text)
     readings = {name: SplitReading(name, len(source), Collector(name)) for name, source in sources.items()}
@@ -80,7 +80,7 @@ def read_splits(
 
 
 class _Rows:
-    """The rows of all splits, numbered as one sequence, so that one index holds them all."""
+    """The rows of all splits, numbered consecutively so that one index holds them all."""
 
     def __init__(self, sources: dict[str, RowSource], settings: ExampleSettings, kind: str) -> None:
         self.sources, self.columns, self.kind = sources, settings.columns, kind
@@ -94,7 +94,7 @@ class _Rows:
         return self._length
 
     def read(self, split: str, row: int) -> tuple[Mapping[str, Any], RowContent | DataError]:
-        """The columns of a row, none where the file is broken there; and the row, or why it cannot be read."""
+        """The columns of a row (empty if the file is broken there), and the recognized row or why it cannot be read."""
         source, record = self.sources[split], {}
         try:
             record = source[row]
@@ -103,7 +103,7 @@ class _Rows:
             return record, error
 
     def recognized(self, split: str, row: int) -> RowContent | DataError:
-        """The row, or why it cannot be read."""
+        """The recognized row, or why it cannot be read."""
         return self.read(split, row)[1]
 
     def place(self, number: int) -> tuple[str, int]:
@@ -112,7 +112,7 @@ class _Rows:
 
     def text(self, number: int) -> str:
         content = self.recognized(*self.place(number))
-        return "" if isinstance(content, DataError) else spoken_text(content)
+        return "" if isinstance(content, DataError) else distinctive_text(content)
 
 
 def _some_texts(rows: _Rows) -> Iterator[str]:
@@ -137,16 +137,16 @@ def _read(reading: SplitReading, train: SplitReading, rows: _Rows, index: NearIn
         _count_format(reading, train, row, format_of(content, settings.rendering))
         if found != first_shape:
             reading.collector.add("mixed_shapes", row, f"{found}; the first row is {first_shape}")
-        if "label" in (marks := content.marks()):
+        if "label" in (marks := content.ratings()):
             reading.labels[marks["label"]] += 1
         for kind, remark in content_remarks(record, content, settings, rows.kind).items():
             reading.collector.add(kind, row, remark)
         if not _seen_before(content, row, reading, train):
-            index.add(rows.starts[reading.split] + row, spoken_text(content))
+            index.add(rows.starts[reading.split] + row, distinctive_text(content))
 
 
 def _count_format(reading: SplitReading, train: SplitReading, row: int, written_as: str) -> None:
-    """Count the format of a row; one that differs from the first row, or from the first training row, is collected."""
+    """Count the format of a row, and collect one that differs from the first row or the first training row."""
     reading.first_format = reading.first_format or written_as
     reading.formats[written_as] += 1
     first = reading.first_format
@@ -157,35 +157,34 @@ def _count_format(reading: SplitReading, train: SplitReading, row: int, written_
 
 
 def _seen_before(content: RowContent, row: int, reading: SplitReading, train: SplitReading) -> bool:
-    """Whether an earlier row, of this split or of the training rows, is exactly this one, or asks exactly what it
-    asks; collected if so."""
-    digest, asked = row_digest(content), prompt_digest(content)
-    first = first_asking = reading.first_with.setdefault(digest, row)
-    if asked:
-        first_asking = reading.first_asking.setdefault(asked, row)
+    """Whether the row, or its prompt, equals an earlier one of this split or the training rows; collects it if so."""
+    digest, prompt_key = row_digest(content), prompt_digest(content)
+    first = first_with_prompt = reading.first_with.setdefault(digest, row)
+    if prompt_key:
+        first_with_prompt = reading.first_with_prompt.setdefault(prompt_key, row)
     if first != row:
         reading.exact_duplicates += 1
         reading.collector.add("exact_duplicates", row, f"the same as row {first}")
-    elif first_asking != row:
-        reading.collector.add("repeated_prompts", row, f"the same prompt as row {first_asking}")
+    elif first_with_prompt != row:
+        reading.collector.add("repeated_prompts", row, f"the same prompt as row {first_with_prompt}")
     shared = None
     if reading is not train:
-        shared = train.first_asking.get(asked) if asked else train.first_with.get(digest)
+        shared = train.first_with_prompt.get(prompt_key) if prompt_key else train.first_with.get(digest)
     if shared is not None:
         reading.shared_exactly.add(row, str(shared))
-        like = "the same prompt as" if asked else "the same as"
+        like = "the same prompt as" if prompt_key else "the same as"
         reading.collector.add(
-            "shared_with_train", row, f"{like} training row {shared}", remark=BY_PROMPT if asked else ""
+            "shared_with_train", row, f"{like} training row {shared}", remark=BY_PROMPT if prompt_key else ""
         )
-    return first_asking != row or shared is not None
+    return first_with_prompt != row or shared is not None
 
 
 def _compare(
     readings: dict[str, SplitReading], rows: _Rows, index: NearIndex
 ) -> dict[str, dict[int, tuple[int, float]]]:
-    """Join the rows of a split that are nearly the same; find for others one training row that is, by row number.
+    """Group the near-duplicates within each split, and find a near-duplicate training row for rows of other splits.
 
-    Rows already known to be alike are not compared again, so a crowd of alike rows takes linear time.
+    Rows already known to be similar are not compared again, so many similar rows take linear time.
     """
     near: dict[str, dict[int, tuple[int, float]]] = {name: {} for name in readings}
     for first, second in index.candidates():

@@ -1,4 +1,4 @@
-"""What a chat template can do, found out by rendering small conversations with it and reading the result."""
+"""What a chat template supports, found by rendering small conversations with it and inspecting the result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.data.masks.tool_messages import shown_conversation
 from mlx_nb.errors import MaskRefused
 
-# Words that no template writes by itself, and that none looks for.
+# Words that no template writes or looks for.
 _SYSTEM, _ASKED, _REPLY, _THOUGHT = "quillon", "marvet", "tressic", "oblenar"
 _TOOL, _CITY, _RESULT = "dorvane", "lisbrook", "pelvorn"
 _USER = {"role": "user", "content": _ASKED}
@@ -38,18 +38,18 @@ WRITTEN, LEFT_OUT, REFUSED = "written", "left out", "refused"
 
 @dataclass(frozen=True)
 class TemplateCheck:
-    """What the chat template and tokenizer do, each point from a render.
+    """What the chat template and tokenizer do, each fact found by rendering.
 
-    end_of_turn         the tokens trained after a reply's text, as text; None when no mask was possible
-    ends_generation     whether one of them is a token at which generation stops
+    end_of_turn         the tokens trained after a reply's text, as text; None if no mask was possible
+    ends_generation     whether generation stops at one of them
     writes_bos          the rendered text starts with the tokenizer's beginning-of-sequence token
-    tokenizer_adds_bos  the tokenizer puts one in front of a text by itself
+    tokenizer_adds_bos  the tokenizer itself adds one before a text
     system, tools, tool_calls, tool_results
                         "written" by the template, "left out" of the text, or "refused" with an error
-    reasoning           the message field whose thinking is written in the last reply; None without one
+    reasoning           the message field whose reasoning is written in the last reply; None without one
     reasoning_kept      it is also written in replies before the last user message
     thinking_switch     the template argument that switches thinking in the generation prompt; None without one
-    problem             why no mask was possible for the simplest conversation; empty when there is one
+    problem             why no mask was possible for the simplest conversation; empty if there is one
     """
 
     end_of_turn: tuple[str, ...] | None
@@ -67,7 +67,7 @@ class TemplateCheck:
 
 
 def probe_template(tokenizer: Tokenizer) -> TemplateCheck | None:
-    """Ask the tokenizer's chat template what it can do; None when there is no template."""
+    """Find out what the tokenizer's chat template supports; None without a template."""
     bare = _bare(tokenizer)
     if getattr(bare, "chat_template", None) is None:
         return None
@@ -82,10 +82,10 @@ def probe_template(tokenizer: Tokenizer) -> TemplateCheck | None:
         ends_generation,
         writes_bos=bool(bare.bos_token) and rendered.startswith(bare.bos_token),
         tokenizer_adds_bos=bool(first) and first[0] == bare.bos_token_id,
-        system=_fate(bare, _SYSTEM, [{"role": "system", "content": _SYSTEM}, _USER, _ASSISTANT]),
-        tools=_fate(bare, _TOOL, [_USER, _ASSISTANT], tools=_TOOLS),
-        tool_calls=_fate(bare, _CITY, calling, tools=_TOOLS),
-        tool_results=_fate(bare, _RESULT, [*answered, _ASSISTANT], tools=_TOOLS),
+        system=_outcome_of(bare, _SYSTEM, [{"role": "system", "content": _SYSTEM}, _USER, _ASSISTANT]),
+        tools=_outcome_of(bare, _TOOL, [_USER, _ASSISTANT], tools=_TOOLS),
+        tool_calls=_outcome_of(bare, _CITY, calling, tools=_TOOLS),
+        tool_results=_outcome_of(bare, _RESULT, [*answered, _ASSISTANT], tools=_TOOLS),
         reasoning=reasoning,
         reasoning_kept=kept,
         thinking_switch=_thinking_switch(bare),
@@ -94,7 +94,7 @@ def probe_template(tokenizer: Tokenizer) -> TemplateCheck | None:
 
 
 def _bare(tokenizer: Tokenizer) -> Any:
-    """The transformers tokenizer inside mlx-lm's wrapper; its own `_tokenizer` knows no chat template."""
+    """The transformers tokenizer inside mlx-lm's wrapper; the inner `_tokenizer` has no chat template."""
     inner = getattr(tokenizer, "_tokenizer", tokenizer)
     return inner if hasattr(inner, "apply_chat_template") else tokenizer
 
@@ -107,18 +107,18 @@ def _render(
     prompt: bool = False,
     arguments: Mapping[str, Any] | None = None,
 ) -> str | None:
-    """The rendered text, or None when the template refuses."""
+    """The rendered text, or None if the template refuses."""
     try:
         result: str | None = bare.apply_chat_template(
             list(messages), tools=tools, add_generation_prompt=prompt, tokenize=False, **(arguments or {})
         )
         return result
-    except Exception:  # a template is a program of its own and raises what it likes
+    except Exception:  # a template is a program and may raise anything
         return None
 
 
-def _fate(bare: Any, word: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> str:
-    """What becomes of a word that only the part in question holds, as rows are rendered."""
+def _outcome_of(bare: Any, word: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> str:
+    """What rendering does with a `word` that occurs only in the part under test: "written", "left out" or "refused"."""
     shown = shown_conversation(messages, tools, bare)
     rendered = _render(bare, shown.messages, tools=shown.tools)
     if rendered is None:

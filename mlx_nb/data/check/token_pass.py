@@ -1,4 +1,4 @@
-"""The second pass of the data check: rows are tokenized as training does it, and counted."""
+"""The second pass of the data check: tokenizes rows as training does, and counts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
 
 @dataclass(frozen=True)
 class LengthSummary:
-    """Tokens a row, before anything is cut.
+    """Distribution of tokens per row, before truncation.
 
     keeps_99          the smallest max_seq_length at which 99 of 100 rows stay whole
     histogram_counts  rows with histogram_edges[i] <= tokens < histogram_edges[i + 1]; the last bar may be wider
@@ -54,13 +54,13 @@ class LengthSummary:
 
     @property
     def last_bar_is_wider(self) -> bool:
-        """Whether the last bar of the histogram holds the few rows far longer than the others."""
+        """Whether the last bar of the histogram holds the few rows that are far longer than the others."""
         edges = self.histogram_edges
         return len(edges) > 2 and edges[-1] - edges[-2] != edges[1] - edges[0]
 
 
 def sampled_rows(total: int, wanted: int | None) -> np.ndarray:
-    """Which rows are tokenized: all, or `wanted` drawn by the number of rows alone; in order."""
+    """Which rows are tokenized, in order: all, or `wanted` of them drawn as a function of `total` alone."""
     if wanted is None or wanted >= total:
         return np.arange(total)
     return np.sort(np.random.default_rng([total, wanted]).choice(total, wanted, replace=False))
@@ -68,10 +68,10 @@ def sampled_rows(total: int, wanted: int | None) -> np.ndarray:
 
 @dataclass
 class TokenCounts:
-    """What tokenizing the chosen rows of one split gives. `lengths` are before, the other numbers after cutting.
+    """Counts for the tokenized rows of one split. `lengths` are before truncation, the other numbers after it.
 
-    Of pairs, `lengths` has both answers, each with its prompt. `longer_chosen` and `longer_rejected` count the pairs
-    in which that answer has more trained tokens, before cutting. A trainable row is one of the `examples`, or several
+    For pairs, `lengths` has both answers, each with its prompt. `longer_chosen` and `longer_rejected` count the pairs
+    in which that answer has more trained tokens before truncation. A trainable row is one of the `examples`, or several
     with `truncate: split`.
     """
 
@@ -96,9 +96,9 @@ def count_tokens(
     collector: Collector,
     kind: str = "tokens",
 ) -> TokenCounts:
-    """Make the examples of these rows, count their tokens, and collect what is said about them.
+    """Make the examples of these rows, count their tokens, and collect findings.
 
-    Rows that cannot be read are passed over: the first pass reports them.
+    Rows that cannot be read are skipped: the first pass reports them.
     """
     counts = TokenCounts(len(rows))
     for row in rows.tolist():
@@ -165,7 +165,7 @@ def _compare_answers(conversations: Conversations, counts: TokenCounts) -> None:
 def _collect_written(
     content: RowContent, conversations: Conversations, row: int, tokenizer: Tokenizer, collector: Collector
 ) -> None:
-    """A row whose text spells control tokens; of plain text it is a note, for it may have been written as a chat."""
+    """Collect a row whose text contains control tokens; only a note for plain text, which may be a chat written out."""
     sentences = [sentence for conversation in conversations for sentence in written_sentences(conversation)]
     if sentences:
         special = control_tokens(fast_tokenizer(tokenizer)).special
@@ -176,7 +176,7 @@ def _collect_written(
 
 
 def _collect(finding: str, remarks: Sequence[str], row: int, collector: Collector) -> None:
-    """The first remark of each kind."""
+    """Collect the first remark of each kind."""
     first_of_kind = {kind_of(remark): remark for remark in reversed(remarks)}
     for kind, remark in sorted(first_of_kind.items()):
         collector.add(finding, row, remark, remark=kind)
@@ -188,7 +188,7 @@ def _collect_refusal(error: DataError, row: int, counts: TokenCounts, collector:
 
 
 def _why_left_out(error: DataError, kind: str, settings: ExampleSettings) -> str:
-    """The kind of finding that a row which makes no example is: too long, or a pair of the same tokens."""
+    """The kind of finding for a row that makes no example: too long, or a pair of the same tokens."""
     for raised, found in _KINDS_OF_ERRORS.items():
         if isinstance(error, raised):
             return found
@@ -198,13 +198,13 @@ def _why_left_out(error: DataError, kind: str, settings: ExampleSettings) -> str
 
 
 def kind_of(problem: str) -> str:
-    """The first sentence of a remark without what is only this row's: quoted texts become … and numbers N."""
+    """The first sentence of a remark, generalized: quoted texts become … and numbers N."""
     general = re.sub(r"\b\d+(?:[.,]\d+)*", "N", _QUOTED.sub("…", problem))
     return general.split(". ")[0].rstrip(".")
 
 
 def length_summary(lengths: Sequence[int], max_seq_length: int) -> LengthSummary | None:
-    """The summary of token counts; None without any."""
+    """The summary of some token counts; None without any."""
     if not len(lengths):
         return None
     ordered = np.sort(np.asarray(lengths, np.int64))

@@ -1,1 +1,1 @@
-"""Rows as examples, cut to length, split, tokenized and put into batches."""
+"""Rows as examples: read, tokenized, truncated and batched, for each split."""

@@ -1,7 +1,7 @@
-"""Which rows go into which batch, and the padded arrays of a batch.
+"""Assigns rows to batches, and makes the padded arrays of a batch.
 
-The order is a function of (seed, epoch) and the batch size: batch k of a run can be rebuilt without drawing the k
-before it.
+The order is a function of (seed, epoch) and the batch size: batch k of a run can be computed without the batches before
+it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from mlx_nb.data.examples.preference import LabeledExample, PreferenceExample
 
 # Batches are formed inside windows of at most this many batches, sorted by length: little padding, still well shuffled.
 _BATCHES_PER_WINDOW = 16
-# Which batches (seed, epoch) give: a higher number with each change, so that a checkpoint of another order is noticed.
+# Version of the order that (seed, epoch) give: increased with each change, so that a checkpoint with another order is
+# noticed.
 ORDER = 2
-_ROUNDING = 1e-9  # of passes that are no whole number
+_ROUNDING = 1e-9  # tolerance for a fractional number of passes
 
 
 class TokenBatch(NamedTuple):
-    """Rows side by side, padded on the right.
+    """A padded batch of rows, padded on the right.
 
     tokens_BT     (B, T) int32; padding is 0
     loss_mask_BT  (B, T) float32, weight of each token as a target; 0 on padding and in column 0
@@ -46,9 +47,9 @@ class TokenBatch(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a run is in its rows, whatever its batch size is: `rows` of epoch `epoch` (from 0) are done.
+    """The position of a run in its data, independent of its batch size: `rows` of epoch `epoch` (from 0) are done.
 
-    `batch_size` is the one that the order of that epoch was made for.
+    `batch_size` is the one that the order of that epoch was made with.
     """
 
     epoch: int
@@ -57,11 +58,10 @@ class Place(NamedTuple):
 
 
 class BatchPlan:
-    """Batches of `batch_size` rows for as many epochs as wanted; every row once an epoch, none dropped.
+    """The batches of `batch_size` rows for any number of epochs; every row once per epoch, none dropped.
 
     Rows are shuffled by (seed, epoch), bucketed by length in windows that hold other rows in each epoch, and the
-    batches shuffled again; where the rows do not come out even, the short batch is the last. Rows of different `labels`
-    are spread over all batches.
+    batches shuffled again; a shorter batch comes last. Rows with different `labels` are spread over all batches.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, labels: Sequence[Any] | None = None) -> None:
@@ -75,7 +75,7 @@ class BatchPlan:
 
     @property
     def batches_per_epoch(self) -> int:
-        """Batches that have every row once; the last may be smaller."""
+        """Batches that cover every row once; the last may be smaller."""
         return -(-len(self.lengths) // self.batch_size)
 
     def batch(self, index: int) -> np.ndarray:
@@ -84,7 +84,7 @@ class BatchPlan:
         return self._order_of(place.epoch, place.batch_size)[place.rows : place.rows + self.batch_size]
 
     def update(self, first: int, count: int) -> list[np.ndarray]:
-        """The batches of an update from batch `first` on: `count`, or as many as are left of the epoch."""
+        """The batches of an update starting at batch `first`: `count`, or the rest of the epoch."""
         left = self.batches_per_epoch - first % self.batches_per_epoch
         return [self.batch(first + number) for number in range(min(count, left))]
 
@@ -94,14 +94,14 @@ class BatchPlan:
         cut = self._cut
         if cut is None or cut.epoch != epoch:
             return Place(epoch, number * self.batch_size, self.batch_size)
-        # What was left of that epoch is its last batches.
+        # The rest of that epoch is its last batches.
         skipped = self.batches_per_epoch - -(-(len(self.lengths) - cut.rows) // self.batch_size)
         return Place(epoch, cut.rows + (number - skipped) * self.batch_size, cut.batch_size)
 
     def find(self, place: Place) -> int:
-        """The index of the batch that begins at `place`, from where the rest of its epoch keeps the order it had.
+        """The index of the batch that begins at `place`; from there the rest of the epoch keeps its order.
 
-        So a run goes on with another batch size without leaving out or repeating a row of the epoch.
+        A run can thus continue with another batch size without skipping or repeating a row of the epoch.
         """
         self._cut = None
         if place.rows >= len(self.lengths):
@@ -112,7 +112,7 @@ class BatchPlan:
         return (place.epoch + 1) * self.batches_per_epoch - -(-(len(self.lengths) - place.rows) // self.batch_size)
 
     def epochs(self, index: int) -> float:
-        """Passes over the rows that are done before batch `index`."""
+        """Number of passes over the rows before batch `index`."""
         place = self.place(index)
         return place.epoch + place.rows / len(self.lengths)
 
@@ -120,12 +120,12 @@ class BatchPlan:
         random = np.random.default_rng([self.seed, epoch])
         order = self._spread(random.permutation(len(self.lengths)))
         count = -(-len(order) // batch_size)
-        # At least two windows: with one alone the same rows would meet in every epoch.
+        # At least two windows: with one the same rows would meet in every epoch.
         windows = np.array_split(np.arange(count), min(count, max(2, -(-count // _BATCHES_PER_WINDOW))))
         batches: list[np.ndarray] = []
         for window in windows:
             rows = self._by_length(order[window[0] * batch_size : (window[-1] + 1) * batch_size])
-            if short := len(rows) % batch_size:  # of the last window; moved to the end, whatever its length is
+            if short := len(rows) % batch_size:  # of the last window; moved to the end, whatever its length
                 at = batch_size * int(random.integers(len(window)))
                 rows = np.concatenate([rows[:at], rows[at + short :], rows[at : at + short]])
             batches += [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
@@ -136,7 +136,7 @@ class BatchPlan:
         return self._spread(rows[np.argsort(self.lengths[rows], kind="stable")])
 
     def _spread(self, rows: np.ndarray) -> np.ndarray:
-        """Those of each label in their order, spread evenly over the whole."""
+        """Spread the rows of each label evenly over the whole, keeping their order."""
         share = np.empty(len(rows))
         for label in self._kinds:
             (at,) = np.nonzero(self._labels[rows] == label)
@@ -145,9 +145,9 @@ class BatchPlan:
 
 
 def updates_until(epochs: float, batches_per_epoch: int, accumulated: int, first: int = 0) -> int:
-    """Updates from batch `first` until `epochs` passes over the rows are done, 0 where they are.
+    """Updates from batch `first` until `epochs` passes over the rows are done; 0 if they are.
 
-    An update takes `accumulated` batches, fewer at the end of an epoch; part of an epoch is rounded up to an update.
+    An update takes `accumulated` batches, fewer at the end of an epoch; a partial epoch is rounded up to an update.
     """
     whole = math.floor(epochs + _ROUNDING)
     last = math.ceil((epochs - whole) * batches_per_epoch - _ROUNDING)
@@ -159,7 +159,7 @@ def updates_until(epochs: float, batches_per_epoch: int, accumulated: int, first
 
 
 def evaluation_batches(lengths: Sequence[int], batch_size: int, limit: int, seed: int) -> list[np.ndarray]:
-    """A FIXED set of batches: the same rows at every evaluation. `limit` batches at most, -1 = all rows."""
+    """A FIXED set of batches: the same rows at every evaluation. At most `limit` batches, -1 = all rows."""
     count = len(lengths)
     chosen = np.arange(count)
     if limit != -1 and limit * batch_size < count:
@@ -195,7 +195,7 @@ def pad_pairs(examples: Sequence[PreferenceExample], pad_to_multiple: int = 1) -
 
 
 def split_rows(batch: TokenBatch, parts: int) -> list[TokenBatch]:
-    """The batch in at most `parts` batches of whole rows, in the same order. Both answers of a pair stay together."""
+    """Divide the batch into at most `parts` batches of whole rows, in the same order. Pairs stay together."""
     count = len(batch.rows)
     if parts == 1 or count == 1:
         return [batch]
@@ -224,6 +224,6 @@ def pad_labeled(examples: Sequence[LabeledExample], pad_to_multiple: int = 1) ->
 
 
 def pad_mismatched(examples: Sequence[LabeledExample], pad_to_multiple: int = 1) -> TokenBatch | None:
-    """The same prompts, each with another row's answer; None where there is no other row."""
+    """The same prompts, each with the answer of another row; None if there is no other row."""
     mismatched = [example.mismatched for example in examples if example.mismatched is not None]
     return pad(mismatched, pad_to_multiple) if len(mismatched) == len(examples) else None

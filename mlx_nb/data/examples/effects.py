@@ -1,4 +1,4 @@
-"""Settings that the rows leave without effect: known once the rows are opened, before a model is loaded."""
+"""Settings without effect on the given rows: detected once the rows are opened, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def refuse_ineffective(config: RunConfig, splits: Splits) -> None:
 
 
 def refuse_loss_on(examples: Examples, loss_on: str) -> None:
-    """Raise DataError for a `loss_on` that asks for turns, where every row is plain text and has none."""
+    """Raise DataError for a `loss_on` that selects turns if every row is plain text, which has none."""
     if loss_on in ("final", "completion") and _is_plain_text(examples):
         raise DataError(
             f"`loss_on: {loss_on}` has no effect: every row is plain text, which is trained whole. Remove it, or give "
@@ -31,7 +31,7 @@ def refuse_loss_on(examples: Examples, loss_on: str) -> None:
 
 
 def _is_plain_text(examples: Examples) -> bool:
-    """Whether no row has turns, not even as the control tokens of a chat that was written out."""
+    """Whether no row has turns, not even as written-out control tokens of a chat."""
     for row in range(len(examples)):
         try:
             content = recognize(examples.kind, examples.source[row], examples.settings.columns, row=row)

@@ -1,4 +1,4 @@
-"""Rows to imitate as examples: tokens, loss mask, and what truncation took away."""
+"""Examples of rows to imitate: tokens and loss mask, cut to length."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mlx_nb.data.masks.conversation import (
     tokenize_prompt_completion,
     tokenize_text,
 )
-from mlx_nb.data.masks.prompt_format import AS_USUAL, Rendering
+from mlx_nb.data.masks.prompt_format import DEFAULT_RENDERING, Rendering
 from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.data.rows.columns import Columns
 from mlx_nb.data.rows.imitation import ChatRow, PromptCompletionRow, Row, TextRow, raw_strings
@@ -30,7 +30,7 @@ class TokenizedExample:
     tokens          (T,) int32
     loss_mask       (T,) float32, the weight of each token as a target; `loss_mask[0] == 0`
     row             number of the row in its split, from 0
-    dropped_tokens  tokens that truncation took away
+    dropped_tokens  tokens removed by truncation
     """
 
     tokens: np.ndarray
@@ -40,12 +40,12 @@ class TokenizedExample:
 
     @property
     def sequences(self) -> tuple[TokenizedExample, ...]:
-        """What the model reads for this example: itself."""
+        """The sequences that the model reads for this example: itself."""
         return (self,)
 
     @property
     def length(self) -> int:
-        """Tokens that it costs."""
+        """Number of tokens that the model reads."""
         return len(self.tokens)
 
 
@@ -59,9 +59,9 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class ExampleSettings:
-    """The settings that decide how a row becomes an example.
+    """The settings that determine how a row becomes an example.
 
-    `limits` are those of the model that reads it, and `completion` the most tokens that it then writes itself.
+    `limits` are those of the model, and `completion` the most tokens that it generates after a prompt.
     Rows that are `down_weighted` count by `down_weight_factor`.
     """
 
@@ -70,7 +70,7 @@ class ExampleSettings:
     truncate: str
     columns: Columns
     stride: int = 0
-    rendering: Rendering = AS_USUAL
+    rendering: Rendering = DEFAULT_RENDERING
     limits: ModelLimits = UNLIMITED
     completion: int = 0
     down_weighted: frozenset[int] = frozenset()
@@ -78,7 +78,7 @@ class ExampleSettings:
 
     @classmethod
     def of(cls, config: RunConfig, limits: ModelLimits = UNLIMITED) -> ExampleSettings:
-        """Those of a run, with what its model can read."""
+        """The settings of a run, with the limits of its model."""
         columns = Columns(
             messages=config.chat_feature,
             prompt=config.prompt_feature,
@@ -98,7 +98,7 @@ class ExampleSettings:
         return cls(*cut, columns, config.stride, rendering, limits, completion)
 
     def resolved(self, tokenizer: Tokenizer) -> ExampleSettings:
-        """With the format of strings decided for this tokenizer. Raises DataError as `Rendering.resolved`."""
+        """With the format of strings decided for this tokenizer. Raises DataError as `Rendering.resolved` does."""
         return dataclasses.replace(self, rendering=self.rendering.resolved(tokenizer))
 
 
@@ -107,11 +107,11 @@ class TooLong(DataError):
 
 
 def tokenize_row(
-    content: Row, tokenizer: Tokenizer, loss_on: str, rendering: Rendering = AS_USUAL
+    content: Row, tokenizer: Tokenizer, loss_on: str, rendering: Rendering = DEFAULT_RENDERING
 ) -> TokenizedConversation:
     """The tokens and loss mask of one recognized row.
 
-    Raises MaskRefused when no trustworthy mask exists, DataError for strings that cannot be raw text.
+    Raises MaskRefused if no trustworthy mask exists, and DataError for strings that cannot be raw text.
     """
     if isinstance(content, ChatRow) and content.from_texts and rendering.is_raw(tokenizer):
         content = raw_strings(content)
@@ -137,14 +137,17 @@ def _all_trained(conversation: TokenizedConversation) -> TokenizedConversation:
 def cut_row(
     content: Row, conversation: TokenizedConversation, row: int, settings: ExampleSettings
 ) -> list[TokenizedExample]:
-    """The examples of a row: one, or the pieces of a long text with `truncate: split`. Raises as `cut_to_length`."""
+    """The examples of a row: one, or the pieces of a long text with `truncate: split`.
+
+    Raises as `cut_to_length` does.
+    """
     if isinstance(content, TextRow) and settings.truncate == "split":
         return split_text(conversation, row, settings)
     return [cut_to_length(conversation, row, settings)]
 
 
 def cut_to_length(conversation: TokenizedConversation, row: int, settings: ExampleSettings) -> TokenizedExample:
-    """The example of a conversation within `max_seq_length`. Raises DataError when nothing is left to train on."""
+    """The example of a conversation within `max_seq_length`. Raises DataError if nothing is left to train on."""
     tokens, loss_mask = conversation.tokens, conversation.loss_mask
     kept = kept_part(len(tokens), settings)
     dropped = len(tokens) - (kept.stop - kept.start)
@@ -162,7 +165,7 @@ def cut_to_length(conversation: TokenizedConversation, row: int, settings: Examp
 
 
 def kept_part(length: int, settings: ExampleSettings) -> slice:
-    """Which of `length` tokens `truncate` keeps. Raises DataError where it keeps none, TooLong for `error`."""
+    """The part of `length` tokens that `truncate` keeps. Raises DataError if it keeps none, TooLong for `error`."""
     limit = settings.max_seq_length
     if length <= limit:
         return slice(0, length)
@@ -177,10 +180,10 @@ def kept_part(length: int, settings: ExampleSettings) -> slice:
 
 
 def split_text(conversation: TokenizedConversation, row: int, settings: ExampleSettings) -> list[TokenizedExample]:
-    """A text in pieces of at most `max_seq_length` tokens; every token but the first is trained once.
+    """Divide a text into pieces of at most `max_seq_length` tokens; every token except the first is trained once.
 
-    Each piece begins with the last `stride` tokens of the one before, which are not trained again. It is one token
-    at least: nothing comes before the first of a piece that it could be predicted from.
+    Each piece begins with the last `stride` tokens of the previous one, which are not trained again. At least one token
+    is repeated, since the first token of a piece has nothing to be predicted from.
     """
     shared = max(1, settings.stride)
     pieces, end = [], 0
@@ -194,7 +197,7 @@ def split_text(conversation: TokenizedConversation, row: int, settings: ExampleS
 
 
 def as_cut(conversation: TokenizedConversation, example: TokenizedExample, truncate: str) -> TokenizedConversation:
-    """The conversation with the tokens that are left of it; text and spans stay whole."""
+    """The conversation with only its remaining tokens; text and spans stay whole."""
     start = example.dropped_tokens if truncate == "left" else 0
     offsets = conversation.offsets[start : start + len(example.tokens)]
     return dataclasses.replace(conversation, tokens=example.tokens, loss_mask=example.loss_mask, offsets=offsets)

@@ -1,7 +1,7 @@
 """The kinds of rows that training methods take: how each is read, tokenized, cut and completed.
 
-A new kind is a `RowKind` here with a reader of its own, its facts in `config/row_kinds.py`, and what its losses have in
-common in `objectives/kinds.py`.
+A new kind is a `RowKind` here with a reader of its own, its facts in `config/row_kinds.py`, and the common part of its
+losses in `objectives/kinds.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mlx_nb.data.examples.preference import (
 from mlx_nb.data.examples.prompt import PromptExample, prompt_example, tokenize_prompt
 from mlx_nb.data.masks.conversation import TokenizedConversation
 from mlx_nb.data.masks.prompt_format import Rendering
-from mlx_nb.data.rows.columns import AUTOMATIC, Columns, placed
+from mlx_nb.data.rows.columns import AUTOMATIC, Columns, errors_at
 from mlx_nb.data.rows.content import RowContent
 from mlx_nb.data.rows.imitation import token_row
 from mlx_nb.data.rows.preference import labeled_row, preference_row
@@ -49,15 +49,15 @@ def _no_remarks(_record: Mapping[str, Any], _content: Any) -> Remarks:
 class RowKind:
     """One kind of row.
 
-    read      a row's columns as what it says; raises DataError
-    tokenize  (content, tokenizer, loss_on, rendering) -> what the model reads of it before anything is cut: of a pair
+    read      a row's columns -> its recognized content; raises DataError
+    tokenize  (content, tokenizer, loss_on, rendering) -> what the model reads, before truncation: for a pair
               the chosen, then the rejected answer; raises MaskRefused, DataError
     cut       (content, conversations, row, settings) -> its examples within `max_seq_length`; raises DataError, TooLong
     complete  the results of all rows, with what an example takes from other rows
-    remarks   what is odd about a row of this kind alone, each with the kind of finding that it is
-    weighted  (example, factor) -> the example, counting so much of what it did
-    answered  its rows hold the answers that are trained; else the model writes them
-    compared  how rows are told apart, said where some are alike; empty = by all they say
+    remarks   oddities of a row of this kind, each with the kind of finding that it is
+    weighted  (example, factor) -> the example with its weight in the loss scaled by the factor
+    answered  whether the rows contain the trained answers; otherwise the model generates them
+    compared  how rows are compared, mentioned if some are similar; empty = by all their content
     unit      what is counted in a data check
     """
 
@@ -76,7 +76,7 @@ BY_PROMPT = "by their prompts"
 
 
 def _label_of_a_bad_answer(record: Mapping[str, Any], _content: Any) -> Remarks:
-    # Not the number 0, which can be a class as well.
+    # The number 0 is not meant: it can be a class label.
     label = record.get("label")
     if label.strip().lower() == "false" if isinstance(label, str) else isinstance(label, bool | np.bool_) and not label:
         yield "labeled_bad", "the `label` says that the answer is bad"
@@ -124,14 +124,14 @@ ROW_KINDS: dict[str, RowKind] = {
 def recognize(
     kind: str, record: Mapping[str, Any], columns: Columns = AUTOMATIC, *, row: int | None = None, location: str = ""
 ) -> RowContent:
-    """A row as one of a kind, whatever else it could be.
+    """Recognize a row as one of a kind, whatever else it could be.
 
     tokens   ChatRow, PromptCompletionRow or TextRow: something to imitate
     pairs    PreferenceRow: two answers to one prompt, the first better
     labels   LabeledRow: one answer, good or bad
-    prompts  PromptRow: a question that the model answers itself
+    prompts  PromptRow: a prompt that the model answers itself
 
-    `record` is not changed. `row` and `location` name the row in errors. Raises DataError: one line, what is wrong.
+    `record` is not changed. `row` and `location` identify the row in errors. Raises DataError in one line.
     """
-    with placed(row, location):
+    with errors_at(row, location):
         return ROW_KINDS[kind].read(record, columns)

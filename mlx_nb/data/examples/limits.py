@@ -1,4 +1,4 @@
-"""What a model can read, and rows that go beyond it: ids without an embedding, positions that it has not learned."""
+"""The limits of a model's input, and the errors for rows beyond them: unknown ids, positions that were not learned."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mlx_nb.errors import DataError
 
 
 class OutsideVocabulary(DataError):
-    """A token of a row has no row in the model's embedding, or no logit."""
+    """A token of a row has no embedding, or no logit, in the model."""
 
 
 class BeyondPositions(DataError):
@@ -18,12 +18,12 @@ class BeyondPositions(DataError):
 
 
 class ModelLimits(NamedTuple):
-    """What a model can read. None = not known, or no limit.
+    """What a model can read. None = unknown, or no limit.
 
     ids        input ids from 0 to ids - 1 have an embedding
     targets    ids from 0 to targets - 1 have a logit
-    positions  tokens that a learned table of positions has rows for
-    context    tokens that the model was made for, by its config.json; longer rows can be read, mostly badly
+    positions  number of learned positions
+    context    tokens that the model was made for, by its config.json; longer rows can be read, usually badly
     """
 
     ids: int | None = None
@@ -32,7 +32,7 @@ class ModelLimits(NamedTuple):
     context: int | None = None
 
     def within(self, other: ModelLimits) -> ModelLimits:
-        """What both models can read."""
+        """The limits of what both models can read."""
         return ModelLimits(*(min((one for one in pair if one is not None), default=None) for pair in zip(self, other)))
 
     def require(
@@ -40,7 +40,7 @@ class ModelLimits(NamedTuple):
     ) -> None:
         """Raise OutsideVocabulary or BeyondPositions for tokens that the model cannot read, with `more` after them.
 
-        `name` says in front of the message whose tokens they are.
+        `name` is put before the message and says whose tokens they are.
         """
         about = f"{name}: " if name else ""
         _require_ids(tokens, self.ids, "embedding", about)

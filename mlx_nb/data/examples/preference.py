@@ -1,4 +1,4 @@
-"""Judged answers as examples: pairs of answers to one prompt, and single answers with a label."""
+"""Examples of judged answers: pairs of answers to one prompt, and single answers with a label."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from mlx_nb.data.examples.imitation import ExampleSettings, LeftOut, TokenizedExample, cut_to_length
 from mlx_nb.data.masks.conversation import TokenizedConversation, tokenize_conversation, tokenize_prompt_completion
-from mlx_nb.data.masks.prompt_format import AS_USUAL, Rendering
+from mlx_nb.data.masks.prompt_format import DEFAULT_RENDERING, Rendering
 from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.data.rows.columns import Messages
 from mlx_nb.data.rows.imitation import as_messages, refuse_context
@@ -24,10 +24,10 @@ from mlx_nb.errors import DataError, MaskRefused
 class PreferenceExample:
     """Two answers to one prompt, each after the prompt's tokens; only the answers are trained.
 
-    prompt_length  how many tokens both begin with, none of them trained
+    prompt_length  number of tokens that both begin with, none of them trained
     row            number of the row in its split, from 0
     margin         by how much the chosen one is better
-    weight         how much the pair counts
+    weight         weight of the pair in the loss
     """
 
     chosen: TokenizedExample
@@ -39,17 +39,17 @@ class PreferenceExample:
 
     @property
     def sequences(self) -> tuple[TokenizedExample, ...]:
-        """What the model reads for this example: the chosen, then the rejected answer."""
+        """The sequences that the model reads for this example: the chosen, then the rejected answer."""
         return (self.chosen, self.rejected)
 
     @property
     def length(self) -> int:
-        """Tokens that it costs."""
+        """Number of tokens that the model reads."""
         return len(self.chosen.tokens) + len(self.rejected.tokens)
 
     @property
     def dropped_tokens(self) -> int:
-        """Tokens that truncation took away from both."""
+        """Tokens removed from both by truncation."""
         return self.chosen.dropped_tokens + self.rejected.dropped_tokens
 
 
@@ -57,9 +57,9 @@ class PreferenceExample:
 class LabeledExample:
     """An answer after its prompt, and whether it is a good one; only the answer is trained.
 
-    prompt_length  tokens before the first that is trained
+    prompt_length  tokens before the first trained one
     row            number of the row in its split, from 0
-    mismatched     the same prompt with the answer of a row that asks something else; None when there is no other row
+    mismatched     the same prompt with the answer of a row that has another prompt; None if there is no other row
     """
 
     example: TokenizedExample
@@ -80,18 +80,18 @@ class LabeledExample:
 
     @property
     def dropped_tokens(self) -> int:
-        """Tokens that truncation took away."""
+        """Tokens removed by truncation."""
         return self.example.dropped_tokens
 
 
 def tokenize_pair(
-    content: PreferenceRow, tokenizer: Tokenizer, loss_on: str, rendering: Rendering = AS_USUAL
+    content: PreferenceRow, tokenizer: Tokenizer, loss_on: str, rendering: Rendering = DEFAULT_RENDERING
 ) -> tuple[TokenizedConversation, TokenizedConversation]:
-    """The prompt with the chosen, and with the rejected answer. Raises MaskRefused, naming the answer."""
+    """The prompt with the chosen and with the rejected answer. Raises MaskRefused, naming the answer."""
     _refuse_raw_context(content, tokenizer, rendering)
-    with _named("chosen"):
+    with _errors_about("chosen"):
         chosen = tokenize_answer(content.prompt, content.chosen, content.tools, tokenizer, loss_on, rendering)
-    with _named("rejected"):
+    with _errors_about("rejected"):
         rejected = tokenize_answer(content.prompt, content.rejected, content.tools, tokenizer, loss_on, rendering)
     until = _first_trained(chosen.loss_mask), _first_trained(rejected.loss_mask)
     if not np.array_equal(chosen.tokens[: until[0]], rejected.tokens[: until[1]]):
@@ -101,9 +101,9 @@ def tokenize_pair(
 
 
 def tokenize_labeled(
-    content: LabeledRow, tokenizer: Tokenizer, loss_on: str, rendering: Rendering = AS_USUAL
+    content: LabeledRow, tokenizer: Tokenizer, loss_on: str, rendering: Rendering = DEFAULT_RENDERING
 ) -> TokenizedConversation:
-    """The prompt with the answer that is judged. Raises as `tokenize_answer`."""
+    """The prompt with the judged answer. Raises as `tokenize_answer` does."""
     _refuse_raw_context(content, tokenizer, rendering)
     return tokenize_answer(content.prompt, content.completion, content.tools, tokenizer, loss_on, rendering)
 
@@ -119,12 +119,12 @@ def tokenize_answer(
     tools: Sequence[Any] | None,
     tokenizer: Tokenizer,
     loss_on: str,
-    rendering: Rendering = AS_USUAL,
+    rendering: Rendering = DEFAULT_RENDERING,
 ) -> TokenizedConversation:
     """A prompt and an answer, of which only the answer is trained.
 
-    Texts are a user and an assistant message, or raw text, in which the answer continues the prompt.
-    Raises MaskRefused when no trustworthy mask exists, and for loss_on='all'.
+    Texts become a user and an assistant message, or raw text in which the answer continues the prompt. Raises
+    MaskRefused if no trustworthy mask exists, and for loss_on='all'.
     """
     if loss_on == "all":
         raise MaskRefused(
@@ -134,8 +134,8 @@ def tokenize_answer(
     if isinstance(prompt, str) and isinstance(answer, str):
         if rendering.is_raw(tokenizer):
             return tokenize_prompt_completion(prompt, answer, tokenizer, rendering=rendering)
-    asked = [{**message, "train": False} for message in as_messages("user", prompt)]
-    messages = [*asked, *as_messages("assistant", answer)]
+    context = [{**message, "train": False} for message in as_messages("user", prompt)]
+    messages = [*context, *as_messages("assistant", answer)]
     return tokenize_conversation(messages, tokenizer, tools=tools, loss_on=loss_on, rendering=rendering)
 
 
@@ -147,18 +147,18 @@ def preference_example(
 ) -> PreferenceExample:
     """The example of a pair, both answers within `max_seq_length`.
 
-    Raises DataError, naming the answer, and NothingToPrefer where both have become the same tokens.
+    Raises DataError, naming the answer, and NothingToPrefer if both became the same tokens.
     """
-    with _named("chosen"):
+    with _errors_about("chosen"):
         chosen = cut_to_length(pair[0], row, settings)
-    with _named("rejected"):
+    with _errors_about("rejected"):
         rejected = cut_to_length(pair[1], row, settings)
     _require_difference(chosen, rejected, settings)
     return PreferenceExample(chosen, rejected, _shared_prompt(chosen, rejected), row, content.margin, content.weight)
 
 
 def _require_difference(chosen: TokenizedExample, rejected: TokenizedExample, settings: ExampleSettings) -> None:
-    """A pair of the same tokens would be trained without effect: the loss of DPO stays at ln 2."""
+    """Refuse a pair of equal tokens, which would train without effect: the loss of DPO stays at ln 2."""
     same = np.array_equal(chosen.tokens, rejected.tokens) and np.array_equal(chosen.loss_mask, rejected.loss_mask)
     if not same:
         return
@@ -174,7 +174,7 @@ def _require_difference(chosen: TokenizedExample, rejected: TokenizedExample, se
 def labeled_example(
     content: LabeledRow, conversation: TokenizedConversation, row: int, settings: ExampleSettings
 ) -> LabeledExample:
-    """The example of a labeled answer, without `mismatched`. Raises DataError when nothing is left to train on."""
+    """The example of a labeled answer, without `mismatched`. Raises DataError if nothing is left to train on."""
     example = cut_to_length(conversation, row, settings)
     return LabeledExample(example, content.label, _first_trained(example.loss_mask), row)
 
@@ -182,9 +182,9 @@ def labeled_example(
 def with_mismatched(
     results: Iterable[LabeledExample | LeftOut], settings: ExampleSettings
 ) -> Iterator[LabeledExample | LeftOut]:
-    """The same results, each example with the answer of the next row that has another prompt (KTO's KL estimate).
+    """Add to each example the answer of the next row that has another prompt (for KTO's estimate of the KL).
 
-    The next in order of rows, the first row following the last; simply the next where all prompts are the same.
+    Next in row order, the first row following the last; simply the next row if all prompts are the same.
     """
     results = list(results)
     kept = [result for result in results if isinstance(result, LabeledExample)]
@@ -201,24 +201,24 @@ def _next_with_another_prompt(examples: Sequence[LabeledExample]) -> list[int]:
     count = len(prompts)
     following = [(k + 1) % count for k in range(count)]
     if len(set(prompts)) > 1:
-        # Twice around: the end of a run of equal prompts may lie beyond the last row.
+        # Twice around: a series of equal prompts may continue past the last row.
         for k in reversed(range(2 * count)):
-            here, after = k % count, (k + 1) % count
-            following[here] = following[after] if prompts[here] == prompts[after] else after
+            this, after = k % count, (k + 1) % count
+            following[this] = following[after] if prompts[this] == prompts[after] else after
     return following
 
 
-def _spliced(asked: LabeledExample, answered: LabeledExample, settings: ExampleSettings) -> TokenizedExample:
+def _spliced(prompt_of: LabeledExample, answer_of: LabeledExample, settings: ExampleSettings) -> TokenizedExample:
     """The prompt of one example with the answer of another, within `max_seq_length`."""
-    own, other, start = asked.example, answered.example, answered.prompt_length
-    tokens = np.concatenate([own.tokens[: asked.prompt_length], other.tokens[start:]])
-    loss_mask = np.concatenate([np.zeros(asked.prompt_length, np.float32), other.loss_mask[start:]])
+    own, other, start = prompt_of.example, answer_of.example, answer_of.prompt_length
+    tokens = np.concatenate([own.tokens[: prompt_of.prompt_length], other.tokens[start:]])
+    loss_mask = np.concatenate([np.zeros(prompt_of.prompt_length, np.float32), other.loss_mask[start:]])
     longest = min(settings.max_seq_length, settings.limits.positions or settings.max_seq_length)
     dropped = max(0, len(tokens) - longest)
     kept = slice(dropped, None) if settings.truncate == "left" else slice(0, len(tokens) - dropped)
     tokens, loss_mask = tokens[kept], loss_mask[kept]
     loss_mask[0] = 0
-    return TokenizedExample(tokens, loss_mask, asked.row, dropped)
+    return TokenizedExample(tokens, loss_mask, prompt_of.row, dropped)
 
 
 def _shared_prompt(chosen: TokenizedExample, rejected: TokenizedExample) -> int:
@@ -228,13 +228,13 @@ def _shared_prompt(chosen: TokenizedExample, rejected: TokenizedExample) -> int:
 
 
 def _first_trained(loss_mask: np.ndarray) -> int:
-    """How many tokens come before the first that is trained; all of them when none is."""
+    """Number of tokens before the first trained one; all of them if none is trained."""
     return int(np.argmax(loss_mask > 0)) if loss_mask.any() else len(loss_mask)
 
 
 @contextmanager
-def _named(answer: str) -> Iterator[None]:
-    """Errors inside say which of the two answers they are about."""
+def _errors_about(answer: str) -> Iterator[None]:
+    """A context in which errors name the answer of the pair that they are about."""
     try:
         yield
     except DataError as error:

@@ -1,4 +1,4 @@
-"""Prompts as tokens: what the model is given before it answers, in training by reward and whenever it is asked."""
+"""Prompts as tokens: the input before an answer, in rollouts and in generation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from mlx_nb.data.examples.imitation import ExampleSettings, TokenizedExample, kept_part
 from mlx_nb.data.masks.conversation import Span, TokenizedConversation
-from mlx_nb.data.masks.prompt_format import AS_USUAL, Rendering, has_chat_template
+from mlx_nb.data.masks.prompt_format import DEFAULT_RENDERING, Rendering, has_chat_template
 from mlx_nb.data.masks.render import ChatTemplate, Encoded, encode_raw, unwrapped
 from mlx_nb.data.masks.template_facts import RenderFailed
 from mlx_nb.data.masks.tokenizer import Tokenizer
@@ -23,14 +23,14 @@ from mlx_nb.errors import DataError
 
 @dataclass(frozen=True, eq=False)
 class PromptExample:
-    """A question, ready to be answered.
+    """A prompt, ready to be answered.
 
-    prompt_tokens   (T,) int32, the template's generation prompt at the end
-    prompt          as the row has it: text, or messages
-    answer          the right answer, if the row has one
+    prompt_tokens   (T,) int32, ending with the template's generation prompt
+    prompt          as in the row: text, or messages
+    answer          the correct answer, if the row has one
     columns         all other columns of the row, by name
     row             number of the row in its split, from 0
-    dropped_tokens  tokens that truncation took away, from the start
+    dropped_tokens  tokens removed from the start by truncation
     """
 
     prompt_tokens: np.ndarray
@@ -42,7 +42,7 @@ class PromptExample:
 
     @property
     def sequences(self) -> tuple[TokenizedExample, ...]:
-        """What the model reads for this example; nothing of it is trained."""
+        """The sequences that the model reads for this example; none of it is trained."""
         untrained = np.zeros(len(self.prompt_tokens), np.float32)
         return (TokenizedExample(self.prompt_tokens, untrained, self.row, self.dropped_tokens),)
 
@@ -56,43 +56,48 @@ def prompt_tokens(
     tokenizer: Tokenizer,
     prompt: str | Sequence[Mapping[str, Any]],
     tools: Sequence[Any] | None = None,
-    rendering: Rendering = AS_USUAL,
+    rendering: Rendering = DEFAULT_RENDERING,
     roles: Mapping[str, str] = AUTOMATIC.roles,
 ) -> list[int]:
-    """The tokens of a prompt with the template's generation prompt at the end.
+    """The tokens of a prompt, ending with the template's generation prompt.
 
-    Messages that end with the assistant's are given without one, for that message to be continued. A text is a user
-    message. Where strings are raw text it is continued instead, from a beginning-of-sequence token
-    where the tokenizer adds one. Messages, tools and `roles` are read like those of rows. Raises DataError for
-    messages that are none, and when the template does not render the prompt.
+    Messages that end with the assistant's get no generation prompt: that message is continued. A text is a user
+    message; with raw strings it is continued instead, after a beginning-of-sequence token if the tokenizer adds one.
+    Messages, tools and `roles` are read like those of rows. Raises DataError for invalid messages, and if the template
+    cannot render the prompt.
     """
     if not isinstance(prompt, str):
         prompt = read_messages(prompt, "prompt", roles)
         tools = read_tools({"tools": tools}, AUTOMATIC)
-    asked = _asked(tokenizer, prompt, tools, rendering)
+    prompt_text = _prompt_text(tokenizer, prompt, tools, rendering)
     if not getattr(unwrapped(tokenizer), "is_fast", False) and not rendering.as_text:
-        return list(tokenizer.encode(asked.text, add_special_tokens=asked.template is None))
-    result: list[int] = asked.encode(tokenizer, rendering).tokens.tolist()
+        return list(tokenizer.encode(prompt_text.text, add_special_tokens=prompt_text.template is None))
+    result: list[int] = prompt_text.encode(tokenizer, rendering).tokens.tolist()
     return result
 
 
-def tokenize_prompt(content: PromptRow, tokenizer: Tokenizer, rendering: Rendering = AS_USUAL) -> TokenizedConversation:
+def tokenize_prompt(
+    content: PromptRow, tokenizer: Tokenizer, rendering: Rendering = DEFAULT_RENDERING
+) -> TokenizedConversation:
     """`prompt_tokens` of a row with the characters they cover; nothing is trained.
 
-    Raises DataError when the template does not render the prompt, MaskRefused for a tokenizer without offsets.
+    Raises DataError if the template cannot render the prompt, MaskRefused for a tokenizer without offsets.
     """
     if content.from_texts and not isinstance(content.prompt, str) and rendering.is_raw(tokenizer):
         refuse_context(content.prompt, content.tools)
-    asked = _asked(tokenizer, content.prompt, content.tools, rendering)
-    text, encoded = asked.text, asked.encode(tokenizer, rendering)
+    prompt_text = _prompt_text(tokenizer, content.prompt, content.tools, rendering)
+    text, encoded = prompt_text.text, prompt_text.encode(tokenizer, rendering)
     if len(encoded.tokens) == 0:
         raise DataError("the prompt has no tokens. Drop the row.")
     untrained = np.zeros(len(encoded.tokens), np.float32)
     span = Span(0, len(text), "prompt", 0, 0.0)
     problems: tuple[str, ...] = encoded.problems
     notes: tuple[str, ...] = ()
-    if asked.shown:
-        problems, notes = (*asked.shown.problems, *asked.shown.notes, *encoded.problems), asked.shown.notes
+    if prompt_text.shown:
+        problems, notes = (
+            (*prompt_text.shown.problems, *prompt_text.shown.notes, *encoded.problems),
+            prompt_text.shown.notes,
+        )
     return TokenizedConversation(
         encoded.tokens, untrained, text, encoded.offsets, (span,), problems, encoded.written, notes
     )
@@ -120,8 +125,8 @@ def prompt_example(
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """The text that the model is given, with the template that made it and what it was given; raw text has neither."""
+class _PromptText:
+    """The text of a prompt, with its template and messages; raw text has neither."""
 
     text: str
     template: ChatTemplate | None = None
@@ -133,18 +138,18 @@ class _Asked:
         return self.template.encode(self.shown.messages, self.text, True, rendering)
 
 
-def _asked(
+def _prompt_text(
     tokenizer: Tokenizer, prompt: str | Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, rendering: Rendering
-) -> _Asked:
+) -> _PromptText:
     if isinstance(prompt, str):
         if rendering.is_raw(tokenizer):
-            return _Asked(prompt)
+            return _PromptText(prompt)
         prompt = [{"role": "user", "content": prompt}]
     elif not has_chat_template(tokenizer):
         raise DataError("the tokenizer has no chat template for messages. Set `chat_template:` to one, or give a text.")
     shown = shown_conversation(prompt, tools, tokenizer)
     template = ChatTemplate(tokenizer, shown.tools)
     try:
-        return _Asked(template.ask(shown.messages), template, shown)
+        return _PromptText(template.render_prompt(shown.messages), template, shown)
     except RenderFailed as error:
         raise DataError(f"the chat template does not render this prompt: {error}") from error

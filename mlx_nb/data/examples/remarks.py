@@ -1,4 +1,4 @@
-"""What is odd about a row by what it says, before it is tokenized: the same for the data check and for the row view."""
+"""Oddities in the content of a row, before it is tokenized: shared by the data check and the row view."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _CHARACTERS_PER_TOKEN = 4
 def content_remarks(
     record: Mapping[str, Any], content: RowContent, settings: ExampleSettings, kind: str = "tokens"
 ) -> dict[str, str]:
-    """The remarks about a row, by the kind of finding that each is; the first of each kind.
+    """The remarks about a row by kind of finding; the first of each kind.
 
-    `record` has the row's columns, `content` what was read of them as `kind`: tokens, pairs, labels or prompts.
+    `record` has the row's columns, `content` is what was read from them as `kind`: tokens, pairs, labels or prompts.
     """
     remarks: dict[str, str] = {}
     for found, remark in _all_remarks(record, content, settings, kind):
@@ -47,7 +47,7 @@ def _all_remarks(
 def _unused_columns(
     record: Mapping[str, Any], content: RowContent, settings: ExampleSettings
 ) -> Iterator[tuple[str, str]]:
-    """What a row says in columns that its own messages leave unread."""
+    """Remarks about columns that are ignored because of the row's own messages."""
     system = record.get("system") if settings.columns.system is None else None
     _, first = next(turns(content), ("", {}))
     if isinstance(system, str) and system.strip() and first.get("role") == "system" and first.get("content") != system:

@@ -14,8 +14,7 @@ ALL, HIGHEST_LOSS = "all rows", "highest loss"
 
 
 class RowFacts(NamedTuple):
-    """Of one row: its tokens (of a pair, both answers'), how many are trained, how many truncation took away, and
-    whether it is left out."""
+    """Facts about one row: its tokens (both answers' of a pair), trained tokens, truncated tokens, whether left out."""
 
     tokens: int
     trained: int
@@ -23,7 +22,7 @@ class RowFacts(NamedTuple):
     left_out: bool
 
 
-# What is looked for: which rows belong, and what they are ordered by (None: the order of the file).
+# The filters: which rows match, and their sort key (None: file order).
 _FILTERS: dict[str, tuple[Callable[[RowFacts], bool], Callable[[RowFacts], int] | None]] = {
     "longest": (lambda facts: facts.tokens > 0, lambda facts: -facts.tokens - facts.dropped),
     "shortest": (lambda facts: facts.tokens > 0, lambda facts: facts.tokens + facts.dropped),
@@ -35,9 +34,9 @@ FILTERS = (ALL, *_FILTERS, HIGHEST_LOSS)
 
 
 class RowFinder:
-    """Finds rows of one split. Each row is tokenized once at most, and only for a filter that needs it.
+    """Searches the rows of one split. Each row is tokenized at most once, and only for a filter that needs it.
 
-    `losses()` gives {row: loss}, for the filter `highest loss`.
+    `losses()` returns {row: loss}, for the filter `highest loss`.
     """
 
     def __init__(self, examples: Examples, losses: Callable[[], Mapping[int, float]]) -> None:
@@ -46,7 +45,7 @@ class RowFinder:
         self._facts: dict[int, RowFacts] = {}
 
     def search(self, filter: str = ALL, text: str = "", *, regex: bool = False) -> Search:
-        """Start a search. Raises CommandError for an unknown filter or a pattern that is no regular expression."""
+        """Start a search. Raises CommandError for an unknown filter or an invalid regular expression."""
         if filter not in FILTERS:
             raise CommandError(f"no filter {filter!r}.{did_you_mean(filter, FILTERS)} Filters: {', '.join(FILTERS)}.")
         says = _pattern(text, regex) if text else None
@@ -70,7 +69,7 @@ class RowFinder:
         return len(self._examples)
 
     def facts(self, row: int) -> RowFacts:
-        """What is known of row `row`; tokenizes it the first time."""
+        """The facts about row `row`; tokenizes it the first time."""
         if row not in self._facts:
             view = self._examples.view(row)
             tokens = sum(len(conversation.tokens) for conversation in view.conversations)
@@ -87,14 +86,14 @@ class RowFinder:
             return True
         try:
             return any(pattern.search(text) for text in _strings(self._examples.source[row]))
-        except DataError:  # a row that cannot be read says nothing
+        except DataError:  # a row that cannot be read contains no text
             return False
 
 
 class Search:
-    """A search that is read on as far as there is time.
+    """A search that can be continued as long as there is time.
 
-    `found` are the row numbers so far, in order; `read` of `total` rows were looked at.
+    `found` are the matching row numbers so far, in order; `read` of `total` rows were examined.
     """
 
     def __init__(self, rows: Sequence[int], key: Callable[[int], int | None] | None = None) -> None:
@@ -107,19 +106,19 @@ class Search:
 
     @property
     def done(self) -> bool:
-        """Whether all rows were read."""
+        """Whether all rows were examined."""
         return self.read == self.total
 
     @property
     def found(self) -> Sequence[int]:
-        """The numbers of the rows that match, of those read so far, in order."""
+        """The matching row numbers among those examined so far, in order."""
         if self._found is None:
             self._keyed.sort()
             self._found = [row for _, _, row in self._keyed]
         return self._found
 
     def read_on(self, seconds: float) -> bool:
-        """Look at more rows for about this long; one row at least. True when all were looked at."""
+        """Examine more rows for about this many seconds, at least one row. Returns whether all were examined."""
         until = time.monotonic() + seconds
         while self._key is not None and not self.done:
             row = self._rows[self.read]
@@ -141,7 +140,7 @@ def _pattern(text: str, regex: bool) -> re.Pattern[str]:
 
 
 def _strings(value: Any) -> Iterable[str]:
-    """Every text in a row, however deep."""
+    """Every text in a row, at any depth."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""The rows of a split as examples of the kind that a training method takes, all of them or one to look at."""
+"""The examples of a split, of the kind that a training method takes; and the view of a single row."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _FIRST_ROWS = 100
 
 @dataclass(frozen=True, eq=False)
 class RowView:
-    """A row to look at: what it says, what the model will see, what is trained.
+    """A row to look at: its content, the tokens that the model sees, and what is trained.
 
-    `conversation` holds the tokens that truncation left; of a pair the chosen answer's, and `rejected` the other's.
+    `conversation` holds the tokens after truncation; for a pair the chosen answer's, with the other's in `rejected`.
     `format` says how its strings are written: "chat template" or "raw text"; empty for a row that cannot be read.
-    `error` says why the row cannot be trained; then `example` is None, and `conversation` too unless the row could
-    be tokenized. Of a prompt nothing is trained, so `example` is None without an error.
-    `remarks` are what the data check, too, says about what the row says and how long it is.
+    `error` says why the row cannot be trained; then `example` is None, and so is `conversation` unless the row could be
+    tokenized. Prompts train nothing, so for them `example` is None without an error. `remarks` are those of the data
+    check about the row's content and length.
     """
 
     row: int
@@ -55,44 +55,44 @@ class RowView:
 
     @property
     def text(self) -> str:
-        """What the model reads, special tokens written out; empty for a row that could not be tokenized."""
+        """The text that the model reads, with special tokens; empty for a row that could not be tokenized."""
         return self.conversation.text if self.conversation else ""
 
     @property
     def tokens(self) -> np.ndarray:
-        """(T,) int32, the same as tokens; of a pair the chosen answer's with its prompt."""
+        """(T,) int32 tokens of `text`; for a pair the chosen answer's with its prompt."""
         return self.conversation.tokens if self.conversation else np.zeros(0, np.int32)
 
     @property
     def loss_mask(self) -> np.ndarray:
-        """(T,) float32, how much each token is trained."""
+        """(T,) float32 training weight of each token."""
         return self.conversation.loss_mask if self.conversation else np.zeros(0, np.float32)
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """Where each message lies in `text`, and who says it."""
+        """The position and role of each message in `text`."""
         return self.conversation.spans if self.conversation else ()
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """What the row says, message by message; of a pair the prompt and the chosen answer. None of plain text."""
+        """The messages of the row; for a pair the prompt and the chosen answer. Empty for plain text."""
         parts = self.content.parts() if self.content else {}
         found: list[dict[str, Any]] = []
-        for name, said in parts.items():
+        for name, part in parts.items():
             if name == "rejected":
                 continue
             role = "user" if name == "prompt" else "assistant"
-            found += [{"role": role, "content": said}] if isinstance(said, str) else [dict(one) for one in said]
+            found += [{"role": role, "content": part}] if isinstance(part, str) else [dict(one) for one in part]
         return found
 
     @property
     def conversations(self) -> Conversations:
-        """What the model reads: of a pair both answers; nothing of a row that could not be tokenized."""
+        """The sequences that the model reads: for a pair both answers; empty for a row that could not be tokenized."""
         return tuple(one for one in (self.conversation, self.rejected) if one is not None)
 
     @property
     def problems(self) -> list[str]:
-        """All that a person should know about the row, in sentences; of a pair, those of the other answer are named."""
+        """Everything the user should know about the row, in sentences; those about a pair's other answer say so."""
         first = row_remarks(self.conversation) if self.conversation else []
         other = row_remarks(self.rejected) if self.rejected else []
         own = [f"{remark}." for remark in self.remarks]
@@ -100,7 +100,7 @@ class RowView:
 
 
 def refuse_unreadable(source: RowSource, settings: ExampleSettings, kind: str, seconds: float) -> None:
-    """Raise DataError where no row says what `kind` takes, as far as `seconds` of reading tell, without a tokenizer."""
+    """Raise DataError if no row fits `kind`, as far as `seconds` of reading can tell, without a tokenizer."""
     first: DataError | None = None
     until = time.monotonic() + seconds
     for row in range(len(source)):
@@ -122,18 +122,18 @@ def refuse_no_such_row(setting: str, rows: Iterable[int], source: RowSource) -> 
             raise DataError(f"`{setting}`: there is no row {row}. The training rows are 0 to {len(source) - 1}.")
 
 
-def without(
+def exclude_rows(
     rows: Sequence[int], kept: Sequence[Any], left_out: Sequence[LeftOut], source: RowSource
 ) -> tuple[list[Any], list[LeftOut]]:
     """Examples, and what is left out, once the person leaves out `rows` too. Raises DataError for no such row."""
     refuse_no_such_row("leave_out", rows, source)
     chosen, known = set(rows), {one.row for one in left_out}
-    told = [LeftOut(row, f"{source.named(row)}: left out by `leave_out`.") for row in sorted(chosen - known)]
-    return [one for one in kept if one.row not in chosen], sorted([*left_out, *told], key=lambda one: one.row)
+    excluded = [LeftOut(row, f"{source.named(row)}: left out by `leave_out`.") for row in sorted(chosen - known)]
+    return [one for one in kept if one.row not in chosen], sorted([*left_out, *excluded], key=lambda one: one.row)
 
 
 class Examples:
-    """The examples of one split. A row is tokenized when it is asked for, and not before.
+    """The examples of one split. A row is tokenized only when it is accessed.
 
     `kind` is what the training method takes: tokens, pairs, labels or prompts (see `recognize`).
     """
@@ -152,7 +152,7 @@ class Examples:
     def view(self, row: int, edited: Mapping[str, Any] | None = None) -> RowView:
         """Row `row` with everything known about it. Never raises for a bad row: `error` says what is wrong.
 
-        With `edited` in place of what the row says.
+        `edited` replaces the columns of the row.
         """
         location = self.source.location(row)
         content: RowContent | None = None
@@ -164,7 +164,7 @@ class Examples:
             conversations = tokenize_as(self.kind, content, self.tokenizer, self.settings)
             examples = examples_of(self.kind, content, conversations, row, self.settings)
         except DataError as error:
-            return self._seen(row, record, content, conversations, error=self._row_error(row, error))
+            return self._view(row, record, content, conversations, error=self._row_error(row, error))
         sequences = examples[0].sequences
         conversations = tuple(as_cut(*both, self.settings.truncate) for both in zip(conversations, sequences))
         if len(examples) > 1:
@@ -172,9 +172,9 @@ class Examples:
             conversations = (dataclasses.replace(conversations[0], problems=(*conversations[0].problems, problem)),)
         example = sequences[0] if ROW_KINDS[self.kind].answered else None
         dropped, far = examples[0].dropped_tokens, beyond_context(examples, self.settings)
-        return self._seen(row, record, content, conversations, example, dropped_tokens=dropped, far=far)
+        return self._view(row, record, content, conversations, example, dropped_tokens=dropped, far=far)
 
-    def _seen(
+    def _view(
         self,
         row: int,
         record: Mapping[str, Any],
@@ -200,7 +200,7 @@ class Examples:
     def tokenize_all(self) -> Iterator[Result]:
         """Every row in order, as an example (a split text as several) or as left out with the reason.
 
-        Raises TooLong at the first long row when `truncate` is `error`.
+        Raises TooLong at the first long row if `truncate` is `error`.
         """
         return iter(self.completed(chain.from_iterable(self.each_row())))
 
@@ -209,7 +209,7 @@ class Examples:
         return ROW_KINDS[self.kind].complete(results, self.settings)
 
     def each_row(self) -> Iterator[Sequence[Result]]:
-        """What each row gives, in order, before it is `completed`. Raises as `tokenize_all`."""
+        """The results of each row, in order, before they are `completed`. Raises as `tokenize_all` does."""
         for row in range(len(self.source)):
             location = self.source.location(row)
             try:
@@ -223,7 +223,7 @@ class Examples:
             yield made
 
     def _row_error(self, row: int, error: DataError) -> str:
-        """The error, which begins with the number of the row, and names its place where that is another."""
+        """The error with the row number first, and the row's location if that has another number."""
         text = str(error)
         text = text.removeprefix(f"row {row}: ")
         if text.startswith("row "):
@@ -233,27 +233,27 @@ class Examples:
 
 
 def longest(examples: Sequence[Example]) -> int:
-    """Tokens of the longest sequence that the model reads for these examples; 0 without any."""
+    """Tokens of the longest sequence in these examples; 0 without any."""
     return max((len(sequence.tokens) for example in examples for sequence in example.sequences), default=0)
 
 
 def beyond_context(examples: Sequence[Example], settings: ExampleSettings) -> int:
-    """Tokens that the model reads for these examples where that is more than it was made for, else 0."""
+    """Tokens of the longest sequence if it is longer than the model was made for, else 0."""
     length, context = longest(examples) + settings.completion, settings.limits.context
     return length if context is not None and length > context else 0
 
 
 def trains_plain_text(examples: Examples) -> bool:
-    """Whether the first row that can be read is plain text; not if it was written as a chat before it came here."""
+    """Whether the first readable row is plain text that is not a written-out chat."""
     views = (examples.view(row) for row in range(min(len(examples), _FIRST_ROWS)))
     first = next((view for view in views if view.conversation is not None), None)
     return first is not None and isinstance(first.content, TextRow) and not first.conversations[0].written
 
 
 def tokenize_as(kind: str, content: RowContent, tokenizer: Tokenizer, settings: ExampleSettings) -> Conversations:
-    """What the model reads of a row before anything is cut: of a pair the chosen, then the rejected answer.
+    """The sequences that the model reads for a row, before truncation: for a pair the chosen, then the rejected answer.
 
-    Raises MaskRefused when no trustworthy mask exists, DataError when the template does not render the row.
+    Raises MaskRefused if no trustworthy mask exists, DataError if the template cannot render the row.
     """
     return ROW_KINDS[kind].tokenize(content, tokenizer, settings.loss_on, settings.rendering)
 
@@ -261,10 +261,10 @@ def tokenize_as(kind: str, content: RowContent, tokenizer: Tokenizer, settings: 
 def examples_of(
     kind: str, content: RowContent, conversations: Conversations, row: int, settings: ExampleSettings
 ) -> Sequence[Example]:
-    """The example of a row within `max_seq_length`, or those of a split text; without what comes from other rows.
+    """The example of a row within `max_seq_length`, or several of a split text; without what comes from other rows.
 
-    Raises DataError when nothing is left to train on, TooLong with `truncate: error`, OutsideVocabulary and
-    BeyondPositions for what the model cannot read. None names the row.
+    Raises DataError if nothing is left to train on, TooLong with `truncate: error`, OutsideVocabulary and
+    BeyondPositions for what the model cannot read. The errors do not name the row.
     """
     examples = ROW_KINDS[kind].cut(content, conversations, row, settings)
     for sequence in (sequence for example in examples for sequence in example.sequences):
@@ -278,7 +278,7 @@ def examples_of(
 def split_examples(
     results: Sequence[Result],
 ) -> tuple[list[Any], list[LeftOut]]:
-    """What can be trained, and what was left out."""
+    """Separate the trainable examples from the rows that were left out."""
     kept = [result for result in results if not isinstance(result, LeftOut)]
     left_out = [result for result in results if isinstance(result, LeftOut)]
     return kept, left_out

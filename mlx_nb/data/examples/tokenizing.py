@@ -1,4 +1,4 @@
-"""The rows of a split become examples a few at a time; what is done is kept in memory for the next run."""
+"""Tokenizes the rows of a split piece by piece, and caches the result for the next run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mlx_nb.data.masks.render import unwrapped
 from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.process.pieces import SECONDS_BETWEEN_PIECES, on_thread
 
-# Bytes of tokens and masks that stay when no run uses them any more.
+# Bytes of tokens and masks that stay cached when no run uses them any more.
 MOST_KEPT = 256 << 20
 
 Outcome = tuple[list[Any], list[LeftOut]]
@@ -26,12 +26,12 @@ _kept: OrderedDict[str, tuple[Outcome, int]] = OrderedDict()
 
 
 def tokenize_split(examples: Examples) -> Generator[tuple[int, float], None, Outcome]:
-    """Tokenize all rows; gives (rows done, seconds it took) many times a second, and returns the outcome.
+    """Tokenize all rows; yields (rows done, seconds taken) many times a second, and returns the outcome.
 
-    It can be left after any of them and go on later. Rows, tokenizer and settings that were tokenized before in this
-    process are not tokenized again. Raises TooLong at the first long row when `truncate` is `error`.
+    The generator can be suspended at any point. Rows that were tokenized before in this process with the same tokenizer
+    and settings come from the cache. Raises TooLong at the first long row if `truncate` is `error`.
     """
-    for _ in on_thread(examples.source.fingerprint):  # of rows in memory it takes as long as it takes to read them
+    for _ in on_thread(examples.source.fingerprint):  # for rows in memory this takes as long as reading them
         yield 0, 0.0
     key = _key(examples)
     if key in _kept and not examples.source.changed():
@@ -48,7 +48,7 @@ def tokenize_split(examples: Examples) -> Generator[tuple[int, float], None, Out
             yield done, spent
             since = time.monotonic()
     kept, left_out = split_examples(list(examples.completed(results)))
-    # Reward functions are given what is in prompts, and may change it. Rows of a file are read one by one.
+    # Reward functions receive the contents of prompts and may change them. Rows of a file are read one by one.
     if ROW_KINDS[examples.kind].answered and not examples.source.changed():
         _keep(key, (kept, left_out))
     return list(kept), list(left_out)
@@ -62,7 +62,7 @@ def _keep(key: str, outcome: Outcome) -> None:
 
 
 def _key(examples: Examples) -> str:
-    """All that the outcome depends on: the rows and where they come from, the tokenizer, its template, the settings."""
+    """A key of everything that the outcome depends on: the rows and their source, tokenizer, template and settings."""
     tokenizer: Tokenizer = examples.tokenizer
     inner = unwrapped(tokenizer)
     parts = [
@@ -73,7 +73,7 @@ def _key(examples: Examples) -> str:
         inner.backend_tokenizer.to_str() if hasattr(inner, "backend_tokenizer") else repr(id(inner)),
         repr(getattr(inner, "chat_template", None)),
         repr(sorted(inner.special_tokens_map.items())),
-        # What mlx-lm's wrapper adds: code of its own for some models, an argument, the ends of a turn.
+        # What mlx-lm's wrapper adds: code of its own for some models, an argument, end-of-turn tokens.
         repr([getattr(tokenizer, name, None) for name in ("_chat_template", "has_thinking", "_thinking_kwarg")]),
         repr(sorted(getattr(tokenizer, "eos_token_ids", None) or ())),
         # Some templates write today's date.

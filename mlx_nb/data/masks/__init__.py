@@ -1,1 +1,1 @@
-"""A conversation as text, tokens and loss mask, from one render by its chat template."""
+"""A conversation as text, tokens and loss mask, from a single render by its chat template."""

@@ -1,7 +1,7 @@
-"""Control tokens that stand written out in a row's own text: which they are, and how to read them as plain text.
+"""Control tokens that are written out in a row's own text: finds them, and tokenizes them as plain text.
 
-A tokenizer makes the token that ends a turn of the characters `<|im_end|>`, whether the chat template or a person
-wrote them. Here the two are told apart.
+A tokenizer turns the characters `<|im_end|>` into the token that ends a turn, no matter whether the chat template or
+the user wrote them. This module distinguishes the two.
 """
 
 from __future__ import annotations
@@ -44,23 +44,23 @@ class ControlTokens:
 
     @cached_property
     def _is_control(self) -> np.ndarray:
-        """(N,) bool by id; the last stands for all ids from there on."""
+        """(N,) bool by id; the last entry is for all larger ids."""
         table = np.zeros(max(self.spelled, default=-1) + 2, bool)
         table[list(self.spelled)] = True
         return table
 
     @cached_property
     def alone(self) -> dict[int, str]:
-        """The characters of each id, without white space around them."""
+        """The characters of each id, without surrounding white space."""
         return {token: text.strip() for token, text in self.spelled.items()}
 
     def positions(self, tokens: np.ndarray) -> np.ndarray:
-        """Where they are among (T,) tokens."""
+        """Their indices among (T,) tokens."""
         return np.flatnonzero(self._is_control[np.minimum(tokens, len(self._is_control) - 1)])
 
 
 class Written(NamedTuple):
-    """A control token `[start, end)` in a text, spelled by these characters."""
+    """A control token at `[start, end)` of a text, spelled by these characters."""
 
     start: int
     end: int
@@ -68,13 +68,13 @@ class Written(NamedTuple):
     spelled: str
 
 
-# By tokenizer, with its size: a tokenizer that was given more tokens is read again.
+# By tokenizer and its size, since tokens may be added to a tokenizer.
 _KNOWN: WeakKeyDictionary[Any, tuple[int, ControlTokens]] = WeakKeyDictionary()
 _COPIES: WeakKeyDictionary[Any, dict[tuple[int, int], _PlainCopy]] = WeakKeyDictionary()
 
 
 def control_tokens(tokenizer: Tokenizer) -> ControlTokens:
-    """Those of a fast tokenizer."""
+    """The control tokens of a fast tokenizer."""
     size = len(tokenizer)
     known = _KNOWN.get(tokenizer)
     if known is None or known[0] != size:
@@ -92,7 +92,7 @@ def _read_control_tokens(tokenizer: Tokenizer) -> ControlTokens:
 
 
 def written_out(tokens: np.ndarray, offsets: np.ndarray, text: str, tokenizer: Tokenizer) -> tuple[Written, ...]:
-    """The control tokens that the characters of `text` spell, in order; one that stands for unknown text is none."""
+    """The control tokens spelled by the characters of `text`, in order; the unknown token is not one."""
     control = control_tokens(tokenizer)
     found, alone = [], control.alone
     at = control.positions(tokens)
@@ -102,7 +102,7 @@ def written_out(tokens: np.ndarray, offsets: np.ndarray, text: str, tokenizer: T
     return tuple(found)
 
 
-# --- whose they are --------------------------------------------------------------------------------------------------
+# --- their origin ----------------------------------------------------------------------------------------------------
 
 
 def from_content(
@@ -112,14 +112,14 @@ def from_content(
     render: Callable[[Any], str],
     constants: Callable[[], Sequence[str]],
 ) -> tuple[Written, ...]:
-    """Those of `found` in `text` that a conversation itself says; the others are its template's.
+    """Those of `found` in `text` that come from the conversation; the others come from the template.
 
-    given      all that the template is given: messages and tools, as nested lists and mappings
+    given      everything that the template receives: messages and tools, as nested lists and mappings
     render     `given` to text; `render(given)` is `text`. Raises RenderFailed
-    constants  gives what the template looks for inside texts: one that it acts upon there (`</think>`) it writes itself
+    constants  gives the strings that the template looks for inside texts, such as `</think>`: it writes those itself
 
-    A second render tells: in it the letters of each control token that stands in a string are others. Raises Unproved
-    where the template then writes something else.
+    Decided by a second render in which the letters of each control token in a string are replaced. Raises Unproved if
+    the template then writes something else.
     """
     spelled = {written.spelled for written in found}
     if not _holds("\n".join(texts_in(given, keys=True)), spelled):
@@ -138,7 +138,7 @@ def from_content(
 
 @dataclass(frozen=True)
 class _String:
-    """A text in a conversation: under which key, in the message of whom."""
+    """A text in a conversation, with its key and the role of its message."""
 
     text: str
     key: str = ""
@@ -147,7 +147,7 @@ class _String:
 
 @dataclass(frozen=True)
 class _Conversation:
-    """What a template was given, what it made of it, and the control tokens of which some may be the conversation's."""
+    """The template's input and output, and the control tokens of which some may come from the conversation."""
 
     given: Any
     text: str
@@ -155,8 +155,10 @@ class _Conversation:
     spelled: set[str]
 
     def rendered_with(self, patterns: Sequence[re.Pattern[str] | None]) -> str | None:
-        """The render in which the letters of what the k-th pattern finds in the k-th string with a control token are
-        others; None where the template then writes something else besides."""
+        """Render with replaced letters where the k-th pattern matches in the k-th string with a control token.
+
+        None if the output of the template then differs elsewhere.
+        """
         numbers = count()
 
         def changed(value: Any) -> Any:
@@ -174,9 +176,9 @@ class _Conversation:
         return other if _differs_in_letters_only(other, self.text) else None
 
     def changeable(self, strings: Sequence[_String], constants: Sequence[str]) -> list[re.Pattern[str] | None]:
-        """What can be changed in each string: every control token, or those that the template does not look for.
+        """What can be replaced in each string: every control token, or those that the template does not look for.
 
-        None where there are none but the template's. Raises Unproved where one of the others cannot be changed.
+        None if there are no others. Raises Unproved if one of the others cannot be replaced.
         """
         own = {one for one in self.spelled if not any(one in constant for constant in constants)}
         cautious = [_any_of(own) if _holds(string.text, own) else None for string in strings]
@@ -201,7 +203,7 @@ class _Conversation:
 
 
 def _largest(members: Sequence[int], holds: Callable[[Sequence[int]], bool]) -> Sequence[int]:
-    """Those of some strings of one kind for which something holds: mostly all of them, or none."""
+    """The largest of a few natural subsets of strings for which `holds` is true: mostly all of them, or none."""
     if holds(members):
         return members
     middle = len(members) // 2
@@ -211,7 +213,7 @@ def _largest(members: Sequence[int], holds: Callable[[Sequence[int]], bool]) -> 
 
 
 def _differs_in_letters_only(other: str, text: str) -> bool:
-    """Whether each character of `other` is that of `text` or what `_other_letters` makes of it."""
+    """Whether each character of `other` is that of `text` or its replacement by `_other_letters`."""
     if len(other) != len(text):
         return False
     a, b, c = (np.frombuffer(s.encode("utf-32-le", "surrogatepass"), np.uint32) for s in (other, text, _next(text)))
@@ -227,7 +229,7 @@ def _next(text: str) -> str:
 
 
 def _other_letters(spelled: str) -> str:
-    """As long, with other letters and digits; of a token without any, other characters."""
+    """Replace letters and digits, keeping the length; in a token without any, replace the other characters."""
     other = _next(spelled)
     return other if other != spelled else "x" * len(spelled)
 
@@ -237,7 +239,7 @@ def _any_of(spelled: set[str]) -> re.Pattern[str]:
 
 
 def _strings(value: Any, key: str = "", role: str = "") -> Iterator[_String]:
-    """Every string in nested values, keys too, in the order in which they are changed."""
+    """Every string in nested values, including keys, in the order in which they are replaced."""
     if isinstance(value, str):
         yield _String(value, key, role)
     elif isinstance(value, (list, tuple)):
@@ -255,7 +257,7 @@ def _strings(value: Any, key: str = "", role: str = "") -> Iterator[_String]:
 
 @dataclass(frozen=True, eq=False)
 class _PlainCopy:
-    """A tokenizer for which only private-use characters spell control tokens; `ids` gives their own ids back."""
+    """A tokenizer in which only private-use characters spell control tokens; `ids` maps back to the original ids."""
 
     tokenizer: Any
     private: Mapping[str, str]
@@ -263,9 +265,9 @@ class _PlainCopy:
 
 
 def encode_as_text(text: str, genuine: Sequence[Written], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """(T,) int32 tokens and (T, 2) int32 characters they cover, in which only `genuine` are control tokens.
+    """(T,) int32 tokens and (T, 2) int32 characters they cover, where only `genuine` are control tokens.
 
-    Raises MaskRefused where the tokenizer makes a control token of the other characters all the same.
+    Raises MaskRefused if the tokenizer nevertheless makes control tokens of other characters.
     """
     plane = next((p for p in _PLANES if not any(p <= ord(c) < p + _PLANE_SIZE for c in text)), None)
     if plane is None:
@@ -302,7 +304,7 @@ def _made_plain_copy(tokenizer: Tokenizer, plane: int) -> _PlainCopy:
     spelled = control_tokens(tokenizer).spelled
     if len(spelled) >= _PLANE_SIZE:
         raise MaskRefused("the tokenizer has too many control tokens to tell them from text.")
-    # Of the same length, so that offsets stay those of the text.
+    # Of equal length, so that offsets remain those of the text.
     private = {text: chr(plane + k) * len(text) for k, text in enumerate(spelled.values())}
     made = json.loads(tokenizer.backend_tokenizer.to_str())
     made.update(truncation=None, padding=None, post_processor=None)
@@ -324,6 +326,6 @@ def _made_plain_copy(tokenizer: Tokenizer, plane: int) -> _PlainCopy:
 
 
 def _makes(merge: Any, private: Mapping[str, str]) -> bool:
-    """Whether a merge of BPE takes or makes one of these."""
+    """Whether a BPE merge takes or makes one of these."""
     left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
     return left in private or right in private or left + right in private

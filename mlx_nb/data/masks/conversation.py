@@ -1,4 +1,4 @@
-"""Messages to tokens and loss mask, from one render of the whole conversation."""
+"""Messages to tokens and loss mask, from a single render of the whole conversation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from mlx_nb.data.masks.control_tokens import Written
 from mlx_nb.data.masks.location import Located, locate_messages
-from mlx_nb.data.masks.prompt_format import AS_USUAL, Rendering
+from mlx_nb.data.masks.prompt_format import DEFAULT_RENDERING, Rendering
 from mlx_nb.data.masks.render import ChatTemplate, encode_raw, fast_tokenizer, unwrapped
 from mlx_nb.data.masks.spans import Turn
 from mlx_nb.data.masks.tagging import REASONING_FIELDS, Unproved
@@ -41,16 +41,16 @@ class Span:
 
 @dataclass(frozen=True, eq=False)
 class TokenizedConversation:
-    """What the model will see, and what of it is trained.
+    """A tokenized conversation, and what of it is trained.
 
     tokens     (T,) int32
     loss_mask  (T,) float32, the weight of each token as a target; `loss_mask[0] == 0`
     text       the rendered text, tokenized once without added special tokens
     offsets    (T, 2) int32, the characters of `text` that each token covers
-    spans      where each message's text lies, in order; weight > 0 where trained
-    problems   what a person should know about this mask; empty when there is nothing to say
-    written    the control tokens that stand written out in the row's own texts, in order
-    notes      those of the problems that are only worth knowing: what tool calls and tools had changed by rule
+    spans      the position of each message's text, in order; weight > 0 if trained
+    problems   what the user should know about this mask; empty if nothing
+    written    the control tokens that are written out in the row's own texts, in order
+    notes      problems that are merely good to know: what was changed in tool calls and tools by rule
     """
 
     tokens: np.ndarray
@@ -69,21 +69,21 @@ def tokenize_conversation(
     *,
     tools: Sequence[Any] | None = None,
     loss_on: str = "assistant",
-    rendering: Rendering = AS_USUAL,
+    rendering: Rendering = DEFAULT_RENDERING,
 ) -> TokenizedConversation:
     """Render a conversation once with the tokenizer's chat template, and find the tokens to train.
 
     messages   dicts with `role` and `content`; `train: false` or `weight: 0.3` set one message's weight and are
                not shown to the template
     tokenizer  a fast transformers tokenizer, or mlx-lm's wrapper around one
-    tools      what the template is given as `tools`
-    loss_on    "assistant": every assistant turn, its end-of-turn included; "completion": the assistant's turns after
-               the last user message, tool calls included; "final": the last message, which must be the
-               assistant's; "all": every token but the first
-    rendering  what becomes of control tokens that stand in the texts
+    tools      the `tools` argument of the template
+    loss_on    "assistant": every assistant turn including its end-of-turn; "completion": the assistant's turns after
+               the last user message, including tool calls; "final": the last message, which must be the
+               assistant's; "all": every token except the first
+    rendering  how control tokens in the texts are treated
 
-    Raises MaskRefused, saying why and what next, when the template does not render the conversation or when the
-    mask cannot be proved.
+    Raises MaskRefused, saying why and what to do, if the template cannot render the conversation or the mask cannot be
+    proved.
     """
     if loss_on not in LOSS_ON:
         raise MaskRefused(f"loss_on={loss_on!r} is not one of {', '.join(LOSS_ON)}.{did_you_mean(loss_on, LOSS_ON)}")
@@ -134,10 +134,10 @@ def tokenize_conversation(
     spans = _spans(located, plain, weights)
     problems += _span_problems(located, plain, weights)
     edges = Edges(text, encoded, template.tokenizer)
-    asked = [turn for turn in located.turns if weights[turn.message] > 0 and turn.context_as_in_inference]
+    comparable = [turn for turn in located.turns if weights[turn.message] > 0 and turn.context_as_in_inference]
     problems += [
         f"message {turn.message} (assistant): {other}"
-        for turn, other in zip(asked, edges.other_tokens_before([turn.start for turn in asked]))
+        for turn, other in zip(comparable, edges.other_tokens_before([turn.start for turn in comparable]))
         if other
     ]
     if loss_on == "all":
@@ -151,13 +151,18 @@ def tokenize_conversation(
 
 
 def tokenize_prompt_completion(
-    prompt: str, completion: str, tokenizer: Tokenizer, *, end_of_turn: bool = True, rendering: Rendering = AS_USUAL
+    prompt: str,
+    completion: str,
+    tokenizer: Tokenizer,
+    *,
+    end_of_turn: bool = True,
+    rendering: Rendering = DEFAULT_RENDERING,
 ) -> TokenizedConversation:
     """Tokenize prompt and completion as one raw text; train the tokens that touch the completion.
 
-    A token across the boundary is trained, with a note in `problems`. With `end_of_turn` the end-of-sequence token
-    is appended and trained. The beginning-of-sequence token comes first where the tokenizer adds one, never twice.
-    Raises MaskRefused for a tokenizer without character offsets, and when there is nothing to train.
+    A token across the boundary is trained, with a note in `problems`. With `end_of_turn` the end-of-sequence token is
+    appended and trained. A beginning-of-sequence token comes first if the tokenizer adds one, never twice. Raises
+    MaskRefused for a tokenizer without character offsets, and if there is nothing to train.
     """
     boundary = len(prompt)
     spans = (
@@ -167,8 +172,8 @@ def tokenize_prompt_completion(
     return _tokenize_strings(prompt + completion, spans, tokenizer, end_of_turn, rendering)
 
 
-def tokenize_text(text: str, tokenizer: Tokenizer, rendering: Rendering = AS_USUAL) -> TokenizedConversation:
-    """Tokenize a text and train all of it but position 0; an end-of-sequence token is appended and trained.
+def tokenize_text(text: str, tokenizer: Tokenizer, rendering: Rendering = DEFAULT_RENDERING) -> TokenizedConversation:
+    """Tokenize a text and train all of it except position 0; an end-of-sequence token is appended and trained.
 
     Raises MaskRefused for a tokenizer without character offsets, and for an empty text.
     """
@@ -206,7 +211,7 @@ def _tokenize_strings(
 
 
 def _weights(messages: Sequence[Message], loss_on: str) -> list[float]:
-    """The training weight of each message. Raises MaskRefused for one that is no number from 0."""
+    """The training weight of each message. Raises MaskRefused for one that is not a number of at least 0."""
     weights = []
     users = [i for i, message in enumerate(messages) if message.get("role") == "user"]
     first = {"final": len(messages) - 1, "completion": max(users, default=-1)}.get(loss_on, 0)
@@ -226,9 +231,9 @@ def _spans(located: Located, messages: Sequence[Message], weights: Sequence[floa
 
 
 def _train_spans(edges: Edges, spans: Sequence[Span]) -> tuple[np.ndarray, list[str]]:
-    """The loss mask of the spans that are trained, and a sentence for each token that also covers characters outside.
+    """The loss mask of the trained spans, and a sentence for each token that also covers characters outside.
 
-    The mask is (T,) float32: the weight of the span that a token touches, the larger one of two; 0 at position 0.
+    The mask is (T,) float32: the weight of the span that a token touches (the larger of two); 0 at position 0.
     """
     trained = [span for span in spans if span.weight > 0]
     stretches = _stretches(trained)
@@ -256,16 +261,16 @@ def _all_but_first(tokens: np.ndarray, template: ChatTemplate) -> np.ndarray:
     return loss_mask
 
 
-# --- what a person should know ---------------------------------------------------------------------------------------
+# --- notes for the user ---------------------------------------------------------------------------------------------
 
 
 def row_remarks(conversation: TokenizedConversation) -> list[str]:
-    """All that a person should know about a row: its problems, and the control tokens in its own text."""
+    """Everything the user should know about a row: its problems, and the control tokens in its own text."""
     return [*conversation.problems, *written_sentences(conversation)]
 
 
 def written_sentences(conversation: TokenizedConversation) -> list[str]:
-    """A sentence for each control token that the row's own text spells: where it stands, and whether it is trained."""
+    """A sentence for each control token spelled by the row's own text: where it is, and whether it is trained."""
     sentences: dict[str, None] = {}
     if not conversation.written:
         return []
@@ -277,9 +282,9 @@ def written_sentences(conversation: TokenizedConversation) -> list[str]:
         where = "" if at is None or at.role == "text" else f" of the {at.role}"
         if at and at.role not in ("prompt", "completion", "text"):
             where = f" of message {at.message} ({at.role})"
-        here = offsets.touching(one.start, one.end)
-        here = here[(offsets.starts[here] <= one.start) & (offsets.ends[here] >= one.end)]
-        trained = ", trained" if conversation.loss_mask[here].any() else ""
+        covering = offsets.touching(one.start, one.end)
+        covering = covering[(offsets.starts[covering] <= one.start) & (offsets.ends[covering] >= one.end)]
+        trained = ", trained" if conversation.loss_mask[covering].any() else ""
         sentences[f"{one.spelled!r} in the text{where} is a control token{trained}."] = None
     return list(sentences)
 

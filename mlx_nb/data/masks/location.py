@@ -1,8 +1,8 @@
-"""Where every message lies in a rendered conversation.
+"""Locates every message in a rendered conversation.
 
-In a long conversation each turn is measured in a window of it, and windows of one shape once. What a window says
-counts where the template writes the same around the turn there as in the whole text; else the whole conversation is
-asked, at the cost of rendering its beginning for that turn.
+In a long conversation each turn is measured in a window of it, and windows of equal shape only once. The result for a
+window is used if the template writes the same around the turn there as in the whole text; otherwise the beginning of
+the whole conversation is rendered for that turn.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ EosRanges = Callable[[Sequence[Message], str], Ranges]
 
 @dataclass(frozen=True)
 class Located:
-    """Where every message lies in the rendered text.
+    """The position of every message in the rendered text.
 
-    turns     one for each assistant message that is in the text, in order
+    turns     one for each assistant message in the text, in order
     regions   (message, start, end) of the texts of the other messages
-    lost      (message, field, characters lost, characters given), for texts the template leaves out
+    lost      (message, field, characters lost, characters given), for texts that the template leaves out
     absent    assistant messages of which nothing is in the text
     """
 
@@ -46,9 +46,9 @@ def locate_messages(
     eos: Ranges,
     eos_ranges: EosRanges,
 ) -> Located:
-    """Find every message in `text`, which is `render(messages, False)`, with the end-of-sequence tokens `eos`.
+    """Locate every message in `text`, which is `render(messages, False)`, with the end-of-sequence tokens `eos`.
 
-    Raises Unproved, with the reason of the first attempt, when no way of tagging leads to a proof.
+    Raises Unproved, with the reason of the first attempt, if no way of tagging leads to a proof.
     """
     reason: Unproved | None = None
     for tagging in TAGGINGS:
@@ -69,7 +69,7 @@ def locate_messages(
 def _measure(
     messages: Sequence[Message], scene: Scene, tagging: Tagging, eos_ranges: EosRanges
 ) -> tuple[Located, list[Turn]]:
-    """Where everything is, and those of the turns that were measured with the whole beginning of the conversation."""
+    """The positions of all messages, and the turns that were measured with the whole beginning of the conversation."""
     own: dict[int, list[int]] = {}
     for k, run in enumerate(scene.tagged.runs):
         own.setdefault(run.message, []).append(k)
@@ -99,7 +99,7 @@ def _measure(
 
 
 def _regions(tagged: TaggedRender) -> Iterator[tuple[int, int, int]]:
-    """The texts of each message; those that no other message interrupts are one region."""
+    """The regions of each message's texts; texts that no other message interrupts form one region."""
     first = 0
     runs = tagged.runs
     for k, run in enumerate(runs):
@@ -114,7 +114,7 @@ def _regions(tagged: TaggedRender) -> Iterator[tuple[int, int, int]]:
 def _measure_by_windows(
     answers: Mapping[int, tuple[int, int]], known: Mapping[int, Turn], windows: _WindowScenes
 ) -> dict[int, Turn]:
-    """The later turns that a window tells; none where windows say something else of turns that are `known`."""
+    """The later turns that their windows locate; empty if windows contradict turns that are `known`."""
     for i, turn in known.items():
         if i >= LONG // 2 and windows.turn(i, *answers[i]) not in (turn, None):
             return {}
@@ -124,13 +124,13 @@ def _measure_by_windows(
 
 @dataclass(frozen=True)
 class _Surroundings:
-    """What stands around the texts of a turn, by which it is known again.
+    """The surroundings of a turn's texts, used to recognize the turn in a window.
 
     frames     what the template writes before and after them, in the tagged text
-    neighbors  how far before and after the messages are whose texts come next; None where none does
-    eos        the end-of-sequence tokens behind them, counted from `after`
-    before     where the real text goes on after the message before
-    after      where the real text goes on after the turn's own texts
+    neighbors  distance to the messages whose texts come next before and after; None without one
+    eos        the end-of-sequence tokens after them, counted from `after`
+    before     where the real text continues after the previous message
+    after      where the real text continues after the turn's own texts
     """
 
     frames: tuple[str, str]
@@ -159,7 +159,7 @@ def _surroundings(scene: Scene, first_run: int, last_run: int, indexes: Sequence
 
 @dataclass(frozen=True)
 class _WindowScenes:
-    """The windows of one conversation, and what was measured in those of each shape."""
+    """The windows of one conversation, and the measurements of each window shape."""
 
     messages: Sequence[Message]
     scene: Scene
@@ -169,23 +169,23 @@ class _WindowScenes:
     known: dict[Hashable, tuple[Turn, _Surroundings] | None] = field(default_factory=dict)
 
     def turn(self, i: int, first_run: int, last_run: int) -> Turn | None:
-        """Where message `i` lies in the whole text as its window tells it; None where that cannot be told."""
+        """The position of message `i` in the whole text by its window; None if the window cannot decide it."""
         window = self.windows.around(i)
         if window.shape not in self.known:
             self.known[window.shape] = self._measure(window)
-        here = _surroundings(self.scene, first_run, last_run, range(len(self.messages)))
+        own = _surroundings(self.scene, first_run, last_run, range(len(self.messages)))
         measured = self.known[window.shape]
-        if measured and measured[1] != here:
-            # What the template copies, such as the name of a tool, is no part of a shape.
+        if measured and measured[1] != own:
+            # What the template copies, such as the name of a tool, is not part of a shape.
             measured = self._measure(window)
-        if not measured or measured[1] != here:
+        if not measured or measured[1] != own:
             return None
-        turn, there = measured
-        start, end = here.before + turn.start - there.before, here.after + turn.end - there.after
+        turn, other = measured
+        start, end = own.before + turn.start - other.before, own.after + turn.end - other.after
         return Turn(i, start, end, turn.ends_turn, turn.context_as_in_inference)
 
     def _measure(self, window: Window) -> tuple[Turn, _Surroundings] | None:
-        """The turn in question and what is around it, in a conversation of the window's messages alone."""
+        """The turn and its surroundings, in a conversation of the window's messages alone."""
         messages, scene = [self.messages[k] for k in window.indexes], self.scene
         try:
             text = scene.render(messages, False)

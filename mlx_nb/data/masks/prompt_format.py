@@ -1,4 +1,4 @@
-"""How strings become what the model reads: the one decision that training and asking share."""
+"""How strings become model input: the one decision shared by training and generation."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ FORMAT_WORDS = {CHAT: "chat template", RAW: "raw text"}
 
 @dataclass(frozen=True)
 class Rendering:
-    """How strings are written for the model, in rows and when it is asked. Messages always take the chat template.
+    """How strings are written for the model, in rows and in prompts. Messages always use the chat template.
 
     prompt_format           "chat": a prompt is a user turn and a completion an assistant turn of the chat template;
-                            "raw": the text itself, the completion right behind its prompt; None: chat where the
+                            "raw": the text itself, the completion directly after its prompt; None: chat if the
                             tokenizer has a template
     special_tokens_in_text  "keep": control tokens written in a text become control tokens, as in mlx-lm;
                             "text": they are tokenized as ordinary characters
@@ -28,11 +28,11 @@ class Rendering:
 
     @classmethod
     def of(cls, config: RunConfig) -> Rendering:
-        """That of a run."""
+        """The Rendering that a run's settings describe."""
         return cls(config.prompt_format, config.special_tokens_in_text)
 
     def resolved(self, tokenizer: Tokenizer) -> Rendering:
-        """The same with its format decided. Raises DataError for "chat" with a tokenizer without a template."""
+        """A copy with its format decided. Raises DataError for "chat" with a tokenizer without a template."""
         template = has_chat_template(tokenizer)
         if self.prompt_format == CHAT and not template:
             raise DataError(
@@ -42,7 +42,7 @@ class Rendering:
         return self if self.prompt_format else replace(self, prompt_format=CHAT if template else RAW)
 
     def is_raw(self, tokenizer: Tokenizer) -> bool:
-        """Whether strings are raw text for this tokenizer. Raises as `resolved`."""
+        """Whether strings are raw text for this tokenizer. Raises as `resolved` does."""
         return self.resolved(tokenizer).prompt_format == RAW
 
     @property
@@ -51,7 +51,7 @@ class Rendering:
         return self.special_tokens_in_text == "text"
 
 
-AS_USUAL = Rendering()
+DEFAULT_RENDERING = Rendering()
 
 
 def has_chat_template(tokenizer: Tokenizer) -> bool:
@@ -60,5 +60,5 @@ def has_chat_template(tokenizer: Tokenizer) -> bool:
 
 
 def has_own_code(tokenizer: Tokenizer) -> bool:
-    """Whether mlx-lm's wrapper renders by its own code for the model, whatever template the tokenizer has."""
+    """Whether mlx-lm's wrapper renders with its own code for the model, regardless of the tokenizer's template."""
     return getattr(tokenizer, "_chat_template", None) is not None

@@ -1,4 +1,4 @@
-"""A conversation to text by its chat template, and texts to tokens: the same in training and whenever it is asked."""
+"""Renders conversations with their chat template and tokenizes texts: the same in training and in generation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mlx_nb.data.masks.control_tokens import Written, encode_as_text, from_content, written_out
-from mlx_nb.data.masks.prompt_format import AS_USUAL, Rendering, has_own_code
+from mlx_nb.data.masks.prompt_format import DEFAULT_RENDERING, Rendering, has_own_code
 from mlx_nb.data.masks.tagging import Unproved
 from mlx_nb.data.masks.template_facts import Message, RenderFailed, TemplateFacts, study_template
 from mlx_nb.data.masks.tokenizer import Tokenizer
@@ -32,8 +32,8 @@ class Encoded:
     tokens    (T,) int32
     offsets   (T, 2) int32, the characters of the text that each token covers
     control   the control tokens that characters of the text spell, in order
-    written   those of them that the text's own author wrote out, not the chat template
-    problems  what a person should know about them
+    written   those of them that come from the text's author, not from the chat template
+    problems  what the user should know about them
     """
 
     tokens: np.ndarray
@@ -44,7 +44,7 @@ class Encoded:
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer, always called with the same arguments, those that mlx-lm gives it.
+    """The chat template of a tokenizer, always called with the same arguments, those of mlx-lm.
 
     Raises MaskRefused for a tokenizer without a template.
     """
@@ -62,7 +62,7 @@ class ChatTemplate:
                 "the tokenizer has no chat template for this row. Set `chat_template:` to one, "
                 "or give the row as prompt and completion."
             ) from error
-        # transformers answers `eos_token_ids` with its one eos token; mlx-lm's wrapper knows the model's whole set.
+        # transformers answers `eos_token_ids` with its single eos token; mlx-lm's wrapper knows the model's whole set.
         known = () if tokenizer is self.tokenizer else getattr(tokenizer, "eos_token_ids", ())
         self.eos_ids = {i for i in (*known, self.tokenizer.eos_token_id) if i is not None}
 
@@ -70,19 +70,22 @@ class ChatTemplate:
         """The text of a conversation. Raises RenderFailed."""
         return self._render(messages, add_generation_prompt, self.tools)
 
-    def ask(self, messages: Sequence[Message]) -> str:
-        """What the model is given to answer: the conversation with a generation prompt, or, where its last message is
-        the assistant's, up to the end of that message, which the answer continues. Raises RenderFailed."""
-        return self._ask(messages, self.tools)
+    def render_prompt(self, messages: Sequence[Message]) -> str:
+        """Render the prompt for an answer: the conversation with a generation prompt.
 
-    def _ask(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> str:
+        If the last message is the assistant's, the text ends with that message instead, which the answer continues.
+        Raises RenderFailed.
+        """
+        return self._render_prompt(messages, self.tools)
+
+    def _render_prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> str:
         if not messages or messages[-1].get("role") != "assistant":
             return self._render(messages, True, tools)
         *before, last = messages
         text = last.get("content")
         if not isinstance(text, str) or last.get("tool_calls"):
             raise RenderFailed("the assistant's last message has tool calls, so it cannot be continued")
-        # What it is when it goes on: with the end of the turn behind what goes on, and not behind what was text.
+        # Compared with a message that continues: the end of the turn then follows the continuation.
         longer = self._render([*before, {**last, "content": text + _GOES_ON}], False, tools)
         start, found, rest = longer.partition(_GOES_ON)
         if not found or _GOES_ON in rest or not start.endswith(text):
@@ -103,20 +106,22 @@ class ChatTemplate:
                 list(messages), add_generation_prompt=add_generation_prompt, tokenize=False, **given
             )
             return result
-        except Exception as error:  # a template is a program of its own and raises what it likes
+        except Exception as error:  # a template is a program and may raise anything
             raise RenderFailed(f"{type(error).__name__}: {error}".rstrip(".")) from error
 
-    def encode(self, messages: Sequence[Message], text: str, asking: bool, rendering: Rendering = AS_USUAL) -> Encoded:
-        """The tokens of `text`, which is `ask(messages)` or, without `asking`, the whole conversation.
+    def encode(
+        self, messages: Sequence[Message], text: str, asking: bool, rendering: Rendering = DEFAULT_RENDERING
+    ) -> Encoded:
+        """The tokens of `text`, which is `render_prompt(messages)` or, without `asking`, the whole conversation.
 
-        Raises MaskRefused where control tokens are to be plain text and cannot be told from the template's own.
+        Raises MaskRefused if control tokens are to be plain text and cannot be distinguished from the template's own.
         """
         fast = fast_tokenizer(self.tokenizer)
         tokens, offsets = encode_with_offsets(fast, text)
         found = written_out(tokens, offsets, text, fast)
 
         def render(given: Any) -> str:
-            return self._ask(given[0], given[1]) if asking else self._render(given[0], False, given[1])
+            return self._render_prompt(given[0], given[1]) if asking else self._render(given[0], False, given[1])
 
         try:
             written = from_content(found, text, (messages, self.tools), render, lambda: self.facts().constants)
@@ -135,7 +140,7 @@ class ChatTemplate:
         return Encoded(tokens, offsets, found, written)
 
     def facts(self) -> TemplateFacts:
-        """What the template does in every conversation, found out once for each template."""
+        """What the template does in every conversation; studied once for each template."""
         special = tuple(sorted((name, str(token)) for name, token in self.tokenizer.special_tokens_map.items()))
         key = (self.source or str(self._renderer._chat_template), special, self.tools is not None)
         if key not in _FACTS:
@@ -154,10 +159,10 @@ class ChatTemplate:
         return [(a, b) for a, b in encoded.offsets[is_eos].tolist()]
 
 
-def encode_raw(text: str, tokenizer: Tokenizer, rendering: Rendering = AS_USUAL) -> Encoded:
-    """The tokens of a text that no template is put around, after what the tokenizer begins every text with.
+def encode_raw(text: str, tokenizer: Tokenizer, rendering: Rendering = DEFAULT_RENDERING) -> Encoded:
+    """The tokens of a text without a template, after the tokenizer's usual leading tokens.
 
-    That is mostly a beginning-of-sequence token, and never twice. Raises MaskRefused for a tokenizer without offsets.
+    Those are mostly one beginning-of-sequence token, and never two. Raises MaskRefused for a tokenizer without offsets.
     """
     fast = fast_tokenizer(tokenizer)
     tokens, offsets = encode_with_offsets(fast, text)
@@ -173,7 +178,7 @@ def encode_raw(text: str, tokenizer: Tokenizer, rendering: Rendering = AS_USUAL)
 
 
 def leading_tokens(tokenizer: Tokenizer) -> list[int]:
-    """What a tokenizer puts in front of a text by itself."""
+    """The tokens that a tokenizer puts before a text by default."""
     whole = list(tokenizer("a", verbose=False)["input_ids"])
     alone = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
     starts = (k for k in range(len(whole)) if whole[k : k + len(alone)] == alone)
@@ -183,12 +188,12 @@ def leading_tokens(tokenizer: Tokenizer) -> list[int]:
 def unwrapped(tokenizer: Tokenizer) -> Any:
     """The transformers tokenizer inside mlx-lm's wrapper."""
     inner = getattr(tokenizer, "_tokenizer", tokenizer)
-    # A fast tokenizer of transformers has a `_tokenizer` of its own, which knows no chat template.
+    # A fast tokenizer of transformers has a `_tokenizer` of its own, which has no chat template.
     return inner if hasattr(inner, "apply_chat_template") else tokenizer
 
 
 def fast_tokenizer(tokenizer: Tokenizer) -> Any:
-    """The transformers tokenizer inside mlx-lm's wrapper. Raises MaskRefused for one that gives no offsets."""
+    """The transformers tokenizer inside mlx-lm's wrapper. Raises MaskRefused for one without offsets."""
     inner = unwrapped(tokenizer)
     if not getattr(inner, "is_fast", False):
         raise MaskRefused(
@@ -199,10 +204,12 @@ def fast_tokenizer(tokenizer: Tokenizer) -> Any:
 
 
 def encode_with_offsets(tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, np.ndarray]:
-    """(T,) int32 tokens and (T, 2) int32 characters they cover, without what the tokenizer puts around texts."""
+    """(T,) int32 tokens and (T, 2) int32 characters they cover, without added special tokens."""
     backend = tokenizer.backend_tokenizer
     if backend.truncation or backend.padding or backend.encode_special_tokens != tokenizer.split_special_tokens:
-        tokenizer("", add_special_tokens=False, verbose=False)  # a call of transformers sets them for itself
+        tokenizer(
+            "", add_special_tokens=False, verbose=False
+        )  # each call of transformers sets padding and truncation anew
     encoding = backend.encode(text, add_special_tokens=False)
     offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int32).reshape(-1, 2)
     return np.array(encoding.ids, np.int32), offsets

@@ -1,7 +1,7 @@
-"""Where a turn of the assistant lies in a rendered conversation.
+"""Locates a turn of the assistant in a rendered conversation.
 
-The template's own text between two messages (the frame) is divided in two places: where the generation prompt of
-the same template ends, and after the token that ends the turn. Nothing is known beforehand of any template.
+The template's own text between two messages (the frame) is divided at two places: where the generation prompt of the
+same template ends, and after the token that ends the turn. No template is treated specially.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mlx_nb.data.masks.template_facts import Message, Render, RenderFailed, Temp
 
 @dataclass(frozen=True)
 class Turn:
-    """The characters `[start, end)` that an assistant message generates, its end-of-turn included."""
+    """The characters `[start, end)` that an assistant message generates, including its end-of-turn."""
 
     message: int
     start: int
@@ -27,7 +27,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Scene:
-    """All that is needed to measure one turn. `eos_ranges` are in order."""
+    """Everything needed to measure one turn. `eos_ranges` are in order."""
 
     tagged: TaggedRender
     render: Render
@@ -37,7 +37,7 @@ class Scene:
     _marks: dict[str, bool] = field(default_factory=dict)
 
     def prefix(self, count: int, generation_prompt: bool) -> str | None:
-        """The render of the first `count` tagged messages, or None where the template does not render them."""
+        """The render of the first `count` tagged messages, or None if the template does not render them."""
         if count == 0:
             return None
         if count == len(self.tagged.tags.messages) and not generation_prompt:
@@ -45,21 +45,21 @@ class Scene:
         return _rendered(self.tagged.tags.messages[:count], generation_prompt, self.render)
 
     def eos_between(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """The end-of-sequence tokens in the characters `[start, end)`."""
+        """The end-of-sequence tokens within the characters `[start, end)`."""
         k = bisect_left(self.eos_ranges, (start, start))
         while k < len(self.eos_ranges) and self.eos_ranges[k][1] <= end:
             yield self.eos_ranges[k]
             k += 1
 
     def marks_the_assistant(self, opening: str) -> bool:
-        """Whether a piece of a header is written before the assistant's texts only."""
+        """Whether a part of a header is written only before the assistant's texts."""
         if opening not in self._marks:
             self._marks[opening] = _marks_the_assistant(self, opening)
         return self._marks[opening]
 
 
 def measure_turn(scene: Scene, i: int, first_run: int, last_run: int) -> Turn:
-    """Where the assistant's message `i` lies, whose texts are these runs. Raises Unproved."""
+    """The position of the assistant's message `i`, whose texts are these runs. Raises Unproved."""
     start, as_in_inference = _start(scene, i, first_run)
     return Turn(i, start, *_end(scene, i, last_run), as_in_inference)
 
@@ -67,10 +67,10 @@ def measure_turn(scene: Scene, i: int, first_run: int, last_run: int) -> Turn:
 def agree_with_text_prefixes(
     turn: Turn, messages: Sequence[Message], text: str, render: Render, header: str | None
 ) -> None:
-    """Raise Unproved where the plain prefix method applies and says something else.
+    """Raise Unproved if the simple method of comparing rendered prefixes applies and disagrees.
 
-    It applies to a turn when the render of the messages before it, with a generation prompt, is a beginning of the
-    text, and to its end when the render of the messages up to it is one too.
+    It applies to a turn if the render of the messages before it, with a generation prompt, is a prefix of the text; and
+    to its end if the render of the messages up to it is a prefix.
     """
     if turn.message == 0 or not header or not turn.context_as_in_inference:
         return
@@ -96,7 +96,7 @@ def _rendered(messages: Sequence[Message], generation_prompt: bool, render: Rend
 
 
 def _start(scene: Scene, i: int, first_run: int) -> tuple[int, bool]:
-    """Where the generation prompt before message `i` ends, and whether all before it is what inference gives."""
+    """The end of the generation prompt before message `i`, and whether everything before it is as in inference."""
     tagged = scene.tagged
     previous = tagged.runs[first_run - 1] if first_run else None
     boundary = previous.end if previous else 0
@@ -117,30 +117,30 @@ def _start(scene: Scene, i: int, first_run: int) -> tuple[int, bool]:
 
 
 def _prompt_length(scene: Scene, i: int, frame: str, tail: str) -> int | None:
-    """How much of `frame` is the prompt, given what an inference prompt has in its place (`tail`)."""
+    """The length of the prompt in `frame`, given the text of an inference prompt in its place (`tail`)."""
     header = scene.facts.header
     if frame.startswith(tail) and (not frame[len(tail) :].strip() or (header and tail.endswith(header))):
         return len(tail)
     without = scene.prefix(i, False)
     closed = scene.tagged.tags.tail(without)[1] if without is not None else ""
-    asked = tail != closed
+    on_request = tail != closed
     if frame.startswith(tail):
-        if header is None and not asked:
+        if header is None and not on_request:
             return None
-        # No prompt was written here, yet before this message the template opens a turn as after a user's.
+        # No prompt was written in this place, yet the template opens a turn before this message as after a user's.
         opened = _opening_end(scene, frame, header or "")
         return max(len(tail), opened or 0)
     shared = shared_length(tail, frame)
-    opening = tail[shared_length(tail, closed) : shared] if asked else tail[:shared]
-    if asked and scene.marks_the_assistant(opening):
+    opening = tail[shared_length(tail, closed) : shared] if on_request else tail[:shared]
+    if on_request and scene.marks_the_assistant(opening):
         return shared
-    if not asked and header and header in opening:
+    if not on_request and header and header in opening:
         return shared
     return len(closed) if frame.startswith(closed) and not frame[len(closed) :].strip() else None
 
 
 def _header_end(scene: Scene, frame: str) -> int | None:
-    """Where the assistant's header ends in a frame for which no inference prompt exists."""
+    """The end of the assistant's header in a frame for which no inference prompt exists."""
     header = scene.facts.header
     if header is None:
         return None
@@ -151,13 +151,13 @@ def _header_end(scene: Scene, frame: str) -> int | None:
         ending = next((e for e in endings if e in frame and scene.marks_the_assistant(e)), None)
         end = frame.rindex(ending) + len(ending) if ending else _opening_end(scene, frame, header)
     if end is None and (not frame.strip() or scene.facts.user_frame.startswith(frame)):
-        # No header: what also stands before a user's text is not the assistant's either.
+        # No header: text that also precedes a user's text is not the assistant's either.
         return len(frame)
     return end
 
 
 def _opening_end(scene: Scene, frame: str, header: str) -> int | None:
-    """Where the header, or the longest beginning of it that marks the assistant, ends in the frame."""
+    """The end of the header in the frame, or of its longest prefix that marks the assistant."""
     if header.strip() and header in frame:
         return frame.rindex(header) + len(header)
     pieces = lexemes(header)
@@ -169,7 +169,7 @@ def _opening_end(scene: Scene, frame: str, header: str) -> int | None:
 
 
 def _marks_the_assistant(scene: Scene, opening: str) -> bool:
-    """Whether a piece of a header is written before the assistant's texts only."""
+    """Whether a part of a header is written only before the assistant's texts."""
     if not opening.strip() or opening in scene.facts.user_frame:
         return False
     position, tagged = 0, scene.tagged
@@ -182,7 +182,7 @@ def _marks_the_assistant(scene: Scene, opening: str) -> bool:
 
 
 def _end(scene: Scene, i: int, last_run: int) -> tuple[int, bool]:
-    """Where message `i` ends in the real text, and whether an end-of-turn is part of it."""
+    """The end of message `i` in the real text, and whether it includes an end-of-turn."""
     tagged = scene.tagged
     run = tagged.runs[last_run]
     following = tagged.runs[last_run + 1].start if last_run + 1 < len(tagged.runs) else len(tagged.text)
@@ -196,14 +196,14 @@ def _end(scene: Scene, i: int, last_run: int) -> tuple[int, bool]:
         content = len(rest) if frame[:shared].startswith(rest) else 0
     if not frame[content:shared].strip() and i + 1 < len(tagged.tags.messages):
         shared = max(shared, _closing_before_prompt(scene, i, frame))
-    # A template may refuse a conversation that ends with a tool call: then the first end after the text is its own.
+    # A template may refuse a conversation that ends with a tool call: then the first end after the text belongs to it.
     closed_by = following if closed is None and not shared else run.end + shared
     origin, limit = tagged.in_real(run.end + content), tagged.in_real(closed_by)
     if eos := next(scene.eos_between(origin, limit), None):
         return eos[1], True
     closing = frame[content:shared].rstrip()
     end_of_closing = tagged.in_real(run.end + content + len(closing))
-    # Closed in another way when it is the last message, or by the marker of the next role.
+    # Closed differently when it is the last message, or by the marker of the next role.
     eos = next(scene.eos_between(end_of_closing, tagged.in_real(following)), None)
     if eos and not scene.text[end_of_closing : eos[0]].strip():
         return eos[1], True
@@ -213,7 +213,7 @@ def _end(scene: Scene, i: int, last_run: int) -> tuple[int, bool]:
 
 
 def _own_tail(scene: Scene, i: int, last_tag: str, closed: str) -> str:
-    """What follows message `i` when it is the last. Raises Unproved when its texts are then others."""
+    """The text after message `i` when it is the last. Raises Unproved if its own texts then differ."""
     tags, text = scene.tagged.tags, scene.tagged.text
     tag, tail = tags.tail(closed)
     if tag != last_tag:
@@ -226,7 +226,7 @@ def _own_tail(scene: Scene, i: int, last_tag: str, closed: str) -> str:
 
 
 def _closing_before_prompt(scene: Scene, i: int, frame: str) -> int:
-    """How much of `frame` closes message `i` when a generation prompt follows: some templates close only then."""
+    """Length of the text in `frame` that closes message `i`; some templates close only before a generation prompt."""
     header, tags = scene.facts.header, scene.tagged.tags
     prompted = scene.prefix(i + 1, True)
     if not header or prompted is None:

@@ -1,8 +1,8 @@
-"""Finds each text of a conversation in its render, by a copy in which private-use characters stand for texts.
+"""Finds each text of a conversation in its render, using a copy in which private-use characters replace the texts.
 
-Each text gets one code point. Where the render of the copy equals the real render except at those characters, they
-show where each text went. An assistant message without any text of its own gets one character more, and the proof
-is that the same render comes out without it.
+Each text gets one code point. Where the render of the copy equals the real render except at those characters, they show
+where each text went. An assistant message without any text of its own gets one extra character, and the proof is that
+the same render comes out without it.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from mlx_nb.data.masks.windows import LONG, Windows
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 _TEXT_FIELDS = ("content", *REASONING_FIELDS)
-# Code points that no text has: those of private use, and for very long conversations those of unassigned planes.
+# Ranges of code points that no text has: private use, and for very long conversations unassigned planes.
 _STRETCHES = ((0xF0000, 0x10FFFD), (0x40000, 0xDFFFD))
 _MOST_RENDERS = 64  # to find which messages of a long conversation are left out together
 
 
 class Unproved(Exception):
-    """Where a message lies could not be proved. The text says why, without a full stop."""
+    """The position of a message could not be proved. The text says why, without a full stop."""
 
 
 @dataclass(frozen=True)
 class Tagging:
     """How texts are tagged: which characters stay, and which texts besides contents and reasoning are replaced.
 
-    `kept` is what stands between the brackets of a pattern.
+    `kept` is the inside of a regular expression's brackets.
     """
 
     kept: str
@@ -44,8 +44,8 @@ class Tagging:
     tool_arguments: bool = True
 
 
-# From the most telling to the most cautious. Quotes and backslashes are kept because JSON escapes them: a replaced
-# one would change the length. Some templates repeat a tool's name in front of its answer, or read its arguments.
+# From the most informative to the most cautious. Quotes and backslashes are kept because JSON escapes them: replacing
+# one would change the length. Some templates repeat a tool's name before its answer, or read its arguments.
 TAGGINGS = (
     Tagging(kept=r"\s\"'\\"),
     Tagging(kept=r"\W_"),
@@ -55,7 +55,7 @@ TAGGINGS = (
 
 
 class Leaf(NamedTuple):
-    """One text of one message. `rest` is what stays untagged at its end."""
+    """One text of one message. `rest` is the untagged part at its end."""
 
     message: int
     field: str
@@ -66,14 +66,14 @@ class Leaf(NamedTuple):
 
 @dataclass(frozen=True)
 class TaggedMessages:
-    """A tagged copy of a conversation: leaf k is written with `chr(first + k)`."""
+    """A tagged copy of a conversation: leaf k is written as `chr(first + k)`."""
 
     messages: list[Message]
     leaves: list[Leaf]
     first: int
 
     def leaf(self, tag: str) -> Leaf:
-        """The text that a tag stands for."""
+        """The text that a tag replaces."""
         return self.leaves[ord(tag) - self.first]
 
     @cached_property
@@ -85,7 +85,7 @@ class TaggedMessages:
         return found
 
     def tail(self, rendered: str) -> tuple[str, str]:
-        """The last tag in a render, empty when there is none, and what follows it."""
+        """The last tag in a render (empty without one), and the text after it."""
         low, high = chr(self.first), chr(self.first + len(self.leaves))
         for position in range(len(rendered) - 1, -1, -1):
             if low <= rendered[position] < high:
@@ -93,13 +93,13 @@ class TaggedMessages:
         return "", rendered
 
     def numbers(self, codes: np.ndarray) -> np.ndarray:
-        """(T,) the number of the leaf that each character of a render is a tag of; -1 for no tag."""
+        """(T,) for each character of a render the number of the leaf that it tags; -1 for no tag."""
         numbers = codes.astype(np.int64) - self.first
         numbers[numbers >= len(self.leaves)] = -1
         return np.maximum(numbers, -1)
 
     def runs(self, numbers: np.ndarray) -> list[Run]:
-        """The runs of a render in order: stretches in which no other tag stands. `numbers` are those of the render."""
+        """The runs of a render in order: stretches without another tag. `numbers` are those of the render."""
         at = np.flatnonzero(numbers >= 0)
         which = numbers[at]
         if not len(at):
@@ -129,7 +129,7 @@ class TaggedRender:
     text      the tagged render; equal to the real one except at tags and in `removed`
     runs      the tags in it; runs of one text with nothing else between them are joined
     removed   ranges `(start, end)` that are not in the real render, in order
-    lost      (message, field, characters lost, characters given) of texts the template leaves out
+    lost      (message, field, characters lost, characters given) of texts that the template leaves out
     absent    assistant messages of which nothing is rendered
     """
 
@@ -141,7 +141,7 @@ class TaggedRender:
     absent: list[int]
 
     def in_real(self, position: int) -> int:
-        """The same place in the real render."""
+        """The same position in the real render."""
         if not self.removed:
             return position
         starts, ends, lengths = self._removed_parts
@@ -150,7 +150,7 @@ class TaggedRender:
 
     @cached_property
     def _removed_parts(self) -> tuple[list[int], list[int], list[int]]:
-        """Starts and ends of what is removed, and how many characters the first k ranges have."""
+        """Starts and ends of the removed ranges, and the number of characters in the first k of them."""
         lengths = accumulate((end - start for start, end in self.removed), initial=0)
         return [start for start, _ in self.removed], [end for _, end in self.removed], list(lengths)
 
@@ -177,7 +177,7 @@ def tag_and_prove(
         found |= set(absent)
         followed = [i for i in silent if i not in found]
         try:
-            if gone := _gone_with_others(messages, followed, runs, text, render):
+            if gone := _left_out_together(messages, followed, runs, text, render):
                 absent = sorted([*absent, *gone])
                 followed = [i for i in followed if i not in gone]
             if followed:
@@ -235,7 +235,7 @@ def _is_text(path: tuple[str, ...], tagging: Tagging) -> bool:
 
 @cache
 def _patterns(constants: tuple[str, ...], kept: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """What is kept in a text that has one of the constants; and a character that is not kept in others."""
+    """Patterns for what is kept in a text with one of the constants, and for a character that is replaced in others."""
     alternatives = "|".join([*map(re.escape, constants), f"[{kept}]"])
     return re.compile(f"(?:{alternatives})+"), re.compile(f"[^{kept}]")
 
@@ -253,7 +253,7 @@ def _replace_others(value: str, kept: re.Pattern[str], tag: str) -> str:
 
 
 def _free_code_point(messages: Sequence[Message], text: str) -> int:
-    """The first of a stretch of private-use code points that occur nowhere in the conversation."""
+    """The first of a range of private-use code points that do not occur in the conversation."""
     strings = [text, *texts_in(messages, keys=False)]
     needed = len(strings) + len(messages)
     codes = _codes("".join([string for string in strings if not string.isascii()]))
@@ -288,7 +288,7 @@ def _lost_texts(tags: TaggedMessages, numbers: np.ndarray) -> Iterator[tuple[int
 def _left_out(
     messages: Sequence[Message], silent: Sequence[int], text: str, render: Render, constants: Sequence[str]
 ) -> list[int]:
-    """Those of the `silent` messages of which nothing is rendered: without one of them the text is the same."""
+    """Those of the `silent` messages of which nothing is rendered: removing one of them does not change the text."""
     if not silent:
         return []
     if len(messages) <= LONG:
@@ -310,13 +310,13 @@ def _left_out(
     return [i for i in silent if _is_left_out(messages, i, text, render)]
 
 
-def _gone_with_others(
+def _left_out_together(
     messages: Sequence[Message], silent: Sequence[int], runs: Sequence[Run], text: str, render: Render
 ) -> list[int]:
-    """Those of the `silent` messages that a template leaves out with what is around them, as it does of a long past.
+    """Those of the `silent` messages that a template leaves out together with their neighbors, such as a long past.
 
-    A window is too short to show that. They are told by texts that are missing, and proved together: without them
-    the text is the same.
+    A window is too short to show that. They are found by missing texts, and proved together: removing them does not
+    change the text.
     """
     if len(messages) <= LONG:
         return []
@@ -362,10 +362,10 @@ def _is_left_out(messages: Sequence[Message], i: int, text: str, render: Render)
 def _probe(
     tags: TaggedMessages, silent: Sequence[int], real: np.ndarray, render: Render
 ) -> tuple[TaggedMessages, str, list[tuple[int, int]]]:
-    """Give each silent message one more character, and prove that without it the render is the same.
+    """Give each silent message one extra character, and prove that the render without it is the same.
 
-    A template may set off a text by white space that it leaves out where there is none, so up to three white
-    characters on either side may go with the probe.
+    A template may set off a text with white space that it omits for an empty text, so up to three white characters on
+    either side may be removed with the probe.
     """
     for at_end in (True, False):
         leaves, messages = list(tags.leaves), list(tags.messages)

@@ -1,4 +1,4 @@
-"""What a chat template does whatever the conversation: what it looks for in texts, how it opens a turn."""
+"""Facts about a chat template that hold for every conversation: strings it looks for, and how it opens a turn."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Message = Mapping[str, Any]
 Render = Callable[[Sequence[Message], bool], str]
 """Messages and `add_generation_prompt` to text. Raises RenderFailed."""
 
-# Templates branch on the values of these keys, or look things up by them.
+# Keys whose values templates branch on or use for look-ups.
 STRUCTURAL_KEYS = frozenset({"role", "type", "id", "tool_call_id", "name", "channel", "recipient"})
 _LEXEME = re.compile(r"<[^<>\s]*>|\[[^\[\]\s]*\]|\w+|\s|.", re.DOTALL)
 _USER, _OTHER = "\uf8f0", "\uf8f1"
@@ -30,11 +30,11 @@ class RenderFailed(Exception):
 
 @dataclass(frozen=True)
 class TemplateFacts:
-    """What one template does whatever the conversation.
+    """Facts about one template that hold for every conversation.
 
     constants     strings that it looks for inside texts, longest first
-    header        how it opens the assistant's turn after a user's; None when it could not be asked
-    prompt_tail   everything it writes between a user's text and where the assistant's begins
+    header        how it opens the assistant's turn after a user's; None if it cannot be determined
+    prompt_tail   everything it writes between a user's text and the start of the assistant's
     user_frame    everything it writes before a lone user text
     """
 
@@ -45,10 +45,10 @@ class TemplateFacts:
 
 
 def texts_in(value: Any, *, keys: bool) -> list[str]:
-    """Every string in nested lists and mappings, in no order that matters; with `keys` those of mappings too."""
+    """Every string in nested lists and mappings, in any order; with `keys` also the keys of mappings."""
     texts: list[str] = []
     waiting = [value]
-    for item in waiting:  # what is inside an item waits behind it
+    for item in waiting:  # the contents of an item are appended to the list
         if isinstance(item, str):
             texts.append(item)
         elif isinstance(item, (list, tuple)):
@@ -61,12 +61,12 @@ def texts_in(value: Any, *, keys: bool) -> list[str]:
 
 
 def lexemes(text: str) -> list[str]:
-    """A template's own text in pieces that are never split: `<...>`, `[...]`, words, single other characters."""
+    """A template's own text in pieces that are never split: `<...>`, `[...]`, words, other single characters."""
     return _LEXEME.findall(text)
 
 
 def shared_length(a: str, b: str) -> int:
-    """The length of the longest common beginning of `a` and `b` that splits no lexeme of either."""
+    """The length of the longest common prefix of `a` and `b` that splits no lexeme of either."""
     length = 0
     for x, y in zip(_LEXEME.finditer(a), _LEXEME.finditer(b)):
         if x.group() != y.group():
@@ -76,9 +76,9 @@ def shared_length(a: str, b: str) -> int:
 
 
 def study_template(source: str, render: Render) -> TemplateFacts:
-    """Ask a template, with one or two short messages, how it opens the assistant's turn.
+    """Render one or two short messages to find out how a template opens the assistant's turn.
 
-    The answer differs with how it treats the generation prompt: on request, always, or never.
+    The result depends on how it treats the generation prompt: on request, always, or never.
     """
     constants = _tested_constants(source)
     user, reply = {"role": "user", "content": _USER}, {"role": "assistant", "content": _OTHER}
@@ -93,13 +93,14 @@ def study_template(source: str, render: Render) -> TemplateFacts:
     if before_reply is None:
         return TemplateFacts(constants, None)
     if before_reply.startswith(prompt_tail):
-        # With or without being asked it writes the same: what it adds before a reply is the header, if anything.
+        # It writes the same with and without a generation prompt: what it adds before a reply is the header, if
+        # anything.
         header = before_reply[len(prompt_tail) :]
         return TemplateFacts(constants, header if header.strip() else "", before_reply, user_frame)
     before_user = _between(_try(render, [user, {"role": "user", "content": _OTHER}], False))
     if before_user is None:
         return TemplateFacts(constants, None)
-    # It always writes a prompt, and another one than before a given reply: their common part opens the turn.
+    # It always writes a prompt, a different one than before a given reply: their common part opens the turn.
     opened = before_reply[: shared_length(before_reply, prompt_tail)]
     header = opened[shared_length(opened, before_user) :]
     return TemplateFacts(constants, header if header.strip() else None, opened, user_frame)
@@ -118,7 +119,7 @@ def _between(rendered: str | None) -> str | None:
 
 
 def _tested_constants(source: str) -> tuple[str, ...]:
-    """The strings that a template compares with or looks for in values, longest first."""
+    """The strings that a template compares values with or looks for in them, longest first."""
     import jinja2
     from jinja2 import nodes
 
@@ -161,7 +162,7 @@ def _tested_constants(source: str) -> tuple[str, ...]:
 
 
 def _is_structural(node: Any) -> bool:
-    """Whether an expression reads a role, a type or the like, whose values are no text."""
+    """Whether an expression reads a role, a type or the like, whose values are not text."""
     from jinja2 import nodes
 
     if isinstance(node, nodes.Getitem):

@@ -1,6 +1,6 @@
-"""Which tokens cover a stretch of a text, and what is worth knowing about those at its edges.
+"""Finds the tokens that cover a stretch of a text, and reports oddities at its edges.
 
-A token is found by its characters in the same time whatever the length of the text.
+A token is found by its characters in time that does not depend on the length of the text.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from mlx_nb.data.masks.control_tokens import written_out
 from mlx_nb.data.masks.render import Encoded, encode_with_offsets
 from mlx_nb.data.masks.tokenizer import Tokenizer
 
-# What precedes an answer is mostly the same few characters of the template.
+# An answer is mostly preceded by the same few characters of the template.
 _SHORT, _REMEMBERED = 200, 1000
-# Characters after which a text without control tokens is read the same wherever one began to read, and of those that
-# are compared then.
+# Number of characters after which a text without control tokens is tokenized the same wherever reading began, and
+# number of tokens that are compared.
 _READ_IN, _COMPARED = 1000, 1000
 
 
 @dataclass(frozen=True, eq=False)
-class _Asked:
-    """The tokens that cover something of a text that the model is asked with, as in `Encoded`."""
+class _PromptTokens:
+    """The tokens of a prompt text, as in `Encoded`."""
 
     tokens: np.ndarray
     offsets: np.ndarray
     control_tokens: int
 
 
-_ASKED: WeakKeyDictionary[Any, dict[tuple[int, str], _Asked]] = WeakKeyDictionary()
+_PROMPT_TOKENS: WeakKeyDictionary[Any, dict[tuple[int, str], _PromptTokens]] = WeakKeyDictionary()
 
 
 Touching = tuple[np.ndarray, np.ndarray]
@@ -45,17 +45,17 @@ class TokenOffsets:
 
     def __init__(self, offsets: np.ndarray) -> None:
         self.starts, self.ends = np.ascontiguousarray(offsets[:, 0]), np.ascontiguousarray(offsets[:, 1])
-        # Nearly all tokenizers go through a text from its beginning to its end.
+        # Nearly all tokenizers process a text from its beginning to its end.
         self._in_order = all(bool((edges[1:] >= edges[:-1]).all()) for edges in (self.starts, self.ends))
 
     def touching(self, start: int, end: int) -> np.ndarray:
         """The tokens that cover a character of `[start, end)`, in order.
 
-        One without characters lies where it starts.
+        A token without characters counts as being at its start.
         """
         first, last = 0, len(self.starts)
         if self._in_order:
-            # Of the arrays' own type: for another one the whole array is converted first.
+            # Of the arrays' own type: otherwise the whole array is converted first.
             first = int(self.ends.searchsorted(np.int32(start), "left"))
             last = int(self.starts.searchsorted(np.int32(end), "left"))
         return first + np.flatnonzero(_touch(self.starts[first:last], self.ends[first:last], start, end))
@@ -91,9 +91,9 @@ class Edges:
         self._control_ends = [one.end for one in encoded.control]
 
     def straddling(self, stretches: np.ndarray, touching: Touching) -> list[tuple[int, str]]:
-        """Which of (S, 2) stretches `[start, end)`, and the text of a token that covers characters in it and outside.
+        """Which of (S, 2) stretches `[start, end)` has a token that covers characters in it and outside, with its text.
 
-        White space that a token takes along behind the end of a turn changes nothing and does not count.
+        White space that a token includes after the end of a turn has no effect and does not count.
         """
         which, tokens = touching
         start, end = stretches[which].T
@@ -105,11 +105,11 @@ class Edges:
         return found
 
     def other_tokens_before(self, starts: Sequence[int]) -> list[str]:
-        """What to say where the model, asked with the text before a start, reads other tokens than the row has there.
+        """A remark for each start where the text before it, given as a prompt, has other tokens than in the row.
 
-        One for each start, empty where there is nothing to say. Some tokenizers read a line break otherwise when
-        something follows it. Control tokens part a text, so what comes after the last one before a start tells. A
-        token across a start is another remark, and so is none here.
+        Empty for a start without a difference. Some tokenizers tokenize a line break differently if something follows
+        it. Control tokens separate a text, so only what follows the last one before a start matters. A token across a
+        start has its own remark and is not reported again.
         """
         begins = [self._begin(start) for start in starts]
         edges = np.array([(begins[k][1], start) for k, start in enumerate(starts)], np.int32).reshape(-1, 2)
@@ -126,36 +126,36 @@ class Edges:
         ]
 
     def _begin(self, start: int) -> tuple[int, int, int]:
-        """Where the last control token before `start` begins, from where on to read, and how many were passed."""
+        """The start of the last control token before `start`, where to begin reading, and how many were skipped."""
         passed = bisect_right(self._control_ends, start)
         begin = self._control[passed - 1].start if passed else 0
         return begin, begin if start - begin <= _READ_IN + _COMPARED else start - _READ_IN - _COMPARED, passed
 
     def _other_tokens(self, start: int, begin: int, read_from: int, passed: int, own: np.ndarray) -> str:
         before = self.text[read_from:start]
-        asked = _asked(before, self.tokenizer)
-        if asked.control_tokens > (min(passed, 1) if read_from == begin else 0):
+        prompt = _prompt_tokens(before, self.tokenizer)
+        if prompt.control_tokens > (min(passed, 1) if read_from == begin else 0):
             return ""  # control tokens that are ordinary characters in this row
-        asked_tokens = asked.tokens
+        read_tokens = prompt.tokens
         if read_from > begin:
             compared = start - _COMPARED
             own = own[self.offsets.starts[own] >= compared]
-            asked_tokens = asked_tokens[asked.offsets[:, 0] >= compared - read_from]
-        same = np.array_equal(self.tokens[own], asked_tokens)
+            read_tokens = read_tokens[prompt.offsets[:, 0] >= compared - read_from]
+        same = np.array_equal(self.tokens[own], read_tokens)
         return "" if same else f"{before[-8:]!r} before it has other tokens when the model is asked."
 
 
-def _asked(before: str, tokenizer: Tokenizer) -> _Asked:
-    known = _ASKED.setdefault(tokenizer, {})
+def _prompt_tokens(before: str, tokenizer: Tokenizer) -> _PromptTokens:
+    known = _PROMPT_TOKENS.setdefault(tokenizer, {})
     key = len(tokenizer), before
     if key in known:
         return known[key]
     tokens, covered = encode_with_offsets(tokenizer, before)
     something = covered[:, 1] > 0
     control_tokens = len(written_out(tokens, covered, before, tokenizer))
-    asked = _Asked(tokens[something], covered[something], control_tokens)
+    prompt = _PromptTokens(tokens[something], covered[something], control_tokens)
     if len(before) <= _SHORT:
         if len(known) >= _REMEMBERED:
             known.clear()
-        known[key] = asked
-    return asked
+        known[key] = prompt
+    return prompt

@@ -1,4 +1,4 @@
-"""What is needed of a tokenizer: mlx-lm's wrapper around one of transformers has it, and so has that one alone."""
+"""The interface of a tokenizer that mlx_nb needs: mlx-lm's wrapper has it, and so has a bare transformers tokenizer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 
 class Tokenizer(Protocol):
-    """Text to tokens and back; each member is that of `transformers`, but for the last four, which are mlx-lm's."""
+    """Text to tokens and back; members are those of `transformers`, except the last four, which are mlx-lm's."""
 
     bos_token: str | None
     bos_token_id: int | None
@@ -19,13 +19,13 @@ class Tokenizer(Protocol):
     split_special_tokens: bool
 
     def __len__(self) -> int:
-        """How many tokens it has, those that were added too."""
+        """Number of tokens, including added ones."""
 
     def __call__(self, text: str, **options: Any) -> Any:
-        """The tokens of a text, with what `options` ask for."""
+        """The tokens of a text; `options` as in transformers."""
 
     def get_vocab(self) -> dict[str, int]:
-        """The number of each entry."""
+        """The id of each vocabulary entry."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The tokens of a text."""
@@ -37,12 +37,12 @@ class Tokenizer(Protocol):
         """Their entries in the vocabulary."""
 
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
-        """A conversation as text, or as tokens."""
+        """Render a conversation as text or tokens."""
 
     def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
-        """The template that is used, of those that there are."""
+        """The template in use, if there are several."""
 
     has_chat_template: bool
-    _chat_template: Any  # code of mlx-lm's own that renders for some models
+    _chat_template: Any  # mlx-lm's own rendering code for some models
     eos_token_ids: Collection[int]
     detokenizer: Any

@@ -1,8 +1,8 @@
-"""Messages and tools as a chat template is given them: for training, for rollouts, and whenever the model is asked.
+"""Messages and tools in the form that a chat template expects: for training, rollouts and generation.
 
-The arguments of a tool call come as an object, or as the JSON text of one (every export of OpenAI). Templates want
-one of the two: `tojson` writes a text with its quotes escaped, `+` takes no object. Which one is found out by
-rendering; both are then given in that form, so that they become the same tokens.
+The arguments of a tool call are an object, or the JSON text of one (in every export of OpenAI). Templates expect one of
+the two: `tojson` writes a text with its quotes escaped, `+` does not accept an object. Rendering shows which; both are
+then passed in that form, so that they become the same tokens.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from mlx_nb.data.masks.tool_values import NotJson, ValueRemarks, read_arguments,
 from mlx_nb.errors import MaskRefused
 
 _FLAGS = ("train", "weight")
-# Words that no template writes by itself, and that none looks for.
+# Words that no template writes or looks for.
 _KEY, _WORD, _NUMBER_KEY, _RESULT = "quillon", "tressic", "oblenar", "pelvorn"
 _ARGUMENTS = {_KEY: _WORD, _NUMBER_KEY: 7}
 
 
 @dataclass(frozen=True)
 class ArgumentsForm:
-    """In which form a chat template writes the arguments of a tool call.
+    """The form in which a chat template writes the arguments of a tool call.
 
-    as_object   it is given an object; else the JSON text of one
-    takes_text  a text is written as it stands
+    as_object   it expects an object; otherwise the JSON text of one
+    takes_text  a text is written verbatim
     """
 
     as_object: bool
@@ -38,12 +38,12 @@ class ArgumentsForm:
 
 @dataclass(frozen=True)
 class ShownConversation:
-    """What a chat template is given.
+    """The input of a chat template.
 
-    messages  without nulls and without the marks for training, as many as before
+    messages  without nulls and training marks, as many as before
     tools     None without any
-    problems  what a person should know about the values in tool calls and tools
-    notes     what was changed about them by rule
+    problems  what the user should know about the values in tool calls and tools
+    notes     what was changed in them by rule
     """
 
     messages: list[dict[str, Any]]
@@ -58,9 +58,9 @@ _FORMS: dict[tuple[str, bool], ArgumentsForm] = {}
 def shown_conversation(
     messages: Sequence[Message], tools: Sequence[Any] | None, tokenizer: Tokenizer
 ) -> ShownConversation:
-    """The messages and tools in the form that the tokenizer's chat template wants them.
+    """Convert messages and tools to the form that the tokenizer's chat template expects.
 
-    Raises MaskRefused for a value that cannot be written, and for arguments in a form that the template cannot take.
+    Raises MaskRefused for a value that cannot be written, and for arguments in a form that the template cannot use.
     """
     of_tools = _Writer("the tools")
     shown_tools = [of_tools.written(tool, "") for tool in tools or ()] or None
@@ -81,8 +81,8 @@ def shown_conversation(
 
 
 def arguments_form(tokenizer: Tokenizer, *, with_tools: bool) -> ArgumentsForm:
-    """How the tokenizer's chat template writes arguments, found out once for each template."""
-    # mlx-lm's wrapper renders some models by code of its own.
+    """How the tokenizer's chat template writes arguments; studied once for each template."""
+    # mlx-lm's wrapper renders some models with code of its own.
     source = repr([getattr(tokenizer, name, None) for name in ("chat_template", "_chat_template")])
     key = (source, with_tools)
     if key not in _FORMS:
@@ -106,7 +106,7 @@ def _study_form(tokenizer: Tokenizer, tools: list[Any] | None) -> ArgumentsForm:
 
 
 def _render_call(tokenizer: Tokenizer, arguments: Any, tools: list[Any] | None, answered: bool) -> str | None:
-    """The rendered text, or None when the template refuses."""
+    """The rendered text, or None if the template refuses."""
     call = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": arguments}}
     messages: list[dict[str, Any]] = [
         {"role": "user", "content": "a"},
@@ -119,12 +119,12 @@ def _render_call(tokenizer: Tokenizer, arguments: Any, tools: list[Any] | None, 
     try:
         result: str | None = tokenizer.apply_chat_template(messages, tokenize=False, **given)
         return result
-    except Exception:  # a template is a program of its own and raises what it likes
+    except Exception:  # a template is a program and may raise anything
         return None
 
 
 def _without_nulls(value: Any) -> Any:
-    """A field of a message that is no tool call: templates hardly ever write it."""
+    """A field of a message that is not a tool call, without nulls: templates hardly ever write it."""
     try:
         return written_value(value, ValueRemarks(), "")
     except (NotJson, RecursionError):
@@ -132,7 +132,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 class _Writer:
-    """Writes the values of one message, or of the tools, and remembers what happened to them."""
+    """Writes the values of one message, or of the tools, and records what was changed."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -150,7 +150,7 @@ class _Writer:
             raise MaskRefused(f"{self.name} is nested too deeply to write. Drop the row.") from None
 
     def call(self, call: Any, form: ArgumentsForm) -> Any:
-        """A tool call, alone or as a `function`, with its arguments in the form that the template wants."""
+        """A tool call, alone or as a `function`, with its arguments in the form that the template expects."""
         if not isinstance(call, Mapping):
             return self.written(call, "tool_calls")
         if isinstance(function := call.get("function"), Mapping):

@@ -1,9 +1,8 @@
-"""Values in tool calls and descriptions of tools as they are written for the model: the same from every kind of file.
+"""Values in tool calls and tool descriptions as written for the model: the same for every kind of file.
 
-Tables (Arrow, parquet, pandas) give an object the keys of all others as nulls, make 1 to 1.0, and texts to times. Once
-that has happened it cannot be told from what a person wrote, so objects are read by one rule, wherever they come
-from: a null is left out, and a whole number has no decimal point. A JSON text goes through tables unharmed, so nulls
-in it stay.
+Tables (Arrow, parquet, pandas) give an object the keys of all others as nulls, turn 1 into 1.0, and texts into times.
+Afterwards that cannot be distinguished from what the user wrote, so all objects are read by one rule: a null is left
+out, and a whole number has no decimal point. A JSON text passes through tables unchanged, so nulls in it stay.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from mlx_nb.data.sources.row_values import OddRow, refuse_odd_value
 
 _EXACT_WHOLE = 2.0**53
 NULLS, WHOLE, TIMES, REPEATED, INEXACT = "nulls", "whole", "times", "repeated", "inexact"
-# What happened to values, and whether it is only worth a note: {where} is the first place.
+# Remarks about values, and whether each is only a note: {where} is the first place.
 _SENTENCES = {
     NULLS: (
         "null is left out, such as at {where} ({count} in all): in a table it says that the row has no such key. "
@@ -46,22 +45,22 @@ _SENTENCES = {
 
 
 class NotJson(ValueError):
-    """A value that no JSON can hold. The message says which and where, without a full stop."""
+    """A value that JSON cannot hold. The message says which and where, without a full stop."""
 
 
 @dataclass
 class ValueRemarks:
-    """What happened to values on their way to the model, by kind: how often, and where first."""
+    """Remarks about the values passed to the model, by kind: how often, and where first."""
 
     found: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def add(self, kind: str, where: str) -> None:
-        """Count a remark; `where` is kept of the first of its kind."""
+        """Count a remark; `where` is stored for the first of its kind."""
         count, first = self.found.get(kind, (0, where))
         self.found[kind] = (count + 1, first)
 
     def sentences(self, *, notes: bool) -> Iterator[str]:
-        """What is worth a note, or what is a problem, in words."""
+        """The remarks as sentences: either the notes or the problems."""
         for kind, (count, where) in self.found.items():
             sentence, only_a_note = _SENTENCES[kind]
             if only_a_note == notes:
@@ -104,9 +103,9 @@ def written_value(value: Any, remarks: ValueRemarks, where: str, *, keep_nulls: 
 
 
 def read_arguments(text: str, remarks: ValueRemarks) -> dict[str, Any]:
-    """The object in a JSON text; an empty text is one without keys. Raises NotJson.
+    """The object in a JSON text; an empty text is an object without keys. Raises NotJson.
 
-    Nulls in it stay. A key that comes twice and a number that cannot be kept exactly are among the remarks.
+    Nulls in it stay. A repeated key and a number that cannot be stored exactly are among the remarks.
     """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -155,7 +154,7 @@ def _number(value: float, remarks: ValueRemarks, where: str) -> float | int:
 
 
 def _time(value: datetime.date | datetime.time) -> str:
-    """ISO 8601; a day alone where a table made midnight of it."""
+    """ISO 8601; only the date if a table turned a date into midnight."""
     midnight = isinstance(value, datetime.datetime) and value.tzinfo is None and value.time() == datetime.time()
     return value.isoformat()[:10] if midnight else value.isoformat()
 

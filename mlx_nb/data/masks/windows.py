@@ -1,7 +1,8 @@
-"""Short stand-ins for a long conversation: its beginning, the messages around one of them, its last question.
+"""Windows: short conversations that stand in for a long one at one of its messages.
 
-What a chat template writes around a message hardly ever depends on more. Who uses a window proves on the whole text
-that it does not, and asks with the whole conversation where it does.
+A window has the beginning, the messages around the one in question, and the last question. What a chat template writes
+around a message hardly ever depends on more. Callers verify that on the whole text, and use the whole conversation if
+it fails.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from typing import Any
 
 from mlx_nb.data.masks.template_facts import STRUCTURAL_KEYS, Message
 
-# Up to here every beginning of a conversation is rendered as it is.
+# Up to this length every prefix of a conversation is rendered as it is.
 LONG = 48
-# How many messages before the one in question are in its window at least, and how far its edges are moved to fit.
+# Minimum number of messages before the one in question, and how far the window's edges may be shifted to fit.
 _BEFORE, _AFTER, _MOVED = 8, 3, 8
 _IDENTIFIERS = frozenset({"id", "tool_call_id"})
 _WORDS = re.compile(r"[^\W_].*[^\W_]|[^\W_]", re.DOTALL)
@@ -24,11 +25,11 @@ _WORDS = re.compile(r"[^\W_].*[^\W_]|[^\W_]", re.DOTALL)
 
 @dataclass(frozen=True)
 class Window:
-    """The messages of a conversation that stand for all of it where one of them is in question.
+    """The messages of a conversation that stand in for all of it at one of them.
 
-    indexes  which they are, in order
-    slot     where among them the one in question is
-    shape    equal for windows that a template can hardly treat in different ways
+    indexes  their indices, in order
+    slot     the index among them of the message in question
+    shape    equal for windows that a template can hardly treat differently
     """
 
     indexes: tuple[int, ...]
@@ -37,7 +38,10 @@ class Window:
 
 
 class Windows:
-    """The windows of a conversation. `constants` are what its template looks for inside texts, longest first."""
+    """The windows of a conversation.
+
+    `constants` are strings that its template looks for inside texts, longest first.
+    """
 
     def __init__(self, messages: Sequence[Message], constants: Sequence[str]) -> None:
         self._roles = [message.get("role") for message in messages]
@@ -62,42 +66,42 @@ class Windows:
         return Window((*before, i, *after), len(before), shape)
 
     def _end_of_beginning(self) -> int:
-        """All before the second question, or else before the first: what follows begins with a question as well."""
+        """The end of what precedes the second question, or else the first: the next message is a question."""
         early = [user for user in self._users[:2] if user <= 2 * _MOVED]
         return early[-1] if early and early[-1] else min(4, len(self._roles))
 
     def _before(self, i: int) -> list[int]:
-        """The beginning, the last question before, and what lies between; or only what is near the message.
+        """Indices of the beginning, the last question before, and what lies between; or only the nearest messages.
 
-        Where messages are left out, one follows that has the role of the first of them.
+        If messages are left out, the next one has the role of the first of them.
         """
         if i - _BEFORE <= self._beginning:
             return list(range(i))
         start = i - _BEFORE
         place = bisect_right(self._users, start)
-        asked = self._users[place - 1] if place else -1
-        if asked < self._beginning:
+        question = self._users[place - 1] if place else -1
+        if question < self._beginning:
             return [*range(self._beginning), *range(start, i)]
-        if start - asked <= _MOVED:
-            return [*range(self._beginning), *range(asked, i)]
-        places = range(start, max(start - _MOVED, asked), -1)
-        start = next((k for k in places if self._roles[k] == self._roles[asked + 1]), start)
-        return [*range(self._beginning), asked, *range(start, i)]
+        if start - question <= _MOVED:
+            return [*range(self._beginning), *range(question, i)]
+        places = range(start, max(start - _MOVED, question), -1)
+        start = next((k for k in places if self._roles[k] == self._roles[question + 1]), start)
+        return [*range(self._beginning), question, *range(start, i)]
 
     def _after(self, i: int) -> list[int]:
-        """What follows, and the last question of the conversation with its answer."""
+        """Indices of the following messages, and of the last question of the conversation with its answer."""
         count, nearest = len(self._roles), i + _AFTER
         if count <= nearest + _MOVED:
             return list(range(i + 1, count))
-        asked = self._users[-1] if self._users else -1
-        if asked < nearest:
+        question = self._users[-1] if self._users else -1
+        if question < nearest:
             return list(range(i + 1, nearest))
-        places = range(nearest, min(nearest + _MOVED, asked + 1))
-        end = next((k for k in places if self._roles[k - 1] == self._roles[asked - 1]), nearest)
-        return [*range(i + 1, end), *range(asked, min(asked + 2, count))]
+        places = range(nearest, min(nearest + _MOVED, question + 1))
+        end = next((k for k in places if self._roles[k - 1] == self._roles[question - 1]), nearest)
+        return [*range(i + 1, end), *range(question, min(question + 2, count))]
 
     def _outline(self, value: Any, key: str) -> Hashable:
-        """A value with everything that a template may branch on; of words only that there are some."""
+        """A value reduced to what a template may branch on; words only by their presence."""
         if isinstance(value, str):
             if key in STRUCTURAL_KEYS:
                 return len(value) if key in _IDENTIFIERS else value
@@ -115,7 +119,7 @@ class Windows:
         return value if value is None or isinstance(value, bool) else type(value).__name__
 
     def _sketch(self, value: Any, key: str) -> Hashable:
-        """Less of a value: enough to tell what a template makes of messages that are farther away."""
+        """A coarser outline, for messages that are farther away."""
         if isinstance(value, str):
             if key in STRUCTURAL_KEYS:
                 return value if key == "role" else None

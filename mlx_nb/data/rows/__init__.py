@@ -1,1 +1,1 @@
-"""What a row is: recognized by its columns, read in the words of many tools, refused in one line."""
+"""Rows: recognized by their columns, in the vocabularies of many tools, or refused in one line."""

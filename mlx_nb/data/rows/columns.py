@@ -1,4 +1,4 @@
-"""The values in the columns of a row: texts, messages, system prompts, tools. What is wrong is said in one line."""
+"""Reads the values in a row's columns: texts, messages, system prompts, tools. Errors are one line."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_nb.config.checks import CALLING, MESSAGE_ROLES
-from mlx_nb.data.rows.message_lists import spread
-from mlx_nb.data.rows.roles import calls_in_text, joined_calls, known_role, whole_call, whole_tool
+from mlx_nb.data.rows.message_lists import to_messages
+from mlx_nb.data.rows.roles import calls_in_text, joined_calls, known_role, normalized_call, normalized_tool
 from mlx_nb.data.sources.plain_values import plain_value
 from mlx_nb.data.sources.row_values import DEEPEST, MOST_DIGITS, is_known, refuse_odd_value
 from mlx_nb.errors import DataError, and_more, did_you_mean, shown
@@ -24,10 +24,10 @@ class Columns:
 
     In the settings these are `chat_feature` (messages), `prompt_feature`, `completion_feature`, `text_feature`,
     `system_feature`, `chosen_feature`, `rejected_feature`, `label_feature`, `answer_feature` and
-    `preference_score_feature`. Naming a column also chooses the shape: with `prompt` set, a row is read as
-    prompt + completion even when it has a `messages` column too.
+    `preference_score_feature`. Naming a column also chooses the shape: with `prompt` set, a row is read as prompt +
+    completion even if it also has a `messages` column.
 
-    roles  the person's own words for who speaks, and what they stand for
+    roles  the user's own role words, and the roles they map to
     """
 
     messages: str | None = None
@@ -48,8 +48,8 @@ AUTOMATIC = Columns()
 
 
 @contextmanager
-def placed(row: int | None, location: str) -> Iterator[None]:
-    """Errors inside are told with the row and its location in front, their kind unchanged."""
+def errors_at(row: int | None, location: str) -> Iterator[None]:
+    """A context that prefixes errors with the row and its location, keeping their type."""
     try:
         yield
     except DataError as error:
@@ -63,7 +63,7 @@ def _place(row: int | None, location: str) -> str:
 
 
 def read_system(record: Mapping[str, Any], columns: Columns) -> str | None:
-    """The system prompt of the row's own column; None without one."""
+    """The system prompt in the row's own column; None without one."""
     column = columns.system or "system"
     if columns.system and column not in record:
         raise DataError(f"{missing_column(record, (column,))} A row without a system prompt needs null there.")
@@ -86,16 +86,16 @@ def read_tools(record: Mapping[str, Any], columns: Columns) -> list[dict[str, An
         value = [decoded(tool, f"{column}[{index}]") for index, tool in enumerate(value)]
     if not isinstance(value, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in value):
         raise DataError(f"`{column}` must be a list of tool descriptions (objects), not {kind_of_value(value)}.")
-    return [whole_tool(tool) for tool in value] or None
+    return [normalized_tool(tool) for tool in value] or None
 
 
 def read_messages(value: Any, column: str, roles: Mapping[str, str] = AUTOMATIC.roles) -> Messages:
-    """A list of messages, also from JSON text; at least one, each with the keys `role` and `content`.
+    """Read a list of messages, also from JSON text; at least one, each with the keys `role` and `content`.
 
     Messages that are tool calls become part of the assistant's turn before them. `roles` as in Columns.
     """
     value = decoded(value, column)
-    value = spread(writable(value, f"`{column}`"))
+    value = to_messages(writable(value, f"`{column}`"))
     if not isinstance(value, (list, tuple)):
         raise DataError(
             f"`{column}` must be a list of messages such as {{role: user, content: ...}}, not {kind_of_value(value)}."
@@ -106,7 +106,7 @@ def read_messages(value: Any, column: str, roles: Mapping[str, str] = AUTOMATIC.
 
 
 def _read_message(value: Any, where: str, roles: Mapping[str, str]) -> tuple[dict[str, Any], bool]:
-    """A message, and whether it is nothing but a tool call."""
+    """A message, and whether it is only a tool call."""
     if not isinstance(value, Mapping):
         raise DataError(f"{where} must be an object with role and content, not {kind_of_value(value)}.")
     fields = {key: item for key, item in value.items() if item is not None}
@@ -132,7 +132,7 @@ def _read_message(value: Any, where: str, roles: Mapping[str, str]) -> tuple[dic
 
 
 def _read_calls(fields: dict[str, Any], where: str) -> list[dict[str, Any]]:
-    """The tool calls of a message, taken out of its fields; also the one that older exports have as function_call."""
+    """The tool calls of a message, removed from its fields; also an older export's function_call."""
     older = decoded(fields.pop("function_call", None), f"{where.strip('`')}.function_call")
     calls = decoded(fields.pop("tool_calls", None), f"{where.strip('`')}.tool_calls")
     if older is not None and not isinstance(older, Mapping):
@@ -144,7 +144,7 @@ def _read_calls(fields: dict[str, Any], where: str) -> list[dict[str, Any]]:
         calls = [decoded(call, f"{where.strip('`')}.tool_calls[{index}]") for index, call in enumerate(calls)]
     if not isinstance(calls, (list, tuple)) or not all(isinstance(call, Mapping) for call in calls):
         raise DataError(f"tool_calls of {where} must be a list of objects, not {kind_of_value(calls)}.")
-    return [whole_call(call) for call in calls]
+    return [normalized_call(call) for call in calls]
 
 
 def _read_role(role: Any, message: Mapping[str, Any], where: str, roles: Mapping[str, str]) -> str:
@@ -158,7 +158,7 @@ def _read_role(role: Any, message: Mapping[str, Any], where: str, roles: Mapping
 
 LARGEST_WEIGHT = 1_000_000
 
-# What the APIs that messages come from call a part that is text.
+# The names of text parts in the APIs that messages come from.
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -188,7 +188,7 @@ def _check_training_marks(message: Mapping[str, Any], where: str) -> None:
 
 
 def read_text(value: Any, where: str) -> str:
-    """A text that a tokenizer can take."""
+    """A text that can be tokenized."""
     if not isinstance(value, str):
         raise DataError(f"{where} must be text, not {kind_of_value(value)}.")
     _refuse_half_pair(value, where)
@@ -196,7 +196,7 @@ def read_text(value: Any, where: str) -> str:
 
 
 def _refuse_half_pair(text: str, where: str) -> None:
-    """A tokenizer fails on it later, far away from the row."""
+    """Refuse lone surrogates, on which a tokenizer would fail later, far away from the row."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -207,7 +207,7 @@ def _refuse_half_pair(text: str, where: str) -> None:
 
 
 def writable(value: Any, where: str) -> Any:
-    """A value as JSON would hold it. Raises DataError where a text or a key inside is none, or it nests without end.
+    """A value as JSON would hold it. Raises DataError if a text or key inside is invalid, or it nests endlessly.
 
     Templates may write every field of a message, so all of them count: reasoning, names, arguments, keys.
     """
@@ -235,7 +235,7 @@ def writable(value: Any, where: str) -> Any:
 
 
 def decoded(value: Any, column: str) -> Any:
-    """Parquet and CSV files often hold lists as JSON text."""
+    """The list in a JSON text, as Parquet and CSV files often hold it; other values unchanged."""
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
     try:
@@ -251,7 +251,7 @@ def decoded(value: Any, column: str) -> Any:
 
 
 def missing_column(record: Mapping[str, Any], needed: tuple[str, ...]) -> str:
-    """Which of the needed columns is not there, or is there but null; one of them must be."""
+    """The error about needed columns, of which one must exist: which is missing, or is null."""
     for column in needed:
         if column not in record:
             near = did_you_mean(column, map(str, record))
@@ -261,9 +261,9 @@ def missing_column(record: Mapping[str, Any], needed: tuple[str, ...]) -> str:
 
 
 def by_example(record: Mapping[str, Any], texts: Sequence[str], others: Sequence[str] = ()) -> str:
-    """The settings `texts` and `others` written with the row's own columns, those of texts and the rest, in its order.
+    """Advice with the settings `texts` and `others` filled in with the row's own columns, in their order.
 
-    Which is which a person has to say; empty where the row has too few of either, or its names are no plain words.
+    Which is which the user has to decide; empty if the row has too few columns, or their names are not plain words.
     """
     named = {name: value for name, value in record.items() if isinstance(name, str) and name.isidentifier()}
     of_texts = [name for name, value in named.items() if isinstance(value, str)]
@@ -281,7 +281,7 @@ def listed(names: Iterable[Any]) -> str:
 
 
 def kind_of_value(value: Any) -> str:
-    """What a value is, in the words of a data file."""
+    """The type of a value, in the words of a data file."""
     if value is None:
         return "null"
     if isinstance(value, bool):

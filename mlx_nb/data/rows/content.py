@@ -1,4 +1,4 @@
-"""What a row says, whatever its kind: what views, the data check and remarks ask of it."""
+"""RowContent: the interface of a recognized row of any kind, for views, the data check and remarks."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ class RowContent(Protocol):
 
     @property
     def from_texts(self) -> bool:
-        """Whether its messages are texts of the row, perhaps with its system prompt or tools."""
+        """Whether its messages were made from texts, perhaps with its system prompt or tools."""
 
     @property
     def shape(self) -> str:
-        """What it is made of, in words: `chat`, `pair of texts`."""
+        """Its shape in words: `chat`, `pair of texts`."""
 
     def parts(self) -> dict[str, TextOrMessages]:
-        """Its texts and messages by name, in order: of a pair the prompt and both answers. A plain text has none."""
+        """Its texts and messages by name, in order: for a pair the prompt and both answers. Empty for plain text."""
 
-    def spoken(self) -> TextOrMessages:
-        """What tells it from other rows: of rows that differ by their answers, or have none, the prompt alone."""
+    def distinctive(self) -> TextOrMessages:
+        """The part compared with other rows: for rows that differ in their answers, or have none, only the prompt."""
 
     def question(self) -> list[Any] | None:
-        """The prompt, and the tools with it, that another row may ask again; None where the whole row is compared."""
+        """The prompt with its tools, for finding repeated prompts; None if the whole row is compared."""
 
-    def marks(self) -> dict[str, Any]:
-        """What a person said about the answers, by name, such as the label."""
+    def ratings(self) -> dict[str, Any]:
+        """The user's ratings of the answers by name, such as the label."""
 
-    def given(self) -> dict[str, Any]:
-        """What it holds for the rewards of its completions, by column."""
+    def reward_columns(self) -> dict[str, Any]:
+        """The columns for the rewards of its completions, by name."""
 
 
 def is_of_messages(content: RowContent) -> bool:
-    """Whether a row is made of messages, which only a chat template turns into text."""
+    """Whether a row consists of messages, which only a chat template turns into text."""
     return not content.from_texts and any(not isinstance(text, str) for text in content.parts().values())

@@ -1,4 +1,7 @@
-"""How other tools write what is said and asked: dialogs as one text, messages as JSON text, questions with history."""
+"""Other tools' ways to write conversations: dialogs as one text, messages as JSON text, questions with history.
+
+The tuples at the top are the column names that are recognized; a new alias goes there.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,11 @@ from mlx_nb.data.sources.row_source import is_of_messages
 from mlx_nb.errors import DataError
 
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
-# Alpaca, Dolly and ms-swift: what is asked, what it is asked about, and what was said before.
+# Alpaca, Dolly and ms-swift: the columns of the question, of its input, and of earlier turns.
 ASKING_COLUMNS = ("instruction", "query")
 _ASKED_ABOUT = ("input", "context")
 ANSWERING_COLUMNS = ("output", "response")
-# Columns of pairs and labels in which a question may be, besides `prompt`.
+# Columns of pairs and labels that may hold the question, besides `prompt`.
 _QUESTION_COLUMNS = ("question", "problem", "input")
 _ANSWER_COLUMNS = ("completion", "response", "output", "answer")
 _LABEL_COLUMNS = ("label", "kto_tag")
@@ -23,7 +26,7 @@ _BETTER = ("chosen", "preferred", "accepted", "better")
 _WORSE = ("rejected", "dispreferred", "non_preferred", "nonpreferred", "unpreferred", "worse")
 _NOUNS = ("response", "answer", "output", "completion", "reply", "text", "message", "messages", "conversation")
 
-# Of an object alone in a JSON text, only these roles say that it is a message and not an answer in JSON.
+# A lone object in a JSON text is a message only with one of these roles; otherwise it is an answer in JSON.
 _ANSWERING_ROLES = ("assistant", "gpt", "user", "human")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
@@ -33,8 +36,11 @@ _SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 
 def read_text_or_messages(value: Any, column: str, roles: Mapping[str, str]) -> Any:
-    """A text, or messages: a list of them, one alone, an object with `messages`, any of them as JSON text, or a
-    dialog as one text (see `dialog`)."""
+    """A text, or messages in any of the supported forms.
+
+    Those are a list of messages, one message, an object with `messages`, any of them as JSON text, or a dialog as one
+    text (see `dialog`).
+    """
     if isinstance(value, str):
         value = from_json(value)
     if isinstance(value, str):
@@ -53,9 +59,9 @@ def read_text_or_messages(value: Any, column: str, roles: Mapping[str, str]) -> 
 
 
 def dialog(text: str) -> Messages | None:
-    """The messages of a text such as HH-RLHF's `\\n\\nHuman: Hi\\n\\nAssistant: Hello`; None for any other text.
+    r"""The messages of a text such as HH-RLHF's `\n\nHuman: Hi\n\nAssistant: Hello`; None for any other text.
 
-    The last `Assistant:` of a prompt, with nothing after it, is no message.
+    A trailing `Assistant:` with nothing after it is not a message.
     """
     if not text.lstrip().startswith("Human:") or "\n\nAssistant:" not in text:
         return None
@@ -65,18 +71,18 @@ def dialog(text: str) -> Messages | None:
 
 
 def from_json(text: str) -> Any:
-    """The messages in a JSON text; the text itself where it is anything else, such as an answer in JSON."""
+    """The messages in a JSON text; the text itself if it is anything else, such as an answer in JSON."""
     try:
         value = decoded(text, "")
     except DataError:
         return text
     if isinstance(value, Mapping) and "messages" not in value:
-        return value if _speaks(value) else text
+        return value if _is_message(value) else text
     messages = value["messages"] if isinstance(value, Mapping) else value
     return value if is_of_messages(messages) else text
 
 
-def _speaks(item: Mapping[str, Any]) -> bool:
+def _is_message(item: Mapping[str, Any]) -> bool:
     role = item.get("role", item.get("from"))
     return isinstance(role, str) and role in _ANSWERING_ROLES and bool({"content", "value", "tool_calls"} & set(item))
 
@@ -85,13 +91,13 @@ def _speaks(item: Mapping[str, Any]) -> bool:
 
 
 def question(record: Mapping[str, Any], column: str, roles: Mapping[str, str]) -> Any:
-    """What a text column asks, with `input` or `context` below it; with a `history`, the messages up to it."""
-    asked = read_text(record[column], f"`{column}`")
+    """The question in a text column, followed by `input` or `context`; with a `history`, the messages up to it."""
+    prompt = read_text(record[column], f"`{column}`")
     about = next((name for name in _ASKED_ABOUT if name != column and record.get(name)), None)
     if about and column in ASKING_COLUMNS:
-        asked = f"{asked}\n\n{read_text(record[about], f'`{about}`')}"
+        prompt = f"{prompt}\n\n{read_text(record[about], f'`{about}`')}"
     before = _history(record, roles)
-    return [*before, {"role": "user", "content": asked}] if before else asked
+    return [*before, {"role": "user", "content": prompt}] if before else prompt
 
 
 def asking_columns(record: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -102,7 +108,7 @@ def asking_columns(record: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def question_column(record: Mapping[str, Any]) -> str | None:
-    """The column, besides `prompt`, that a judged answer answers. Raises DataError where several could be meant."""
+    """The column, besides `prompt`, with the question of a judged answer. Raises DataError if it is ambiguous."""
     found = _filled(record, CONVERSATION_COLUMNS) or _filled(record, ASKING_COLUMNS)
     if found:
         return found[0]
@@ -129,12 +135,12 @@ def _history(record: Mapping[str, Any], roles: Mapping[str, str]) -> Messages:
 
 
 def conversation_column(record: Mapping[str, Any]) -> str | None:
-    """The first column of a conversation."""
+    """The first column with a conversation."""
     return next(iter(_filled(record, CONVERSATION_COLUMNS)), None)
 
 
 def chosen_column(record: Mapping[str, Any]) -> str | None:
-    """The column of the better answer; beside a worse one, an answer without such a word is the better one."""
+    """The column of the better answer; next to a worse one, an answer without such a word is the better one."""
     found = _judged(record, _BETTER)
     if found or not rejected_column(record):
         return found
@@ -181,7 +187,7 @@ def _only(found: list[str], what: str) -> str | None:
 
 
 def looks_like(record: Mapping[str, Any]) -> str:
-    """What a row is that its method cannot read, and what to do with it; empty when it is nothing known."""
+    """What kind of row it is if its method cannot read it, and what to do with it; empty if unknown."""
     names = set(map(str, record))
     answered = {"prompt", "completion"} <= names or bool(names & set(CONVERSATION_COLUMNS))
     if isinstance(record.get("labels"), (list, tuple)) and "completions" in names:

@@ -1,4 +1,4 @@
-"""One row of data to one of the known shapes: a conversation, a prompt with its completion, or plain text."""
+"""Recognizes rows to imitate: a conversation, a prompt with its completion, or plain text."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ _COMPLETION_WORDS = ("completion", "chosen", "answer", "response", "output", "re
 
 
 class _Imitated:
-    """What all rows to imitate have in common: their answers are neither judged nor rewarded."""
+    """Common base of rows to imitate, whose answers are neither judged nor rewarded."""
 
     def question(self) -> None:
-        """They are compared whole, not by their prompts."""
+        """None: these rows are compared as a whole, not by their prompts."""
 
-    def marks(self) -> dict[str, Any]:
-        """Nothing is said about the answers."""
+    def ratings(self) -> dict[str, Any]:
+        """Empty: there are no ratings."""
         return {}
 
-    def given(self) -> dict[str, Any]:
-        """There are no rewards."""
+    def reward_columns(self) -> dict[str, Any]:
+        """Empty: there are no rewards."""
         return {}
 
 
 @dataclass(frozen=True)
 class ChatRow(_Imitated):
-    """A conversation. `messages` have `role` and `content`; `train: False` marks one never trained.
+    """A conversation. `messages` have `role` and `content`; `train: False` marks one that is never trained.
 
     `from_texts`: the row has a prompt and a completion as strings, perhaps with a system prompt or tools.
     """
@@ -71,7 +71,7 @@ class ChatRow(_Imitated):
         """The messages."""
         return {"": self.messages}
 
-    def spoken(self) -> TextOrMessages:
+    def distinctive(self) -> TextOrMessages:
         """The messages."""
         return self.messages
 
@@ -90,7 +90,7 @@ class PromptCompletionRow(_Imitated):
         """Both texts."""
         return {"prompt": self.prompt, "completion": self.completion}
 
-    def spoken(self) -> TextOrMessages:
+    def distinctive(self) -> TextOrMessages:
         """Both texts."""
         return f"{self.prompt}\n{self.completion}"
 
@@ -105,10 +105,10 @@ class TextRow(_Imitated):
     shape = "text"
 
     def parts(self) -> dict[str, TextOrMessages]:
-        """A plain text has no turns."""
+        """Empty: a plain text has no turns."""
         return {}
 
-    def spoken(self) -> TextOrMessages:
+    def distinctive(self) -> TextOrMessages:
         """The text."""
         return self.text
 
@@ -119,7 +119,7 @@ _Builder = Callable[[Mapping[str, Any], Columns], Row]
 
 
 def token_row(record: Mapping[str, Any], columns: Columns) -> Row:
-    """The shape of one row; the first of these whose columns are there and not null.
+    """The content of one row; the first of these shapes whose columns exist and are not null.
 
     messages                        ChatRow, also from a JSON string; `from`/`value` count as `role`/`content`
     conversations, conversation     the same (ShareGPT)
@@ -129,8 +129,8 @@ def token_row(record: Mapping[str, Any], columns: Columns) -> Row:
                                     also query, context and response (Dolly, ms-swift)
     text                            TextRow; ChatRow if the text is a dialog of `Human:` and `Assistant:` (HH-RLHF)
 
-    A `system` column becomes the first message, unless the conversation already starts with one. `record` is
-    not changed. Raises DataError: one line, what is wrong.
+    A `system` column becomes the first message, unless the conversation already starts with one. `record` is not
+    changed. Raises DataError in one line.
     """
     return _builder(record, columns)(record, columns)
 
@@ -167,8 +167,8 @@ def _prompt_completion(record: Mapping[str, Any], columns: Columns) -> Row:
         completion = as_messages("assistant", completion.strip())
     if isinstance(completion, list):
         prompt = as_messages("user", prompt)
-        asked = [{**message, "train": False} for message in prompt]
-        return chat_row(asked + completion, record, columns)
+        untrained_prompt = [{**message, "train": False} for message in prompt]
+        return chat_row(untrained_prompt + completion, record, columns)
     if isinstance(prompt, list):
         raise DataError(
             f"`{prompt_column}` is {kind_of_value(prompt)} and `{completion_column}` is {kind_of_value(completion)}. "
@@ -187,11 +187,11 @@ def _text_or_messages(value: Any, column: str, roles: Mapping[str, str]) -> Any:
 
 def _alpaca(record: Mapping[str, Any], columns: Columns) -> Row:
     asking, answering = asking_columns(record) or ("instruction", "output")
-    asked = question(record, asking, columns.roles)
-    answered = _text_or_messages(record[answering], answering, columns.roles)
-    if isinstance(asked, str) and isinstance(answered, str):
-        return chat_row(_turn(asked, answered), record, columns, from_texts=True)
-    return chat_row([*as_messages("user", asked), *as_messages("assistant", answered)], record, columns)
+    prompt = question(record, asking, columns.roles)
+    answer = _text_or_messages(record[answering], answering, columns.roles)
+    if isinstance(prompt, str) and isinstance(answer, str):
+        return chat_row(_turn(prompt, answer), record, columns, from_texts=True)
+    return chat_row([*as_messages("user", prompt), *as_messages("assistant", answer)], record, columns)
 
 
 def _text_row(record: Mapping[str, Any], columns: Columns) -> Row:
@@ -217,8 +217,8 @@ _SHAPES: tuple[tuple[tuple[str, ...], _Builder], ...] = (
 )
 
 
-def _turn(asked: str, answered: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+def _turn(prompt: str, answer: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
 def as_messages(role: str, content: str | Messages) -> Messages:
@@ -227,7 +227,7 @@ def as_messages(role: str, content: str | Messages) -> Messages:
 
 
 def chat_row(messages: Messages, record: Mapping[str, Any], columns: Columns, *, from_texts: bool = False) -> ChatRow:
-    """The messages with the row's system prompt in front, unless they start with one, and with its tools."""
+    """The messages with the row's system prompt first, unless they start with one, and with its tools."""
     system = read_system(record, columns)
     if system and messages[0]["role"] == "system":
         if columns.system and messages[0]["content"] != system:
@@ -243,12 +243,12 @@ def chat_row(messages: Messages, record: Mapping[str, Any], columns: Columns, *,
 def raw_strings(row: ChatRow) -> PromptCompletionRow:
     """The prompt and the completion of a row `from_texts`. Raises DataError for one with a system prompt or tools."""
     refuse_context(row.messages, row.tools)
-    asked, answered = row.messages
-    return PromptCompletionRow(asked["content"], answered["content"])
+    prompt, answer = row.messages
+    return PromptCompletionRow(prompt["content"], answer["content"])
 
 
 def refuse_context(messages: Messages, tools: list[dict[str, Any]] | None) -> None:
-    """Raise DataError for a system prompt or tools beside strings that are to be raw text."""
+    """Raise DataError for a system prompt or tools in a row whose strings are used as raw text."""
     what = "its system prompt" if messages[0]["role"] == "system" else "its tools" if tools else ""
     if what:
         raise DataError(
@@ -267,7 +267,7 @@ def _unknown_shape(record: Mapping[str, Any]) -> str:
 
 
 def _nearest_fix(record: Mapping[str, Any]) -> str:
-    """The setting or the renaming that would most likely make this row readable."""
+    """The setting or renaming that would most likely make this row readable."""
     if chosen_column(record) and rejected_column(record):
         return looks_like(record)
     for column, value in record.items():

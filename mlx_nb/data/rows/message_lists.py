@@ -1,4 +1,4 @@
-"""Lists of messages that are written as columns, or as turns of a question and its answer."""
+"""Converts lists of messages that are written as columns, or as question-answer turns."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 _TURN = {"system": "system", "input": "user", "output": "assistant"}
 
 
-def spread(value: Any) -> Any:
-    """The messages in `{role: [...], content: [...]}`, as the `Sequence` of datasets gives them, and in turns
-    `[{input, output}, ...]`, as Capybara and XTuner have them; anything else as it is."""
+def to_messages(value: Any) -> Any:
+    """The messages in columns `{role: [...], content: [...]}` or turns `[{input, output}, ...]`.
+
+    Columns come from the `Sequence` of datasets, turns from Capybara and XTuner. Any other value is returned unchanged.
+    """
     if isinstance(value, Mapping):
         return _from_columns(value)
     if not isinstance(value, (list, tuple)) or not value or not all(_is_turn(turn) for turn in value):

@@ -1,4 +1,4 @@
-"""Rows that judge answers: a chosen and a rejected answer to one prompt, or one answer with a label."""
+"""Recognizes rows that judge answers: a chosen and a rejected answer to one prompt, or one answer with a label."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ _LABELS: dict[str | float, bool] = {"true": True, "false": False, "1": True, "0"
 class PreferenceRow:
     """Two answers to one prompt, the first better. All three are texts, or all three are messages.
 
-    weight      how much the pair counts (`preference_score`)
+    weight      weight of the pair in the loss (`preference_score`)
     margin      by how much the first is better
-    from_texts  the messages are texts with the row's system prompt or tools
+    from_texts  the messages were made from texts with the row's system prompt or tools
     """
 
     prompt: str | Messages
@@ -67,7 +67,7 @@ class PreferenceRow:
         """The prompt and both answers."""
         return {"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
 
-    def spoken(self) -> TextOrMessages:
+    def distinctive(self) -> TextOrMessages:
         """The prompt alone."""
         return self.prompt
 
@@ -75,16 +75,16 @@ class PreferenceRow:
         """The prompt and the tools."""
         return [self.prompt, self.tools]
 
-    def marks(self) -> dict[str, Any]:
-        """Weight and margin, where they are not those of every pair."""
+    def ratings(self) -> dict[str, Any]:
+        """Weight and margin, if they are not the defaults."""
         return {
             name: value
             for name, value, usual in (("weight", self.weight, 1.0), ("margin", self.margin, 0.0))
             if value != usual
         }
 
-    def given(self) -> dict[str, Any]:
-        """There are no rewards."""
+    def reward_columns(self) -> dict[str, Any]:
+        """Empty: there are no rewards."""
         return {}
 
 
@@ -92,7 +92,7 @@ class PreferenceRow:
 class LabeledRow:
     """An answer to a prompt, and whether it is a good one. Both are texts, or both are messages.
 
-    `from_texts`: the messages are texts with the row's system prompt or tools.
+    `from_texts`: the messages were made from texts with the row's system prompt or tools.
     """
 
     prompt: str | Messages
@@ -110,7 +110,7 @@ class LabeledRow:
         """The prompt and the answer."""
         return {"prompt": self.prompt, "completion": self.completion}
 
-    def spoken(self) -> TextOrMessages:
+    def distinctive(self) -> TextOrMessages:
         """The prompt alone."""
         return self.prompt
 
@@ -118,46 +118,45 @@ class LabeledRow:
         """The prompt and the tools."""
         return [self.prompt, self.tools]
 
-    def marks(self) -> dict[str, Any]:
+    def ratings(self) -> dict[str, Any]:
         """Whether the answer is good."""
         return {"label": self.label}
 
-    def given(self) -> dict[str, Any]:
-        """There are no rewards."""
+    def reward_columns(self) -> dict[str, Any]:
+        """Empty: there are no rewards."""
         return {}
 
 
 class NothingToPrefer(DataError):
-    """The chosen and the rejected answer of a row are the same, as they stand or as the tokens that are trained."""
+    """The chosen and the rejected answer of a row are the same, as given or as trained tokens."""
 
 
 def preference_row(record: Mapping[str, Any], columns: Columns) -> PreferenceRow:
-    """The pair in a row: texts, answers as messages, or whole conversations (the part they share is the prompt).
+    """The pair in a row: texts, answers as messages, or whole conversations (their common beginning is the prompt).
 
-    `{"messages": [...]}` counts as the list in it, and a whole conversation in `messages` beside a rejected answer as
-    what was chosen. Raises NothingToPrefer for two answers that are the same, and DataError for everything else that
-    is not a pair.
+    `{"messages": [...]}` counts as the list in it, and a whole conversation in `messages` next to a rejected answer as
+    the chosen one. Raises NothingToPrefer for two equal answers, and DataError for everything else that is not a pair.
     """
-    record = _unpacked(record)
+    record = _with_input_columns(record)
     chosen_name = columns.chosen or chosen_column(record) or "chosen"
     names = (chosen_name, columns.rejected or rejected_column(record) or "rejected")
-    _require(record, names, PAIR_FORMATS, _what_pair)
+    _require(record, names, PAIR_FORMATS, _advice_on_pair)
     chosen, rejected = (read_text_or_messages(record[name], name, columns.roles) for name in names)
-    asked: Messages | None = None
-    if names[0] in CONVERSATION_COLUMNS and not _whole(rejected):
-        asked, chosen = _last_answer(chosen, names[0])
+    own_prompt: Messages | None = None
+    if names[0] in CONVERSATION_COLUMNS and not _is_conversation(rejected):
+        own_prompt, chosen = _last_answer(chosen, names[0])
         rejected = as_messages("assistant", rejected)
     if isinstance(chosen, str) != isinstance(rejected, str):
         kinds = [kind_of_value(answer) for answer in (chosen, rejected)]
         raise DataError(f"`{names[0]}` is {kinds[0]} and `{names[1]}` is {kinds[1]}. Make both of the same kind.")
     if chosen == rejected:
         raise NothingToPrefer(f"`{names[0]}` and `{names[1]}` are the same: there is nothing to prefer. Drop the row.")
-    if _whole(chosen) or _whole(rejected):
-        prompt, chosen, rejected = _parted(chosen, rejected, names)
+    if _is_conversation(chosen) or _is_conversation(rejected):
+        prompt, chosen, rejected = _split_at_difference(chosen, rejected, names)
         if not all(_is_object(record[name]) for name in names):
-            _check_asked(record, columns, prompt)
+            _check_prompt(record, columns, prompt)
     else:
-        prompt = asked or _prompt(record, columns, PAIR_FORMATS)
+        prompt = own_prompt or _prompt(record, columns, PAIR_FORMATS)
         chosen, rejected = (_after(record, columns, answer) for answer in (chosen, rejected))
     from_texts = all_texts(prompt, chosen, rejected)
     prompt, (chosen, rejected), tools = with_context(prompt, (chosen, rejected), record, columns)
@@ -170,17 +169,19 @@ def preference_row(record: Mapping[str, Any], columns: Columns) -> PreferenceRow
 
 
 def labeled_row(record: Mapping[str, Any], columns: Columns) -> LabeledRow:
-    """The answer in a row and its label: prompt + completion, or messages (what follows the last user message).
+    """The answer in a row and its label: prompt + completion, or messages (those after the last user message).
 
-    Raises DataError for everything that is neither.
+    Raises DataError for anything else.
     """
     name = columns.label or label_column(record) or "label"
-    _require(record, (name,), LABEL_FORMATS, _what_labeled)
+    _require(record, (name,), LABEL_FORMATS, _advice_on_labeled)
     label = _label(record[name], name)
     talk = columns.messages or conversation_column(record) or "messages"
-    asked = columns.prompt or columns.completion or (talk != "messages" and record.get("completion") is not None)
+    has_completion_columns = (
+        columns.prompt or columns.completion or (talk != "messages" and record.get("completion") is not None)
+    )
     completion: str | Messages
-    if columns.messages or (record.get(talk) is not None and not asked):
+    if columns.messages or (record.get(talk) is not None and not has_completion_columns):
         _require(record, (talk,), LABEL_FORMATS)
         prompt, completion = _last_answer(read_messages(record[talk], talk, columns.roles), talk)
     else:
@@ -202,12 +203,12 @@ def with_context(
 ) -> tuple[Any, tuple[Any, ...], list[dict[str, Any]] | None]:
     """Prompt and answers with the row's system prompt, and its tools: all texts, or all messages.
 
-    Texts become messages beside messages, and where there is a system prompt or there are tools.
+    Texts become messages if others are messages, or if there is a system prompt or tools.
     """
     if all_texts(prompt, *answers) and not read_system(record, columns) and not read_tools(record, columns):
         return prompt, tuple(answers), None
-    asked = chat_row(as_messages("user", prompt), record, columns)
-    return asked.messages, tuple(as_messages("assistant", answer) for answer in answers), asked.tools
+    context = chat_row(as_messages("user", prompt), record, columns)
+    return context.messages, tuple(as_messages("assistant", answer) for answer in answers), context.tools
 
 
 def all_texts(*parts: str | Messages) -> bool:
@@ -215,13 +216,15 @@ def all_texts(*parts: str | Messages) -> bool:
     return all(isinstance(part, str) for part in parts)
 
 
-def _whole(text: str | Messages) -> bool:
-    """Whether messages are a whole conversation, and not an answer alone."""
+def _is_conversation(text: str | Messages) -> bool:
+    """Whether messages are a whole conversation, as opposed to an answer alone."""
     return not isinstance(text, str) and text[0]["role"] != "assistant"
 
 
-def _parted(chosen: Messages, rejected: Messages, names: tuple[str, str]) -> tuple[Messages, Messages, Messages]:
-    """The messages that two conversations share, and what is left of each."""
+def _split_at_difference(
+    chosen: Messages, rejected: Messages, names: tuple[str, str]
+) -> tuple[Messages, Messages, Messages]:
+    """The messages that two conversations share, and the rest of each."""
     pairs = zip(chosen, rejected)
     shared = next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(chosen), len(rejected)))
     for name, messages in zip(names, (chosen, rejected)):
@@ -238,18 +241,18 @@ def _parted(chosen: Messages, rejected: Messages, names: tuple[str, str]) -> tup
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-def _check_asked(record: Mapping[str, Any], columns: Columns, shared: Messages) -> None:
-    """Raise DataError where the row's prompt is not what its two conversations share."""
+def _check_prompt(record: Mapping[str, Any], columns: Columns, shared: Messages) -> None:
+    """Raise DataError if the row's prompt is not part of what its two conversations share."""
     name = columns.prompt or "prompt"
     if columns.prompt:
         _require(record, (name,), PAIR_FORMATS)
     if record.get(name) is None:
         return
-    asked = [
+    stated = [
         _spoken(message) for message in as_messages("user", read_text_or_messages(record[name], name, columns.roles))
     ]
     known = [_spoken(message) for message in shared]
-    if not any(known[k : k + len(asked)] == asked for k in range(len(known))):
+    if not any(known[k : k + len(stated)] == stated for k in range(len(known))):
         raise DataError(
             f"`{name}` is not in what the two conversations begin with. Remove the column, or correct the row."
         )
@@ -263,12 +266,12 @@ def _prompt(record: Mapping[str, Any], columns: Columns, formats: str) -> Any:
     name = columns.prompt or "prompt"
     other = question_column(record) if record.get(name) is None and not columns.prompt else None
     if other in CONVERSATION_COLUMNS:
-        asked = read_messages(record[other], other, columns.roles)
-        if asked[-1]["role"] == "assistant":
+        prompt = read_messages(record[other], other, columns.roles)
+        if prompt[-1]["role"] == "assistant":
             raise DataError(
-                f"`{other}` ends with the assistant: nothing is asked. It must end with the user's message."
+                f"`{other}` ends with the assistant: there is nothing to answer. It must end with the user's message."
             )
-        return asked
+        return prompt
     if other:
         return question(record, other, columns.roles)
     _require(record, (name,), formats)
@@ -276,13 +279,13 @@ def _prompt(record: Mapping[str, Any], columns: Columns, formats: str) -> Any:
 
 
 def _after(record: Mapping[str, Any], columns: Columns, answer: str | Messages) -> str | Messages:
-    """An answer; without the white space around it where it goes on a dialog that is one text."""
+    """An answer; without surrounding white space if it continues a dialog that is one text."""
     prompt = record.get(columns.prompt or "prompt")
     return answer.strip() if isinstance(answer, str) and isinstance(prompt, str) and dialog(prompt) else answer
 
 
-def _unpacked(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The row with the prompt and the tools of its `input: {messages, tools}` (OpenAI) as columns."""
+def _with_input_columns(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row with the prompt and tools of its `input: {messages, tools}` (OpenAI) as columns."""
     given = record.get("input")
     if isinstance(given, str):
         given = from_json(given)
@@ -298,7 +301,7 @@ def _is_object(value: Any) -> bool:
 
 
 def _last_answer(messages: Messages, column: str) -> tuple[Messages, Messages]:
-    """The messages up to the last one of the user, and those after it."""
+    """The messages up to the last user message, and those after it."""
     until = max((k + 1 for k, message in enumerate(messages) if message["role"] == "user"), default=0)
     if not until:
         raise DataError(f"`{column}` has no message from the user: there is no prompt. Drop the row.")
@@ -307,13 +310,13 @@ def _last_answer(messages: Messages, column: str) -> tuple[Messages, Messages]:
     return messages[:until], messages[until:]
 
 
-def _what_pair(record: Mapping[str, Any]) -> str:
-    """What a row without a pair is, or how its columns would be named."""
+def _advice_on_pair(record: Mapping[str, Any]) -> str:
+    """What a row without a pair is, or how to name its columns."""
     return looks_like(record) or by_example(record, ("prompt_feature", "chosen_feature", "rejected_feature"))
 
 
-def _what_labeled(record: Mapping[str, Any]) -> str:
-    """What a row without a label is, or how its columns would be named."""
+def _advice_on_labeled(record: Mapping[str, Any]) -> str:
+    """What a row without a label is, or how to name its columns."""
     return looks_like(record) or by_example(record, ("prompt_feature", "completion_feature"), ("label_feature",))
 
 
@@ -328,7 +331,7 @@ def _require(
 
 
 def _number(record: Mapping[str, Any], named: str | None, usual: str, default: float) -> float:
-    """A number from 0, also as text (CSV files hold nothing else)."""
+    """A number of at least 0, also as text (CSV files hold nothing else)."""
     name = named or usual
     if named and name not in record:
         raise DataError(missing_column(record, (name,)))
@@ -345,7 +348,7 @@ def _number(record: Mapping[str, Any], named: str | None, usual: str, default: f
 
 
 def _label(value: Any, name: str) -> bool:
-    """True or false, as a word, a bool or a number; also of numpy and pandas, whose kinds all become a float."""
+    """True or false, as a word, a bool or a number; also of numpy and pandas, whose types all convert to float."""
     try:
         known = _LABELS.get(value.strip().lower() if isinstance(value, str) else float(value))
     except (TypeError, ValueError, OverflowError):

@@ -1,4 +1,4 @@
-"""Rows that only ask: a prompt to be answered by the model, with what a reward needs to judge the answers."""
+"""Recognizes prompts that the model answers itself, with the columns that a reward needs to judge the answers."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _QUESTION_WORDS = ("question", "problem", "query", "instruction", "input")
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A prompt, as text or messages; the right answer, if the row has one; and all other columns of the row.
+    """A prompt, as text or messages; the correct answer, if the row has one; and all other columns of the row.
 
-    `prompt` is what the model is asked, with the row's system prompt; `as_given` is what the row has in its column.
-    `from_texts`: the messages are a text with the row's system prompt or tools.
+    `prompt` is the model's input, with the row's system prompt; `as_given` is the content of the row's column.
+    `from_texts`: the messages were made from a text with the row's system prompt or tools.
     """
 
     prompt: str | Messages
@@ -41,7 +41,7 @@ class PromptRow:
         """The prompt."""
         return {"prompt": self.prompt}
 
-    def spoken(self) -> TextOrMessages:
+    def distinctive(self) -> TextOrMessages:
         """The prompt."""
         return self.prompt
 
@@ -49,17 +49,17 @@ class PromptRow:
         """The prompt and the tools."""
         return [self.prompt, self.tools]
 
-    def marks(self) -> dict[str, Any]:
-        """There is no answer to say anything about."""
+    def ratings(self) -> dict[str, Any]:
+        """Empty: there is no answer to rate."""
         return {}
 
-    def given(self) -> dict[str, Any]:
-        """The right answer, if the row has one, and all other columns."""
+    def reward_columns(self) -> dict[str, Any]:
+        """The correct answer, if the row has one, and all other columns."""
         return {**({} if self.answer is None else {"answer": self.answer}), **self.columns}
 
 
 def prompt_row(record: Mapping[str, Any], columns: Columns) -> PromptRow:
-    """The question in a row. Raises DataError where nothing is asked."""
+    """The prompt in a row. Raises DataError if there is none."""
     name, answer_name = columns.prompt or "prompt", columns.answer or "answer"
     if record.get(name) is None:
         raise DataError(f"{missing_column(record, (name,))} {_fix(record, columns)}")
@@ -68,17 +68,17 @@ def prompt_row(record: Mapping[str, Any], columns: Columns) -> PromptRow:
     as_given = read_text_or_messages(record[name], name, columns.roles)
     prompt, _, tools = with_context(as_given, (), record, columns)
     if isinstance(prompt, str) and not prompt.strip():
-        raise DataError(f"`{name}` is empty: nothing is asked. Drop the row.")
+        raise DataError(f"`{name}` is empty: there is nothing to answer. Drop the row.")
     if not isinstance(prompt, str) and prompt[-1]["role"] in ("assistant", "system"):
         raise DataError(
-            f"`{name}` ends with the {prompt[-1]['role']}: nothing is asked. It must end with the user's message."
+            f"`{name}` ends with the {prompt[-1]['role']}: there is nothing to answer. It must end with the user's message."
         )
     others = {column: value for column, value in record.items() if column not in (name, answer_name)}
     return PromptRow(prompt, record.get(answer_name), others, tools, as_given, all_texts(as_given))
 
 
 def _fix(record: Mapping[str, Any], columns: Columns) -> str:
-    """The setting that would make a row without a prompt readable, or what it is instead."""
+    """The setting that would make a row without a prompt readable, or what kind of row it is instead."""
     known = f"Known: {PROMPT_FORMATS}."
     if columns.prompt:
         return known

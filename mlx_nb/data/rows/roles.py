@@ -1,4 +1,4 @@
-"""Who speaks in a message, in the words of many kinds of files; and tool calls in the shapes they are written in."""
+"""The roles of messages in the words of many tools; and tool calls in their various shapes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mlx_nb.config.checks import CALLING, MESSAGE_ROLES
 from mlx_nb.data.sources.row_values import refuse_odd_value
 from mlx_nb.errors import DataError, did_you_mean, shortened
 
-# The right side is the word of the chat templates; the left side adds the words of other kinds of files.
+# Role words of other tools, mapped to those of the chat templates.
 _ROLES = {
     **{role: role for role in MESSAGE_ROLES},
     "human": "user",
@@ -25,7 +25,7 @@ _ROLES = {
 def known_role(role: str, own: Mapping[str, str], where: str) -> str:
     """The role of a message in the words of the chat templates, or `function_call`: the assistant calls a tool.
 
-    own  what the person's words for roles stand for; these come first
+    own  the user's role words and the roles they map to; these take precedence
 
     Raises DataError for an unknown one.
     """
@@ -42,7 +42,7 @@ def known_role(role: str, own: Mapping[str, str], where: str) -> str:
 
 
 def calls_in_text(value: Any, role: str, where: str) -> list[dict[str, Any]]:
-    """The tool calls that a message of the role `function_call` consists of: one, or a list, as JSON text."""
+    """The tool calls in a message of the role `function_call`: one, or a list, as JSON text."""
     try:
         found = json.loads(value, object_pairs_hook=_unique_keys) if isinstance(value, str) else value
         problem = ""
@@ -55,7 +55,7 @@ def calls_in_text(value: Any, role: str, where: str) -> list[dict[str, Any]]:
             f"{where} is a tool call (role {role!r}), but its text is not the JSON of one, such as "
             f'{{"name": "f", "arguments": {{}}}}{problem}. Correct it; `roles: {{{role}: assistant}}` makes it text.'
         )
-    return [whole_call(call) for call in calls]
+    return [normalized_call(call) for call in calls]
 
 
 def _unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -65,8 +65,8 @@ def _unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return read
 
 
-def whole_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool call in the shape that chat templates read: its name and arguments inside `function`."""
+def normalized_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool call in the shape that chat templates read: name and arguments inside `function`."""
     if call.get("function") is not None or not isinstance(call.get("name"), str):
         return dict(call)
     arguments: Any = next((call[key] for key in ("arguments", "parameters") if call.get(key) is not None), {})
@@ -74,8 +74,8 @@ def whole_call(call: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "function", **others, "function": {"name": call["name"], "arguments": arguments}}
 
 
-def whole_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """The description of a tool in the shape that chat templates read: inside `function`."""
+def normalized_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool description in the shape that chat templates read: inside `function`."""
     if tool.get("function") is not None or not isinstance(tool.get("name"), str):
         return dict(tool)
     if tool.get("type") not in (None, "function"):
@@ -85,7 +85,7 @@ def whole_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def joined_calls(messages: Sequence[tuple[dict[str, Any], bool]]) -> list[dict[str, Any]]:
-    """The messages, each tool call that is a message of its own (True) as part of the assistant's turn before it."""
+    """The messages, each tool call that is a separate message (True) merged into the assistant's turn before it."""
     joined: list[dict[str, Any]] = []
     for message, calls in messages:
         before = joined[-1] if joined else {}

@@ -1,1 +1,1 @@
-"""Where rows come from: files, folders, tables, the hub, mixtures."""
+"""Sources of rows: files, folders, tables, the hub, mixtures."""

@@ -1,4 +1,4 @@
-"""Files that are compressed as a whole: their bytes again, in a temporary file that vanishes with its last reader."""
+"""Decompresses whole files into temporary files that vanish with their last reader."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _zstandard(path: Path) -> Any:
     return pyarrow.input_stream(str(path), compression="zstd")
 
 
-# By ending: the first bytes of such a file, and what reads it.
+# By extension: the first bytes of such a file, and its reader.
 _COMPRESSIONS: dict[str, tuple[bytes, Callable[[Path], Any]]] = {
     ".gz": (b"\x1f\x8b", gzip.GzipFile),
     ".zst": (b"\x28\xb5\x2f\xfd", _zstandard),
@@ -32,28 +32,29 @@ _SKIPPABLE_FRAME = b"\x2a\x4d\x18"
 
 
 def row_endings(path: Path) -> tuple[str, str]:
-    """The ending that says how the rows are written, and that of the compression around them ("" without one)."""
+    """The extension that tells the format of the rows, and that of the compression ("" without one)."""
     if path.suffix not in _COMPRESSIONS:
         return path.suffix, ""
     return Path(path.stem).suffix, path.suffix
 
 
 def bare_name(path: Path) -> str:
-    """The name of a file of rows without these endings: `train` of `train.jsonl.gz`."""
+    """The name of a file of rows without these extensions: `train` for `train.jsonl.gz`."""
     return path.name.removesuffix("".join(row_endings(path)))
 
 
 def compression_of(start: bytes) -> str | None:
-    """The ending that a file with these first bytes should have; None when it is not compressed."""
+    """The extension that a file with these first bytes should have; None if it is not compressed."""
     if start[1:4] == _SKIPPABLE_FRAME and start[0] >> 4 == 5:
         return ".zst"
     return next((ending for ending, (magic, _) in _COMPRESSIONS.items() if start.startswith(magic)), None)
 
 
 def decompressed(path: Path) -> IO[bytes]:
-    """The bytes of a compressed file, at their beginning. They are on disk, so memory does not grow with the file.
+    """The content of a compressed file, positioned at its start.
 
-    Raises DataError when the file is damaged or cut off, OSError when it or the temporary folder cannot be used.
+    It is on disk, so memory does not grow with the file. Raises DataError if the file is damaged or cut off, OSError if
+    it or the temporary folder cannot be used.
     """
     _, read = _COMPRESSIONS[path.suffix]
     with ExitStack() as on_failure:
@@ -67,7 +68,7 @@ def decompressed(path: Path) -> IO[bytes]:
 
 
 def _next_block(stream: Any, path: Path) -> bytes:
-    """The next bytes. Only what decompression raises is the fault of the file; a full disk is not."""
+    """The next bytes. Only decompression errors are blamed on the file, not a full disk."""
     try:
         return bytes(stream.read(1 << 20))
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:

@@ -1,6 +1,6 @@
-"""One file of rows: jsonl (lazily, by an index of its lines), json, csv, tsv or parquet, also compressed.
+"""One file of rows: jsonl (read lazily, by an index of its lines), json, csv, tsv or parquet, also compressed.
 
-Rows are counted from 0 (as in `run.rows("train")[12]`), lines of a file from 1 (as an editor shows them).
+Rows are counted from 0 (as in `run.rows("train")[12]`), lines of a file from 1 (as in an editor).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _SCAN_BYTES = 1 << 22
 
 
 def open_file(path: Path) -> RowSource | dict[str, RowSource]:
-    """The rows of one file; of a .json file `{"train": [...], "valid": [...]}`, the rows of each list by its name.
+    """The rows of one file; for a .json file `{"train": [...], "valid": [...]}`, the rows of each list by its name.
 
-    A compressed file (.jsonl.gz, .csv.zst, ...) is read as what it is inside: its fingerprint is that of its content.
-    Fingerprints are taken here, so they are of the rows that were read, whatever happens to the file.
-    Raises DataError when its ending or content is not that of rows.
+    A compressed file (.jsonl.gz, .csv.zst, ...) is read as its content, which also determines its fingerprint.
+    Fingerprints are taken here, so they describe the rows that were read, whatever happens to the file later. Raises
+    DataError if its extension or content is not that of rows.
     """
     ending, compression = row_endings(path)
     read = _READERS.get(ending)
@@ -64,7 +64,7 @@ def open_file(path: Path) -> RowSource | dict[str, RowSource]:
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """What changes with a file, most of the time; None when there is none."""
+    """A stamp that usually changes with the file; None if it does not exist."""
     try:
         status = path.stat()
     except OSError:
@@ -73,7 +73,7 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
 
 
 class _Watch:
-    """Whether the file at a path still holds what was read from it. Only a file that was touched is read again."""
+    """Detects whether the content of a file changed since it was read. Only a file with a new stamp is read again."""
 
     def __init__(self, path: Path, stamp: tuple[int, int, int] | None, read_as: list[str]) -> None:
         self._path = path
@@ -81,7 +81,7 @@ class _Watch:
         self._read_as = read_as
 
     def changed(self) -> list[str]:
-        """The path, when its content is another one now."""
+        """The path, if the content has changed."""
         stamp = _stamp(self._path)
         if stamp == self._stamp:
             return []
@@ -97,7 +97,7 @@ class _Watch:
 
 
 def holds_rows(path: Path) -> bool:
-    """Whether the ending of a file is one that rows are read from."""
+    """Whether rows can be read from a file with this extension."""
     return row_endings(path)[0] in _READERS
 
 
@@ -114,7 +114,7 @@ _NOT_ROWS = {
 
 
 def _no_rows(start: bytes, path: Path) -> str:
-    """What a file with these first bytes is, and what to do, when it is no file of rows."""
+    """What a file with these first bytes is, and what to do, if it is not a file of rows."""
     compression = compression_of(start)
     if compression:
         return f"compressed with {_COMPRESSED_WITH[compression]}. Rename it to {path.name}{compression}"
@@ -132,7 +132,7 @@ def _unknown_ending(path: Path, ending: str, compression: str) -> str:
 
 
 class _JsonLines:
-    """The index of a jsonl file: where each row starts. The file stays open and is never held in memory."""
+    """The index of a jsonl file: where each row starts. The file stays open and is never loaded whole."""
 
     def __init__(self, path: Path, file: IO[bytes]) -> None:
         self.path = path
@@ -146,7 +146,7 @@ class _JsonLines:
         return status.st_size, status.st_mtime_ns
 
     def _index(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """Byte offset of each row and of the file's end, and line numbers if blank lines were skipped."""
+        """Byte offset of each row and of the end of the file, and line numbers if blank lines were skipped."""
         size, offset = self.state[0], 0
         self.content = hashlib.sha256()
         if (mark := os.pread(self.descriptor, 3, 0)) == b"\xef\xbb\xbf":
@@ -199,11 +199,11 @@ class _JsonLines:
         return record if isinstance(record, dict) else {"messages": record}
 
     def digest(self) -> str:
-        """Of the bytes that were indexed."""
+        """Digest of the bytes that were indexed."""
         return self.content.hexdigest()
 
     def _check_unchanged(self) -> None:
-        """Raise DataError when the content is not what was indexed. A file that was only touched is as it was."""
+        """Raise DataError if the content is not what was indexed. A file that was only touched counts as unchanged."""
         state = self._current_state()
         if state == self.state:
             return
@@ -231,7 +231,7 @@ def _open_jsonl(path: Path, file: IO[bytes]) -> RowSource:
 
 
 def _open_json(path: Path, file: IO[bytes]) -> RowSource | dict[str, RowSource]:
-    """A list of rows, or an object with the list of each split; or, under a wrong ending, JSON lines."""
+    """A list of rows, or an object with the list of each split; or JSON lines with the wrong extension."""
     content = file.read()
     try:
         value = json.loads(content.decode("utf-8-sig"))
@@ -264,7 +264,7 @@ def _open_json(path: Path, file: IO[bytes]) -> RowSource | dict[str, RowSource]:
 
 
 def _holds_splits(value: Mapping[str, Any]) -> bool:
-    """Whether an object is lists of rows by split, and not a row itself."""
+    """Whether an object contains lists of rows by split, as opposed to being a row itself."""
     if any(isinstance(value.get(name), list) for name in TRAIN_NAMES):
         return True
     return bool(value) and all(
@@ -326,12 +326,12 @@ def _csv_records(name: str, text: str, delimiter: str) -> tuple[list[dict[str, A
     return records, lines
 
 
-# What pandas itself calls the column without a name that `DataFrame.to_csv` writes first.
+# pandas' own name for the unnamed first column that `DataFrame.to_csv` writes.
 _PANDAS_INDEX = "Unnamed: 0"
 
 
 def _check_delimiter(name: str, header: list[str], delimiter: str) -> None:
-    """Raise DataError where the whole header is one cell because something else stands between the columns."""
+    """Raise DataError if the whole header is one cell because the columns have another separator."""
     other = next((mark for mark in ("\t", ";", "|", ",") if len(header) == 1 and mark in header[0]), delimiter)
     if other != delimiter:
         fix = "Rename it to .tsv" if other == "\t" else "Rename it to .csv" if other == "," else "Save it with commas"
@@ -366,9 +366,9 @@ _READERS: dict[str, Callable[[Path, IO[bytes]], RowSource | dict[str, RowSource]
 
 
 def without_nested_none(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Arrow gives every object in a list the keys of all the others, as nulls: take them out again.
+    """Remove the nulls that Arrow adds to give every object in a list the keys of all others.
 
-    Not in tool calls and tools, where a null may have been meant: those are left out with a remark (`tool_values`).
+    Not in tool calls and tools, where a null may have been intended: those are left out with a remark (`tool_values`).
     """
 
     def clean(key: str, value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Which files of a folder hold which split: a file each, shards, a folder each, or the folders of a hub download."""
+"""Assigns the files of a folder to splits: one file each, shards, a folder each, or the folders of a hub download."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ VALID_NAMES = ("valid", "validation", "val", "dev")
 TEST_NAMES = ("test",)
 _SPLIT_NAMES = {*TRAIN_NAMES, *VALID_NAMES, *TEST_NAMES}
 _DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-# Where the hub puts the rows of a dataset that has no other ones.
+# The hub's folder for the rows of a dataset without others.
 _MAIN_FOLDERS = ("data", "default")
-# As deep as the rows lie in the hub's own cache: snapshots/<commit>/data.
+# The depth of the rows in the hub's own cache: snapshots/<commit>/data.
 _DEEPEST = 3
 # train-00000-of-00002, the same with the hash of older datasets, train_1, 0003, part-7
 _SHARD = re.compile(
@@ -29,7 +29,7 @@ Files = dict[str, list[Path]]
 
 
 def visible(folder: Path) -> list[Path]:
-    """What is in a folder and not hidden, in the order of a person: 2 before 10. Empty when it cannot be read."""
+    """The visible entries of a folder in natural order: 2 before 10. Empty if it cannot be read."""
     try:
         found = [entry for entry in folder.iterdir() if not entry.name.startswith((".", "__"))]
     except OSError:
@@ -38,22 +38,22 @@ def visible(folder: Path) -> list[Path]:
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Whether `Dataset.save_to_disk` wrote a folder."""
+    """Whether the folder was written by `Dataset.save_to_disk`."""
     return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
 
 
 def is_saved_dict(folder: Path) -> bool:
-    """Whether `DatasetDict.save_to_disk` wrote a folder."""
+    """Whether the folder was written by `DatasetDict.save_to_disk`."""
     return (folder / "dataset_dict.json").is_file()
 
 
 def split_files(folder: Path, wanted: str | None, holds_rows: Callable[[Path], bool]) -> Files:
-    """The files (or saved datasets) of each split, in the folder or in the one below it that has the rows.
+    """The files (or saved datasets) of each split, in the folder or in the subfolder that has the rows.
 
-    `wanted` is the split to train on (None: `train`): where this folder lacks it, those below are looked at. A file
-    is of the split it is named after, or else of the folder `train`, `test`, ... around it. A split whose name the
-    files share with numbers is in shards, to be put in order by `whole_split`. Raises DataError where several
-    folders below could be meant.
+    `wanted` is the split to train on (None: `train`): if this folder lacks it, subfolders are searched. A file belongs
+    to the split in its name, or else to the folder `train`, `test`, ... around it. A split whose name several files
+    share with numbers is in shards, to be ordered by `whole_split`. Raises DataError if several subfolders could be
+    meant.
     """
     if wanted is not None:
         named = [path for path in _row_files(folder, holds_rows) if wanted in (path.name, bare_name(path))]
@@ -65,7 +65,7 @@ def split_files(folder: Path, wanted: str | None, holds_rows: Callable[[Path], b
 
 
 def whole_split(folder: Path, split: str, paths: list[Path]) -> list[Path]:
-    """The files of a split, shards in order. Raises DataError where it is not clear which, or a shard is missing."""
+    """The files of a split, shards in order. Raises DataError if it is ambiguous, or a shard is missing."""
     if len(paths) == 1 and bare_name(paths[0]) == split:
         return paths
     place = paths[0].parent
@@ -76,30 +76,30 @@ def whole_split(folder: Path, split: str, paths: list[Path]) -> list[Path]:
         number = int(shard["number"]) if shard else -1
         shards = sets.setdefault((name, int(shard["total"] or 0) if shard else 0), {})
         if path.parent != place or number in shards:
-            raise _which(folder, shards.get(number, paths[0]), path)
+            raise _ambiguous(folder, shards.get(number, paths[0]), path)
         shards[number] = path
-    # All files in a folder named after the split are of it; elsewhere they must be one set of shards.
+    # All files in a folder named after the split belong to it; elsewhere they must be one set of shards.
     own_folder = place.absolute().name == split
     first: dict[str, Path] = {}
     for (name, total), shards in sets.items():
         path = next(iter(shards.values()))
         rival = first.setdefault(name if own_folder else "", path)
         if rival is not path:
-            raise _which(folder, rival, path)
+            raise _ambiguous(folder, rival, path)
         if total:
             _check_complete(split, total, shards)
     return paths
 
 
 def part_note(path: Path) -> tuple[str, ...]:
-    """What to tell a person who trains on one file of several."""
+    """A note for a user who trains on one file of several."""
     shard = _SHARD.fullmatch(bare_name(path))
     if shard is None or not shard["total"] or int(shard["total"]) < 2:
         return ()
     return (f"{path.name} is one of {int(shard['total'])} shards. Give the folder to train on all of them.",)
 
 
-def _which(folder: Path, *rivals: Path) -> DataError:
+def _ambiguous(folder: Path, *rivals: Path) -> DataError:
     names = " and ".join(str(path.relative_to(folder)) for path in rivals)
     return DataError(f"folder {folder} has {names}: which one? Remove one, or give the path of a file.")
 
@@ -123,9 +123,9 @@ def _check_complete(split: str, total: int, shards: dict[int, Path]) -> None:
 def _found_in(
     folder: Path, wanted: tuple[str, ...], holds_rows: Callable[[Path], bool], depth: int = _DEEPEST
 ) -> Files:
-    here = _level(folder, holds_rows)
-    if depth == 0 or any(name in here for name in wanted):
-        return here
+    own_files = _level(folder, holds_rows)
+    if depth == 0 or any(name in own_files for name in wanted):
+        return own_files
     below = {}
     for inner in visible(folder):
         if inner.name not in _SPLIT_NAMES and inner.is_dir():
@@ -139,11 +139,11 @@ def _found_in(
         raise DataError(f"folder {folder} has several sets of rows: {names}. Give the path of one: {folder / full[0]}.")
     if full:
         return below[main or full[0]]
-    return next(iter(below.values())) if not here and len(below) == 1 else here
+    return next(iter(below.values())) if not own_files and len(below) == 1 else own_files
 
 
 def _level(folder: Path, holds_rows: Callable[[Path], bool]) -> Files:
-    """The files of each split that lie in a folder itself, and in folders in it that are named after a split."""
+    """The files of each split directly in a folder, and in its subfolders named after a split."""
     files = _row_files(folder, holds_rows)
     whole = {bare_name(path) for path in files}
     found: Files = {}
@@ -163,7 +163,7 @@ def _row_files(folder: Path, holds_rows: Callable[[Path], bool]) -> list[Path]:
 
 
 def _split_named(path: Path, whole: set[str], folder: str) -> str:
-    """The split that a file is named after. Without a total, numbers are shards only of the folder or a known split."""
+    """The split in a file's name. Without a total, numbers are shards only of the folder or a known split."""
     name = bare_name(path)
     shard = _SHARD.fullmatch(name)
     if shard is None:
@@ -173,6 +173,6 @@ def _split_named(path: Path, whole: set[str], folder: str) -> str:
 
 
 def _order(path: Path) -> list[tuple[int, int, str]]:
-    """A key that sorts the numbers in names by their value."""
+    """A sort key that compares the numbers in names by value."""
     parts = re.split(r"([0-9]+)", path.name)
     return [(0, int(part), "") if part.isascii() and part.isdigit() else (1, 0, part) for part in parts]

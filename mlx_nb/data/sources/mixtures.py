@@ -1,4 +1,4 @@
-"""Holding rows out for validation, and mixing several sources with weights."""
+"""Holds rows out for validation, and mixes several sources with weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HELD_OUT_AT_MOST = 200
 
 @dataclass(frozen=True)
 class SplitWords:
-    """The names of splits and subset a person asked for."""
+    """The names of splits and subset that the user chose."""
 
     train_split: str | None = None
     valid_split: str | None = None
@@ -52,7 +52,7 @@ _MOST_REPEATS = 100
 
 
 def mixture_specs(found: object) -> list[SourceSpec] | None:
-    """The sources of a mixture; None when `found` is no mixture."""
+    """The sources of a mixture; None if `found` is not a mixture."""
     if not is_mixture(found):
         return None
     return [_spec(item, number) for number, item in enumerate(typing.cast(Sequence[Any], found), start=1)]
@@ -72,7 +72,7 @@ def _spec(item: Any, number: int) -> SourceSpec:
 def hold_out(
     trains: Sequence[RowSource], val_set_size: float, seed: int
 ) -> tuple[list[RowSource], RowSource | None, str]:
-    """The training sources without the held-out rows, the held-out rows, and a note. No source is emptied."""
+    """The training sources without the held-out rows, the held-out rows, and a note. No source becomes empty."""
     lengths = np.array([len(source) for source in trains])
     total = int(lengths.sum())
     count = _held_out_count(val_set_size, total)
@@ -113,7 +113,7 @@ def _held_out_count(val_set_size: float, total: int) -> int:
 
 
 def renamed(source: RowSource, columns: Mapping[str, str]) -> RowSource:
-    """The rows with their columns under the standard names, and without the columns of other shapes."""
+    """The rows with their columns under the standard names, without the columns of other shapes."""
     shaping = set(columns) & ROW_COLUMNS
     others = set(columns.values())
     if shaping:

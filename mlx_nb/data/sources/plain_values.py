@@ -1,4 +1,4 @@
-"""The values of tables (numpy, pandas, Arrow) as JSON would hold them."""
+"""Converts values of tables (numpy, pandas, Arrow) to JSON values."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from mlx_nb.data.sources.row_values import DEEPEST, OddRow
 
 
 def plain_value(value: Any, depth: int = 0) -> Any:
-    """numpy and pandas values as JSON would hold them, at any depth; a missing value is None, a text is a `str`.
+    """Convert numpy and pandas values to JSON values, at any depth; missing values become None, texts `str`.
 
-    Keys that are no text stay as they are. Raises OddRow for what is nested without end.
+    Keys that are not text stay as they are. Raises OddRow for endless nesting.
     """
     if type(value) is str:
         return value
@@ -26,7 +26,7 @@ def plain_value(value: Any, depth: int = 0) -> Any:
     if isinstance(value, (list, tuple, np.ndarray)):
         return [plain_value(item, depth + 1) for item in value]
     if isinstance(value, np.datetime64):
-        # In nanoseconds, as pandas keeps them, its `item` would be a bare number.
+        # pandas stores nanoseconds, for which `item` would be a bare number.
         value = value.astype("datetime64[us]")
     if isinstance(value, np.generic):
         value = value.item()
@@ -40,7 +40,7 @@ def _plain_key(key: Any) -> Any:
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a table has no value here: None, NaN, NA or NaT."""
+    """Whether it is a table's missing value: None, NaN, NA or NaT."""
     if value is None or (isinstance(value, float) and value != value):
         return True
     return type(value).__name__ in ("NAType", "NaTType")

@@ -1,4 +1,4 @@
-"""A sequence of rows, wherever they come from. Rows are read when asked for."""
+"""RowSource: a sequence of rows that are read when accessed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from mlx_nb.errors import DataError, MlxNbError, shortened
 
 
 class RowSource:
-    """A sequence of rows: `len(source)`, `source[i] -> dict`, iteration. Rows are read when asked for.
+    """A sequence of rows: `len(source)`, `source[i] -> dict`, iteration. Rows are read when accessed.
 
-    `name` is for messages. `location(i)` says where row i comes from, such as `train.jsonl line 18`.
-    `fingerprint()` is a sha256 over the content (of a file: over its bytes), the same in every process. It is taken
-    once: of a file when it is opened, of what is in memory when it is first asked for.
-    `changed()` names the files whose content is no longer what was read.
-    Reading a row that is broken raises DataError naming its location; OddRow where only a value in it is to blame.
-    `of_sources` says that `read` gives rows of other sources, which were looked at there.
+    `name` is for messages. `location(i)` says where row i comes from, such as `train.jsonl line 18`. `fingerprint()` is
+    a sha256 over the content (of a file: over its bytes), the same in every process. It is computed once: for a file
+    when it is opened, for data in memory on first use. `changed()` names the files whose content is no longer what was
+    read. Reading a broken row raises DataError naming its location; OddRow if only a value in it is at fault.
+    `of_sources` marks a source whose `read` returns rows of other sources, which have already checked them.
     """
 
     def __init__(
@@ -61,11 +60,11 @@ class RowSource:
         return f"RowSource({self.name!r}, {self._length} rows)"
 
     def location(self, row: int) -> str:
-        """Where row `row` comes from."""
+        """The origin of row `row`."""
         return self._locate(self._position(row))
 
     def named(self, row: int) -> str:
-        """`row 6`, and where it comes from if it has another number there: `row 6 (train.jsonl line 8)`."""
+        """`row 6`, with its origin if it has another number there: `row 6 (train.jsonl line 8)`."""
         location = self.location(row)
         return f"row {row}" if location.endswith((f" row {row}", f"[{row}]")) else f"row {row} ({location})"
 
@@ -82,7 +81,7 @@ class RowSource:
 
 
 def is_of_messages(value: Any) -> bool:
-    """Whether a value is a list of messages: objects that say who speaks."""
+    """Whether a value is a list of messages: objects with a role."""
     return (
         isinstance(value, (list, tuple))
         and bool(value)
@@ -91,7 +90,7 @@ def is_of_messages(value: Any) -> bool:
 
 
 def as_record(value: Any) -> dict[str, Any]:
-    """A row as its columns; a list of messages is a row with nothing else.
+    """A row as its columns; a list of messages becomes a row with only that.
 
     Raises DataError for anything else, OddRow for a column that no row can have.
     """
@@ -108,9 +107,9 @@ def as_record(value: Any) -> dict[str, Any]:
 
 @contextmanager
 def _located(location: str) -> Iterator[None]:
-    """Errors inside name the location of the row, also those of code that a row brings with it.
+    """A context that adds the location of the row to errors, including those raised by a row's own objects.
 
-    What is wrong with the disk or the memory is no fault of the row, and is raised as it is.
+    Errors of disk or memory are not the row's fault, and are raised unchanged.
     """
     try:
         yield
@@ -133,7 +132,7 @@ def _in_words(error: Exception) -> str:
 
 
 def gathered(sources: Sequence[RowSource], source_ids: np.ndarray, row_ids: np.ndarray, name: str = "") -> RowSource:
-    """Rows `row_ids[i]` of `sources[source_ids[i]]`, in this order. Without a name it has those of its sources."""
+    """Rows `row_ids[i]` of `sources[source_ids[i]]`, in this order. Without a name it combines those of its sources."""
 
     def at(row: int) -> tuple[RowSource, int]:
         return sources[source_ids[row]], int(row_ids[row])
@@ -160,7 +159,7 @@ def gathered(sources: Sequence[RowSource], source_ids: np.ndarray, row_ids: np.n
 
 
 def joined(sources: Sequence[RowSource], name: str = "") -> RowSource | None:
-    """All rows of all sources, one source after the other, under their names or this one; None without sources."""
+    """The rows of all sources, one source after the other, under their names or this one; None without sources."""
     if len(sources) < 2:
         return sources[0] if sources else None
     lengths = [len(source) for source in sources]

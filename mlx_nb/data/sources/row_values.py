@@ -1,4 +1,4 @@
-"""What a row may hold, wherever it comes from, and its values as one text: two rows that differ have two texts."""
+"""The values that a row may hold, and their canonical text: different rows have different texts."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from mlx_nb.errors import DataError, shown
 from mlx_nb.process.own_code import code_digest
 
 DEEPEST = 64  # levels of lists and objects inside a column
-MOST_DIGITS = 4300  # of a whole number: Python writes no longer one
+MOST_DIGITS = 4300  # of an integer: Python's limit for writing one
 _TOO_LARGE = 10**MOST_DIGITS
 
-# What `str` writes so that two of them are the same text only where they are the same value.
+# Converters whose texts are equal only if the values are.
 _WRITTEN_AS_TEXT = (
     datetime.date,
     datetime.time,
@@ -43,11 +43,11 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 class OddRow(DataError):
-    """A row, made of columns as it should be, with a value that none of its ways through a run can take."""
+    """A well-formed row with a value that a run cannot process."""
 
 
 def refuse_odd(record: Mapping[Any, Any]) -> None:
-    """Raise OddRow for columns without a name, and for what `refuse_odd_value` refuses in one of them."""
+    """Raise OddRow for columns without a name, and for values that `refuse_odd_value` refuses."""
     for column, value in record.items():
         if not isinstance(column, str):
             raise OddRow(f"the column name {shown(column)} is not text. Give the column a name, or drop the row.")
@@ -57,8 +57,7 @@ def refuse_odd(record: Mapping[Any, Any]) -> None:
 
 
 def refuse_odd_value(value: Any, where: str) -> None:
-    """Raise OddRow, naming `where`, for what is nested without end (a list in itself), a number that cannot be
-    written, and what can be read only once."""
+    """Raise OddRow, naming `where`, for endless nesting, numbers that cannot be written, and iterators."""
     level = [value]
     for _ in range(DEEPEST):
         below: list[Any] = []
@@ -85,7 +84,7 @@ def refuse_odd_value(value: Any, where: str) -> None:
 
 
 def _inner(value: Any) -> Iterator[Any]:
-    """What a value holds; nothing for what is no container."""
+    """The elements of a container; none for other values."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield key
@@ -97,15 +96,15 @@ def _inner(value: Any) -> Iterator[Any]:
 
 
 def is_known(value: Any) -> bool:
-    """Whether a value is of a kind whose text says what it is, and not an object of somebody else's."""
+    """Whether a value is of a type whose text describes it, as opposed to an arbitrary object."""
     return value is None or isinstance(value, (str, int, float, set, frozenset, *_WRITTEN_AS_TEXT))
 
 
 def value_text(value: Any) -> str:
-    """A value as text, the same in every process: its JSON, or a digest where JSON cannot say what it is.
+    """A value as text, the same in every process: its JSON, or a digest if JSON cannot express it.
 
-    Never raises, whatever the value is. Keys that are no text, sets, arrays, bytes and objects count with what they
-    hold; of an object that can be neither pickled nor written, its type and its `repr` without addresses.
+    Never raises. Keys that are not text, sets, arrays, bytes and objects count with their contents; an object that can
+    be neither pickled nor written counts by its type and its `repr` without addresses.
     """
     try:
         if _has_text_keys(value):
@@ -118,7 +117,7 @@ def value_text(value: Any) -> str:
 
 
 def _has_text_keys(value: Any) -> bool:
-    """Whether all keys are texts. JSON writes the key 1 as it writes "1"."""
+    """Whether all keys are text. JSON writes the key 1 like "1"."""
     if isinstance(value, Mapping):
         return all(isinstance(key, str) for key in value) and all(map(_has_text_keys, value.values()))
     return not isinstance(value, list | tuple) or all(map(_has_text_keys, value))
@@ -131,7 +130,7 @@ def _as_text(value: Any) -> str:
 
 
 def exact_digest(value: Any) -> str:
-    """SHA-256 of a value and all that it holds, however deep, as far as it can be told."""
+    """SHA-256 of a value and all its contents, at any depth, as far as they can be determined."""
     digest = hashlib.sha256()
     work: list[Any] = [value]
     above: set[int] = set()
@@ -159,14 +158,14 @@ def exact_digest(value: Any) -> str:
 
 
 class _End:
-    """Marks that all that a container holds was read."""
+    """Marks the end of a container's contents."""
 
     def __init__(self, of: Any) -> None:
         self.of = of
 
 
 def _token(value: Any) -> tuple[bytes, list[Any] | None]:
-    """What tells a value apart, and what it holds in an order that is always the same; None where it holds nothing."""
+    """The distinguishing bytes of a value, and its contents in a canonical order; None if it has none."""
     kind = type(value).__qualname__
     if value is None or isinstance(value, bool | float):
         return f"{kind} {value!r}".encode(), None
@@ -192,7 +191,7 @@ def _token(value: Any) -> tuple[bytes, list[Any] | None]:
 
 
 def _opaque(value: Any) -> bytes:
-    """An object of somebody else's: what it is pickled as, without the memory of what was written before."""
+    """An arbitrary object: its pickle, independent of what was pickled before."""
     content = io.BytesIO()
     try:
         pickler = pickle.Pickler(content, protocol=5)

@@ -1,4 +1,4 @@
-"""Where rows come from: files, folders, the hub, variables of the notebook. Finds what a person means."""
+"""Opens `data` as train, valid and test rows: resolves files, folders, hub ids, notebook variables and mixtures."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True)
 class Splits:
-    """The rows to train, validate and test on. `notes` say what was decided on the way, for the person.
+    """The rows to train, validate and test on. `notes` tell the user what was decided automatically.
 
     `held_out` says that the validation rows were taken out of the training rows.
     """
@@ -63,32 +63,32 @@ def open_splits(
     test_split: str | None = None,
     subset: str | None = None,
 ) -> Splits:
-    """The train, valid and test rows of whatever a person calls data.
+    """The train, valid and test rows of the user's `data`.
 
     data: a folder with train, valid (or validation, val, dev) and test files, shards or folders of files; a folder
-    that `save_to_disk` wrote; one .jsonl, .json, .parquet, .tsv or .csv file, also compressed; a variable of
-    `namespace` by name; a hub id `owner/name`; a list of dicts (or of conversations), DataFrame or datasets.Dataset;
-    a DatasetDict or dict of splits, also in a .json file. An existing path wins over a variable, a variable over a
-    hub id.
+        written by `save_to_disk`; one .jsonl, .json, .parquet, .tsv or .csv file, also compressed; a variable of
+        `namespace` by name; a hub id `owner/name`; a list of dicts (or conversations), DataFrame or datasets.Dataset;
+        a DatasetDict or dict of splits, also in a .json file. An existing path takes precedence over a variable, a
+        variable over a hub id.
 
-    Relative paths begin in `working_folder`; None is wherever the process is, also when a row is read later.
+    Relative paths begin in `working_folder`; None is the process's, also when a row is read later.
 
-    Hold-out: without a validation split, `val_set_size` of the training rows are drawn by `seed` and taken
-    out of train. Below 1 it is a share (at least 1 row, at most 200, never all), from 1 on a number of rows.
+    Hold-out: without a validation split, `val_set_size` of the training rows are drawn by `seed` and removed
+        from train. Below 1 it is a share (at least 1 row, at most 200, never all), from 1 on a number of rows.
 
     Mixture: a list of paths, names or `{path, weight, subset, train_split, valid_split, test_split,
-    chat_feature, prompt_feature, completion_feature, chosen_feature, rejected_feature, label_feature,
-    answer_feature, preference_score_feature, text_feature, system_feature}`.
-    - Without any weight an epoch holds every row of every source exactly once.
-    - With weights (1 where missing) the numbers of rows drawn from the sources are to each other as their
-      weights, whatever the sizes. The epoch is the shortest in which every row occurs at least once: the rows
-      of one source occur once, those of the others repeat, no row more than once more than its neighbors.
-    - Sources are interleaved evenly, each in an order drawn by `seed`; every epoch is the same mixture.
-    - Holding out comes first, so no row is both trained and validated on. valid and test join the splits of
-      all sources that have one, unweighted.
+        chat_feature, prompt_feature, completion_feature, chosen_feature, rejected_feature, label_feature,
+        answer_feature, preference_score_feature, text_feature, system_feature}`.
+        - Without any weight an epoch holds every row of every source exactly once.
+        - With weights (1 where missing) the numbers of rows drawn from the sources are proportional to their weights,
+          whatever the sizes. The epoch is the shortest in which every row occurs at least once: the rows
+          of one source occur once, those of the others repeat, no row more than once more than its neighbors.
+        - Sources are interleaved evenly, each in an order drawn by `seed`; every epoch is the same mixture.
+        - Holding out comes first, so no row is both trained and validated on. valid and test join the splits of
+          all sources that have one, unweighted.
 
-    Raises DataError, with the nearest known name, for everything that cannot be found or read. The first rows
-    of each table are read here; a later broken row raises when it is read.
+    Raises DataError, with the nearest known name, for everything that cannot be found or read. The first rows of each
+    table are read here; a later broken row raises when it is read.
     """
     words = SplitWords(train_split, valid_split, test_split, subset)
     known = _Known({name: value for name, value in (namespace or {}).items() if not name.startswith("_")})
@@ -116,14 +116,17 @@ def open_splits(
 
 
 def refuse_unknown_data(data: object, namespace: Mapping[str, object] | None, working_folder: Path | None) -> None:
-    """Raise DataError for a name that stands for nothing. Nothing is opened, and no hub is asked."""
+    """Raise DataError for a name that cannot be resolved. Opens nothing and makes no request to the hub."""
     if isinstance(data, str):
         known = {name: value for name, value in (namespace or {}).items() if not name.startswith("_")}
         _look_up(data, _Known(known, working_folder or Path()))
 
 
-def is_at_hand(data: object, namespace: Mapping[str, object] | None, working_folder: Path | None) -> bool:
-    """Whether the rows are in memory or in files here: nothing has to be fetched, nor mixed. Raises DataError."""
+def is_local(data: object, namespace: Mapping[str, object] | None, working_folder: Path | None) -> bool:
+    """Whether the rows are in memory or in local files, so that nothing has to be fetched or mixed.
+
+    Raises DataError.
+    """
     known = {name: value for name, value in (namespace or {}).items() if not name.startswith("_")}
     found = _look_up(data, _Known(known, working_folder or Path()))[0]
     return not isinstance(found, str) and mixture_specs(found) is None
@@ -131,13 +134,13 @@ def is_at_hand(data: object, namespace: Mapping[str, object] | None, working_fol
 
 @dataclass(frozen=True)
 class _Known:
-    """What names can stand for: variables of the notebook, and paths that begin in `folder`."""
+    """What names can refer to: variables of the notebook, and paths relative to `folder`."""
 
     variables: Mapping[str, object]
     folder: Path = Path()
 
     def path(self, text: str | os.PathLike[str]) -> Path:
-        """The path that `text` is, whether something is there or not. Raises DataError where there can be nothing."""
+        """The path that `text` denotes, whether or not it exists. Raises DataError for an impossible path."""
         try:
             path = self.folder / Path(text).expanduser()
             problem = path_problem(path, below=0)
@@ -149,7 +152,7 @@ class _Known:
 
 
 def _look_up(data: object, known: _Known) -> tuple[object, str, tuple[str, ...]]:
-    """What a name stands for: a Path, a hub id (str) or an object; with a label and notes."""
+    """Resolve a name to a Path, a hub id (str) or an object; with a label and notes."""
     if not isinstance(data, (str, os.PathLike)):
         return data, "data", ()
     text = os.fspath(data)
@@ -216,7 +219,7 @@ def _open(found: object, label: str, words: SplitWords, known: _Known) -> Splits
 
 
 def _read_path(path: Path, words: SplitWords) -> object:
-    """A table or a dict of tables: of a file, of a dataset that was saved to disk; or the splits of a folder."""
+    """A table or a dict of tables (from a file or saved dataset), or the splits of a folder."""
     if not path.is_dir():
         return open_file(path)
     if is_saved_dict(path) or is_saved_dataset(path):
@@ -225,7 +228,7 @@ def _read_path(path: Path, words: SplitWords) -> object:
 
 
 def _joined(tables: Sequence[RowSource], name: str) -> RowSource:
-    """The rows of the parts of one table. A part may be empty, as shards that were filtered are."""
+    """The rows of the parts of one table. A part may be empty, as filtered shards are."""
     whole = joined([table for table in tables if len(table)] or tables[:1], name)
     assert whole is not None
     return whole
@@ -261,13 +264,13 @@ def _open_mapping(found: Mapping[Any, Any], label: str, words: SplitWords, known
 
     def opened(item: tuple[str, object]) -> RowSource:
         name, value = item
-        here = f"{label}[{name!r}]"
+        part_label = f"{label}[{name!r}]"
         if isinstance(value, (list, tuple)) and value and all(isinstance(part, (str, os.PathLike)) for part in value):
-            tables = [_open_table(_look_up(part, known)[0], here) for part in value]
-            return _joined(tables, here)
+            tables = [_open_table(_look_up(part, known)[0], part_label) for part in value]
+            return _joined(tables, part_label)
         if isinstance(value, (str, os.PathLike)):
             value, _, _ = _look_up(value, known)
-        return _open_table(value, here)
+        return _open_table(value, part_label)
 
     return _pick_splits(named, words, f"the dict {label}", opened)
 
@@ -285,7 +288,7 @@ def _open_hub(hub_id: str, words: SplitWords) -> Splits:
                 f"{reason.rstrip('.')}. Check the name and the network, or give a local path."
             ) from None
 
-    # `train[:80%]` is the hub's own notation for a part of a split: only the hub library can read it.
+    # `train[:80%]` is the hub's own notation for a part of a split, which only the hub library can read.
     parts = {
         word: load(word) for word in (words.train_split, words.valid_split, words.test_split) if word and "[" in word
     }
@@ -299,12 +302,12 @@ def _open_hub(hub_id: str, words: SplitWords) -> Splits:
 def _pick_splits(
     available: Mapping[str, _Item], words: SplitWords, where: str, opened: Callable[[_Item], RowSource]
 ) -> Splits:
-    def pick(asked: str | None, usual: Sequence[str], setting: str) -> RowSource | None:
-        if asked is not None:
-            name = asked if asked in available else bare_name(Path(asked))
+    def pick(wanted: str | None, usual: Sequence[str], setting: str) -> RowSource | None:
+        if wanted is not None:
+            name = wanted if wanted in available else bare_name(Path(wanted))
             if name not in available:
                 raise DataError(
-                    f"{where} has no split {asked!r} (`{setting}`).{did_you_mean(asked, available)} {found}"
+                    f"{where} has no split {wanted!r} (`{setting}`).{did_you_mean(wanted, available)} {found}"
                 )
             return opened(available[name])
         name = next((name for name in usual if name in available), "")
@@ -330,7 +333,7 @@ def _open_spec(spec: SourceSpec, known: _Known) -> Splits:
 
 
 def _open_table(value: object, label: str) -> RowSource:
-    """One table of rows, its first rows looked at."""
+    """One table of rows, after a check of its first rows."""
     source = _table(value, label)
     if not len(source):
         raise DataError(f"{source.name} has no rows. Add rows, or remove it.")

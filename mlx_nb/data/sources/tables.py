@@ -1,4 +1,4 @@
-"""Tables of rows that are no files: lists, DataFrames, Datasets; and datasets that were saved to disk."""
+"""Tables of rows in memory (lists, DataFrames, Datasets) and datasets that were saved to disk."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KNOWN_KINDS = (
 
 
 def could_be_rows(value: object) -> bool:
-    """Whether a variable of the notebook is of a kind that can hold rows."""
+    """Whether a notebook variable is of a type that can hold rows."""
     if isinstance(value, (list, tuple, Mapping, os.PathLike, RowSource)):
         return True
     return type(value).__module__.split(".")[0] in ("pandas", "datasets")
@@ -46,7 +46,7 @@ def table_in_memory(value: object, label: str) -> RowSource:
 
 
 def saved_dataset(folder: Path) -> Any:
-    """The Dataset or DatasetDict that `save_to_disk` wrote. Raises DataError when it is damaged."""
+    """The Dataset or DatasetDict that `save_to_disk` wrote. Raises DataError if it is damaged."""
     import datasets
 
     try:
@@ -60,7 +60,7 @@ def saved_dataset(folder: Path) -> Any:
 
 
 def _with_plain_columns(record: Any) -> Any:
-    """A row whose columns may be arrays, and NaN where they have no value, as `to_dict` of pandas gives them."""
+    """A row whose columns may be arrays, with NaN for missing values, as pandas' `to_dict` gives them."""
     if not isinstance(record, Mapping):
         return record
     try:
@@ -70,12 +70,12 @@ def _with_plain_columns(record: Any) -> Any:
         }
     except MemoryError:
         raise
-    except Exception:  # of an endless array, or a mapping of somebody else's: said when the row is read
+    except Exception:  # an endless array, or a faulty mapping: reported when the row is read
         return record
 
 
 def _of_frame(record: Mapping[Any, Any]) -> dict[str, Any]:
-    """A row of a DataFrame. Its columns may be called by numbers."""
+    """A row of a DataFrame, whose columns may have numbers as names."""
     refuse_odd({str(column): value for column, value in record.items()})
     return {str(column): plain_value(value) for column, value in record.items()}
 
@@ -94,7 +94,7 @@ def _lazy_table(
     locate: Callable[[int], str] | None = None,
     raw: Callable[[int], Any] | None = None,
 ) -> RowSource:
-    """`raw` gives a row that `read` refuses, to be told from others all the same."""
+    """`raw` gives a row that `read` refuses, so that it can still be distinguished from others."""
 
     def digest() -> str:
         content = hashlib.sha256()

@@ -1,1 +1,1 @@
-"""Reward functions: found, called, guarded, scored."""
+"""Reward functions: lookup, calling convention, isolated calls, scores."""

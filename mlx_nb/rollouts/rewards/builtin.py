@@ -1,6 +1,7 @@
-"""The built-in reward functions. Each scores one completion, from 0 (not at all) to 1.
+r"""The built-in reward functions. Each scores one completion, from 0 (not at all) to 1.
 
-They are named in `rewards:`; one that takes a value is written as a mapping with one key, `{regex: "^Answer: \\d+$"}`.
+They are named in `rewards:`; one with a value is a mapping with one key, `{regex: "^Answer: \d+$"}`. A new reward is a
+function here and an entry in REWARDS; its docstring is its help.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from mlx_nb.errors import ConfigError, did_you_mean
 
 RewardFunction = Callable[..., Any]
 
-# Digits with or without thousands commas, decimals and an exponent. Its length is bounded: "1e999999999" is no number.
+# Digits with or without thousands commas, decimals and an exponent. Bounded in length: "1e999999999" is not a number.
 _DIGITS = (
     r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)"
     r"(?:[eE][-+]?\d{1,3}(?!\d))?"
@@ -47,9 +48,9 @@ def number_match(completion: str, answer: Any) -> float:
 
 
 def stated_number(text: str) -> Decimal | None:
-    """The last number marked as answer, in `\\boxed{12}` or as a line's end `#### 12`; else the last in the text.
+    r"""The last number marked as answer, in `\boxed{12}` or `#### 12` at the end of a line; else the last in the text.
 
-    `1,234.50`, `$12`, `50%` (= 50), `-3`, `1e-4`, `3/4` and `\\frac{3}{4}` are numbers. None where there is none.
+    `1,234.50`, `$12`, `50%` (= 50), `-3`, `1e-4`, `3/4` and `\frac{3}{4}` are numbers. None if there is none.
     """
     text = _LATEX_FRACTION.sub(r"\1/\2", text.replace("{,}", ",").replace("\\!", ""))
     marked = (match.group(1) or match.group(2) or "" for match in reversed(list(_MARKED.finditer(text))))
@@ -61,7 +62,7 @@ def stated_number(text: str) -> Decimal | None:
 
 
 def _decimal(number: re.Match[str]) -> Decimal | None:
-    # The sign goes into the text, for `-Decimal` would round to the precision of the notebook's context.
+    # The sign goes into the text, since `-Decimal` would round to the precision of the notebook's context.
     top = Decimal(("-" if number["sign"] else "") + number["top"].replace(",", ""))
     if number["bottom"] is None:
         return top
@@ -102,7 +103,7 @@ def json_schema(schema: Any) -> RewardFunction:
     def score(completion: str) -> float:
         try:
             value = json.loads(completion, parse_constant=_refuse_constant)
-        except (ValueError, RecursionError):  # "[[[[..." of a model that lost its way
+        except (ValueError, RecursionError):  # "[[[[..." of a degenerate model
             return 0.0
         return 1.0 if validator.is_valid(value) else _PARTIAL_CREDIT
 
@@ -129,9 +130,9 @@ def _refuse_constant(word: str) -> None:
 
 
 def length(limits: Any) -> RewardFunction:
-    """`max: 200`: 1 up to 200 tokens, then falling evenly to 0 at 400.
+    """`max: 200`: 1 up to 200 tokens, then falling linearly to 0 at 400.
 
-    `target: 200`: 1 at 200 tokens, falling evenly to 0 at none and at 400. `unit: characters` counts characters.
+    `target: 200`: 1 at 200 tokens, falling linearly to 0 at none and at 400. `unit: characters` counts characters.
     """
     kind, limit, unit = _read_limits(limits)
 
@@ -181,7 +182,9 @@ def xml_tags(tags: Any) -> RewardFunction:
 
 
 class BuiltIn(NamedTuple):
-    """function  the reward function; or, where there is an example, what makes it from the value
+    """A built-in reward.
+
+    function  the reward function; or, if there is an example, what makes it from the value
     example   how its value is written in YAML; None = it takes none
     """
 

@@ -1,4 +1,4 @@
-"""Calling reward functions, whatever they do: in turn where they are, or awaited together in a thread."""
+"""Calls reward functions safely: synchronous ones one after another, asynchronous ones together in a thread."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from mlx_nb.rollouts.rewards.resolve import Reward
 
-TICK = 0.05  # seconds between two signs of life
+TICK = 0.05  # seconds between two progress reports
 GRACE = 1.0  # seconds that a cancelled function has to end
 
 
@@ -25,26 +25,26 @@ class Progress(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a call gave: a value, or what it raised."""
+    """The result of a call: a value, or the exception it raised."""
 
     value: Any = None
     error: BaseException | None = None
 
 
-Outcomes = list[Outcome | None]  # None: not called, or not ended, when the time was over
+Outcomes = list[Outcome | None]  # None: not called, or not finished, at the deadline
 Call = dict[str, Any]
 
 
 def call_reward(
     reward: Reward, calls: Sequence[Call], deadline: float, total: int
 ) -> Generator[Progress, None, Outcomes]:
-    """Call a reward function once with each set of arguments; yields at most about every `TICK` seconds.
+    """Call a reward function once with each set of arguments; yields about every `TICK` seconds.
 
-    deadline  on the clock `time.monotonic`: no call is begun after it, and one that is awaited is cancelled
+    deadline  on the clock `time.monotonic`: no call is started after it, and one that is awaited is cancelled
     total     completions, for the progress
 
-    A synchronous function runs here, in the caller's thread, and may use the model. An asynchronous one is awaited for
-    all calls together, on an event loop of its own in a thread of its own. Raises what is no Exception (interrupts).
+    A synchronous function runs in the caller's thread, and may use the model. An asynchronous one is awaited for all
+    calls together, on an event loop in a thread of its own. Raises only what is not an Exception (interrupts).
     """
     run = _await_together if reward.is_async else _call_in_turn
     return (yield from run(reward, calls, deadline, total))
@@ -83,7 +83,7 @@ def _await_together(
         except BaseException as error:
             outcomes[k] = Outcome(error=error)
 
-    async def await_all() -> None:  # returns when the time is over; `asyncio.run` then cancels what is left
+    async def await_all() -> None:  # returns at the deadline; `asyncio.run` then cancels the rest
         waiting = {asyncio.create_task(await_one(k)) for k in range(len(calls))}
         while waiting and not stop.is_set():
             left = deadline - time.monotonic()
@@ -95,7 +95,7 @@ def _await_together(
     def work() -> None:
         try:
             asyncio.run(await_all())
-        except Exception as error:  # no event loop to be had
+        except Exception as error:  # no event loop is available
             outcomes[:] = [one or Outcome(error=error) for one in outcomes]
         finally:
             ended.set()

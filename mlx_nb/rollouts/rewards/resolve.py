@@ -29,15 +29,15 @@ NAMES_FOR_ONE = ("prompt", "completion", "answer", "completion_tokens")
 
 
 class PromptRow(Protocol):
-    """What a batch needs to know of a row (`PromptExample`)."""
+    """The part of a row that a batch needs (`PromptExample`)."""
 
     @property
     def prompt(self) -> Any:
-        """What was asked, as the person wrote it."""
+        """The prompt, as in the row."""
 
     @property
     def answer(self) -> Any:
-        """The answer that the row gives, None without one."""
+        """The row's answer, None without one."""
 
     @property
     def columns(self) -> Mapping[str, Any]:
@@ -45,7 +45,7 @@ class PromptRow(Protocol):
 
     @property
     def row(self) -> int:
-        """Its number."""
+        """The row number."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class CompletionBatch:
 
     prompts            text, or a list of messages: as in the row
     completions        text
-    answers            the row's answer; None where it has none
+    answers            the row's answer; None if it has none
     completion_tokens  token ids
-    columns            {name: values} of the other columns; None where a row lacks the column
+    columns            {name: values} of the other columns; None if a row lacks the column
     rows               row numbers
     """
 
@@ -92,7 +92,7 @@ def completion_batch(
 ) -> CompletionBatch:
     """A batch from completions and the row of each: `examples` has one item per completion, repeated within a group.
 
-    `columns` are those of the whole split: a row that lacks one has None there.
+    `columns` are those of the whole split: a row that lacks one has None.
     """
     return CompletionBatch(
         prompts=[example.prompt for example in examples],
@@ -108,8 +108,8 @@ def completion_batch(
 class Reward:
     """A reward function and its calling convention, read from its signature.
 
-    scores_one  it is called once per completion, with singular names
-    takes       parameters that may be given by name; needs: those of them without a default
+    scores_one  called once per completion, with singular names
+    takes       parameters that can be passed by name; needs: those of them without a default
     takes_all   it has **kwargs
     """
 
@@ -122,7 +122,7 @@ class Reward:
     takes_all: bool
 
     def arguments(self, batch: CompletionBatch) -> dict[str, Any]:
-        """What it is called with for all completions of a batch: copies, its own to change as it likes."""
+        """The arguments for all completions of a batch: copies, which the function may change."""
         known = dict(batch.columns) | {
             "prompts": batch.prompts,
             "completions": batch.completions,
@@ -131,11 +131,11 @@ class Reward:
             "prompt": batch.prompts,
             "answer": batch.answers,
         }
-        # Item by item: the completions of a group share the values of their row, and a copy must not.
+        # Item by item: the completions of a group share the values of their row, and copies must not.
         return {name: [_copy(value) for value in values] for name, values in self._taken(known).items()}
 
     def arguments_for_one(self, batch: CompletionBatch, k: int) -> dict[str, Any]:
-        """What it is called with for completion k, when it scores one: copies as well."""
+        """The arguments for completion k, if it scores one: copies as well."""
         known = {name: values[k] for name, values in batch.columns.items()} | {
             "prompt": batch.prompts[k],
             "completion": batch.completions[k],
@@ -149,7 +149,7 @@ class Reward:
 
 
 def _copy(value: Any) -> Any:
-    """A deep copy; the value itself where it cannot be copied (an open file, a lock). Tuples of ids become lists."""
+    """A deep copy; the value itself if it cannot be copied (an open file, a lock). Tuples of ids become lists."""
     try:
         return list(value) if isinstance(value, tuple) else copy.deepcopy(value)
     except Exception:
@@ -157,7 +157,7 @@ def _copy(value: Any) -> Any:
 
 
 def read_reward(name: str, function: Any) -> Reward:
-    """The calling convention of a function. Raises ConfigError when it cannot be called by name."""
+    """The calling convention of a function. Raises ConfigError if it cannot be called by name."""
     if not callable(function) or isinstance(function, type):
         raise ConfigError(f"reward {name} is a {type(function).__name__}, not a function.")
     try:
@@ -187,9 +187,9 @@ def resolve_rewards(names: Iterable[Any], namespace: Mapping[str, Any]) -> tuple
     """The reward functions that `rewards:` names.
 
     names      callables, names of functions in the notebook or of built-in ones, and mappings such as `{regex: "^Yes"}`
-    namespace  the notebook's variables; its functions come before built-in ones of the same name
+    namespace  the notebook's variables; its functions take precedence over built-in ones
 
-    Raises ConfigError for one that is unknown, no function, has a wrong value, or has the name of another.
+    Raises ConfigError for one that is unknown, not a function, has a wrong value, or has the name of another.
     """
     entries = [names] if isinstance(names, (str, Mapping)) or callable(names) else list(names)
     if not entries:
@@ -244,7 +244,7 @@ def _with_value(name: Any, value: Any) -> Reward:
 
 
 def check_rewards(rewards: Sequence[Reward], weights: Sequence[float] | None, columns: Iterable[str]) -> None:
-    """Raises ConfigError where a function needs what there is not, or the weights do not fit; calls nothing.
+    """Raise ConfigError if a function needs a missing parameter, or the weights do not fit; calls nothing.
 
     weights  one for each reward; None = 1 for each
     columns  names of the columns of the rows besides prompt and answer

@@ -1,4 +1,4 @@
-"""Scores of completions from reward functions that may be wrong, slow or broken: training goes on without them."""
+"""Scores completions with reward functions that may be wrong, slow or broken, without stopping the training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _RIGHT_SHAPE = (
 
 @dataclass(frozen=True)
 class RewardProblem:
-    """What went wrong in a reward function, in one line. completion_index: 0 to N - 1; None = not one completion."""
+    """An error of a reward function, in one line. completion_index: 0 to N - 1; None = not about one completion."""
 
     function: str
     completion_index: int | None
@@ -37,11 +37,11 @@ class RewardProblem:
 
 @dataclass(frozen=True)
 class Scores:
-    """What F reward functions gave for N completions.
+    """The scores that F reward functions gave N completions.
 
     rewards_NF  float64, NaN where a function gave no finite number
     total_N     float64, weighted sum over the functions; NaN where one with a weight other than 0 gave none
-    seconds_F   float64, how long each function took
+    seconds_F   float64, wall time of each function
     """
 
     rewards_NF: np.ndarray
@@ -55,15 +55,15 @@ def score_completions(
 ) -> Generator[Progress, None, Scores]:
     """Score a batch: `scores = yield from score_completions(...)`.
 
-    Raises ConfigError at once, before anything is called, where a function needs what there is not or the weights do
-    not fit (None = 1 for each). The generator then calls one function after the other and yields its progress, about
-    every 0.05 s while an asynchronous one is awaited. Nothing that a function raises or returns is raised, but for
-    interrupts (any BaseException that is no Exception).
+    Raises ConfigError at once, before anything is called, if a function needs a missing parameter or the weights do not
+    fit (None = 1 for each). The generator then calls one function after another and yields its progress, about every
+    0.05 s while an asynchronous one is awaited. Nothing that a function raises or returns is raised, except interrupts
+    (any BaseException that is not an Exception).
 
-    timeout  seconds for each function. An asynchronous one is cancelled then; the numbers of a synchronous one count.
+    timeout  seconds for each function. An asynchronous one is then cancelled; the numbers of a synchronous one count.
 
-    A function that is called for all completions and raises, or returns something else than one value for each, is
-    called again with one completion at a time, to name the completion at fault and keep the numbers of the others.
+    A function for all completions that raises, or returns anything but one value for each, is called again with one
+    completion at a time, to name the completion at fault and use the numbers of the others.
     """
     check_rewards(rewards, weights, batch.columns)
     return _score(rewards, np.ones(len(rewards)) if weights is None else np.array(weights, float), batch, timeout)
@@ -93,7 +93,7 @@ def _score(
 
 
 class _Unusable(Exception):
-    """Why there is no number, as the rest of a sentence."""
+    """Why there is no number, as the end of a sentence."""
 
 
 class _WrongShape(_Unusable):
@@ -102,7 +102,7 @@ class _WrongShape(_Unusable):
 
 @dataclass
 class _Reading:
-    """The numbers of one function; why some are missing, by completion; and what else is to be said."""
+    """The numbers of one function; why some are missing, by completion; and further remarks."""
 
     values_N: np.ndarray
     failures: dict[int, str] = field(default_factory=dict)
@@ -143,7 +143,7 @@ def _read(reward: Reward, batch: CompletionBatch, timeout: float) -> Generator[P
 def _read_again(
     reward: Reward, batch: CompletionBatch, reading: _Reading, reason: _Unusable, deadline: float, timeout: float
 ) -> Generator[Progress, None, None]:
-    """One completion at a time, after `reason` for all of them at once."""
+    """Call for one completion at a time, after `reason` prevented a call for all at once."""
     count = len(batch.completions)
     calls = [reward.arguments(batch.only(k)) for k in range(count)]
     outcomes = yield from call_reward(reward, calls, deadline, count)
@@ -176,7 +176,7 @@ def _value(outcome: Outcome | None, reward: Reward, timeout: float) -> Any:
 
 
 def _plain(value: Any, reward: Reward) -> Any:
-    """Arrays, series and their scalars (numpy, pandas, mlx) as lists and numbers, without importing any of them."""
+    """Arrays, series and their scalars (numpy, pandas, mlx) as lists and numbers, without importing those libraries."""
     try:
         return value.tolist() if hasattr(value, "tolist") else value
     except Exception as error:

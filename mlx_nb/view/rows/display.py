@@ -167,7 +167,7 @@ class RowDisplay:
 
 def _badges(view: RowView) -> list[tuple[str, bool]]:
     """The row's marks, such as its label or weight, as (words, whether it favors the answer)."""
-    marks = view.content.marks() if view.content else {}
+    marks = view.content.ratings() if view.content else {}
     return [
         (f"{'✓' if value else '✗'} {name}: {'good' if value else 'bad'}", value)
         if isinstance(value, bool)
@@ -188,7 +188,7 @@ def _badges_html(badges: list[tuple[str, bool]]) -> str:
 
 def _columns(view: RowView) -> list[tuple[str, str]]:
     """Of a prompt, what its rewards are given besides: the answer, then the other columns."""
-    given = view.content.given() if view.content else {}
+    given = view.content.reward_columns() if view.content else {}
     texts = {name: value if isinstance(value, str) else _written(value) for name, value in given.items()}
     return [
         (name, text if len(text) <= _LONGEST_COLUMN else f"{text[:_LONGEST_COLUMN]} … {len(text):,} characters in all")
