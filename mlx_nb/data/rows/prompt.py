@@ -71,7 +71,8 @@ def prompt_row(record: Mapping[str, Any], columns: Columns) -> PromptRow:
         raise DataError(f"`{name}` is empty: there is nothing to answer. Drop the row.")
     if not isinstance(prompt, str) and prompt[-1]["role"] in ("assistant", "system"):
         raise DataError(
-            f"`{name}` ends with the {prompt[-1]['role']}: there is nothing to answer. It must end with the user's message."
+            f"`{name}` ends with the {prompt[-1]['role']}: there is nothing to answer. "
+            "It must end with the user's message."
         )
     others = {column: value for column, value in record.items() if column not in (name, answer_name)}
     return PromptRow(prompt, record.get(answer_name), others, tools, as_given, all_texts(as_given))
