@@ -19,7 +19,8 @@ from mlx_nb.config.methods import METHODS
 from mlx_nb.config.optimizers import OPTIMIZERS, OptimizerName
 from mlx_nb.config.run_config import RunConfig
 from mlx_nb.errors import ConfigError
-from mlx_nb.notebook.commands import COMMANDS, _command
+from mlx_nb.notebook.command import command
+from mlx_nb.notebook.commands import COMMANDS
 from mlx_nb.notebook.magics import FinetuneMagics
 from mlx_nb.rollouts.rewards import builtin
 
@@ -51,7 +52,7 @@ def test_the_tables_of_the_recipes_are_there(module, name):
 def test_a_command_is_one_entry(monkeypatch):
     from IPython.core.interactiveshell import InteractiveShell
 
-    monkeypatch.setitem(COMMANDS, "hello", _command("hello", "say hello", lambda session, arguments: "hello"))
+    monkeypatch.setitem(COMMANDS, "hello", command("hello", "say hello", lambda session, arguments: "hello"))
     magics = FinetuneMagics(InteractiveShell())
     assert magics.finetune_line("hello") == "hello"
     assert "say hello" in str(magics.finetune_line("help"))
@@ -93,10 +94,10 @@ RECIPES = {
         "train/trainer.py": {"        tokens = sum(sum(": "        learning_rate *= config.rate_factor\n"},
     },
     "command": {
-        "notebook/commands.py": {
-            "def _command(": "def _hello(session: Session, arguments: argparse.Namespace) -> Text:\n"
+        "notebook/training_commands.py": {
+            "def _pause(": "def _hello(session: Session, arguments: argparse.Namespace) -> Text:\n"
             '    return Text("hello")\n\n\n',
-            '    "step": _command("step"': '    "hello": _command("hello", "say hello", _hello),\n',
+            '    "step": command("step"': '    "hello": command("hello", "say hello", _hello),\n',
         }
     },
     "button": {

@@ -11,7 +11,8 @@ from IPython.core.magic_arguments import argument, magic_arguments, parse_argstr
 from mlx_nb.config.yaml_text import load_mapping
 from mlx_nb.errors import CommandError
 from mlx_nb.notebook.bare_run import BareRun
-from mlx_nb.notebook.commands import CELL_OPTIONS, output_name, refuse_shortened, run_line, wait_of
+from mlx_nb.notebook.command import CELL_OPTIONS, output_name, refuse_shortened, wait_of
+from mlx_nb.notebook.commands import run_line
 from mlx_nb.notebook.help_text import cell_help
 from mlx_nb.notebook.interrupted import InterruptsInOneLine
 from mlx_nb.notebook.preferences import Finetune

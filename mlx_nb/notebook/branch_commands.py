@@ -1,0 +1,126 @@
+"""The `%finetune` commands that go back or branch off: rewind, skip, fork, resume, use.
+
+A new command of this group is a function here and its entry in the table at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mlx_nb.config.yaml_text import advice_as_words, read_words
+from mlx_nb.errors import CommandError
+from mlx_nb.files.places import run_folder, working_folder
+from mlx_nb.notebook.command import (
+    OUTPUT,
+    SETTINGS_EXAMPLE,
+    Command,
+    argument,
+    command,
+    output_name,
+    refuse_finished,
+)
+from mlx_nb.notebook.session import Session
+from mlx_nb.notebook.shown_text import Text
+from mlx_nb.run.resume import resumable
+from mlx_nb.run.run import Run
+
+
+def _rewind(session: Session, arguments: argparse.Namespace) -> Text:
+    from mlx_nb.view.event_text import describe
+
+    run = session.get(arguments.name)
+    if arguments.to is not None and arguments.n is not None:
+        raise CommandError("%finetune rewind: give a number of updates or --to, not both.")
+    return Text(f"{run.name} {describe(run.rewind(arguments.n, to=arguments.to))}. `%finetune run` goes on from there.")
+
+
+def _skip(session: Session, arguments: argparse.Namespace) -> Text:
+    run = session.get(arguments.name)
+    refuse_finished(run)
+    rows = run.trainer.next_rows()
+    places = run.inputs.places_of(rows)
+    run.skip()
+    return Text(
+        f"{run.name} will leave out the batch with rows {', '.join(map(str, rows))}. {places}{' ' if places else ''}"
+        "`%finetune run` goes on after it."
+    )
+
+
+def _fork(session: Session, arguments: argparse.Namespace) -> Text:
+    run, output = session.get(arguments.name), output_name(arguments.output)
+    changes = read_words(arguments.changes, "%finetune fork", SETTINGS_EXAMPLE)
+    with advice_as_words():
+        fork = run.fork(name=arguments.as_name, **changes)
+    notes = session.add(fork, output)
+    next_steps = f"`%finetune run` trains the fork; `%finetune use {run.name}` goes back to {run.name}."
+    return Text("\n".join([repr(fork), next_steps, *notes]))
+
+
+def _resume(session: Session, arguments: argparse.Namespace) -> Text:
+    from mlx_nb.notebook.driver import has_live_front_end, show_panel
+
+    output = output_name(arguments.output)
+    run = Run.resume(
+        run_folder(arguments.run or arguments.name or _only_candidate(), working_folder()),
+        step=arguments.step,
+        namespace=session.namespace,
+        allow_changed=arguments.allow_changed or (),
+    )
+    notes = session.add(run, output)
+    if has_live_front_end():
+        show_panel(session, run)
+    goes_on = "`%finetune run 20` does 20 more updates" if run.over else "`%finetune run` goes on from there"
+    return Text("\n".join([repr(run), f"{goes_on}.", *notes, *run.trainer.notes]))
+
+
+def _only_candidate() -> str:
+    """The only run in `adapters/` that can be resumed. Raises CommandError if there is none, or several."""
+    found = resumable(Path("adapters"))
+    if len(found) == 1:
+        return next(iter(found))
+    if not found:
+        raise CommandError(
+            f"%finetune resume: no run in {Path('adapters').resolve()} has a checkpoint. Give the folder of one."
+        )
+    listed = ", ".join(f"{name} (update {step})" for name, step in found.items())
+    raise CommandError(
+        f"%finetune resume: which run? There are {listed}. For example: %finetune resume {next(iter(found))}"
+    )
+
+
+BRANCH_COMMANDS: dict[str, Command] = {
+    "rewind": command(
+        "rewind",
+        "go back by n updates (default 1), or --to one",
+        _rewind,
+        argument("n", nargs="?", type=int),
+        argument("--to", type=int, metavar="UPDATE"),
+    ),
+    "skip": command("skip", "leave out the next batch, for instance after a loss spike", _skip, steers=True),
+    "fork": command(
+        "fork",
+        "a second run that goes on from here with other settings, sharing the base",
+        _fork,
+        argument("changes", nargs="*", metavar="key=value"),
+        OUTPUT,
+        argument("--as", dest="as_name", metavar="NAME", help="name of the fork (default: this run's, with -fork)"),
+        of_now=True,
+    ),
+    "resume": command(
+        "resume",
+        "go on with a run from its newest checkpoint, as if it had never stopped",
+        _resume,
+        argument("run", nargs="?", help="name of the run, or its adapter folder (default: the only one there is)"),
+        OUTPUT,
+        argument("--step", type=int, help="the checkpoint of this update instead of the newest"),
+        argument("--allow-changed", nargs="+", metavar="WHAT", help="go on although this changed since"),
+    ),
+    "use": command(
+        "use",
+        "make another run the current one",
+        lambda session, arguments: Text(repr(session.select(arguments.run))),
+        argument("run"),
+        steers=True,
+    ),
+}

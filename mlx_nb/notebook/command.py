@@ -1,0 +1,146 @@
+"""The parts that `%finetune` commands are made of: their parsers, options, and checks of common arguments."""
+
+from __future__ import annotations
+
+import argparse
+import keyword
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NoReturn
+
+from mlx_nb.errors import CommandError
+from mlx_nb.notebook.help_text import WIDTH
+from mlx_nb.notebook.queued_cells import NOW
+from mlx_nb.notebook.session import Session
+from mlx_nb.run.inputs import SPLITS
+from mlx_nb.run.run import Run
+from mlx_nb.view.event_text import remarks
+
+CELL_OPTIONS = {
+    "--name": "name of the run (default: run); also its folder in adapters/",
+    "-o": "bind the Run to this variable",
+    "--paused": "build the run, load nothing, train nothing",
+    "--wait": "stay in the cell until the run pauses or ends",
+    "--background": "return at once and train in the background, whoever looks; queued cells do not wait for it",
+    NOW: "do not wait for a run that a cell before started, where this one is queued behind it",
+    "--resume": "go on from the newest checkpoint of this name, if there is one",
+    "--allow-changed": "go on although this changed since (with --resume: a setting, data, template, model, ...; with "
+    "resume_adapter_file or reference_adapter: model)",
+}
+
+
+SETTINGS_EXAMPLE = "learning_rate=5e-5"
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: what it takes, what it does, and the function `(session, arguments) -> object to display`.
+
+    of_now  its answer describes the run at that moment, so for a running one the answer names the update
+    steers  it steers or shows a running run, so in a cell that is queued behind that run it does not wait for it
+    """
+
+    usage: str
+    help: str
+    act: Callable[[Session, argparse.Namespace], Any]
+    parser: argparse.ArgumentParser
+    of_now: bool
+    steers: bool
+
+    @property
+    def options(self) -> list[str]:
+        """The words for its options, such as `--wait`."""
+        return [
+            word
+            for action in self.parser._actions
+            for word in action.option_strings
+            if word.startswith("--") and word != "--name"
+        ]
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argparse parser that raises CommandError instead of ending the process."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(add_help=False, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(f"%finetune {self.prog}: {message}. Usage: %finetune {self.prog} {_usage(self)}".rstrip())
+
+
+def _usage(parser: argparse.ArgumentParser) -> str:
+    words = parser.format_usage().split()
+    return " ".join(words[words.index(parser.prog) + 1 :])
+
+
+def command(
+    name: str,
+    help: str,
+    act: Callable[[Session, argparse.Namespace], Any],
+    *arguments: tuple[tuple[Any, ...], dict[str, Any]],
+    of_now: bool = False,
+    steers: bool = False,
+) -> Command:
+    """Declare a command; `arguments` are those of `add_argument`, made by `argument`."""
+    # The usage is printed after "%finetune ".
+    shape = partial(argparse.HelpFormatter, width=WIDTH - len("%finetune "), max_help_position=20)
+    parser = _Parser(prog=name, description=help, formatter_class=shape)
+    for flags, options in arguments:
+        parser.add_argument(*flags, **options)
+    usage = _usage(parser)
+    if name not in ("new", "runs", "help", "use", "delete", "compare", "load"):
+        parser.add_argument("--name", "-n", default=None, help="another run than the current one")
+    parser.add_argument(
+        NOW, action="store_true", help="act at once, while a run goes on that this cell is queued behind"
+    )
+    return Command(usage, help, act, parser, of_now, steers)
+
+
+def argument(*flags: str, **options: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Declare an argument of a command, as in argparse's `add_argument`."""
+    return flags, options
+
+
+def refuse_shortened(words: Sequence[str], parser: argparse.ArgumentParser, where: str) -> None:
+    """Raise CommandError for a word that is the beginning of an option, or an option with too few hyphens."""
+    known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+    for word in words:
+        given = word.partition("=")[0]
+        if not given.startswith("-") or len(given) < 3 or given in known:
+            continue
+        meant = [option for option in known if option.startswith(f"--{given.lstrip('-')}")]
+        if meant:
+            raise CommandError(f"{where}: there is no option {given}. Did you mean {' or '.join(meant)}?")
+
+
+def output_name(word: str | None) -> str | None:
+    """The variable named by `-o`. Raises CommandError for an invalid name."""
+    if word is not None and (not word.isidentifier() or keyword.iskeyword(word)):
+        raise CommandError(f"-o {word!r} is not a variable name.")
+    return word
+
+
+def wait_of(arguments: argparse.Namespace) -> bool | None:
+    """The choice between --wait and --background; None without either. Raises CommandError for both."""
+    if arguments.wait and arguments.background:
+        raise CommandError("--wait and --background exclude each other.")
+    return True if arguments.wait else False if arguments.background else None
+
+
+def refuse_finished(run: Run) -> None:
+    """Raise CommandError for a run whose updates are all done."""
+    if run.over:
+        raise CommandError(
+            f"{run.name} is finished: all {run.step_count} updates are done. `%finetune run 20` does 20 more, and "
+            "`%finetune set iters=...` makes it longer."
+        )
+
+
+def notes_since(run: Run, known: int) -> list[str]:
+    """Remarks on the setting changes that came after the first `known` events."""
+    return [note for event in run.history.events[known:] for note in remarks(event)]
+
+
+OUTPUT = argument("-o", "--output", metavar="VARIABLE", help=CELL_OPTIONS["-o"])
+SPLIT = argument("split", nargs="?", default="train", choices=SPLITS)

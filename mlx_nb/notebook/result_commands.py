@@ -1,0 +1,149 @@
+"""The `%finetune` commands for results: curves, reports, comparisons, and runs saved on disk.
+
+A new command of this group is a function here and its entry in the table at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from mlx_nb.errors import CommandError
+from mlx_nb.files.places import run_folder, working_folder
+from mlx_nb.notebook.command import (
+    OUTPUT,
+    Command,
+    argument,
+    command,
+    output_name,
+)
+from mlx_nb.notebook.session import Session
+from mlx_nb.notebook.shown_text import Text
+from mlx_nb.run.saved import how_to_use
+from mlx_nb.view.metric_text import headline
+
+
+def _save(session: Session, arguments: argparse.Namespace) -> Text:
+    run = session.get(arguments.name)
+    folder = run.save(arguments.path)
+    return Text("\n".join([f"saved to {folder}", *how_to_use(run.config, run.loaded, folder)]))
+
+
+def _runs(session: Session, arguments: argparse.Namespace) -> Text:
+    if arguments.disk:
+        from mlx_nb.notebook.kept import kept_text
+
+        return Text(kept_text(run.folder for run in session.runs.values()))
+    if not session.runs:
+        return Text("no runs yet. A %%finetune cell makes one.")
+    table = [("", "run", "state", "update", "loss", "validation", "method", "model")]
+    for run in session.runs.values():
+        last, valid = run.history.last_step, run.history.evaluations("valid")
+        table.append(
+            (
+                "→" if session.is_current(run) else "",
+                run.name,
+                run.state,
+                f"{run.step_count} of {run.trainer.iters}" if run.prepared else "-",
+                f"{last.loss:.4f}" if last else "-",
+                _headline_text(valid[-1]) if valid else "-",
+                f"{run.config.method}, {run.config.fine_tune_type}",
+                run.config.model,
+            )
+        )
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    return Text("\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in table))
+
+
+def _headline_text(evaluation: dict[str, Any]) -> str:
+    name, value = headline(evaluation)
+    return f"{value:.4f}" if name == "loss" else f"{name} {value:.4f}"
+
+
+def _config(session: Session, arguments: argparse.Namespace) -> Text:
+    run = session.get(arguments.name)
+    return Text(run.config.to_yaml().rstrip() or "# every setting is at its default")
+
+
+def _compare(session: Session, arguments: argparse.Namespace) -> Text:
+    from mlx_nb.notebook.several_runs import compared
+
+    names = list(dict.fromkeys(arguments.runs))
+    runs = [session.get(name) for name in names]
+    if len(runs) == 1 and not session.is_current(runs[0]):
+        runs.insert(0, session.get())
+    if not runs:
+        runs = list(session.runs.values())
+    if len(runs) < 2:
+        raise CommandError("%finetune compare: name two runs or more. `%finetune runs` lists them.")
+    return Text(compared(runs))
+
+
+def _load(session: Session, arguments: argparse.Namespace) -> Text:
+    from mlx_nb.run.saved import load
+
+    output = output_name(arguments.output) or "model"
+    known = session.runs.get(arguments.folder)
+    place = known.folder if known is not None else Path(arguments.folder)
+    model = load(place if place.exists() else run_folder(arguments.folder, working_folder()))
+    if session.namespace is not None:
+        session.namespace[output] = model
+    return Text(f"{model!r}\n`{output}.generate('Hello')` asks it, `{output}.generate('Hello', base=True)` its base.")
+
+
+def _delete(session: Session, arguments: argparse.Namespace) -> Text:
+    from mlx_nb.notebook.kept import delete_kept
+
+    known = session.runs.get(arguments.run)
+    folder = known.folder if known is not None else run_folder(arguments.run, working_folder())
+    return Text(delete_kept(folder, yes=arguments.yes))
+
+
+RESULT_COMMANDS: dict[str, Command] = {
+    "plot": command(
+        "plot", "the curves so far", lambda session, arguments: session.get(arguments.name).plot(), of_now=True
+    ),
+    "save": command(
+        "save",
+        "write the adapter in mlx-lm's format",
+        _save,
+        argument("path", nargs="?", help="folder (default: the run's own)"),
+        of_now=True,
+    ),
+    "runs": command(
+        "runs",
+        "the runs of this notebook; --disk: those that are kept on disk, and what each takes",
+        _runs,
+        argument("--disk", action="store_true", help="those in adapters/ too, with their size"),
+        steers=True,
+    ),
+    "config": command("config", "the settings that are not at their defaults, as the body of a cell", _config),
+    "report": command(
+        "report",
+        "one HTML page with everything about the run",
+        lambda session, arguments: session.get(arguments.name).report(arguments.path),
+        argument("path", nargs="?", help="file (default: report.html in its folder)"),
+        of_now=True,
+    ),
+    "compare": command(
+        "compare",
+        "runs side by side: losses, and the settings that differ",
+        _compare,
+        argument("runs", nargs="*", metavar="run", help="names (default: all; with one, it and the current run)"),
+    ),
+    "load": command(
+        "load",
+        "a model with a saved adapter, to ask it without its run",
+        _load,
+        argument("folder", help="name of a run, or folder of its adapter"),
+        OUTPUT,
+    ),
+    "delete": command(
+        "delete",
+        "remove a run from disk: the files that mlx_nb wrote for it, and nothing else",
+        _delete,
+        argument("run", help="name of the run, or its adapter folder"),
+        argument("--yes", action="store_true", help="remove them; without it, only say what would be removed"),
+    ),
+}

@@ -1,0 +1,189 @@
+"""The `%finetune` commands that train a run, steer it, or use its model: step, run, pause, generate, ...
+
+A new command of this group is a function here and its entry in the table at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from mlx_nb.config.yaml_text import advice_as_words, read_words
+from mlx_nb.errors import CommandError
+from mlx_nb.events import Pause, RunState, Stop
+from mlx_nb.notebook.command import (
+    SETTINGS_EXAMPLE,
+    Command,
+    argument,
+    command,
+    notes_since,
+    refuse_finished,
+    wait_of,
+)
+from mlx_nb.notebook.session import Session
+from mlx_nb.notebook.shown_text import GrowingAnswer, Text, has_rich_display
+from mlx_nb.run.inputs import SPLITS
+from mlx_nb.view.event_text import AT_NO_UPDATE, STATES, progress_words
+
+
+def _new(session: Session, arguments: argparse.Namespace) -> Any:
+    """The form; without widgets, or with --write, the cell itself, at the next prompt or below this one."""
+    from mlx_nb.notebook import new_run
+    from mlx_nb.notebook.new_run_cell import cell_text
+
+    given, namespace = new_run.given_in(arguments.changes), session.namespace or {}
+    form = session.form
+    if arguments.write or not has_rich_display():
+        if form is not None and not given:
+            given = dict(form.values)
+        with advice_as_words():
+            new_run.checked_run(given, namespace)
+        new_run.write_next_cell(given)
+        return None if has_rich_display() else Text(cell_text(given))
+    if form is not None:
+        form.close()
+    session.form = new_run.NewRun(given, namespace)
+    return session.form
+
+
+def _step(session: Session, arguments: argparse.Namespace) -> None:
+    from mlx_nb.notebook.driver import train
+
+    if arguments.n < 1:
+        raise CommandError(f"%finetune step: cannot do {arguments.n} updates. Give a whole number of 1 or more.")
+    run = session.get(arguments.name)
+    refuse_finished(run)
+    train(session, run, arguments.n, wait=True)
+
+
+def _run(session: Session, arguments: argparse.Namespace) -> None:
+    from mlx_nb.notebook.driver import train
+
+    run = session.get(arguments.name)
+    if arguments.n is None:
+        refuse_finished(run)
+        train(session, run, wait=wait_of(arguments))
+        return
+    known = len(run.history.events)
+    updates = run.more(arguments.n)
+    for note in notes_since(run, known):
+        print(note)
+    train(session, run, updates, wait=wait_of(arguments))
+
+
+def _pause(session: Session, arguments: argparse.Namespace) -> Text:
+    run = session.get(arguments.name)
+    if run.state != RunState.RUNNING:
+        raise CommandError(f"{run.name} {STATES[run.state]}, so there is nothing to pause.")
+    run.request(Pause())
+    return Text(f"{run.name} pauses after this update.")
+
+
+def _stop(session: Session, arguments: argparse.Namespace) -> Text | None:
+    from mlx_nb.notebook.driver import train
+
+    run = session.get(arguments.name)
+    refuse_finished(run)
+    run.request(Stop())
+    if run.state == RunState.RUNNING:
+        return Text(f"{run.name} stops after this update and saves its adapter.")
+    train(session, run, 0, wait=True)
+    return None
+
+
+def _panel(session: Session, arguments: argparse.Namespace) -> None:
+    from mlx_nb.notebook.driver import show_panel
+
+    show_panel(session, session.get(arguments.name))
+
+
+def _eval(session: Session, arguments: argparse.Namespace) -> Text:
+    from mlx_nb.view.event_text import describe
+
+    return Text(describe(session.get(arguments.name).evaluate(arguments.split)))
+
+
+def _generate(session: Session, arguments: argparse.Namespace) -> Text:
+    run = session.get(arguments.name)
+    options = {name: getattr(arguments, name) for name in ("base", "max_tokens", "temperature", "seed")}
+    prompt = " ".join(arguments.prompt)
+    if not has_rich_display():
+        return Text(run.generate(prompt, **options))
+    who = "the base" if arguments.base else run.name
+    answer = GrowingAnswer(f"{who} answers …")
+    try:
+        for progress in run.inputs.loading():
+            answer.wait(progress_words(progress))
+        return answer.ended(run.generate(prompt, on_text=answer.grow, **options))
+    except BaseException:
+        answer.broken_off()
+        raise
+
+
+def _set(session: Session, arguments: argparse.Namespace) -> Text:
+    run = session.get(arguments.name)
+    known = len(run.history.events)
+    changes = read_words(arguments.changes, "%finetune set", SETTINGS_EXAMPLE)
+    with advice_as_words():
+        run.set(**changes)
+    words = ", ".join(word.replace("=", ": ", 1) for word in arguments.changes)
+    changed = f"{run.name}: {words}, {AT_NO_UPDATE}" if run.over else f"{run.name}: from the next update on, {words}"
+    notes = notes_since(run, known)
+    if run.state == RunState.RUNNING and run.prepared:  # it is recorded at the next boundary
+        notes += filter(None, (run.trainer.change_words(name, run.config) for name in changes))
+    return Text("\n".join([changed, *notes]))
+
+
+TRAINING_COMMANDS: dict[str, Command] = {
+    "new": command(
+        "new",
+        "a form for a new run: settings, rows with masks, their check, and the cell",
+        _new,
+        argument("changes", nargs="*", metavar="key=value", help="what the form begins with"),
+        argument("--write", action="store_true", help="write its cell into the next one"),
+        steers=True,
+    ),
+    "step": command("step", "do exactly n updates (default 1)", _step, argument("n", nargs="?", type=int, default=1)),
+    "run": command(
+        "run",
+        "train to the end, or n more updates, in the background where somebody looks",
+        _run,
+        argument("n", nargs="?", type=int),
+        argument("--wait", action="store_true", help="stay in the cell"),
+        argument("--background", action="store_true", help="return at once"),
+    ),
+    "pause": command("pause", "stop after this update; `%finetune run` goes on", _pause, steers=True),
+    "stop": command("stop", "end the run after this update and save its adapter", _stop, steers=True),
+    "panel": command("panel", "controls, curves, rows, samples and checkpoints, live", _panel, steers=True),
+    "status": command(
+        "status",
+        "where the run is",
+        lambda session, arguments: Text(session.get(arguments.name).status()),
+        steers=True,
+    ),
+    "eval": command(
+        "eval",
+        "loss of a split and what the method measures, now",
+        _eval,
+        argument("split", nargs="?", default="valid", choices=SPLITS),
+        of_now=True,
+    ),
+    "generate": command(
+        "generate",
+        "ask the model as it is now; --base asks it without the adapter",
+        _generate,
+        argument("prompt", nargs="+"),
+        argument("--base", action="store_true", help="switch the adapter off"),
+        argument("--max-tokens", type=int, default=256),
+        argument("--temperature", type=float, default=0.0),
+        argument("--seed", type=int, default=0),
+        of_now=True,
+    ),
+    "set": command(
+        "set",
+        "change a setting during the run",
+        _set,
+        argument("changes", nargs="+", metavar="key=value"),
+        steers=True,
+    ),
+}
