@@ -187,7 +187,9 @@ def test_an_interrupt_while_loading_is_kept_and_a_second_gives_up(tmp_path, tiny
 def test_a_failed_start_leaves_the_model_as_it_was_loaded(tmp_path, tiny_folder, monkeypatch):
     run = rows_run(tmp_path, tiny_folder)
     names = {name for name, _ in run.model.named_modules()}
-    monkeypatch.setattr("mlx_nb.train.trainer.TargetScorer", lambda model: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        "mlx_nb.train.trainer.TargetScorer", lambda *_of, **_as: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         _ = run.trainer
     assert {name for name, _ in run.model.named_modules()} == names
