@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-from itertools import pairwise
 from queue import Empty
 
 import pytest
@@ -31,7 +30,6 @@ pytestmark = pytest.mark.faults
 
 KILLS = 110
 UNCHANGED = re.compile(r"%finetune run was interrupted; \w+ is as it was, paused at update (?P<update>\d+)\.")
-QUICK_SECONDS = 0.25  # an update, an evaluation and a save of this size, where each does not take longer than that
 
 
 # Slow enough that interrupts strike inside the reward too.
@@ -180,10 +178,11 @@ def test_kills_at_random_moments_lose_at_most_the_autosave_interval(tmp_path, ti
             server.stdin.write("go\n")
             server.stdin.flush()
             child = int(read_line(server, 120))
-            while not (lines := (tmp_path / "log").read_text().splitlines()[seen:]):
+            # One in four dies while it loads, however long that takes here, and the others while they train.
+            awaited = "resumed" if chance.random() < 0.25 else "StepCompleted"
+            while not any(line.startswith(awaited) for line in (tmp_path / "log").read_text().splitlines()[seen:]):
                 time.sleep(0.01)
-            assert lines[0].startswith("resumed"), lines[0]
-            time.sleep(chance.uniform(0.0, 0.5))
+            time.sleep(chance.uniform(0.0, 0.4))
             killed_at = time.monotonic()
             os.kill(child, signal.SIGKILL)
             assert read_line(server, 30) == "dead"
@@ -196,13 +195,13 @@ def test_kills_at_random_moments_lose_at_most_the_autosave_interval(tmp_path, ti
                 continue
             checkpoint, messages = store.load()
             assert not messages, messages
-            # What was done but is not in the checkpoint: at most what an interval, an update and a save take.
+            # What was done but is not in the checkpoint: from the first such update on, which follows the save at once,
+            # all but the last are within the interval. The process may have died during the save that the last makes
+            # due. However slow the machine is, that holds.
             after = [float(at) for kind, step, at in life if kind == "StepCompleted" and int(step) > checkpoint.step]
             if after:
-                times = [float(at) for _, _, at in life] + [killed_at]
-                slowest = max(later - earlier for earlier, later in pairwise(times))
                 lost.append(killed_at - min(after))
-                assert lost[-1] < AUTOSAVE_SECONDS + max(QUICK_SECONDS, 3 * slowest), (lost, slowest)
+                assert all(at < after[0] + AUTOSAVE_SECONDS for at in after[:-1]), (checkpoint.step, life[-8:])
     finally:
         server.kill()
         server.wait()
