@@ -56,6 +56,10 @@ class _Output:
                 self._stream.write(text)
         return len(text)
 
+    def isatty(self) -> bool:
+        """Whether it is a terminal."""
+        return self._stream is not None and bool(self._stream.isatty())
+
     def flush(self) -> None:
         """Hand over what is buffered, or leave it out."""
         if self._stream is not None:

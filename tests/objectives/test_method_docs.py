@@ -36,6 +36,8 @@ GIVEN = {
     "chat_feature": "talk",
     "completion_feature": "reply",
     "text_feature": "body",
+    "down_weight": [1],
+    "down_weight_factor": 0.25,
     "beta": 0.3,
     "label_smoothing": 0.1,
     "z_loss": 1e-4,
