@@ -443,7 +443,7 @@ class RunConfig(Settings):
     grad_checkpoint: bool = setting(
         False,
         "Keep of each layer only what goes into it, and compute the rest again for the gradient: the same numbers in a "
-        "fraction of the memory, for about a third more time.",
+        "fraction of the memory, for more time.",
         group="training",
     )
     packing: Literal["auto", True, False] = setting(
