@@ -19,6 +19,7 @@ from mlx_nb.errors import ModelError
 from mlx_nb.model.passes import family_of, once_a_model, one_line, trained_forms
 from mlx_nb.model.proof import gives_the_same
 from mlx_nb.model.randomness import drawing_from, random_key
+from mlx_nb.model.stand_in import StandIn
 from mlx_nb.model.trees import named_arrays
 
 _PROBED_TOKENS = 8
@@ -87,41 +88,29 @@ def _lists_of_layers(model: nn.Module) -> list[tuple[nn.Module, str]]:
     ]
 
 
-class _Checkpointed:
-    """Stands in for a layer: all but the call is the layer's own.
+class _Checkpointed(StandIn):
+    """Stands in for a layer, which is computed again for its gradient.
 
     A layer that is given what it may write to, such as a cache from which others read its keys, is called as it is.
     """
 
     def __init__(self, layer: nn.Module, inside: Inside, called: Callable[[], None]) -> None:
-        self._layer, self._inside, self._called = layer, inside, called
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:  # models ask which kind a layer is
-        return type(self._layer)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._layer, name)
-
-    def __getitem__(self, name: str) -> Any:
-        return self._layer[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._layer
+        super().__init__(layer)
+        self._inside, self._called = inside, called
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not all(isinstance(value, _PLAIN) for _, value in named_arrays((args, kwargs))):
-            return self._layer(*args, **kwargs)
+            return self._module(*args, **kwargs)
         self._called()
-        names, parameters = _split(self._layer.trainable_parameters())
+        names, parameters = _split(self._module.trainable_parameters())
         given, inputs = _floats((args, kwargs))
         key = random_key()
         form: list[Any] = []
 
         def of(*arrays: mx.array) -> list[mx.array]:
             args, kwargs = given(arrays[len(names) :])
-            with _in_place(self._layer, names, arrays[: len(names)], parameters), self._inside(self._layer):
-                result = self._layer(*args, **kwargs)
+            with _in_place(self._module, names, arrays[: len(names)], parameters), self._inside(self._module):
+                result = self._module(*args, **kwargs)
             rebuild, outputs = _floats(result)
             form[:] = [rebuild]
             return outputs

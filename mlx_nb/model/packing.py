@@ -21,6 +21,7 @@ from mlx_nb.model.backend import one_blas_thread
 from mlx_nb.model.cpu_kernels import kernels_are_proved, needed_queries, tried_kernels
 from mlx_nb.model.passes import once_a_model, random_tokens, trained_forms
 from mlx_nb.model.proof import agree
+from mlx_nb.model.stand_in import StandIn
 
 # What a layer calls the part that mixes tokens. A family that has another name for it is found out by the probe.
 _ATTENTION = ("self_attn", "attention", "attn", "self_attention", "block_sparse_attn", "linear_attn")
@@ -166,27 +167,7 @@ def _mixers(module: nn.Module) -> list[tuple[nn.Module, str]]:
     ]
 
 
-class _StandIn:
-    """Takes a module's place: all but the call is the module's own."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:  # models ask which kind a module is
-        return type(self._module)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-    def __getitem__(self, name: str) -> Any:
-        return self._module[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._module
-
-
-class _Mixer(_StandIn):
+class _Mixer(StandIn):
     """Stands in for a token mixer, which is called with the lines of a packed row."""
 
     def __init__(self, module: nn.Module, layout: Layout, masks: dict[int, tuple[mx.array, mx.array]]) -> None:
@@ -238,7 +219,7 @@ class _Lines:
         return packed_again(lines, self.layout)
 
 
-class _Projection(_StandIn):
+class _Projection(StandIn):
     """Stands in for a linear projection inside a mixer, which is of each token alone."""
 
     def __init__(self, module: nn.Module, lines: _Lines) -> None:

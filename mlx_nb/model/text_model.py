@@ -18,6 +18,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from mlx_nb.model.passes import family_of, is_half, once_a_model, random_tokens
+from mlx_nb.model.stand_in import StandIn
 from mlx_nb.model.trees import named_arrays
 
 _ROWS, _TOKENS = 2, 5
@@ -71,30 +72,22 @@ class TextModel:
         return result
 
 
-class _StandIn:
-    """Takes a module's place in a copy of the one around it; all but the call is the module's own."""
+class _Chooser(StandIn):
+    """Takes a module's place in a copy of the one around it, and chooses positions."""
 
     def __init__(self, module: nn.Module, step: _Step, computes: bool) -> None:
-        self._module, self._step, self._computes = module, step, computes
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-    def __getitem__(self, name: str) -> Any:
-        return self._module[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._module
+        super().__init__(module)
+        self._step, self._computes = step, computes
 
 
-class _Backbone(_StandIn):
+class _Backbone(_Chooser):
     """Positions are chosen from its result; where the result is known, the module is not called."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._step(self._module(*args, **kwargs) if self._computes else None)
 
 
-class _Head(_StandIn):
+class _Head(_Chooser):
     """Positions are chosen from its input; a tied embedding is a head by `as_linear`."""
 
     def __call__(self, x: mx.array) -> Any:
