@@ -96,6 +96,12 @@ def pytest_sessionfinish() -> None:
     forked.close()
 
 
+@pytest.fixture(autouse=True)
+def _folder_of_its_own(tmp_path, monkeypatch):
+    """A run whose adapter_path is left as it is writes below the current folder, which two tests may not share."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A tiny model folder that `mlx_lm.load` opens."""

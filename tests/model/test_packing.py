@@ -66,7 +66,8 @@ def gradients(model, batch, *, lanes=1, compiled=False, checkpoints=False, **set
 
 
 def assert_same(plain, packed, rel=1e-6):
-    assert packed[0] == pytest.approx(plain[0], rel=rel, abs=1e-7)
+    # The loss is a mean of the rows' losses, which may cancel: it is as exact as the largest of them.
+    assert packed[0] == pytest.approx(plain[0], abs=rel * max(map(abs, plain[1])))
     assert packed[1] == pytest.approx(plain[1], rel=1e-5, abs=1e-6)
     largest = max(mx.abs(array).max().item() for array in plain[2].values())
     assert largest > 0
