@@ -121,9 +121,9 @@ def loaded_smollm2():
 @pytest.fixture
 def smollm2(loaded_smollm2):
     """A function that gives a fresh SmolLM2-135M-Instruct: modules of its own, with the arrays of the loaded one."""
-    from mlx_nb.model.shared_base import twin
+    from mlx_nb.model.shared_base import shared_copy
 
-    return lambda: twin(loaded_smollm2)
+    return lambda: shared_copy(loaded_smollm2)
 
 
 @pytest.fixture

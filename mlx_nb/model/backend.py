@@ -178,7 +178,7 @@ def one_blas_thread() -> Iterator[None]:
                 blas.library.openblas_set_num_threads(blas.threads)
 
 
-def forget_order() -> None:
+def clear_order_variable() -> None:
     """Take the order for lanes out of the environment, for the processes that come after. Call it when mlx has it."""
     blas = prepare_backend()
     if blas.sets_order:

@@ -11,7 +11,7 @@ import numpy as np
 from mlx_nb.data.examples.batches import TokenBatch
 from mlx_nb.data.examples.packing import pack_lines, scored_lines
 from mlx_nb.errors import OutOfMemory
-from mlx_nb.model.memory import available_memory, give_back_freed, shortage
+from mlx_nb.model.memory import available_memory, release_freed_memory, shortage
 from mlx_nb.model.randomness import random_stream
 from mlx_nb.model.text_model import TextModel
 from mlx_nb.model.trees import named_arrays
@@ -63,7 +63,7 @@ def refuse_beyond_memory(batch: TokenBatch, sizes: ModelSizes, *, trained: bool,
     needed = least_bytes(batch, sizes, trained=trained, targets_only=targets_only)
     if needed < _WORTH_A_LOOK or shortage(needed, available_memory()) is None:
         return
-    give_back_freed()  # what is kept for the next arrays is free for these
+    release_freed_memory()  # what is kept for the next arrays is free for these
     if (lacking := shortage(needed, available_memory())) is None:
         return
     rows, longest = len(batch.lengths), max(batch.lengths)

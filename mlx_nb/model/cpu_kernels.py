@@ -22,9 +22,9 @@ import numpy as np
 
 from mlx_nb.model import backend
 from mlx_nb.model.block_attention import Block, Needed, block_attention, causal_blocks, fast_swiglu, masked_blocks
+from mlx_nb.model.equivalence import gives_the_same
 from mlx_nb.model.mlx_lm_import import import_mlx_lm
-from mlx_nb.model.passes import once_a_model, trained_forms
-from mlx_nb.model.proof import gives_the_same
+from mlx_nb.model.passes import once_per_model, trained_shapes
 
 _BLOCK = 64  # queries; larger ones leave out less, and smaller ones take longer to build
 _FEWEST_TOKENS = 32  # below that an update takes longer to build than is saved
@@ -61,7 +61,7 @@ class _Kernels:
 
 @contextmanager
 def kernels(model: nn.Module) -> Iterator[None]:
-    """Compute the graphs of `model` that are built inside the fast way. Call `kernels_are_proved` first."""
+    """Compute the graphs of `model` that are built inside the fast way. Call `kernels_are_verified` first."""
     with _bound(model, _BLOCK, _FEWEST_TOKENS):
         yield
 
@@ -78,24 +78,24 @@ def needed_queries(needed: Needed) -> Iterator[None]:
 
 
 @contextmanager
-def tried_kernels(model: nn.Module) -> Iterator[None]:
+def trial_kernels(model: nn.Module) -> Iterator[None]:
     """As `kernels`, in blocks of a few queries, so that a few tokens are enough to try them on."""
     with _bound(model, _PROBED_BLOCK, _PROBED_BLOCK):
         yield
 
 
-def kernels_are_proved(model: nn.Module) -> bool:
+def kernels_are_verified(model: nn.Module) -> bool:
     """Whether this machine has a faster way, and it gives the model's own loss and gradient."""
     if not backend.is_cpu() or platform.machine() not in ("x86_64", "AMD64"):
         return False
-    return _are_proved(model, trained_forms(model))
+    return _are_proved(model, trained_shapes(model))
 
 
-@once_a_model(good=bool)
+@once_per_model(good=bool)
 def _are_proved(model: nn.Module, _trained: tuple[Any, ...]) -> bool:
     """Whether loss and gradient of a few tokens are those of the model's own call, in blocks of a few queries."""
     try:
-        return gives_the_same(model, lambda: tried_kernels(model), _PROBED_TOKENS)
+        return gives_the_same(model, lambda: trial_kernels(model), _PROBED_TOKENS)
     except Exception:  # whatever a family's own code raises: it is no proof
         return False
 

@@ -16,10 +16,10 @@ import mlx.nn as nn
 from mlx.utils import tree_map, tree_unflatten
 
 from mlx_nb.errors import ModelError
-from mlx_nb.model.passes import family_of, once_a_model, one_line, trained_forms
-from mlx_nb.model.proof import gives_the_same
+from mlx_nb.model.equivalence import gives_the_same
+from mlx_nb.model.module_proxy import ModuleProxy
+from mlx_nb.model.passes import family_of, once_per_model, one_line, trained_shapes
 from mlx_nb.model.randomness import drawing_from, random_key
-from mlx_nb.model.stand_in import StandIn
 from mlx_nb.model.trees import named_arrays
 
 _PROBED_TOKENS = 8
@@ -34,7 +34,7 @@ def checkpointed_layers(model: nn.Module, inside: Inside, called: Callable[[], N
     """Graphs of `model` that are built inside keep of each layer what goes into it, and compute the rest again.
 
     Numbers and gradients are the model's own, dropout included. `called` is called for each layer. Call
-    `refuse_unproved_checkpoints` first.
+    `refuse_unverified_checkpoints` first.
     """
     lists = _lists_of_layers(model)
     shadowed: list[tuple[dict[str, Any], str]] = []
@@ -49,16 +49,16 @@ def checkpointed_layers(model: nn.Module, inside: Inside, called: Callable[[], N
             attributes.pop(name, None)
 
 
-def refuse_unproved_checkpoints(model: nn.Module) -> None:
+def refuse_unverified_checkpoints(model: nn.Module) -> None:
     """Raises ModelError, by the family's name, where checkpointed layers do not give its own loss and gradient."""
-    doubt = _doubt(model, trained_forms(model))
+    doubt = _doubt(model, trained_shapes(model))
     if doubt is not None:
         raise ModelError(
             f"grad_checkpoint cannot be used with {family_of(model)}: {doubt}. Set grad_checkpoint: false."
         )
 
 
-@once_a_model(good=lambda doubt: doubt is None)
+@once_per_model(good=lambda doubt: doubt is None)
 def _doubt(model: nn.Module, _trained: tuple[Any, ...]) -> str | None:
     calls = 0
 
@@ -88,7 +88,7 @@ def _lists_of_layers(model: nn.Module) -> list[tuple[nn.Module, str]]:
     ]
 
 
-class _Checkpointed(StandIn):
+class _Checkpointed(ModuleProxy):
     """Stands in for a layer, which is computed again for its gradient.
 
     A layer that is given what it may write to, such as a cache from which others read its keys, is called as it is.

@@ -25,9 +25,9 @@ from mlx_nb.model.finite import not_finite
 from mlx_nb.model.memory import memory_errors, shortage
 from mlx_nb.model.mlx_lm_import import LIBRARIES, files_for_a_model, import_mlx_lm, import_tokenizers
 from mlx_nb.model.model_source import ALIASES, model_folder, model_named, one_line, shown_name
-from mlx_nb.model.passes import doubt_note
+from mlx_nb.model.passes import cache_mismatch_note
 from mlx_nb.model.randomness import random_stream
-from mlx_nb.model.text_model import whole_note
+from mlx_nb.model.text_model import full_logits_note
 from mlx_nb.model.trees import held_arrays, named_arrays
 from mlx_nb.process.pieces import SECONDS_BETWEEN_PIECES, finished, on_thread
 
@@ -54,7 +54,7 @@ class LoadedModel:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a person should know of it; the first question tries the model on a few tokens."""
-        found = (doubt_note(self.model), whole_note(self.model))
+        found = (cache_mismatch_note(self.model), full_logits_note(self.model))
         return (*self.loading_notes, *(note for note in found if note is not None))
 
 

@@ -22,11 +22,11 @@ from mlx_nb.data.examples.packing import PackedLines, pack_lines, scored_lines
 from mlx_nb.errors import DataError
 from mlx_nb.model import backend
 from mlx_nb.model.batch_memory import ModelSizes, refuse_beyond_memory
-from mlx_nb.model.cpu_kernels import kernels, kernels_are_proved
+from mlx_nb.model.cpu_kernels import kernels, kernels_are_verified
 from mlx_nb.model.lanes import in_lanes
-from mlx_nb.model.layer_checkpoints import checkpointed_layers, refuse_unproved_checkpoints
-from mlx_nb.model.packing import Layout, layout_of, mixing_lines, packing_is_proved
-from mlx_nb.model.passes import refuse_cache_doubt
+from mlx_nb.model.layer_checkpoints import checkpointed_layers, refuse_unverified_checkpoints
+from mlx_nb.model.packing import Layout, layout_of, mixing_lines, packing_is_verified
+from mlx_nb.model.passes import refuse_cache_mismatch
 from mlx_nb.model.text_model import text_model
 from mlx_nb.model.vocabulary_chunks import TargetFunction, head_arrays, over_chunks, targets_at_once
 
@@ -133,13 +133,13 @@ class TargetScorer:
     """
 
     def __init__(self, model: nn.Module, *, grad_checkpoint: bool = False) -> None:
-        refuse_cache_doubt(model)
+        refuse_cache_mismatch(model)
         if grad_checkpoint:
-            refuse_unproved_checkpoints(model)
+            refuse_unverified_checkpoints(model)
         self.model = model
         self._keeps_layers = not grad_checkpoint
         self._text = text_model(model)
-        self._has_kernels = kernels_are_proved(model)
+        self._has_kernels = kernels_are_verified(model)
         self._head_arrays = head_arrays(self._text, self.sizes.hidden) if self._text is not None else []
 
     @property
@@ -150,7 +150,7 @@ class TargetScorer:
     @cached_property
     def can_pack(self) -> bool:
         """Whether lines that are packed in one row are computed as each alone."""
-        return packing_is_proved(self.model)
+        return packing_is_verified(self.model)
 
     @cached_property
     def sizes(self) -> ModelSizes:

@@ -169,7 +169,7 @@ def _set_limits() -> None:
 def _give_back_limits() -> None:
     if is_cpu():
         _set_malloc(_USUAL)
-        give_back_freed()
+        release_freed_memory()
         return
     mx.synchronize()
     mx.clear_cache()
@@ -184,10 +184,10 @@ def clear_cache() -> None:
     if not is_cpu():
         mx.clear_cache()
     elif _holders:
-        give_back_freed()
+        release_freed_memory()
 
 
-def give_back_freed() -> None:
+def release_freed_memory() -> None:
     """Give what this process keeps of freed arrays on a CPU back to the system."""
     if (trim := getattr(_libc(), "malloc_trim", None)) is not None:
         trim(0)

@@ -43,7 +43,7 @@ def model_named(config: RunConfig, setting: str = "model") -> str:
     return name if name in ALIASES else config.located(setting) or name
 
 
-def models_at_hand() -> dict[str, str]:
+def available_models() -> dict[str, str]:
     """Names of models that need no download, with where they are: in our cache and in the hub's; and our aliases."""
     there = {folder.name for folder in (cache_folder() / "models").glob("*")}
     at_hand = {

@@ -18,10 +18,10 @@ import numpy as np
 
 from mlx_nb.data.examples.packing import PackedLines, pack_lines
 from mlx_nb.model.backend import one_blas_thread
-from mlx_nb.model.cpu_kernels import kernels_are_proved, needed_queries, tried_kernels
-from mlx_nb.model.passes import once_a_model, random_tokens, trained_forms
-from mlx_nb.model.proof import agree
-from mlx_nb.model.stand_in import StandIn
+from mlx_nb.model.cpu_kernels import kernels_are_verified, needed_queries, trial_kernels
+from mlx_nb.model.equivalence import agree
+from mlx_nb.model.module_proxy import ModuleProxy
+from mlx_nb.model.passes import once_per_model, random_tokens, trained_shapes
 
 # What a layer calls the part that mixes tokens. A family that has another name for it is found out by the probe.
 _ATTENTION = ("self_attn", "attention", "attn", "self_attention", "block_sparse_attn", "linear_attn")
@@ -134,7 +134,7 @@ def _with_a_row_of_zeros(rows: mx.array) -> mx.array:
 def mixing_lines(module: nn.Module, layout: Layout | None) -> Iterator[None]:
     """Graphs of a model, or a layer of it, that are built inside take a packed row. None: rows are what they are.
 
-    Call `packing_is_proved` first.
+    Call `packing_is_verified` first.
     """
     shadowed: list[tuple[dict[str, Any], str, Any]] = []
     if layout is None:
@@ -167,7 +167,7 @@ def _mixers(module: nn.Module) -> list[tuple[nn.Module, str]]:
     ]
 
 
-class _Mixer(StandIn):
+class _Mixer(ModuleProxy):
     """Stands in for a token mixer, which is called with the lines of a packed row."""
 
     def __init__(self, module: nn.Module, layout: Layout, masks: dict[int, tuple[mx.array, mx.array]]) -> None:
@@ -219,7 +219,7 @@ class _Lines:
         return packed_again(lines, self.layout)
 
 
-class _Projection(StandIn):
+class _Projection(ModuleProxy):
     """Stands in for a linear projection inside a mixer, which is of each token alone."""
 
     def __init__(self, module: nn.Module, lines: _Lines) -> None:
@@ -252,25 +252,25 @@ def _is_linear(part: Any) -> bool:
     return isinstance(base, (nn.Linear, nn.QuantizedLinear))
 
 
-def packing_is_proved(model: nn.Module) -> bool:
+def packing_is_verified(model: nn.Module) -> bool:
     """Whether lines in one row, of which two begin alike, give the loss and gradient of the same lines alone."""
     with one_blas_thread():  # of products this small more threads make far more beside other programs
-        return _is_proved(model, trained_forms(model))
+        return _is_proved(model, trained_shapes(model))
 
 
-@once_a_model(good=bool)
+@once_per_model(good=bool)
 def _is_proved(model: nn.Module, _trained: tuple[Any, ...]) -> bool:
     long, short = (random_tokens(model, count, count) for count in (12, 5))
     lines = [np.array(line) for line in (short, long, long[:9] + short[:2])]
     packed = pack_lines([line[:-1] for line in lines])
     layout = layout_of(packed, mx.array(0))
-    has_kernels = kernels_are_proved(model)
+    has_kernels = kernels_are_verified(model)
 
     def alone() -> mx.array:
         return sum((_loss(model(mx.array(line[None, :-1]))[0], line) for line in lines), mx.array(0.0))
 
     def together() -> mx.array:
-        with tried_kernels(model) if has_kernels else nullcontext(), mixing_lines(model, layout):
+        with trial_kernels(model) if has_kernels else nullcontext(), mixing_lines(model, layout):
             logits_NV = model(mx.array(packed.tokens_N[None]))[0]
         losses = [_loss(logits_NV[mx.array(at)], line) for at, line in zip(packed.positions, lines)]
         return sum(losses, mx.array(0.0))

@@ -1,8 +1,8 @@
-"""What holds of a model's passes, tried on a few random tokens: families are told apart by proof, never by name.
+"""Tests of a model's forward passes on a few random tokens. Support is decided by these tests, never by model name.
 
-mlx-lm computes a row in three ways: whole and without a cache (training), with a cache token by token (an answer),
-and with the caches of several rows merged (answers side by side). Nothing makes a family's three ways agree: one
-shares keys and values only through its cache, another places the queries of a shorter row where the longest one is.
+mlx-lm has three kinds of forward pass: a whole row without a cache (training), token by token with a cache
+(generation), and several rows with merged caches (batched generation). In some model families they disagree: one
+shares keys and values only through its cache, another gives the queries of a short row the positions of the longest.
 """
 
 from __future__ import annotations
@@ -20,124 +20,129 @@ import numpy as np
 from mlx_nb.errors import ModelError
 from mlx_nb.model.trees import named_arrays, trained_arrays_of
 
-# Root mean squares of what two passes differ by, in standard deviations of the logits, in single and half precision.
-# Rounding comes to 1e-5 and 1e-2. Rows side by side are held to little more: the smallest fault seen was 1e-4, and to
-# grow one by one is only slow. Training is refused for what no rounding explains: such faults were above 0.3.
+# Root mean square difference between two passes, in standard deviations of the logits, in single and half precision.
+# Rounding errors are 1e-5 and 1e-2. Batched generation has a tight tolerance: the smallest error seen in a broken
+# family was 1e-4, and the fallback of one row at a time is only slower. Training is refused only for differences that
+# rounding cannot explain: in broken families they were above 0.3.
 _SIDE_BY_SIDE_TOLERANCE = (5e-5, 0.05)
 _CACHE_TOLERANCE = (1e-3, 0.2)
-# Rounding may turn a tie between two experts: that strikes a token, while a fault strikes every draw of tokens.
+# Rounding may decide a tie between two experts differently. That affects one draw of tokens; a real error affects all.
 _DRAWS = 2
-_FEWEST_TOKENS = 8  # an embedding of fewer rows is not that of a vocabulary
+_FEWEST_TOKENS = 8  # an embedding with fewer rows is not a vocabulary
 
 _FEW_TOKENS = 4
-_MOST_LOGITS = 1 << 26  # a quarter of a gigabyte: more is not spent on a window that few rows pass
+_MOST_LOGITS = 1 << 26  # 256 MB; larger windows, which few rows exceed, are not tested
 
-Asked = ParamSpec("Asked")
-Answer = TypeVar("Answer")
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 class SideBySide(Enum):
-    """Which rows a model computes side by side as it computes each alone."""
+    """Which rows a model can decode in one batch with the same logits as alone."""
 
     ANY_LENGTHS = "any lengths"
     EQUAL_LENGTHS = "equal lengths"
     ONE_BY_ONE = "one by one"
 
 
-def once_a_model(good: Callable[[Any], bool]) -> Callable[[Callable[Asked, Answer]], Callable[Asked, Answer]]:
-    """A question about a model, asked once in each way; the answer is kept for as long as the model lives.
+def once_per_model(good: Callable[[Any], bool]) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+    """Decorate a function of a model to cache its result by model and arguments, for the lifetime of the model.
 
-    A `good` answer is that of every model of the same files (`made_of`), for as long as the process lives. Others are
-    asked for anew: what was wrong may have been the memory that was left.
+    A `good` result also holds for every other model loaded from the same files (`register_files`), for the lifetime of
+    the process. Other results are computed again for such a model, because lack of memory may have caused them.
     """
 
-    def ask_once(question: Callable[Asked, Answer]) -> Callable[Asked, Answer]:
-        answers: dict[tuple[Any, ...], tuple[weakref.ref[nn.Module], Answer]] = {}
-        of_files: dict[tuple[Any, ...], Answer] = {}
+    def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        results: dict[tuple[Any, ...], tuple[weakref.ref[nn.Module], Result]] = {}
+        of_files: dict[tuple[Any, ...], Result] = {}
 
-        def ask(*args: Asked.args, **kwargs: Asked.kwargs) -> Answer:
+        def cached(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
             model: Any = args[0]
             key, files = (id(model), *args[1:]), _files_of(model)
-            if key in answers:
-                return answers[key][1]
+            if key in results:
+                return results[key][1]
             if files is not None and (files, *args[1:]) in of_files:
                 return of_files[files, *args[1:]]
             with evaluating(model.modules()):
-                answer = question(*args, **kwargs)
-            answers[key] = (weakref.ref(model, lambda _gone: answers.pop(key, None)), answer)
+                answer = function(*args, **kwargs)
+            results[key] = (weakref.ref(model, lambda _gone: results.pop(key, None)), answer)
             if files is not None and good(answer):
                 of_files[files, *args[1:]] = answer
             return answer
 
-        return ask
+        return cached
 
-    return ask_once
+    return decorate
 
 
 _files: dict[int, tuple[weakref.ref[nn.Module], Hashable]] = {}
 
 
-def made_of(model: nn.Module, files: Hashable) -> None:
-    """Note of which files a model is, and how they were read: two with equal ones are computed alike."""
+def register_files(model: nn.Module, files: Hashable) -> None:
+    """Register the files that a model was loaded from, and how. Models with equal `files` share cached results."""
     number = id(model)
     _files[number] = (weakref.ref(model, lambda _gone: _files.pop(number, None)), files)
 
 
-def made_alike(model: nn.Module, other: nn.Module) -> None:
-    """Note that a model is of the files of another one."""
+def register_same_files(model: nn.Module, other: nn.Module) -> None:
+    """Register that a model was loaded from the same files as `other`."""
     if (files := _files_of(other)) is not None:
-        made_of(model, files)
+        register_files(model, files)
 
 
 def _files_of(model: nn.Module) -> Hashable | None:
     return _files[id(model)][1] if id(model) in _files else None
 
 
-def trained_forms(model: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Name and shape of each array that is trained."""
+def trained_shapes(model: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Name and shape of each trained array."""
     return tuple((name, tuple(array.shape)) for name, array in trained_arrays_of(model))
 
 
-def cache_doubt(model: nn.Module, longest: int = 0) -> str | None:
-    """In what the pass without a cache, which training takes, is not the pass with one, which answers take.
+def cache_mismatch(model: nn.Module, longest: int = 0) -> str | None:
+    """How the pass without a cache (training) differs from the pass with a cache (generation), as text.
 
-    None when they agree on a few tokens, and past the smallest sliding window where rows of `longest` tokens go there;
-    also when the model takes no cache. The model, its modes and `mx.random` stay as they are.
+    None if they agree on a few tokens, and also beyond the smallest sliding window if rows of `longest` tokens exceed
+    it; None for a model without a cache. The model, its modes and `mx.random` are not changed.
     """
-    doubt = _doubt_over(model, _FEW_TOKENS)
-    if doubt is not None:
-        return doubt
+    mismatch = _mismatch_over(model, _FEW_TOKENS)
+    if mismatch is not None:
+        return mismatch
     window = _smallest_window(model)
     if window is None or window >= longest or (window + 2) * _vocabulary(model) > _MOST_LOGITS:
         return None
-    doubt = _doubt_over(model, window + 2)
-    return None if doubt is None else f"past {window} tokens, its sliding window, {doubt}"
+    mismatch = _mismatch_over(model, window + 2)
+    return None if mismatch is None else f"past {window} tokens, its sliding window, {mismatch}"
 
 
-def doubt_note(model: nn.Module) -> str | None:
-    """One line for who asks such a model for answers, None when there is nothing to say."""
-    doubt = cache_doubt(model)
-    return None if doubt is None else f"{family_of(model)} answers, but cannot be trained with this mlx-lm: {doubt}."
+def cache_mismatch_note(model: nn.Module) -> str | None:
+    """A note for a model with a cache mismatch, which can generate but not be trained; otherwise None."""
+    mismatch = cache_mismatch(model)
+    return (
+        None if mismatch is None else f"{family_of(model)} answers, but cannot be trained with this mlx-lm: {mismatch}."
+    )
 
 
-def refuse_cache_doubt(model: nn.Module, longest: int = 0) -> None:
-    """Raises ModelError, by the family's name, for a model whose training would not be of the model that answers."""
-    doubt = cache_doubt(model, longest)
-    if doubt is None:
+def refuse_cache_mismatch(model: nn.Module, longest: int = 0) -> None:
+    """Raises ModelError for a model family with a cache mismatch: training would optimize a different function."""
+    mismatch = cache_mismatch(model, longest)
+    if mismatch is None:
         return
-    advice = "Choose another model." if cache_doubt(model) else "Choose shorter rows (max_seq_length) or another model."
-    raise ModelError(f"{family_of(model)} cannot be trained with this mlx-lm: {doubt}. {advice}")
+    advice = (
+        "Choose another model." if cache_mismatch(model) else "Choose shorter rows (max_seq_length) or another model."
+    )
+    raise ModelError(f"{family_of(model)} cannot be trained with this mlx-lm: {mismatch}. {advice}")
 
 
-@once_a_model(good=lambda doubt: doubt is None)
-def _doubt_over(model: nn.Module, count: int) -> str | None:
-    """The same on rows of so many tokens, the last of which are read one after the other."""
+@once_per_model(good=lambda mismatch: mismatch is None)
+def _mismatch_over(model: nn.Module, count: int) -> str | None:
+    """`cache_mismatch` on rows of `count` tokens, the last of which are read one at a time."""
     differences = []
     for draw in range(_DRAWS):
         row = random_tokens(model, count, draw)
         try:
             whole_TV = _logits(model(mx.array([row])))[0]
-        except Exception as error:  # whatever a family's own code raises
+        except Exception as error:  # model code may raise anything
             return f"a pass without a cache, as training needs it, fails ({one_line(error)})"
         try:
             alone = _Alone(model)
@@ -146,7 +151,7 @@ def _doubt_over(model: nn.Module, count: int) -> str | None:
         except Exception:
             return None
         differences.append(_difference(cached_TV, whole_TV))
-        if not differences[-1] > _CACHE_TOLERANCE[is_half(model)]:  # nor does NaN tell
+        if not differences[-1] > _CACHE_TOLERANCE[is_half(model)]:  # NaN proves nothing, so it is not an agreement
             return None
     return (
         "its logits without a cache, as training computes them, are not those with one, as answers are computed "
@@ -154,12 +159,12 @@ def _doubt_over(model: nn.Module, count: int) -> str | None:
     )
 
 
-@once_a_model(good=lambda found: found is SideBySide.ANY_LENGTHS)
+@once_per_model(good=lambda found: found is SideBySide.ANY_LENGTHS)
 def side_by_side(model: nn.Module) -> SideBySide:
-    """Which rows may be decoded side by side from caches that were filled alone, merged, extended and filtered.
+    """Which rows can be decoded in one batch from caches that were filled separately, merged, extended and filtered.
 
-    Every token is read singly, which costs as much as 13 tokens of an answer. The model, its modes and `mx.random` stay
-    as they are.
+    The test reads one token at a time and costs as much as generating 13 tokens. The model, its modes and `mx.random`
+    are not changed.
     """
     if _proved(model, (1, 3), joining=2):
         return SideBySide.ANY_LENGTHS
@@ -169,12 +174,12 @@ def side_by_side(model: nn.Module) -> SideBySide:
 
 
 def family_of(model: nn.Module) -> str:
-    """The name by which mlx-lm knows the model's family."""
+    """The name of the model family in mlx-lm."""
     return str(getattr(model, "model_type", None) or type(model).__module__.rsplit(".", 1)[-1])
 
 
 def unbatchable(caches: Sequence[Any]) -> str | None:
-    """The name of the first cache that cannot hold rows of different length, None when all can."""
+    """The class name of the first cache without support for batches of rows; None if all support them."""
     for cache in caches:
         inner = unbatchable(getattr(cache, "caches", ()))
         if inner is not None:
@@ -185,13 +190,13 @@ def unbatchable(caches: Sequence[Any]) -> str | None:
 
 
 def merged(caches_of_rows: Sequence[Sequence[Any]]) -> list[Any]:
-    """The caches of rows that were read alone as one for each layer, to decode them side by side."""
+    """Merge the caches of separate rows into one batch cache per layer."""
     return [layer[0].merge(list(layer)) for layer in zip(*caches_of_rows, strict=True)]
 
 
 @contextmanager
 def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Evaluation mode while inside; each module's own mode afterwards."""
+    """A context in which modules are in evaluation mode; each module's mode is restored afterwards."""
     training = [module for module in modules if module.training]
     for module in training:
         module._set_training_mode(False)
@@ -203,7 +208,7 @@ def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 class _Alone:
-    """One row as it is computed alone, with caches of its own."""
+    """One row computed alone, with its own caches."""
 
     def __init__(self, model: nn.Module) -> None:
         from mlx_lm.models.cache import make_prompt_cache
@@ -212,22 +217,22 @@ class _Alone:
         self.caches = make_prompt_cache(model)
 
     def read(self, tokens: Sequence[int]) -> np.ndarray:
-        """(T, V) float32 logits after each of the tokens, read in one pass."""
+        """Read `tokens` in one pass. Returns (T, V) float32 logits after each of them."""
         result: np.ndarray = _logits(self._model(mx.array([list(tokens)]), cache=self.caches))[0]
         return result
 
 
 def _proved(model: nn.Module, lengths: tuple[int, ...], joining: int | None = None) -> bool:
-    """Whether rows of these lengths come out side by side as alone; a row of length `joining` comes in later."""
+    """Whether rows of these lengths get the same logits in a batch as alone. A row of length `joining` joins later."""
     try:
         tolerance = _SIDE_BY_SIDE_TOLERANCE[is_half(model)]
         return any(_side_by_side_difference(model, lengths, joining, draw) <= tolerance for draw in range(_DRAWS))
-    except Exception:  # whatever a family's own code raises there: it is no proof
+    except Exception:  # model code may raise anything; then batching is not supported
         return False
 
 
 class _Row:
-    """A row of random tokens, of which all but one of its `length` first ones were read alone."""
+    """A row of random tokens, of which the first `length - 1` have been read alone."""
 
     def __init__(self, model: nn.Module, length: int, draw: int) -> None:
         self._tokens = iter(random_tokens(model, length + 3, draw))
@@ -237,18 +242,18 @@ class _Row:
         self.caches = self._alone.caches
 
     def step(self) -> tuple[int, np.ndarray]:
-        """The next token, and (V,) the logits after it alone."""
+        """The next token, and the logits (V,) after it when read alone."""
         token = next(self._tokens)
         return token, self._alone.read([token])[0]
 
 
 def _side_by_side_difference(model: nn.Module, lengths: tuple[int, ...], joining: int | None, draw: int) -> float:
-    """The largest difference of any row's logits at any step, side by side from alone."""
+    """The largest difference between batched and separate logits, over all rows and steps."""
     rows = [_Row(model, length, 10 * draw + place) for place, length in enumerate(lengths)]
     if unbatchable(rows[0].caches) is not None:
         return float("inf")
     caches = merged([row.caches for row in rows])
-    # A prompt has as many rows as completions. So here the second row is there twice.
+    # In a rollout a prompt has several completions, so the second row is in the batch twice.
     beside = [rows[0], rows[1], rows[1]]
     for cache in caches:
         cache.filter([0, 1, 1])
@@ -266,7 +271,7 @@ def _side_by_side_difference(model: nn.Module, lengths: tuple[int, ...], joining
 
 
 def _step_difference(model: nn.Module, beside: Sequence[_Row], caches: list[Any]) -> float:
-    """The same token after each row, side by side and alone."""
+    """Read the next token of each row, batched and alone. Returns the difference between the logits."""
     steps = {row: row.step() for row in dict.fromkeys(beside)}
     tokens, alone_BV = zip(*(steps[row] for row in beside), strict=True)
     beside_BV = _logits(model(mx.array(tokens)[:, None], cache=caches))[:, -1]
@@ -274,7 +279,7 @@ def _step_difference(model: nn.Module, beside: Sequence[_Row], caches: list[Any]
 
 
 def _smallest_window(model: nn.Module) -> int | None:
-    """How many tokens the model's narrowest cache holds, None where none forgets."""
+    """The size in tokens of the smallest sliding window of the model's caches; None without one."""
     from mlx_lm.models.cache import make_prompt_cache
 
     def sizes(caches: Sequence[Any]) -> Iterator[int]:
@@ -286,12 +291,12 @@ def _smallest_window(model: nn.Module) -> int | None:
 
     try:
         return min(sizes(make_prompt_cache(model)), default=None)
-    except Exception:  # it takes no cache
+    except Exception:  # the model has no cache
         return None
 
 
 def _vocabulary(model: nn.Module) -> int:
-    """The rows of its largest embedding."""
+    """The number of rows of the largest embedding."""
     return max(_embedding_sizes(model), default=_FEWEST_TOKENS)
 
 
@@ -301,7 +306,7 @@ def _embedding_sizes(model: nn.Module) -> list[int]:
 
 
 def random_tokens(model: nn.Module, count: int, draw: int) -> list[int]:
-    """Ids that every embedding of the model has, 0 left out: it is often a padding that models treat apart."""
+    """Random ids that exist in every embedding of the model. 0 is excluded: it is often padding."""
     sizes = [size for size in _embedding_sizes(model) if size >= _FEWEST_TOKENS]
     limit = min(sizes, default=_FEWEST_TOKENS)
     result: list[int] = np.random.default_rng([draw, count]).integers(1, limit, count).tolist()
@@ -313,17 +318,17 @@ def _logits(logits_BTV: mx.array) -> np.ndarray:
 
 
 def _difference(found_TV: np.ndarray, expected_TV: np.ndarray) -> float:
-    """Root mean square at the worst position, in standard deviations of the logits there. NaN when either is NaN."""
+    """Root mean square difference at the worst position, in standard deviations of the logits there. NaN stays NaN."""
     apart_T = np.sqrt(np.mean((found_TV - expected_TV) ** 2, axis=-1))
     return float(np.max(apart_T / np.maximum(expected_TV.std(axis=-1), 1e-9)))
 
 
 def is_half(model: nn.Module) -> bool:
-    """Whether some of its numbers are of half precision."""
+    """Whether the model has parameters in half precision."""
     return any(array.dtype in (mx.float16, mx.bfloat16) for _, array in named_arrays(model.parameters()))
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, without line breaks and not too long."""
+    """The message of an error on one line, shortened to 200 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:200]}…"

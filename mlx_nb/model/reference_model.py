@@ -25,7 +25,7 @@ from mlx_nb.model.loading import LoadedModel
 from mlx_nb.model.logprobs import TargetScorer
 from mlx_nb.model.model_source import model_folder, model_named
 from mlx_nb.model.randomness import random_stream
-from mlx_nb.model.shared_base import load_base, twin
+from mlx_nb.model.shared_base import load_base, shared_copy
 from mlx_nb.model.trees import held_arrays
 
 BARE = "none"
@@ -40,7 +40,7 @@ def reference_scorer(config: RunConfig, loaded: LoadedModel, start: nn.Module | 
     if config.reference_model is not None:
         model = _other_model(config, loaded)
     else:
-        model = start if start is not None else twin(loaded).model
+        model = start if start is not None else shared_copy(loaded).model
     if config.reference_adapter not in (None, BARE):
         adapter = open_adapter(str(config.located(REFERENCE)), REFERENCE)
         _attach(model, shape_of(adapter), adapter)

@@ -13,7 +13,7 @@ from mlx_nb.events import Progress
 from mlx_nb.model.adapters import detach_adapter
 from mlx_nb.model.loading import LoadedModel, fetched_folder, load_in_pieces
 from mlx_nb.model.model_source import model_named
-from mlx_nb.model.passes import made_alike, made_of
+from mlx_nb.model.passes import register_files, register_same_files
 from mlx_nb.model.trees import held_arrays
 from mlx_nb.process.pieces import finished
 
@@ -36,28 +36,28 @@ def load_base_in_pieces(config: RunConfig) -> Generator[Progress, None, LoadedMo
     key = (str(folder.resolve()), tuple(files), config.load_in_bits, template)
     holders = _live.setdefault(key, WeakSet())
     holder = next(iter(holders), None)
-    loaded = None if holder is None else _twin_where_it_can_be(holder)
+    loaded = None if holder is None else _shared_copy_if_possible(holder)
     if loaded is None:
         loaded = yield from load_in_pieces(model, load_in_bits=config.load_in_bits, chat_template=template)
-    made_of(loaded.model, key)
+    register_files(loaded.model, key)
     if config.fine_tune_type != "full":
         holders.add(loaded)
     return loaded
 
 
-def _twin_where_it_can_be(loaded: LoadedModel) -> LoadedModel | None:
+def _shared_copy_if_possible(loaded: LoadedModel) -> LoadedModel | None:
     """None for a family whose modules mlx cannot freeze or unfreeze: that is read again."""
     try:
-        return twin(loaded)
+        return shared_copy(loaded)
     except AttributeError:
         return None
 
 
-def twin(loaded: LoadedModel) -> LoadedModel:
+def shared_copy(loaded: LoadedModel) -> LoadedModel:
     """The same base in modules of its own, without any adapter. Its arrays are shared, so it takes no memory."""
     shared = {id(array): array for array in held_arrays(loaded.model)}
     copied = copy.deepcopy(loaded.model, dict(shared))
     detach_adapter(copied)
     copied.unfreeze()
-    made_alike(copied, loaded.model)
+    register_same_files(copied, loaded.model)
     return dataclasses.replace(loaded, model=copied)

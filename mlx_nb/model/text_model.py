@@ -17,8 +17,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
-from mlx_nb.model.passes import family_of, is_half, once_a_model, random_tokens
-from mlx_nb.model.stand_in import StandIn
+from mlx_nb.model.module_proxy import ModuleProxy
+from mlx_nb.model.passes import family_of, is_half, once_per_model, random_tokens
 from mlx_nb.model.trees import named_arrays
 
 _ROWS, _TOKENS = 2, 5
@@ -72,7 +72,7 @@ class TextModel:
         return result
 
 
-class _Chooser(StandIn):
+class _Chooser(ModuleProxy):
     """Takes a module's place in a copy of the one around it, and chooses positions."""
 
     def __init__(self, module: nn.Module, step: _Step, computes: bool) -> None:
@@ -125,7 +125,7 @@ def text_model(model: nn.Module) -> TextModel | None:
     return None if place is None else TextModel(model, place)
 
 
-def whole_note(model: nn.Module) -> str | None:
+def full_logits_note(model: nn.Module) -> str | None:
     """One line for who trains a model that is not taken apart, None for all others."""
     if _proved_place(model) is not None:
         return None
@@ -136,7 +136,7 @@ def whole_note(model: nn.Module) -> str | None:
     )
 
 
-@once_a_model(good=lambda place: place is not None)
+@once_per_model(good=lambda place: place is not None)
 def _proved_place(model: nn.Module) -> Place | None:
     tokens_BT = mx.array([random_tokens(model, _TOKENS, draw) for draw in range(_ROWS)])
     try:

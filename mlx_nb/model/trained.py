@@ -43,7 +43,7 @@ def train_only(model: nn.Module, names: Iterable[str]) -> None:
             module.unfreeze(recurse=False, keys=keys)
 
 
-def trained_words(model: nn.Module, config: RunConfig, keys: tuple[str, ...]) -> str:
+def trained_summary(model: nn.Module, config: RunConfig, keys: tuple[str, ...]) -> str:
     """What is trained and what is frozen, as a few words. `keys` are the adapted module paths, empty for all."""
     layers = len(model.layers)
     chosen = layers if config.num_layers == -1 else config.num_layers

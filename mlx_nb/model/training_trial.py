@@ -13,13 +13,13 @@ from mlx_nb.config.run_config import RunConfig
 from mlx_nb.errors import MlxNbError, ModelError, and_more
 from mlx_nb.model.adapters import attach_adapter
 from mlx_nb.model.backend import one_blas_thread
-from mlx_nb.model.layer_checkpoints import refuse_unproved_checkpoints
+from mlx_nb.model.layer_checkpoints import refuse_unverified_checkpoints
 from mlx_nb.model.loading import LoadedModel
 from mlx_nb.model.memory import is_out_of_memory
-from mlx_nb.model.packing import packing_is_proved
-from mlx_nb.model.passes import family_of, is_half, once_a_model, one_line, random_tokens, trained_forms
+from mlx_nb.model.packing import packing_is_verified
+from mlx_nb.model.passes import family_of, is_half, once_per_model, one_line, random_tokens, trained_shapes
 from mlx_nb.model.randomness import random_stream
-from mlx_nb.model.shared_base import twin
+from mlx_nb.model.shared_base import shared_copy
 from mlx_nb.model.trees import named_arrays
 
 _ROWS, _TOKENS = 2, 8
@@ -44,21 +44,21 @@ def training_notes(
             random_stream(0),
             one_blas_thread(),
         ):  # on more threads it takes no less, and far more beside other programs
-            model = twin(loaded).model
+            model = shared_copy(loaded).model
             attach_adapter(model, config)
             check_size(model, config)
             if not named_arrays(model.trainable_parameters()):
                 raise ModelError(f"{family_of(model)} has no module that mlx-lm can adapt. Choose another model.")
-            packed = config.packing is not False and packing_is_proved(model)
+            packed = config.packing is not False and packing_is_verified(model)
             if config.packing is True and not packed:
                 raise ModelError(
                     f"packing cannot be used with {family_of(model)}: rows in one row do not give the loss and the "
                     "gradient of the same rows alone. Set packing: auto."
                 )
-            idle = _without_gradient(model, trained_forms(model))
+            idle = _without_gradient(model, trained_shapes(model))
             if config.grad_checkpoint:
-                refuse_unproved_checkpoints(model)
-            if config.fine_tune_type == "full" and _keeps_weights(model, trained_forms(model)):
+                refuse_unverified_checkpoints(model)
+            if config.fine_tune_type == "full" and _keeps_weights(model, trained_shapes(model)):
                 reason = "in an answer it computes with weights that it kept from before an update"
                 raise _refusal(loaded.model, kind, reason)
     except MlxNbError:
@@ -95,7 +95,7 @@ def _refusal(model: nn.Module, kind: str, reason: str) -> ModelError:
     return ModelError(f"{family_of(model)} cannot be trained by {kind} with this mlx-lm: {reason}. Choose {advice}.")
 
 
-@once_a_model(good=lambda idle: not idle)
+@once_per_model(good=lambda idle: not idle)
 def _without_gradient(model: nn.Module, _trained: tuple[Any, ...]) -> list[str]:
     """Names of the trained arrays whose gradient is 0 on every draw of tokens."""
     parameters = model.trainable_parameters()
@@ -111,7 +111,7 @@ def _without_gradient(model: nn.Module, _trained: tuple[Any, ...]) -> list[str]:
     return idle
 
 
-@once_a_model(good=lambda kept: not kept)
+@once_per_model(good=lambda kept: not kept)
 def _keeps_weights(model: nn.Module, _trained: tuple[Any, ...]) -> bool:
     """Whether logits depend on what some vectors (norms, biases) were in an earlier pass in training mode."""
     tokens = mx.array([random_tokens(model, _TOKENS, 0)])

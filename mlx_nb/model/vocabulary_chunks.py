@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_nb.model.passes import once_a_model, trained_forms
+from mlx_nb.model.passes import once_per_model, trained_shapes
 from mlx_nb.model.randomness import random_stream
 from mlx_nb.model.text_model import Place, TextModel
 from mlx_nb.model.trees import trained_arrays_of
@@ -37,11 +37,11 @@ def head_arrays(text: TextModel, width: int) -> list[str]:
 
     `width` is the number of columns of what the head is given.
     """
-    trained = trained_forms(text.model)
+    trained = trained_shapes(text.model)
     return list(_reached_by_the_head(text.model, text.place, width, trained)) if trained else []
 
 
-@once_a_model(good=lambda _names: True)
+@once_per_model(good=lambda _names: True)
 def _reached_by_the_head(model: nn.Module, place: Place, width: int, _forms: tuple[Any, ...]) -> tuple[str, ...]:
     text, (names, arrays) = TextModel(model, place), _trained(model)
     with random_stream(0):

@@ -13,7 +13,7 @@ from mlx_nb.config.methods import METHODS
 from mlx_nb.config.optimizers import OPTIMIZERS
 from mlx_nb.config.run_config import SETTINGS
 from mlx_nb.files.written_files import CHECKPOINTS
-from mlx_nb.run.at_hand import built_in_rewards, models_at_hand, row_variables
+from mlx_nb.run.available import available_models, built_in_rewards, row_variables
 
 _MOST_ENTRIES = 300  # of a folder
 _ROW_FILES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".gz", ".zst", ".bz2", ".xz")
@@ -103,7 +103,7 @@ def _columns(rows: Any) -> list[str]:
 
 
 def _models() -> list[Choice]:
-    return [Choice(name, where) for name, where in models_at_hand().items()]
+    return [Choice(name, where) for name, where in available_models().items()]
 
 
 def _rewards(namespace: Mapping[str, Any]) -> list[Choice]:

@@ -72,7 +72,7 @@ class FinetuneMagics(Magics):
         run = Run.from_yaml(body, name=arguments.name, namespace=namespace, allow_changed=allowed, **usual)
         run.inputs.check_names()
         if not arguments.paused:  # a cell whose run cannot begin is one that fails
-            run.inputs.check_at_hand()
+            run.inputs.check_local_data()
         if arguments.resume and run.has_checkpoint:
             run = Run.resume(run.folder, config=run.config, namespace=namespace, allow_changed=allowed)
             print(f"{run.name} goes on from update {run.step_count}.", *run.trainer.notes, sep="\n")

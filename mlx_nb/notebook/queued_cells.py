@@ -152,7 +152,7 @@ def wait_for(runs: list[Run]) -> None:
     line = _WaitingLine(moving)
     last: dict[int, Event] = {}
     with _own_interrupts():
-        events = {id(run): run.background.here() for run in moving}
+        events = {id(run): run.background.drive_in_cell() for run in moving}
         while events:
             for run in moving:
                 event = next(events[id(run)], None) if id(run) in events else None

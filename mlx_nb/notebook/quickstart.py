@@ -147,7 +147,7 @@ def _keep_executed(notebook: Any, path: Path, before: bytes) -> Path:
 
 
 def _fetch_model() -> Path:
-    from mlx_nb.run.at_hand import fetched
+    from mlx_nb.run.available import fetched
 
     return fetched("smollm2-135m")
 

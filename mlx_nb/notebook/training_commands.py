@@ -130,7 +130,7 @@ def _set(session: Session, arguments: argparse.Namespace) -> Text:
     changed = f"{run.name}: {words}, {AT_NO_UPDATE}" if run.over else f"{run.name}: from the next update on, {words}"
     notes = notes_since(run, known)
     if run.state == RunState.RUNNING and run.prepared:  # it is recorded at the next boundary
-        notes += filter(None, (run.trainer.change_words(name, run.config) for name in changes))
+        notes += filter(None, (run.trainer.change_note(name, run.config) for name in changes))
     return Text("\n".join([changed, *notes]))
 
 

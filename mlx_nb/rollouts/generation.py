@@ -15,7 +15,7 @@ from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.data.rows.columns import AUTOMATIC
 from mlx_nb.errors import CommandError
 from mlx_nb.model.limits import limits_of
-from mlx_nb.model.passes import doubt_note
+from mlx_nb.model.passes import cache_mismatch_note
 from mlx_nb.model.randomness import seed_for
 from mlx_nb.rollouts.sampling import SamplingSettings, sample_each
 
@@ -106,7 +106,7 @@ def stream_text(
 
 
 def _warn_about_doubt(model: nn.Module) -> None:
-    if (note := doubt_note(model)) is not None:
+    if (note := cache_mismatch_note(model)) is not None:
         warnings.warn(note, stacklevel=4)  # the user's line that called the run
 
 

@@ -20,14 +20,14 @@ class Runnable(Protocol):
 
     name: str
 
-    def moves(self, updates: int | None = None) -> Iterator[Event]:
+    def drive(self, updates: int | None = None) -> Iterator[Event]:
         """Move by `updates` updates, or to the end."""
 
     def request(self, request: Request) -> None:
         """Ask for something at the next boundary."""
 
 
-_moving: list[Runnable] = []
+_active: list[Runnable] = []
 _interrupts: Interrupts | None = None
 
 
@@ -54,15 +54,15 @@ def hold_interrupts() -> None:
 
 
 def _pause_all(pause: Pause) -> None:
-    for run in _moving:
+    for run in _active:
         run.request(pause)
 
 
 def _left(run: Runnable) -> None:
     global _interrupts
-    if run in _moving:
-        _moving.remove(run)
-    if not _moving and _interrupts is not None:
+    if run in _active:
+        _active.remove(run)
+    if not _active and _interrupts is not None:
         _interrupts.__exit__(None, None, None)
         _interrupts = None
         if (ipython := shell()) is not None:
@@ -84,7 +84,7 @@ class Background:
     @property
     def active(self) -> bool:
         """Whether it moves the run now."""
-        return any(one is self._run for one in _moving)
+        return any(one is self._run for one in _active)
 
     @property
     def trains(self) -> bool:
@@ -108,7 +108,7 @@ class Background:
             raise CommandError(
                 f"{self._run.name} cannot train in the background here: no event loop is running. Use run.run()."
             ) from None
-        _moving.append(self._run)
+        _active.append(self._run)
         _follow_request()
         self._updates, self._ended = updates, ended
         self._task = loop.create_task(self._pump(), name=f"mlx_nb {self._run.name}")
@@ -130,11 +130,11 @@ class Background:
         try:
             hold_interrupts()
             if self._events is None:
-                self._events = self._run.moves(self._updates)
+                self._events = self._run.drive(self._updates)
             event = next(self._events, None)
             if event is None and self._then:
                 self._updates = self._then.pop()
-                self._events = self._run.moves(self._updates)
+                self._events = self._run.drive(self._updates)
                 event = next(self._events, None)
         except BaseException as error:
             self._end(error)
@@ -152,7 +152,7 @@ class Background:
         # An interrupt that broke off the reading of rows is a pause: nothing has begun.
         self._ended(None if isinstance(error, SystemExit | KeyboardInterrupt) else error)
 
-    def here(self) -> Iterator[Event]:
+    def drive_in_cell(self) -> Iterator[Event]:
         """Move the run on in a cell that waits for it, in place of the task, until it stands still.
 
         While a cell is executed the loop has no turn. The first interrupt pauses the run, as between cells.

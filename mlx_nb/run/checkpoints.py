@@ -1,4 +1,4 @@
-"""What a run keeps to go back to: its last steps in memory, and exact checkpoints on disk."""
+"""The saved states of a run: snapshots of recent steps in memory, and exact checkpoints on disk."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from mlx_nb.train.inbox import Inbox
     from mlx_nb.train.trainer import Trainer
 
-SHARE_OF_SAVING = 0.01  # of the time, at most, goes into checkpoints that nothing asked for
-SAVED_BYTES_PER_SECOND, SHORTEST_SAVE = 200e6, 0.05  # the guess, in bytes and seconds, before the first is measured
+SHARE_OF_SAVING = 0.01  # the largest share of time that autosaves may take
+SAVED_BYTES_PER_SECOND, SHORTEST_SAVE = 200e6, 0.05  # used to estimate the first save, in bytes and seconds
 
 
 class CheckpointedRun(Protocol):
-    """A run as it is needed here."""
+    """The interface of a run that checkpoints need."""
 
     name: str
     config: RunConfig
@@ -47,11 +47,11 @@ class CheckpointedRun(Protocol):
 
     @property
     def home(self) -> RunFolder:
-        """That folder, in the hands of this run."""
+        """That folder, with its lock and list of written files."""
 
     @property
     def trainer(self) -> Trainer:
-        """What it is trained by."""
+        """Its trainer."""
 
     @property
     def step_count(self) -> int:
@@ -59,19 +59,19 @@ class CheckpointedRun(Protocol):
 
 
 class Checkpoints:
-    """The snapshots and checkpoints of one run. A checkpoint also keeps what is in its `inbox`."""
+    """The snapshots and checkpoints of one run. A checkpoint includes the pending requests in `inbox`."""
 
     def __init__(self, run: CheckpointedRun, inbox: Inbox) -> None:
         self._run = run
         self._inbox = inbox
         self.snapshots = Snapshots()
-        self._settings = RunConfig()  # those of the newest snapshot
+        self._settings = RunConfig()  # the settings at the newest snapshot
         self._history = HistoryFile()
-        self._seen = 0  # events of the history that were looked at for live changes
+        self._seen = 0  # events of the history already searched for live changes
         self._live_changes: list[str] = []
         self._saved_at = time.monotonic()
-        self._save_seconds: float | None = None  # what a save takes; None before the first
-        self._saving = threading.RLock()  # one thread at a time; a signal handler may come in between
+        self._save_seconds: float | None = None  # estimated duration of a save; None before the first
+        self._saving = threading.RLock()  # reentrant, because a signal handler may save too
         self.saved_step = 0
 
     @property
@@ -83,7 +83,7 @@ class Checkpoints:
 
     @property
     def _own_store(self) -> CheckpointStore:
-        """The same, once it is certain that the folder is this run's. Raises CheckpointError."""
+        """`store`, after checking that this run still holds the folder. Raises CheckpointError."""
         try:
             self._run.home.check()
         except FolderError as error:
@@ -91,7 +91,7 @@ class Checkpoints:
         return self.store
 
     def remember(self) -> None:
-        """Keep this step in memory, and of those before it as many as `snapshot_memory` holds."""
+        """Take a snapshot of this step, and drop the oldest snapshots beyond `snapshot_memory`."""
         trainer = self._run.trainer
         snapshot = trainer.snapshot()
         snapshot = replace(snapshot, state={**snapshot.state, **_place_in(self._run.history)})
@@ -100,12 +100,12 @@ class Checkpoints:
         trainer.kept_memory = self.snapshots.held_bytes
 
     def forget_after(self, step: int) -> None:
-        """Drop what is kept of the steps after `step`, but for checkpoints."""
+        """Drop the snapshots of steps after `step`. Checkpoints on disk stay."""
         self.snapshots.forget_after(step)
-        self.saved_step = min(self.saved_step, step - 1)  # what is saved is of the branch that was left
+        self.saved_step = min(self.saved_step, step - 1)  # the checkpoints after it belong to the abandoned branch
 
     def find(self, step: int) -> Checkpoint:
-        """The state of update `step` on the way to where the run is, from memory or disk. Raises CommandError."""
+        """The state of an earlier update of the current branch, from memory or disk. Raises CommandError."""
         if (snapshot := self.snapshots.find(step)) is not None:
             return snapshot
         store, history = self.store, self._run.history
@@ -115,14 +115,14 @@ class Checkpoints:
         except CheckpointError:
             reachable = ", ".join(str(one) for one in there if one < self._run.step_count) or "none"
             lost = "" if store.folder.exists() else f" {store.folder} no longer exists."
-            raise CommandError(f"update {step} was not kept.{lost} These can be reached: {reachable}.") from None
+            raise CommandError(f"update {step} was not kept.{lost} Available updates: {reachable}.") from None
         before = history_of(checkpoint).in_effect
         if [event.to_json() for event in before] != [event.to_json() for event in history.in_effect[: len(before)]]:
-            raise CommandError(f"the checkpoint of update {step} is of a branch that was left by a rewind.")
+            raise CommandError(f"the checkpoint of update {step} belongs to a branch that a rewind abandoned.")
         return checkpoint
 
     def find_best(self) -> dict[str, Any] | None:
-        """The parameters of the run's best update; None where they are not kept."""
+        """The parameters of the best update; None if they were not kept."""
         step = self._run.trainer.state.best_step
         if step is not None:
             with suppress(CommandError, CheckpointError):
@@ -130,10 +130,10 @@ class Checkpoints:
         return None
 
     def save(self, kind: str) -> Path:
-        """Write everything that the next update depends on. Returns the folder. Raises CheckpointError.
+        """Write a checkpoint of the current step and return its folder. Raises CheckpointError.
 
-        Where the model was changed from outside that is what is in memory of the last boundary. Raises ModelChanged
-        when that is saved already.
+        If user code has changed the model, the last boundary is saved from memory instead; raises ModelChanged if that
+        is saved already.
         """
         trainer = self._run.trainer
         store = self._own_store
@@ -148,9 +148,9 @@ class Checkpoints:
             return self._write(replace(snapshot, state=state), trainer.config, store, kind)
 
     def save_last_boundary(self, kind: str) -> Path | None:
-        """The same as it was after the last update, from memory and by any thread, also in the middle of the next one.
+        """Write a checkpoint of the last boundary from memory. Any thread may call it, even during an update.
 
-        None, and nothing is written, where that is saved already, or is of before a rewind. Raises CheckpointError.
+        Returns None without writing if that boundary is saved already or a rewind abandoned it. Raises CheckpointError.
         """
         store = self._own_store
         with self._saving:
@@ -160,7 +160,7 @@ class Checkpoints:
             return self._write(newest, self._settings, store, kind)
 
     def _write(self, snapshot: Checkpoint, config: RunConfig, store: CheckpointStore, kind: str) -> Path:
-        """Write a snapshot with the settings and the history until then, and with what the run is asked now."""
+        """Write a snapshot with its settings, the history up to it and the requests that are pending now."""
         from mlx_nb.train.checkpoint import save_error
         from mlx_nb.train.record import sealed
 
@@ -180,7 +180,7 @@ class Checkpoints:
             "config": config.described(),
             "made_from": run.inputs.fingerprints,
             "asked": list(dict.fromkeys([*snapshot.state["asked"], *self._inbox.kept()])),
-            "history": [],  # what an older mlx_nb looks for
+            "history": [],  # for older versions of mlx_nb
             "history_parts": parts,
             "live_changes": list(self._live_changes),
             "working_folder": _working_folder(config, run.folder),
@@ -192,29 +192,29 @@ class Checkpoints:
         return folder
 
     def _measured(self, seconds: float) -> None:
-        """Take note of what a save took. One that was slow by chance counts for at most twice the one before."""
+        """Update the estimated duration of a save. An outlier at most doubles the estimate."""
         self._save_seconds = min(seconds, 2 * self.save_seconds)
 
     @property
     def save_seconds(self) -> float:
-        """What a save takes, as far as is known."""
+        """The estimated duration of a save."""
         if self._save_seconds is not None:
             return self._save_seconds
         return max(SHORTEST_SAVE, self.snapshots.newest_bytes / SAVED_BYTES_PER_SECOND)
 
     def delete(self, info: CheckpointInfo) -> None:
-        """Remove one. Raises CheckpointError, also when another run that lives holds the folder."""
+        """Remove a checkpoint. Raises CheckpointError, also if another live run holds the folder."""
         if not self._run.home.held and is_locked(self._run.folder):
             self._run.home.take()
         self.store.delete(info)
 
     def compare(self, info: CheckpointInfo) -> list[tuple[str, str]]:
-        """(label, value) lines: the run as it is now against a checkpoint. Raises CheckpointError."""
+        """(label, value) lines that compare a checkpoint with the current state. Raises CheckpointError."""
         checkpoint, _ = self.store.load(info.path.name, refuse_unusable)
         return _differences(checkpoint, self._run.trainer, self._run.history)
 
-    def go_on_from(self, checkpoint: Checkpoint, *, whole: bool) -> None:
-        """The run was resumed with the history of this checkpoint, or what is left of it where it is not `whole`."""
+    def continue_from(self, checkpoint: Checkpoint, *, whole: bool) -> None:
+        """Continue after a resume from `checkpoint`. `whole` says whether its history could be read completely."""
         history = self._run.history
         assert checkpoint.path is not None
         parts = checkpoint.state.get("history_parts")
@@ -224,7 +224,7 @@ class Checkpoints:
         self.saved_step = checkpoint.step
 
     def kind_due(self, event: Event) -> str | None:
-        """The kind of checkpoint to write after `event`, or None."""
+        """The kind of checkpoint to write after `event`; None if none is due."""
         autosave_minutes = self._run.config.autosave_minutes
         match event:
             case AdapterSaved(kind="step" | "best" as kind):
@@ -243,20 +243,20 @@ class Checkpoints:
 
 
 def _place_in(history: History) -> dict[str, int]:
-    """How far a history is: its events, and those of them that no rewind left."""
+    """The position in a history: the number of events, and of those in effect after rewinds."""
     return {"events": len(history.events), "standing": len(history.in_effect)}
 
 
 def _working_folder(config: RunConfig, run_folder: Path) -> dict[str, str] | None:
-    """Where the relative paths of the settings begin: as a path, and as the way there from the run's folder."""
+    """The folder that relative paths in the settings refer to: absolute, and relative to the run's folder."""
     if config.working_folder is None:
         return None
-    way = os.path.relpath(config.working_folder, os.path.realpath(run_folder))
-    return {"path": str(config.working_folder), "from_run": way}
+    relative = os.path.relpath(config.working_folder, os.path.realpath(run_folder))
+    return {"path": str(config.working_folder), "from_run": relative}
 
 
 def _remove_left_histories(store: CheckpointStore) -> None:
-    """Remove the history files that no checkpoint needs any more; all stay where that cannot be told."""
+    """Remove history files that no checkpoint uses. If a checkpoint cannot be read, all files stay."""
     from mlx_nb.train.checkpoint import STATE_FILE
 
     there = history_files(store.folder)
@@ -274,7 +274,7 @@ def _remove_left_histories(store: CheckpointStore) -> None:
 
 
 def for_other_settings(snapshot: Checkpoint, before: RunConfig, after: RunConfig) -> Checkpoint:
-    """A snapshot for a fork: no completions that other settings would have made."""
+    """A snapshot for a fork. Sampled completions are dropped if a setting that affects sampling differs."""
     arrays, state = snapshot.arrays, snapshot.state
     of_rollouts = [name for name in SETTINGS if SETTINGS[name].metadata["group"] == "rollouts"]
     if any(getattr(before, name) != getattr(after, name) for name in (*of_rollouts, "loss")):
@@ -283,7 +283,7 @@ def for_other_settings(snapshot: Checkpoint, before: RunConfig, after: RunConfig
 
 
 def _differences(checkpoint: Checkpoint, trainer: Trainer, history: History) -> list[tuple[str, str]]:
-    """(label, value) lines: a run as it is now against one of its checkpoints."""
+    """(label, value) lines that compare a checkpoint with the current state of its run."""
     import mlx.core as mx
 
     from mlx_nb.model.adapters import adapter_weights
@@ -296,6 +296,6 @@ def _differences(checkpoint: Checkpoint, trainer: Trainer, history: History) -> 
     if before and now:
         lines.append((f"validation {now[-1][0]}", f"{before[-1][1]:.4f} → {now[-1][1]:.4f}"))
     start, end = checkpoint.arrays["parameters"], adapter_weights(trainer.model)
-    moved = sum(float(mx.square(end[name] - start[name]).sum()) for name in start)
+    change = sum(float(mx.square(end[name] - start[name]).sum()) for name in start)
     size = sum(float(mx.square(start[name]).sum()) for name in start)
-    return [*lines, ("parameters moved", f"{100 * (moved / max(size, 1e-30)) ** 0.5:.2f}% of their norm")]
+    return [*lines, ("parameters changed by", f"{100 * (change / max(size, 1e-30)) ** 0.5:.2f}% of their norm")]

@@ -1,4 +1,4 @@
-"""What a run shows besides its curves and its panel: report, completions, rows to leaf through, a few lines of text."""
+"""The displays of a run: curves, panel, report, completions, row browser and status text."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
 
 
 class ShownRun(RunHandle, Protocol):
-    """A run as it is needed here."""
+    """The interface of a run that its displays need."""
 
     @property
     def home(self) -> RunFolder:
-        """Its folder."""
+        """Its folder, with the lock and the list of written files."""
 
     @property
     def splits(self) -> Splits:
-        """Its rows as they were read."""
+        """The rows of each split."""
 
     def visits_text(self, split: str, row: int) -> str:
-        """When a row was trained on, in words."""
+        """When a row was trained on, as text."""
 
 
 def report(run: ShownRun, path: str | Path | None) -> Path:
-    """Write the page of a run to `path`, null = its own folder. Returns where it is. Raises CommandError."""
+    """Write the report page of a run to `path`, by default into its folder. Returns the path. Raises CommandError."""
     from mlx_nb.files.report_file import ReportPath, report_mark, report_path, write_report
     from mlx_nb.view.reports.run import report_html
 
@@ -62,7 +62,7 @@ def report(run: ShownRun, path: str | Path | None) -> Path:
 
 
 def _settings_in_words(run: ShownRun) -> dict[str, Any]:
-    """The settings, and of rows in memory how many there are."""
+    """The settings as shown in the report. Rows in memory are shown by their number."""
     settings = run.config.described()
     if "data" not in settings:
         settings["data"] = f"{len(run.splits.train):,} training rows in memory"
@@ -70,7 +70,7 @@ def _settings_in_words(run: ShownRun) -> dict[str, Any]:
 
 
 def _excerpt(run: ShownRun, row: int) -> str:
-    """The first words of a training row, as long as it can be read."""
+    """The beginning of a training row; empty if it cannot be read."""
     try:
         conversation = run.inputs.split("train").view(row).conversation
     except MlxNbError:
@@ -79,11 +79,11 @@ def _excerpt(run: ShownRun, row: int) -> str:
 
 
 def completions(run: ShownRun, step: int | None, ratios: bool) -> CompletionsDisplay:
-    """Those of the last rollout until update `step`, null = of all. Raises CommandError when there are none."""
+    """The completions of the last rollout up to update `step` (None = the end). Raises CommandError without any."""
     from mlx_nb.view.reports.completions import CompletionsDisplay
 
     if not method_named(run.config.method).kind.sampled:
-        raise CommandError(f"`method: {run.config.method}` learns from rows: {run.name} samples no completions.")
+        raise CommandError(f"`method: {run.config.method}` trains on rows: {run.name} samples no completions.")
     rollouts = run.history.last_rollouts(run.history.rollout_count)
     found = [rollout for rollout in rollouts if step is None or rollout.step <= step]
     if not found:
@@ -93,7 +93,7 @@ def completions(run: ShownRun, step: int | None, ratios: bool) -> CompletionsDis
 
 
 def browser(run: ShownRun, split: str) -> RowBrowser:
-    """The rows of a run to leaf through, `split` first. It does not keep the run."""
+    """A browser for the rows of a run, `split` first. It holds only weak references to the run."""
     from mlx_nb.view.rows.browser import RowBrowser
 
     there = [name for name in SPLITS if getattr(run.splits, name) is not None]
@@ -110,9 +110,9 @@ def browser(run: ShownRun, split: str) -> RowBrowser:
 
 
 def row_records(run: ShownRun, split: str, wanted: int | str | None) -> Iterator[tuple[dict[str, Any], bool, bool]]:
-    """Rows of a split as plain values with tokens and mask; whether each can be trained, and whether it stops a run.
+    """Yields (row as plain values with tokens and mask, whether it can be trained, whether it stops a run).
 
-    `wanted` is how many of them, spread over the split; None and `all` = all. Raises CommandError for another word.
+    `wanted` is the number of rows, spread over the split; None and `all` = all. Raises CommandError for other words.
     """
     from mlx_nb.data.check.check import row_count, row_record, stops_a_run
     from mlx_nb.data.check.token_pass import sampled_rows
@@ -124,13 +124,15 @@ def row_records(run: ShownRun, split: str, wanted: int | str | None) -> Iterator
 
 
 def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of a run that does not keep it. Raises CommandError when that is gone."""
+    """A weak reference to a method of a run, as a function. It raises CommandError once the run is gone."""
     there, name = weakref.WeakMethod(method), method.__self__.name  # type: ignore[attr-defined]
 
     def call(*arguments: Any, **options: Any) -> Any:
         found = there()
         if found is None:
-            raise CommandError(f"{name} is gone: nobody refers to it any more, so there are no losses to show.")
+            raise CommandError(
+                f"{name} no longer exists: nothing refers to it any more, so there are no losses to show."
+            )
         return found(*arguments, **options)
 
     return call

@@ -1,4 +1,4 @@
-"""A fork: a second run that goes on from where another one stands, with other settings."""
+"""Creates a fork: a second run that continues from the current state of another one, with other settings."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from mlx_nb.train.trainer import Trainer
 
 _KEPT_GROUPS = ("model", "rows", "adapter")
-# Its seed is the order of the rows: with another one the rest of the epoch would repeat some and never see others.
+# The seed determines the row order: with another one the rest of the epoch would repeat some rows and skip others.
 _KEPT = ("method", "reference_model", "reference_adapter", "reference_free", "seed")
 
 
 class Forkable(Protocol):
-    """A run as it is needed here. `forks` is how many were named after it."""
+    """The interface of a run that forking needs. `forks` counts the forks with automatic names."""
 
     name: str
     config: RunConfig
@@ -40,7 +40,7 @@ class Forkable(Protocol):
 
     @property
     def trainer(self) -> Trainer:
-        """What it is trained by."""
+        """Its trainer."""
 
 
 Fork = TypeVar("Fork", bound=Forkable)
@@ -49,10 +49,10 @@ Fork = TypeVar("Fork", bound=Forkable)
 def forked(
     source: Forkable, name: str | None, changes: Mapping[str, Any], make: Callable[[RunConfig, str], Fork]
 ) -> Fork:
-    """The fork of a run that stands at a boundary. It shares the rows and the arrays of the base with it.
+    """Fork a run at a step boundary. The fork shares the rows and the base model's arrays.
 
-    `make` makes a run of settings and a name, to be restored from a checkpoint. Raises ConfigError for a setting that a
-    fork keeps, CommandError for the name or the folder of the source.
+    `make` creates a run from settings and a name. Raises ConfigError for a setting that cannot differ in a fork,
+    CommandError for the name or folder of the source.
     """
     kept = [
         name
@@ -72,13 +72,13 @@ def forked(
     other = make(config, name)
     if os.path.realpath(other.folder) == os.path.realpath(source.folder):
         raise CommandError(f"a fork of {source.name} needs another folder than {source.folder}.")
-    other.inputs = source.inputs.twin(other.config)
+    other.inputs = source.inputs.for_fork(other.config)
     other.trainer.restore(for_other_settings(source.trainer.snapshot(), source.config, other.config))
     if not changes.keys().isdisjoint(LENGTHS):
         other.trainer.refuse_shorter_than_done(other.config)
     other.trainer.go_on()
-    other.trainer.end_again()
-    # Its own length and folder are other ones.
+    other.trainer.finish_again()
+    # The fork has its own name, length and folder.
     own = (event for event in source.history.events if not isinstance(event, RunFinished))
     iters = other.trainer.iters
     other.history = History(
@@ -88,7 +88,7 @@ def forked(
 
 
 def _free_name(source: Forkable, config: RunConfig) -> str:
-    """A name that no earlier fork of the source has, and whose folder no run holds that lives."""
+    """The first unused fork name whose folder is not locked by a live run."""
     while True:
         source.forks += 1
         name = f"{source.name}-fork" if source.forks == 1 else f"{source.name}-fork-{source.forks}"

@@ -1,4 +1,4 @@
-"""What a run is made from: the model, the tokenizer and the rows, each loaded at first use."""
+"""The inputs of a run: the model, the tokenizer and the rows, each loaded at first use."""
 
 from __future__ import annotations
 
@@ -41,31 +41,31 @@ if TYPE_CHECKING:
     from mlx_nb.train.reference_logprobs import ReferenceLogprobs
     from mlx_nb.train.state import TrainerExamples
 
-SECONDS_TO_LOOK = 1.0  # at the rows, before a cell returns
+SECONDS_TO_LOOK = 1.0  # time for checking rows before a cell returns
 SPLITS = ("train", "valid", "test")
 
 
 class RunInputs:
-    """The model and the rows that a configuration names. `namespace` is where `data: name` looks for a variable.
+    """The model and rows that a configuration names. `data: name` is looked up as a variable in `namespace`.
 
-    Raises ConfigError, DataError or ModelError, each in one line, at the first use of what is wrong.
+    Raises ConfigError, DataError or ModelError, each in one line, at the first use of an invalid input.
     """
 
     def __init__(self, config: RunConfig, namespace: Mapping[str, Any] | None = None) -> None:
         self.config = config
         self.namespace = namespace
         self.left_out: dict[str, list[LeftOut]] = {}
-        self.reading = Interruptible()  # rows, by code that may be a person's own
+        self.reading = Interruptible()  # rows; their source may run user code
         self._tokenizing: dict[str, Generator[tuple[int, float], None, Outcome]] = {}
         self._base_answers: dict[tuple[str, int], str] = {}
         self._named_as_changed: set[str] = set()
 
-    def twin(self, config: RunConfig) -> RunInputs:
-        """For a fork with other settings: the same rows, and the same base in modules of its own."""
-        from mlx_nb.model.shared_base import twin
+    def for_fork(self, config: RunConfig) -> RunInputs:
+        """The inputs of a fork: the same rows, and new modules that share the base model's arrays."""
+        from mlx_nb.model.shared_base import shared_copy
 
         other = RunInputs(config, self.namespace)
-        other.loaded, other.splits, other.left_out = twin(self.loaded), self.splits, self.left_out
+        other.loaded, other.splits, other.left_out = shared_copy(self.loaded), self.splits, self.left_out
         other.limits = self.limits
         other.reference = self.reference
         other.examples = self.examples
@@ -74,7 +74,7 @@ class RunInputs:
         return other
 
     def for_settings(self, config: RunConfig) -> RunInputs:
-        """For a run that has not begun and whose settings were changed; a model that is loaded already is kept."""
+        """The inputs for changed settings before training starts. A loaded model is reused if it still fits."""
         other = RunInputs(config, self.namespace)
         decisive = ("model", "load_in_bits", "chat_template", "fine_tune_type")
         if "loaded" in self.__dict__ and all(getattr(self.config, name) == getattr(config, name) for name in decisive):
@@ -83,13 +83,13 @@ class RunInputs:
 
     @cached_property
     def loaded(self) -> LoadedModel:
-        """The model, tokenizer and where they came from."""
+        """The model, its tokenizer and their source."""
         from mlx_nb.model.shared_base import load_base
 
         return load_base(self.config)
 
     def loading(self) -> Generator[Progress, None, LoadedModel]:
-        """Make `loaded`, with Progress on the way; when somebody else made it meanwhile, that is it."""
+        """Load the model in pieces, yielding Progress. If another caller finishes first, its result is used."""
         from mlx_nb.model.shared_base import load_base_in_pieces
 
         if "loaded" not in self.__dict__:
@@ -99,10 +99,10 @@ class RunInputs:
 
     @cached_property
     def base_model(self) -> Any:
-        """The base in modules of its own, without the adapter, sharing its arrays."""
-        from mlx_nb.model.shared_base import twin
+        """The base model without the adapter, as new modules that share its arrays."""
+        from mlx_nb.model.shared_base import shared_copy
 
-        return twin(self.loaded).model
+        return shared_copy(self.loaded).model
 
     @cached_property
     def _tokenizer_alone(self) -> Any:
@@ -113,12 +113,12 @@ class RunInputs:
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer, with its chat template. Loaded alone when the model is not needed yet."""
+        """The tokenizer with its chat template. Loaded without the model if that is not loaded yet."""
         return self.loaded.tokenizer if "loaded" in self.__dict__ else self._tokenizer_alone
 
     @cached_property
     def limits(self) -> ModelLimits:
-        """What the model, and a reference model beside it, can read. Reads no weights."""
+        """The vocabulary and length limits of the model and of a reference model. Reads no weights."""
         from mlx_nb.model.limits import limits_by_name
         from mlx_nb.model.model_source import model_named
 
@@ -126,8 +126,8 @@ class RunInputs:
         return found if other is None else found.within(limits_by_name(model_named(self.config, "reference_model")))
 
     @cached_property
-    def asking(self) -> Rendering:
-        """How a text that the model is asked is written: as its training rows are.
+    def prompt_rendering(self) -> Rendering:
+        """How prompts are rendered: in the same way as the training rows.
 
         Raises DataError for `prompt_format: chat` without a chat template.
         """
@@ -136,13 +136,13 @@ class RunInputs:
             return rendering.resolved(self.tokenizer)
         try:
             raw = trains_plain_text(self.split("train"))
-        except MlxNbError:  # no rows to go by: the model can be asked all the same
+        except MlxNbError:  # no readable rows to decide by; generation still works
             raw = False
         return dataclasses.replace(rendering, prompt_format=RAW if raw else CHAT)
 
     @cached_property
     def splits(self) -> Splits:
-        """The rows."""
+        """The rows of each split."""
         config = self.config
         return open_splits(
             config.data,
@@ -157,14 +157,14 @@ class RunInputs:
         )
 
     def check(self) -> None:
-        """Raise for what is wrong with the settings and can be known before a model is loaded."""
+        """Raise for invalid settings, as far as that can be known without loading a model."""
         refuse_ineffective(self.config, self.splits)
         if self.config.loss_on != SETTINGS["loss_on"].default:
             refuse_loss_on(self.split("train"), self.config.loss_on)
         self.check_reward_names()
 
     def check_names(self) -> None:
-        """Raise DataError or ModelError for rows or a model that are not there, as far as a look at names can tell."""
+        """Raise DataError or ModelError if the names of rows or models refer to nothing. Checks names only."""
         from mlx_nb.model.model_source import model_named, refuse_unknown_model
 
         refuse_unknown_model(model_named(self.config))
@@ -172,10 +172,10 @@ class RunInputs:
             refuse_unknown_model(model_named(self.config, "reference_model"))
         refuse_unknown_data(self.config.data, self.namespace, self.config.working_folder)
 
-    def check_at_hand(self) -> None:
-        """Raise for what is wrong with rows that are here already, as far as reading them for a moment tells.
+    def check_local_data(self) -> None:
+        """Raise ConfigError or DataError for invalid local rows, reading them for at most a second.
 
-        No tokenizer is loaded and nothing is fetched. Raises ConfigError or DataError.
+        Loads no tokenizer and downloads nothing.
         """
         config = self.config
         if not is_local(config.data, self.namespace, config.working_folder):
@@ -188,19 +188,19 @@ class RunInputs:
             refuse_unreadable(self.splits.train, settings, kind, SECONDS_TO_LOOK)
 
     def check_reward_names(self) -> None:
-        """Raise ConfigError for a reward that is neither a function in the notebook nor built in."""
+        """Raise ConfigError for a reward that is neither a function in the notebook nor a built-in one."""
         from mlx_nb.rollouts.rewards.resolve import resolve_rewards
 
         if method_named(self.config.method).kind.sampled:
             resolve_rewards(self.config.rewards, self.namespace or {})
 
     def split(self, split: str) -> Examples:
-        """The rows of a split as examples, each made when it is asked for. Raises CommandError, DataError."""
+        """The examples of a split, each made on access. Raises CommandError, DataError."""
         if split not in SPLITS:
             raise CommandError(f"no split {split!r}.{did_you_mean(split, SPLITS)} There are train, valid and test.")
         source = getattr(self.splits, split)
         if source is None:
-            raise DataError(f"these data have no {split} split.")
+            raise DataError(f"the data have no {split} split.")
         kind = method_named(self.config.method).rows
         settings = ExampleSettings.of(self.config, self.limits)
         if split == "train" and self.config.down_weight is not None:
@@ -211,14 +211,14 @@ class RunInputs:
 
     @cached_property
     def examples(self) -> TrainerExamples:
-        """The rows of all splits, tokenized; those that cannot be trained are in `left_out`.
+        """The tokenized rows of all splits. Rows that cannot be trained are in `left_out`.
 
-        The rows are fingerprinted with it: what a person does to them later changes neither.
+        The rows are fingerprinted at the same time, so later changes to the data affect neither.
         """
         return finished(self.tokenizing())
 
     def tokenizing(self) -> Generator[Progress, None, TrainerExamples]:
-        """Make `examples`, with Progress on the way. When it is left, another one goes on where it was."""
+        """Compute `examples`, yielding Progress. If it is abandoned, the next call continues where it stopped."""
         from mlx_nb.train.state import TrainerExamples
 
         if "examples" not in self.__dict__:
@@ -235,13 +235,13 @@ class RunInputs:
         return [source for split in SPLITS if (source := getattr(self.splits, split)) is not None]
 
     def changed_files(self) -> list[str]:
-        """The files of rows whose content is no longer what this run read, each named once."""
+        """The data files that have changed since this run read them. Each file is reported once."""
         changed = {name for source in self._sources() for name in source.changed()} - self._named_as_changed
         self._named_as_changed |= changed
         return sorted(changed)
 
     def tokenize(self, split: str) -> list[Any]:
-        """The rows of one split that can be trained."""
+        """The tokenized rows of one split, without those that cannot be trained."""
         return finished(self._tokenizing_split(split))
 
     def _tokenizing_split(self, split: str) -> Generator[Progress, None, list[Any]]:
@@ -249,9 +249,9 @@ class RunInputs:
         if source is None:
             return []
         while True:
-            # Asked anew each time: in between, another caller may have gone through with these rows.
+            # Looked up each time, because another caller may have finished these rows meanwhile.
             rows = self._tokenizing.get(split)
-            if rows is None or getgeneratorstate(rows) == GEN_CLOSED:  # by an error or an interrupt
+            if rows is None or getgeneratorstate(rows) == GEN_CLOSED:  # closed by an error or interrupt
                 rows = self._tokenizing[split] = tokenize_split(self.split(split))
             try:
                 done, seconds = next(rows)
@@ -270,9 +270,9 @@ class RunInputs:
 
     @cached_property
     def reference(self) -> ReferenceLogprobs | None:
-        """Log-probabilities of the reference, None for a method without one.
+        """The log-probabilities of the reference model; None for a method without one.
 
-        The reference is what training starts from: ask before the first update of a full fine-tune.
+        By default the reference is the model before training, so access it before the first update of a full fine-tune.
         """
         from mlx_nb.model.reference_model import reference_fingerprint, reference_scorer
         from mlx_nb.train.reference_logprobs import ReferenceLogprobs
@@ -283,12 +283,12 @@ class RunInputs:
         fingerprint = reference_fingerprint(self.config, self.loaded)
 
         def scorer() -> TargetScorer:
-            """Its files are read when it is first asked, which may be long after they were fingerprinted."""
+            """Load the reference at its first use, which may be long after its files were fingerprinted."""
             found = reference_scorer(self.config, self.loaded, start)
             if reference_fingerprint(self.config, self.loaded) != fingerprint:
                 raise ModelError(
-                    "the reference (reference_model, reference_adapter or resume_adapter_file) was changed after the "
-                    "run had begun and before it was read. Bring back what it was, or start a new run."
+                    "the files of the reference (reference_model, reference_adapter or resume_adapter_file) changed "
+                    "between the start of the run and their first use. Restore them, or start a new run."
                 )
             return found
 
@@ -296,7 +296,7 @@ class RunInputs:
 
     @cached_property
     def rewards(self) -> tuple[Reward, ...]:
-        """The reward functions of a method that needs some. Raises ConfigError for what cannot be called."""
+        """The reward functions of a method that samples completions. Raises ConfigError if one cannot be called."""
         from mlx_nb.rollouts.rewards.resolve import check_rewards, resolve_rewards
 
         if not method_named(self.config.method).kind.sampled:
@@ -307,14 +307,14 @@ class RunInputs:
         return rewards
 
     def places_of(self, rows: Sequence[int]) -> str:
-        """Where training rows come from, in a sentence, if they have other numbers there; else empty."""
+        """A sentence with the source locations of training rows if their numbers differ there; otherwise empty."""
         source = self.splits.train
         named = [source.named(row) for row in dict.fromkeys(rows) if 0 <= row < len(source)]
         return f"In your data: {and_more(named, 8)}." if any("(" in one for one in named) else ""
 
     @cached_property
     def fingerprints(self) -> dict[str, Any]:
-        """What the numbers of a run depend on besides its settings, by name."""
+        """Fingerprints of everything besides the settings that determines the numbers of a run, by name."""
         from mlx_nb.model import backend
         from mlx_nb.model.lanes import lane_count
 
@@ -324,7 +324,7 @@ class RunInputs:
         return found if self.reference is None else {**found, "reference": self.reference.fingerprint}
 
     def _own_code(self) -> dict[str, Any]:
-        """Digests of the functions of a person's own: their names in the settings stay when what they do changes."""
+        """Digests of user-defined losses and rewards. The settings have only their names."""
         method = method_named(self.config.method)
         loss = method.loss(self.config.loss).function()
         found: dict[str, Any] = {"loss function": code_digest(loss)} if is_own(loss) else {}
@@ -332,9 +332,9 @@ class RunInputs:
         return {**found, "reward functions": own} if own else found
 
     def token_losses(self, row: RowView, *, base: bool, rejected: bool = False) -> Any:
-        """(T,) loss in nats of each token of a row, now; NaN for the first. `base` without the adapter.
+        """(T,) current loss in nats of each token of a row; NaN for the first. `base` measures without the adapter.
 
-        Of a pair, those of the chosen answer with its prompt, or of the rejected one.
+        Of a pair it measures the prompt with the chosen answer, or with the rejected one.
         """
         from mlx_nb.model.logprobs import TargetScorer
 
@@ -347,29 +347,29 @@ class RunInputs:
         return TargetScorer(model).token_losses(conversation.tokens)
 
     def answers(self, prompt: str, max_tokens: int) -> Iterator[tuple[str, str | None]]:
-        """The greedy answers to a kept prompt, of the model and of its base, as they grow."""
+        """Stream the greedy answers of the model and of its base to a sample prompt, as (answer, base answer)."""
         from mlx_nb.rollouts.generation import stream_text
 
-        asked, answer = (prompt, max_tokens), ""
-        for answer in stream_text(self.loaded.model, self.tokenizer, *asked, self.asking):
+        key, answer = (prompt, max_tokens), ""
+        for answer in stream_text(self.loaded.model, self.tokenizer, *key, self.prompt_rendering):
             yield answer, None
         if self.config.fine_tune_type == "full":
             return
-        if asked not in self._base_answers:
+        if key not in self._base_answers:
             base_answer = ""
-            for base_answer in stream_text(self.base_model, self.tokenizer, *asked, self.asking):
+            for base_answer in stream_text(self.base_model, self.tokenizer, *key, self.prompt_rendering):
                 yield answer, base_answer
-            self._base_answers[asked] = base_answer
-        yield answer, self._base_answers[asked]
+            self._base_answers[key] = base_answer
+        yield answer, self._base_answers[key]
 
     def stream(self, question: Question) -> Iterator[str]:
-        """The answer to a question so far, after each token; it begins empty."""
+        """Stream the answer to a question: the text so far, first empty, then after each token."""
         from mlx_nb.rollouts.generation import stream_text
 
         model = self.base_model if question.base else self.loaded.model
         yield ""
-        asked = question.messages
-        if not isinstance(asked, str) and self.asking.is_raw(self.tokenizer):
-            # Raw text has no turns: what was said so far goes on.
-            asked = "".join(message["content"] for message in asked)
-        yield from stream_text(model, self.tokenizer, asked, question.max_tokens, self.asking)
+        messages = question.messages
+        if not isinstance(messages, str) and self.prompt_rendering.is_raw(self.tokenizer):
+            # Raw text has no turns: the model continues the whole conversation.
+            messages = "".join(message["content"] for message in messages)
+        yield from stream_text(model, self.tokenizer, messages, question.max_tokens, self.prompt_rendering)

@@ -1,4 +1,4 @@
-"""What a person should know about the model, the rows and the adapters of a run before it trains."""
+"""Notes printed before training: warnings about the model, the rows and the adapters of a run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from mlx_nb.run.inputs import RunInputs
 
 
 def start_notes(inputs: RunInputs) -> list[str]:
-    """What a person should know about model and rows before training.
+    """Notes about model and rows.
 
-    Raises ModelError for a model that cannot be trained as the settings say.
+    Raises ModelError for a model that cannot be trained with these settings.
     """
     from mlx_nb.model.backend import prepare_backend
     from mlx_nb.model.training_trial import training_notes
@@ -27,12 +27,12 @@ def start_notes(inputs: RunInputs) -> list[str]:
     notes = [*([warning] if warning else []), *warnings_about(inputs.config), *of_model, *inputs.splits.notes]
     if (
         inputs.config.prompt_format is None
-        and inputs.asking.is_raw(inputs.tokenizer)
+        and inputs.prompt_rendering.is_raw(inputs.tokenizer)
         and has_chat_template(inputs.tokenizer)
     ):
         notes.append(
-            "The training rows are plain text, so the model is asked with raw text too. "
-            "`prompt_format: chat` asks through the chat template."
+            "The training rows are plain text, so prompts are raw text too. "
+            "`prompt_format: chat` applies the chat template to prompts."
         )
     examples = inputs.examples
     for split, left_out in inputs.left_out.items():
@@ -51,9 +51,9 @@ def start_notes(inputs: RunInputs) -> list[str]:
 
 
 def adapter_notes(inputs: RunInputs, allow_changed: Collection[str]) -> list[str]:
-    """What a person should know about the adapters that the run starts from or is compared with.
+    """Notes about the start adapter and the reference adapter.
 
-    Raises ModelError for one that was made on another base, unless `allow_changed` has "model".
+    Raises ModelError for an adapter of another base, unless `allow_changed` has "model".
     """
     from mlx_nb.model.adapter_files import REFERENCE, START, check_base, open_adapter
     from mlx_nb.model.model_source import model_folder, model_named
@@ -72,7 +72,7 @@ def adapter_notes(inputs: RunInputs, allow_changed: Collection[str]) -> list[str
 
 
 def _context_notes(inputs: RunInputs, examples: Sequence[Any]) -> list[str]:
-    """That training rows are longer than the model was made for."""
+    """A note if training rows exceed the context length of the model."""
     context = inputs.limits.context
     more = ExampleSettings.of(inputs.config).completion
     beyond = [example for example in examples if context is not None and longest([example]) + more > context]
@@ -80,7 +80,7 @@ def _context_notes(inputs: RunInputs, examples: Sequence[Any]) -> list[str]:
         return []
     first = inputs.splits.train.named(beyond[0].row)
     return [
-        f"{counted(len(beyond), 'training row')} {'is' if len(beyond) == 1 else 'are'} longer than the {context} "
-        f"tokens that the model was made for, the first {first}, the longest {longest(beyond) + more} "
-        "tokens: lower max_seq_length."
+        f"{counted(len(beyond), 'training row')} {'is' if len(beyond) == 1 else 'are'} longer than the model's "
+        f"context length of {context} tokens. First: {first}; longest: {longest(beyond) + more} tokens. Lower "
+        "max_seq_length."
     ]

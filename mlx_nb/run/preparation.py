@@ -1,4 +1,4 @@
-"""A run gets ready: model and rows are loaded, the folder is taken, and the trainer is made."""
+"""Prepares a run: loads model and rows, locks the run's folder and creates the trainer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def check_template_file(config: RunConfig) -> None:
-    """Raise ConfigError where `chat_template` names a file that cannot be used."""
+    """Raise ConfigError if `chat_template` names a file that cannot be used."""
     value = config.chat_template
     if value is None or is_template_text(value):
         return
@@ -32,7 +32,7 @@ def check_template_file(config: RunConfig) -> None:
 
 
 def with_start_adapter(config: RunConfig) -> RunConfig:
-    """The settings with those of the adapter in `resume_adapter_file`, if there is one."""
+    """`config` with the settings of the adapter in `resume_adapter_file`, if that is set."""
     if config.resume_adapter_file is None:
         return config
     from mlx_nb.model.adapter_files import with_adapter_settings
@@ -41,7 +41,7 @@ def with_start_adapter(config: RunConfig) -> RunConfig:
 
 
 def loading(inputs: RunInputs) -> Iterator[Progress]:
-    """Load model and rows, refusing what cannot be trained as soon as it is known."""
+    """Load model and rows, yielding Progress. Raises as soon as it is known that something cannot be trained."""
     with inputs.reading:
         inputs.check()
     yield from inputs.loading()
@@ -58,8 +58,8 @@ def loading(inputs: RunInputs) -> Iterator[Progress]:
 
 
 def refuse_model(inputs: RunInputs) -> None:
-    """Raise ModelError for a model that cannot be trained at all with these settings."""
-    from mlx_nb.model.passes import refuse_cache_doubt
+    """Raise ModelError for a model that cannot be trained with these settings."""
+    from mlx_nb.model.passes import refuse_cache_mismatch
 
     config, loaded = inputs.config, inputs.loaded
     if config.fine_tune_type == "full" and loaded.quantized_bits:
@@ -67,11 +67,11 @@ def refuse_model(inputs: RunInputs) -> None:
             f"`fine_tune_type: full` needs float weights, and {config.model} is quantized to "
             f"{loaded.quantized_bits} bits. Use lora or dora, or a float version of the model."
         )
-    refuse_cache_doubt(loaded.model)
+    refuse_cache_mismatch(loaded.model)
 
 
 def refuse_own_folder(config: RunConfig, folder: Path) -> None:
-    """Raise ConfigError for a setting that names something in the run's own folder, which is moved when it starts."""
+    """Raise ConfigError for an adapter inside the run's own folder, whose contents are moved when the run starts."""
     from mlx_nb.model.adapter_files import REFERENCE, START
     from mlx_nb.model.reference_model import BARE
 
@@ -82,16 +82,16 @@ def refuse_own_folder(config: RunConfig, folder: Path) -> None:
         named = Path(os.path.realpath(os.path.expanduser(str(path))))
         if named.is_relative_to(os.path.realpath(folder)):
             raise ConfigError(
-                f"{setting}: {getattr(config, setting)} lies in {folder}, which this run would write over. Give the "
-                "run another `--name`, or another adapter_path."
+                f"{setting}: {getattr(config, setting)} is inside {folder}, which this run would overwrite. Give "
+                "the run another `--name` or another adapter_path."
             )
 
 
 @contextmanager
 def folder_taken(config: RunConfig, home: RunFolder, *, resumed: bool) -> Iterator[None]:
-    """Nobody else writes to the folder: made sure of before anything is loaded. It is let go if loading fails.
+    """A context that locks the run's folder before anything is loaded, and releases it if loading fails.
 
-    A run that is `resumed` has its folder already.
+    A `resumed` run has locked its folder already.
     """
     refuse_own_folder(config, home.path)
     try:
@@ -116,12 +116,12 @@ def make_trainer(
     resumed: bool,
     allow_changed: Collection[str],
 ) -> Trainer:
-    """The trainer of a run whose folder is taken: model and rows loaded, adapter attached, the folder begun.
+    """Load model and rows, attach the adapter, start the folder, and return the trainer. The folder is locked already.
 
-    `from_checkpoint` holds for a fork too, which begins a folder of its own; a `resumed` run goes on in its own.
+    `from_checkpoint` is true for a fork too, which starts a new folder; a `resumed` run continues in its own.
     """
-    # What a save needs is imported by now: one at the end of an interrupted process would change its exit status,
-    # which Python forgets once it compiles anything more.
+    # Import what a save needs now. Importing it during a save at the end of an interrupted process would change the
+    # exit status: Python forgets the pending status once it compiles anything.
     import mlx_nb.train.record  # noqa: F401
     from mlx_nb.model.backend import is_cpu, memory_limit
     from mlx_nb.model.fingerprint import base_identity
@@ -149,18 +149,18 @@ def make_trainer(
         tokenizer=loaded.tokenizer,
         rewards=inputs.rewards,
         base=base_identity(loaded.weights, config.load_in_bits),
-        use={"model": loaded_as(config, loaded), "prompt_format": inputs.asking.prompt_format or ""},
+        use={"model": loaded_as(config, loaded), "prompt_format": inputs.prompt_rendering.prompt_format or ""},
         from_checkpoint=from_checkpoint,
         inbox=inbox,
         write=home.write,
         places_of=inputs.places_of,
     )
     try:
-        _ = inputs.fingerprints  # of what was just read, and not of what will be there at the first checkpoint
-        # Last, when nothing of the run itself can go wrong any more.
+        _ = inputs.fingerprints  # computed now, from what was just read, not at the first checkpoint
+        # Last, because nothing else in the preparation can fail after it.
         set_aside = None if resumed else home.begin(config.keep_previous)
         trainer.notes += home.notes
-        if reference is not None:  # an earlier run here may have measured the same one
+        if reference is not None:  # reuse what an earlier run in this folder measured
             reference.load(set_aside or home.path)
     except BaseException:
         trainer.close()

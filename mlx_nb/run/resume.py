@@ -1,4 +1,4 @@
-"""A run that is taken up again: its folder, and what had been asked of it and was not done yet."""
+"""Resuming a run: locks its folder and restores the requests that were pending."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ if TYPE_CHECKING:
     from mlx_nb.train.checkpoint import Checkpoint
 
 
-class Askable(Protocol):
-    """A run as it is asked."""
+class ResumedRun(Protocol):
+    """The interface of a run that restoring requests needs."""
 
     def set(self, **changes: Any) -> None:
         """Change live settings."""
 
     def request(self, request: Request) -> None:
-        """Ask for something at the next boundary."""
+        """Queue a request for the next boundary."""
 
     def place_of(self, target: int) -> Checkpoint:
-        """The state of an update to go back to. Raises CommandError where there is none."""
+        """The saved state of update `target`. Raises CommandError if there is none."""
 
 
-def home_to_resume(folder: Path) -> RunFolder:
-    """The folder of a run that is to be resumed, before anything in it is read.
+def folder_to_resume(folder: Path) -> RunFolder:
+    """Lock the folder of a run that is about to be resumed.
 
-    A run of this process that holds it and is not saved is saved, and writes there no more.
+    If another run of this process holds it, that run is saved and released first.
     """
     before = holder_in_process(folder)
     if before is not None and not before.at_rest():
@@ -44,7 +44,7 @@ def home_to_resume(folder: Path) -> RunFolder:
 
 
 def resumable(parent: Path) -> dict[str, int]:
-    """The runs in the folders of `parent` that have a checkpoint, by folder name, with their newest update."""
+    """Folder name -> newest saved update, for each run in `parent` that has a checkpoint."""
     from mlx_nb.train.checkpoint import CheckpointStore
 
     found = {}
@@ -54,8 +54,8 @@ def resumable(parent: Path) -> dict[str, int]:
     return found
 
 
-def ask_again(run: Askable, requests: Sequence[Request]) -> Iterator[str]:
-    """Take up what had been asked before a resume. What is not possible any more is said, a line for each."""
+def restore_requests(run: ResumedRun, requests: Sequence[Request]) -> Iterator[str]:
+    """Queue the pending requests of the checkpoint again. Yields one line for each that is no longer possible."""
     for request in requests:
         try:
             if isinstance(request, ChangeSetting):
@@ -66,7 +66,7 @@ def ask_again(run: Askable, requests: Sequence[Request]) -> Iterator[str]:
             else:
                 run.request(request)
         except MlxNbError as error:
-            yield f"what had been asked and was not done yet is lost, {_in_words(request)}: {error}"
+            yield f"a pending request was dropped, {_in_words(request)}: {error}"
 
 
 def _in_words(request: Request) -> str:
@@ -74,6 +74,6 @@ def _in_words(request: Request) -> str:
         case ChangeSetting(name, value):
             return f"{name}={value}"
         case Rewind(to):
-            return f"to go back to update {to}"
+            return f"rewind to update {to}"
         case _:
             return type(request).__name__.lower()

@@ -1,4 +1,4 @@
-"""What a checkpoint says of the run that wrote it, held against what is there now: may it go on, and with what."""
+"""Compares a checkpoint with the current settings, data and model, and decides whether the run can be resumed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _GROUPS = tuple(name for name in SETTINGS if dataclasses.is_dataclass(getattr(RunConfig(), name)))
 
-# What a run is made from besides its settings, by the names of its fingerprints.
+# The inputs of a run besides its settings, by the names of their fingerprints.
 MADE_FROM = (
     "data",
     "template",
@@ -43,14 +43,14 @@ MADE_FROM = (
     "reward functions",
 )
 
-_READABLE = ("device", "mlx version")  # fingerprints that are words and not digests
+_READABLE = ("device", "mlx version")  # fingerprints in plain words instead of digests
 
 
 def working_folder_of(checkpoint: Checkpoint, run_folder: Path) -> Path:
-    """Where the relative paths of a checkpoint's settings begin now.
+    """The folder that relative paths in a checkpoint's settings refer to now.
 
-    When the whole project was copied, that is the copy. When the run's folder alone was, it is where it was; and the
-    working folder of the process where nothing of it is left.
+    If the whole project was copied, that is the copy. If only the run's folder was copied, it is the original folder;
+    if that no longer exists, it is the working folder of the process.
     """
     recorded = checkpoint.state.get("working_folder") or {}
     candidates = [Path(recorded["path"])] if "path" in recorded else []
@@ -65,34 +65,34 @@ def working_folder_of(checkpoint: Checkpoint, run_folder: Path) -> Path:
 
 
 def history_of(checkpoint: Checkpoint) -> History:
-    """The history that a checkpoint holds or names."""
+    """The history stored in a checkpoint, or in the files that it refers to."""
     return read_history_of(checkpoint)[0]
 
 
 def read_history_of(checkpoint: Checkpoint) -> tuple[History, list[str]]:
-    """The same, and what is wrong with it, in words."""
+    """The history of a checkpoint, and a message for each problem with it."""
     lines, problems, whole = checkpoint.state["history"], list[str](), False
     if parts := checkpoint.state.get("history_parts"):
         assert checkpoint.path is not None
         lines, problems = read_history(checkpoint.path.parent, parts)
-        whole = not problems  # byte for byte what was written
+        whole = not problems  # every byte is as written
     history = History()
     for number, line in enumerate(lines):
         try:
             event = event_from_json(line)
             history.append(event if whole else _typed(event))
         except _FOREIGN as error:
-            unknown = f"event {number} of the history is unknown ({_reason(error)}), so it is left out from there on"
+            unknown = f"event {number} of the history is unknown ({_reason(error)}), so the history ends before it"
             return history, [*problems, unknown]
     return history, problems
 
 
 def requests_of(checkpoint: Checkpoint) -> list[Request]:
-    """What had been asked of the run and was not done yet."""
+    """The requests that were pending when the checkpoint was written."""
     return [_typed(request_from_json(line)) for line in checkpoint.state.get("asked", ())]
 
 
-# What reading raises that was not written by this mlx_nb, or by none.
+# Errors raised while reading a file of another mlx_nb version or of another program.
 _FOREIGN = (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError, OverflowError)
 
 
@@ -101,7 +101,7 @@ def _reason(error: Exception) -> str:
 
 
 def refuse_unusable(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError for a checkpoint, whole as it may be, that does not hold what a run goes on from."""
+    """Raise CheckpointError for an undamaged checkpoint whose contents cannot be resumed from."""
     from mlx_nb.train.record import check_seal, read_record
 
     try:
@@ -123,28 +123,28 @@ def refuse_unusable(checkpoint: Checkpoint) -> None:
         if not wrong:
             check_seal(checkpoint.state)
     except _FOREIGN as error:
-        raise CheckpointError(f"it does not hold what a run goes on from ({_reason(error)})") from error
+        raise CheckpointError(f"its contents cannot be resumed from ({_reason(error)})") from error
     except ConfigError as error:
         raise CheckpointError(f"its settings cannot be used: {_reason(error).rstrip('.')}") from error
     if wrong:
-        raise CheckpointError(f"it does not hold what a run goes on from (wrong: {', '.join(wrong)})")
+        raise CheckpointError(f"its contents cannot be resumed from (wrong: {', '.join(wrong)})")
 
 
 class Unfit:
-    """The checkpoints that turned out, once all was loaded, not to fit the run that they say they are of."""
+    """Checkpoints that turned out not to fit their run once everything was loaded."""
 
     def __init__(self) -> None:
         self._reasons: dict[Path | None, str] = {}
 
     def refuse(self, checkpoint: Checkpoint) -> None:
-        """Raise CheckpointError for one of them, and for one that is unusable by what it says."""
+        """Raise CheckpointError for one of these checkpoints, or one with unusable contents."""
         refuse_unusable(checkpoint)
         if (reason := self._reasons.get(checkpoint.path)) is not None:
             raise CheckpointError(reason)
 
     @contextmanager
     def noted(self, checkpoint: Checkpoint) -> Iterator[None]:
-        """While it is put in place: what is raised then is about the checkpoint, which is one of them."""
+        """A context for restoring `checkpoint`. An error inside marks it as unfit and is suppressed."""
         try:
             yield
         except (CheckpointError, ArithmeticError, *_FOREIGN) as error:
@@ -152,7 +152,7 @@ class Unfit:
 
 
 def _impossible_counts(record: RunRecord) -> list[str]:
-    """The keys whose counts no run can have come to."""
+    """The keys with impossible counts."""
     place = record.place or Place(0, 0, 1)
     counts = {
         **{f"trainer.{name}": count for name, count in vars(record.trainer).items() if isinstance(count, int)},
@@ -169,12 +169,12 @@ def _impossible_counts(record: RunRecord) -> list[str]:
 
 
 def _typed(found: Event | Request) -> Any:
-    """An event or a request of a file, its values of the kinds that it declares."""
+    """An event or request from a file, with values of the declared types."""
     return read_as(type(found), vars(found), type(found).__name__)
 
 
 def settings_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The settings of a checkpoint as plain values; those that came later at their defaults (see `defaults_taken`)."""
+    """The settings of a checkpoint as plain values. Settings newer than it have their defaults."""
     config = dict(checkpoint.state["config"])
     for name, value in RunConfig().to_dict().items():
         if name == "data":
@@ -186,28 +186,28 @@ def settings_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def defaults_taken(checkpoint: Checkpoint) -> list[str]:
-    """A line about each setting that the checkpoint says nothing of: there was none when it was written."""
+    """A line for each setting that did not exist yet when the checkpoint was written."""
     written, filled = checkpoint.state["config"], settings_of(checkpoint)
     flat = [(name, name in written, filled[name]) for name in filled if name not in _GROUPS or name not in written]
     for group in _GROUPS:
         if isinstance(inner := written.get(group), dict):
             flat += [(f"{group}.{name}", name in inner, value) for name, value in filled[group].items()]
     return [
-        f"the checkpoint does not say `{name}`, which an older mlx_nb did not have: it is {shown(value)}"
+        f"the checkpoint is from an older mlx_nb without the setting `{name}`, so its default is used: {shown(value)}"
         for name, there, value in flat
         if not there
     ]
 
 
 def settings_to_resume(checkpoint: Checkpoint, folder: Path, config: RunConfig | None, data: Any) -> RunConfig:
-    """What a run goes on with: `config` with the live changes since, or null = the settings of the checkpoint.
+    """The settings of the resumed run: `config` with the live changes since, or the checkpoint's if `config` is None.
 
-    Its length is that of the checkpoint, until `length_given` changes it.
-    Raises CheckpointError when the rows were an object and are not given again.
+    The length of the run is the checkpoint's; `length_given` tells whether to change it.
+    Raises CheckpointError if the rows were an object in memory and are not passed again.
     """
     values = settings_of(checkpoint)
     if has_no_decay(values["optimizer"]):
-        values["weight_decay"] = 0.0  # it has none; a checkpoint may have been written with the default of others
+        values["weight_decay"] = 0.0  # unused by this optimizer, but old checkpoints have a default
     if config is not None:
         config = with_shape_of(checkpoint, config)
         for event in _live_changes(checkpoint):
@@ -224,7 +224,7 @@ def settings_to_resume(checkpoint: Checkpoint, folder: Path, config: RunConfig |
 
 
 def refuse_missing_variables(config: RunConfig, name: str, namespace: Mapping[str, Any] | None) -> None:
-    """Raise CheckpointError for rows or rewards of the run `name` that were a notebook's variables and are none now."""
+    """Raise CheckpointError if rows or rewards of the run `name` were notebook variables that no longer exist."""
     from mlx_nb.rollouts.rewards.builtin import REWARDS
 
     sources = config.data if isinstance(config.data, list) else [config.data]
@@ -246,19 +246,19 @@ def refuse_missing_variables(config: RunConfig, name: str, namespace: Mapping[st
             if namespace is None
             else f"run the cell that defines {words} first"
         )
-        raise CheckpointError(f"{name} is made from {words}, no variable or file here: {first}, then resume again.")
+        raise CheckpointError(f"{name} uses {words}, which is no variable or file here: {first}, then resume again.")
 
 
 def length_given(checkpoint: Checkpoint, config: RunConfig | None) -> dict[str, Any]:
-    """The length that `config` gives a run which has another one; empty where it began, or stands, with that one.
+    """The length in `config` if it differs from the run's initial and current length; otherwise empty.
 
-    The change is a live one: it is part of the history, and what was done is not taken back.
+    It is applied as a live change: the history records it, and finished updates stay.
     """
     if config is None:
         return {}
     given = {name: getattr(config, name) for name in LENGTHS}
     known = [{name: values[name] for name in LENGTHS} for values in (_began_with(checkpoint), settings_of(checkpoint))]
-    if not any(known[0].values()):  # a change from `iters` to `epochs` does not say which `iters`
+    if not any(known[0].values()):  # a change from `iters` to `epochs` does not record the old `iters`
         started = (event for event in history_of(checkpoint).events if isinstance(event, RunStarted))
         known += [{**known[0], "iters": event.iters} for event in started]
     if given in known:
@@ -267,7 +267,7 @@ def length_given(checkpoint: Checkpoint, config: RunConfig | None) -> dict[str, 
 
 
 def _began_with(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The settings that the run of a checkpoint began with."""
+    """The settings that the run started with, before its live changes."""
     began_with = settings_of(checkpoint)
     for event in reversed(_live_changes(checkpoint)):
         began_with[event.name] = event.old
@@ -277,7 +277,7 @@ def _began_with(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def with_shape_of(checkpoint: Checkpoint, config: RunConfig) -> RunConfig:
-    """`config`, which starts from an adapter, with the shape that the run of `checkpoint` took from it."""
+    """`config` with the adapter shape that the run of `checkpoint` took over from its start adapter."""
     from mlx_nb.model.adapter_files import filled
 
     began_with = settings_of(checkpoint)
@@ -288,14 +288,14 @@ def with_shape_of(checkpoint: Checkpoint, config: RunConfig) -> RunConfig:
 
 
 def allowed_changes(words: Any) -> frozenset[str]:
-    """What a person allows to have changed, by name; a text is one name. Raises ConfigError for an unknown one."""
+    """The names in `allow_changed`; a string is one name. Raises ConfigError for an unknown name."""
     given = [words] if isinstance(words, str) else words
     known = (*MADE_FROM, *(name for name in SETTINGS if name not in MADE_FROM))
     if not isinstance(given, Collection) or not all(isinstance(word, str) for word in given):
         raise ConfigError(f"allow_changed is a list of names, such as ['model'], not {shown(words)}.")
     problems = [
-        f"allow_changed: there is nothing called {shown(word)} that could have changed."
-        f"{did_you_mean(word, known) if len(word) <= 80 else ''} It takes {', '.join(MADE_FROM)}, and the names of "
+        f"allow_changed: {shown(word)} is not the name of an input or setting."
+        f"{did_you_mean(word, known) if len(word) <= 80 else ''} It accepts {', '.join(MADE_FROM)}, and the names of "
         "settings."
         for word in given
         if word not in known
@@ -308,9 +308,9 @@ def allowed_changes(words: Any) -> frozenset[str]:
 def changes_since(
     checkpoint: Checkpoint, config: RunConfig | None, fingerprints: dict[str, Any], allowed: Collection[str]
 ) -> list[str]:
-    """The settings, and what else the run was made from, that are not what they were.
+    """The names of settings and inputs that have changed since the checkpoint.
 
-    Raises CheckpointError when one of them is not `allowed` to change.
+    Raises CheckpointError if one of them is not in `allowed`.
     """
     made_from = checkpoint.state["made_from"]
     changed = _changed_settings(with_shape_of(checkpoint, config), checkpoint) if config else []
@@ -320,19 +320,19 @@ def changes_since(
         named = [_with_values(what, made_from, fingerprints) for what in refused]
         raise CheckpointError(
             f"changed since the checkpoint of step {checkpoint.step}: {', '.join(named)}. {_why(refused)}"
-            f"Bring back what it was, or go on all the same with allow_changed={refused!r} "
+            f"Restore it, or resume anyway with allow_changed={refused!r} "
             f"(`--allow-changed {' '.join(shlex.quote(what) for what in refused)}` in a notebook)."
         )
     return changed
 
 
 def _with_values(what: str, before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What changed, with both values where a person can read them."""
+    """The name of a change, with both values if they are readable."""
     return f"{what} ({before[what]} then, {now[what]} now)" if what in _READABLE and what in before else what
 
 
 def _why(refused: Collection[str]) -> str:
-    """What is wrong with this kernel where that made the device another one, else nothing."""
+    """The backend warning of this kernel if the device has changed; otherwise empty."""
     from mlx_nb.model.backend import prepare_backend
 
     warning = prepare_backend().warning if "device" in refused else None
@@ -340,12 +340,12 @@ def _why(refused: Collection[str]) -> str:
 
 
 def _changed_settings(config: RunConfig, checkpoint: Checkpoint) -> list[str]:
-    """The settings in which `config` differs from those that the run of `checkpoint` began with.
+    """The settings in which `config` differs from the initial settings of the checkpoint's run.
 
-    Where something is saved changes no number, so those settings do not count.
+    Settings about saving are ignored: they change no number.
     """
     began_with = _began_with(checkpoint)
-    if any(event.name in LENGTHS for event in _live_changes(checkpoint)):  # either takes the place of the other
+    if any(event.name in LENGTHS for event in _live_changes(checkpoint)):  # `iters` and `epochs` replace each other
         began_with = {name: value for name, value in began_with.items() if name not in LENGTHS}
     now = json.loads(json.dumps(config.described(), default=str))
     counted = [name for name in began_with if name in now and SETTINGS[name].metadata["group"] != "saving"]
@@ -353,20 +353,20 @@ def _changed_settings(config: RunConfig, checkpoint: Checkpoint) -> list[str]:
 
 
 def _live_changes(checkpoint: Checkpoint) -> list[SettingChanged]:
-    """The settings that were changed while the run of `checkpoint` went on, in order."""
+    """The live changes of the checkpoint's run, in order."""
     changes = [event_from_json(line) for line in live_change_lines(checkpoint)]
     return [_typed(event) for event in changes if isinstance(event, SettingChanged)]
 
 
 def live_change_lines(checkpoint: Checkpoint) -> list[str]:
-    """The SettingChanged events until a checkpoint, a JSON line each."""
+    """The SettingChanged events up to a checkpoint, as JSON lines."""
     if (lines := checkpoint.state.get("live_changes")) is not None:
         return list(lines)
     return [event.to_json() for event in history_of(checkpoint).events if isinstance(event, SettingChanged)]
 
 
 def fingerprints(sources: Iterable[Any], tokenizer: Tokenizer, weights: Iterable[Iterable[str]]) -> dict[str, Any]:
-    """What a run's numbers depend on besides its settings, by name."""
+    """Fingerprints of everything besides the settings that determines a run's numbers, by name."""
     from importlib.metadata import version
 
     tokenizer = getattr(tokenizer, "_tokenizer", tokenizer)

@@ -1,4 +1,4 @@
-"""The rows of a split as a person looks at them: `run.rows("train")[12]`."""
+"""The rows of a split as a sequence to look at: `run.rows("train")[12]`."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from mlx_nb.view.rows.display import ShownRow
 
 
 def rows(data: Any, split: str = "train", *, namespace: Mapping[str, Any] | None = None, **settings: Any) -> Rows:
-    """The rows of any data as a model will see them, before there is a run: `mlx_nb.rows(bees, model="smollm2-135m")`.
+    """The rows of any data as a model will see them: `mlx_nb.rows(bees, model="smollm2-135m")`. Needs no run.
 
-    `data` is what the setting takes, or the rows themselves; `settings` are those of a run, such as `model`, `method`,
-    `chat_template` and `max_seq_length`. Of the model only the tokenizer is loaded. Raises ConfigError, DataError or
-    ModelError, each in one line.
+    `data` takes what the setting takes, or the rows themselves. `settings` are settings of a run, such as `model`,
+    `method`, `chat_template` and `max_seq_length`. Only the tokenizer of the model is loaded. Raises ConfigError,
+    DataError or ModelError, each in one line.
     """
     inputs = RunInputs(RunConfig.from_dict({**settings, "data": data}).at(working_folder()), namespace)
     return Rows(inputs.split(split), split)
 
 
 class Rows(Sequence[RowView]):
-    """The rows of one split as the model will see them; each is tokenized when asked for, and displays itself."""
+    """The rows of one split as the model will see them. Each is tokenized on access and displays itself."""
 
     def __init__(self, examples: Examples, split: str) -> None:
         self.examples = examples
@@ -45,9 +45,9 @@ class Rows(Sequence[RowView]):
         return ShownRow.of(self.examples.view(index), self.examples.tokenizer, self.split)
 
     def edited(self, row: int, /, **columns: Any) -> Any:
-        """Row `row` with other values in its columns, as the model would see it: `rows.edited(12, completion="Yes")`.
+        """Row `row` with changed columns, as the model would see it: `rows.edited(12, completion="Yes")`.
 
-        Nothing is written: the row itself stays as it is.
+        The data are not changed.
         """
         before = self[row]
         examples = self.examples
@@ -55,9 +55,9 @@ class Rows(Sequence[RowView]):
         return ShownRow.of(view, examples.tokenizer, self.split)
 
     def export(self, path: str | Path, *, leave_out: Collection[int] = ()) -> Path:
-        """Write the rows but those to a new file of JSON lines, for `data:`. Returns its path.
+        """Write all rows except `leave_out` to a new JSON Lines file for `data:`. Returns its path.
 
-        Raises CommandError where a file is already, or nothing can be written.
+        Raises CommandError if the file exists or cannot be written.
         """
         place, left = folder_of(str(path), working_folder()), frozenset(leave_out)
         refuse_no_such_row("leave_out", left, self.examples.source)

@@ -67,13 +67,12 @@ from mlx_nb.files.written_files import CHECKPOINTS, EXPORT, RUN
 from mlx_nb.process import exits
 from mlx_nb.process.ipython import in_ipython
 from mlx_nb.process.turns import Turns, one_at_a_time
-from mlx_nb.run.asking import answers, check_asking
 from mlx_nb.run.background import Background
 from mlx_nb.run.checkpoints import Checkpoints
+from mlx_nb.run.generation import check_generation, generate_answers
 from mlx_nb.run.inputs import RunInputs
-from mlx_nb.run.own_calls import OWN_FUNCTION, OwnCalls
 from mlx_nb.run.preparation import check_template_file, folder_taken, loading, make_trainer, with_start_adapter
-from mlx_nb.run.resume import ask_again, home_to_resume
+from mlx_nb.run.resume import folder_to_resume, restore_requests
 from mlx_nb.run.resume_checks import (
     Unfit,
     allowed_changes,
@@ -86,6 +85,7 @@ from mlx_nb.run.resume_checks import (
     settings_to_resume,
 )
 from mlx_nb.run.rows import Rows
+from mlx_nb.run.user_calls import USER_FUNCTION, UserCalls
 from mlx_nb.train.inbox import Inbox
 from mlx_nb.train.interrupts import interrupts_wait
 
@@ -153,7 +153,7 @@ class Run:
         self._trainer: Trainer | None = None
         self._panel: weakref.ref[Panel] | None = None
         self._browsers: list[RowBrowser] = []  # which live as long as the run, shown or not
-        self._own = OwnCalls(name)
+        self._calls = UserCalls(name)
         exits.register(self)
 
     @classmethod
@@ -233,7 +233,7 @@ class Run:
             return
         with self._folder_taken():
             for progress in loading(self.inputs):
-                self._own.tell(progress)
+                self._calls.notify(progress)
                 yield progress
                 if Pause in self._inbox:
                     self.home.release()
@@ -315,7 +315,7 @@ class Run:
     @contextmanager
     def _turn(self, what: str) -> Iterator[None]:
         """No other thread computes with the model while inside. Raises CommandError from inside of the run itself."""
-        self._own.refuse_inside(what)
+        self._calls.refuse_inside(what)
         with self.turns.turn():
             yield
 
@@ -461,18 +461,18 @@ class Run:
         While it computes, a first SIGINT asks for a pause at the next step boundary, and a second one drops the
         update in hand as if it had never begun. Raises CommandError while the run moves in the background.
         """
-        self._own.refuse_inside("train")
+        self._calls.refuse_inside("train")
         self._refuse_running("train here")
-        yield from self.moves(updates)
+        yield from self.drive(updates)
 
-    def moves(self, updates: int | None = None) -> Iterator[Event]:
+    def drive(self, updates: int | None = None) -> Iterator[Event]:
         """The same for whoever moves the run already, as the background does."""
         from mlx_nb.model.memory import device_limits
 
         events = self._events(updates)
         with exits.driving(self), device_limits():
             while True:
-                with self.interrupts(), self.turns.turn(), exits.computing(self), self._own.calling(OWN_FUNCTION):
+                with self.interrupts(), self.turns.turn(), exits.computing(self), self._calls.calling(USER_FUNCTION):
                     event = next(events, None)
                 if event is None:
                     break
@@ -501,14 +501,14 @@ class Run:
             self._paused_early = True
             (asked, *_) = self._inbox.drop(Pause)
             paused = RunPaused(0, asked.reason)
-            self._own.tell(paused)
+            self._calls.notify(paused)
             yield paused
             return
         trainer = self.trainer
         try:
             yield from self._moving(trainer, updates)
         finally:
-            trainer.answer_pauses()  # what asked for a pause while this one was made has it
+            trainer.clear_pauses()  # what asked for a pause while this one was made has it
 
     def _moving(self, trainer: Trainer, updates: int | None) -> Iterator[Event]:
         from mlx_nb.model.memory import clear_cache
@@ -525,7 +525,7 @@ class Run:
         yield from self._answer_requests()
         for event in trainer.events(updates):
             if isinstance(event, Progress | RequestRefused):
-                self._own.tell(event)
+                self._calls.notify(event)
                 yield event
                 continue
             self._failed = isinstance(event, RunFailed)
@@ -582,7 +582,7 @@ class Run:
                         yield self._rewind(to)
                         went_back = True
                     except MlxNbError as error:
-                        self._own.tell(RequestRefused(self.step_count, str(error)))
+                        self._calls.notify(RequestRefused(self.step_count, str(error)))
                 case _:
                     assert_never(request)
         return went_back
@@ -591,13 +591,13 @@ class Run:
         text = ""
         try:
             for tokens, text in enumerate(self.inputs.stream(question)):
-                if self._own.give_text(question, text, False):
+                if self._calls.send_text(question, text, False):
                     break
                 yield Progress(self.step_count, "answer", tokens, question.max_tokens)
         except DataError as error:
             text = f"not asked: {error}"
-            self._own.tell(RequestRefused(self.step_count, text))
-        self._own.give_text(question, text, True)
+            self._calls.notify(RequestRefused(self.step_count, text))
+        self._calls.send_text(question, text, True)
 
     def ask(self, question: Question) -> None:
         """Have a question answered at the next step boundary, token by token, by the model as it is there."""
@@ -611,7 +611,7 @@ class Run:
         The last steps are in memory, older ones on disk if they were saved. Settings stay as they are now; the
         history keeps the branch that is left. Raises CommandError when there is no such step.
         """
-        self._own.refuse_inside("rewind")
+        self._calls.refuse_inside("rewind")
         self._refuse_running("rewind")
         if to is None:
             to = self.step_count - self._updates_back(1 if updates is None else updates)
@@ -645,7 +645,7 @@ class Run:
         self._record(rewound)
         self._find_best()
         with suppress(OSError, FolderError):  # it is tried again, and said, when the run goes on
-            self.trainer.put_back_best()
+            self.trainer.restore_best()
         try:
             self.checkpoint("rewind")
         except CheckpointError as error:
@@ -731,7 +731,7 @@ class Run:
     def checkpoint(self, kind: str = "step") -> Path:
         """Write everything that the run's next update depends on. Returns the folder. Raises CheckpointError."""
         folder = self._checkpoints.save(kind)
-        self._own.tell(CheckpointSaved(self.step_count, str(folder), kind))
+        self._calls.notify(CheckpointSaved(self.step_count, str(folder), kind))
         return folder
 
     def checkpoints(self) -> list[CheckpointInfo]:
@@ -791,7 +791,7 @@ class Run:
             raise CheckpointError(f"a run is resumed from its folder, such as 'adapters/run', not {shown(path)}.")
         allow_changed = allowed_changes(allow_changed)
         folder = folder_of(str(path), working_folder())
-        home = home_to_resume(folder)
+        home = folder_to_resume(folder)
         store, unfit = CheckpointStore(folder / CHECKPOINTS), Unfit()
         try:
             while True:
@@ -808,7 +808,7 @@ class Run:
                     break
                 run._trainer = None  # it may hold half of what does not fit, which is not to be saved
             run.history.folder = str(folder)
-            run._checkpoints.go_on_from(checkpoint, whole=not damage)
+            run._checkpoints.continue_from(checkpoint, whole=not damage)
             if length := length_given(checkpoint, config):
                 run.set(**length)
         except BaseException:
@@ -821,7 +821,7 @@ class Run:
             *(f"changed since the checkpoint: {what}" for what in changed),
         )
         run._find_best()
-        run.trainer.notes += tuple(ask_again(run, requests_of(checkpoint)))
+        run.trainer.notes += tuple(restore_requests(run, requests_of(checkpoint)))
         return run
 
     def step(self, n: int = 1) -> StepCompleted:
@@ -830,7 +830,7 @@ class Run:
         An interrupt pauses, and outside a notebook is raised as KeyboardInterrupt once the pause is saved.
         Raises TrainingError when an update was not kept, CommandError when the run is already over.
         """
-        self._own.refuse_inside("do a step")
+        self._calls.refuse_inside("do a step")
         self._refuse_running("step")
         if not isinstance(n, int) or n < 1:
             raise CommandError(f"cannot do {n!r} updates. Give a whole number of 1 or more.")
@@ -860,7 +860,7 @@ class Run:
         An interrupt pauses, and outside a notebook is raised as KeyboardInterrupt once the pause is saved, so that
         a loop over runs ends there too.
         """
-        self._own.refuse_inside("run")
+        self._calls.refuse_inside("run")
         self._refuse_running("run")
         if until is not None:
             self._lengthen(until)
@@ -908,16 +908,16 @@ class Run:
         `await run` waits for it; `request(Pause())`, the panel or an interrupt pauses it. What stops it with an error
         is told to the listeners. Raises CommandError where no event loop is running.
         """
-        self._own.refuse_inside("start")
+        self._calls.refuse_inside("start")
         self.background.start(updates, ended=self._background_ended)
-        self._own.tell(StateChanged(self.step_count, self.state))
+        self._calls.notify(StateChanged(self.step_count, self.state))
 
     def _background_ended(self, error: BaseException | None) -> None:
         self._error = error
         if error is not None:
             self._failed = True
-            self._own.tell(RunFailed(self.step_count, "error", f"{type(error).__name__}: {error}"))
-        self._own.tell(StateChanged(self.step_count, self.state))
+            self._calls.notify(RunFailed(self.step_count, "error", f"{type(error).__name__}: {error}"))
+        self._calls.notify(StateChanged(self.step_count, self.state))
 
     def __await__(self) -> Generator[Any, None, Run]:
         """Wait until the run stops moving, without cancelling it. Raises TrainingError when it failed."""
@@ -983,7 +983,7 @@ class Run:
     @one_at_a_time
     def evaluate(self, split: str = "valid", *, all_rows: bool = False) -> EvaluationCompleted:
         """Loss and the method's metrics on a fixed set of rows of `split`, or on all of them, now."""
-        self._own.refuse_inside("evaluate")
+        self._calls.refuse_inside("evaluate")
         trainer = self.trainer
         if split == "test" and not self.config.test and not trainer.examples.test:
             trainer.examples = dataclasses.replace(trainer.examples, test=self.inputs.tokenize("test"))
@@ -1013,9 +1013,9 @@ class Run:
         are left as they were. Other threads may ask too: while the run trains they wait for the end of an update.
         """
         self._refuse_base(base)
-        check_asking(prompt, max_tokens, temperature)
+        check_generation(prompt, max_tokens, temperature)
         with self._turn("answer"):
-            return answers(
+            return generate_answers(
                 self.inputs,
                 self.inputs.base_model if base else self.model,
                 prompt,
@@ -1047,7 +1047,7 @@ class Run:
             self.home.release()
             self._home = self._saved_to(folder, RUN)
             self.config = self.config.replace(adapter_path=str(folder))
-            trainer.move_to(folder, self._home.write)
+            trainer.change_folder(folder, self._home.write)
             self.history.folder = str(folder)
             self.checkpoint("pause")
         else:
@@ -1095,15 +1095,15 @@ class Run:
         It may look (history, status, plot, rows), `set` live settings, `save`, and `request` what is to be done at the
         next boundary. What moves or asks the model there and then is refused: the run is in the middle of something.
         """
-        self._own.listen(listener)
+        self._calls.listen(listener)
 
     def unlisten(self, listener: Callable[[Event], None]) -> None:
         """Call it no more."""
-        self._own.unlisten(listener)
+        self._calls.unlisten(listener)
 
     def _record(self, event: Event) -> None:
         self.history.append(event)
-        self._own.tell(event)
+        self._calls.notify(event)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         """A card: what the run is and where it stands."""

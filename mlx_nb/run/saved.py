@@ -1,4 +1,4 @@
-"""A model with an adapter that was saved, to ask it without a run and without its rows."""
+"""Loads a model with a saved adapter, for generation without a run or its data."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from mlx_nb.errors import CommandError, ConfigError, MlxNbError, ModelError
 from mlx_nb.files.places import folder_of, working_folder
 from mlx_nb.files.typed_json import json_object
 from mlx_nb.files.written_files import ADAPTER_FILE, CONFIG_FILE
-from mlx_nb.run.asking import answers, check_asking
+from mlx_nb.run.generation import check_generation, generate_answers
 from mlx_nb.run.inputs import RunInputs
 
 if TYPE_CHECKING:
     from mlx_nb.model.loading import LoadedModel
     from mlx_nb.rollouts.generation import Prompt
 
-# Of the settings of its run, those that say how a prompt is written for the model.
+# The settings of the run that determine how a prompt is rendered.
 _OF_PROMPTS = ("load_in_bits", "chat_template", "prompt_format", "special_tokens_in_text", "roles")
 
 
 class SavedModel:
-    """What `mlx_nb.load(folder)` gives: `generate` asks the model with the adapter, or its base.
+    """The result of `mlx_nb.load(folder)`: a model with its adapter. `generate` uses it, or the base model alone.
 
     model      the mlx model, adapter included
     tokenizer  the tokenizer, with its chat template
-    config     the settings that say what it is: `model`, the shape of the adapter, how a prompt is written
+    config     the settings for `model`, the shape of the adapter and the rendering of prompts
     """
 
     def __init__(self, folder: Path, config: RunConfig, update: int | None, *, any_base: bool = False) -> None:
@@ -42,7 +42,7 @@ class SavedModel:
         self._inputs = RunInputs(self.config)
         loaded = self._inputs.loaded
         adapter = open_adapter(str(folder), START)
-        # Where it does not say which weights it was made on, the person's word counts.
+        # If the adapter does not record its base, the `model` argument is trusted.
         allowed = ("model",) if any_base and adapter.base is None else ()
         check_base(adapter, config.model, loaded.folder, config.load_in_bits, allowed)
         with random_stream(0):
@@ -71,11 +71,11 @@ class SavedModel:
         tools: Sequence[Any] | None = None,
         on_text: Callable[[Any], None] | None = None,
     ) -> Any:
-        """The model's answer, as `Run.generate` gives it: `mlx_nb.load("adapters/bees").generate("umbrella")`."""
-        check_asking(prompt, max_tokens, temperature)
+        """The model's answer, like `Run.generate`: `mlx_nb.load("adapters/bees").generate("umbrella")`."""
+        check_generation(prompt, max_tokens, temperature)
         if base and self.config.fine_tune_type == "full":
             raise CommandError("full fine-tuning changes the base itself, so there is no base left to ask.")
-        return answers(
+        return generate_answers(
             self._inputs,
             self._inputs.base_model if base else self.model,
             prompt,
@@ -94,8 +94,8 @@ class SavedModel:
 def load(folder: str | Path, *, model: str | None = None) -> SavedModel:
     """A model with the adapter in `folder`, as a run or mlx-lm saved it: `mlx_nb.load("adapters/bees")`.
 
-    `model` is the base, where the adapter does not say it or it has moved. Raises ModelError, in one line, for what is
-    no adapter and for another base than that it was made on.
+    `model` is the base model, if the adapter does not record it or it has moved. Raises ModelError, in one line, for a
+    folder without an adapter and for a base other than the one it was trained on.
     """
     place = folder_of(str(folder), working_folder())
     facts = _facts(place)
@@ -103,7 +103,7 @@ def load(folder: str | Path, *, model: str | None = None) -> SavedModel:
     assert isinstance(ours, Mapping)
     base = model or _base_named(facts.get("model"), ours.get("model"))
     if base is None:
-        raise ModelError(f"nothing says which model {place} was made on. Give it: load({str(folder)!r}, model=...).")
+        raise ModelError(f"the base model of {place} is not recorded. Pass it: load({str(folder)!r}, model=...).")
     settings = ours.get("settings") if isinstance(ours.get("settings"), Mapping) else {}
     assert isinstance(settings, Mapping)
     kept = {name: settings[name] for name in _OF_PROMPTS if name in settings}
@@ -118,7 +118,7 @@ def load(folder: str | Path, *, model: str | None = None) -> SavedModel:
 
 
 def _facts(place: Path) -> Mapping[str, Any]:
-    """What the adapter says of itself; nothing for a bare file."""
+    """The contents of adapter_config.json; empty for an adapter file without one."""
     try:
         found = json_object((place / CONFIG_FILE).read_bytes())
     except OSError:
@@ -131,7 +131,7 @@ def _facts(place: Path) -> Mapping[str, Any]:
 
 
 def _base_named(*names: Any) -> str | None:
-    """The first of the names of a base that is one of this machine, else the first that could be that of a hub."""
+    """The first name that is a model on this machine or a valid hub id; otherwise the first name."""
     from mlx_nb.model.model_source import refuse_unknown_model
 
     texts = [name for name in names if isinstance(name, str) and name]
@@ -145,7 +145,7 @@ def _base_named(*names: Any) -> str | None:
 
 
 def how_to_use(config: RunConfig, loaded: LoadedModel, folder: Path) -> list[str]:
-    """What one would type to ask the adapter in `folder`, in Python and in a terminal."""
+    """Instructions for using the adapter in `folder`, in Python and in a terminal."""
     from mlx_nb.model.backend import is_cpu
     from mlx_nb.model.loading import loaded_as
 
@@ -159,7 +159,7 @@ def how_to_use(config: RunConfig, loaded: LoadedModel, folder: Path) -> list[str
     ]
     if loaded.quantized_bits and is_cpu():
         lines.append(
-            f"(The base has {loaded.quantized_bits} bits. On a CPU mlx-lm takes minutes to answer with such a model; "
-            "mlx_nb, which computes with float weights there, takes seconds.)"
+            f"(The base has {loaded.quantized_bits} bits. On a CPU mlx-lm needs minutes for an answer with such a "
+            "model; mlx_nb computes with float weights there and needs seconds.)"
         )
     return lines

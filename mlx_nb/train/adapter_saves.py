@@ -34,7 +34,7 @@ class AdapterSaves:
         self.write_file = write_file
         # The adapter of the best update; None before there is one, and for `full`, where it would be a second model.
         self.best: dict[str, mx.array] | None = None
-        self.best_is_due = False  # whether best/ may hold another than that
+        self.best_is_stale = False  # whether best/ may hold another than that
         self._model = model
         self._keys = keys
         self._base = base
@@ -70,7 +70,7 @@ class AdapterSaves:
             weights=weights,
         )
 
-    def put_back_best(self, config: RunConfig, best_step: int | None) -> None:
+    def restore_best(self, config: RunConfig, best_step: int | None) -> None:
         """Make best/ hold the adapter of the best update that the run knows of, after it went back.
 
         Nothing is written where that is there already, or where neither the run nor the folder has one.
@@ -79,7 +79,7 @@ class AdapterSaves:
         there = (folder / ADAPTER_FILE).is_file()
         if best is not None and (best_step or there) and not _holds(folder, best):
             self.save_to(folder, config, best_step, weights=best)
-        self.best_is_due = False
+        self.best_is_stale = False
         if config.fine_tune_type == "full":
             self.best = None
 

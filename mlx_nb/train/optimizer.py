@@ -97,7 +97,7 @@ def learning_rate_at(config: RunConfig, iters: int, step: int) -> float:
     return float(shape(mx.array(after))) * config.learning_rate / arguments[0]
 
 
-def rate_words(config: RunConfig, iters: int, step: int) -> str:
+def rate_note(config: RunConfig, iters: int, step: int) -> str:
     """What a `learning_rate` means for the updates from `step` on: the peak of the schedule, and the next rate."""
     if step >= iters:
         return ""
@@ -107,7 +107,7 @@ def rate_words(config: RunConfig, iters: int, step: int) -> str:
     return f"It is the peak of the schedule ({config.lr_schedule.name}): update {step + 1} runs at {rate:.3g}."
 
 
-def stretched_words(config: RunConfig, before: int, after: int, step: int) -> str:
+def stretch_note(config: RunConfig, before: int, after: int, step: int) -> str:
     """What becomes of the learning rate when a run of `before` updates is longer from `step` on; empty when nothing."""
     if after <= before or all(
         learning_rate_at(config, before, at) == learning_rate_at(config, after, at) for at in (step, before - 1)

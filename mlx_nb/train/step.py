@@ -127,7 +127,7 @@ class Stepper:
             "optimizer": dict(named_arrays(self.optimizer.state)),
         }
 
-    def refuse_misfit(self, step: int, parameters: dict[str, mx.array], optimizer: dict[str, mx.array]) -> None:
+    def refuse_mismatch(self, step: int, parameters: dict[str, mx.array], optimizer: dict[str, mx.array]) -> None:
         """Raise CheckpointError where those of the checkpoint of `step` are of another model or optimizer."""
         here = self.arrays()
         pairs = {"parameter": (parameters, here["parameters"]), "optimizer state": (optimizer, here["optimizer"])}

@@ -57,9 +57,9 @@ from mlx_nb.model.adapter_files import START, open_adapter, with_adapter_setting
 from mlx_nb.model.lanes import lane_count
 from mlx_nb.model.logprobs import TargetScorer
 from mlx_nb.model.memory import memory_errors
-from mlx_nb.model.passes import refuse_cache_doubt
+from mlx_nb.model.passes import refuse_cache_mismatch
 from mlx_nb.model.randomness import random_stream, seed_for
-from mlx_nb.model.trained import orthogonalized_outside, total_count, trainable_count, trained_words
+from mlx_nb.model.trained import orthogonalized_outside, total_count, trainable_count, trained_summary
 from mlx_nb.model.trees import held_arrays
 from mlx_nb.objectives.build import objective_for
 from mlx_nb.rollouts.rewards.resolve import Reward
@@ -68,7 +68,7 @@ from mlx_nb.train.batch_source import BatchSource, RowBatches
 from mlx_nb.train.checkpoint import Checkpoint
 from mlx_nb.train.inbox import Inbox
 from mlx_nb.train.length import refuse_shorter_than_done, updates_left
-from mlx_nb.train.optimizer import build_optimizer, learning_rate_at, rate_words, refuse_beyond_memory, stretched_words
+from mlx_nb.train.optimizer import build_optimizer, learning_rate_at, rate_note, refuse_beyond_memory, stretch_note
 from mlx_nb.train.reference_logprobs import ReferenceLogprobs
 from mlx_nb.train.rollout import NoReward, Rollouts
 from mlx_nb.train.schedule import BEGIN, SAVE_BEST, SAVE_LAST, VALIDATE_NOW, Due, Measures, Schedule
@@ -98,7 +98,7 @@ _REWARD_ADVICE = (
 SECONDS_BETWEEN_LOOKS = 0.001  # of a loop that waits for another
 
 
-class _BrokenOff(BaseException):
+class _Aborted(BaseException):
     """What was being done is dropped, as if it had never begun. No `except Exception` of a person's own stops it."""
 
 
@@ -109,7 +109,7 @@ def _longest(config: RunConfig, examples: Sequence[Any]) -> int:
 
 
 @dataclass(eq=False)
-class _Shared:
+class _SharedWork:
     """Work in pieces of one thread, and how many loops over events are at it. `patience` in seconds."""
 
     work: Generator[Event, None, Any]
@@ -117,19 +117,19 @@ class _Shared:
     patience: float = 1.0
     loops: int = 0
     event: Event = Progress(0, "", 0, 0)
-    moved_at: float = field(default_factory=time.monotonic)
+    advanced_at: float = field(default_factory=time.monotonic)
 
-    def move(self) -> None:
+    def advance(self) -> None:
         """Do the next piece. Raises StopIteration with the result."""
         try:
             self.event = next(self.work)
         finally:
-            self.moved_at = time.monotonic()
+            self.advanced_at = time.monotonic()
 
     @property
-    def stands_still(self) -> bool:
+    def stalled(self) -> bool:
         """Whether its thread has done nothing for longer than others wait."""
-        return time.monotonic() - self.moved_at > self.patience
+        return time.monotonic() - self.advanced_at > self.patience
 
 
 class Trainer:
@@ -166,7 +166,7 @@ class Trainer:
         if not examples.train:
             raise DataError("no training row is left. `%finetune rows` shows why each one was left out.")
         config = config if from_checkpoint else with_adapter_settings(config)
-        refuse_cache_doubt(model, _longest(config, examples.train))
+        refuse_cache_mismatch(model, _longest(config, examples.train))
         self.config = config
         self.model = model
         self.examples = examples
@@ -180,8 +180,8 @@ class Trainer:
         self._peaks = (0, 0)  # of all memory, and of what training itself took
         self.kept_memory = 0  # bytes of earlier updates that are kept to rewind to
         self._started = False
-        self._break_off = False
-        self._shared: _Shared | None = None
+        self._abort = False
+        self._shared: _SharedWork | None = None
         self._memory_limit = memory_limit
         self._sampler = sampler
         self._reference = reference
@@ -242,14 +242,14 @@ class Trainer:
         """Ask for something at the next step boundary. Safe from a signal handler or a widget callback."""
         at_once = isinstance(request, Pause) and request.at_once
         at_once = at_once or (isinstance(request, Cancel) and self.schedule.first_is_cancellable)
-        self._break_off = self._break_off or at_once
+        self._abort = self._abort or at_once
         self._inbox.put(request)
         if at_once and self.rollouts is not None:
-            self.rollouts.own_code.strike(_BrokenOff())  # in the middle of a reward function
+            self.rollouts.own_code.strike(_Aborted())  # in the middle of a reward function
 
     def _poll(self) -> None:
-        if self._break_off:
-            raise _BrokenOff
+        if self._abort:
+            raise _Aborted
 
     def events(self, updates: int | None = None) -> Iterator[Event]:
         """Train for `updates` optimizer updates, or to the end of the run, yielding events on the way.
@@ -268,25 +268,25 @@ class Trainer:
                 self._started = True
                 self.schedule.add(BEGIN)
             try:
-                if self.saves.best_is_due:
-                    self.put_back_best()
+                if self.saves.best_is_stale:
+                    self.restore_best()
                 self.stepper.trainable()  # raises ModelChanged before the model is asked anything
                 if self.schedule:
-                    event = yield from self._together(self._do_next)
+                    event = yield from self._share(self._do_next)
                 elif self.finished is not None or done == updates:
                     return
                 elif self.rollouts is not None and not self.rollouts.ready:
-                    event = yield from self._together(self._sample_rollout)
+                    event = yield from self._share(self._sample_rollout)
                 else:
                     event = self._update()
                     done += 1
-            except _BrokenOff:
+            except _Aborted:
                 continue  # the Pause that broke it off is the next request, or another loop has done it
             except NoReward as error:
                 yield RunPaused(self.state.step, f"{error} {_REWARD_ADVICE}")
                 return
             except OSError as error:
-                yield RunPaused(self.state.step, _disk_trouble(self.saves.folder, error))
+                yield RunPaused(self.state.step, _disk_error(self.saves.folder, error))
                 return
             except FolderError as error:
                 yield RunPaused(self.state.step, str(error))
@@ -310,13 +310,13 @@ class Trainer:
             self.finished = None
             self.state = replace(self.state, evaluations_without_best=0)
 
-    def end_again(self) -> None:
+    def finish_again(self) -> None:
         """Where the run is over, end it once more: its adapter is written to the folder of this trainer."""
         if self.over:
             self.finished = None
             self.schedule.add(SAVE_LAST, ("finish", ITERS_REACHED))
 
-    def move_to(self, folder: Path, write: adapters.Write) -> None:
+    def change_folder(self, folder: Path, write: adapters.Write) -> None:
         """What is saved from now on goes to `folder`, by `write`; what is in memory is to be there already."""
         self.saves.folder, self.saves.write_file = folder, write
         if self.finished is not None:
@@ -347,7 +347,7 @@ class Trainer:
         )
         return rollout
 
-    def _together(self, begin: Callable[[], Generator[Event, None, Any]]) -> Generator[Event, None, Any]:
+    def _share(self, begin: Callable[[], Generator[Event, None, Any]]) -> Generator[Event, None, Any]:
         """Work in pieces that is done once, whatever number of loops over events come to it.
 
         Loops of one thread go on where the others are. Those of other threads wait, since mlx's arrays may belong to
@@ -356,26 +356,26 @@ class Trainer:
         """
         me = threading.get_ident()
         while (shared := self._shared) is not None and shared.thread != me:
-            if shared.stands_still:
-                self._shared = _Shared(begin(), me, 2 * shared.patience)
+            if shared.stalled:
+                self._shared = _SharedWork(begin(), me, 2 * shared.patience)
                 break
             time.sleep(SECONDS_BETWEEN_LOOKS)
             yield shared.event
             if self._shared is not shared:
-                raise _BrokenOff
+                raise _Aborted
         if self._shared is None:
-            self._shared = _Shared(begin(), me)
+            self._shared = _SharedWork(begin(), me)
         mine = self._shared
         mine.loops += 1
         try:
             while self._shared is mine:
                 try:
-                    mine.move()
+                    mine.advance()
                 except BaseException:
                     self._shared = None if self._shared is mine else self._shared
                     raise
                 yield mine.event
-            raise _BrokenOff
+            raise _Aborted
         except StopIteration as ended:
             return ended.value
         finally:
@@ -439,7 +439,7 @@ class Trainer:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a snapshot, bit for bit. Raises CheckpointError when it is of another model or optimizer."""
         parameters = checkpoint.arrays["parameters"]
-        self.stepper.refuse_misfit(checkpoint.step, parameters, checkpoint.arrays["optimizer"])
+        self.stepper.refuse_mismatch(checkpoint.step, parameters, checkpoint.arrays["optimizer"])
         self._shared = None
         self.stepper.put_back(parameters, checkpoint.arrays["optimizer"])
         self.state = TrainerState(**checkpoint.state["trainer"])
@@ -460,7 +460,7 @@ class Trainer:
             self.saves.best = (
                 dict(parameters) if self.state.best_step == checkpoint.step else checkpoint.arrays.get("best")
             )
-        self.saves.best_is_due = self.state.best_step is not None
+        self.saves.best_is_stale = self.state.best_step is not None
         self._end_where_due()
         # What was to be left out was the batch after another update.
         self._inbox.drop(Skip)
@@ -475,7 +475,7 @@ class Trainer:
             len(self.examples.train),
             len(self.examples.valid),
             self.notes,
-            trained_words(self.model, self.config, self._keys),
+            trained_summary(self.model, self.config, self._keys),
         )
 
     @property
@@ -521,12 +521,12 @@ class Trainer:
         for request in self._inbox.take(TrainerRequest):
             match request:
                 case Pause(reason):
-                    self.answer_pauses()
+                    self.clear_pauses()
                     if self.finished is None:
                         yield RunPaused(self.state.step, reason)
                         return True
                 case Cancel():
-                    self._break_off = Pause in self._inbox and self._break_off
+                    self._abort = Pause in self._inbox and self._abort
                     self.schedule.cancel()
                 case Stop():
                     self.schedule.only(self.measures.at_the_end(STOPPED))
@@ -556,10 +556,10 @@ class Trainer:
         """Whether Cancel would leave something out."""
         return self.schedule.cancellable or Sample in self._inbox or Evaluate in self._inbox
 
-    def answer_pauses(self) -> None:
+    def clear_pauses(self) -> None:
         """One pause answers all that were asked."""
         self._inbox.drop(Pause)
-        self._break_off = False
+        self._abort = False
 
     def _skip(self) -> BatchSkipped:
         rows = self.next_rows()
@@ -589,20 +589,20 @@ class Trainer:
         if name not in LENGTHS:
             self.config = config
             return SettingChanged(
-                self.state.step, name, old, getattr(config, name), note=self.change_words(name, config)
+                self.state.step, name, old, getattr(config, name), note=self.change_note(name, config)
             )
         self.refuse_shorter_than_done(config)
         self.config = config
         self._end_where_due()
         self.go_on()
-        note = stretched_words(config, before, self.iters, self.state.step)
+        note = stretch_note(config, before, self.iters, self.state.step)
         return SettingChanged(self.state.step, name, old, getattr(config, name), self.iters, note)
 
-    def change_words(self, name: str, config: RunConfig) -> str:
+    def change_note(self, name: str, config: RunConfig) -> str:
         """What a person should know about a change of the setting `name`; empty where it is what it says."""
         if name != "learning_rate":
             return ""
-        return " ".join([rate_words(config, self.iters, self.state.step), *warnings_about(config)])
+        return " ".join([rate_note(config, self.iters, self.state.step), *warnings_about(config)])
 
     def refuse_shorter_than_done(self, config: RunConfig) -> None:
         """Raise ConfigError for settings of a length that the run is beyond already."""
@@ -638,7 +638,7 @@ class Trainer:
             batches=self.plan.after(state.batches) if moves_on else state.batches,
             tokens=state.tokens + tokens,
             target_tokens=state.target_tokens + update.units,
-            learned_step=state.step + 1 if _teaches(update, metrics, learning_rate) else state.learned_step,
+            learned_step=state.step + 1 if _had_signal(update, metrics, learning_rate) else state.learned_step,
             seconds=state.seconds + seconds,
             recent_losses=[*state.recent_losses, (length, update.loss)][-REMEMBERED_LOSSES:],
             spikes=watch.in_a_row,
@@ -693,7 +693,7 @@ class Trainer:
                 except StopIteration as ended:
                     result: EvaluationCompleted = ended.value
                     return result
-                except _BrokenOff:
+                except _Aborted:
                     raise CommandError(
                         "the evaluation was broken off by a pause at once. Nothing has changed."
                     ) from None
@@ -761,13 +761,13 @@ class Trainer:
             self._reference.save(self.saves.folder, self.saves.write_file)
         return AdapterSaved(self.state.step, str(path), kind)
 
-    def put_back_best(self) -> None:
+    def restore_best(self) -> None:
         """After a restore: make best/ hold the adapter of the best update that the run knows of.
 
         Nothing is written where that is there already, or where neither the run nor the folder has one. Raises OSError
         and FolderError.
         """
-        self.saves.put_back_best(self.config, self.state.best_step)
+        self.saves.restore_best(self.config, self.state.best_step)
 
     def save_adapter(self, folder: Path, write: adapters.Write) -> Path:
         """Write the adapter as it is now to another folder. Returns the path of its weights."""
@@ -795,7 +795,7 @@ class Trainer:
         self.model.unfreeze()
 
 
-def _teaches(update: Update, metrics: dict[str, float], learning_rate: float) -> bool:
+def _had_signal(update: Update, metrics: dict[str, float], learning_rate: float) -> bool:
     """Whether an update had something to learn from. Without a difference between rewards only rounding is left."""
     return learning_rate > 0 and update.gradient_norm > 0 and metrics.get("zero_variance_groups", 0.0) < 1
 
@@ -805,7 +805,7 @@ def perplexity_of(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def _disk_trouble(folder: Path, error: OSError) -> str:
+def _disk_error(folder: Path, error: OSError) -> str:
     return (
         f"{folder} cannot be written: {error.strerror or error}. Nothing in memory is lost. Free the disk or "
         "the folder and `%finetune run` again, or `%finetune save OTHER_FOLDER` and go on there."

@@ -550,9 +550,9 @@ def test_what_is_no_text_and_no_path_is_one_clear_error(source):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("modle", "there is nothing called 'modle' that could have changed. Did you mean 'model'? It takes data, "),
-        (["model", "rnak"], "there is nothing called 'rnak' that could have changed."),
-        ("m", "there is nothing called 'm'"),
+        ("modle", "'modle' is not the name of an input or setting. Did you mean 'model'? It accepts data, "),
+        (["model", "rnak"], "'rnak' is not the name of an input or setting."),
+        ("m", "'m' is not the name"),
         (3, "allow_changed is a list of names, such as ['model'], not 3."),
         ([3], "allow_changed is a list of names"),
     ],

@@ -125,7 +125,7 @@ def test_a_reference_that_changes_before_it_is_read_is_refused(tmp_path, tiny_fo
     assert run.trainer
     earlier.rewind(to=6)
     earlier.save()
-    with pytest.raises(MlxNbError, match=r"reference_adapter.*was changed after the run had begun"):
+    with pytest.raises(MlxNbError, match=r"reference_adapter.*changed between the start of the run"):
         run.step()
 
 

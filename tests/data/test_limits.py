@@ -273,8 +273,7 @@ def test_rows_longer_than_the_model_was_made_for_are_trained_and_pointed_out(tmp
     run.run()
     assert not run.left_out["train"]
     assert any(
-        "2 training rows are longer than the 40 tokens that the model was made for" in note
-        for note in run.trainer.notes
+        "2 training rows are longer than the model's context length of 40 tokens" in note for note in run.trainer.notes
     )
     finding = next(one for one in run.check().findings if one.kind == "beyond_context")
     assert (finding.severity, finding.rows) == ("warning", (1, 5))

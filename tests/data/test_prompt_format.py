@@ -206,7 +206,7 @@ CHAT_AS_TEXT = [{"text": f"<|user|>say red {k}<|end|>\n<|assistant|>red<|end|>\n
 )
 def test_every_way_of_asking_writes_a_text_as_the_rows_are_written(rows, settings, asked, tiny_folder, tmp_path):
     run = run_of(rows, tiny_folder, tmp_path, **settings)
-    assert run.inputs.asking == Rendering(asked)
+    assert run.inputs.prompt_rendering == Rendering(asked)
     expected = answer(run, Rendering(asked))
     assert expected != answer(run, Rendering("raw" if asked == "chat" else "chat"))
     assert run.generate(PROMPT, max_tokens=6) == expected
@@ -229,7 +229,7 @@ def test_kept_prompts_are_asked_as_the_rows_are_written(tiny_folder, tmp_path):
 
 
 def test_the_notes_of_a_run_on_plain_text_say_how_it_is_asked(tiny_folder, tmp_path):
-    note = "The training rows are plain text, so the model is asked with raw text too."
+    note = "The training rows are plain text, so prompts are raw text too."
     assert any(text.startswith(note) for text in start_notes(run_of(TEXT_ROWS, tiny_folder, tmp_path).inputs))
     for rows, settings in ((STRING_ROWS, {}), (TEXT_ROWS, {"prompt_format": "raw"}), (CHAT_AS_TEXT, {})):
         notes = start_notes(run_of(rows, tiny_folder, tmp_path, **settings).inputs)
@@ -259,4 +259,4 @@ def test_rollouts_are_asked_as_the_prompts_are_written(tiny_folder, tmp_path):
         run = run_of(rows, tiny_folder, tmp_path, **more)
         (example,) = run.inputs.examples.train
         assert example.prompt_tokens.tolist() == prompt_tokens(run.tokenizer, PROMPT, rendering=Rendering(setting))
-        assert run.inputs.asking == Rendering(setting)
+        assert run.inputs.prompt_rendering == Rendering(setting)

@@ -12,7 +12,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from every_family import TRAINED, WRAPPERS, small_model
 from mlx_nb.data.examples.batches import pad
 from mlx_nb.model.logprobs import TargetScorer, target_inputs
-from mlx_nb.model.text_model import text_model, whole_note
+from mlx_nb.model.text_model import full_logits_note, text_model
 from tiny import VOCABULARY, random_examples, tiny_model
 
 ADAPTER = {"rank": 2, "scale": 2.0, "dropout": 0.0}
@@ -55,7 +55,7 @@ def test_the_head_at_scored_positions_gives_the_loss_and_gradient_of_the_whole_m
     model = with_adapter(small_model(family))
     scorer = TargetScorer(model)
     assert scorer.projects_targets_only
-    assert whole_note(model) is None
+    assert full_logits_note(model) is None
     inputs = target_inputs(pad(random_examples(3)))
     assert scorer.logits(inputs).shape == (len(inputs.target_S), VOCABULARY)
     apart = loss_and_gradient(scorer, inputs)
@@ -104,8 +104,8 @@ class Mixed(llama.Model):
 def test_a_model_whose_logits_are_mixed_after_its_head_is_run_whole_and_said_so():
     model = Mixed(tiny_model().args)
     assert text_model(model) is None
-    assert "llama" in whole_note(model)
-    assert "\n" not in whole_note(model)
+    assert "llama" in full_logits_note(model)
+    assert "\n" not in full_logits_note(model)
 
 
 class Scaled(llama.Model):

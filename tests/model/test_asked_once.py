@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_nb.errors import ModelError
-from mlx_nb.model.passes import made_alike, made_of, once_a_model
+from mlx_nb.model.passes import once_per_model, register_files, register_same_files
 from runs import rows_run
 from tiny import tiny_model
 
@@ -16,21 +16,21 @@ from tiny import tiny_model
 def test_a_good_answer_is_that_of_every_model_of_the_same_files_and_others_are_asked_anew():
     asked = []
 
-    @once_a_model(good=lambda answer: answer == "good")
+    @once_per_model(good=lambda answer: answer == "good")
     def question(model, answer):
         asked.append(answer)
         return answer
 
     models = [tiny_model() for _ in range(4)]
     for model in models[:2]:
-        made_of(model, ("folder", 1))
-    made_of(models[2], ("folder", 2))
+        register_files(model, ("folder", 1))
+    register_files(models[2], ("folder", 2))
     for model in models:
         assert [question(model, answer) for answer in ("good", "bad", "good", "bad")] == ["good", "bad"] * 2
     assert asked == ["good", "bad", "bad", "good", "bad", "good", "bad"]
     one, other = tiny_model(), tiny_model()
-    made_alike(one, models[0])
-    made_alike(other, models[3])
+    register_same_files(one, models[0])
+    register_same_files(other, models[3])
     asked.clear()
     assert (question(one, "good"), question(other, "good")) == ("good", "good")
     assert asked == ["good"]

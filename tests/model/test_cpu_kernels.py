@@ -17,7 +17,7 @@ from mlx_nb.data.examples.batches import pad
 from mlx_nb.model import cpu_kernels
 from mlx_nb.model.adapters import attach_adapter
 from mlx_nb.model.block_attention import block_attention, causal_blocks, fast_swiglu, masked_blocks
-from mlx_nb.model.cpu_kernels import kernels, kernels_are_proved
+from mlx_nb.model.cpu_kernels import kernels, kernels_are_verified
 from mlx_nb.model.logprobs import TargetScorer, target_inputs
 from mlx_nb.model.powers import power_of_2
 from tiny import random_examples, tiny_model
@@ -249,9 +249,9 @@ def test_another_thread_and_a_pass_with_a_cache_are_left_to_mlx(monkeypatch):
 def test_what_is_not_proved_equal_is_not_used(wrong, monkeypatch):
     right = getattr(cpu_kernels, wrong)
     monkeypatch.setattr(cpu_kernels, wrong, lambda *a, **k: 1.01 * right(*a, **k))
-    assert not kernels_are_proved(attached(tiny_model()))
+    assert not kernels_are_verified(attached(tiny_model()))
     monkeypatch.setattr(cpu_kernels, wrong, right)
-    assert kernels_are_proved(attached(tiny_model()))
+    assert kernels_are_verified(attached(tiny_model()))
 
 
 def test_the_proof_leaves_weights_and_random_stream_as_they_were():
@@ -260,7 +260,7 @@ def test_the_proof_leaves_weights_and_random_stream_as_they_were():
     mx.random.seed(3)
     expected = mx.random.uniform().item()
     mx.random.seed(3)
-    assert kernels_are_proved(model)
+    assert kernels_are_verified(model)
     assert mx.random.uniform().item() == expected
     assert {name: np.array(array).tobytes() for name, array in tree_flatten(model.parameters())} == before
 

@@ -19,7 +19,7 @@ from mlx_nb.errors import CommandError, DataError, ModelError
 from mlx_nb.model import passes
 from mlx_nb.model.loading import load_model
 from mlx_nb.model.logprobs import TargetScorer
-from mlx_nb.model.passes import SideBySide, cache_doubt, side_by_side
+from mlx_nb.model.passes import SideBySide, cache_mismatch, side_by_side
 from mlx_nb.model.reference_model import reference_scorer
 from mlx_nb.rollouts.generation import generate_texts, stream_text
 from mlx_nb.rollouts.sampling import SamplingSettings, sample_each, sample_groups
@@ -210,7 +210,7 @@ def test_rows_of_other_length_never_grow_beside_each_other_where_that_is_not_pro
 def test_what_a_family_bears_is_proved(family):
     model = family_model(family)
     assert side_by_side(model) is (SideBySide.EQUAL_LENGTHS if family in EQUAL else SideBySide.ANY_LENGTHS)
-    assert (cache_doubt(model) is None) == (family != "gemma3n")
+    assert (cache_mismatch(model) is None) == (family != "gemma3n")
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
@@ -219,7 +219,7 @@ def test_half_precision_is_no_fault_and_hides_none(family, dtype):
     model = family_model(family)
     model.set_dtype(dtype)
     assert side_by_side(model) is (SideBySide.EQUAL_LENGTHS if family in EQUAL else SideBySide.ANY_LENGTHS)
-    assert (cache_doubt(model) is None) == (family != "gemma3n")
+    assert (cache_mismatch(model) is None) == (family != "gemma3n")
 
 
 def test_the_proof_leaves_the_model_its_modes_and_the_random_stream(family):
@@ -231,7 +231,7 @@ def test_the_proof_leaves_the_model_its_modes_and_the_random_stream(family):
     mx.random.seed(11)
     expected = mx.random.uniform().item()
     mx.random.seed(11)
-    side_by_side(model), cache_doubt(model)
+    side_by_side(model), cache_mismatch(model)
     assert mx.random.uniform().item() == expected
     assert [module.training for module in model.modules()] == modes
     after = dict(tree_flatten(model.parameters()))
@@ -244,7 +244,7 @@ def test_a_model_is_tried_once_and_let_go(monkeypatch):
     monkeypatch.setattr(passes, "_difference", lambda *both: tried.append(1) or difference(*both))
     model = family_model("llama")
     for _ in range(2):
-        side_by_side(model), cache_doubt(model)
+        side_by_side(model), cache_mismatch(model)
         assert len(tried) == 4
     number = id(model)
     del model
@@ -259,7 +259,7 @@ def test_a_tie_that_rounding_turns_once_is_no_fault(monkeypatch):
     model = family_model("llama")
     assert side_by_side(model) is SideBySide.ANY_LENGTHS
     first = iter([1.0])
-    assert cache_doubt(model) is None
+    assert cache_mismatch(model) is None
 
 
 # Training
@@ -285,10 +285,10 @@ def test_a_family_that_computes_otherwise_without_a_cache_is_refused_before_anyt
 
 
 def test_a_family_that_computes_otherwise_past_its_window_is_refused_for_rows_that_go_there(folders, tmp_path):
-    assert cache_doubt(family_model("plamo3")) is None
-    assert cache_doubt(family_model("plamo3"), 6) is None
-    assert cache_doubt(family_model("llama"), 100) is None
-    assert cache_doubt(family_model("plamo3"), 7).startswith("past 6 tokens, its sliding window, its logits")
+    assert cache_mismatch(family_model("plamo3")) is None
+    assert cache_mismatch(family_model("plamo3"), 6) is None
+    assert cache_mismatch(family_model("llama"), 100) is None
+    assert cache_mismatch(family_model("plamo3"), 7).startswith("past 6 tokens, its sliding window, its logits")
     settings = {"adapter_path": str(tmp_path / "adapter"), "batch_size": 1, "prompt_format": "raw"}
     short = [{"prompt": "ab", "completion": "c"}] * 4
     for method, rows in (("sft", tiny_rows(4)), ("dpo", tiny_pairs(4)), ("grpo", [{"prompt": "ab"}] * 4)):
@@ -324,7 +324,7 @@ def test_a_model_that_takes_no_cache_is_not_doubted():
             return super().__call__(inputs)
 
     model = Plain(tiny_model().args)
-    assert cache_doubt(model) is None
+    assert cache_mismatch(model) is None
     assert TargetScorer(model).model is model
 
 

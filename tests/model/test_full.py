@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_nb import Run, RunConfig
 from mlx_nb.errors import MlxNbError, ModelError
 from mlx_nb.model import adapters
-from mlx_nb.model.trained import trained_words
+from mlx_nb.model.trained import trained_summary
 from mlx_nb.view.event_text import describe, summary_text
 from mlx_nb.view.panel.state import head_of
 from tiny import tiny_model, tiny_pairs, tiny_rows
@@ -97,7 +97,7 @@ WORDS = {
 def test_what_is_trained_and_frozen_is_said_in_words(case):
     settings, words = WORDS[case]
     model, config = tiny_model(tied=False), RunConfig.from_dict(settings)
-    assert trained_words(model, config, adapters.attach_adapter(model, config)) == words
+    assert trained_summary(model, config, adapters.attach_adapter(model, config)) == words
 
 
 def test_panel_summary_and_log_say_what_is_trained(tiny_folder, tmp_path):

@@ -18,7 +18,7 @@ from mlx_nb.model import cpu_kernels, vocabulary_chunks
 from mlx_nb.model.adapters import attach_adapter
 from mlx_nb.model.block_attention import block_attention, causal_blocks, masked_blocks
 from mlx_nb.model.logprobs import TargetScorer, target_inputs
-from mlx_nb.model.packing import mixing_lines, packing_is_proved
+from mlx_nb.model.packing import mixing_lines, packing_is_verified
 from mlx_nb.objectives.build import objective_for
 from mlx_nb.objectives.kinds import LOSS_KINDS
 from mlx_nb.train.optimizer import build_optimizer
@@ -78,7 +78,7 @@ def assert_same(plain, packed, rel=1e-6):
 @pytest.mark.parametrize("family", TRAINED)
 @pytest.mark.matrix(every=4)
 def test_every_family_is_packed_or_found_out_by_the_probe(family):
-    assert packing_is_proved(attached(small_model(family))) == (family not in NOT_PACKED)
+    assert packing_is_verified(attached(small_model(family))) == (family not in NOT_PACKED)
 
 
 @pytest.mark.parametrize("family", FEW)

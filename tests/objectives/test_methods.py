@@ -436,7 +436,7 @@ def test_a_compiled_update_is_the_plain_one(method, loss, tmp_path, tiny_folder,
     # What is computed otherwise on a CPU and on a GPU rounds otherwise; what compiling does is compared alone.
     shape["packing"] = False
     monkeypatch.delattr("mlx.core.fast.cross_entropy")
-    monkeypatch.setattr("mlx_nb.model.logprobs.kernels_are_proved", lambda _model: False)
+    monkeypatch.setattr("mlx_nb.model.logprobs.kernels_are_verified", lambda _model: False)
     plain = run_of(method, tmp_path / "plain", tiny_folder, **shape)
     plain.run()
     monkeypatch.setattr("mlx_nb.model.backend.is_cpu", lambda: False)
@@ -570,7 +570,7 @@ def test_rewards_without_a_name_of_their_own_can_be_saved(tmp_path, tiny_folder)
 
 def test_the_own_folder_is_moved_only_by_a_run_that_can_start(tmp_path, tiny_folder):
     start = sft_adapter(tmp_path / "run", tiny_folder)
-    with pytest.raises(ConfigError, match="which this run would write over"):
+    with pytest.raises(ConfigError, match="which this run would overwrite"):
         run_of("dpo", tmp_path / "run", tiny_folder, resume_adapter_file=start).step()
     with pytest.raises(ConfigError, match="unheard_of"):
         run_of("grpo", tmp_path / "run", tiny_folder, rewards=["unheard_of"]).step()

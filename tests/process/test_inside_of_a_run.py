@@ -49,7 +49,7 @@ def test_a_reward_that_moves_or_asks_its_own_run_is_named_in_one_line(tmp_path, 
     (paused,) = [event for event in events if isinstance(event, RunPaused)]
     assert "mine" in paused.reason
     assert "run cannot" in paused.reason
-    assert "from inside of a reward" in paused.reason
+    assert "from inside a reward" in paused.reason
     assert (run.step_count, "\n" in paused.reason) == (0, False)
     assert not run.background.active
 
@@ -71,7 +71,7 @@ def test_a_loss_that_moves_or_asks_its_own_run_is_named_in_one_line(tmp_path, ti
         with pytest.raises(TrainingError) as raised:
             run.step()
         assert "run cannot" in str(raised.value)
-        assert "from inside of a reward, a loss" in str(raised.value)
+        assert "from inside a reward, a loss" in str(raised.value)
         assert run.step_count == before.step == 1
     finally:
         METHODS.pop("calling", None)
@@ -87,7 +87,7 @@ def test_a_listener_that_moves_or_asks_the_run_is_told_what_it_may_do_and_traini
     assert run.run().step == 6
     said = capsys.readouterr().err
     assert said.count("run cannot") == 1
-    assert "from inside of a listener" in said
+    assert "from inside a listener" in said
     assert "run.request(Pause())" in said
     assert run.history["loss"] == [event.loss for event in run.history.in_effect if isinstance(event, StepCompleted)]
 

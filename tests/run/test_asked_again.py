@@ -64,8 +64,8 @@ def test_a_rewind_to_an_update_that_is_not_kept_is_named_as_lost(tmp_path, tiny_
     run.request(Rewind(2))
     run.checkpoint()
     resumed = resume(run.folder)
-    (note,) = [note for note in resumed.trainer.notes if "lost" in note]
-    assert "to go back to update 2: update 2 was not kept" in note
+    (note,) = [note for note in resumed.trainer.notes if "dropped" in note]
+    assert "rewind to update 2: update 2 was not kept" in note
     assert "\n" not in note
     assert resumed.step().step == 5
 
@@ -119,5 +119,5 @@ def test_a_cell_that_resumes_says_what_is_lost_and_which_checkpoint_was_passed_o
     shell.run_cell_magic("finetune", "--paused --resume -o run", cell)
     shown = capsys.readouterr().out
     assert "run goes on from update 3." in shown
-    assert "to go back to update 1: update 1 was not kept" in shown
+    assert "rewind to update 1: update 1 was not kept" in shown
     assert "save-0009-step-0000009-step: the folder was renamed" in shown

@@ -191,7 +191,7 @@ def test_older_steps_are_fetched_from_disk_and_what_is_gone_is_said(tmp_path, ti
     run = rows_run(tmp_path, tiny_folder, snapshot_memory=0)
     run.run()
     losses = run.history["loss"]
-    with pytest.raises(CommandError, match=r"update 3 was not kept\. These can be reached: .*2, 4"):
+    with pytest.raises(CommandError, match=r"update 3 was not kept\. Available updates: .*2, 4"):
         run.rewind(to=3)
     with pytest.raises(CommandError, match="cannot go back to 6"):
         run.rewind(to=6)
@@ -261,10 +261,10 @@ def test_where_the_disk_has_no_room_for_steps_only_checkpoints_are_left(tmp_path
         raise OSError(28, "No space left on device")
 
     run = rows_run(tmp_path, tiny_folder)
-    monkeypatch.setattr("mlx_nb.train.parking.tempfile.TemporaryFile", full)
+    monkeypatch.setattr("mlx_nb.train.spilled_snapshots.tempfile.TemporaryFile", full)
     run.run()
     assert run._checkpoints.snapshots.held_bytes == 0
-    with pytest.raises(CommandError, match=r"update 3 was not kept\. These can be reached: .*2, 4"):
+    with pytest.raises(CommandError, match=r"update 3 was not kept\. Available updates: .*2, 4"):
         run.rewind(to=3)
     run.rewind(to=4)  # on disk
     assert run.step_count == 4

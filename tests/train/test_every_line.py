@@ -15,7 +15,7 @@ from every_line import at_line, interrupted_at, lines_of, places_of
 from lives import KINDS, namespace_of
 from mlx_nb import Run
 from mlx_nb.model.adapters import adapter_weights
-from mlx_nb.model.shared_base import twin
+from mlx_nb.model.shared_base import shared_copy
 from runs import rows_run
 
 MODULES = mlx.nn.__file__.removesuffix("__init__.py")
@@ -79,10 +79,10 @@ def test_an_interrupt_at_any_line_of_sharing_a_base_leaves_the_run_that_has_it(t
     run = rows_run(tmp_path, tiny_folder)
     run.step()
     trained, answer = run.adapter_bytes(), run.generate("say red", base=True, max_tokens=4)
-    for place in places_of(lines_of(lambda: twin(run.loaded), MODULES)):
-        assert interrupted_at(place, lambda: twin(run.loaded), MODULES)
+    for place in places_of(lines_of(lambda: shared_copy(run.loaded), MODULES)):
+        assert interrupted_at(place, lambda: shared_copy(run.loaded), MODULES)
         assert run.adapter_bytes() == trained, place
-    assert adapter_weights(twin(run.loaded).model).keys().isdisjoint(trained)
+    assert adapter_weights(shared_copy(run.loaded).model).keys().isdisjoint(trained)
     assert run.generate("say red", base=True, max_tokens=4) == answer
 
 

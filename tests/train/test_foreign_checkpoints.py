@@ -57,7 +57,7 @@ def test_a_checkpoint_that_is_alone_and_not_of_a_run_is_refused_in_one_line(run)
     with pytest.raises(CheckpointError) as caught:
         Run.resume(run.folder, data=tiny_rows())
     assert "\n" not in str(caught.value)
-    assert f"{forged.name}: it does not hold what a run goes on from (no 'trainer')" in str(caught.value)
+    assert f"{forged.name}: its contents cannot be resumed from (no 'trainer')" in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", FORGED)

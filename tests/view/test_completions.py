@@ -192,7 +192,7 @@ def test_a_run_shows_its_newest_completions_and_those_of_a_step(make_run):
     assert len(lines) == len(said) == 6
     with pytest.raises(CommandError, match="until update -1"):
         run.completions(-1)
-    with pytest.raises(CommandError, match="learns from rows"):
+    with pytest.raises(CommandError, match="trains on rows"):
         make_run("dpo").completions()
 
 

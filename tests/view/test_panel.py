@@ -262,7 +262,7 @@ def test_a_panel_goes_on_telling_while_a_cell_keeps_the_kernel_and_says_that_cli
         panel = run.panel()
         run.start()
         told = []
-        for event in run.background.here():  # as in a cell that waits
+        for event in run.background.drive_in_cell():  # as in a cell that waits
             if isinstance(event, StepCompleted):
                 told.append((event.step - panel.progress["step"], KEPT in panel.activity.get("words", "")))
                 if event.step == 25:

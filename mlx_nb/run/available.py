@@ -1,4 +1,4 @@
-"""What the settings of a run can name here: rows in variables, models on disk, built-in rewards."""
+"""Values that settings can take in this notebook: variables with rows, downloaded models, built-in rewards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mlx_nb.errors import counted
 
 
 def row_variables(namespace: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The variables that hold rows, each with a few words about them; not those that begin with `_`."""
+    """Yields (name, short description) of each variable that holds rows, except names that begin with `_`."""
     for name, value in namespace.items():
         if name.startswith("_") or not could_be_rows(value):
             continue
@@ -25,15 +25,15 @@ def row_variables(namespace: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield name, f"a {type(value).__name__} in this notebook"
 
 
-def models_at_hand() -> dict[str, str]:
-    """The models that can be loaded without a download, each with where it is."""
-    from mlx_nb.model.model_source import models_at_hand
+def available_models() -> dict[str, str]:
+    """The models that load without a download, mapped to their location."""
+    from mlx_nb.model.model_source import available_models
 
-    return models_at_hand()
+    return available_models()
 
 
 def fetched(model: str) -> Path:
-    """The folder of a model, downloaded where it is not here yet. Raises ModelError."""
+    """The folder of a model, which is downloaded if necessary. Raises ModelError."""
     from mlx_nb.model.backend import prepare_backend
 
     prepare_backend()
@@ -43,7 +43,7 @@ def fetched(model: str) -> Path:
 
 
 def built_in_rewards() -> dict[str, str]:
-    """The built-in reward functions as a setting names them, each with its help."""
+    """The built-in reward functions, as written in a setting, mapped to their help text."""
     from mlx_nb.rollouts.rewards.builtin import REWARDS
 
     return {

@@ -1,4 +1,4 @@
-"""What a run calls of a person's own: listeners, rewards, losses. The run goes on whatever they do, and obeys none."""
+"""Calls from a run into user code: listeners, rewards, losses. A listener that raises never stops the run."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from contextlib import contextmanager
 from mlx_nb.errors import CommandError
 from mlx_nb.events import Event, Question
 
-LISTENER, OWN_FUNCTION = "a listener", "a reward, a loss or another function of your own"
+LISTENER, USER_FUNCTION = "a listener", "a reward, a loss or another function of yours"
 
 
-class OwnCalls:
-    """Those of the run called `name`, from whichever thread."""
+class UserCalls:
+    """The listeners of the run called `name`, and which threads are inside user code now."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._listeners: list[Callable[[Event], None]] = []
-        self._reported: list[Callable[..., object]] = []  # listeners that raised
-        self._calls: dict[int, str] = {}  # what each thread may be calling, by its number
+        self._reported: list[Callable[..., object]] = []  # listeners whose error was printed
+        self._calls: dict[int, str] = {}  # thread id -> the kind of user code it is inside
 
     @contextmanager
-    def calling(self, whom: str) -> Iterator[None]:
-        """While inside, this thread is calling what a person wrote."""
+    def calling(self, function: str) -> Iterator[None]:
+        """A context in which this thread runs user code."""
         me = threading.get_ident()
         before = self._calls.get(me)
-        self._calls[me] = whom
+        self._calls[me] = function
         try:
             yield
         finally:
@@ -38,26 +38,26 @@ class OwnCalls:
                 self._calls[me] = before
 
     def refuse_inside(self, what: str) -> None:
-        """Raise CommandError where this thread is calling a function of the person's, which calls the run again."""
-        whom = self._calls.get(threading.get_ident())
-        if whom is not None:
+        """Raise CommandError if this thread is inside user code that calls back into the run."""
+        function = self._calls.get(threading.get_ident())
+        if function is not None:
             raise CommandError(
-                f"{self._name} cannot {what} from inside of {whom}. Look at it there (history, status, plot), or ask "
-                f"for the next boundary: {self._name}.request(Pause()), Stop(), Save(), Evaluate()."
+                f"{self._name} cannot {what} from inside {function}. There you can read it (history, status, plot) or "
+                f"make a request for the next boundary: {self._name}.request(Pause()), Stop(), Save(), Evaluate()."
             )
 
     def listen(self, listener: Callable[[Event], None]) -> None:
-        """Call `listener` with every event from now on."""
+        """Add a listener; it is called with every event."""
         self._listeners.append(listener)
 
     def unlisten(self, listener: Callable[[Event], None]) -> None:
-        """Call it no more."""
+        """Remove a listener."""
         for listeners in (self._listeners, self._reported):
             if listener in listeners:
                 listeners.remove(listener)
 
-    def tell(self, event: Event) -> None:
-        """Call the listeners. One that raises is named once on stderr."""
+    def notify(self, event: Event) -> None:
+        """Call the listeners with `event`. The first error of each is printed to stderr."""
         for listener in list(self._listeners):
             try:
                 with self.calling(LISTENER):
@@ -65,8 +65,11 @@ class OwnCalls:
             except Exception as error:
                 self._report(listener, error)
 
-    def give_text(self, question: Question, text: str, complete: bool) -> bool:
-        """Hand out an answer; returns whether that is enough. What takes it may fail: training does not notice."""
+    def send_text(self, question: Question, text: str, complete: bool) -> bool:
+        """Pass text of an answer to the callback of `question`. Returns whether the callback wants no more.
+
+        An error in the callback is printed and does not affect training.
+        """
         with self.calling(LISTENER):
             try:
                 return bool(question.on_text(text, complete))
@@ -81,7 +84,7 @@ class OwnCalls:
         where = traceback.extract_tb(error.__traceback__)[-1]
         print(
             f"{self._name}: the listener {getattr(listener, '__qualname__', repr(listener))} raised "
-            f"{type(error).__name__}: {error} (line {where.lineno} of {where.name}). Training goes on, and it is "
-            "called again at the next event; this is said once.",
+            f"{type(error).__name__}: {error} (line {where.lineno} of {where.name}). Training goes on, and the "
+            "listener is called again at the next event; further errors of it are not printed.",
             file=sys.stderr,
         )

@@ -1,4 +1,4 @@
-"""What the model can be asked with, and its answers."""
+"""Checks the arguments of `generate` and computes the answers; shared by Run and SavedModel."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from mlx_nb.rollouts.generation import Prompt
 
 
-class Asked(Protocol):
-    """The settings, tokenizer and way of writing prompts of what is asked."""
+class GenerationInputs(Protocol):
+    """What generation needs: settings, tokenizer, and how prompts are rendered."""
 
     config: RunConfig
 
@@ -24,12 +24,12 @@ class Asked(Protocol):
         """The model's tokenizer."""
 
     @property
-    def asking(self) -> Rendering:
-        """How a text is written for the model."""
+    def prompt_rendering(self) -> Rendering:
+        """How a prompt is rendered for the model."""
 
 
-def check_asking(prompt: Any, max_tokens: Any, temperature: Any) -> None:
-    """Raise CommandError for what nothing can be asked with."""
+def check_generation(prompt: Any, max_tokens: Any, temperature: Any) -> None:
+    """Raise CommandError for a prompt or option that `generate` cannot use."""
     if isinstance(prompt, Mapping):
         raise CommandError(
             f"cannot ask {shown(prompt)}, which is not a list of messages. Write `[...]` around a message."
@@ -47,8 +47,8 @@ def check_asking(prompt: Any, max_tokens: Any, temperature: Any) -> None:
         raise CommandError(f"temperature must be a number of at least 0, not {temperature!r}.")
 
 
-def answers(
-    of: Asked,
+def generate_answers(
+    inputs: GenerationInputs,
     model: Any,
     prompt: Prompt | Sequence[Prompt],
     *,
@@ -58,7 +58,7 @@ def answers(
     tools: Sequence[Any] | None,
     on_text: Callable[[Any], None] | None,
 ) -> Any:
-    """The answer of `model`, or a list of them; `Run.generate` says what each of these is. Checked already."""
+    """The answer of `model`, or a list of answers. `Run.generate` documents the arguments, already checked."""
     from mlx_nb.model.memory import memory_errors
     from mlx_nb.rollouts.generation import generate_texts
 
@@ -67,14 +67,14 @@ def answers(
     with memory_errors("the model answered", "Fewer prompts at once, or a lower max_tokens, need less."):
         texts = generate_texts(
             model,
-            of.tokenizer,
+            inputs.tokenizer,
             prompts,  # type: ignore[arg-type]
             max_tokens=max_tokens,
             temperature=temperature,
             seed=seed,
-            rendering=of.asking,
+            rendering=inputs.prompt_rendering,
             tools=tools,
-            roles=of.config.roles,
+            roles=inputs.config.roles,
             on_texts=on_text if several or on_text is None else lambda texts: on_text(texts[0]),
         )
     return texts if several else texts[0]

@@ -22,7 +22,7 @@ class _Place(NamedTuple):
     shape: tuple[int, ...]
 
 
-class Parking:
+class SpilledSnapshots:
     """Snapshots in a file of `folder` that has no name, so that nothing stays behind, however the process ends.
 
     An array that several snapshots share is written once. Raises OSError when the disk is full or read-only.
@@ -30,7 +30,7 @@ class Parking:
 
     def __init__(self, folder: Path, snapshots: Iterable[Checkpoint]) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-        self._parked: list[tuple[Checkpoint, dict[str, dict[str, _Place]]]] = []
+        self._spilled: list[tuple[Checkpoint, dict[str, dict[str, _Place]]]] = []
         written: dict[int, _Place] = {}
         try:
             for snapshot in snapshots:
@@ -38,7 +38,7 @@ class Parking:
                     group: {name: self._write(array, written) for name, array in arrays.items()}
                     for group, arrays in snapshot.arrays.items()
                 }
-                self._parked.append((Checkpoint(snapshot.step, {}, snapshot.state), places))
+                self._spilled.append((Checkpoint(snapshot.step, {}, snapshot.state), places))
             self._file.flush()
         except BaseException:
             self._file.close()
@@ -54,11 +54,11 @@ class Parking:
     @property
     def steps(self) -> list[int]:
         """The updates that are here."""
-        return [snapshot.step for snapshot, _ in self._parked]
+        return [snapshot.step for snapshot, _ in self._spilled]
 
     def find(self, step: int) -> Checkpoint | None:
         """The snapshot of a step, its arrays read; None when it is not here. Raises OSError."""
-        for snapshot, groups in reversed(self._parked):
+        for snapshot, groups in reversed(self._spilled):
             if snapshot.step == step:
                 arrays = {
                     group: {name: self._read(place) for name, place in places.items()}
@@ -76,4 +76,4 @@ class Parking:
 
     def forget_after(self, step: int) -> None:
         """Drop the snapshots of later steps."""
-        self._parked = [(snapshot, places) for snapshot, places in self._parked if snapshot.step <= step]
+        self._spilled = [(snapshot, places) for snapshot, places in self._spilled if snapshot.step <= step]

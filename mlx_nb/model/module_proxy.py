@@ -7,7 +7,7 @@ from typing import Any
 import mlx.nn as nn
 
 
-class StandIn:
+class ModuleProxy:
     """All but the call, which each kind of stand-in defines, is the module's own, its class included."""
 
     def __init__(self, module: nn.Module) -> None:
