@@ -91,7 +91,7 @@ def kernels_are_verified(model: nn.Module) -> bool:
     return _are_proved(model, trained_shapes(model))
 
 
-@once_per_model(good=bool)
+@once_per_model(good=bool, from_json=bool)
 def _are_proved(model: nn.Module, _trained: tuple[Any, ...]) -> bool:
     """Whether loss and gradient of a few tokens are those of the model's own call, in blocks of a few queries."""
     try:

@@ -58,7 +58,7 @@ def refuse_unverified_checkpoints(model: nn.Module) -> None:
         )
 
 
-@once_per_model(good=lambda doubt: doubt is None)
+@once_per_model(good=lambda doubt: doubt is None, from_json=lambda _null: None)
 def _doubt(model: nn.Module, _trained: tuple[Any, ...]) -> str | None:
     calls = 0
 

@@ -258,7 +258,7 @@ def packing_is_verified(model: nn.Module) -> bool:
         return _is_proved(model, trained_shapes(model))
 
 
-@once_per_model(good=bool)
+@once_per_model(good=bool, from_json=bool)
 def _is_proved(model: nn.Module, _trained: tuple[Any, ...]) -> bool:
     long, short = (random_tokens(model, count, count) for count in (12, 5))
     lines = [np.array(line) for line in (short, long, long[:9] + short[:2])]

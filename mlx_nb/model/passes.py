@@ -7,10 +7,11 @@ shares keys and values only through its cache, another gives the queries of a sh
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from enum import Enum
+from enum import StrEnum
 from typing import Any, ParamSpec, TypeVar
 
 import mlx.core as mx
@@ -18,6 +19,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_nb.errors import ModelError
+from mlx_nb.model.stored_checks import read_result, stored_file, write_result
 from mlx_nb.model.trees import named_arrays, trained_arrays_of
 
 # Root mean square difference between two passes, in standard deviations of the logits, in single and half precision.
@@ -31,13 +33,14 @@ _DRAWS = 2
 _FEWEST_TOKENS = 8  # an embedding with fewer rows is not a vocabulary
 
 _FEW_TOKENS = 4
+_WORTH_STORING_SECONDS = 0.2
 _MOST_LOGITS = 1 << 26  # 256 MB; larger windows, which few rows exceed, are not tested
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-class SideBySide(Enum):
+class SideBySide(StrEnum):
     """Which rows a model can decode in one batch with the same logits as alone."""
 
     ANY_LENGTHS = "any lengths"
@@ -45,11 +48,14 @@ class SideBySide(Enum):
     ONE_BY_ONE = "one by one"
 
 
-def once_per_model(good: Callable[[Any], bool]) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+def once_per_model(
+    good: Callable[[Any], bool], from_json: Callable[[Any], Any]
+) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
     """Decorate a function of a model to cache its result by model and arguments, for the lifetime of the model.
 
-    A `good` result also holds for every other model loaded from the same files (`register_files`), for the lifetime of
-    the process. Other results are computed again for such a model, because lack of memory may have caused them.
+    A `good` result also holds for every other model loaded from the same files (`register_files`), in this process
+    and, if it took long to compute, in later ones (`stored_checks`): `from_json` makes it from what JSON gives back.
+    Other results are computed again for such a model, because lack of memory may have caused them.
     """
 
     def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -63,8 +69,17 @@ def once_per_model(good: Callable[[Any], bool]) -> Callable[[Callable[Arguments,
                 return results[key][1]
             if files is not None and (files, *args[1:]) in of_files:
                 return of_files[files, *args[1:]]
-            with evaluating(model.modules()):
-                answer = function(*args, **kwargs)
+            name = f"{function.__module__}.{function.__qualname__}"
+            stored = None if files is None else stored_file(model, files, name, args[1:])
+            written = None if stored is None else read_result(stored)
+            if written is not None:
+                answer: Result = from_json(written["result"])
+            else:
+                begun = time.monotonic()
+                with evaluating(model.modules()):
+                    answer = function(*args, **kwargs)
+                if stored is not None and good(answer) and time.monotonic() - begun > _WORTH_STORING_SECONDS:
+                    write_result(stored, answer)
             results[key] = (weakref.ref(model, lambda _gone: results.pop(key, None)), answer)
             if files is not None and good(answer):
                 of_files[files, *args[1:]] = answer
@@ -134,7 +149,7 @@ def refuse_cache_mismatch(model: nn.Module, longest: int = 0) -> None:
     raise ModelError(f"{family_of(model)} cannot be trained with this mlx-lm: {mismatch}. {advice}")
 
 
-@once_per_model(good=lambda mismatch: mismatch is None)
+@once_per_model(good=lambda mismatch: mismatch is None, from_json=lambda _null: None)
 def _mismatch_over(model: nn.Module, count: int) -> str | None:
     """`cache_mismatch` on rows of `count` tokens, the last of which are read one at a time."""
     differences = []
@@ -159,7 +174,7 @@ def _mismatch_over(model: nn.Module, count: int) -> str | None:
     )
 
 
-@once_per_model(good=lambda found: found is SideBySide.ANY_LENGTHS)
+@once_per_model(good=lambda found: found is SideBySide.ANY_LENGTHS, from_json=SideBySide)
 def side_by_side(model: nn.Module) -> SideBySide:
     """Which rows can be decoded in one batch from caches that were filled separately, merged, extended and filtered.
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,8 +29,7 @@ _TOLERANCE = (2e-5, 0.02)
 _Step = Callable[[Any], Any]
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """A module by its path from the model, and whether positions are chosen from its result or from its input."""
 
     path: tuple[str, ...]
@@ -136,7 +134,7 @@ def full_logits_note(model: nn.Module) -> str | None:
     )
 
 
-@once_per_model(good=lambda place: place is not None)
+@once_per_model(good=lambda place: place is not None, from_json=lambda place: Place(tuple(place[0]), place[1]))
 def _proved_place(model: nn.Module) -> Place | None:
     tokens_BT = mx.array([random_tokens(model, _TOKENS, draw) for draw in range(_ROWS)])
     try:

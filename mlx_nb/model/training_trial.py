@@ -95,7 +95,7 @@ def _refusal(model: nn.Module, kind: str, reason: str) -> ModelError:
     return ModelError(f"{family_of(model)} cannot be trained by {kind} with this mlx-lm: {reason}. Choose {advice}.")
 
 
-@once_per_model(good=lambda idle: not idle)
+@once_per_model(good=lambda idle: not idle, from_json=list)
 def _without_gradient(model: nn.Module, _trained: tuple[Any, ...]) -> list[str]:
     """Names of the trained arrays whose gradient is 0 on every draw of tokens."""
     parameters = model.trainable_parameters()
@@ -111,7 +111,7 @@ def _without_gradient(model: nn.Module, _trained: tuple[Any, ...]) -> list[str]:
     return idle
 
 
-@once_per_model(good=lambda kept: not kept)
+@once_per_model(good=lambda kept: not kept, from_json=bool)
 def _keeps_weights(model: nn.Module, _trained: tuple[Any, ...]) -> bool:
     """Whether logits depend on what some vectors (norms, biases) were in an earlier pass in training mode."""
     tokens = mx.array([random_tokens(model, _TOKENS, 0)])

@@ -41,7 +41,7 @@ def head_arrays(text: TextModel, width: int) -> list[str]:
     return list(_reached_by_the_head(text.model, text.place, width, trained)) if trained else []
 
 
-@once_per_model(good=lambda _names: True)
+@once_per_model(good=lambda _names: True, from_json=tuple)
 def _reached_by_the_head(model: nn.Module, place: Place, width: int, _forms: tuple[Any, ...]) -> tuple[str, ...]:
     text, (names, arrays) = TextModel(model, place), _trained(model)
     with random_stream(0):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
 from mlx_nb.errors import ModelError
+from mlx_nb.model import passes
 from mlx_nb.model.passes import once_per_model, register_files, register_same_files
 from runs import rows_run
 from tiny import tiny_model
@@ -16,7 +18,7 @@ from tiny import tiny_model
 def test_a_good_answer_is_that_of_every_model_of_the_same_files_and_others_are_asked_anew():
     asked = []
 
-    @once_per_model(good=lambda answer: answer == "good")
+    @once_per_model(good=lambda answer: answer == "good", from_json=str)
     def question(model, answer):
         asked.append(answer)
         return answer
@@ -55,3 +57,81 @@ def test_a_second_run_of_the_same_model_is_the_first_bit_for_bit(tmp_path, tiny_
         run.run()
     assert runs[0].adapter_bytes() == runs[1].adapter_bytes()
     assert runs[0].history["loss"] == runs[1].history["loss"]
+
+
+@pytest.fixture
+def slow_check(tmp_path, monkeypatch):
+    """A function that makes a check of a later process, which computes into the list that is given."""
+    monkeypatch.setenv("MLX_NB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(passes, "_WORTH_STORING_SECONDS", 0.0)
+
+    def in_a_new_process(computed):
+        @once_per_model(good=lambda answer: answer != "bad", from_json=str)
+        def check(model, answer):
+            computed.append(answer)
+            return answer
+
+        return check
+
+    return in_a_new_process
+
+
+def of_files(*files):
+    model = tiny_model()
+    register_files(model, files)
+    return model
+
+
+def test_a_good_result_is_read_by_later_processes_and_others_are_computed_again(slow_check):
+    computed = []
+    for _ in range(3):
+        check = slow_check(computed)
+        assert [check(of_files("folder", 1), answer) for answer in ("good", "bad")] == ["good", "bad"]
+    assert computed == ["good", "bad", "bad", "bad"]
+    slow_check(computed)(of_files("folder", 2), "good")
+    slow_check(computed)(tiny_model(), "good")  # of no files
+    assert computed[4:] == ["good", "good"]
+
+
+def test_a_result_is_not_that_of_a_model_whose_code_somebody_replaced(slow_check, monkeypatch):
+    computed, model = [], of_files("folder", 1)
+    slow_check(computed)(model, "good")
+    attention = type(model.layers[0].self_attn)
+    original = attention.__call__
+    monkeypatch.setattr(attention, "__call__", lambda self, *args, **kwargs: original(self, *args, **kwargs))
+    slow_check(computed)(model, "good")
+    monkeypatch.undo()
+    assert computed == ["good", "good"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"results": 1}'])
+def test_a_damaged_file_is_computed_again_and_written_anew(slow_check, tmp_path, text):
+    computed = []
+    slow_check(computed)(of_files("folder", 1), "good")
+    (file,) = (tmp_path / "cache" / "checks").iterdir()
+    written = file.read_bytes()
+    file.write_text(text)
+    slow_check(computed)(of_files("folder", 1), "good")
+    assert computed == ["good", "good"]
+    assert file.read_bytes() == written
+
+
+def test_without_a_folder_to_write_to_each_process_computes(slow_check, tmp_path, monkeypatch):
+    computed = []
+    for place in (tmp_path / "file", Path("/proc/nowhere")):
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("MLX_NB_CACHE", str(place))
+        assert slow_check(computed)(of_files("folder", 1), "good") == "good"
+    assert computed == ["good", "good"]
+
+
+def test_what_took_no_time_is_not_stored_and_the_oldest_are_removed(slow_check, tmp_path, monkeypatch):
+    monkeypatch.setattr("mlx_nb.model.stored_checks._MOST_FILES", 2)
+    for number in range(4):
+        slow_check([])(of_files("folder", number), "good")
+    assert len(list((tmp_path / "cache" / "checks").iterdir())) == 2
+    monkeypatch.setattr(passes, "_WORTH_STORING_SECONDS", 10.0)
+    slow_check([])(of_files("folder", 9), "good")
+    computed = []
+    slow_check(computed)(of_files("folder", 9), "good")
+    assert computed == ["good"]
