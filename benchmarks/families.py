@@ -24,15 +24,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 HEAD = """# Families
 
-Every model family of mlx-lm {mlx_lm}, and whether it can be fine-tuned with LoRA, DoRA, full weights, or LoRA on a 4-bit base.
-`python benchmarks/families.py` wrote this page from tiny models with random weights in float32, mlx {mlx} on {machine}.
+Every model family of mlx-lm {mlx_lm}, and whether it can be fine-tuned with LoRA, DoRA, full weights, or LoRA on a
+4-bit base. `python benchmarks/families.py` wrote this page from tiny models with random weights in float32, mlx {mlx}
+on {machine}.
 
-- **A number** means that everything worked in {updates} updates of SFT and of DPO: the loss fell, the gradient was finite and equal to that
-  of the whole model, padding changed nothing, a resumed run ended with the same bits, `mlx_lm.load` read the adapter, and the
-  model generated with and without it. The number is the largest difference between a gradient and that of the whole model, or that
-  with other padding, as a fraction of the largest gradient.
-- *refused* means that one line says why, before anything is written. [The reasons](#refused-and-why) are below, and so are
-  [trained tensors that never get a gradient](#notes).
+- **A number** means that everything worked in {updates} updates of SFT and of DPO: the loss fell, the gradient was
+  finite and equal to that of the whole model, padding changed nothing, a resumed run ended with the same bits,
+  `mlx_lm.load` read the adapter, and the model generated with and without it. The number is the largest difference
+  between a gradient and that of the whole model, or that with other padding, as a fraction of the largest gradient.
+- *refused* means that one line says why, before anything is written. [The reasons](#refused-and-why) are below, and so
+  are [trained tensors that never get a gradient](#notes).
 
 """
 

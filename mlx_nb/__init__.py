@@ -1,7 +1,7 @@
-"""mlx_nb: fine-tune a language model with your hands in a notebook.
+"""mlx_nb: fine-tune language models in a notebook, step by step.
 
-`%load_ext mlx_nb` gives `%%finetune` and `%finetune`; `Run` is the same from Python. Everything is imported when it
-is first used.
+`%load_ext mlx_nb` defines `%%finetune` and `%finetune`; `Run` is the same from Python. Modules are imported on first
+use.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
 
 
 def unload_ipython_extension(shell: InteractiveShell) -> None:
-    """Called by `%unload_ext mlx_nb`: removes all that loading added."""
+    """Called by `%unload_ext mlx_nb`: removes everything that loading added."""
     from mlx_nb.notebook import extension
 
     extension.unload(shell)

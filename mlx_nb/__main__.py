@@ -1,4 +1,4 @@
-"""`python -m mlx_nb` is `mlx-nb`."""
+"""Makes `python -m mlx_nb` the same as `mlx-nb`."""
 
 from mlx_nb.cli import main
 

@@ -1,4 +1,7 @@
-"""`mlx-nb quickstart | train | check | runs | delete | doctor | settings`."""
+"""The `mlx-nb` command in a terminal: quickstart, train, check, runs, delete, doctor, settings.
+
+A new command is a subparser in `command_line` and the function that it calls.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,14 @@ if TYPE_CHECKING:
     from mlx_nb.config.run_config import RunConfig
     from mlx_nb.run.run import Run
 
-_NOBODY_READS = 141  # as a shell has it for a program that SIGPIPE ended
+_CLOSED_PIPE = 141  # a shell's status for a program that was ended by SIGPIPE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status; an expected error is one line on stderr and status 1.
 
-    Where nobody reads the output any more, as with `| head`, the status is 141, and nothing is said. Where it cannot
-    be written, as on a full disk, that is said once on stderr, and what was begun goes on without it.
+    If the reader of the output has closed it, as with `| head`, the status is 141 and no error is printed. If the
+    output cannot be written, as on a full disk, one line on stderr says so, and the command continues without output.
     """
     output = _Output(sys.stdout)
     try:
@@ -33,14 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 output.flush()
     except BrokenPipeError:
         _discard(sys.stdout, sys.stderr)
-        return _NOBODY_READS
+        return _CLOSED_PIPE
 
 
 class _Output:
-    """Standard output of a command; every attribute but these is that of the stream.
+    """Standard output of a command; all other attributes are those of the stream.
 
-    What cannot be written, as on a full disk, is said once on stderr and left out from then on. Where nobody reads any
-    more BrokenPipeError is raised as ever. A process that was started without standard output writes nowhere.
+    If writing fails, as on a full disk, one line on stderr says so, and all later output is dropped. A closed pipe
+    raises BrokenPipeError as usual. A process that was started without standard output writes nothing.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -50,7 +53,7 @@ class _Output:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write, or leave it out."""
+        """Write the text, or drop it if that fails."""
         if self._stream is not None:
             with self._left_out():
                 self._stream.write(text)
@@ -61,7 +64,7 @@ class _Output:
         return self._stream is not None and bool(self._stream.isatty())
 
     def flush(self) -> None:
-        """Hand over what is buffered, or leave it out."""
+        """Write what is buffered, or drop it if that fails."""
         if self._stream is not None:
             with self._left_out():
                 self._stream.flush()
@@ -75,23 +78,26 @@ class _Output:
         except OSError as error:
             _discard(self._stream)
             with suppress(OSError, AttributeError):
-                print(f"mlx-nb: the output cannot be written ({error.strerror}); it goes on without.", file=sys.stderr)
+                print(
+                    f"mlx-nb: the output cannot be written ({error.strerror}); the command continues without it.",
+                    file=sys.stderr,
+                )
 
 
 def _discard(*streams: Any) -> None:
     """Discard all further output of the streams, at exit as well."""
     with open(os.devnull, "w") as nowhere:
         for stream in streams:
-            with suppress(OSError, ValueError, AttributeError):  # of a stream that is no file
+            with suppress(OSError, ValueError, AttributeError):  # if the stream is not a file
                 os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def _carry_out(arguments: Sequence[str] | None) -> int:
-    # Whatever takes long to import is imported in here, so that an interrupt meanwhile is one line too.
+    # Slow imports happen inside this function, so that an interrupt during them is one line too.
     try:
         parser = command_line()
         chosen, further = parser.parse_known_args(arguments)
-        # argparse fills DATA and the settings at the first of them, and gives back settings that follow an option.
+        # argparse assigns DATA and the settings together, and returns settings that follow an option as unknown.
         if further and (not hasattr(chosen, "settings") or any(word.startswith("-") for word in further)):
             parser.error(f"unrecognized arguments: {' '.join(further)}")
         if further:
@@ -111,45 +117,57 @@ def _carry_out(arguments: Sequence[str] | None) -> int:
 
 
 def command_line() -> argparse.ArgumentParser:
-    """What `mlx-nb` understands."""
+    """The parser of `mlx-nb`."""
     parser = argparse.ArgumentParser(prog="mlx-nb", description="Fine-tune a language model with MLX.")
     parser.set_defaults(act=None)
     commands = parser.add_subparsers(title="commands", metavar="")
-    quickstart = commands.add_parser("quickstart", help="fine-tune a small real model in a notebook, and measure it")
-    quickstart.add_argument("--folder", default="mlx_nb_quickstart", help="where notebook, rows and adapter go")
-    quickstart.add_argument("--json", action="store_true", help="what was measured as one line of JSON, last")
+    quickstart = commands.add_parser(
+        "quickstart", help="fine-tune a small model in an example notebook, and measure it"
+    )
+    quickstart.add_argument(
+        "--folder", default="mlx_nb_quickstart", help="folder for the notebook, its rows and the adapter"
+    )
+    quickstart.add_argument("--json", action="store_true", help="print the results as one line of JSON at the end")
     quickstart.set_defaults(act=_quickstart)
-    train = commands.add_parser("train", help="run a YAML file to its end")
+    train = commands.add_parser("train", help="train with the settings of a YAML file")
     train.add_argument("config", help="YAML file with the settings of a %%%%finetune cell")
-    train.add_argument("settings", nargs="*", metavar="key=value", help="settings that win over the file")
+    train.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file")
     train.add_argument("--name", default="run", help="name of the run")
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="the same, as an option")
-    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of this name, if any")
-    train.add_argument("--rewards", metavar="FILE", help="Python file with the reward functions that the YAML names")
-    train.add_argument("--json", action="store_true", help="each event as a line of JSON on stdout, and nothing else")
+    train.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of this name, if any")
+    train.add_argument("--rewards", metavar="FILE", help="Python file that defines the reward functions")
     train.add_argument(
-        "--allow-changed", nargs="+", metavar="WHAT", default=(), help="model: start from an adapter of another base"
+        "--json", action="store_true", help="print each event as a line of JSON on stdout, and nothing else"
+    )
+    train.add_argument(
+        "--allow-changed",
+        nargs="+",
+        metavar="WHAT",
+        default=(),
+        help="model: start from an adapter trained on another base",
     )
     train.set_defaults(act=_train)
-    check = commands.add_parser("check", help="what is wrong or odd with the rows, by number")
-    check.add_argument("data", help="folder, file or hub id, as the setting `data`")
+    check = commands.add_parser("check", help="find problems in the rows, by row number")
+    check.add_argument("data", help="folder, file or hub id, as in the setting `data`")
     check.add_argument("settings", nargs="*", metavar="key=value", help="settings, and rows=N (or all) to tokenize")
-    check.add_argument("--model", help="whose tokenizer and chat template; only those are loaded")
-    check.add_argument("--json", action="store_true", help="one JSON document")
-    check.add_argument("--rows", action="store_true", help="one JSON line a row, with tokens and loss mask")
+    check.add_argument("--model", help="model whose tokenizer and chat template are used; its weights are not loaded")
+    check.add_argument("--json", action="store_true", help="print one JSON document")
+    check.add_argument("--rows", action="store_true", help="print one JSON line per row, with tokens and loss mask")
     check.add_argument("--split", default="train", choices=["train", "valid", "test"], help="split for --rows")
     check.set_defaults(act=_check)
-    runs = commands.add_parser("runs", help="the runs that are kept in adapters/")
-    runs.add_argument("--disk", action="store_true", help="with what each takes on disk")
+    runs = commands.add_parser("runs", help="list the runs in adapters/")
+    runs.add_argument("--disk", action="store_true", help="with their size on disk")
     runs.set_defaults(act=_runs)
-    delete = commands.add_parser("delete", help="remove a run from disk: the files that mlx_nb wrote for it")
+    delete = commands.add_parser("delete", help="delete the files that mlx_nb wrote for a run")
     delete.add_argument("run", help="name of the run, or its adapter folder")
-    delete.add_argument("--yes", action="store_true", help="remove them; without it, only say what would be removed")
+    delete.add_argument("--yes", action="store_true", help="delete them; without it, only list what would be deleted")
     delete.set_defaults(act=_delete)
-    doctor = commands.add_parser("doctor", help="device, BLAS and speed of this machine, and what to do about them")
+    doctor = commands.add_parser(
+        "doctor", help="report device, BLAS and speed of this machine, and how to improve them"
+    )
     doctor.set_defaults(act=_doctor)
-    settings = commands.add_parser("settings", help="all settings with defaults and help")
-    settings.add_argument("--markdown", action="store_true", help="as the reference page of the docs")
+    settings = commands.add_parser("settings", help="list all settings with defaults and help")
+    settings.add_argument("--markdown", action="store_true", help="as the Markdown page in the docs")
     settings.set_defaults(act=_settings)
     return parser
 
@@ -175,20 +193,20 @@ def _train(chosen: argparse.Namespace) -> int:
     run = Run.from_yaml(Path(chosen.config), name=chosen.name, **made, **settings)
     if chosen.resume and run.has_checkpoint:
         run = Run.resume(run.folder, config=run.config, **made)
-        print(f"{run.name} goes on from update {run.step_count}.", *run.trainer.notes, sep="\n", file=sys.stderr)
-    way_on = "the same command with --resume goes on"
+        print(f"{run.name} continues from update {run.step_count}.", *run.trainer.notes, sep="\n", file=sys.stderr)
+    way_on = "run the same command with --resume to continue"
     return exit_status(print_events(run) if chosen.json else train_here(run, way_on=way_on))
 
 
 def _functions_in(path: str | None) -> dict[str, Any]:
-    """What a Python file defines, by name. Raises ConfigError where it cannot be read or run."""
+    """The names that a Python file defines, with their values. Raises ConfigError if it cannot be read or run."""
     import runpy
     from pathlib import Path
 
     if path is None:
         return {}
     if not Path(path).is_file():
-        raise ConfigError(f"--rewards {path}: no such file. Give the Python file with the functions.")
+        raise ConfigError(f"--rewards {path}: no such file. Give a Python file that defines the functions.")
     try:
         return runpy.run_path(path)
     except Exception as error:
@@ -221,7 +239,7 @@ def _config_for_check(chosen: argparse.Namespace, settings: Mapping[str, Any]) -
     given = {"data": chosen.data} | ({"model": chosen.model} if chosen.model else {})
     method = METHODS.get(str(values.get("method")))
     if method is not None and method.kind.sampled:
-        values.setdefault("rewards", ["number_match"])  # a run needs some; rows are read the same whatever they are
+        values.setdefault("rewards", ["number_match"])  # a run needs some, and they do not affect how rows are read
     return RunConfig.from_dict({**values, **given})
 
 
@@ -241,14 +259,14 @@ def _print_rows(run: Run, split: str, wanted: int | str | None) -> int:
 
 
 def _runs(chosen: argparse.Namespace) -> int:
-    from mlx_nb.notebook.kept import kept_text
+    from mlx_nb.notebook.runs_on_disk import kept_text
 
     print(kept_text(sizes=chosen.disk))
     return 0
 
 
 def _delete(chosen: argparse.Namespace) -> int:
-    from mlx_nb.notebook.kept import delete_named
+    from mlx_nb.notebook.runs_on_disk import delete_named
 
     print(delete_named(chosen.run, yes=chosen.yes))
     return 0

@@ -1,1 +1,1 @@
-"""The IPython extension: session, driver and magics."""
+"""The IPython extension: magics, commands, Tab completion, and training in the cells of a notebook."""

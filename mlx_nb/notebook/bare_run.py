@@ -1,4 +1,4 @@
-"""`run` typed as a line is IPython's `%run`, which executes a file: where there can be no file, say what was meant."""
+"""Explains a bare `run`, which IPython reads as `%run`, if the user must have meant `%finetune run`."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _MAGIC = "run"
 
 
 class BareRun:
-    """Stands before `%run` of one shell, and hands it everything that may name a file. `close` gives it back."""
+    """Wraps `%run` of one shell, and passes on everything that may be a file. `close` restores the original."""
 
     def __init__(self, shell: InteractiveShell) -> None:
         self._magics: dict[str, Any] = shell.magics_manager.magics["line"]
-        real = shell.find_line_magic(_MAGIC)  # which loads it where that is still to be done
+        real = shell.find_line_magic(_MAGIC)  # loads it if it is lazy
         self._before = self._magics.get(_MAGIC)
         if real is not None:
             self._ours = self._magics[_MAGIC] = _guarded(real)
 
     def close(self) -> None:
-        """Give back what was there, unless somebody took its place since."""
+        """Restore the original, unless another wrapper was installed since."""
         if self._before is not None and self._magics.get(_MAGIC) is self._ours:
             self._magics[_MAGIC] = self._before
 
@@ -44,7 +44,7 @@ def _guarded(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _means_a_run(words: list[str]) -> bool:
-    """Whether there is no file that these could execute: nothing, a number, or options of `%finetune run`."""
+    """Whether the words cannot be a file: there are none, or only numbers and options of `%finetune run`."""
     for word in words:
         if word in ("--wait", "--background", "--now"):
             continue

@@ -1,4 +1,4 @@
-"""The `%finetune` commands that go back or branch off: rewind, skip, fork, resume, use.
+"""The `%finetune` commands that go back, branch off or switch runs: rewind, skip, fork, resume, use.
 
 A new command of this group is a function here and its entry in the table at the end.
 """
@@ -21,7 +21,7 @@ from mlx_nb.notebook.command import (
     refuse_finished,
 )
 from mlx_nb.notebook.session import Session
-from mlx_nb.notebook.shown_text import Text
+from mlx_nb.notebook.text_output import Text
 from mlx_nb.run.resume import resumable
 from mlx_nb.run.run import Run
 
@@ -32,7 +32,9 @@ def _rewind(session: Session, arguments: argparse.Namespace) -> Text:
     run = session.get(arguments.name)
     if arguments.to is not None and arguments.n is not None:
         raise CommandError("%finetune rewind: give a number of updates or --to, not both.")
-    return Text(f"{run.name} {describe(run.rewind(arguments.n, to=arguments.to))}. `%finetune run` goes on from there.")
+    return Text(
+        f"{run.name} {describe(run.rewind(arguments.n, to=arguments.to))}. `%finetune run` continues from there."
+    )
 
 
 def _skip(session: Session, arguments: argparse.Namespace) -> Text:
@@ -43,7 +45,7 @@ def _skip(session: Session, arguments: argparse.Namespace) -> Text:
     run.skip()
     return Text(
         f"{run.name} will leave out the batch with rows {', '.join(map(str, rows))}. {places}{' ' if places else ''}"
-        "`%finetune run` goes on after it."
+        "`%finetune run` continues after it."
     )
 
 
@@ -53,7 +55,7 @@ def _fork(session: Session, arguments: argparse.Namespace) -> Text:
     with advice_as_words():
         fork = run.fork(name=arguments.as_name, **changes)
     notes = session.add(fork, output)
-    next_steps = f"`%finetune run` trains the fork; `%finetune use {run.name}` goes back to {run.name}."
+    next_steps = f"`%finetune run` trains the fork; `%finetune use {run.name}` switches back to {run.name}."
     return Text("\n".join([repr(fork), next_steps, *notes]))
 
 
@@ -70,8 +72,8 @@ def _resume(session: Session, arguments: argparse.Namespace) -> Text:
     notes = session.add(run, output)
     if has_live_front_end():
         show_panel(session, run)
-    goes_on = "`%finetune run 20` does 20 more updates" if run.over else "`%finetune run` goes on from there"
-    return Text("\n".join([repr(run), f"{goes_on}.", *notes, *run.trainer.notes]))
+    next_step = "`%finetune run 20` does 20 more updates" if run.over else "`%finetune run` continues from there"
+    return Text("\n".join([repr(run), f"{next_step}.", *notes, *run.trainer.notes]))
 
 
 def _only_candidate() -> str:
@@ -81,44 +83,44 @@ def _only_candidate() -> str:
         return next(iter(found))
     if not found:
         raise CommandError(
-            f"%finetune resume: no run in {Path('adapters').resolve()} has a checkpoint. Give the folder of one."
+            f"%finetune resume: no run in {Path('adapters').resolve()} has a checkpoint. Give the folder of a run."
         )
     listed = ", ".join(f"{name} (update {step})" for name, step in found.items())
     raise CommandError(
-        f"%finetune resume: which run? There are {listed}. For example: %finetune resume {next(iter(found))}"
+        f"%finetune resume: which run? There are {listed}. Example: %finetune resume {next(iter(found))}"
     )
 
 
 BRANCH_COMMANDS: dict[str, Command] = {
     "rewind": command(
         "rewind",
-        "go back by n updates (default 1), or --to one",
+        "go back n updates (default 1), or --to an update",
         _rewind,
         argument("n", nargs="?", type=int),
         argument("--to", type=int, metavar="UPDATE"),
     ),
-    "skip": command("skip", "leave out the next batch, for instance after a loss spike", _skip, steers=True),
+    "skip": command("skip", "leave out the next batch, such as after a loss spike", _skip, steers=True),
     "fork": command(
         "fork",
-        "a second run that goes on from here with other settings, sharing the base",
+        "start a second run from here with other settings",
         _fork,
         argument("changes", nargs="*", metavar="key=value"),
         OUTPUT,
-        argument("--as", dest="as_name", metavar="NAME", help="name of the fork (default: this run's, with -fork)"),
+        argument("--as", dest="as_name", metavar="NAME", help="name of the fork (default: the run's name with -fork)"),
         of_now=True,
     ),
     "resume": command(
         "resume",
-        "go on with a run from its newest checkpoint, as if it had never stopped",
+        "continue a run from its newest checkpoint",
         _resume,
         argument("run", nargs="?", help="name of the run, or its adapter folder (default: the only one there is)"),
         OUTPUT,
-        argument("--step", type=int, help="the checkpoint of this update instead of the newest"),
-        argument("--allow-changed", nargs="+", metavar="WHAT", help="go on although this changed since"),
+        argument("--step", type=int, help="continue from the checkpoint of this update"),
+        argument("--allow-changed", nargs="+", metavar="WHAT", help="continue although this has changed"),
     ),
     "use": command(
         "use",
-        "make another run the current one",
+        "select the run that commands act on",
         lambda session, arguments: Text(repr(session.select(arguments.run))),
         argument("run"),
         steers=True,

@@ -1,4 +1,4 @@
-"""What a setting or an argument may be in this notebook: choices with a few words about each, for completion."""
+"""The possible values of settings and arguments in this notebook, with a short help for each, for completion."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from mlx_nb.config.run_config import SETTINGS
 from mlx_nb.files.written_files import CHECKPOINTS
 from mlx_nb.run.available import available_models, built_in_rewards, row_variables
 
-_MOST_ENTRIES = 300  # of a folder
+_MOST_ENTRIES = 300  # in one folder
 _ROW_FILES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".gz", ".zst", ".bz2", ".xz")
 _MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_OF_A_SOURCE = {"path": "rows to mix in, named as `data` names them", "weight": "its share, relative to the others"}
+_MIXTURE_KEYS = {"path": "rows to mix in, as in `data`", "weight": "share of these rows, relative to the others"}
 
 
 class Choice(NamedTuple):
-    """One thing that may stand there, and what it is."""
+    """A possible completion, and its help."""
 
     text: str
     help: str = ""
 
 
 def keys(method: str | None, given: Iterable[str] = ()) -> list[Choice]:
-    """The settings that have an effect with a method (None = any), but those that are given."""
+    """The settings that have an effect with a method (None = any), except those already given."""
     known = METHODS.get(method) if method else None
     used = [
         name
@@ -43,7 +43,7 @@ def keys(method: str | None, given: Iterable[str] = ()) -> list[Choice]:
 def inner_keys(group: str, optimizer: str = "adamw") -> list[Choice]:
     """The settings inside a group."""
     if group == "data":
-        return [Choice(f"{name}: ", help) for name, help in _OF_A_SOURCE.items()]
+        return [Choice(f"{name}: ", help) for name, help in _MIXTURE_KEYS.items()]
     if group == "optimizer_config":
         known = OPTIMIZERS.get(optimizer)
         return [Choice(f"{name}: ", one.words) for name, one in known.arguments.items()] if known else []
@@ -53,9 +53,9 @@ def inner_keys(group: str, optimizer: str = "adamw") -> list[Choice]:
 def values(
     path: tuple[str, ...], fragment: str, namespace: Mapping[str, Any], body: Mapping[str, str], *, lists: bool = False
 ) -> list[Choice]:
-    """What the setting at `path` may be. `body` has the other settings of the cell, as text.
+    """The possible values of the setting at `path`. `body` has the other settings of the cell, as text.
 
-    With `lists` elements are meant where it is a list; else its value.
+    With `lists`, the elements of a list setting; else its whole value.
     """
     name = path[0]
     if path in (("data",), ("data", "path")):
@@ -80,7 +80,7 @@ def values(
 
 
 def _default(path: tuple[str, ...]) -> list[Choice]:
-    """The default of a setting that takes a number or text, as one thing to begin with."""
+    """The default of a setting that takes a number or text, as a starting point."""
     line = next((line for line in setting_help() if line.name == ".".join(path)), None)
     if line is None or line.default in ("null", "{}", "{...}"):
         return []
@@ -88,7 +88,7 @@ def _default(path: tuple[str, ...]) -> list[Choice]:
 
 
 def _row_variables(namespace: Mapping[str, Any]) -> Iterator[Choice]:
-    """Variables of the notebook that hold rows."""
+    """Variables of the notebook that contain rows."""
     there = {name: value for name, value in namespace.items() if name not in ("In", "Out")}
     return (Choice(name, words) for name, words in row_variables(there))
 
@@ -117,13 +117,13 @@ def _rewards(namespace: Mapping[str, Any]) -> list[Choice]:
 
 
 def adapters(folder: str = "adapters") -> list[Choice]:
-    """The folders of runs that can be gone on from."""
+    """The folders of runs that can be resumed."""
     there = sorted(Path(folder).glob(f"*/{CHECKPOINTS}"))
     return [Choice(str(one.parent), "a run's folder") for one in there]
 
 
 def paths(fragment: str, wanted: Callable[[Path], bool]) -> list[Choice]:
-    """Folders, and the files that are wanted, which a path that is begun may go on with."""
+    """Folders, and wanted files, that complete a partial path."""
     begun = fragment[: fragment.rfind("/") + 1]
     folder = Path(begun).expanduser() if begun else Path()
     found: list[Choice] = []

@@ -1,4 +1,4 @@
-"""The parts that `%finetune` commands are made of: their parsers, options, and checks of common arguments."""
+"""The building blocks of `%finetune` commands: declarations, parsers, and checks of common arguments."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from mlx_nb.view.event_text import remarks
 
 CELL_OPTIONS = {
     "--name": "name of the run (default: run); also its folder in adapters/",
-    "-o": "bind the Run to this variable",
-    "--paused": "build the run, load nothing, train nothing",
-    "--wait": "stay in the cell until the run pauses or ends",
-    "--background": "return at once and train in the background, whoever looks; queued cells do not wait for it",
-    NOW: "do not wait for a run that a cell before started, where this one is queued behind it",
-    "--resume": "go on from the newest checkpoint of this name, if there is one",
-    "--allow-changed": "go on although this changed since (with --resume: a setting, data, template, model, ...; with "
-    "resume_adapter_file or reference_adapter: model)",
+    "-o": "store the Run in this variable",
+    "--paused": "create the run without loading or training anything",
+    "--wait": "wait in the cell until the run pauses or ends",
+    "--background": "train in the background and return at once; queued cells do not wait",
+    NOW: "do not wait for a run that an earlier cell started",
+    "--resume": "continue from the newest checkpoint of this name, if any",
+    "--allow-changed": "continue although this has changed (with --resume: a setting, data, template, model, ...; "
+    "with resume_adapter_file or reference_adapter: model)",
 }
 
 
@@ -37,8 +37,8 @@ SETTINGS_EXAMPLE = "learning_rate=5e-5"
 class Command:
     """One subcommand: what it takes, what it does, and the function `(session, arguments) -> object to display`.
 
-    of_now  its answer describes the run at that moment, so for a running one the answer names the update
-    steers  it steers or shows a running run, so in a cell that is queued behind that run it does not wait for it
+    of_now  the answer describes the run at this moment, so it names the update while the run trains
+    steers  it controls or shows a running run, so it does not wait in a cell queued behind that run
     """
 
     usage: str
@@ -50,7 +50,7 @@ class Command:
 
     @property
     def options(self) -> list[str]:
-        """The words for its options, such as `--wait`."""
+        """The names of its options, such as `--wait`."""
         return [
             word
             for action in self.parser._actions
@@ -82,7 +82,7 @@ def command(
     of_now: bool = False,
     steers: bool = False,
 ) -> Command:
-    """Declare a command; `arguments` are those of `add_argument`, made by `argument`."""
+    """Declare a command; `arguments` are made by `argument`."""
     # The usage is printed after "%finetune ".
     shape = partial(argparse.HelpFormatter, width=WIDTH - len("%finetune "), max_help_position=20)
     parser = _Parser(prog=name, description=help, formatter_class=shape)
@@ -90,10 +90,8 @@ def command(
         parser.add_argument(*flags, **options)
     usage = _usage(parser)
     if name not in ("new", "runs", "help", "use", "delete", "compare", "load"):
-        parser.add_argument("--name", "-n", default=None, help="another run than the current one")
-    parser.add_argument(
-        NOW, action="store_true", help="act at once, while a run goes on that this cell is queued behind"
-    )
+        parser.add_argument("--name", "-n", default=None, help="a run other than the current one")
+    parser.add_argument(NOW, action="store_true", help="do not wait for a run that an earlier cell started")
     return Command(usage, help, act, parser, of_now, steers)
 
 
@@ -124,12 +122,12 @@ def output_name(word: str | None) -> str | None:
 def wait_of(arguments: argparse.Namespace) -> bool | None:
     """The choice between --wait and --background; None without either. Raises CommandError for both."""
     if arguments.wait and arguments.background:
-        raise CommandError("--wait and --background exclude each other.")
+        raise CommandError("--wait and --background cannot be combined.")
     return True if arguments.wait else False if arguments.background else None
 
 
 def refuse_finished(run: Run) -> None:
-    """Raise CommandError for a run whose updates are all done."""
+    """Raise CommandError if all updates of the run are done."""
     if run.over:
         raise CommandError(
             f"{run.name} is finished: all {run.step_count} updates are done. `%finetune run 20` does 20 more, and "

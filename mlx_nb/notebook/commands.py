@@ -1,4 +1,4 @@
-"""Dispatch of the `%finetune` line magic: finds the command, parses its words and calls it.
+"""Dispatches a `%finetune` line: finds the command, parses its arguments and calls it.
 
 The commands are in training_commands, row_commands, result_commands and branch_commands.
 """
@@ -19,18 +19,18 @@ from mlx_nb.notebook.help_text import commands_help, help_of
 from mlx_nb.notebook.result_commands import RESULT_COMMANDS
 from mlx_nb.notebook.row_commands import ROW_COMMANDS
 from mlx_nb.notebook.session import Session
-from mlx_nb.notebook.shown_text import Text
+from mlx_nb.notebook.text_output import Text
 from mlx_nb.notebook.training_commands import TRAINING_COMMANDS
 
 
 def run_line(session: Session, line: str) -> Any:
-    """Carry out the line of a `%finetune` magic. Returns what is to be displayed, or None."""
+    """Run the line of a `%finetune` magic. Returns the object to display, or None."""
     if session.queued is not None:
         session.queued.note_request()
     try:
         words = shlex.split(line)
     except ValueError as error:
-        if line.split()[0] == "generate" and '"' not in line:  # an apostrophe in a text without quotation marks
+        if line.split()[0] == "generate" and '"' not in line:  # an apostrophe in a prompt without quotation marks
             return run_line(session, line.replace("'", "\\'"))
         raise CommandError(f"%finetune {line}: {error}. Close the quotation marks.") from None
     if not words:
@@ -68,12 +68,12 @@ def _unchanged_when_interrupted(session: Session, command: str, arguments: argpa
     except KeyboardInterrupt:
         if run is None or before != (run.step_count, len(run.history.events)):
             raise
-        where = f"{run.name} is as it was, {run.state} at update {run.step_count}"
+        where = f"{run.name} is unchanged, {run.state} at update {run.step_count}"
         raise CommandError(f"%finetune {command} was interrupted; {where}.") from None
 
 
 def _is_of_a_run(arguments: argparse.Namespace) -> bool:
-    """Whether a command is about a run, as opposed to rows that it names itself."""
+    """Whether a command is about a run, and not about rows given with `data=`."""
     return not any("=" in word for word in getattr(arguments, "what", ()))
 
 
@@ -99,7 +99,7 @@ COMMANDS: dict[str, Command] = {
     **BRANCH_COMMANDS,
     "help": command(
         "help",
-        "this list, or all about one command or setting",
+        "show this list, or help for a command or setting",
         lambda _session, arguments: _help_text(arguments.command),
         argument("command", nargs="?"),
         steers=True,

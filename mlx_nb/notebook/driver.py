@@ -1,4 +1,4 @@
-"""Training in the background, under a panel, where somebody looks; elsewhere in the foreground of the cell."""
+"""Trains runs from cells: in the background under a panel in an interactive notebook, else in the foreground."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mlx_nb.events import (
 )
 from mlx_nb.notebook.front_end import is_console
 from mlx_nb.notebook.progress_line import ProgressLine
-from mlx_nb.notebook.shown_text import has_rich_display
+from mlx_nb.notebook.text_output import has_rich_display
 from mlx_nb.run.background import hold_interrupts
 from mlx_nb.run.run import raise_failure
 from mlx_nb.view import event_text
@@ -39,21 +39,20 @@ if TYPE_CHECKING:
     from mlx_nb.run.run import Run
 
 _SECONDS_BETWEEN_UPDATES = 0.4
-_SECONDS_BETWEEN_SIGNS = 10.0
-_BETWEEN = "  ·  "  # the parts of a progress line
-_CLEAR_LINE = "\r\x1b[K"  # of a terminal: what stands in it is written over
+_SECONDS_BETWEEN_LOG_LINES = 10.0
+_BETWEEN = "  ·  "  # separates the parts of a progress line
+_CLEAR_LINE = "\r\x1b[K"  # clears the current line of a terminal
 
 
 def train(
     session: Session, run: Run, updates: int | None = None, *, wait: bool | None = None, ends_cell: bool = False
 ) -> None:
-    """Move `run` by `updates` updates, or to its end, showing what happens.
+    """Train `run` for `updates` updates, or to its end, and show the progress.
 
-    Where a person has the notebook open this returns at once, the run goes on in the background, and a panel stands
-    under the cell; cells that are queued behind this one wait for it, unless `wait` is False. `wait` True stays in the
-    cell, as it does by itself under nbconvert and papermill, where nobody would wait for the background. With
-    `ends_cell`, where nothing of the person's own follows in the cell, an interrupt is the run's from its start on.
-    Raises TrainingError when an update was not kept.
+    In an interactive notebook this returns at once; the run trains in the background under a panel, and cells queued
+    behind this one wait for it unless `wait` is False. With `wait` True it waits in the cell, which is also the default
+    under nbconvert and papermill. `ends_cell` says that no user code follows in the cell, so that interrupts belong to
+    the run from its start. Raises TrainingError if an update was not applied.
     """
     if wait is None:
         wait = session.preferences.wait
@@ -77,7 +76,7 @@ def train(
 
 
 def show_panel(session: Session, run: Run) -> None:
-    """The panel of `run` in the current cell. Below the first one is the place for what lasts."""
+    """Show the panel of `run` in the current cell. The lasting output is below the first one."""
     from IPython.display import display
 
     from mlx_nb.notebook.lasting_output import Outcome
@@ -97,14 +96,14 @@ def show_panel(session: Session, run: Run) -> None:
 
 
 def train_here(
-    run: Run, updates: int | None = None, *, quiet: bool = False, way_on: str = "`%finetune run` goes on"
+    run: Run, updates: int | None = None, *, quiet: bool = False, way_on: str = "`%finetune run` continues"
 ) -> Event | None:
-    """In the foreground of the cell. With a panel open elsewhere, `quiet`, one line says what was done.
+    """Train in the foreground of the cell. `quiet` shows one line, for a run whose panel is open elsewhere.
 
-    The first interrupt pauses at the next step boundary; a second one drops the update in hand, which is then as if
-    it had never begun. Returns the last event; `way_on` is said after a pause.
+    The first interrupt pauses at the next step boundary. A second one drops the current update, as if it had never
+    started. Returns the last event. After a pause, `way_on` says how to continue.
     """
-    ended = _moved_quietly(run, updates) if quiet and has_rich_display() else _moved(run, updates)
+    ended = _train_with_line(run, updates) if quiet and has_rich_display() else _train_with_display(run, updates)
     raise_failure(ended)
     if isinstance(ended, RunPaused):
         reason = "" if ended.reason == "interrupted" else f" ({ended.reason})"
@@ -113,7 +112,7 @@ def train_here(
 
 
 def print_events(run: Run) -> Event | None:
-    """Train, with each event as a line of JSON. Returns the last one. Raises TrainingError as `Run.run` does."""
+    """Train, and print each event as a line of JSON. Returns the last event. Raises TrainingError as `Run.run` does."""
     ended = None
     for ended in run.events():
         print(ended.to_json(), flush=True)
@@ -122,14 +121,14 @@ def print_events(run: Run) -> Event | None:
 
 
 def exit_status(ended: Event | None) -> int:
-    """The status of a command that trained until this event: 0 at the end, 130 after an interrupt, 1 if paused."""
+    """The exit status of a command whose last event this is: 0 at the end, 130 after an interrupt, 1 if paused."""
     if not isinstance(ended, RunPaused):
         return 0
     return 130 if ended.reason == "interrupted" else 1
 
 
-def _moved(run: Run, updates: int | None) -> Event | None:
-    """Move the run under a display of its own, which stays as a figure and a table. Returns the last event."""
+def _train_with_display(run: Run, updates: int | None) -> Event | None:
+    """Train under a live display, which ends as a figure and a table. Returns the last event."""
     display = _LiveDisplay(run)
     ended: Event | None = None
     with run.interrupts(display.print) as interrupts:
@@ -152,8 +151,8 @@ def _moved(run: Run, updates: int | None) -> Event | None:
     return ended
 
 
-def _moved_quietly(run: Run, updates: int | None) -> Event | None:
-    """Move the run under one line, where its panel is open elsewhere. Returns the last event."""
+def _train_with_line(run: Run, updates: int | None) -> Event | None:
+    """Train with one progress line, if the panel is open elsewhere. Returns the last event."""
     line = ProgressLine(run)
     ended: Event | None = None
     try:
@@ -169,26 +168,26 @@ def _moved_quietly(run: Run, updates: int | None) -> Event | None:
     return ended
 
 
-def _load(run: Run, told: Callable[[Progress], None]) -> None:
-    """Until all is loaded, or a pause is asked for. Raises CommandError when it is given up."""
+def _load(run: Run, on_progress: Callable[[Progress], None]) -> None:
+    """Load until complete, or until a pause is requested. Raises CommandError if it is interrupted."""
     try:
         for progress in run.load():
-            told(progress)
+            on_progress(progress)
     except KeyboardInterrupt:
         raise CommandError(
-            f"loading {run.name} was given up. Nothing has changed; `%finetune run` loads again."
+            f"loading {run.name} was interrupted. Nothing has changed; `%finetune run` loads again."
         ) from None
 
 
 def _worth_a_line(event: Event, iters: int, seconds_since: float) -> bool:
-    """Whether a log without a live display should have it: twenty updates of a run, and signs of life."""
+    """Whether to log the event without a live display: about twenty updates per run, and progress now and then."""
     if isinstance(event, Progress):
-        return seconds_since >= _SECONDS_BETWEEN_SIGNS
+        return seconds_since >= _SECONDS_BETWEEN_LOG_LINES
     return not isinstance(event, StepCompleted | RolloutCompleted) or event.step % max(1, iters // 20) == 0
 
 
 def _fitting(line: str, width: int) -> str:
-    """The line in at most `width` characters; of its parts the last ones before the time left go first."""
+    """The line in at most `width` characters; the parts before the time left are dropped, the last of them first."""
     parts = line.split(_BETWEEN)
     while len(_BETWEEN.join(parts)) > width and len(parts) > 3:
         del parts[-2]
@@ -197,7 +196,7 @@ def _fitting(line: str, width: int) -> str:
 
 
 class _LiveDisplay:
-    """One output that is updated in place and, at the end, replaced by a figure and a table that last."""
+    """An output that is updated in place and, at the end, replaced by a lasting figure and table."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -211,13 +210,13 @@ class _LiveDisplay:
         self._remarked: set[str] = set()
 
     def print(self, text: str) -> None:
-        """A line that stays."""
+        """Print a permanent line."""
         if self._in_terminal:
             sys.stdout.write(_CLEAR_LINE)
         print(text, flush=True)
 
     def say(self, text: str, *, last: bool = False) -> None:
-        """A line in place of the progress; the `last` one stays in a terminal."""
+        """Show a line instead of the progress; the `last` one stays in a terminal."""
         if last and self._in_terminal:
             self.print(text)
             return
@@ -225,9 +224,9 @@ class _LiveDisplay:
         self._shown_at = time.monotonic()
 
     def load(self, progress: Progress) -> None:
-        """How far loading is, in place of the line before; elsewhere than in a notebook a line now and then."""
+        """Show the progress of loading in place; in a log, print a line now and then."""
         in_place = self._in_notebook or self._in_terminal
-        seconds = _SECONDS_BETWEEN_UPDATES if in_place else _SECONDS_BETWEEN_SIGNS
+        seconds = _SECONDS_BETWEEN_UPDATES if in_place else _SECONDS_BETWEEN_LOG_LINES
         if time.monotonic() - self._shown_at >= seconds:
             words = event_text.progress_words(progress)
             if not in_place:
@@ -235,14 +234,14 @@ class _LiveDisplay:
             self.say(words)
 
     def show(self, event: Event) -> None:
-        """Take note of `event`; draw at most a few times a second."""
+        """Process `event`; draw at most a few times per second."""
         for remark in event_text.remarks(event):
-            # A reward function that fails does so in every rollout.
+            # A failing reward function fails in every rollout.
             if remark not in self._remarked:
                 self._remarked.add(remark)
                 self.print(remark)
-        is_said = isinstance(event, DataChanged | LossSpiked | MemoryLow | NothingLearned)
-        if is_said:
+        is_warning = isinstance(event, DataChanged | LossSpiked | MemoryLow | NothingLearned)
+        if is_warning:
             self.print(event_text.describe(event))
         since = time.monotonic() - self._shown_at
         self._iters = self._run.trainer.iters
@@ -252,7 +251,7 @@ class _LiveDisplay:
                 self._shown_at = time.monotonic()
             return
         quick = isinstance(event, StepCompleted | RolloutCompleted | AdapterSaved | Progress)
-        if self._in_terminal and not quick and not is_said:
+        if self._in_terminal and not quick and not is_warning:
             self.print(event_text.describe(event))
         self._activity = event_text.progress_words(event) if isinstance(event, Progress) else ""
         if since >= _SECONDS_BETWEEN_UPDATES or not quick:
@@ -283,7 +282,7 @@ class _LiveDisplay:
         )
 
     def finish(self, ended: Event | None) -> None:
-        """Replace the moving output by one that a saved, exported or untrusted notebook still shows."""
+        """Replace the live output by one that a saved, exported or untrusted notebook still shows."""
         history, run = self._run.history, self._run
         state = (
             "finished" if isinstance(ended, RunFinished) else "stopped" if isinstance(ended, RunFailed) else "paused"
@@ -306,7 +305,7 @@ class _LiveDisplay:
             print(f"the figure could not be drawn ({error}); the run is not affected.", file=sys.stderr)
 
     def _put(self, rich: str, plain: str) -> None:
-        """Show, or update in place. A display that fails is given up; training goes on."""
+        """Show or update the output. After an error it is not updated again; training continues."""
         if self._in_terminal:
             sys.stdout.write(f"{_CLEAR_LINE}{_fitting(plain, shutil.get_terminal_size().columns - 1)}")
             sys.stdout.flush()
@@ -322,11 +321,11 @@ class _LiveDisplay:
                 self._handle.update(bundle, raw=True)
         except Exception as error:
             self._broken = True
-            print(f"the live display failed ({error}); training goes on.", file=sys.stderr)
+            print(f"the live display failed ({error}); training continues.", file=sys.stderr)
 
 
 def has_live_front_end() -> bool:
-    """Whether somebody has this notebook open: not a console, and not an executor, which cannot be asked for input."""
+    """Whether this notebook is interactive: not a console, and not an executor such as nbconvert."""
     from IPython.core.getipython import get_ipython
 
     return has_rich_display() and bool(getattr(getattr(get_ipython(), "kernel", None), "_allow_stdin", False))

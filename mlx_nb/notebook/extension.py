@@ -1,4 +1,4 @@
-"""Loading and unloading: registers magics and completion, and removes every trace of them again."""
+"""Loads and unloads the extension: registers magics and Tab completion, and removes them again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MAGICS = "_mlx_nb_magics"
 
 
 def load(shell: InteractiveShell) -> None:
-    """Register `%finetune` and `%%finetune` with Tab completion. Loading twice is loading once."""
+    """Register `%finetune` and `%%finetune` with Tab completion. Loading again replaces them."""
     if getattr(shell, _MAGICS, None) is not None:
         unload(shell)
     magics = FinetuneMagics(shell)
@@ -25,7 +25,7 @@ def load(shell: InteractiveShell) -> None:
 
 
 def unload(shell: InteractiveShell) -> None:
-    """Take magics and completion out again; runs that a notebook variable holds stay usable."""
+    """Remove magics and completion; runs in notebook variables stay usable."""
     magics = getattr(shell, _MAGICS, None)
     if magics is None:
         return

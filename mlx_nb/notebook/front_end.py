@@ -1,4 +1,4 @@
-"""What a kernel knows of the page that asks it: the request that is executed, and who sent it."""
+"""Information about the current kernel request: its header, and whether a console sent it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from IPython.core.getipython import get_ipython
 
 
 def is_console() -> bool:
-    """Whether the request that is executed is of a console, such as jupyter-console, and of no notebook.
+    """Whether the current request comes from a console, such as jupyter-console, and not from a notebook.
 
-    A console shows what is displayed as text and once: no widgets, and nothing that is changed in place. It speaks
-    through Python's jupyter_client, whose messages begin with their session, and its requests are of no cell.
+    A console shows output as text and cannot change it later, so there are no widgets. It uses Python's
+    jupyter_client, whose message ids begin with the session, and its requests have no cell id.
     """
     kernel: Any = getattr(get_ipython(), "kernel", None)
     header = request_header()
@@ -22,10 +22,9 @@ def is_console() -> bool:
 
 
 def request_header() -> dict[str, Any] | None:
-    """The header of the request that is executed: `msg_id`, `date`, `session`. None outside a kernel.
+    """The header of the current request: `msg_id`, `date`, `session`. None outside a kernel.
 
-    A page that is opened again is another `session`, which sees nothing of what was displayed to the one before but
-    what that had saved.
+    A page that is opened again has another `session`. It only shows the outputs that the previous page had saved.
     """
     kernel: Any = getattr(get_ipython(), "kernel", None)
     try:

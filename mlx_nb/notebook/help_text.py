@@ -1,4 +1,4 @@
-"""`%finetune help`, `%finetune help set` and `%%finetune?`: short, one line each, in a notebook 700 px wide."""
+"""The text of `%finetune help`, `%finetune help set` and `%%finetune?`, for a notebook 700 px wide."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from mlx_nb.config.run_config import LIVE_SETTINGS, SETTINGS
 from mlx_nb.errors import CommandError, did_you_mean
 from mlx_nb.notebook.queued_cells import NOW
 
-WIDTH = 66  # characters that fit where the notebook is 700 px wide
-_PAGE = 96  # of what `?` opens, which is as wide as the window
+WIDTH = 66  # characters that fit in a notebook 700 px wide
+_PAGE = 96  # characters in the pane that `?` opens, which is as wide as the window
 _GROUPS = {
     "Train": ("new", "step", "run", "pause", "stop", "rewind", "skip", "resume"),
-    "Look": ("panel", "status", "plot", "report", "config", "compare"),
+    "Watch": ("panel", "status", "plot", "report", "config", "compare"),
     "Rows": ("rows", "row", "browse", "check", "batch", "rollouts"),
-    "Ask": ("generate", "eval"),
+    "Model": ("generate", "eval"),
     "Change": ("set", "fork"),
-    "Keep": ("save", "load", "runs", "use", "delete"),
+    "Save": ("save", "load", "runs", "use", "delete"),
 }
 TEN = (
     "model",
@@ -42,7 +42,7 @@ learning_rate: 1e-4"""
 
 
 class Command(Protocol):
-    """What help needs to know of a command."""
+    """The part of a command that help uses."""
 
     @property
     def help(self) -> str:
@@ -50,14 +50,18 @@ class Command(Protocol):
 
     @property
     def parser(self) -> argparse.ArgumentParser:
-        """What it takes."""
+        """The parser of its arguments."""
 
 
 def commands_help(commands: Mapping[str, Command]) -> str:
-    """All commands in groups, a line each."""
+    """All commands in groups, one line each, after an example."""
     grouped = {name for names in _GROUPS.values() for name in names}
     groups = {**_GROUPS, "More": tuple(name for name in commands if name not in grouped)}
-    lines = ["%%finetune, above settings in YAML, builds a run and trains it.", "On a run, %finetune with:"]
+    lines = [
+        'Example: %finetune generate "Hello"',
+        "",
+        "A %%finetune cell with settings in YAML creates and trains a run.",
+    ]
     for title, names in groups.items():
         there = [name for name in names if name in commands]
         lines += ["", title] if there else []
@@ -66,16 +70,16 @@ def commands_help(commands: Mapping[str, Command]) -> str:
         [
             *lines,
             "",
-            "`%finetune help set` tells all about one of them, or about a",
-            "setting. `%%finetune?` lists the settings. --name NAME means",
-            "another run than the current one. A cell queued behind one that",
-            f"starts a run, as by Run All, waits for it; not so with {NOW}.",
+            "`%finetune help set` explains one command or setting, and",
+            "`%%finetune?` lists the settings. --name NAME selects a run other",
+            "than the current one. Cells queued behind a cell that starts a",
+            f"run (Run All) wait for it; {NOW} does not wait.",
         ]
     )
 
 
 def help_of(name: str, commands: Mapping[str, Command]) -> str:
-    """All about one command, or one setting. Raises CommandError where there is neither."""
+    """Help for one command or setting. Raises CommandError for an unknown name."""
     if name in commands:
         text = commands[name].parser.format_help().replace("usage: ", "usage: %finetune ").rstrip()
         if any(action.dest == "changes" for action in commands[name].parser._actions):
@@ -91,22 +95,22 @@ def help_of(name: str, commands: Mapping[str, Command]) -> str:
 
 
 def cell_help(parser: argparse.ArgumentParser) -> str:
-    """What `%%finetune?` says: an example, what people change, the options, and the other settings by method."""
+    """The text of `%%finetune?`: an example, the most common settings, the options, and other settings by method."""
     described = {line.name: line for line in setting_help()}
-    parts = ["Fine-tune a model: the cell's body is YAML, one setting a line.", "", _EXAMPLE, "", "Most often changed:"]
+    parts = [_EXAMPLE, "", "Fine-tunes a model. The body is YAML, one setting per line.", "", "Most common settings:"]
     parts += [_setting(described[name].name, described[name].default, described[name].help) for name in TEN]
     parts += ["", "Options of the first line:"]
     for action in parser._actions:
         parts.append(_line(max(action.option_strings, key=len), action.help or "", 18, _PAGE))
     others = [line for line in described.values() if line.name not in TEN]
     common = [line for line in others if all(_uses(method, line.name) for method in METHODS)]
-    parts += ["", "Other settings of every method:"]
+    parts += ["", "Other settings for every method:"]
     parts += [_setting(line.name, line.default, line.help) for line in common]
     for method in METHODS:
         own = [line for line in others if line not in common and _uses(method, line.name)]
         parts += ["", f"With method: {method} ({METHODS[method].kind.words}):"]
         parts += [_setting(line.name, line.default, line.help) for line in own]
-    return "\n".join([*parts, "", "`%finetune help NAME` tells all about one setting; docs/settings.md about all."])
+    return "\n".join([*parts, "", "`%finetune help NAME` explains one setting; docs/settings.md lists all of them."])
 
 
 def _uses(method: str, name: str) -> bool:

@@ -1,6 +1,6 @@
-"""What stays of a background run in its cell: outputs made with the cell and filled in when the run stands still.
+"""The lasting output of a run in its cell: a summary and a figure, updated when the run pauses or ends.
 
-A saved, reopened, exported or untrusted notebook has no widgets; it shows these.
+A saved, reopened, exported or untrusted notebook has no widgets and shows these.
 """
 
 from __future__ import annotations
@@ -32,38 +32,38 @@ from mlx_nb.view.panel.still import lasting_html
 from mlx_nb.view.reports.completions import last_rollout_html
 from mlx_nb.view.theme import ORANGE, WRAP, tint
 
-# Events after which a run that moves in a cell stands still, or is another than it was.
+# Events after which a run that is trained in a cell has stopped or changed.
 STANDSTILL = (RunPaused, RunFinished, RunFailed, Rewound, SettingChanged, EvaluationCompleted)
-_WHERE = {RunState.RUNNING: "running; as it was after", RunState.BUILT: "not started yet, at"}
+_WHERE = {RunState.RUNNING: "running; as of", RunState.BUILT: "not started yet, at"}
 
 
 def _page() -> str | None:
-    """The page that the request which is executed came from; None where nothing says it."""
+    """The page that sent the current request, if known."""
     return (request_header() or {}).get("session")
 
 
 class Outcome:
-    """Summary and figure of one run, below its panel. Filled in whenever the run stops moving, however it was moved.
+    """Summary and figure of one run, below its panel. Updated whenever the run pauses or ends.
 
-    What there is to say about model and rows, such as which rows are left out, is there from the first update on.
+    Notes about model and rows, such as rows that are left out, appear with the first update.
     """
 
     def __init__(self, run: Run) -> None:
         from IPython.display import display
 
         self._run: Run | None = run
-        self._kept: RunFolder | None = None  # of a run that was let go
+        self._kept: RunFolder | None = None  # the folder of a released run
         self._remarks: list[str] = []
         self._result: tuple[str, str] = ("", "")
         self._error = ""
         self._shown_to = _page()
         self._settling = False
-        self._bundles: dict[int, tuple[Any, dict[str, Any]]] = {}  # what each output shows, once it is no promise
+        self._bundles: dict[int, tuple[Any, dict[str, Any]]] = {}  # the current content of each output
         try:
             self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
         except RuntimeError:
             self._loop = None
-        self._waiting = f"{run.name}: the result is written here when the run pauses or ends."
+        self._waiting = f"{run.name}: the result appears here when the run pauses or ends."
         waiting = {"text/html": lasting_html(html.escape(self._waiting)), "text/plain": self._waiting}
         self._summary: Any = display(waiting, raw=True, display_id=True)
         self._figure: Any = display({"text/plain": ""}, raw=True, display_id=True)
@@ -80,18 +80,18 @@ class Outcome:
             if event.state == RunState.RUNNING:
                 self._error = ""
                 if self._run is not None and len(self._run.history):
-                    self.publish()  # as of now, so that it is no claim about later
+                    self.publish()  # marked as of now, since it will be out of date soon
             else:
                 self.publish()
-        elif not self._moving and not isinstance(event, Progress | CheckpointSaved):
+        elif not self._in_background and not isinstance(event, Progress | CheckpointSaved):
             self._settle(event)
 
     @property
-    def _moving(self) -> bool:
+    def _in_background(self) -> bool:
         return self._run is not None and self._run.background.active
 
     def _settle(self, event: Event) -> None:
-        """The run moves, or is changed, in a cell: publish once that has ended; without a loop, where it stands."""
+        """Publish once the cell that trains or changes the run has ended; without an event loop, when the run stops."""
         if self._loop is not None and self._loop.is_running():
             if not self._settling:
                 self._settling = True
@@ -101,14 +101,11 @@ class Outcome:
 
     def _settled(self) -> None:
         self._settling = False
-        if not self._moving:
+        if not self._in_background:
             self.publish()
 
     def close(self) -> None:
-        """Leave the outputs as they are, or with where it is kept where the run was let go, and no promise of more.
-
-        The run is held no more.
-        """
+        """Stop following the run. The outputs stay; for a released run they also show where it is stored."""
         run = self._run
         if run is None:
             return
@@ -119,16 +116,16 @@ class Outcome:
             self.publish()
         self._run = None
 
-    def say_where(self) -> None:
-        """Of a run that was let go, write where it is kept by now."""
+    def show_location(self) -> None:
+        """Show where a released run is stored now."""
         if self._kept is not None:
             self._show_result()
 
     def show_again(self) -> None:
-        """In the cell that is executed, where the page is another one than what was shown before went to.
+        """Show the outputs again in the current cell, if it belongs to another page than before.
 
-        A page that was closed meanwhile has got nothing of it, and no kernel can write into the notebook it had saved.
-        Both outputs have one name from then on, so that what is published later goes to both.
+        A page that was closed meanwhile has missed the updates, and a kernel cannot write into its saved notebook.
+        The old and the new outputs share a display id, so later updates go to both.
         """
         page = _page()
         if page == self._shown_to or page is None or not self._bundles:
@@ -138,7 +135,7 @@ class Outcome:
             handle.display(bundle, raw=True)
 
     def publish(self) -> None:
-        """Write the run as it is now. A display that fails is given up; the run does not notice."""
+        """Show the current state of the run. Errors of the display do not affect the run."""
         run = self._run
         if run is None:
             return
@@ -158,7 +155,7 @@ class Outcome:
             self._update(self._figure, figure)
 
     def _show_result(self) -> None:
-        """The result, with the error that ended the run and where it is kept, each where there is one."""
+        """Show the result, with the error that ended the run and the place where it is stored, if any."""
         rich, plain = self._result
         for text in filter(None, (self._error, self._kept.lost if self._kept is not None else "")):
             style = f"border-left:3px solid {tint(ORANGE, 1)};padding:0 0 0 10px;margin:4px 0;{WRAP}"
@@ -167,7 +164,7 @@ class Outcome:
         self._put(rich, plain)
 
     def _put(self, rich: str, plain: str) -> None:
-        """Show `rich` (HTML) or `plain`, and below it the remarks of the run so far, each once."""
+        """Show `rich` (HTML) or `plain`, and below it each distinct remark of the run."""
         if self._run is not None:
             events = self._run.history.events
             self._remarks = list(dict.fromkeys(remark for event in events for remark in event_text.remarks(event)))

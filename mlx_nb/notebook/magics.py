@@ -1,4 +1,4 @@
-"""`%%finetune` and `%finetune`: parse, then delegate."""
+"""Defines the magics `%%finetune` and `%finetune`: they parse their text and call other modules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mlx_nb.notebook.bare_run import BareRun
 from mlx_nb.notebook.command import CELL_OPTIONS, output_name, refuse_shortened, wait_of
 from mlx_nb.notebook.commands import run_line
 from mlx_nb.notebook.help_text import cell_help
-from mlx_nb.notebook.interrupted import InterruptsInOneLine
+from mlx_nb.notebook.interrupt_display import InterruptsInOneLine
 from mlx_nb.notebook.preferences import Finetune
 from mlx_nb.notebook.queued_cells import NOW, QueuedCells
 from mlx_nb.notebook.session import Session
@@ -39,7 +39,7 @@ class FinetuneMagics(Magics):
     @no_var_expand
     @line_magic("finetune")  # type: ignore[arg-type]
     def finetune_line(self, line: str) -> Any:
-        """Do something with a run: `%finetune step`, `%finetune generate "..."`; `%finetune help` lists all."""
+        """Control and use a run: `%finetune step`, `%finetune generate "..."`; `%finetune help` lists all commands."""
         return run_line(self.session, line)
 
     @no_var_expand
@@ -54,7 +54,7 @@ class FinetuneMagics(Magics):
     @argument("--resume", action="store_true", help=CELL_OPTIONS["--resume"])
     @argument("--allow-changed", nargs="+", metavar="WHAT", default=(), help=CELL_OPTIONS["--allow-changed"])
     def finetune_cell(self, line: str, cell: str) -> None:
-        """Fine-tune a model: the cell's body is YAML, one setting a line."""
+        """Fine-tune a model: the cell's body is YAML, one setting per line."""
         from mlx_nb.notebook.driver import has_live_front_end, show_panel, train
         from mlx_nb.run.run import Run
 
@@ -71,24 +71,24 @@ class FinetuneMagics(Magics):
         usual = {} if memory is None or "snapshot_memory" in load_mapping(body).values else {"snapshot_memory": memory}
         run = Run.from_yaml(body, name=arguments.name, namespace=namespace, allow_changed=allowed, **usual)
         run.inputs.check_names()
-        if not arguments.paused:  # a cell whose run cannot begin is one that fails
+        if not arguments.paused:  # the cell fails if its run cannot start
             run.inputs.check_local_data()
         if arguments.resume and run.has_checkpoint:
             run = Run.resume(run.folder, config=run.config, namespace=namespace, allow_changed=allowed)
-            print(f"{run.name} goes on from update {run.step_count}.", *run.trainer.notes, sep="\n")
+            print(f"{run.name} continues from update {run.step_count}.", *run.trainer.notes, sep="\n")
         for note in self.session.add(run, output):
             print(note)
         if arguments.paused:
             if has_live_front_end():
                 show_panel(self.session, run)
-            print(f"{run.name} is built. `%finetune step` does one update, `%finetune run` all of them.")
+            print(f"{run.name} is created. `%finetune step` does one update, `%finetune run` all of them.")
             return
         if not run.over:
             train(self.session, run, wait=wait, ends_cell=True)
 
 
 def _parse(magic: Any, line: str) -> Any:
-    """The parsed options. Raises CommandError in one line where IPython would show a usage page."""
+    """The parsed options. Raises CommandError with one line, where IPython would print the usage."""
     from IPython.core.error import UsageError
 
     refuse_shortened(line.split(), magic.parser, "%%finetune")

@@ -1,6 +1,6 @@
-"""The form of `%finetune new`: model, data, method and settings, a look at the rows, and the cell that comes of it.
+"""The form of `%finetune new`: model, data, method and settings, a view of the rows, and the resulting cell.
 
-It trains nothing and does nothing that a cell cannot: what it gives is the text of a `%%finetune` cell.
+It trains nothing; its result is the text of a `%%finetune` cell.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from mlx_nb.view.reports.check import render_html
 from mlx_nb.view.rows.display import RowDisplay
 from mlx_nb.view.theme import WRAP
 
-ROWS_CHECKED = 1000  # of each split, at a click; the rest is read
+ROWS_CHECKED = 1000  # rows of each split that a click on Check tokenizes
 _PAGE = Path(__file__).with_name("page")
 EXAMPLE = "data=bees iters=60"
 
 
 def new(*, namespace: Mapping[str, Any] | None = None, **settings: Any) -> NewRun:
-    """A form for a new run: `mlx_nb.new(data="bees")`. It displays itself; `.cell` is the cell that it stands for.
+    """A form for a new run: `mlx_nb.new(data="bees")`. It displays itself; `.cell` is the resulting cell.
 
-    `settings` are what its fields begin with, and `namespace` is where variables with rows are looked for: the
-    notebook's unless given. Raises CommandError for a setting that is no text or number.
+    `settings` are the initial values of its fields. `namespace` has the variables that may contain rows; the default
+    is the notebook's. Raises CommandError for a setting that is not a text or a number.
     """
     from IPython.core.getipython import get_ipython
 
@@ -43,12 +43,12 @@ def new(*, namespace: Mapping[str, Any] | None = None, **settings: Any) -> NewRu
     variables = namespace if namespace is not None else shell.user_ns if shell is not None else {}
     for name, value in settings.items():
         if not isinstance(value, str | int | float):
-            raise CommandError(f"mlx_nb.new: `{name}` is no text or number. Write it as in YAML, in quotation marks.")
+            raise CommandError(f"mlx_nb.new: `{name}` is not a text or a number. Write it as a string with YAML in it.")
     return NewRun({name: _text_of(value) for name, value in settings.items()}, variables)
 
 
 def given_in(words: list[str]) -> dict[str, str]:
-    """The settings of `key=value` words as they were typed. Raises CommandError."""
+    """The settings of `key=value` arguments as typed. Raises CommandError."""
     read_words(words, "%finetune new", EXAMPLE)
     return {key: text for key, _, text in (word.partition("=") for word in words)}
 
@@ -58,7 +58,7 @@ def _text_of(value: str | float) -> str:
 
 
 def checked_run(given: Mapping[str, str], namespace: Mapping[str, Any]) -> Run:
-    """The run that the cell would make, not loaded. Raises what the cell would, as far as names tell."""
+    """The run that the cell would create, not loaded. Raises the errors of the cell that do not need loading."""
     body = cell_text(given).partition("\n")[2]
     run = Run.from_yaml(fill(body, namespace) + "\n", name=given.get("name") or "run", namespace=namespace)
     run.inputs.check_names()
@@ -66,7 +66,7 @@ def checked_run(given: Mapping[str, str], namespace: Mapping[str, Any]) -> Run:
 
 
 def write_next_cell(given: Mapping[str, str]) -> None:
-    """Have the front end write the cell below the one that is executed, or at the next prompt."""
+    """Make the front end insert the cell below the current one, or at the next prompt."""
     from IPython.core.getipython import get_ipython
 
     shell: Any = get_ipython()
@@ -74,12 +74,12 @@ def write_next_cell(given: Mapping[str, str]) -> None:
 
 
 class NewRun(anywidget.AnyWidget):
-    """The form as a widget. `values` is what was typed, `cell` the cell that one would have typed instead.
+    """The form as a widget. `values` has the typed texts, `cell` the resulting cell.
 
-    Rows and their check are asked for with a click; of the model only the tokenizer is loaded for them.
+    A click shows the rows or checks them; only the tokenizer of the model is loaded for this.
     """
 
-    # As text: anywidget watches a path, and by that keeps every widget.
+    # As text, because anywidget watches a path and then keeps every widget alive.
     _esm = page_part("dom.js") + (_PAGE / "new_run.js").read_text(encoding="utf-8")
     _css = page_part("panel.css") + (_PAGE / "new_run.css").read_text(encoding="utf-8")
 
@@ -90,7 +90,7 @@ class NewRun(anywidget.AnyWidget):
 
     def __init__(self, given: Mapping[str, str], namespace: Mapping[str, Any]) -> None:
         self._namespace = namespace
-        self._run: tuple[str, Run] | None = None  # of which only rows are looked at, and the cell that it is of
+        self._run: tuple[str, Run] | None = None  # the cell, and the run whose rows are shown
         try:
             self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
         except RuntimeError:
@@ -102,7 +102,7 @@ class NewRun(anywidget.AnyWidget):
         self.on_msg(lambda _, message, __: me._later(lambda: me.answer(message)))
 
     def refresh(self) -> None:
-        """Write the cell anew from what was typed, and say what is wrong with it."""
+        """Update the cell and its problems from the typed values."""
         given = {name: str(text) for name, text in self.values.items()}
         with self.hold_sync():
             self.fields = [field._asdict() for field in fields_of(given, self._namespace)]
@@ -114,16 +114,16 @@ class NewRun(anywidget.AnyWidget):
                 self.problems = str(error).splitlines()
 
     def answer(self, message: Mapping[str, Any]) -> None:
-        """Send the page what it asks to see: a row with its loss mask, or the check of all rows."""
+        """Send the page what it requests: a row with its loss mask, or the check of all rows."""
         try:
-            told = self.row(int(message["row"])) if message.get("look") == "row" else self.check()
+            reply = self.row(int(message["row"])) if message.get("look") == "row" else self.check()
         except MlxNbError as error:
-            told = {"error": str(error)}
-        self.send({"kind": "answer", "id": message.get("id"), **told})
+            reply = {"error": str(error)}
+        self.send({"kind": "answer", "id": message.get("id"), **reply})
 
     def row(self, row: int) -> dict[str, Any]:
-        """Training row `row` as the model will see it, as `html`, and how many `rows` there are."""
-        run = self._looked_at()
+        """Training row `row` as the model will see it, as `html`, and the number of `rows`."""
+        run = self._preview()
         rows = run.inputs.split("train")
         row = max(0, min(row, len(rows) - 1))
         html = RowDisplay(rows.view(row), run.tokenizer, "train")._repr_html_() if len(rows) else ""
@@ -131,9 +131,9 @@ class NewRun(anywidget.AnyWidget):
 
     def check(self) -> dict[str, Any]:
         """What the data check finds, as `html`."""
-        return {"html": render_html(self._looked_at().check(rows=ROWS_CHECKED))}
+        return {"html": render_html(self._preview().check(rows=ROWS_CHECKED))}
 
-    def _looked_at(self) -> Run:
+    def _preview(self) -> Run:
         given = {name: str(text) for name, text in self.values.items()}
         cell = cell_text(given)
         if self._run is None or self._run[0] != cell:
@@ -141,7 +141,7 @@ class NewRun(anywidget.AnyWidget):
         return self._run[1]
 
     def _later(self, act: Callable[[], None]) -> None:
-        """Do it on the kernel's thread: a click may arrive on another one."""
+        """Call `act` on the kernel's thread; a click may arrive on another one."""
 
         def guarded() -> None:
             if self.comm is not None:
@@ -153,7 +153,7 @@ class NewRun(anywidget.AnyWidget):
             self._loop.call_soon_threadsafe(guarded)
 
     def close(self) -> None:
-        """Take the form away."""
+        """Close the form."""
         if self.comm is not None:
             close_widgets(self.layout)
             self.unobserve_all()
@@ -161,6 +161,6 @@ class NewRun(anywidget.AnyWidget):
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
         data, metadata = super()._repr_mimebundle_(**options)  # type: ignore[misc]
-        words = "The form is gone with its kernel; `%finetune new` shows another. The cell that it began with:"
+        words = "The form was closed with its kernel; `%finetune new` opens a new one. It started with this cell:"
         html = f'<div>{words}</div><pre style="{WRAP}">{escape(self.cell)}</pre>'
         return {**data, "text/html": html, "text/plain": self.cell}, metadata

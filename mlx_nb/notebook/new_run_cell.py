@@ -1,4 +1,4 @@
-"""The `%%finetune` cell that the new-run form stands for: its fields, and the text that one would have typed."""
+"""The fields of the new-run form, and the `%%finetune` cell that results from them."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from mlx_nb.notebook.choices import values
 from mlx_nb.notebook.help_text import TEN
 
 NAME = "name"
-# What a method cannot do without, or is most often changed with it, besides the ten of every method.
+# Settings that a method needs, or that are often changed with it, besides the ten of every method.
 _OF_METHODS = ("loss", "beta", "rewards", "group_size", "max_completion_length")
 _ONE_A_LINE = "sample_prompts"
 
 
 class Field(NamedTuple):
-    """One setting in the form: its name, default and help, what it may be, and whether it may be something else."""
+    """One setting in the form: its name, default and help, its choices, and whether other values are allowed."""
 
     name: str
     default: str
     help: str
-    choices: list[list[str]]  # [text, words about it]
+    choices: list[list[str]]  # [text, help]
     only_these: bool
 
 
 def fields_of(given: Mapping[str, str], namespace: Mapping[str, Any]) -> list[Field]:
-    """The settings of the form, with the method that is `given`; choices are those of this notebook."""
+    """The settings in the form for the method in `given`, with the choices in this notebook."""
     method = METHODS.get(given.get("method") or "sft", METHODS["sft"])
     own = _OF_METHODS if method.name != "sft" else ()
     described = {line.name: line for line in setting_help()}
@@ -49,7 +49,7 @@ def fields_of(given: Mapping[str, str], namespace: Mapping[str, Any]) -> list[Fi
 
 
 def cell_text(given: Mapping[str, str]) -> str:
-    """The cell: `name` in its first line, each setting that is not empty on a line of its own."""
+    """The cell: `name` in its first line, then one line for each setting that is not empty."""
     name = given.get(NAME, "").strip()
     lines = [f"%%finetune --name {name}" if name else "%%finetune"]
     groups: dict[str, list[str]] = {}
@@ -68,7 +68,7 @@ def cell_text(given: Mapping[str, str]) -> str:
 
 
 def _one_line(key: str, text: str) -> str:
-    """A value as YAML: as it was typed, or in quotation marks where it would be cut or read as something else."""
+    """A value as YAML: as typed, or in quotation marks if YAML would cut it or read it as something else."""
     if text[0] in "[{\"'":
         return text
     try:
@@ -80,7 +80,7 @@ def _one_line(key: str, text: str) -> str:
 
 
 def _list_of_lines(text: str) -> str:
-    """Prompts, one a line, as a list; a list that was typed stays as it is. Braces in them are no variables."""
+    """Prompts, one per line, as a list; a typed list stays as it is. Braces in them are not variables."""
     if text.strip()[0] == "[":
         return text.strip()
     prompts = [line.strip().replace("{", "{{").replace("}", "}}") for line in text.splitlines() if line.strip()]

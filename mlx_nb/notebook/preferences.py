@@ -1,4 +1,4 @@
-"""`%config Finetune`: how `%%finetune` behaves, in this notebook or, with `c.Finetune` in a file, in all."""
+"""Options for all runs of a notebook: `%config Finetune`, or `c.Finetune` in ipython_config.py for all notebooks."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ _CACHE = "MLX_NB_CACHE"
 
 
 class Finetune(Configurable):
-    """What is not of one run. `%config Finetune` lists it, `%config Finetune.wait = True` changes it."""
+    """Options that do not belong to one run, such as `%config Finetune.wait = True`."""
 
     wait = traitlets.Bool(
         None,
         allow_none=True,
-        help="Cells stay until the run pauses or ends (True, as with --wait), or return at once (False, as with "
-        "--background). None: they return where somebody has the notebook open, and queued cells wait.",
+        help="True: cells wait until the run pauses or ends, as with --wait. False: they return at once, as with "
+        "--background. None: they return at once in an interactive notebook, and queued cells wait.",
     ).tag(config=True)
     refresh_seconds = traitlets.Float(
-        0.3, min=0.05, help="Least time between two refreshes of a panel that is shown next."
+        0.3, min=0.05, help="Seconds between updates of the panel. Affects panels shown from now on."
     ).tag(config=True)
     snapshot_memory = traitlets.Int(
-        None, allow_none=True, min=0, help="`snapshot_memory` of cells that do not give it, MB. None: its default."
+        None, allow_none=True, min=0, help="`snapshot_memory` in MB for cells that do not set it. None: its default."
     ).tag(config=True)
     cache_folder = traitlets.Unicode(
-        "", help="Where models are kept that were downloaded or converted. Empty: MLX_NB_CACHE, or the user's cache."
+        "", help="Folder for downloaded and converted models. Empty: MLX_NB_CACHE, or the user's cache folder."
     ).tag(config=True)
 
     def __init__(self, **options: Any) -> None:
@@ -44,5 +44,5 @@ class Finetune(Configurable):
             os.environ[_CACHE] = self._cache_before
 
     def close(self) -> None:
-        """Bring back the cache folder of before: the extension is being unloaded."""
+        """Restore the previous cache folder when the extension is unloaded."""
         self.cache_folder = ""

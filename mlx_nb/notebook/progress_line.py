@@ -1,11 +1,11 @@
-"""One line in a cell about a run that has its panel elsewhere: what is being done, how far it is, how it ended."""
+"""A progress line in a cell, for a run whose panel is in another cell."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from mlx_nb.events import Event, Progress, RunState, StateChanged
-from mlx_nb.notebook.shown_text import Line
+from mlx_nb.notebook.text_output import Line
 from mlx_nb.view import event_text
 
 if TYPE_CHECKING:
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 def how_far(run: Run, activity: str = "") -> str:
-    """`update 12 of 60  ·  loss 1.23  ...`, and what is being done besides; while it loads that alone."""
+    """`update 12 of 60  ·  loss 1.23  ...` with the current activity; only the activity while the run loads."""
     if not run.prepared:
         return activity or "loading model and rows"
     return "  ·  ".join(filter(None, [event_text.progress_line(run.history, run.trainer.iters), activity]))
 
 
 class ProgressLine:
-    """Follows `run` from now on until `end`, or until it stands still where it moves in the background."""
+    """Follows `run` until `end`, or until its background training pauses or ends."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -37,6 +37,6 @@ class ProgressLine:
             self._line.put(f"{self._run.name}  ·  {how_far(self._run, activity)}")
 
     def end(self, words: str) -> None:
-        """Say how it ended, and follow the run no more."""
+        """Show the final text, and stop following the run."""
         self._run.unlisten(self._on_event)
         self._line.put(words)

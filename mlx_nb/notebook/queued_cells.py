@@ -1,6 +1,6 @@
-"""Cells that were sent before the cell that started a run had ended, as by Run All: they wait for the run.
+"""Makes cells wait that are queued behind a cell that starts a run, as in Run All.
 
-So a notebook gives what it gives under nbconvert and papermill, where a run trains in its own cell.
+So a notebook gives the same results as under nbconvert and papermill, where a run trains in its own cell.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mlx_nb.errors import CommandError
 from mlx_nb.events import Event, Progress, RunFailed, RunPaused, RunState
 from mlx_nb.notebook.front_end import request_header
 from mlx_nb.notebook.progress_line import how_far
-from mlx_nb.notebook.shown_text import Line
+from mlx_nb.notebook.text_output import Line
 from mlx_nb.view import event_text
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ NOW = "--now"
 
 
 class CellNotRun(InputRejected):
-    """The cell waited for a run that did not come to its end. In the notebook it is one line."""
+    """The cell waited for a run that did not finish. Shown as one line in the notebook."""
 
     def _render_traceback_(self) -> list[str]:
         return str(self).splitlines()
@@ -42,9 +42,10 @@ class CellNotRun(InputRejected):
 
 @dataclass
 class _Started:
-    """A run that the cell of `request` started in the background, and when that cell had ended.
+    """A run that the cell of `request` started in the background, and the time when that cell ended.
 
-    None while it is executed, and until the loop has its next turn: what comes until then was there already.
+    None while the cell is executed, and until the next turn of the event loop: requests that arrive until then were
+    already queued.
     """
 
     run: Run
@@ -56,29 +57,27 @@ class _Started:
 
 
 class QueuedCells:
-    """Has the cells of one shell wait for the runs that cells before them started. `close` ends it.
+    """Makes the cells of one shell wait for runs that earlier cells started, until `close`.
 
-    A cell was queued when its request was sent before the cell that started the run had ended. Both times are made
-    comparable by the least time that any request took to arrive, so that the clocks of kernel and browser may differ.
-    While there is such a run, IPython hands each cell to `visit` before it is executed.
+    A cell counts as queued if its request was sent before the cell that started the run had ended. The shortest time
+    that any request took to arrive corrects for different clocks in kernel and browser. While there is such a run,
+    IPython calls `visit` before it executes a cell.
     """
 
     def __init__(self, shell: InteractiveShell) -> None:
-        self._transformers: list[Any] = shell.ast_transformers  # which need a `visit` and no more
+        self._transformers: list[Any] = shell.ast_transformers  # objects with a method `visit`
         self._started: list[_Started] = []
-        self._lag: float | None = (
-            None  # of a request from being sent to being executed, at the least, and of the clocks
-        )
+        self._lag: float | None = None  # shortest time from sending to executing a request, plus the clock difference
         self.note_request()
 
     def close(self) -> None:
-        """Let every cell be executed at once again."""
+        """Stop making cells wait."""
         self._started.clear()
         if self in self._transformers:
             self._transformers.remove(self)
 
     def follow(self, run: Run) -> None:
-        """This cell has started `run` in the background: what is queued behind it waits."""
+        """Register that this cell has started `run` in the background, so cells queued behind it wait."""
         if (request := self._request()) is None:
             return
         started = _Started(run, request[0])
@@ -89,13 +88,13 @@ class QueuedCells:
         asyncio.get_running_loop().call_soon(started.note_end)
 
     def note_request(self) -> None:
-        """A cell is executed: take note of how long its request took to arrive."""
+        """Record how long the request of the current cell took to arrive."""
         if (request := self._request()) is not None:
             lag = time.time() - request[1]
             self._lag = lag if self._lag is None else min(self._lag, lag)
 
     def _request(self) -> tuple[str, float] | None:
-        """The request that is executed, and when it was sent by the clock of the front end; None outside a kernel."""
+        """The current request, and when it was sent by the clock of the front end; None outside a kernel."""
         header = request_header() or {}
         try:
             return header["msg_id"], float(header["date"].timestamp())
@@ -103,7 +102,7 @@ class QueuedCells:
             return None
 
     def visit(self, cell: ast.AST) -> ast.AST:
-        """Wait before a cell that was queued. Raises CellNotRun where the run fails or is paused meanwhile."""
+        """Wait before a queued cell. Raises CellNotRun if the run fails or is paused meanwhile."""
         self.note_request()
         request = self._request()
         if request is None or acts_now(cell):
@@ -117,13 +116,13 @@ class QueuedCells:
         return cell
 
     def before_command(self) -> None:
-        """Wait for the runs that this very cell has started. Raises CommandError as `wait_for`."""
+        """Wait for runs started earlier in the same cell. Raises CommandError as `wait_for` does."""
         request = self._request()
         wait_for([one.run for one in self._started if request is not None and one.request == request[0]])
 
 
 def acts_now(cell: ast.AST) -> bool:
-    """Whether a `%finetune` in the cell says that it acts at once."""
+    """Whether a `%finetune` in the cell has the option --now."""
     for call in ast.walk(cell):
         match call:
             case ast.Call(
@@ -133,15 +132,15 @@ def acts_now(cell: ast.AST) -> bool:
                 try:
                     if NOW in shlex.split(line):
                         return True
-                except ValueError:  # the command says what is wrong with it
+                except ValueError:  # the command reports the error itself
                     return True
     return False
 
 
 def wait_for(runs: list[Run]) -> None:
-    """Move the runs to their ends, with a line that says how far they are.
+    """Train the runs to their ends, with a progress line.
 
-    Raises CommandError where one of them fails, or has failed, or is paused, as an interrupt does.
+    Raises CommandError if one of them fails, has failed, or is paused, for instance by an interrupt.
     """
     for run in runs:
         if run.state == RunState.FAILED:
@@ -167,9 +166,9 @@ def wait_for(runs: list[Run]) -> None:
 
 
 def _refuse_unfinished(run: Run, last: Event | None) -> None:
-    """Raise CommandError for a run that a cell waited for and that did not come to its end."""
+    """Raise CommandError if a run that a cell waited for did not finish."""
     where = f"{run.name} {event_text.STATES[run.state]} after update {run.step_count}"
-    again = "`%finetune run` goes on. This cell waited for it and was not executed: execute it again to act on that."
+    again = "`%finetune run` continues. This cell waited for the run and was not executed; execute it again to act now."
     if run.state == RunState.FAILED:
         known = [event.error for event in (last, *reversed(run.history.events)) if isinstance(event, RunFailed)]
         raise CommandError(f"{where}: {known[0] if known else run.status()} {again}")
@@ -180,7 +179,7 @@ def _refuse_unfinished(run: Run, last: Event | None) -> None:
 
 @contextmanager
 def _own_interrupts() -> Iterator[None]:
-    """What answers SIGINT in a cell answers it again afterwards: a run that ends gives back what was between cells."""
+    """Restores the SIGINT handler of the cell afterwards: a run that ends installs the one for between cells."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -192,7 +191,7 @@ def _own_interrupts() -> Iterator[None]:
 
 
 class _WaitingLine:
-    """What the cell that waits says about the runs, a line each."""
+    """The output of a waiting cell: one line per run."""
 
     def __init__(self, runs: list[Run]) -> None:
         self._runs = runs
@@ -200,13 +199,13 @@ class _WaitingLine:
         self._shown = Line(self._text())
 
     def show(self, run: Run, event: Event) -> None:
-        """Take note of an event; the line changes a few times a second."""
+        """Process an event; the line changes at most a few times per second."""
         self._activity[id(run)] = event_text.progress_words(event) if isinstance(event, Progress) else ""
         if self._shown.is_due:
             self._shown.put(self._text())
 
     def finish(self) -> None:
-        """Say what the runs came to."""
+        """Show the results of the runs."""
         self._activity.clear()
         self._shown.put(self._text())
 
@@ -216,5 +215,5 @@ class _WaitingLine:
     def _line(self, run: Run) -> str:
         if run.state != RunState.RUNNING:
             return f"waited for {run.name}, which {event_text.STATES[run.state]}  ·  {how_far(run)}"
-        hint = f"an interrupt pauses it, {NOW} would not wait"
+        hint = f"interrupt to pause it; {NOW} does not wait"
         return f"waiting for {run.name}  ·  {how_far(run, self._activity.get(id(run), ''))}  ·  {hint}"

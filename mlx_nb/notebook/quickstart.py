@@ -1,4 +1,4 @@
-"""`mlx-nb quickstart`: execute the first example notebook on a real small model and say what was measured."""
+"""`mlx-nb quickstart`: executes the first example notebook on a small real model and prints the results."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from mlx_nb.files.places import path_problem, refuse_among_files
 
 NOTEBOOK = "01_quickstart.ipynb"
 ROWS = "home_requests"
-_SECONDS_BETWEEN_SIGNS = 5.0
+_SECONDS_BETWEEN_LINES = 5.0
 
 
 def run_quickstart(folder: str, *, as_json: bool = False) -> int:
-    """Copy the notebook and its rows to `folder`, fetch the model, execute. `as_json` prints one JSON line last.
+    """Copy the notebook and its rows to `folder`, download the model, and execute. `as_json` prints a JSON line last.
 
-    Raises MlxNbError when the packages of the `quickstart` extra are missing or a cell fails.
+    Raises MlxNbError if the packages of the `quickstart` extra are missing or a cell fails.
     """
     started = time.perf_counter()
     target = _target(folder)
     notebook_path = _copy_example(target)
-    print("fetching SmolLM2-135M-Instruct (once; kept in a cache) …", flush=True)
+    print("downloading SmolLM2-135M-Instruct (once; cached) …", flush=True)
     fetched = _fetch_model()
     print(f"model in {fetched}", flush=True)
     run_started = time.perf_counter()
@@ -45,7 +45,7 @@ def run_quickstart(folder: str, *, as_json: bool = False) -> int:
 
 
 def _target(folder: str) -> Path:
-    """The absolute path of the folder to write to. Raises MlxNbError where there can be none, or only another run's."""
+    """The absolute path of the folder to write to. Raises MlxNbError if it is not possible, or belongs to a run."""
     try:
         target = Path(folder).expanduser()
         problem = path_problem(target)
@@ -64,7 +64,7 @@ def _examples_folder() -> Path:
 
 
 def _copy_example(target: Path) -> Path:
-    """The notebook, with its rows, in `target` or, where a person's own files are there, in a folder beside it.
+    """The notebook, copied with its rows to `target`, or to a folder next to it if `target` has files of the user.
 
     Raises MlxNbError for a folder that cannot be written.
     """
@@ -72,7 +72,7 @@ def _copy_example(target: Path) -> Path:
     while changed := _changed_files(folder):
         number += 1
         if folder == target:
-            print(f"{target} has files that are not the example's, and they stay as they are: {', '.join(changed)}.")
+            print(f"{target} has files that differ from the example and stay unchanged: {', '.join(changed)}.")
         folder = target.with_name(f"{target.name}-{number}")
     if folder != target:
         print(f"The example is in {folder}.", flush=True)
@@ -92,9 +92,9 @@ def _example_files() -> list[str]:
 
 
 def _changed_files(folder: Path) -> list[str]:
-    """What stands in `folder` under the names of the example and is something else; the outputs of cells do not count.
+    """The files in `folder` that have names of the example but other contents; outputs of cells are ignored.
 
-    The folder itself when it is none. Raises MlxNbError for what cannot be read.
+    The folder itself if it is a file. Raises MlxNbError if something cannot be read.
     """
     source = _examples_folder()
     try:
@@ -117,7 +117,7 @@ def _is_same(path: Path, original: Path) -> bool:
 
 
 def _cells(path: Path) -> list[Any] | None:
-    """What a person writes in the cells of a notebook; None for a file that is no notebook."""
+    """The sources of the cells of a notebook; None for a file that is not a notebook."""
     try:
         cells = json.loads(path.read_bytes())["cells"]
         return [(cell["cell_type"], "".join(cell["source"]), cell.get("attachments")) for cell in cells]
@@ -126,7 +126,7 @@ def _cells(path: Path) -> list[Any] | None:
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is never there in part."""
+    """Write a file atomically."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         beside.write_bytes(content)
@@ -136,7 +136,7 @@ def _write_whole(path: Path, content: bytes) -> None:
 
 
 def _keep_executed(notebook: Any, path: Path, before: bytes) -> Path:
-    """Write the executed notebook where it came from, or beside it when somebody wrote there meanwhile."""
+    """Write the executed notebook to its file, or next to it if the file was changed meanwhile."""
     import nbformat
 
     if path.read_bytes() != before:
@@ -153,7 +153,7 @@ def _fetch_model() -> Path:
 
 
 def _execute(path: Path) -> tuple[Any, Path]:
-    """The executed notebook, and where it is. Raises ModelError for a cell that fails."""
+    """The executed notebook, and its path. Raises ModelError if a cell fails."""
     try:
         import nbformat
         from nbclient import NotebookClient
@@ -174,16 +174,16 @@ def _execute(path: Path) -> tuple[Any, Path]:
                 print(f"      {line}", flush=True)
 
     class Client(NotebookClient):
-        """Says now and then how far the cell is that is being executed."""
+        """Prints the progress of the current cell now and then."""
 
-        said_at = 0.0
+        printed_at = 0.0
 
         def process_message(self, msg: Any, cell: Any, cell_index: int) -> Any:
-            """The same; the line of progress of a run is printed on the way."""
+            """Process the message, and print the progress line of a run."""
             shown = msg["content"].get("data", {}).get("text/plain", "")
             if shown.startswith(("update ", "loading ", "tokenizing ")) and "\n" not in shown:
-                if time.monotonic() - self.said_at >= _SECONDS_BETWEEN_SIGNS:
-                    self.said_at = time.monotonic()
+                if time.monotonic() - self.printed_at >= _SECONDS_BETWEEN_LINES:
+                    self.printed_at = time.monotonic()
                     print(f"      {shown}", flush=True)
             return super().process_message(msg, cell, cell_index)
 
@@ -192,7 +192,7 @@ def _execute(path: Path) -> tuple[Any, Path]:
         timeout=1800,
         kernel_name="python3",
         resources={"metadata": {"path": str(path.parent)}},
-        # Its connection is on this machine, between this process and its own child.
+        # Hides a warning about the connection, which is local to this machine.
         extra_arguments=["--IPKernelApp.log_level=ERROR"],
         on_cell_start=announce,
         on_cell_executed=show,
@@ -207,7 +207,7 @@ def _execute(path: Path) -> tuple[Any, Path]:
 
 
 def _step_in_words(cells: list[Any], at: int) -> str:
-    """`Step 3 of 9: train it (%%finetune --name home)`: the heading above a cell, or what it begins with."""
+    """`Step 3 of 9: train it (%%finetune --name home)`: the heading above a cell, or its first line."""
     code = [index for index, cell in enumerate(cells) if cell.cell_type == "code"]
     first = next((line for line in cells[at].source.splitlines() if line.strip()), "")
     above = next((cell for cell in reversed(cells[:at]) if cell.cell_type == "markdown"), None)
@@ -217,7 +217,7 @@ def _step_in_words(cells: list[Any], at: int) -> str:
 
 
 def _summary(notebook: Any) -> dict[str, Any]:
-    """The dict that the notebook's last code cell ends with."""
+    """The dict that the last code cell of the notebook displays."""
     code_cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     text = code_cells[-1].outputs[-1]["data"]["text/plain"]
     return dict(ast.literal_eval(text))

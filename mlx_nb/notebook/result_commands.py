@@ -19,7 +19,7 @@ from mlx_nb.notebook.command import (
     output_name,
 )
 from mlx_nb.notebook.session import Session
-from mlx_nb.notebook.shown_text import Text
+from mlx_nb.notebook.text_output import Text
 from mlx_nb.run.saved import how_to_use
 from mlx_nb.view.metric_text import headline
 
@@ -32,11 +32,11 @@ def _save(session: Session, arguments: argparse.Namespace) -> Text:
 
 def _runs(session: Session, arguments: argparse.Namespace) -> Text:
     if arguments.disk:
-        from mlx_nb.notebook.kept import kept_text
+        from mlx_nb.notebook.runs_on_disk import kept_text
 
         return Text(kept_text(run.folder for run in session.runs.values()))
     if not session.runs:
-        return Text("no runs yet. A %%finetune cell makes one.")
+        return Text("no runs yet. A %%finetune cell creates one.")
     table = [("", "run", "state", "update", "loss", "validation", "method", "model")]
     for run in session.runs.values():
         last, valid = run.history.last_step, run.history.evaluations("valid")
@@ -67,7 +67,7 @@ def _config(session: Session, arguments: argparse.Namespace) -> Text:
 
 
 def _compare(session: Session, arguments: argparse.Namespace) -> Text:
-    from mlx_nb.notebook.several_runs import compared
+    from mlx_nb.notebook.comparison import compared
 
     names = list(dict.fromkeys(arguments.runs))
     runs = [session.get(name) for name in names]
@@ -76,7 +76,7 @@ def _compare(session: Session, arguments: argparse.Namespace) -> Text:
     if not runs:
         runs = list(session.runs.values())
     if len(runs) < 2:
-        raise CommandError("%finetune compare: name two runs or more. `%finetune runs` lists them.")
+        raise CommandError("%finetune compare: name at least two runs. `%finetune runs` lists them.")
     return Text(compared(runs))
 
 
@@ -89,11 +89,13 @@ def _load(session: Session, arguments: argparse.Namespace) -> Text:
     model = load(place if place.exists() else run_folder(arguments.folder, working_folder()))
     if session.namespace is not None:
         session.namespace[output] = model
-    return Text(f"{model!r}\n`{output}.generate('Hello')` asks it, `{output}.generate('Hello', base=True)` its base.")
+    return Text(
+        f"{model!r}\n`{output}.generate('Hello')` uses the adapter, `{output}.generate('Hello', base=True)` the base."
+    )
 
 
 def _delete(session: Session, arguments: argparse.Namespace) -> Text:
-    from mlx_nb.notebook.kept import delete_kept
+    from mlx_nb.notebook.runs_on_disk import delete_kept
 
     known = session.runs.get(arguments.run)
     folder = known.folder if known is not None else run_folder(arguments.run, working_folder())
@@ -102,48 +104,50 @@ def _delete(session: Session, arguments: argparse.Namespace) -> Text:
 
 RESULT_COMMANDS: dict[str, Command] = {
     "plot": command(
-        "plot", "the curves so far", lambda session, arguments: session.get(arguments.name).plot(), of_now=True
+        "plot", "plot the curves so far", lambda session, arguments: session.get(arguments.name).plot(), of_now=True
     ),
     "save": command(
         "save",
-        "write the adapter in mlx-lm's format",
+        "save the adapter in mlx-lm's format",
         _save,
         argument("path", nargs="?", help="folder (default: the run's own)"),
         of_now=True,
     ),
     "runs": command(
         "runs",
-        "the runs of this notebook; --disk: those that are kept on disk, and what each takes",
+        "list the runs of this notebook, or on disk (--disk)",
         _runs,
-        argument("--disk", action="store_true", help="those in adapters/ too, with their size"),
+        argument("--disk", action="store_true", help="include the runs in adapters/, with their size on disk"),
         steers=True,
     ),
-    "config": command("config", "the settings that are not at their defaults, as the body of a cell", _config),
+    "config": command("config", "print the settings that differ from the defaults", _config),
     "report": command(
         "report",
-        "one HTML page with everything about the run",
+        "write one HTML page with everything about the run",
         lambda session, arguments: session.get(arguments.name).report(arguments.path),
         argument("path", nargs="?", help="file (default: report.html in its folder)"),
         of_now=True,
     ),
     "compare": command(
         "compare",
-        "runs side by side: losses, and the settings that differ",
+        "compare losses and settings of several runs",
         _compare,
-        argument("runs", nargs="*", metavar="run", help="names (default: all; with one, it and the current run)"),
+        argument(
+            "runs", nargs="*", metavar="run", help="names (default: all; a single one is compared with the current run)"
+        ),
     ),
     "load": command(
         "load",
-        "a model with a saved adapter, to ask it without its run",
+        "load a saved adapter with its base, without its run",
         _load,
         argument("folder", help="name of a run, or folder of its adapter"),
         OUTPUT,
     ),
     "delete": command(
         "delete",
-        "remove a run from disk: the files that mlx_nb wrote for it, and nothing else",
+        "delete the files that mlx_nb wrote for a run",
         _delete,
         argument("run", help="name of the run, or its adapter folder"),
-        argument("--yes", action="store_true", help="remove them; without it, only say what would be removed"),
+        argument("--yes", action="store_true", help="delete them; without it, only list what would be deleted"),
     ),
 }

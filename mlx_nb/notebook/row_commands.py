@@ -21,7 +21,7 @@ from mlx_nb.notebook.command import (
     command,
 )
 from mlx_nb.notebook.session import Session
-from mlx_nb.notebook.shown_text import Text
+from mlx_nb.notebook.text_output import Text
 from mlx_nb.run.inputs import SPLITS
 from mlx_nb.run.run import Run
 from mlx_nb.view.event_text import visits_text
@@ -48,7 +48,7 @@ def _rows(session: Session, arguments: argparse.Namespace) -> Any:
     settings = [word for word in arguments.what if "=" in word]
     splits = [word for word in arguments.what if "=" not in word]
     if len(splits) > 1:
-        raise CommandError(f"%finetune rows: {' '.join(splits)!r} is more than one split. For example: {_ROWS_EXAMPLE}")
+        raise CommandError(f"%finetune rows: {' '.join(splits)!r} is more than one split. Example: {_ROWS_EXAMPLE}")
     arguments.split = splits[0] if splits else "train"
     if settings:
         return _rows_of(session, arguments.split, settings)
@@ -58,7 +58,7 @@ def _rows(session: Session, arguments: argparse.Namespace) -> Any:
         return _top_loss(run, arguments.split, arguments.top_loss, arguments.measure)
     lines = [f"{len(rows)} rows in {arguments.split}. `%finetune row 0` shows one, token by token."]
     if arguments.split not in run.left_out:
-        lines += ["Which are left out is not known before they are tokenized. `%finetune check` says it now."]
+        lines += ["Rows are left out when they are tokenized. `%finetune check` lists these rows now."]
     elif run.left_out[arguments.split]:
         lines += ["Left out:", *(f"  {row.reason}" for row in run.left_out[arguments.split])]
     return Text("\n".join(lines))
@@ -68,11 +68,11 @@ def _rows_of(session: Session, split: str, words: Sequence[str]) -> Any:
     """A browser for rows of data that no run uses yet; loads only the tokenizer of the model."""
     settings = read_words(words, "%finetune rows", _ROWS_EXAMPLE)
     if "data" not in settings:
-        raise CommandError(f"%finetune rows: say which rows, as in {_ROWS_EXAMPLE}")
+        raise CommandError(f"%finetune rows: `data` is missing. Example: {_ROWS_EXAMPLE}")
     with advice_as_words():
-        session.looked_at = Run(RunConfig.from_dict(settings), name="rows", namespace=session.namespace)
-    session.looked_at.inputs.check_names()
-    return session.looked_at.browse(split)
+        session.row_preview = Run(RunConfig.from_dict(settings), name="rows", namespace=session.namespace)
+    session.row_preview.inputs.check_names()
+    return session.row_preview.browse(split)
 
 
 def _top_loss(run: Run, split: str, count: int, measure: bool) -> Text:
@@ -81,7 +81,7 @@ def _top_loss(run: Run, split: str, count: int, measure: bool) -> Text:
     losses = run.row_losses(split)
     if not losses:
         raise CommandError(
-            f"%finetune rows: no row of {split} has a known loss yet. Add --measure to pass over all of them now."
+            f"%finetune rows: no row of {split} has been measured yet. Add --measure to measure all of them now."
         )
     visits = run.history.row_losses(split)
     lines = [f"highest loss ({_row_loss_is(run)}) of {len(losses)} rows of {split}:"]
@@ -99,7 +99,7 @@ def _row_loss_is(run: Run) -> str:
     if method.kind.loss_of_row:
         return method.kind.loss_of_row
     loss = run.config.loss or next(iter(method.losses))
-    return "nats a trained token" if (method.name, loss) == ("sft", "nll") else "mean of its trained tokens"
+    return "nats per trained token" if (method.name, loss) == ("sft", "nll") else "mean over its trained tokens"
 
 
 def _browse(session: Session, arguments: argparse.Namespace) -> Any:
@@ -123,7 +123,7 @@ def _check(session: Session, arguments: argparse.Namespace) -> Any:
     run = session.get(arguments.name)
     key, equals, value = arguments.rows.partition("=")
     if key != "rows" or not equals:
-        raise CommandError(f"%finetune check: {arguments.rows!r} is not rows=NUMBER. For example: rows=20000")
+        raise CommandError(f"%finetune check: {arguments.rows!r} is not rows=NUMBER. Example: rows=20000")
     check = run.check(rows=value)
     return Text(json.dumps(check.to_dict(), ensure_ascii=False)) if arguments.json else CheckDisplay(check)
 
@@ -131,42 +131,51 @@ def _check(session: Session, arguments: argparse.Namespace) -> Any:
 ROW_COMMANDS: dict[str, Command] = {
     "row": command(
         "row",
-        "one row as the model will see it, with its loss mask",
+        "show one row as the model sees it, with its loss mask",
         _row,
         argument("number", type=int),
         argument("--split", default="train", choices=SPLITS),
         argument("--tokens", action="store_true", help="one cell per token"),
-        argument("--loss", action="store_true", help="color the tokens by the model's loss on them, now"),
-        argument("--compare", choices=["base"], help="color by what training changed, against the base"),
+        argument("--loss", action="store_true", help="color tokens by the model's current loss"),
+        argument("--compare", choices=["base"], help="color tokens by the change in loss since the base"),
         argument("--page", type=int, default=0, help="page of a long row"),
         of_now=True,
     ),
     "rows": command(
         "rows",
-        "how many rows a split has, and which are left out; with data=bees those of no run yet",
+        "count rows, list those left out, or browse data=...",
         _rows,
-        argument("what", nargs="*", metavar="split, key=value", help="data=bees model=smollm2-135m: before a run"),
-        argument("--top-loss", type=int, metavar="N", help="the N rows of highest loss when last visited"),
-        argument("--measure", action="store_true", help="measure every row of the split now"),
+        argument(
+            "what",
+            nargs="*",
+            metavar="split, key=value",
+            help="a split, or data=bees model=smollm2-135m to browse rows before a run",
+        ),
+        argument("--top-loss", type=int, metavar="N", help="the N rows with the highest loss at their last visit"),
+        argument("--measure", action="store_true", help="with --top-loss: measure every row of the split first"),
         of_now=True,
     ),
-    "browse": command(
-        "browse", "leaf through the rows: previous, next, jump, filters, colors", _browse, SPLIT, steers=True
-    ),
-    "batch": command("batch", "the exact arrays that the next update will train on", _batch, of_now=True),
+    "browse": command("browse", "page through the rows, with filters and colors", _browse, SPLIT, steers=True),
+    "batch": command("batch", "show the exact arrays of the next update", _batch, of_now=True),
     "rollouts": command(
         "rollouts",
-        "the newest completions: what each reward function said, and their advantages",
+        "show the newest completions with their rewards",
         _rollouts,
-        argument("--step", type=int, metavar="UPDATE", help="the newest until this update"),
-        argument("--ratios", action="store_true", help="color tokens by log(policy now / policy that sampled)"),
+        argument("--step", type=int, metavar="UPDATE", help="the newest up to this update"),
+        argument("--ratios", action="store_true", help="color tokens by log(current policy / sampling policy)"),
         of_now=True,
     ),
     "check": command(
         "check",
-        "what is wrong or odd with the rows, by number",
+        "find problems in the rows, by row number",
         _check,
-        argument("rows", nargs="?", default="rows=5000", metavar="rows=N", help="rows to tokenize, or all"),
-        argument("--json", action="store_true", help="as one JSON document"),
+        argument(
+            "rows",
+            nargs="?",
+            default="rows=5000",
+            metavar="rows=N",
+            help="how many rows of each split to tokenize, or all",
+        ),
+        argument("--json", action="store_true", help="print one JSON document"),
     ),
 }

@@ -1,4 +1,4 @@
-"""The runs of this kernel, by name; one of them is current."""
+"""The runs of a notebook by name, which one is current, and what shows them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """Runs in the order they were made; `namespace` is the notebook's. Making a run of an existing name replaces it.
+    """Runs in order of creation. A new run with the name of an existing one replaces it.
 
-    `queued` has the cells wait that are queued behind one that starts a run.
+    `namespace` has the variables of the notebook. `queued` makes cells wait that are queued behind a cell that starts
+    a run.
     """
 
     def __init__(
@@ -35,21 +36,22 @@ class Session:
         self.preferences = preferences if preferences is not None else Finetune()
         self.queued = queued
         self.runs: dict[str, Run] = {}
-        self.looked_at: Run | None = None  # of which only the rows are looked at
-        self.form: NewRun | None = None  # of a run that there is not yet
+        self.row_preview: Run | None = None  # the run of `%finetune rows data=...`, which is never trained
+        self.form: NewRun | None = None  # the open form for a new run
         self._current: str | None = None
         self._shown: dict[str, tuple[Panel, Outcome]] = {}
-        self._further: dict[str, list[Any]] = {}  # what stands below further views of a panel, once that is closed
-        self._replaced: dict[str, list[Outcome]] = {}  # of runs that were let go, by their name
+        self._further: dict[str, list[Any]] = {}  # outputs below further views of a panel, filled when it is closed
+        self._replaced: dict[str, list[Outcome]] = {}  # outcomes of replaced runs, by name
 
     def add(self, run: Run, output: str | None = None) -> list[str]:
-        """Keep `run`, bind it to the variable `output` and make it current. Returns what there is to say of that.
+        """Add `run`, store it in the variable `output` and make it current. Returns notes to print.
 
-        A run of that name is saved and let go, its panel with it; variables that hold it are named. Raises
-        CheckpointError when that one cannot be saved, or the new one cannot be in its folder; then it stays.
+        A previous run of that name is saved and released, and its panel is closed; a note names the variables that
+        still hold it. Raises CheckpointError if the previous run cannot be saved, or if the new one cannot use its
+        folder; then the previous run stays.
         """
         if not run.prepared:
-            run.home.refuse_misplaced()  # while the run before still stands
+            run.home.refuse_misplaced()  # before the previous run is released
         notes, before = list[str](), self.runs.get(run.name)
         if before is not None and before is not run:
             bound = f" (the variable {output})" if output else ""
@@ -57,14 +59,14 @@ class Session:
             by = "the same run, resumed in this process" if resumed else "a new run of that name"
             before.release(f"{run.name} was replaced by {by}{bound}")
             self._leave_shown(run)
-            del self.runs[run.name]  # the newest is the last
+            del self.runs[run.name]  # so that the new one comes last
             notes = [
-                f"The variable {name} is still the run that was replaced. `-o {name}` binds the new one."
+                f"The variable {name} still holds the replaced run. `-o {name}` stores the new one in it."
                 for name in self._variables_of(before)
                 if name != output
             ]
         holder = run.home.other_holder()
-        if holder is not None:  # one that was made in Python
+        if holder is not None:  # a run created in Python
             holder.let_go(f"{holder.name} was replaced by the new run {run.name}")
         self.runs[run.name] = run
         self._current = run.name
@@ -73,23 +75,23 @@ class Session:
         return notes
 
     def _variables_of(self, run: Run) -> list[str]:
-        """The notebook's variables that are this run."""
+        """The notebook variables that hold this run."""
         return [name for name, value in (self.namespace or {}).items() if value is run and not name.startswith("_")]
 
     def panel_of(self, run: Run) -> Panel | None:
-        """The panel of this run, when some browser has it open."""
+        """The panel of this run, if it is open in a browser."""
         shown = self._shown.get(run.name)
         return shown[0] if shown and shown[0].run is run and shown[0].is_open else None
 
     def keep_shown(self, run: Run, panel: Panel, outcome: Outcome) -> None:
-        """What a run is shown by from now on; what it was shown by before is let go."""
+        """Register the panel and the lasting output of a run; the previous ones are closed."""
         for one in self._shown.pop(run.name, ()):
             if one is not panel:
                 one.close()
         self._shown[run.name] = (panel, outcome)
 
     def show_further(self, run: Run, panel: Panel) -> None:
-        """One more view of the panel in the cell that is executed, with a place for words when it is closed."""
+        """Show the panel once more in the current cell, with an output below it for when the panel is closed."""
         from IPython.display import display
 
         display(panel)
@@ -97,9 +99,9 @@ class Session:
         self._further.setdefault(run.name, []).append(place)
 
     def _leave_shown(self, run: Run) -> None:
-        """Close what shows the run that `run` replaces.
+        """Close the views of the run that `run` replaces.
 
-        Once `run` has the folder, all that were replaced under this name say where they are kept since.
+        Once `run` has taken the folder, the outputs of all replaced runs of this name show where they are stored now.
         """
         name = run.name
         shown = self._shown.get(name)
@@ -107,35 +109,35 @@ class Session:
         if shown is not None:
             self._replaced.setdefault(name, []).append(shown[1])
 
-        def say_where(_event: Event) -> None:
+        def show_location(_event: Event) -> None:
             if run.prepared:
-                run.unlisten(say_where)
+                run.unlisten(show_location)
                 for outcome in self._replaced.get(name, ()):
-                    outcome.say_where()
+                    outcome.show_location()
 
-        run.listen(say_where)
+        run.listen(show_location)
 
     def publish(self, run: Run) -> None:
-        """Write what lasts of this run as it is now, where it has a place, also on a page that was opened since."""
+        """Update the lasting output of this run, also on a page that was opened later."""
         if (shown := self._shown.get(run.name)) and shown[0].run is run:
             shown[1].publish()
             shown[1].show_again()
 
     def show_again(self, run: Run) -> None:
-        """On a page that was opened since, in the cell that is executed, what was written of this run."""
+        """Show the lasting output of this run in the current cell, if the page was opened later."""
         if (shown := self._shown.get(run.name)) and shown[0].run is run:
             shown[1].show_again()
 
     def _close_shown(self, name: str) -> None:
         for one in self._shown.pop(name, ()):
             one.close()
-        words = f"{name} is another run since, or was let go: its result is in the cell that made it."
+        words = f"{name} was replaced or released. Its result is in the cell that created it."
         for place in self._further.pop(name, ()):
             if place is not None:
                 place.update({"text/html": lasting_html(words), "text/plain": words}, raw=True)
 
     def close(self) -> None:
-        """Stop what moves where it is, save it, and take the panels away: the extension is being unloaded."""
+        """Stop and save all runs and close the panels, when the extension is unloaded."""
         if self.queued is not None:
             self.queued.close()
         for run in self.runs.values():
@@ -147,7 +149,7 @@ class Session:
             self.form.close()
 
     def save_all(self) -> None:
-        """Write a checkpoint of every run that did updates since its last one. What cannot be saved is said."""
+        """Write a checkpoint of every run with unsaved updates. Prints an error for a run that cannot be saved."""
         for run in self.runs.values():
             try:
                 run.save_unsaved()
@@ -155,14 +157,14 @@ class Session:
                 print(f"{run.name}: {error}", file=sys.stderr)
 
     def get(self, name: str | None = None) -> Run:
-        """The run called `name`, or the current one. Raises CommandError when there is none."""
+        """The run called `name`, or the current one. Raises CommandError if there is none."""
         if name is None:
             if self._current is None:
-                raise CommandError("there is no run yet. A %%finetune cell makes one.")
+                raise CommandError("there is no run yet. A %%finetune cell creates one.")
             return self.runs[self._current]
         if name not in self.runs:
-            made = ", ".join(self.runs) or "none yet"
-            raise CommandError(f"no run is called {name!r}.{did_you_mean(name, self.runs)} Runs: {made}.")
+            known = ", ".join(self.runs) or "none yet"
+            raise CommandError(f"no run is called {name!r}.{did_you_mean(name, self.runs)} Runs: {known}.")
         return self.runs[name]
 
     def select(self, name: str) -> Run:
@@ -172,5 +174,5 @@ class Session:
         return run
 
     def is_current(self, run: Run) -> bool:
-        """Whether a command without a name means this run."""
+        """Whether commands without a name act on this run."""
         return self._current is not None and self.runs[self._current] is run

@@ -1,6 +1,6 @@
-"""Tab completion: the options of `%%finetune` and the settings below it, the commands of `%finetune` and theirs.
+"""Tab completion for `%%finetune`, its options and settings, and for `%finetune` commands and their arguments.
 
-Where it answers nobody else does: in settings and commands no name of Python has a meaning.
+In these places, completions of Python names are suppressed.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from mlx_nb.config.help import short_help
 from mlx_nb.config.run_config import LIVE_SETTINGS, SETTINGS
 from mlx_nb.notebook.choices import Choice, adapters, inner_keys, keys, paths, values
 from mlx_nb.notebook.commands import COMMANDS
-from mlx_nb.notebook.yaml_place import place_of, settings_in
+from mlx_nb.notebook.yaml_cursor import place_of, settings_in
 from mlx_nb.run.resume_checks import MADE_FROM
 
 if TYPE_CHECKING:
     from mlx_nb.notebook.session import Session
 
-_FIRST = 1000.0  # before the matchers of IPython
+_FIRST = 1000.0  # priority over the matchers of IPython
 _COMMAND = re.compile(r"\s*(?:[\w., ]+=\s*)?%finetune\s+(.*)|\s*finetune\s+(?![=.(\[])(.*)")
 
 
 class Offer(NamedTuple):
-    """What may stand in place of `fragment`, the text before the cursor that is being typed."""
+    """Completions of `fragment`, the partial word before the cursor."""
 
     fragment: str
     choices: list[Choice]
 
 
 class _Answered(list[Any]):
-    """Completions which are the answer even where there are none: IPython would ask others for an empty list."""
+    """Completions that are final even if there are none: for an empty list IPython would use other matchers."""
 
     def __len__(self) -> int:
         return max(1, super().__len__())
 
 
 def matcher(session: Session, cell_parser: argparse.ArgumentParser) -> Callable[[Any], Any]:
-    """For `Completer.custom_matchers`; `cell_parser` has the options of `%%finetune`."""
+    """A matcher for `Completer.custom_matchers`; `cell_parser` has the options of `%%finetune`."""
     from IPython.core.completer import CompletionContext, SimpleCompletion, context_matcher
 
     def match(context: CompletionContext) -> dict[str, Any]:
@@ -60,12 +60,12 @@ def matcher(session: Session, cell_parser: argparse.ArgumentParser) -> Callable[
 
 
 def _beside(help: str) -> str:
-    """What terminals and JupyterLab show beside a completion, as its type; JupyterLab would break it at its spaces."""
+    """The text next to a completion, passed as its type; JupyterLab would break it at ordinary spaces."""
     return short_help(help).replace(" ", "\u00a0") or "value"
 
 
 def complete(session: Session, cell_parser: argparse.ArgumentParser, text: str, line: int, column: int) -> Offer | None:
-    """What may come next at a place in a cell; None where that is not ours to say."""
+    """The completions at a place in a cell; None outside of `%%finetune` and `%finetune`."""
     lines = text.split("\n")
     before = lines[line][:column]
     first = next((at for at, one in enumerate(lines) if one.strip()), 0)
@@ -84,7 +84,7 @@ def complete(session: Session, cell_parser: argparse.ArgumentParser, text: str, 
 
 
 def _setting(session: Session, above: Sequence[str], before: str, below: Sequence[str]) -> Offer:
-    """In the YAML body."""
+    """Completions in the YAML body."""
     place = place_of(above, before)
     if place is None:
         return Offer("", [])
@@ -99,7 +99,7 @@ def _setting(session: Session, above: Sequence[str], before: str, below: Sequenc
 
 
 def _words(session: Session, parser: argparse.ArgumentParser, line: str) -> Offer:
-    """In a line of options and arguments, of which the last word is being typed."""
+    """Completions of the last word in a line of options and arguments."""
     *before, fragment = line.split(" ")
     pending, position, given = None, 0, set()
     positional = [action for action in parser._actions if not action.option_strings]
@@ -129,7 +129,7 @@ def _words(session: Session, parser: argparse.ArgumentParser, line: str) -> Offe
 
 
 def _argument(session: Session, parser: argparse.ArgumentParser, action: argparse.Action, fragment: str) -> Offer:
-    """One argument of a command."""
+    """Completions of one argument of a command."""
     name, equals, value = fragment.partition("=")
     if equals and name in SETTINGS:
         return _offer(value, values((name,), value, session.namespace or {}, {}))
@@ -139,18 +139,18 @@ def _argument(session: Session, parser: argparse.ArgumentParser, action: argpars
 
 
 def _of_kind(session: Session, command: str, kind: str, fragment: str) -> list[Choice]:
-    made = [Choice(run.name, f"{run.state}, {run.config.model}") for run in session.runs.values()]
+    names = [Choice(run.name, f"{run.state}, {run.config.model}") for run in session.runs.values()]
     match kind:
         case "name":
-            return made
+            return names
         case "run":
-            known = {one.text for one in made}
+            known = {one.text for one in names}
             saved = [Choice(Path(one.text).name, one.help) for one in adapters()] if command != "use" else []
-            return [*made, *(one for one in saved if one.text not in known)]
+            return [*names, *(one for one in saved if one.text not in known)]
         case "changes":
-            names = LIVE_SETTINGS if command == "set" else tuple(SETTINGS)
+            settings = LIVE_SETTINGS if command == "set" else tuple(SETTINGS)
             helps = {one.text.removesuffix(": "): one.help for one in keys(None)}
-            return [Choice(f"{name}=", helps[name]) for name in names]
+            return [Choice(f"{name}=", helps[name]) for name in settings]
         case "command":
             return [Choice(name, one.help) for name, one in COMMANDS.items()]
         case "allow_changed":
@@ -163,5 +163,5 @@ def _of_kind(session: Session, command: str, kind: str, fragment: str) -> list[C
 
 
 def _offer(fragment: str, choices: Iterable[Choice]) -> Offer:
-    """Those of the choices that begin as what is typed."""
+    """The choices that begin with the typed text."""
     return Offer(fragment, [one for one in choices if one.text.lower().startswith(fragment.lower())])

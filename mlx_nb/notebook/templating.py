@@ -1,8 +1,8 @@
-"""`{name}` in a `%%finetune` body becomes the value of the notebook's variable `name`. Strict, and no evaluation.
+"""Replaces `{name}` in a `%%finetune` body by the notebook variable `name`, without evaluating anything.
 
-A value is always one value of the YAML, wherever it stands: a text stays a text, with `#`, `: `, quotes and line breaks
-in it, and a number stays a number. The body is scanned with a stand-in for each name; then the scalars that hold one
-are written anew, on as many lines as before.
+A value always stays one YAML value: a text stays a text, even with `#`, `: `, quotes or line breaks, and a number
+stays a number. The body is scanned with a placeholder for each name; then scalars with placeholders are rewritten, on
+the same number of lines.
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ from mlx_nb.errors import CommandError, ConfigError, did_you_mean
 
 # `{{ text }}` with spaces is Jinja, and left alone.
 _PLACE = re.compile(r"\{\{(?P<literal>(?! )[^{}\n]*(?<! ))\}\}|\{(?P<name>[A-Za-z_]\w*)\}")
-_MOST_VALUES = 10_000  # of a list or mapping that is written into the YAML
+_MOST_VALUES = 10_000  # in a list or mapping that is written into the YAML
 
 
 @dataclass(frozen=True)
 class _Place:
-    """A `{name}` or `{{literal}}` of the body, the line it is on, and the stand-in that it is scanned as."""
+    """A `{name}` or `{{literal}}` of the body, its line, and the placeholder that replaces it during the scan."""
 
     text: str
     line: int
-    stand_in: str
+    placeholder: str
     name: str | None
     literal: str | None
 
 
 def fill(body: str, namespace: Mapping[str, Any]) -> str:
-    """The body with every `{name}` outside of comments replaced; `{{text}}` stands for `{text}`.
+    """The body with every `{name}` outside comments replaced; `{{text}}` becomes `{text}`.
 
-    A chat template, and any other text with a `{%` tag, is Jinja and left alone, as is a YAML mapping such as
+    A chat template, and any other text with a `{%` tag, is Jinja and stays unchanged, as does a YAML mapping such as
     `{rank: 8}` or `{length: {max: 80}}`. Raises CommandError for undefined names, one line each, and for a value that
-    has no form in YAML.
+    cannot be written in YAML.
     """
     begin, end = _unused(body)
     places: dict[str, _Place] = {}
 
-    def stand_in(match: re.Match[str]) -> str:
+    def placeholder(match: re.Match[str]) -> str:
         text = f"{begin}{len(places)}{end}"
         line = body.count("\n", 0, match.start()) + 1
         places[text] = _Place(match.group(), line, text, match.group("name"), match.group("literal"))
         return text
 
-    scanned = _PLACE.sub(stand_in, body)
+    scanned = _PLACE.sub(placeholder, body)
     pattern = re.compile(f"{begin}[0-9]+{end}")
     scalars = list(_scalars(scanned, pattern))
     jinja = {text for one in scalars if one.is_jinja for text in pattern.findall(scanned[one.start : one.stop])}
@@ -70,18 +70,18 @@ def fill(body: str, namespace: Mapping[str, Any]) -> str:
 
 
 def _unused(body: str) -> tuple[str, str]:
-    """Two characters of the private use area that the body does not have."""
+    """Two characters of the private use area that do not occur in the body."""
     free = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in body)
     return next(free), next(free)
 
 
 def _untouched(place: _Place, is_jinja: bool) -> str:
-    """What stands where nothing was written anew: in a comment, in Jinja, or raw YAML in doubled braces."""
+    """The text for a placeholder that was not rewritten: in a comment, in Jinja, or raw YAML in double braces."""
     return place.text if place.literal is None or is_jinja else f"{{{place.literal}}}"
 
 
 class _Scalar(NamedTuple):
-    """A scalar of the body with a stand-in in it, from `start` to `stop`."""
+    """A scalar of the body that contains a placeholder, from `start` to `stop`."""
 
     start: int
     stop: int
@@ -91,9 +91,9 @@ class _Scalar(NamedTuple):
 
 
 def _scalars(scanned: str, pattern: re.Pattern[str]) -> Iterator[_Scalar]:
-    """Each scalar with a stand-in.
+    """Each scalar with a placeholder.
 
-    What cannot be scanned is left as it is: reading it will say what is wrong.
+    The scan ends at invalid YAML; the error is reported when the body is read.
     """
     before: Any = None
     key = ""
@@ -131,7 +131,7 @@ def _written(
     places: Mapping[str, _Place],
     namespace: Mapping[str, Any],
 ) -> str:
-    """A scalar with the values of its names, as YAML. `source` is what stands in the body for it."""
+    """A scalar with its names replaced by their values, as YAML. `source` is its text in the body."""
     alone = places.get(source) if token.plain else None
     if alone is not None and alone.name is not None:
         value = to_plain_python(namespace[alone.name])
@@ -144,7 +144,7 @@ def _written(
     text = pattern.sub(lambda match: inserted[match.group()], token.value)
     if token.plain and "\n" not in source and _stays_plain(text, source, pattern, places, namespace):
         return text
-    # Written on one line, and then as many line breaks as it had: the lines after it keep their numbers.
+    # On one line, followed by the original number of line breaks, so that later lines keep their numbers.
     return _quoted(text) + "\n" * source.count("\n")
 
 
@@ -155,7 +155,7 @@ def _stays_plain(
     places: Mapping[str, _Place],
     namespace: Mapping[str, Any],
 ) -> bool:
-    """Whether a text without quotes is read as itself, or, made of numbers alone, as the number that it spells."""
+    """Whether an unquoted text is read as itself or, if made only of numbers, as a number."""
     try:
         read = load_mapping(f"k: [{text}]").values["k"]
     except ConfigError:
@@ -166,7 +166,7 @@ def _stays_plain(
 
 
 def _inside(place: _Place, namespace: Mapping[str, Any]) -> str:
-    """A value as a part of a text."""
+    """A value as part of a text."""
     if place.name is None:
         return f"{{{place.literal}}}"
     value = to_plain_python(namespace[place.name])
@@ -176,12 +176,12 @@ def _inside(place: _Place, namespace: Mapping[str, Any]) -> str:
         return str(value)
     if isinstance(value, (list, tuple, Mapping)):
         kind = type(value).__name__
-        raise CommandError(f"line {place.line}: {place.text} is a {kind} and cannot be a part of a text.")
+        raise CommandError(f"line {place.line}: {place.text} is a {kind} and cannot be part of a text.")
     return _as_yaml(value, place)
 
 
 def _as_yaml(value: Any, place: _Place) -> str:
-    """A value of the notebook as one value of a YAML line. Raises CommandError for what has no such form."""
+    """A value of the notebook as one YAML value on one line. Raises CommandError if that is impossible."""
     if isinstance(value, (str, PurePath)):
         return _word(str(value) if isinstance(value, PurePath) else str.__str__(value))
     try:
@@ -199,7 +199,7 @@ def _as_yaml(value: Any, place: _Place) -> str:
 
 
 def _flow(value: Any) -> tuple[int, str]:
-    """How many values it holds, and the value in YAML's flow form. Raises TypeError or ValueError."""
+    """The number of values in it, and the value in YAML's flow style. Raises TypeError or ValueError."""
     value = to_plain_python(value)
     if value is None or isinstance(value, bool):
         return 1, json.dumps(value)
@@ -223,7 +223,7 @@ def _flow(value: Any) -> tuple[int, str]:
 
 
 def _word(text: str) -> str:
-    """A text, in quotes unless it is read as itself without them."""
+    """A text, in quotes unless YAML reads it as itself without them."""
     try:
         return (
             text
@@ -235,7 +235,7 @@ def _word(text: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A text in double quotes, on one line, with all that YAML does not print escaped."""
+    """A text in double quotes, on one line, with characters escaped that are not printable in YAML."""
     return _UNPRINTED.sub(lambda match: f"\\u{ord(match.group()):04x}", json.dumps(text, ensure_ascii=False))
 
 

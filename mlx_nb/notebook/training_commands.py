@@ -1,4 +1,4 @@
-"""The `%finetune` commands that train a run, steer it, or use its model: step, run, pause, generate, ...
+"""The `%finetune` commands that train or control a run, or use its model: step, run, pause, generate, ...
 
 A new command of this group is a function here and its entry in the table at the end.
 """
@@ -21,13 +21,13 @@ from mlx_nb.notebook.command import (
     wait_of,
 )
 from mlx_nb.notebook.session import Session
-from mlx_nb.notebook.shown_text import GrowingAnswer, Text, has_rich_display
+from mlx_nb.notebook.text_output import GrowingAnswer, Text, has_rich_display
 from mlx_nb.run.inputs import SPLITS
 from mlx_nb.view.event_text import AT_NO_UPDATE, STATES, progress_words
 
 
 def _new(session: Session, arguments: argparse.Namespace) -> Any:
-    """The form; without widgets, or with --write, the cell itself, at the next prompt or below this one."""
+    """Open the form; without widgets, or with --write, write the cell at the next prompt or below this one."""
     from mlx_nb.notebook import new_run
     from mlx_nb.notebook.new_run_cell import cell_text
 
@@ -50,7 +50,7 @@ def _step(session: Session, arguments: argparse.Namespace) -> None:
     from mlx_nb.notebook.driver import train
 
     if arguments.n < 1:
-        raise CommandError(f"%finetune step: cannot do {arguments.n} updates. Give a whole number of 1 or more.")
+        raise CommandError(f"%finetune step: cannot do {arguments.n} updates. Give a whole number, at least 1.")
     run = session.get(arguments.name)
     refuse_finished(run)
     train(session, run, arguments.n, wait=True)
@@ -110,13 +110,13 @@ def _generate(session: Session, arguments: argparse.Namespace) -> Text:
     if not has_rich_display():
         return Text(run.generate(prompt, **options))
     who = "the base" if arguments.base else run.name
-    answer = GrowingAnswer(f"{who} answers …")
+    answer = GrowingAnswer(f"{who} generates …")
     try:
         for progress in run.inputs.loading():
             answer.wait(progress_words(progress))
         return answer.ended(run.generate(prompt, on_text=answer.grow, **options))
     except BaseException:
-        answer.broken_off()
+        answer.interrupted()
         raise
 
 
@@ -129,7 +129,7 @@ def _set(session: Session, arguments: argparse.Namespace) -> Text:
     words = ", ".join(word.replace("=", ": ", 1) for word in arguments.changes)
     changed = f"{run.name}: {words}, {AT_NO_UPDATE}" if run.over else f"{run.name}: from the next update on, {words}"
     notes = notes_since(run, known)
-    if run.state == RunState.RUNNING and run.prepared:  # it is recorded at the next boundary
+    if run.state == RunState.RUNNING and run.prepared:  # the change takes effect at the next boundary
         notes += filter(None, (run.trainer.change_note(name, run.config) for name in changes))
     return Text("\n".join([changed, *notes]))
 
@@ -137,40 +137,40 @@ def _set(session: Session, arguments: argparse.Namespace) -> Text:
 TRAINING_COMMANDS: dict[str, Command] = {
     "new": command(
         "new",
-        "a form for a new run: settings, rows with masks, their check, and the cell",
+        "open a form that writes the cell of a new run",
         _new,
-        argument("changes", nargs="*", metavar="key=value", help="what the form begins with"),
-        argument("--write", action="store_true", help="write its cell into the next one"),
+        argument("changes", nargs="*", metavar="key=value", help="initial values of the form"),
+        argument("--write", action="store_true", help="write its cell into the next cell"),
         steers=True,
     ),
     "step": command("step", "do exactly n updates (default 1)", _step, argument("n", nargs="?", type=int, default=1)),
     "run": command(
         "run",
-        "train to the end, or n more updates, in the background where somebody looks",
+        "train to the end, or for n more updates",
         _run,
         argument("n", nargs="?", type=int),
-        argument("--wait", action="store_true", help="stay in the cell"),
-        argument("--background", action="store_true", help="return at once"),
+        argument("--wait", action="store_true", help="wait in the cell until the run pauses or ends"),
+        argument("--background", action="store_true", help="train in the background and return at once"),
     ),
-    "pause": command("pause", "stop after this update; `%finetune run` goes on", _pause, steers=True),
+    "pause": command("pause", "pause after this update; `%finetune run` continues", _pause, steers=True),
     "stop": command("stop", "end the run after this update and save its adapter", _stop, steers=True),
-    "panel": command("panel", "controls, curves, rows, samples and checkpoints, live", _panel, steers=True),
+    "panel": command("panel", "show the live panel with controls and curves", _panel, steers=True),
     "status": command(
         "status",
-        "where the run is",
+        "show the progress of the run",
         lambda session, arguments: Text(session.get(arguments.name).status()),
         steers=True,
     ),
     "eval": command(
         "eval",
-        "loss of a split and what the method measures, now",
+        "measure loss and metrics on a split now",
         _eval,
         argument("split", nargs="?", default="valid", choices=SPLITS),
         of_now=True,
     ),
     "generate": command(
         "generate",
-        "ask the model as it is now; --base asks it without the adapter",
+        "generate text with the current model",
         _generate,
         argument("prompt", nargs="+"),
         argument("--base", action="store_true", help="switch the adapter off"),
@@ -181,7 +181,7 @@ TRAINING_COMMANDS: dict[str, Command] = {
     ),
     "set": command(
         "set",
-        "change a setting during the run",
+        "change settings during the run",
         _set,
         argument("changes", nargs="+", metavar="key=value"),
         steers=True,

@@ -8,7 +8,7 @@ from IPython.core.completer import provisionalcompleter
 from mlx_nb.config.methods import METHODS
 from mlx_nb.config.run_config import LIVE_SETTINGS, SETTINGS
 from mlx_nb.notebook.commands import COMMANDS
-from mlx_nb.notebook.yaml_place import Place, place_of
+from mlx_nb.notebook.yaml_cursor import Place, place_of
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import forked
 from every_line import PACKAGE, at_line, lines_of
 from mlx_nb import Run
 from mlx_nb.errors import CheckpointError, CommandError
-from mlx_nb.notebook.interrupted import LINE
+from mlx_nb.notebook.interrupt_display import LINE
 from mlx_nb.notebook.lasting_output import Outcome
 from mlx_nb.notebook.session import Session
 from mlx_nb.train.checkpoint import CheckpointStore

@@ -20,7 +20,7 @@ from kernels import SETUP, Kernel
 from killed import AUTOSAVE_SECONDS, DIGEST, new_run, read_line
 from lives import KINDS
 from mlx_nb import Run
-from mlx_nb.notebook.interrupted import LINE
+from mlx_nb.notebook.interrupt_display import LINE
 from mlx_nb.run.resume_checks import history_of
 from mlx_nb.train.checkpoint import CheckpointStore
 from places import SUPPORT

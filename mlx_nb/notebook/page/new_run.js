@@ -1,4 +1,4 @@
-// The form of a new run. What is typed goes to the kernel, which gives the cell and says what is wrong with it.
+// The form for a new run. The kernel receives the typed values and returns the cell and its problems.
 
 const MULTILINE = ["sample_prompts"];
 
@@ -7,17 +7,17 @@ function newRunPage({ model, el }) {
   const grid = h("div", { class: "mlx-nb-settings" });
   const problems = h("div", { class: "mlx-nb-failure mlx-nb-problems", role: "alert" });
   const cell = h("pre", { class: "mlx-nb-cell", tabindex: 0, "aria-label": "the cell" });
-  const said = h("span", { class: "mlx-nb-note", "aria-live": "polite" });
+  const status = h("span", { class: "mlx-nb-note", "aria-live": "polite" });
   const copy = h("button", { type: "button", class: "mlx-nb-action mlx-nb-primary", onclick: () => copyCell() }, "Copy the cell");
   const look = h("button", { type: "button", class: "mlx-nb-action", onclick: () => showRow(0) }, "Show the rows");
   const check = h("button", { type: "button", class: "mlx-nb-action", onclick: () => showCheck() }, "Check the rows");
-  const back = h("button", { type: "button", class: "mlx-nb-small", onclick: () => showRow(row - 1) }, "◀ Row before");
-  const on = h("button", { type: "button", class: "mlx-nb-small", onclick: () => showRow(row + 1) }, "Row after ▶");
+  const back = h("button", { type: "button", class: "mlx-nb-small", onclick: () => showRow(row - 1) }, "◀ Previous row");
+  const on = h("button", { type: "button", class: "mlx-nb-small", onclick: () => showRow(row + 1) }, "Next row ▶");
   const where = h("span", { class: "mlx-nb-note" }), leaf = h("span", { class: "mlx-nb-line", hidden: true }, back, where, on);
   const shown = h("div", { class: "mlx-nb-row" }), findings = h("div", { class: "mlx-nb-row" });
   const root = h("div", { class: "mlx-nb-panel mlx-nb-new", "data-lm-suppress-shortcuts": "true", role: "region", "aria-label": "new run" },
-    h("div", { class: "mlx-nb-note" }, "Empty fields keep their default. What comes of it is the cell below, nothing else."),
-    grid, problems, h("h4", {}, "The cell"), cell, h("div", { class: "mlx-nb-line" }, copy, said),
+    h("div", { class: "mlx-nb-note" }, "Empty fields keep their default. The result is the cell below."),
+    grid, problems, h("h4", {}, "The cell"), cell, h("div", { class: "mlx-nb-line" }, copy, status),
     h("h4", {}, "Its rows, as the model will see them"), h("div", { class: "mlx-nb-line" }, look, check, leaf), shown, findings);
   const made = new Map(), waiting = new Map();
   let row = 0, number = 0;
@@ -33,7 +33,7 @@ function newRunPage({ model, el }) {
       const unset = h("option", { value: "" }, usual ? `${usual} (default)` : "(default)");
       return h("select", attributes, unset, choices.filter(([text]) => text !== usual).map(([text, words]) => h("option", { value: text }, words ? `${text}: ${words}` : text)));
     }
-    if (MULTILINE.includes(name)) return h("textarea", { ...attributes, rows: 2, placeholder: "one a line" });
+    if (MULTILINE.includes(name)) return h("textarea", { ...attributes, rows: 2, placeholder: "one per line" });
     return h("input", { ...attributes, type: "text", list: `${id}-list-${name}`, placeholder: usual });
   }
 
@@ -72,11 +72,11 @@ function newRunPage({ model, el }) {
       getSelection().selectAllChildren(cell);
       isCopied = document.execCommand("copy");
     }
-    setText(said, `${isCopied ? "copied; paste it into a cell" : "select the text to copy it"}, or run \`%finetune new --write\`, which writes it into the next one`);
+    setText(status, `${isCopied ? "copied; paste it into a cell" : "select the text to copy it"}, or run \`%finetune new --write\`, which writes it into the next cell`);
   }
 
   function ask(message, into) {
-    setText(into, "asking the kernel …");
+    setText(into, "loading …");
     return new Promise((resolve) => {
       waiting.set(++number, resolve);
       model.send({ ...message, id: number });
@@ -84,38 +84,38 @@ function newRunPage({ model, el }) {
   }
 
   async function showRow(wanted) {
-    const told = await ask({ look: "row", row: wanted }, shown);
-    leaf.hidden = !told.rows;
-    if (told.error) return setText(shown, told.error);
-    row = told.row;
-    setText(where, `row ${row} (0 to ${told.rows - 1})`);
+    const reply = await ask({ look: "row", row: wanted }, shown);
+    leaf.hidden = !reply.rows;
+    if (reply.error) return setText(shown, reply.error);
+    row = reply.row;
+    setText(where, `row ${row} (0 to ${reply.rows - 1})`);
     back.disabled = row <= 0;
-    on.disabled = row >= told.rows - 1;
-    setHtml(shown, told.html);
+    on.disabled = row >= reply.rows - 1;
+    setHtml(shown, reply.html);
   }
 
   async function showCheck() {
-    const told = await ask({ look: "check" }, findings);
-    told.error ? setText(findings, told.error) : setHtml(findings, told.html);
+    const reply = await ask({ look: "check" }, findings);
+    reply.error ? setText(findings, reply.error) : setHtml(findings, reply.html);
   }
 
-  // Rows on show are those of another cell now.
+  // The shown rows belong to the previous cell.
   function changed() {
     draw();
-    setText(said, "");
+    setText(status, "");
     leaf.hidden = true;
     for (const one of [shown, findings]) one.replaceChildren();
   }
 
-  function hear(message) {
+  function onMessage(message) {
     if (message.kind !== "answer") return;
     waiting.get(message.id)?.(message);
     waiting.delete(message.id);
   }
 
-  const listeners = [["change:fields", drawFields], ["change:values", drawFields], ["change:cell", changed], ["change:problems", draw], ["msg:custom", hear]];
+  const listeners = [["change:fields", drawFields], ["change:values", drawFields], ["change:cell", changed], ["change:problems", draw], ["msg:custom", onMessage]];
   for (const [name, listener] of listeners) model.on(name, listener);
-  // A notebook takes single keys for commands: two letters delete a cell.
+  // A notebook has single-key commands: two letters delete a cell.
   root.addEventListener("keydown", (event) => { if (!event.ctrlKey && !event.metaKey && !event.altKey) event.stopPropagation(); });
   el.append(root);
   const lightOrDark = followTheme(root);

@@ -1,4 +1,4 @@
-"""The runs that are kept on disk, for `runs --disk` and `delete` of the notebook and the terminal."""
+"""Lists and deletes the runs on disk, for `runs --disk` and `delete` in the notebook and the terminal."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from mlx_nb.files.written_files import RUN
 
 
 def kept_text(further: Iterable[Path] = (), *, sizes: bool = True) -> str:
-    """The runs in adapters/ and in the folders `further` as a table, with what each takes on disk."""
+    """A table of the runs in adapters/ and in the folders `further`, with their size on disk."""
     runs = _kept(further)
     if not runs:
-        return f"no runs are kept in {working_folder() / 'adapters'}."
+        return f"there are no runs in {working_folder() / 'adapters'}."
     table = [("folder", "run", "update", "on disk")]
     table += [(_short(run.folder), _words(run), _update(run), megabytes(run.bytes)) for run in runs]
     columns = range(4 if sizes else 3)
@@ -34,7 +34,7 @@ def kept_text(further: Iterable[Path] = (), *, sizes: bool = True) -> str:
     lines = ["  ".join(row[column].ljust(widths[column]) for column in columns).rstrip() for row in table]
     if sizes:
         total = sum(run.bytes for run in runs)
-        lines.append(f"{megabytes(total)} in all. {delete_command(Path('FOLDER'))} removes one.")
+        lines.append(f"{megabytes(total)} in total. {delete_command(Path('FOLDER'))} deletes one.")
     return "\n".join(lines)
 
 
@@ -47,7 +47,7 @@ def _kept(further: Iterable[Path] = ()) -> list[KeptRun]:
 
 
 def _words(run: KeptRun) -> str:
-    return run.name if run.kind == RUN else f"{run.name} (its adapter, saved there)"
+    return run.name if run.kind == RUN else f"{run.name} (a saved copy of its adapter)"
 
 
 def _update(run: KeptRun) -> str:
@@ -60,29 +60,29 @@ def _short(folder: Path) -> str:
 
 
 def delete_named(name: str, *, yes: bool) -> str:
-    """The same as `delete_kept` for the name of a run, or the path of its folder. Raises FolderError too."""
+    """`delete_kept` for the name of a run, or the path of its folder. Also raises FolderError."""
     return delete_kept(run_folder(name, working_folder()), yes=yes)
 
 
 def delete_kept(folder: Path, *, yes: bool) -> str:
-    """Remove the files of the run in `folder`, and nothing else; without `yes` only what would be is said.
+    """Delete the files of the run in `folder`, and nothing else. Without `yes`, only describe what would be deleted.
 
-    Raises CommandError where there is none, and FolderTaken where one that lives holds the folder.
+    Raises CommandError if there is no run, and FolderTaken if a running one uses the folder.
     """
     run = kept_run(folder)
     if run is None:
         near = did_you_mean(_short(folder), [_short(one.folder) for one in _kept()])
-        raise CommandError(f"there is no run in {folder}.{near} `runs --disk` lists those that are kept.")
+        raise CommandError(f"there is no run in {folder}.{near} `runs --disk` lists the runs on disk.")
     if is_locked(folder):
-        raise FolderTaken(f"{folder} is held by {holder_of(folder)}, so nothing is removed. End that run first.")
+        raise FolderTaken(f"{folder} is in use by {holder_of(folder)}, so nothing was deleted. End that run first.")
     own = own_files(folder)
     others = others_in(folder, own)
     what = f"{counted(len(own), 'file')} ({megabytes(sum(own.values()))}) of the run {run.name!r} in {folder}"
-    stays = f" What mlx_nb did not write stays: {and_more(others, 2)}." if others else ""
+    stays = f" Files that mlx_nb did not write are kept: {and_more(others, 2)}." if others else ""
     if not yes:
-        return f"This would remove {what}.{stays} {delete_command(folder)} does it."
+        return f"This would delete {what}.{stays} To delete: {delete_command(folder)}"
     try:
         delete_own(folder)
     except OSError as error:
-        raise CommandError(f"{folder} cannot be removed: {error.strerror or error}. Try again.") from None
-    return f"Removed {what}.{stays}"
+        raise CommandError(f"{folder} cannot be deleted: {error.strerror or error}. Try again.") from None
+    return f"Deleted {what}.{stays}"

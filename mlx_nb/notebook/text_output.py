@@ -1,4 +1,4 @@
-"""Text in the output of a cell: an answer, a line that is changed in place, an answer that grows."""
+"""Text outputs of a cell: plain text, a line that is updated in place, an answer that streams in."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from mlx_nb.view.theme import WRAP
 
 SECONDS_BETWEEN_CHANGES = 0.4
 _CARET = "▍"
-# A notebook breaks plain text anywhere, in the middle of words too.
+# A notebook breaks plain text anywhere, even within words.
 _STYLE = f"margin:0;font-family:var(--jp-code-font-family,monospace);{WRAP};word-break:normal"
 
 
 def has_rich_display() -> bool:
-    """Whether what is displayed here can be changed in place, as in a notebook."""
+    """Whether outputs can be updated in place here, as in a notebook."""
     from IPython.core.getipython import get_ipython
 
     from mlx_nb.notebook.front_end import is_console
@@ -26,14 +26,14 @@ def has_rich_display() -> bool:
 
 
 def bundle_of(text: str, *, quiet: bool = False) -> dict[str, str]:
-    """Plain text as what a notebook shows, in lines that end between words; `quiet` where it is not the answer."""
+    """The MIME bundle of plain text, with line breaks between words; `quiet` for progress, which is dimmed."""
     style = "opacity:0.8;white-space:pre-wrap" if quiet else _STYLE
     tag = "div" if quiet else "pre"
     return {"text/html": f'<{tag} style="{style}">{html.escape(text)}</{tag}>', "text/plain": text}
 
 
 class Text(str):
-    """Text that displays as it is, without quotes; below it a line that is not part of it, if it was stamped."""
+    """Text that displays without quotes, with an optional stamp below that is not part of the string."""
 
     stamp = ""
 
@@ -50,7 +50,7 @@ class Text(str):
 
 
 class Line:
-    """Text in a cell that is changed in place. A display that fails is given up; nothing else notices."""
+    """A text output that is updated in place. Errors of the display affect nothing else."""
 
     def __init__(self, text: str, *, quiet: bool = True) -> None:
         from IPython.display import display
@@ -62,11 +62,11 @@ class Line:
 
     @property
     def is_due(self) -> bool:
-        """Whether it may be changed again: a few times a second."""
+        """Whether enough time has passed to update it again."""
         return time.monotonic() - self._shown_at >= SECONDS_BETWEEN_CHANGES
 
     def put(self, text: str) -> None:
-        """Show this in place of what is there."""
+        """Replace the text."""
         self._shown_at = time.monotonic()
         if self._handle is None or text == self._text:
             return
@@ -79,14 +79,14 @@ class Line:
 
 
 class GrowingAnswer:
-    """An answer of the model in a cell, from its first word on. `waiting` is what stands there until then."""
+    """An answer of the model that streams into a cell. `waiting` is shown until the first word."""
 
     def __init__(self, waiting: str) -> None:
         self._line = Line(waiting, quiet=False)
         self.text = ""
 
     def wait(self, words: str) -> None:
-        """Say what is done before the first word comes."""
+        """Show the activity before the first word."""
         if self._line.is_due:
             self._line.put(words)
 
@@ -96,17 +96,17 @@ class GrowingAnswer:
             self._line.put(f"{text}{_CARET}")
         self.text = text
 
-    def broken_off(self) -> None:
-        """No more will come."""
+    def interrupted(self) -> None:
+        """Mark the answer as incomplete."""
         self._line.put(f"{self.text} …" if self.text else "(no answer)")
 
     def ended(self, text: str) -> Text:
-        """The whole answer, as the result of the cell: it displays where it grew."""
+        """The whole answer, as the result of the cell: it is displayed in the same place."""
         return _Grown(text, self._line)
 
 
 class _Grown(Text):
-    """An answer that stands in the output of its cell already."""
+    """An answer that is already displayed in its cell."""
 
     def __new__(cls, text: str, line: Line) -> _Grown:
         return super().__new__(cls, text)
@@ -127,4 +127,4 @@ class _Grown(Text):
 
         if self._line is None:
             display(bundle_of(repr(self)), raw=True)
-        self._line = None  # it is the result of its cell now; wherever else it is displayed, that is another output
+        self._line = None  # if it is displayed again, that is another output

@@ -1,4 +1,4 @@
-"""Runs side by side: the settings that differ, and what they came to."""
+"""Compares runs in a table: progress, losses, and the settings that differ."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def compared(runs: list[Run]) -> str:
-    """A table with a column for each run: where it stands, its losses, and the settings in which they differ."""
+    """A table with a column for each run: its progress, its losses, and the settings that differ."""
     described = [run.config.described() for run in runs]
     names = [name for name in described[0] if len({repr(one.get(name)) for one in described}) > 1]
     table = [("", *(run.name for run in runs))]

@@ -1,4 +1,4 @@
-"""Where a cursor stands in settings that are being typed, which are no YAML yet."""
+"""Finds what is being typed at the cursor in an incomplete YAML body, for Tab completion."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _KEY = r"[\w.-]+"
 
 
 class Place(NamedTuple):
-    """What is being typed: a key inside `path`, or a value of the key at `path`; an element where that is a list.
+    """What is being typed: a key inside `path`, or a value or list element of the key at `path`.
 
-    `fragment` is as much of it as is there.
+    `fragment` is the part typed so far.
     """
 
     path: tuple[str, ...]
@@ -40,13 +40,13 @@ def place_of(above: Sequence[str], before: str) -> Place | None:
 
 
 def settings_in(lines: Sequence[str]) -> dict[str, str]:
-    """The outer settings that stand in the lines, each with its value as it is written."""
+    """The top-level settings in the lines, with their values as written."""
     found = (re.match(rf"({_KEY})\s*:(?:\s+(.*))?$", line) for line in lines)
     return {match[1]: (match[2] or "").split(" #")[0].strip() for match in found if match}
 
 
 def _opened(before: str) -> int | None:
-    """Where the innermost bracket that is still open stands."""
+    """The position of the innermost open bracket."""
     stack: list[int] = []
     quote = ""
     for at, one in enumerate(before):
@@ -76,7 +76,7 @@ def _in_brackets(above: Sequence[str], before: str, opened: int) -> Place | None
 
 
 def _parents(above: Sequence[str], indent: int, is_element: bool) -> tuple[str, ...]:
-    """The keys that a line of this indent is inside of; the dash of an element may stand below its key."""
+    """The keys that enclose a line with this indent; the dash of an element may be directly below its key."""
     found: list[str] = []
     for line in reversed(above):
         if not line.strip() or line.lstrip().startswith("#"):

@@ -1,4 +1,4 @@
-"""An interrupt that strikes our own code is one line in the notebook, wherever it strikes, and not a traceback."""
+"""Shows an interrupt inside mlx_nb as one line in the notebook instead of a traceback."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from IPython.core.interactiveshell import InteractiveShell
 from mlx_nb.notebook import bare_run
 
 LINE = (
-    "KeyboardInterrupt: interrupted. What was trained is kept; `%finetune status` says where the run is, and "
-    "`%finetune run` goes on."
+    "KeyboardInterrupt: interrupted. No completed update is lost; `%finetune status` shows the progress, and "
+    "`%finetune run` continues."
 )
 _PACKAGE = Path(__file__).parent.parent
-_BARE_RUN = Path(bare_run.__file__)  # which hands over to what executes a file of the person's own
+_BARE_RUN = Path(bare_run.__file__)  # in the traceback of user code that %run executes
 
 
 class InterruptsInOneLine:
-    """Shows a KeyboardInterrupt that came out of mlx_nb as LINE, and every other as the shell would. `close` ends it.
+    """Shows a KeyboardInterrupt from mlx_nb as LINE, and any other as the shell does, until `close`.
 
-    IPython asks a custom handler before it shows an exception; an earlier one is asked for everything else.
+    IPython calls a custom handler before it shows an exception. Other exceptions go to the previous custom handler.
     """
 
     def __init__(self, shell: InteractiveShell) -> None:
@@ -34,7 +34,7 @@ class InterruptsInOneLine:
         self._ours = shell.CustomTB
 
     def close(self) -> None:
-        """Give back the handler that was there, unless somebody took it since."""
+        """Restore the previous handler, unless another one was installed since."""
         if self._shell.CustomTB == self._ours:
             self._shell.custom_exceptions, self._shell.CustomTB = self._before
 
@@ -42,7 +42,7 @@ class InterruptsInOneLine:
         self, shell: Any, kind: type, value: Any, trace: TracebackType | None, tb_offset: int | None = None
     ) -> Any:
         main = threading.current_thread() is threading.main_thread()
-        # A second interrupt, while the first is being shown, has nothing more to say.
+        # Ignore a second interrupt while the first is being shown.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
         try:
             if _passes_through_us(trace):
