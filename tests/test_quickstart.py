@@ -47,7 +47,7 @@ def test_what_was_edited_stays_and_a_fresh_example_is_beside_it(tmp_path, capsys
     assert second == tmp_path / "q-2" / NOTEBOOK
     assert contents(second.parent) == fresh
     said = capsys.readouterr().out
-    assert f"{target} has files that are not the example's" in said
+    assert f"{target} has files that differ from the example" in said
     assert f"The example is in {tmp_path / 'q-2'}" in said
     add_cell(second)
     assert _copy_example(target) == tmp_path / "q-3" / NOTEBOOK

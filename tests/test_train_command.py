@@ -39,7 +39,7 @@ def signal_at(monkeypatch, step, number):
 def test_an_interrupted_run_is_status_130_and_resume_goes_on(config, capsys, monkeypatch):
     signal_at(monkeypatch, 2, signal.SIGINT)
     assert main(["train", config]) == 130
-    assert "--resume goes on" in capsys.readouterr().out
+    assert "--resume continues" in capsys.readouterr().out
     monkeypatch.undo()
 
 
@@ -84,7 +84,7 @@ def test_rewards_come_from_a_file(config, tmp_path, tiny_folder, capsys):
     assert main(["train", config, *settings, "--rewards", "scores.py"]) == 1
     assert "--rewards scores.py: ZeroDivisionError" in capsys.readouterr().err
     assert main(["train", config, *settings, "--rewards", "scorse.py"]) == 1
-    assert "--rewards scorse.py: no such file. Give the Python file with the functions." in capsys.readouterr().err
+    assert "--rewards scorse.py: no such file. Give a Python file that defines the functions." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("output", ["full", "closed"])
@@ -97,7 +97,7 @@ def test_a_log_that_cannot_be_written_ends_no_training(words, output, config, tm
     assert ended.returncode == 0, ended.stderr
     assert "Traceback" not in ended.stderr
     assert "Exception ignored" not in ended.stderr
-    said = "mlx-nb: the output cannot be written (No space left on device); it goes on without."
+    said = "mlx-nb: the output cannot be written (No space left on device); the command continues without it."
     assert ended.stderr.count(said) == (output == "full")
     assert CheckpointStore(tmp_path / "adapters/run/checkpoints").list()[-1].kind == "final"
 

@@ -107,7 +107,7 @@ def train_here(
     raise_failure(ended)
     if isinstance(ended, RunPaused):
         reason = "" if ended.reason == "interrupted" else f" ({ended.reason})"
-        print(f"{run.name} is paused after update {ended.step}{reason}. {way_on}; nothing is lost.")
+        print(f"{run.name} is paused after update {ended.step}{reason}. Nothing is lost: {way_on}.")
     return ended
 
 

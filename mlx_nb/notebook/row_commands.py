@@ -131,7 +131,7 @@ def _check(session: Session, arguments: argparse.Namespace) -> Any:
 ROW_COMMANDS: dict[str, Command] = {
     "row": command(
         "row",
-        "show one row as the model sees it, with its loss mask",
+        "show one row with its tokens and loss mask",
         _row,
         argument("number", type=int),
         argument("--split", default="train", choices=SPLITS),
@@ -143,7 +143,7 @@ ROW_COMMANDS: dict[str, Command] = {
     ),
     "rows": command(
         "rows",
-        "count rows, list those left out, or browse data=...",
+        "count rows and those left out, or browse any data",
         _rows,
         argument(
             "what",

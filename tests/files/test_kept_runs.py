@@ -154,7 +154,7 @@ def test_runs_on_disk_are_listed_with_their_bytes(here, tiny_folder, capsys):
         size = sum(size for path, size in sizes_in(here / folder).items() if not path.endswith("/lock"))
         assert rows[folder] == [folder, name, update, f"{size / 1e6:,.1f}", "MB"]
         total += size
-    assert f"{total / 1e6:,.1f} MB in all" in said
+    assert f"{total / 1e6:,.1f} MB in total" in said
     assert main(["runs", "--disk"]) == 0
     assert "adapters/run.previous-1" in capsys.readouterr().out
     assert main(["runs"]) == 0
@@ -171,11 +171,11 @@ def test_delete_says_what_it_would_remove_and_removes_only_what_the_run_wrote(he
     before = sizes_in(here)
     said = str(run_line(session, "delete run.previous-1"))
     own = {name: size for name, size in sizes_in(place).items() if not name.endswith(("notes.md", "mine.safetensors"))}
-    assert f"would remove {len(own)} files ({sum(own.values()) / 1e6:,.1f} MB) of the run 'run' in {place}" in said
+    assert f"would delete {len(own)} files ({sum(own.values()) / 1e6:,.1f} MB) of the run 'run' in {place}" in said
     assert "notes.md" in said
     assert sizes_in(here) == before
     said = str(run_line(session, "delete run.previous-1 --yes"))
-    assert said.startswith(f"Removed {len(own)} files")
+    assert said.startswith(f"Deleted {len(own)} files")
     assert sizes_in(place) == {"notes.md": 4, mine.relative_to(place).as_posix(): 4}
     assert seeds_in(here / "adapters/run") == {2}
     run_line(session, "delete adapters/run --yes")
@@ -189,7 +189,7 @@ def test_delete_refuses_a_live_run_and_what_is_none(here, tiny_folder):
     session.add(run)
     before = sizes_in(here)
     for words in ("delete run", "delete run --yes", "delete adapters/run --yes"):
-        with pytest.raises(FolderTaken, match=r"held by the run 'run' of this process.*nothing is removed"):
+        with pytest.raises(FolderTaken, match=r"in use by the run 'run' of this process.*nothing was deleted"):
             run_line(session, words)
     (here / "notes").mkdir()
     (here / "notes/adapters.safetensors").write_bytes(b"mine")
@@ -200,5 +200,5 @@ def test_delete_refuses_a_live_run_and_what_is_none(here, tiny_folder):
     assert {name: size for name, size in sizes_in(here).items() if name in before} == before
     assert (here / "notes/adapters.safetensors").read_bytes() == b"mine"
     run.run()
-    assert str(run_line(session, "delete run --yes")).startswith("Removed")
+    assert str(run_line(session, "delete run --yes")).startswith("Deleted")
     assert not (here / "adapters/run").exists()

@@ -53,7 +53,7 @@ def test_an_answer_grows_in_its_cell_and_is_its_result(kernel):
         status, pieces, _ = pieces_of(kernel, f"%finetune generate say red {base}--max-tokens 8")
         shown = [piece for _, piece in pieces]
         assert status == "ok"
-        assert shown[0].endswith("answers …")
+        assert shown[0].endswith("generates …")
         assert pieces[0][0] < 0.5
         assert len(shown) > 3, shown
         grown = [piece.removesuffix("▍") for piece in shown[1:]]
@@ -69,8 +69,8 @@ def test_an_interrupt_ends_an_answer_and_speaks_of_nothing_else(kernel):
     threading.Timer(1.5, kernel.manager.interrupt_kernel).start()
     status, pieces, text = pieces_of(kernel, "%finetune generate say red --max-tokens 200")
     assert status == "error"
-    assert text.endswith("%finetune generate was interrupted; a is as it was, paused at update 1.")
-    assert "goes on" not in text
+    assert text.endswith("%finetune generate was interrupted; a is unchanged, paused at update 1.")
+    assert "continues" not in text
     assert pieces[-1][0] < 5
 
 

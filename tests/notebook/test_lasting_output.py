@@ -11,7 +11,7 @@ from kernels import SETUP, Kernel
 from places import SUPPORT
 
 pytestmark = pytest.mark.kernel
-PLACEHOLDER = "the result is written here"
+PLACEHOLDER = "the result appears here"
 
 
 class Page(Kernel):

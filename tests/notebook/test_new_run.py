@@ -95,7 +95,7 @@ def test_the_command_writes_the_cell_below_or_at_the_next_prompt(shell, tiny_fol
     for line in ("new data=bess", "new data=bees itres=3", "new bees"):
         with pytest.raises(MlxNbError):
             run_line(session, line)
-    with pytest.raises(CommandError, match="no text or number"):
+    with pytest.raises(CommandError, match="is not a text or a number"):
         mlx_nb.new(data=[{"text": "x"}])
     with pytest.raises(ConfigError, match="iters"):
         run_line(session, "new data=bees itres=3")
@@ -138,7 +138,7 @@ def test_the_page_gives_what_was_typed_and_shows_what_the_kernel_says(
     assert form.cell.splitlines()[2:] == ["data: bees", "iters: 60", "learning_rate: 1e-4"]
     page.get_by_role("button", name="Show the rows").click()
     answer()
-    page.get_by_role("button", name="Row after").click()
+    page.get_by_role("button", name="Next row").click()
     answer()
     page.get_by_role("button", name="Check the rows").click()
     answer()

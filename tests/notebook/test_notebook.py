@@ -103,7 +103,7 @@ def test_the_outcome_of_a_background_run_names_the_rows_that_are_left_out(shell,
         at_the_end = [output.data for output in captured.outputs if "text/html" in output.data][-1]
     number = len(tiny_rows())
     said = f"Left out of train: 1 row. row {number}: no token is trained with loss_on='assistant'."
-    assert "the result is written here" in while_it_runs["text/plain"]
+    assert "the result appears here" in while_it_runs["text/plain"]
     assert "finished after update 2" in at_the_end["text/plain"]
     for data in (while_it_runs, at_the_end):
         assert data["text/plain"].count(said) == 1
@@ -113,7 +113,7 @@ def test_the_outcome_of_a_background_run_names_the_rows_that_are_left_out(shell,
 def test_rows_says_which_are_left_out_or_that_it_is_not_known_yet(shell, tiny_folder):
     shell.user_ns["holes"] = rows_without_an_answer()
     run_cell(shell, f"%%finetune --name holes -o run --paused\nmodel: {tiny_folder}\ndata: holes\nval_set_size: 0")
-    unknown = "Which are left out is not known before they are tokenized. `%finetune check` says it now."
+    unknown = "Rows are left out when they are tokenized. `%finetune check` lists these rows now."
     assert unknown in str(run_cell(shell, "%finetune rows"))
     run_cell(shell, "%finetune step")
     told = str(run_cell(shell, "%finetune rows"))
@@ -148,7 +148,7 @@ def test_running_a_cell_twice_is_harmless(trained, tiny_folder):
 BAD_COMMANDS = {
     "%finetune stepp": "Did you mean 'step'",
     "%finetune step two": "two",
-    "%finetune step 0": "1 or more",
+    "%finetune step 0": "at least 1",
     "%finetune generate": "prompt",
     '%finetune generate "open': "quotation",
     "%finetune set learning_rate": "key=value",
@@ -189,7 +189,7 @@ def test_help_of_the_cell_magic_lists_the_settings(shell, capsys):
     shown = capsys.readouterr().out
     assert "lora_parameters.rank" in shown
     assert "--paused" in shown
-    places = [shown.index(text) for text in ("%%finetune --name bees", "Most often changed", "Other settings", "With")]
+    places = [shown.index(text) for text in ("%%finetune --name bees", "Most common settings", "Other settings", "With")]
     assert places == sorted(places)
     assert max(map(len, shown.split("\n"))) <= 100
     assert all(f"{name.partition('.')[0]}" in shown for name in SETTINGS)

@@ -101,7 +101,7 @@ def test_an_interrupt_of_a_cell_that_waits_pauses_the_run_and_executes_nothing_b
     assert 0 < paused < 400
     assert kernel.value("a.state") == "paused"
     said = done[1][1].splitlines()[-1]
-    assert said.startswith(f"a is paused after update {paused}; nothing is lost. `%finetune run` goes on.")
+    assert said.startswith(f"a is paused after update {paused}; nothing is lost. `%finetune run` continues.")
     assert not any(word in done[1][1] for word in ("not yet\n", "Traceback"))
     # A cell that does nothing of ours can be interrupted as ever.
     assert kernel.value("__import__('signal').getsignal(2).__name__") == "default_int_handler"

@@ -46,7 +46,7 @@ def test_every_command_that_makes_a_run_binds_it(shell, tiny_folder, command, ma
 def test_a_variable_of_a_run_that_was_replaced_is_named_and_says_what_it_is_when_it_is_used(shell, tiny_folder):
     old = trained(shell, tiny_folder)
     said = run_cell(shell, "%finetune resume bees")
-    assert "The variable bees is still the run that was replaced. `-o bees` binds the new one." in said
+    assert "The variable bees still holds the replaced run. `-o bees` stores the new one in it." in said
     assert "resumed in this process after update 2" in repr(old)
     line = refused(shell, "bees.step()")
     assert "resumed in this process after update 2" in line

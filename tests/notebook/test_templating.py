@@ -173,8 +173,8 @@ def test_every_undefined_name_is_reported_with_its_line():
         ("data: {v}", float("nan"), "is a float and cannot be written"),
         ("data: {v}", float("inf"), "is a float and cannot be written"),
         ("data: {v}", [{"a": 1}] * 20_000, "is a list with 20000 values and cannot be written"),
-        ("\nmodel: a {v}", [1], "line 2: {v} is a list and cannot be a part of a text."),
-        ('model: "{v}"', {"a": 1}, "line 1: {v} is a dict and cannot be a part of a text."),
+        ("\nmodel: a {v}", [1], "line 2: {v} is a list and cannot be part of a text."),
+        ('model: "{v}"', {"a": 1}, "line 1: {v} is a dict and cannot be part of a text."),
         ("{v}: 1", [1], "line 1: {v} is a list and cannot be a key."),
     ],
 )

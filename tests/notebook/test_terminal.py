@@ -69,7 +69,7 @@ def test_a_console_on_a_kernel_trains_in_the_foreground_and_shows_the_answer(tmp
         status, text = kernel.run(body)
         assert status == "ok", text
         assert "run: finished after update 6" in text
-        assert "the result is written here" not in text
+        assert "the result appears here" not in text
         answered = kernel.run("%finetune generate --max-tokens 3 say red")[1]
         assert "answers" not in answered
         assert answered == kernel.value("run.generate('say red', max_tokens=3)") or answered.strip()

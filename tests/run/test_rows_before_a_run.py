@@ -169,7 +169,7 @@ def test_the_command_shows_the_rows_of_a_variable(shell, tiny_folder):
     assert "│ <|user|>say red 0<|end|>" in plain
     assert session.runs == {}
     for line, told in (
-        ("rows model=x", "say which rows, as in %finetune rows data=bees"),
+        ("rows model=x", "`data` is missing. Example: %finetune rows data=bees"),
         ("rows data=bess", "Did you mean 'bees'?"),
         ("rows data=bees max_length=3", "`max_seq_length=3`"),
         ("rows train valid", "more than one split"),

@@ -29,7 +29,7 @@ from tiny import tiny_rows
 pytestmark = pytest.mark.faults
 
 KILLS = 110
-UNCHANGED = re.compile(r"%finetune run was interrupted; \w+ is as it was, paused at update (?P<update>\d+)\.")
+UNCHANGED = re.compile(r"%finetune run was interrupted; \w+ is unchanged, paused at update (?P<update>\d+)\.")
 
 
 # Slow enough that interrupts strike inside the reward too.
@@ -120,7 +120,7 @@ def test_interrupts_at_random_moments_change_nothing(tmp_path, tiny_folder, requ
                 enough, before = fire.sent - outside >= wanted, fire.sent
                 status, text, _ = fire("%finetune run --wait", 1e9 if enough else chance.choice([0.01, 0.05, 0.3]))
                 pauses += "Pausing after" in text
-                if "was given up" in text:  # two while it was loading
+                if "Nothing has changed; `%finetune run` loads again" in text:  # two while it was loading
                     given_up += 1
                 elif LINE in text:  # before it moved, or after
                     lines += 1
