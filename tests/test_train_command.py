@@ -84,7 +84,8 @@ def test_rewards_come_from_a_file(config, tmp_path, tiny_folder, capsys):
     assert main(["train", config, *settings, "--rewards", "scores.py"]) == 1
     assert "--rewards scores.py: ZeroDivisionError" in capsys.readouterr().err
     assert main(["train", config, *settings, "--rewards", "scorse.py"]) == 1
-    assert "--rewards scorse.py: no such file. Give a Python file that defines the functions." in capsys.readouterr().err
+    missing = "--rewards scorse.py: no such file. Give a Python file that defines the functions."
+    assert missing in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("output", ["full", "closed"])

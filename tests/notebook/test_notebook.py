@@ -189,7 +189,7 @@ def test_help_of_the_cell_magic_lists_the_settings(shell, capsys):
     shown = capsys.readouterr().out
     assert "lora_parameters.rank" in shown
     assert "--paused" in shown
-    places = [shown.index(text) for text in ("%%finetune --name bees", "Most common settings", "Other settings", "With")]
+    places = [shown.index(text) for text in ("%%finetune --name bees", "Most common", "Other settings", "With")]
     assert places == sorted(places)
     assert max(map(len, shown.split("\n"))) <= 100
     assert all(f"{name.partition('.')[0]}" in shown for name in SETTINGS)

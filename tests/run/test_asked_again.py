@@ -118,11 +118,6 @@ def test_a_cell_that_resumes_says_what_is_lost_and_which_checkpoint_was_passed_o
     capsys.readouterr()
     shell.run_cell_magic("finetune", "--paused --resume -o run", cell)
     shown = capsys.readouterr().out
-<<<<<<< HEAD
-    assert "run goes on from update 3." in shown
-    assert "rewind to update 1: update 1 was not kept" in shown
-=======
     assert "run continues from update 3." in shown
-    assert "to go back to update 1: update 1 was not kept" in shown
->>>>>>> abc0f1e (Tests follow the messages of the notebook and the terminal)
+    assert "rewind to update 1: update 1 was not kept" in shown
     assert "save-0009-step-0000009-step: the folder was renamed" in shown
