@@ -7,6 +7,7 @@ shares keys and values only through its cache, another gives the queries of a sh
 
 from __future__ import annotations
 
+import copy
 import time
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -186,6 +187,34 @@ def side_by_side(model: nn.Module) -> SideBySide:
     if _proved(model, (2, 2)) and _proved(model, (1, 1)):
         return SideBySide.EQUAL_LENGTHS
     return SideBySide.ONE_BY_ONE
+
+
+def can_share_prefix(model: nn.Module, longest: int) -> bool:
+    """Whether rows of up to `longest` tokens can start from copies of the caches of a common prefix.
+
+    Tested on a few tokens, so it is refused for rows longer than the smallest sliding window. The model, its modes and
+    `mx.random` stay unchanged.
+    """
+    window = _smallest_window(model)
+    return (window is None or longest <= window) and _prefix_agrees(model)
+
+
+@once_per_model(good=bool, from_json=bool)
+def _prefix_agrees(model: nn.Module) -> bool:
+    """Whether two rows continued from copies of one cache have the logits of the same rows read in one pass."""
+    prefix, *rests = (random_tokens(model, 2 * _FEW_TOKENS, draw)[:_FEW_TOKENS] for draw in range(3))
+    tolerance = _SIDE_BY_SIDE_TOLERANCE[is_half(model)]
+    try:
+        common = _Alone(model)
+        common.read(prefix)
+        copies = [copy.deepcopy(common.caches) for _ in rests]
+        for rest, caches in zip(rests, copies, strict=True):
+            expected_TV = _Alone(model).read([*prefix, *rest])[len(prefix) :]
+            if not _difference(_logits(model(mx.array([rest]), cache=caches))[0], expected_TV) <= tolerance:
+                return False
+    except Exception:  # whatever a family's own code raises: it is no proof
+        return False
+    return True
 
 
 def family_of(model: nn.Module) -> str:

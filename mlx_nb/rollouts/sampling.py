@@ -1,7 +1,8 @@
 """Samples completions from the live model, with the log-probability of each token as drawn.
 
-Each prompt is processed once and alone; its keys and values start every row of its group. Rows are decoded side by side
-in mlx-lm's batch caches as far as the model is proved to support it: rows of any length, where one that has ended makes
+Each prompt is processed once and alone; its keys and values start every row of its group. What all prompts begin with,
+such as a system prompt, is processed once where the model is proved to support it. Rows are decoded side by side in
+mlx-lm's batch caches as far as the model is proved to support it: rows of any length, where one that has ended makes
 room for the next; rows of equal length that start together; or one row after another.
 """
 
@@ -19,13 +20,14 @@ import numpy as np
 from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.errors import DataError, ModelError
 from mlx_nb.model.backend import is_cpu
-from mlx_nb.model.passes import SideBySide, evaluating, merged, side_by_side, unbatchable
+from mlx_nb.model.passes import SideBySide, can_share_prefix, evaluating, merged, side_by_side, unbatchable
 from mlx_nb.model.randomness import seed_for
 from mlx_nb.rollouts.completion_rows import Completion, Endings, Row, Waiting
 from mlx_nb.rollouts.token_sampling import draw_tokens
 
 _ROWS_AT_ONCE = 32
 _PROMPT_TOKENS_AT_ONCE = 2048
+_FEWEST_SHARED = 128  # tokens saved by sharing a prefix; the proof costs about as much as 100
 
 
 @dataclass(frozen=True)
@@ -122,13 +124,18 @@ def _sample(
     batch = _Batch(model, settings, uniforms, Endings(tokenizer, settings.stop), together)
     modules = model.modules()
     caches: dict[int, list[Any]] = {}
+    shared, prefix_caches = _shared_length(model, prompts), None
+    if shared:
+        with evaluating(modules):
+            prefix_caches = _read(model, prompts[0][:shared])
+        yield batch.drawn
     while waiting.rows or batch.growing:
         if joining := waiting.next_rows(batch.growing):
             indices = dict.fromkeys(row.prompt_index for row in joining)
             for index in indices:
                 if index not in caches:
                     with evaluating(modules):
-                        caches[index] = _read_prompt(model, prompts[index])
+                        caches[index] = _read(model, prompts[index][shared:-1], prefix_caches)
                     yield batch.drawn
             batch.join(joining, caches, [int(prompts[row.prompt_index][-1]) for row in joining])
             # Only the last group can have rows still to come.
@@ -144,13 +151,22 @@ def _uniforms(seed: int, rows: int, max_tokens: int) -> np.ndarray:
     return random.integers(0, 1 << 23, (rows, max_tokens, 2), dtype=np.int32).astype(np.float32) / (1 << 23)
 
 
-def _read_prompt(model: nn.Module, prompt: Sequence[int]) -> list[Any]:
-    """The model's caches after all tokens of a prompt except the last, which is each row's first input."""
+def _shared_length(model: nn.Module, prompts: Sequence[Sequence[int]]) -> int:
+    """The length of the prefix that is processed once for all prompts, 0 where each is processed whole."""
+    shared = min(map(len, prompts), default=1) - 1  # the last token of a prompt is each row's first input
+    for prompt in prompts:
+        shared = next((place for place in range(shared) if prompt[place] != prompts[0][place]), shared)
+    saved = shared * (len(prompts) - 1)
+    return shared if saved >= _FEWEST_SHARED and can_share_prefix(model, max(map(len, prompts))) else 0
+
+
+def _read(model: nn.Module, tokens: Sequence[int], prefix_caches: list[Any] | None = None) -> list[Any]:
+    """The model's caches after `tokens`, which follow those in `prefix_caches` if given; these stay unchanged."""
     from mlx_lm.models.cache import make_prompt_cache
 
-    caches = make_prompt_cache(model)
-    for start in range(0, len(prompt) - 1, _PROMPT_TOKENS_AT_ONCE):
-        part = list(prompt[start : min(start + _PROMPT_TOKENS_AT_ONCE, len(prompt) - 1)])
+    caches = make_prompt_cache(model) if prefix_caches is None else copy.deepcopy(prefix_caches)
+    for first in range(0, len(tokens), _PROMPT_TOKENS_AT_ONCE):
+        part = list(tokens[first : first + _PROMPT_TOKENS_AT_ONCE])
         model(mx.array(part, dtype=mx.int32)[None], cache=caches)
         mx.eval([cache.state for cache in caches])
     return caches

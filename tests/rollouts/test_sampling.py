@@ -192,21 +192,116 @@ def test_no_more_rows_than_allowed_are_computed_at_once(tiny):
     assert max(rows) == 6
 
 
+class Watched(llama.Model):
+    """The same model; `read` has the tokens of each pass over several positions."""
+
+    def __init__(self, model):
+        super().__init__(model.args)
+        self.update(model.parameters())
+        self.__dict__["read"] = []
+
+    def __call__(self, inputs, cache=None):
+        if inputs.shape[1] > 1:
+            self.__dict__["read"].append(inputs[0].tolist())
+        return super().__call__(inputs, cache=cache)
+
+
+class ForgetsPositions(Watched):
+    """A model that reads several tokens after a cache as if they were the first ones."""
+
+    def __call__(self, inputs, cache=None):
+        if inputs.shape[1] > 1 and cache is not None:
+            for one in cache:
+                one.offset = 0
+        return super().__call__(inputs, cache=cache)
+
+
+def tiny_mamba():
+    mx.random.seed(0)
+    return mamba.Model(
+        mamba.ModelArgs(
+            model_type="mamba",
+            vocab_size=61,
+            hidden_size=32,
+            intermediate_size=64,
+            state_size=8,
+            num_hidden_layers=2,
+            conv_kernel=4,
+            use_bias=False,
+            use_conv_bias=True,
+            time_step_rank=4,
+        )
+    )
+
+
 @pytest.mark.parametrize("rows_at_once", [32, 5])
 def test_a_prompt_is_read_once_for_its_whole_group(tiny, rows_at_once):
     model, tokenizer, prompts = tiny
-    read = []
-
-    class Watched(llama.Model):
-        def __call__(self, inputs, cache=None):
-            if inputs.shape[1] > 1:
-                read.append(inputs.tolist())
-            return super().__call__(inputs, cache=cache)
-
-    watched = Watched(model.args)
-    watched.update(model.parameters())
+    watched = Watched(model)
     sampled(watched, tokenizer, prompts, group_size=8, rows_at_once=rows_at_once)
-    assert read == [[prompt[:-1]] for prompt in prompts]
+    assert watched.read == [prompt[:-1] for prompt in prompts]
+
+
+PREFIX = [7, 3, 50, 11, 24] * 9
+BRANCHES = [[1], [2, 3], [4, 5, 6, 7], [4, 5, 8], [4, 5, 8]]
+
+
+def without_sharing(monkeypatch, model, tokenizer, prompts, **settings):
+    with monkeypatch.context() as patched:
+        patched.setattr(sampling, "_FEWEST_SHARED", 10**9)
+        return sampled(model, tokenizer, prompts, **settings)
+
+
+@pytest.mark.parametrize("rows_at_once", [32, 6])
+@pytest.mark.parametrize("family", ["llama", "mamba"])
+def test_a_shared_prefix_changes_no_token(tiny, device, monkeypatch, family, rows_at_once):
+    model, tokenizer, _ = tiny
+    model = model if family == "llama" else tiny_mamba()
+    prompts, settings = [PREFIX + branch for branch in BRANCHES], {"rows_at_once": rows_at_once, "stop": ("a", "e")}
+    shared = sampled(model, tokenizer, prompts, **settings)
+    apart = without_sharing(monkeypatch, model, tokenizer, prompts, **settings)
+    for one, other in zip(shared, apart, strict=True):
+        assert one.tokens.tolist() == other.tokens.tolist()
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+    assert_training_agrees(model, prompts, shared)
+    assert_same_bits(shared, sampled(model, tokenizer, prompts, **settings))
+
+
+def test_a_shared_prefix_is_read_once_where_that_saves_more_than_its_proof(tiny):
+    model, tokenizer, _ = tiny
+    prompts = [PREFIX + branch for branch in BRANCHES]
+    for some, expected in (
+        (prompts, [PREFIX, [4, 5, 6], [4, 5], [4, 5]]),  # a pass over one token is not recorded
+        (prompts[2:] * 2, [[*PREFIX, 4, 5]]),
+        (prompts[:2], [PREFIX, [*PREFIX, 2]]),  # 45 tokens are not worth a proof
+        ([*prompts[:3], [9, *PREFIX]], [PREFIX, [*PREFIX, 2], [*PREFIX, 4, 5, 6], [9, *PREFIX[:-1]]]),
+        ([prompts[0]] * 4, [PREFIX]),
+    ):
+        watched = Watched(model)
+        assert sampling.can_share_prefix(watched, 60)
+        watched.read.clear()
+        sampled(watched, tokenizer, some, max_tokens=2)
+        assert watched.read == expected
+
+
+def test_a_model_that_cannot_go_on_from_a_prefix_reads_each_prompt_whole(tiny):
+    model, tokenizer, _ = tiny
+    prompts = [PREFIX + branch for branch in BRANCHES]
+    wrong = ForgetsPositions(model)
+    assert not sampling.can_share_prefix(wrong, 60)
+    wrong.read.clear()
+    completions = sampled(wrong, tokenizer, prompts, max_tokens=2)
+    assert wrong.read == [prompt[:-1] for prompt in prompts]
+    assert_training_agrees(model, prompts, completions)
+
+
+def test_a_prefix_is_shared_within_the_sliding_window_only(tiny):
+    arguments = tiny_model().args
+    arguments.layer_types = ["sliding_attention", "full_attention"]
+    arguments.sliding_window = 50
+    model = llama.Model(arguments)
+    assert sampling.can_share_prefix(model, 50)
+    assert not sampling.can_share_prefix(model, 51)
 
 
 def test_greedy_says_what_mlx_lm_says(tiny, device):
@@ -340,21 +435,7 @@ def test_a_model_with_sliding_attention_is_sampled_exactly(tiny, device):
 
 def test_a_recurrent_model_is_sampled_exactly(tiny, device):
     _, tokenizer, prompts = tiny
-    mx.random.seed(0)
-    model = mamba.Model(
-        mamba.ModelArgs(
-            model_type="mamba",
-            vocab_size=61,
-            hidden_size=32,
-            intermediate_size=64,
-            state_size=8,
-            num_hidden_layers=2,
-            conv_kernel=4,
-            use_bias=False,
-            use_conv_bias=True,
-            time_step_rank=4,
-        )
-    )
+    model = tiny_mamba()
     prompts = [[token % 61 for token in prompt] for prompt in prompts]
     completions = sampled(model, tokenizer, prompts, rows_at_once=6, stop=("a", "e"))
     assert_training_agrees(model, prompts, completions)
