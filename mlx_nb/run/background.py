@@ -1,4 +1,4 @@
-"""Training as one task on the kernel's main loop: a step at a time, and in between everything else gets its turn."""
+"""Background training: an asyncio task on the kernel's event loop that does one step at a time."""
 
 from __future__ import annotations
 
@@ -11,54 +11,53 @@ from mlx_nb.events import Event, Pause, Request
 from mlx_nb.process.ipython import shell
 from mlx_nb.train.interrupts import Interrupts
 
-# One sleep(0) lets a click wait for three or four steps: a click takes several turns of the loop to arrive.
+# With sleep(0) a click would wait for three or four steps: it takes several turns of the loop to arrive.
 SECONDS_BETWEEN_EVENTS = 0.001
 
 
 class Runnable(Protocol):
-    """What the background needs of a run."""
+    """The interface of a run that background training needs."""
 
     name: str
 
     def drive(self, updates: int | None = None) -> Iterator[Event]:
-        """Move by `updates` updates, or to the end."""
+        """Train for `updates` updates, or to the end, yielding events."""
 
     def request(self, request: Request) -> None:
-        """Ask for something at the next boundary."""
+        """Queue a request for the next boundary."""
 
 
 _active: list[Runnable] = []
 _interrupts: Interrupts | None = None
 
 
-def _follow_request() -> None:
-    """From the end of this request on, be it a cell or a click, SIGINT pauses all runs that move."""
+def _handle_interrupts() -> None:
+    """From the end of the current kernel request on (a cell or a click), SIGINT pauses all active runs."""
     global _interrupts
     if _interrupts is None:
-        _interrupts = Interrupts(_pause_all)
+        _interrupts = Interrupts(_pause_active_runs)
         _interrupts.follow_request()
         if (ipython := shell()) is not None:
-            # What the kernel does between the last line of a cell and the end of its request cannot be interrupted.
+            # Between the last line of a cell and the end of its request the kernel cannot be interrupted.
             ipython.events.register("post_execute", hold_interrupts)
 
 
 def hold_interrupts() -> None:
-    """While any run moves, SIGINT pauses all that do. Between cells the kernel itself would ignore it.
+    """While any run is active, make SIGINT pause all active runs. Between cells the kernel would ignore it.
 
-    Said again at each event, because what was set in a cell is undone when the cell ends. Said in a cell, it is for
-    the rest of that.
+    Called again at each event, because a handler installed in a cell is removed when the cell ends.
     """
     if _interrupts is not None:
         _interrupts.__enter__()
         _interrupts.renew()
 
 
-def _pause_all(pause: Pause) -> None:
+def _pause_active_runs(pause: Pause) -> None:
     for run in _active:
         run.request(pause)
 
 
-def _left(run: Runnable) -> None:
+def _deactivate(run: Runnable) -> None:
     global _interrupts
     if run in _active:
         _active.remove(run)
@@ -70,32 +69,32 @@ def _left(run: Runnable) -> None:
 
 
 class Background:
-    """The task that moves one run, if there is one. Everything happens on the thread of the loop."""
+    """The background task of one run. Everything happens on the thread of the event loop."""
 
     def __init__(self, run: Runnable) -> None:
         self._run = run
         self._task: asyncio.Task[None] | None = None
         self._updates: int | None = None
-        self._then: list[int | None] = []  # updates to move by, once what was asked is carried out
-        self.in_cell = False  # whether a cell that waits moves it
+        self._then: list[int | None] = []  # updates to do after the current requests are handled
+        self.in_cell = False  # whether a waiting cell drives the run
         self._events: Iterator[Event] | None = None
         self._ended: Callable[[BaseException | None], None] = lambda error: None
 
     @property
     def active(self) -> bool:
-        """Whether it moves the run now."""
+        """Whether the run is active now."""
         return any(one is self._run for one in _active)
 
     @property
     def trains(self) -> bool:
-        """Whether it moves the run by updates, and not only to carry out what was asked."""
+        """Whether the run does updates, and does not only handle requests."""
         return self.active and (self._updates != 0 or bool(self._then))
 
     def start(self, updates: int | None = None, *, ended: Callable[[BaseException | None], None]) -> None:
-        """Begin to move the run by `updates` updates, or to its end; returns at once.
+        """Start training for `updates` updates (None = to the end). Returns immediately.
 
-        A run that only carries out what was asked does so first. `ended` is called when it stops, with the error if
-        there was one. Raises CommandError without a running event loop, and when the run trains already.
+        A run that is handling requests finishes them first. `ended` is called at the end, with the error if there was
+        one. Raises CommandError if no event loop is running, or if the run is training already.
         """
         if self.active and not self.trains:
             self._then += [updates] if updates != 0 else []
@@ -109,14 +108,14 @@ class Background:
                 f"{self._run.name} cannot train in the background here: no event loop is running. Use run.run()."
             ) from None
         _active.append(self._run)
-        _follow_request()
+        _handle_interrupts()
         self._updates, self._ended = updates, ended
         self._task = loop.create_task(self._pump(), name=f"mlx_nb {self._run.name}")
 
     async def _pump(self) -> None:
         me = asyncio.current_task()
         try:
-            # Let the cell that started it end first, and its output with it.
+            # Let the cell that started it finish its output first.
             await asyncio.sleep(SECONDS_BETWEEN_EVENTS)
             while self._task is me and self._advance() is not None:
                 await asyncio.sleep(SECONDS_BETWEEN_EVENTS)
@@ -126,7 +125,7 @@ class Background:
             raise
 
     def _advance(self) -> Event | None:
-        """The next event; None when the run stands still, which whoever started it has been told then."""
+        """The next event; None at the end, after `ended` has been called."""
         try:
             hold_interrupts()
             if self._events is None:
@@ -148,14 +147,14 @@ class Background:
     def _end(self, error: BaseException | None) -> None:
         self._events = self._task = None
         self._then.clear()
-        _left(self._run)
-        # An interrupt that broke off the reading of rows is a pause: nothing has begun.
+        _deactivate(self._run)
+        # An interrupt while rows were being read is a pause, not an error: training had not started.
         self._ended(None if isinstance(error, SystemExit | KeyboardInterrupt) else error)
 
     def drive_in_cell(self) -> Iterator[Event]:
-        """Move the run on in a cell that waits for it, in place of the task, until it stands still.
+        """Drive the run from a cell that waits for it, in place of the task, until the run is no longer active.
 
-        While a cell is executed the loop has no turn. The first interrupt pauses the run, as between cells.
+        The event loop does not run while a cell is executed. The first interrupt pauses the run, as between cells.
         """
         self.in_cell = True
         try:
@@ -165,9 +164,9 @@ class Background:
             self.in_cell = False
 
     def stop(self) -> None:
-        """Stop at the boundary where the run is, without waiting for another; it is active no more.
+        """Stop at the current boundary; the run is no longer active.
 
-        Raises CommandError from inside of what the run is doing, such as a reward function.
+        Raises CommandError inside user code of the run, such as a reward function.
         """
         if not self.active:
             return
@@ -179,7 +178,7 @@ class Background:
         self._end(None)
 
     async def wait(self) -> None:
-        """Until the run stops moving. An interrupt or a cancellation here asks the run to pause, and waits no more."""
+        """Wait until the run is no longer active. An interrupt or cancellation requests a pause and stops waiting."""
         task = self._task
         if task is None:
             return

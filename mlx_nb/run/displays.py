@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mlx_nb.config.methods import method_named
 from mlx_nb.data.sources.splits import Splits
 from mlx_nb.errors import CommandError, MlxNbError
+from mlx_nb.events import RunState
 from mlx_nb.files.places import same_folder
 from mlx_nb.files.run_folder import RunFolder
 from mlx_nb.files.written_files import REPORT_FILE
@@ -17,6 +19,8 @@ from mlx_nb.run.inputs import SPLITS
 from mlx_nb.view.panel.run_handle import RunHandle
 
 if TYPE_CHECKING:
+    from mlx_nb.view.curves.shown_figure import ShownFigure
+    from mlx_nb.view.panel.panel import Panel
     from mlx_nb.view.reports.completions import CompletionsDisplay
     from mlx_nb.view.rows.browser import RowBrowser
 
@@ -32,8 +36,50 @@ class ShownRun(RunHandle, Protocol):
     def splits(self) -> Splits:
         """The rows of each split."""
 
+    def status(self) -> str:
+        """The run in a few lines of text."""
+
     def visits_text(self, split: str, row: int) -> str:
         """When a row was trained on, as text."""
+
+
+def plot(run: ShownRun) -> ShownFigure:
+    """The curves of a run as a figure that displays itself."""
+    from mlx_nb.view.curves.figure import plot_history
+
+    metrics = method_named(run.config.method).metrics
+    return plot_history(run.history, f"{run.name}: {run.config.model}", metrics)
+
+
+def panel(run: ShownRun) -> Panel:
+    """A new panel for a run."""
+    from mlx_nb.model.backend import device_name, prepare_backend
+    from mlx_nb.view.panel.panel import Panel
+
+    return Panel(run, device=device_name(), warning=prepare_backend().warning)
+
+
+def status(run: ShownRun, error: BaseException | None) -> str:
+    """The run in a few lines of text. `error` is the exception that ended it, if there was one."""
+    from mlx_nb.view.event_text import summary_text
+
+    if run.prepared:
+        return summary_text(run.history, f"{run.name}: {run.state}")
+    if error is not None and run.state == RunState.FAILED:
+        return f"{run.name}: failed before its first update. {type(error).__name__}: {error}"
+    if run.state == RunState.PAUSED:
+        return f"{run.name}: paused while loading, no update done yet. `%finetune run` continues it."
+    return f"{run.name}: built, no update done yet. `%finetune step` or `%finetune run` starts it."
+
+
+def card(run: ShownRun) -> dict[str, str]:
+    """The run as text and HTML, for the output of a cell."""
+    from mlx_nb.view.event_text import summary_html
+
+    text = run.status()
+    if not run.prepared:
+        return {"text/plain": f"{run!r}\n{text}", "text/html": f"<pre>{escape(text)}</pre>"}
+    return {"text/plain": text, "text/html": summary_html(run.history, f"{run.name}: {run.state}")}
 
 
 def report(run: ShownRun, path: str | Path | None) -> Path:

@@ -248,7 +248,7 @@ def test_a_question_that_cannot_be_written_is_answered_with_the_reason_and_the_r
     run.run()
     assert run.finished
     text, done = said[-1]
-    assert text.startswith("not asked: the chat template does not render this prompt: ")
+    assert text.startswith("not answered: the chat template does not render this prompt: ")
     assert ("no boom" in text, done) == (True, True)
 
 

@@ -102,7 +102,7 @@ def test_an_old_run_that_cannot_be_saved_is_not_let_go(tmp_path, tiny_folder, mo
         raise CheckpointError("the disk is full.")
 
     monkeypatch.setattr(CheckpointStore, "save", full)
-    with pytest.raises(CheckpointError, match="is not let go, because the disk is full"):
+    with pytest.raises(CheckpointError, match="is not released, because the disk is full"):
         session.add(rows_run(tmp_path, tiny_folder, **QUIET))
     monkeypatch.undo()
     assert session.get() is old

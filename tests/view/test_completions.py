@@ -199,7 +199,7 @@ def test_a_run_shows_its_newest_completions_and_those_of_a_step(make_run):
 @pytest.mark.parametrize("uses", [1, 2])
 def test_log_ratios_are_of_the_last_completions_used_or_not(make_run, uses):
     run = make_run("grpo", updates_per_rollout=uses, learning_rate=1e-2)
-    with pytest.raises(CommandError, match="no completions at hand"):
+    with pytest.raises(CommandError, match="no completions in memory"):
         run.log_ratios()
     run.step(uses)
     ratios = run.log_ratios()
@@ -210,7 +210,7 @@ def test_log_ratios_are_of_the_last_completions_used_or_not(make_run, uses):
     assert "log(policy now / policy that sampled)" in run.completions(ratios=True)._repr_html_()
     assert run.adapter_bytes() == before
     run.rewind(to=0)
-    with pytest.raises(CommandError, match="no completions at hand"):
+    with pytest.raises(CommandError, match="no completions in memory"):
         run.log_ratios()
 
 

@@ -1,0 +1,63 @@
+"""Writes the adapter of a run into its own folder, or into another one that nothing else uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from mlx_nb.errors import CheckpointError, FolderError
+from mlx_nb.files.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from mlx_nb.train.trainer import Trainer
+
+
+class ExportingRun(Protocol):
+    """The interface of a run that writing its adapter needs."""
+
+    name: str
+
+    @property
+    def home(self) -> RunFolder:
+        """Its folder, with the lock and the list of written files."""
+
+    @property
+    def trainer(self) -> Trainer:
+        """Its trainer."""
+
+    def release(self, reason: str = "") -> None:
+        """Save the run and end it."""
+
+
+def can_write(folder: RunFolder) -> bool:
+    """Whether the run still holds its folder and can write there."""
+    try:
+        with folder.writing():
+            return True
+    except FolderError:
+        return False
+
+
+def export_adapter(run: ExportingRun, path: Path, kind: str, at_rest: Callable[[], bool]) -> RunFolder:
+    """Lock the folder at `path`, write the adapter there, and return the folder.
+
+    Raises FolderError if the folder belongs to another run or has files that mlx_nb did not write, CheckpointError if
+    it cannot be written.
+    """
+    folder = RunFolder(path, run.name, run.home.run_id, kind=kind, at_rest=at_rest, let_go=run.release)
+    try:
+        folder.take_for_adapter()
+        write_adapter(run, folder)
+    except BaseException:
+        folder.release()
+        raise
+    return folder
+
+
+def write_adapter(run: ExportingRun, folder: RunFolder) -> None:
+    """Write the adapter to a folder that the run holds. Raises CheckpointError if it cannot be written."""
+    try:
+        run.trainer.save_adapter(folder.path, write=folder.write)
+    except OSError as error:
+        raise CheckpointError(f"{folder.path} cannot be written: {error.strerror}. Give another folder.") from None
