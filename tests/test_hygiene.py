@@ -17,7 +17,7 @@ from mlx_nb.errors import CheckpointError, CommandError, ConfigError, MlxNbError
 from mlx_nb.events import Pause, RequestRefused, Rewind, Rewound, RunPaused, StepCompleted
 from mlx_nb.notebook.commands import run_line
 from mlx_nb.notebook.session import Session
-from mlx_nb.train.checkpoint import CheckpointStore
+from mlx_nb.train.checkpoint_store import CheckpointStore
 from places import SUPPORT
 from runs import rows_run
 from tiny import tiny_rows

@@ -12,7 +12,7 @@ import pytest
 
 from mlx_nb.cli import main
 from mlx_nb.events import RunFinished, StepCompleted, event_from_json
-from mlx_nb.train.checkpoint import CheckpointStore
+from mlx_nb.train.checkpoint_store import CheckpointStore
 from mlx_nb.train.trainer import Trainer
 from tiny import tiny_prompts, tiny_rows
 

@@ -145,7 +145,9 @@ def _read_part(folder: Path, part: dict[str, Any]) -> tuple[list[str], str]:
         return content.decode().splitlines(), ""
     whole = content[: content.rfind(b"\n") + 1]
     problem = (
-        f"{name} has {len(content)} bytes of {size}" if len(content) < size else f"{name} is not as it was written"
+        f"{name} has {len(content)} bytes of {size}"
+        if len(content) < size
+        else f"{name} was changed after it was written"
     )
     return list(_readable(whole)), problem
 

@@ -25,7 +25,8 @@ from mlx_nb.run.snapshots import Snapshots
 from mlx_nb.view.metric_text import headline
 
 if TYPE_CHECKING:
-    from mlx_nb.train.checkpoint import Checkpoint, CheckpointInfo, CheckpointStore
+    from mlx_nb.train.checkpoint import Checkpoint, CheckpointInfo
+    from mlx_nb.train.checkpoint_store import CheckpointStore
     from mlx_nb.train.inbox import Inbox
     from mlx_nb.train.trainer import Trainer
 
@@ -77,7 +78,7 @@ class Checkpoints:
     @property
     def store(self) -> CheckpointStore:
         """The checkpoints in the run's folder."""
-        from mlx_nb.train.checkpoint import CheckpointStore
+        from mlx_nb.train.checkpoint_store import CheckpointStore
 
         return CheckpointStore(self._run.folder / CHECKPOINTS, self._run.config.keep)
 
@@ -161,7 +162,7 @@ class Checkpoints:
 
     def _write(self, snapshot: Checkpoint, config: RunConfig, store: CheckpointStore, kind: str) -> Path:
         """Write a snapshot with its settings, the history up to it and the requests that are pending now."""
-        from mlx_nb.train.checkpoint import save_error
+        from mlx_nb.train.checkpoint_store import save_error
         from mlx_nb.train.record import sealed
 
         run, begun = self._run, time.monotonic()

@@ -122,6 +122,7 @@ def make_trainer(
     """
     # Import what a save needs now. Importing it during a save at the end of an interrupted process would change the
     # exit status: Python forgets the pending status once it compiles anything.
+    import mlx_nb.train.checkpoint_store
     import mlx_nb.train.record  # noqa: F401
     from mlx_nb.model.backend import is_cpu, memory_limit
     from mlx_nb.model.fingerprint import base_identity

@@ -45,7 +45,7 @@ def folder_to_resume(folder: Path) -> RunFolder:
 
 def resumable(parent: Path) -> dict[str, int]:
     """Folder name -> newest saved update, for each run in `parent` that has a checkpoint."""
-    from mlx_nb.train.checkpoint import CheckpointStore
+    from mlx_nb.train.checkpoint_store import CheckpointStore
 
     found = {}
     for folder in sorted(parent.glob(f"*/{CHECKPOINTS}")):

@@ -615,7 +615,7 @@ class Run:
         is no good checkpoint, or if settings, rows, template, tokenizer, model or a version have changed since and are
         not named in `allow_changed`.
         """
-        from mlx_nb.train.checkpoint import CheckpointStore
+        from mlx_nb.train.checkpoint_store import CheckpointStore
 
         if not isinstance(path, str | Path) or not str(path).strip():
             raise CheckpointError(f"a run is resumed from its folder, such as 'adapters/run', not {shown(path)}.")

@@ -1,4 +1,4 @@
-"""The adapter of a run in its folder: the last, those of `save_every`, and the best."""
+"""Writes the adapters of a run to its folder: the last one, those of `save_every`, and the best one."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from mlx_nb.model import adapters
 
 
 class AdapterSaves:
-    """Writes the adapter that is attached to `model` at `keys` to `folder`, by `write_file`.
+    """Writes the adapter attached to `model` at `keys` to `folder` with `write_file`.
 
-    `base` is the `base_identity` that the files carry, and `use` how to use them.
+    `base` (a `base_identity`) and `use` (how to load the adapter) are stored in adapter_config.json.
     """
 
     def __init__(
@@ -32,9 +32,9 @@ class AdapterSaves:
     ) -> None:
         self.folder = folder
         self.write_file = write_file
-        # The adapter of the best update; None before there is one, and for `full`, where it would be a second model.
+        # The adapter of the best update; None before the first, and for `full`, where it would be a second model.
         self.best: dict[str, mx.array] | None = None
-        self.best_is_stale = False  # whether best/ may hold another than that
+        self.best_is_stale = False  # whether best/ may hold a different adapter
         self._model = model
         self._keys = keys
         self._base = base
@@ -56,7 +56,7 @@ class AdapterSaves:
         write: adapters.Write | None = None,
         weights: dict[str, mx.array] | None = None,
     ) -> Path:
-        """Write the adapter, or these `weights` of an earlier update, to any folder. Returns the path of the file."""
+        """Write the current adapter, or `weights` of an earlier update, to any folder. Returns the path of the file."""
         return adapters.save_adapter(
             self._model,
             config,
@@ -71,9 +71,9 @@ class AdapterSaves:
         )
 
     def restore_best(self, config: RunConfig, best_step: int | None) -> None:
-        """Make best/ hold the adapter of the best update that the run knows of, after it went back.
+        """After a rewind or resume, write the adapter of the best update to best/.
 
-        Nothing is written where that is there already, or where neither the run nor the folder has one.
+        Does nothing if best/ holds it already, or if neither the run nor the folder has a best adapter.
         """
         folder, best = self.folder / BEST_FOLDER, self.best
         there = (folder / ADAPTER_FILE).is_file()
@@ -85,7 +85,7 @@ class AdapterSaves:
 
 
 def _holds(folder: Path, weights: dict[str, mx.array]) -> bool:
-    """Whether the adapter in a folder is this one, to the bit."""
+    """Whether the adapter in a folder equals `weights` bit for bit."""
     try:
         there = typing.cast(dict[str, mx.array], mx.load(str(folder / ADAPTER_FILE)))
     except (OSError, RuntimeError, ValueError):

@@ -1,4 +1,4 @@
-"""What updates and evaluations are computed on: batches of rows, with the constants that their objective needs."""
+"""Makes batches from rows for updates and evaluations, with the constants that the objective needs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mlx_nb.train.step import Evaluation, add_metrics, mean_metrics
 
 
 class Measured(NamedTuple):
-    """An evaluation: mean loss, the units it is over, (row, loss) of each row, mean metrics."""
+    """The result of an evaluation: mean loss, units, (row, loss) of each row, and mean metrics."""
 
     loss: float
     units: float
@@ -30,19 +30,19 @@ class Measured(NamedTuple):
 
 
 class BatchSource(Protocol):
-    """What an update and an evaluation are computed on: rows as they are, or what the model wrote to them."""
+    """A source of batches for updates and evaluations: rows, or sampled completions of prompts."""
 
     def batches(self, groups: Sequence[Sequence[Any]]) -> list[TokenBatch]:
-        """The batches of an update, one for the examples of each micro-batch."""
+        """The batches of an update, one per micro-batch."""
 
     def measure(
         self, step: int, split: str, examples: Sequence[Any], limit: int, loss_of: Callable[[TokenBatch], Evaluation]
     ) -> Generator[Event, None, Measured]:
-        """Loss and metrics of the same `limit` batches (-1 = all) of `examples` each time, with Progress on the way."""
+        """Measure loss and metrics on a fixed set of `limit` batches (-1 = all) of `examples`, yielding Progress."""
 
 
 class RowBatches:
-    """Batches of rows: conversations, texts, pairs of answers, labeled answers."""
+    """Batches of rows: conversations, texts, preference pairs or labeled answers."""
 
     def __init__(
         self, config: RunConfig, *, scorer: TargetScorer, reference: ReferenceLogprobs | None, width_multiple: int
@@ -55,19 +55,19 @@ class RowBatches:
         self._width_multiple = width_multiple
 
     def batches(self, groups: Sequence[Sequence[Any]]) -> list[TokenBatch]:
-        """The batches of an update, padded, with the constants that their objective needs."""
+        """The padded batches of an update, with the constants that the objective needs."""
         return self._collate(groups, _kl_estimate(self._mismatched_sum(group) for group in groups))
 
     def measure(
         self, step: int, split: str, examples: Sequence[Any], limit: int, loss_of: Callable[[TokenBatch], Evaluation]
     ) -> Generator[Event, None, Measured]:
-        """Loss and metrics of a fixed set of rows."""
+        """Measure loss and metrics on a fixed set of rows."""
         lengths = [example.length for example in examples]
         chosen = evaluation_batches(lengths, self._config.batch_size, limit, self._config.seed)
         groups = [[examples[position] for position in positions] for positions in chosen]
         sums = []
         if self._kl_reference is not None:
-            # Once over all rows: estimated and cut at 0 batch by batch, it would depend on their size.
+            # Estimated once over all rows. An estimate per batch, cut at 0, would depend on the batch size.
             for number, group in enumerate(groups):
                 yield Progress(step, f"{split} kl", number, len(groups))
                 sums.append(self._mismatched_sum(group))
@@ -97,7 +97,7 @@ class RowBatches:
         return packed_as_set(batch, self._config.packing, self._scorer)
 
     def _mismatched_sum(self, group: Sequence[Any]) -> tuple[float, int]:
-        """Sum of log(pi / pi_ref) over the mismatched answers of labeled rows, and their number; (0, 0) of others."""
+        """Sum of log(pi / pi_ref) over the mismatched answers of labeled rows, and their number."""
         answers_of_others = self._kind.mismatched
         if self._kl_reference is None or answers_of_others is None:
             return 0.0, 0
@@ -111,7 +111,7 @@ class RowBatches:
 
 
 def _kl_estimate(sums: Iterable[tuple[float, int]]) -> float:
-    """z0 of KTO: mean log(pi / pi_ref) of the mismatched answers, at least 0; from their sums and numbers."""
+    """z0 of KTO: the mean log(pi / pi_ref) of mismatched answers, at least 0, from (sum, count) pairs."""
     total = count = 0.0
     for ratios, answers in sums:
         total, count = total + ratios, count + answers

@@ -1,4 +1,4 @@
-"""What was asked of a run and is not carried out yet, in the order it was asked."""
+"""The queue of pending requests of a run, in order of arrival."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ Kind = TypeVar("Kind", bound=Request)
 class Inbox:
     """Requests from any thread and from signal handlers, taken by the thread that trains.
 
-    One by number, in the order they came. Adding one, a copy of all and removing one are each a single step of the
-    interpreter, so no lock is needed, which a signal handler could find taken by the very code that it interrupts; and
-    nobody ever finds fewer here than there are.
+    Adding, copying and removing are each one atomic operation of the interpreter, so no lock is needed. A lock could
+    deadlock: a signal handler may interrupt the very code that holds it.
     """
 
     def __init__(self) -> None:
@@ -25,18 +24,18 @@ class Inbox:
         self._number = itertools.count()
 
     def put(self, request: Request) -> None:
-        """Add a request behind all others."""
+        """Append a request."""
         self._requests[next(self._number)] = request
 
     def take(self, kind: UnionType) -> Iterator[Any]:
-        """The requests of some kinds, each removed as it is given; ends when there are none."""
+        """Remove and yield the requests of these kinds until none is left."""
         while (found := next((number for number, one in self._all() if isinstance(one, kind)), None)) is not None:
             request = self._requests.pop(found, None)
-            if request is not None:  # nobody dropped it meanwhile
+            if request is not None:  # not dropped by another thread meanwhile
                 yield request
 
     def drop(self, kind: type[Kind]) -> list[Kind]:
-        """Remove the requests of a kind and return them."""
+        """Remove and return the requests of a kind."""
         dropped = [(number, request) for number, request in self._all() if isinstance(request, kind)]
         for number, _ in dropped:
             self._requests.pop(number, None)
@@ -46,7 +45,7 @@ class Inbox:
         return list(self._requests.copy().items())
 
     def kept(self) -> list[str]:
-        """What is here, and stays, of the requests that a checkpoint keeps, as JSON lines."""
+        """The pending requests that a checkpoint stores, as JSON lines. They stay in the queue."""
         return [request.to_json() for _, request in self._all() if isinstance(request, KEPT_REQUESTS)]
 
     def __contains__(self, kind: type[Request]) -> bool:

@@ -1,4 +1,4 @@
-"""SIGINT while a run moves is a request like any other: read between two pieces of work, never raised inside one."""
+"""Turns SIGINT into a pause request, which is handled between two pieces of work and never raised inside one."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from mlx_nb.process.ipython import shell
 
 
 class Interrupts:
-    """While inside, the first SIGINT asks for a pause, and a second one for a pause at once.
+    """A context in which the first SIGINT requests a pause, and the second one an immediate pause.
 
-    `ask` takes the Pause; `say` is called at the first one, to tell the person. Inside another one, or outside the
-    main thread, it does nothing. The handler that was there is put back. `count` says how many came.
+    `request` takes the Pause; `announce` is called at the first SIGINT to print a message. Inside another such context,
+    or outside the main thread, it does nothing. The previous handler is restored. `count` is the number of SIGINTs.
     """
 
-    def __init__(self, ask: Callable[[Pause], None], say: Callable[[], None] = lambda: None) -> None:
-        self._ask = ask
-        self._say = say
+    def __init__(self, request: Callable[[Pause], None], announce: Callable[[], None] = lambda: None) -> None:
+        self._request = request
+        self._announce = announce
         self.count = 0
         self._before: Any = None
 
     def ignore(self) -> None:
-        """From now on SIGINT has no effect: there is nothing left to pause, only an output to finish."""
-        self._ask, self._say = lambda pause: None, lambda: None
+        """Ignore SIGINT from now on: nothing is left to pause, and the output can be finished."""
+        self._request, self._announce = lambda pause: None, lambda: None
 
     def __enter__(self) -> Interrupts:
         owner = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
-        # One that has ended may be put back by others, as by a kernel after a cell; it counts for nothing.
+        # A kernel may reinstall the handler of a context that has ended; such a handler is ignored.
         nested = isinstance(owner, Interrupts) and owner._before is not None
         if self._before is None and not nested and threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._handle)
         return self
 
     def follow_request(self) -> None:
-        """Take the signal at the end of the kernel's request that is executed, where the kernel gives it back.
+        """Install the handler when the kernel's current request ends, by replacing the handler that it will restore.
 
-        Between requests, where a kernel ignores it, that is now. Elsewhere than in a kernel nothing happens.
+        Between requests the handler is installed now. Outside a kernel this does nothing.
         """
         kernel = _kernel()
         if kernel is None or self._before is not None:
@@ -52,7 +52,7 @@ class Interrupts:
             self._before, kernel.saved_sigint_handler = kernel.saved_sigint_handler, self._handle
 
     def renew(self) -> None:
-        """Take the signal again where others have taken it since, as a kernel does at the end of a cell."""
+        """Install the handler again if something has replaced it, as a kernel does at the end of a cell."""
         if self._before is not None and signal.getsignal(signal.SIGINT) != self._handle:
             signal.signal(signal.SIGINT, self._handle)
 
@@ -69,15 +69,15 @@ class Interrupts:
         if self._before is None:
             return
         self.count += 1
-        # What was being written when the signal came may not be written to now.
+        # The signal may have interrupted a write to the same stream, which raises RuntimeError.
         with suppress(RuntimeError):
             if self.count == 1:
-                self._say()
-        self._ask(Pause("interrupted", at_once=self.count > 1))
+                self._announce()
+        self._request(Pause("interrupted", at_once=self.count > 1))
 
 
 def _kernel() -> Any:
-    """The ipykernel that gives SIGINT to every request and takes it back at its end; None elsewhere."""
+    """The ipykernel, which installs a SIGINT handler for each request and removes it after; None elsewhere."""
     kernel = getattr(shell(), "kernel", None)
     main = threading.current_thread() is threading.main_thread()
     return kernel if main and hasattr(kernel, "saved_sigint_handler") else None
@@ -85,7 +85,7 @@ def _kernel() -> Any:
 
 @contextmanager
 def interrupts_wait() -> Iterator[None]:
-    """SIGINT waits while inside, where a run is changed in several steps, and is raised as KeyboardInterrupt then."""
+    """A context for changes in several steps: SIGINT is delayed, and raised as KeyboardInterrupt at its end."""
     with Interrupts(lambda pause: None) as interrupts:
         yield
     if interrupts.count:

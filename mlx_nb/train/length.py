@@ -1,4 +1,4 @@
-"""How long a run is: by `iters`, or by `epochs`."""
+"""Computes the length of a run from `iters` or `epochs`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mlx_nb.train.update_plan import UpdatePlan
 
 
 def updates_left(config: RunConfig, state: TrainerState, plan: UpdatePlan, rollouts: Rollouts | None) -> int:
-    """Updates that are left of a run; `rollouts` are those of a method that samples."""
+    """The number of updates left. `rollouts` is None for a method that does not sample."""
     if config.iters is not None:
         return max(0, config.iters - state.step)
     updates = plan.updates_until(config.epochs or 1.0, state.batches)
@@ -20,9 +20,11 @@ def updates_left(config: RunConfig, state: TrainerState, plan: UpdatePlan, rollo
 
 
 def refuse_shorter_than_done(config: RunConfig, name: str, state: TrainerState, batches_per_epoch: int) -> None:
-    """Raise ConfigError for settings of a length that the run `name` is beyond already."""
+    """Raise ConfigError for a length that the run `name` has passed already."""
     step, done = state.step, state.batches / batches_per_epoch
-    share = config.grad_accumulation_steps / batches_per_epoch  # of an epoch, which an update rounds up
+    share = (
+        config.grad_accumulation_steps / batches_per_epoch
+    )  # of an epoch per update, to which the length is rounded up
     back = "A rewind goes further back."
     if config.iters is not None:
         if config.iters < step:

@@ -1,4 +1,4 @@
-"""Optimizer, learning rate at an update, and clipping."""
+"""Builds the optimizer, and computes the learning rate of an update and gradient clipping."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mlx_nb.model.trees import named_arrays
 class Muon(optimizers.Muon):
     """mlx's Muon with decoupled weight decay: w <- (1 - rate * weight_decay) * w - rate * orthogonalized momentum.
 
-    mlx adds the decay to the gradient, where orthogonalization makes a full-size step of it however small it is.
+    mlx adds the decay to the gradient, where orthogonalization turns it into a full-size step, however small it is.
     """
 
     def __init__(
@@ -36,16 +36,16 @@ class Muon(optimizers.Muon):
         self.decoupled_weight_decay = weight_decay
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
-        """The new value of one parameter; `state` is replaced."""
+        """The new value of one parameter; updates `state`."""
         rate = self.learning_rate.astype(parameter.dtype)
         result: mx.array = super().apply_single(gradient, parameter * (1 - rate * self.decoupled_weight_decay), state)
         return result
 
 
 def refuse_beyond_memory(model: nn.Module, config: RunConfig) -> None:
-    """Raise OutOfMemory when what is trained, its gradient and the optimizer's state cannot fit.
+    """Raise OutOfMemory if the trained parameters, their gradients and the optimizer state do not fit in memory.
 
-    The adapter of `model` is attached and not computed yet, so that its arrays have a size and take no memory.
+    The adapter of `model` is attached but not evaluated, so its arrays have sizes but use no memory yet.
     """
     parameters = model.trainable_parameters()
     optimizer = build_optimizer(config)
@@ -61,7 +61,7 @@ def refuse_beyond_memory(model: nn.Module, config: RunConfig) -> None:
 
 
 def build_optimizer(config: RunConfig) -> optimizers.Optimizer:
-    """The optimizer of mlx with the settings' arguments, which the configuration has checked."""
+    """The mlx optimizer with the arguments from the settings, which are already checked."""
     facts = OPTIMIZERS[config.optimizer]
     decay = {"weight_decay": config.weight_decay} if facts.decays else {}
     arguments = {"learning_rate": config.learning_rate, **facts.standard, **config.optimizer_config, **decay}
@@ -70,7 +70,7 @@ def build_optimizer(config: RunConfig) -> optimizers.Optimizer:
 
 
 def warmup_updates(config: RunConfig, iters: int) -> int:
-    """Updates of linear warm-up: as set, else 5% of the run and at most 100."""
+    """Number of linear warm-up updates: as set, otherwise 5% of the run and at most 100."""
     warmup = config.lr_schedule.warmup
     return min(math.ceil(0.05 * iters), 100) if warmup is None else min(warmup, iters)
 
@@ -78,10 +78,10 @@ def warmup_updates(config: RunConfig, iters: int) -> int:
 def learning_rate_at(config: RunConfig, iters: int, step: int) -> float:
     """Learning rate of update `step`, counted from 0. A pure function.
 
-    Warm-up rises linearly from `warmup_init` and reaches the peak at its last update, so no update is spent at
-    rate 0. After it, mlx's schedule runs from its own step 0. `learning_rate` scales schedules with `arguments` so
-    that a change during a run acts on every schedule alike. With `schedule_iters` the schedule is for so many updates,
-    and those after them have the rate of the last.
+    Warm-up rises linearly from `warmup_init` and reaches the peak at its last update, so no update has rate 0. After
+    it, mlx's schedule starts at its step 0. `learning_rate` also scales schedules with `arguments`, so that a change
+    during a run affects every schedule in the same way. With `schedule_iters` the schedule covers that many updates,
+    and later updates keep its last rate.
     """
     schedule = config.lr_schedule
     if config.schedule_iters is not None:
@@ -98,7 +98,7 @@ def learning_rate_at(config: RunConfig, iters: int, step: int) -> float:
 
 
 def rate_note(config: RunConfig, iters: int, step: int) -> str:
-    """What a `learning_rate` means for the updates from `step` on: the peak of the schedule, and the next rate."""
+    """A note about a changed `learning_rate`: the peak of the schedule, and the rate of the next update."""
     if step >= iters:
         return ""
     rate = learning_rate_at(config, iters, step)
@@ -108,16 +108,16 @@ def rate_note(config: RunConfig, iters: int, step: int) -> str:
 
 
 def stretch_note(config: RunConfig, before: int, after: int, step: int) -> str:
-    """What becomes of the learning rate when a run of `before` updates is longer from `step` on; empty when nothing."""
+    """A note about the learning rate when a run grows from `before` to `after` updates; empty if it does not change."""
     if after <= before or all(
         learning_rate_at(config, before, at) == learning_rate_at(config, after, at) for at in (step, before - 1)
     ):
         return ""
     last, then = (learning_rate_at(config, *at) for at in ((before, max(0, step - 1)), (after, step)))
     return (
-        f"The learning rate schedule is stretched over {after} updates: update {step + 1} has a rate of {then:.2e}, "
-        f"where the one before had {last:.2e}. `schedule_iters={before}` leaves it as it was, with its last rate for "
-        "what is added."
+        f"The learning rate schedule is stretched over {after} updates: update {step + 1} has a rate of {then:.2e}; "
+        f"the one before had {last:.2e}. `schedule_iters={before}` keeps the old schedule, and its last rate for the "
+        "added updates."
     )
 
 

@@ -1,4 +1,4 @@
-"""Which batches are computed with their lines in one row."""
+"""Decides which batches are packed: computed with all their sequences in one row."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from mlx_nb.model.logprobs import TargetScorer
 
 Packing = Literal["auto", True, False]
 
-# The share of positions that has to be saved, so that it is more than laying lines out costs.
+# The share of positions that packing must save to be worth its overhead.
 _WORTH = 0.05
 
 
 def packed_as_set(batch: TokenBatch, packing: Packing, scorer: TargetScorer) -> TokenBatch:
-    """The batch with its lines in one row, where the setting says so and the model allows it.
+    """The batch, marked as packed if the setting says so and the model supports it.
 
-    `auto` is a function of the batch alone, so that a resumed run computes what it would have computed. On a GPU, where
-    each shape is compiled, it packs nothing.
+    `auto` decides from the batch alone, so that a resumed run computes the same numbers. On a GPU, where each shape is
+    compiled, it packs nothing.
     """
     return batch._replace(packed=scorer.can_pack) if pays(batch, packing) else batch
 
 
 def pays(batch: TokenBatch, packing: Packing) -> bool:
-    """Whether the batch is to be packed where the model allows it."""
+    """Whether packing the batch pays off, or is required by the setting."""
     if packing != "auto" or not is_cpu():
         return packing is True
     lines = scored_lines(batch)

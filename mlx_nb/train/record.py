@@ -1,4 +1,4 @@
-"""What a checkpoint says of its run: every key with the kind of its value, and a seal on each."""
+"""The schema of `state.json` in a checkpoint: every key with its type, and a digest of each value."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class HistoryPart:
 
 @dataclass(frozen=True)
 class WorkingFolder:
-    """Where the relative paths of the settings began: as a path, and as the way there from the run's folder."""
+    """The folder that relative paths in the settings refer to: absolute, and relative to the run's folder."""
 
     path: str
     from_run: str
@@ -38,7 +38,7 @@ class WorkingFolder:
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """The rows and the lengths of a batch of completions, whose arrays are in the group `feed`."""
+    """The rows and lengths of a batch of completions. Its arrays are in the group `feed`."""
 
     rows: list[int]
     lengths: list[int]
@@ -47,7 +47,7 @@ class RolloutBatch:
 
 @dataclass(frozen=True)
 class RolloutState:
-    """The completions that the next `updates_left` updates are made with."""
+    """The completions for the next `updates_left` updates."""
 
     batches: list[RolloutBatch]
     updates_left: int
@@ -56,8 +56,8 @@ class RolloutState:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """`state.json` of a checkpoint. What has a default came later: an older mlx_nb wrote checkpoints without it, and
-    those have no seal."""
+    """`state.json` of a checkpoint. Fields with defaults are missing in checkpoints of older versions of mlx_nb, which
+    have no digests either."""
 
     name: str
     config: dict[str, Any]
@@ -78,10 +78,10 @@ class RunRecord:
 
 
 def read_record(state: Any) -> RunRecord:
-    """The record in the state of a checkpoint. Raises WrongJson with the key, what is there and what belongs there."""
+    """The record in the state of a checkpoint. Raises WrongJson with the key, its value and the expected type."""
     if isinstance(state, Mapping) and isinstance(trainer := state.get("trainer"), Mapping):
         losses = trainer.get("recent_losses")
-        if isinstance(losses, list):  # checkpoints from before had plain losses, which belong to no length
+        if isinstance(losses, list):  # older checkpoints have losses without a length class
             losses = [one for one in losses if isinstance(one, bool) or not isinstance(one, int | float)]
             state = {**state, "trainer": {**trainer, "recent_losses": losses}}
     record: RunRecord = read_as(RunRecord, state, others=True)
@@ -89,12 +89,12 @@ def read_record(state: Any) -> RunRecord:
 
 
 def sealed(state: dict[str, Any]) -> dict[str, Any]:
-    """The state with the SHA-256 of each of its values, by key."""
+    """The state with the SHA-256 of each value added, by key."""
     return {**state, SEAL: {key: _digest(value) for key, value in state.items()}}
 
 
 def check_seal(state: Mapping[str, Any]) -> None:
-    """Raise WrongJson for a key that is not as it was written. A state without a seal is of an older mlx_nb."""
+    """Raise WrongJson for a key whose value was changed. States of older versions have no digests and pass."""
     if SEAL not in state:
         return
     seals = read_as(dict[str, str], state[SEAL], SEAL)
@@ -102,9 +102,9 @@ def check_seal(state: Mapping[str, Any]) -> None:
         if key not in state:
             raise WrongJson(f"no {key!r}")
         if key not in seals:
-            raise WrongJson(f"{key!r} was put there later")
+            raise WrongJson(f"{key!r} was added later")
         if seals[key] != _digest(state[key]):
-            raise WrongJson(f"`{key}` is not as it was written")
+            raise WrongJson(f"`{key}` was changed after it was written")
 
 
 def _digest(value: Any) -> str:

@@ -1,7 +1,7 @@
-"""Log-probabilities of the reference model, measured once for each row when it is first needed, and kept on disk.
+"""Log-probabilities under the reference model, measured once per row at its first use, and cached on disk.
 
-A line is always measured alone, or the two answers of a pair together where packing computes their prompt once. So its
-numbers do not depend on the batch it came in, and measuring it again after a resume gives the same bits.
+A sequence is measured alone, or the two answers of a pair together if packing computes their prompt once. So the
+numbers do not depend on the batch, and measuring again after a resume gives the same bits.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from mlx_nb.train.packing import Packing, pays
 
 
 class ReferenceLogprobs:
-    """log p_ref of every trained token, by the content of its row.
+    """A cache of log p_ref for every trained token, keyed by the content of the row.
 
-    `scorer` makes the reference's scorer, at the first row that is not known yet. `fingerprint` says which model that
-    is: numbers of another one are never read.
+    `scorer` creates the reference's scorer at the first cache miss. `fingerprint` identifies the reference model:
+    cached numbers of another model are never used.
     """
 
     def __init__(self, scorer: Callable[[], TargetScorer], fingerprint: str, packing: Packing = "auto") -> None:
@@ -36,7 +36,7 @@ class ReferenceLogprobs:
         self._packing = packing
         self._scorer: TargetScorer | None = None
         self._known: dict[bytes, np.ndarray] = {}
-        self._saved: tuple[Path, int] | None = None  # the folder that has them all, and how many
+        self._saved: tuple[Path, int] | None = None  # the folder of the last save, and the number of rows saved
         self.fingerprint = fingerprint
 
     @property
@@ -47,11 +47,11 @@ class ReferenceLogprobs:
         return self._scorer
 
     def __len__(self) -> int:
-        """How many rows are known."""
+        """The number of cached rows."""
         return len(self._known)
 
     def fill(self, batch: TokenBatch) -> TokenBatch:
-        """The batch with `token_values["reference"]` (B, T), 0 where nothing is trained. Measures what is not known."""
+        """The batch with `token_values["reference"]` (B, T), 0 on untrained tokens. Measures uncached rows."""
         units = self._units(batch)
         digests = [_digest(unit) for _, unit in units]
         missing = {digest: unit for digest, (_, unit) in zip(digests, units) if digest not in self._known}
@@ -65,7 +65,7 @@ class ReferenceLogprobs:
         return batch._replace(token_values={**batch.token_values, "reference": reference_BT})
 
     def _units(self, batch: TokenBatch) -> list[tuple[list[int], TokenBatch]]:
-        """What is measured at a time: lines of the batch by their places, both of a pair where packing them pays."""
+        """The units of measurement: single lines of the batch, or both lines of a pair if packing them pays off."""
         rows = len(batch.rows)
         units = []
         for row in range(rows):
@@ -78,7 +78,7 @@ class ReferenceLogprobs:
         return units
 
     def _measure(self, units: Mapping[bytes, TokenBatch]) -> None:
-        """As many at the same time as there are lanes, those of like length together."""
+        """Measure units in lanes, sorted by length so that similar lengths are computed together."""
         by_length = sorted(units, key=lambda digest: units[digest].lengths)
         at_once = lane_count()
         for start in range(0, len(by_length), at_once):
@@ -87,7 +87,7 @@ class ReferenceLogprobs:
             self._known.update(zip(chosen, target_values(packed, self.scorer.logprobs)))
 
     def save(self, folder: Path, write: Write = write_whole) -> None:
-        """Write what is known beside the run, unless nothing is new. Raises OSError."""
+        """Write the cache to `folder`, unless it is unchanged. Raises OSError."""
         count = len(self._known)
         if not count or self._saved == (folder, count):
             return
@@ -102,7 +102,7 @@ class ReferenceLogprobs:
         self._saved = (folder, count)
 
     def load(self, folder: Path) -> None:
-        """Take over what a run in `folder` measured with the same reference; pass over anything else."""
+        """Load the cache that a run in `folder` wrote for the same reference. Anything else is ignored."""
         path = folder / REFERENCE_FILE
         if not path.is_file():
             return
@@ -110,7 +110,7 @@ class ReferenceLogprobs:
             arrays, metadata = typing.cast(Any, mx.load(str(path), return_metadata=True))
             self._take(arrays, metadata, folder)
         except (RuntimeError, ValueError, KeyError):
-            return  # torn or foreign: it will be measured again and replaced
+            return  # damaged or foreign: the rows are measured again and the file is replaced
 
     def _take(self, arrays: Mapping[str, mx.array], metadata: Mapping[str, str], folder: Path) -> None:
         if metadata.get("reference") != self.fingerprint:
@@ -124,7 +124,7 @@ class ReferenceLogprobs:
 
 
 def _unit(batch: TokenBatch, lines: list[int]) -> TokenBatch:
-    """Some lines of the batch as a batch of its own, without the weights of their tokens."""
+    """Lines of the batch as a separate batch, with a mask of 0 and 1 instead of weights."""
     lengths = tuple(batch.lengths[line] for line in lines)
     tokens = batch.tokens_BT[lines, : max(lengths)]
     mask = (batch.loss_mask_BT[lines, : max(lengths)] != 0).astype(np.float32)
@@ -136,7 +136,7 @@ def _packed_where_it_can_be(unit: TokenBatch, scorer: TargetScorer) -> TokenBatc
 
 
 def _digest(unit: TokenBatch) -> bytes:
-    """Of a line that is measured alone, its tokens and their mask; of lines together their lengths too."""
+    """A digest of the tokens and mask of a unit, and of its lengths if it has several lines."""
     lengths = repr(unit.lengths).encode() if len(unit.lengths) > 1 else b""
     content = unit.tokens_BT.astype("<i4").tobytes() + (unit.loss_mask_BT != 0).tobytes()
     return hashlib.sha256(lengths + content).digest()

@@ -1,4 +1,4 @@
-"""Batches of what the model itself wrote: sampled, scored by the person's rewards, and used for some updates."""
+"""Rollouts: samples completions, scores them with the reward functions, and makes them into training batches."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from mlx_nb.train.step import Evaluation
 
 
 class NoReward(DataError):
-    """No completion of a rollout or an evaluation got a number from the reward functions."""
+    """No completion of a rollout or evaluation got a reward."""
 
 
 @dataclass(frozen=True, eq=False)
 class Sampled:
-    """Completions with the prompt of each, their scores, and how long sampling took."""
+    """Completions with their prompts and scores, and the sampling time."""
 
     examples: list[PromptExample]
     completions: list[Completion]
@@ -50,10 +50,10 @@ class Sampled:
 
 
 class Rollouts:
-    """One rollout is `group_size` completions of every prompt of an update; `updates_per_rollout` updates use it.
+    """Samples rollouts: `group_size` completions of every prompt of an update, used for `updates_per_rollout` updates.
 
-    `columns` are those of the rows, which rewards are given. `own_code` is entered while a reward function is running:
-    an interrupt may strike right there.
+    `columns` are the columns of the rows that reward functions get. `own_code` is entered while a reward function
+    runs, so that it can be interrupted.
     """
 
     def __init__(
@@ -72,12 +72,12 @@ class Rollouts:
         self._scorer = scorer
         self._tokenizer = tokenizer
         self._rewards = rewards
-        # A KL that weighs nothing in the loss is not worth a forward pass of the reference.
+        # With a KL weight of 0 the forward pass of the reference is not needed.
         self._reference = reference if options_for(config).get("beta", 1.0) else None
         self._width_multiple = width_multiple
         self._batches: list[TokenBatch] = []
         self._updates_left = 0
-        self.metrics: dict[str, float] = {}  # of the completions: rewards and lengths
+        self.metrics: dict[str, float] = {}  # mean rewards and lengths of the completions
         self.own_code = Interruptible()
 
     @property
@@ -88,9 +88,9 @@ class Rollouts:
     def sample(
         self, step: int, first: int, prompts: Sequence[Sequence[PromptExample]]
     ) -> Generator[Event, None, Event]:
-        """Sample and score the completions of the `prompts` of the update that begins at micro-batch `first`.
+        """Sample and score completions of the `prompts` of the update that begins at micro-batch `first`.
 
-        Nothing changes before it has ended. Raises NoReward when not one of them got a reward.
+        Nothing is changed before the end. Raises NoReward if no completion got a reward.
         """
         config = self._config
         seed = seed_for(config.seed, "rollout", first)
@@ -139,7 +139,7 @@ class Rollouts:
         return Sampled(examples, completions, scores, seconds)
 
     def _require_reward(self, scores: Scores) -> None:
-        """Raise NoReward where no completion has a total, with the first problem of a function that gave no number."""
+        """Raise NoReward if no completion has a reward, with the first error of a function that returned no number."""
         if np.isfinite(scores.total_N).any():
             return
         silent = [reward.name for reward, none in zip(self._rewards, np.isnan(scores.rewards_NF).all(axis=0)) if none]
@@ -177,12 +177,12 @@ class Rollouts:
         return batch if self._reference is None else self._with_reference(batch, self._reference.scorer)
 
     def _with_reference(self, batch: TokenBatch, scorer: TargetScorer) -> TokenBatch:
-        """At the sampling temperature, as the policy's."""
+        """Add the reference log-probabilities, at the sampling temperature like the policy's."""
         reference_BT = self._logprobs(batch._replace(packed=batch.packed and scorer.can_pack), scorer)
         return batch._replace(token_values={**batch.token_values, "reference": reference_BT})
 
     def _logprobs(self, batch: TokenBatch, scorer: TargetScorer) -> np.ndarray:
-        """(B, T) at the sampling temperature, 0 where nothing is trained."""
+        """(B, T) log-probabilities at the sampling temperature, 0 on untrained tokens."""
 
         def tempered(logits_CV: mx.array, target_C: mx.array) -> tuple[mx.array]:
             logits_CV = logits_CV.astype(mx.float32) / self._config.temperature
@@ -233,25 +233,25 @@ class Rollouts:
         return tuple(groups)
 
     def batches(self, groups: Sequence[Sequence[Any]]) -> list[TokenBatch]:
-        """The completions of these prompts, which were sampled before: a batch for each micro-batch of prompts."""
+        """The batches of the current rollout, one per micro-batch of prompts."""
         return self._batches
 
     def use_up(self) -> bool:
-        """One more update was made with the completions. Whether that was the last."""
+        """Count one update made with the completions. Returns whether it was the last."""
         self._updates_left -= 1
         return not self.ready
 
     def drop(self) -> None:
-        """Leave behind whatever was sampled."""
+        """Drop the current rollout."""
         self._updates_left = 0
 
     def updates_of(self, rollouts: int) -> int:
-        """Updates that are left of so many rollouts, the one in use included."""
+        """The updates left in `rollouts` rollouts, including the current one."""
         each = self._config.updates_per_rollout
         return rollouts * each - (each - self._updates_left if self.ready and rollouts else 0)
 
     def log_ratios(self) -> list[tuple[int, np.ndarray, np.ndarray]]:
-        """(row, tokens, log(policy now / policy that sampled)) of each completion of the last rollout, used or not."""
+        """(row, tokens, log(current policy / sampling policy)) of each completion of the last rollout."""
         found = []
         for batch in self._batches:
             ratio_BT = self._logprobs(batch, self._scorer) - batch.token_values["behavior"]
@@ -268,7 +268,7 @@ class Rollouts:
         limit: int,
         loss_of: Callable[[TokenBatch], Evaluation],
     ) -> Generator[Event, None, Measured]:
-        """The reward of one completion of each of a fixed set of prompts, always drawn by the same numbers.
+        """Measure the reward of one completion per prompt, for a fixed set of prompts and fixed random numbers.
 
         The loss is minus the reward, so that lower is better. Raises NoReward.
         """
@@ -284,8 +284,7 @@ class Rollouts:
         return Measured(mean, float(len(losses)), tuple(losses), self._measured(sampled))
 
     def snapshot(self) -> tuple[dict[str, mx.array], dict[str, Any] | None]:
-        """Arrays by name and plain values of the completions in use: they cannot be sampled again once the policy has
-        changed."""
+        """The current rollout as arrays by name and plain values. A changed policy cannot sample it again."""
         if not self.ready:
             return {}, None
         arrays = {
@@ -297,7 +296,7 @@ class Rollouts:
         return arrays, {"batches": shapes, "updates_left": self._updates_left, "metrics": self.metrics}
 
     def restore(self, arrays: dict[str, mx.array], state: Any, prompts: Sequence[Sequence[PromptExample]]) -> None:
-        """Go on with the completions of a snapshot, where they answer these `prompts`, batch by batch."""
+        """Restore the rollout of a snapshot if it belongs to these `prompts`; otherwise drop it."""
         self._batches, self._updates_left, self.metrics = [], 0, {}
         wanted = [[one.row for one in chosen for _ in range(self._config.group_size)] for chosen in prompts]
         if state is None or [list(shape["rows"]) for shape in state["batches"]] != wanted:
@@ -330,7 +329,7 @@ def _as_example(prompt: PromptExample, completion: Completion) -> TokenizedExamp
 
 
 def _spread(total_N: np.ndarray, group_size: int) -> float:
-    """Mean over groups of the deviation of their known rewards."""
+    """The mean standard deviation of rewards within a group, over the known ones."""
     groups = [group[np.isfinite(group)] for group in total_N.reshape(-1, group_size)]
     return float(np.mean([group.std(ddof=1) if len(group) > 1 else 0.0 for group in groups]))
 
@@ -340,7 +339,7 @@ def _plain(value: float) -> float | None:
 
 
 def _text_of(prompt: Any) -> str:
-    """A prompt to read: messages one after the other."""
+    """A prompt as readable text, one line per message."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)

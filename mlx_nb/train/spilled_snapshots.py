@@ -1,4 +1,4 @@
-"""Snapshots on disk for as long as their run is in use: what a run that ended keeps to rewind to without its memory."""
+"""Snapshots spilled to disk: a run that has ended keeps them for rewinding without using memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mlx_nb.train.checkpoint import Checkpoint
 
 
 class _Place(NamedTuple):
-    """Where the bytes of an array are in the file."""
+    """The position of an array in the file."""
 
     offset: int
     size: int
@@ -23,9 +23,9 @@ class _Place(NamedTuple):
 
 
 class SpilledSnapshots:
-    """Snapshots in a file of `folder` that has no name, so that nothing stays behind, however the process ends.
+    """Snapshots in an unnamed file in `folder`, which the system removes however the process ends.
 
-    An array that several snapshots share is written once. Raises OSError when the disk is full or read-only.
+    An array that several snapshots share is written once. Raises OSError if the disk is full or read-only.
     """
 
     def __init__(self, folder: Path, snapshots: Iterable[Checkpoint]) -> None:
@@ -53,11 +53,11 @@ class SpilledSnapshots:
 
     @property
     def steps(self) -> list[int]:
-        """The updates that are here."""
+        """The steps of the snapshots."""
         return [snapshot.step for snapshot, _ in self._spilled]
 
     def find(self, step: int) -> Checkpoint | None:
-        """The snapshot of a step, its arrays read; None when it is not here. Raises OSError."""
+        """Read the snapshot of a step; None if there is none. Raises OSError."""
         for snapshot, groups in reversed(self._spilled):
             if snapshot.step == step:
                 arrays = {

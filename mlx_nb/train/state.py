@@ -1,4 +1,4 @@
-"""Where a run is, and the rows that it trains on."""
+"""The counters of a run, and the tokenized rows that it trains on."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 
 @dataclass
 class TrainerState:
-    """Where a run is. `step` counts updates done, `seconds` the time in them.
+    """The counters of a run. `step` is the number of finished updates, `seconds` the time spent in them.
 
-    `learned_step` is the last update that had something to learn from, 0 = none.
-    `recent_losses` are (length class, loss) of the last updates, `spikes` how many of the last were spikes in a row.
-    `batches` counts micro-batches of the run's batch size; at the end of an epoch it is a multiple of those in one.
+    `learned_step` is the last update with a learning signal (0 = none).
+    `recent_losses` has (length class, loss) of recent updates, `spikes` the number of consecutive spikes at the end.
+    `batches` counts micro-batches of the run's batch size; at the end of an epoch it is a multiple of the batches per
+    epoch.
     """
 
     step: int = 0
@@ -33,7 +34,7 @@ class TrainerState:
 
 @dataclass(frozen=True)
 class TrainerExamples:
-    """The rows of a run as the examples of its method, tokenized. `valid` and `test` may be empty."""
+    """The tokenized examples of a run. `valid` and `test` may be empty."""
 
     train: Sequence[Any]
     valid: Sequence[Any] = ()

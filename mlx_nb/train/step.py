@@ -1,4 +1,4 @@
-"""One transactional update: computed and evaluated first, then put in place; or nothing changes."""
+"""One transactional update: everything is computed first and then applied, or nothing changes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Judge = Callable[[float, float], tuple[type[TrainingError], str] | None]
 
 
 class Gradients(NamedTuple):
-    """Gradients of the MEAN loss over all micro-batches; that loss, its units, mean metrics, loss of each row."""
+    """Gradients of the MEAN loss over all micro-batches, with the loss, its units, mean metrics and row losses."""
 
     gradients: Any
     loss: float
@@ -42,9 +42,9 @@ class Gradients(NamedTuple):
 
 
 class Update(NamedTuple):
-    """What one update measured: mean loss, units it is over, gradient norm before clipping, mean metrics.
+    """The measurements of one update: mean loss, its units, gradient norm before clipping, mean metrics.
 
-    `row_losses` are the mean loss of each row, in the order of the micro-batches.
+    `row_losses` has the mean loss of each row, in micro-batch order.
     """
 
     loss: float
@@ -55,7 +55,7 @@ class Update(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Sum of the loss over one batch, its units, the mean loss of each row, and metrics as (sum, divisor)."""
+    """The evaluation of one batch: loss sum, units, mean loss of each row, and metrics as (sum, divisor)."""
 
     total: float
     units: float
@@ -64,11 +64,10 @@ class Evaluation(NamedTuple):
 
 
 class Stepper:
-    """Updates one model's trainable parameters with one optimizer and one objective.
+    """Updates the trainable parameters of a model with an optimizer and an objective.
 
-    `poll` is called before each forward pass and before an update is kept, and may raise to break off what is being
-    done. A batch of enough
-    tokens is computed in up to `lanes` parts at the same time (model/lanes.py).
+    `poll` is called before each forward pass and before an update is applied, and may raise to abort. A batch of enough
+    tokens is computed in up to `lanes` parallel parts (model/lanes.py).
     """
 
     def __init__(
@@ -101,9 +100,9 @@ class Stepper:
             self._gradients = mx.compile(self._sum_and_gradients, inputs=state, outputs=state)
 
     def trainable(self) -> Any:
-        """The parameters that are trained, as a tree. What was frozen or unfrozen from outside is put right first.
+        """The trained parameters as a tree. If user code has frozen or unfrozen parameters, that is undone first.
 
-        Raises ModelChanged when an array is missing, or has another shape or dtype.
+        Raises ModelChanged if an array is missing or has another shape or dtype.
         """
         parameters = self.model.trainable_parameters()
         if forms_of(parameters) != self._trained:
@@ -112,23 +111,22 @@ class Stepper:
             there = forms_of(parameters)
             for name, (shape, dtype) in self._trained.items():
                 if there.get(name) != (shape, dtype):
-                    now = "gone" if name not in there else f"of shape {there[name][0]}, {there[name][1]}"
+                    now = "missing" if name not in there else f"of shape {there[name][0]}, {there[name][1]}"
                     raise ModelChanged(
-                        f"the model was changed from outside: {name}, which is trained, was of shape {shape}, {dtype} "
-                        f"and is {now}. `%finetune resume`, or `Run.resume`, goes on from the last update with a whole "
-                        "model."
+                        f"the model was changed from outside: trained array {name} had shape {shape}, {dtype} and is "
+                        f"now {now}. `%finetune resume`, or `Run.resume`, continues from the last good update."
                     )
         return parameters
 
     def arrays(self) -> dict[str, dict[str, mx.array]]:
-        """The trained `parameters` and the state of the `optimizer`, by name."""
+        """The trained `parameters` and the `optimizer` state, by name."""
         return {
             "parameters": dict(named_arrays(self.trainable())),
             "optimizer": dict(named_arrays(self.optimizer.state)),
         }
 
     def refuse_mismatch(self, step: int, parameters: dict[str, mx.array], optimizer: dict[str, mx.array]) -> None:
-        """Raise CheckpointError where those of the checkpoint of `step` are of another model or optimizer."""
+        """Raise CheckpointError if the arrays of the checkpoint of `step` do not match this model and optimizer."""
         here = self.arrays()
         pairs = {"parameter": (parameters, here["parameters"]), "optimizer state": (optimizer, here["optimizer"])}
         for what, (theirs, ours) in pairs.items():
@@ -136,14 +134,14 @@ class Stepper:
                 one, other = theirs.get(name), ours.get(name)
                 if one is None or other is None or one.shape != other.shape or one.dtype != other.dtype:
                     raise CheckpointError(
-                        f"the checkpoint of step {step} is of another run: {what} {name} does not fit. "
-                        "Use the model, fine_tune_type, lora_parameters and optimizer that it was made with."
+                        f"the checkpoint of step {step} is from another run: {what} {name} does not match. "
+                        "Use its model, fine_tune_type, lora_parameters and optimizer."
                     )
             if damaged := not_finite(theirs):
                 raise CheckpointError(f"the checkpoint of step {step} is damaged: {what} {damaged}.")
 
-    def put_back(self, parameters: dict[str, mx.array], optimizer: dict[str, mx.array]) -> None:
-        """Go on from these, which fit."""
+    def restore(self, parameters: dict[str, mx.array], optimizer: dict[str, mx.array]) -> None:
+        """Restore parameters and optimizer state, which have been checked."""
         self.model.update(tree_unflatten(list(parameters.items())))
         self.optimizer.state = tree_unflatten(list(optimizer.items()))
 
@@ -163,14 +161,14 @@ class Stepper:
         return mx.value_and_grad(total)(parameters)
 
     def gradients(self, micro_batches: Sequence[TokenBatch], seed: int) -> Gradients:
-        """Gradients of the mean loss over all micro-batches, as a tree, and what was measured on the way."""
+        """Gradients of the mean loss over all micro-batches as a tree, with the measurements."""
         found = self._joined_gradients(micro_batches, seed)
         return found._replace(gradients=self._form.split(found.gradients))
 
     def _joined_gradients(self, micro_batches: Sequence[TokenBatch], seed: int) -> Gradients:
-        """The same in the form that the optimizer takes.
+        """Like `gradients`, in the form that the optimizer takes.
 
-        The model's parameters, its mode and the user's random stream are as before, whatever happens.
+        The model's parameters and mode and the user's random stream are restored, also after an error.
         """
         parameters = self.trainable()
         summed: Any = None
@@ -194,7 +192,7 @@ class Stepper:
                     add_metrics(metrics, measured(sums))
         finally:
             self.model.update(parameters)
-        # With mask_truncated_completions an update can be without any token that counts: its gradient is 0, not 0 / 0.
+        # With mask_truncated_completions an update may have no units; its gradient is then 0 and not 0 / 0.
         divisor = units or 1.0
         mean = tree_map(lambda array: array / divisor, summed)
         return Gradients(mean, total / divisor, units, mean_metrics(metrics), row_losses)
@@ -209,9 +207,9 @@ class Stepper:
         rows: Sequence[int],
         judge: Judge,
     ) -> Update:
-        """One optimizer update, unless `judge(loss, gradient norm)` gives an error and what it is to say.
+        """Do one optimizer update, unless `judge(loss, gradient norm)` returns an error class and message.
 
-        That error is raised naming `rows` and the largest gradients. On any error nothing has changed.
+        That error is raised with `rows` and the largest gradients. After any error nothing has changed.
         """
         optimizer_before = _shallow(self.optimizer.state)
         try:
@@ -235,7 +233,7 @@ class Stepper:
         return Update(loss, units, norm, metrics, row_losses)
 
     def evaluate(self, batch: TokenBatch) -> Evaluation:
-        """The loss of one batch without dropout and without gradients."""
+        """Evaluate one batch, without dropout and gradients."""
         self.scorer.refuse_beyond_memory(batch)
         parts = self._parts(batch)
         sums = self._sum(parts)
@@ -244,7 +242,7 @@ class Stepper:
 
 
 def largest_gradients(gradients: Any) -> list[tuple[str, float]]:
-    """(parameter, L2 norm) of the arrays with the largest norms, those that are no numbers first."""
+    """(parameter, L2 norm) of the gradient arrays with the largest norms, non-finite ones first."""
     norms = [(name, scalar(mx.linalg.norm(array.astype(mx.float32)))) for name, array in named_arrays(gradients)]
     return sorted(norms, key=lambda pair: -pair[1] if math.isfinite(pair[1]) else -math.inf)[:LARGEST_SHOWN]
 
@@ -257,19 +255,19 @@ def _refused(
 
 
 def measured(sums: LossSum) -> dict[str, tuple[float, float]]:
-    """The metrics of a batch as numbers: (sum, divisor) by name."""
+    """The metrics of a batch as Python numbers: name -> (sum, divisor)."""
     return {name: (scalar(total), scalar(divisor)) for name, (total, divisor) in sums.metrics.items()}
 
 
 def add_metrics(metrics: dict[str, tuple[float, float]], more: dict[str, tuple[float, float]]) -> None:
-    """Add those of one more batch."""
+    """Add the metrics of one more batch."""
     for name, (total, divisor) in more.items():
         before = metrics.get(name, (0.0, 0.0))
         metrics[name] = (before[0] + total, before[1] + divisor)
 
 
 def mean_metrics(metrics: dict[str, tuple[float, float]]) -> dict[str, float]:
-    """Sum over divisor; what nothing was measured of is left out."""
+    """Sum / divisor of each metric; metrics with divisor 0 are omitted."""
     return {name: total / divisor for name, (total, divisor) in metrics.items() if divisor}
 
 
@@ -279,7 +277,7 @@ def _evaluate(parts: tuple[TargetInputs, ...], *arrays: Any) -> None:
 
 
 def _packed(sums: LossSum) -> mx.array:
-    """All but the total as one vector: a compiled gradient cannot have two outputs that are computed alike."""
+    """All sums but the total as one vector, because a compiled gradient cannot have two equal outputs."""
     metrics = [array for pair in sums.metrics.values() for array in pair]
     return mx.concatenate([array.reshape(-1) for array in (sums.units, sums.row_total_R, sums.row_units_R, *metrics)])
 
@@ -297,13 +295,13 @@ def _row_losses(sums: LossSum) -> list[float]:
 
 
 def _shallow(tree: Any) -> Any:
-    """The same arrays in new containers: the optimizer replaces entries in place."""
+    """A copy of the containers of a tree, sharing its arrays. The optimizer replaces entries in place."""
     return tree_map(lambda array: array, tree)
 
 
 @contextmanager
 def training_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout is on while inside and off again afterwards, so that talking to the model is not noisy."""
+    """A context in training mode, with dropout; evaluation mode is restored afterwards."""
     try:
         model.train()
         yield

@@ -1,13 +1,11 @@
-"""Trainer: an iterator of events. It computes and never shows; it moves only when asked."""
+"""Trains a model as an iterator of events. It only computes; it prints and draws nothing."""
 
 from __future__ import annotations
 
-import math
-import threading
 import time
 import typing
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,79 +64,50 @@ from mlx_nb.rollouts.rewards.resolve import Reward
 from mlx_nb.train.adapter_saves import AdapterSaves
 from mlx_nb.train.batch_source import BatchSource, RowBatches
 from mlx_nb.train.checkpoint import Checkpoint
+from mlx_nb.train.evaluation import evaluate_split
 from mlx_nb.train.inbox import Inbox
 from mlx_nb.train.length import refuse_shorter_than_done, updates_left
 from mlx_nb.train.optimizer import build_optimizer, learning_rate_at, rate_note, refuse_beyond_memory, stretch_note
 from mlx_nb.train.reference_logprobs import ReferenceLogprobs
 from mlx_nb.train.rollout import NoReward, Rollouts
 from mlx_nb.train.schedule import BEGIN, SAVE_BEST, SAVE_LAST, VALIDATE_NOW, Due, Measures, Schedule
+from mlx_nb.train.shared_work import Aborted, SharedWork
 from mlx_nb.train.state import TrainerExamples, TrainerState
 from mlx_nb.train.step import COMPILED_WIDTHS, Stepper, Update
 from mlx_nb.train.tripwires import REMEMBERED_LOSSES, SpikeWatch, advice, length_class, out_of_memory
 from mlx_nb.train.update_plan import UpdatePlan
 
-MEMORY_WARNING = 0.9  # of the device's memory
-IDLE_UPDATES = 10  # in a row without anything to learn from, until that is said
+MEMORY_WARNING = 0.9  # share of the device's memory
+IDLE_UPDATES = 10  # consecutive updates without a learning signal before NothingLearned
 
 
-# (prompt, tokens at most) -> (answer, answer of the base) as they grow, token by token
+# (prompt, max tokens) -> stream of (answer, answer of the base), one per token
 Sampler = Callable[[str, int], Iterator[tuple[str, str | None]]]
 _NO_VALIDATION = (
-    "there are no validation rows to measure. Give some (valid.jsonl, or val_set_size), or `%finetune eval train`."
+    "there are no validation rows. Provide some (valid.jsonl, or val_set_size), or use `%finetune eval train`."
 )
-_NO_PROMPTS = "there are no prompts to sample. Set `sample_prompts` in a new run, or ask with `%finetune generate`."
+_NO_PROMPTS = "there are no sample prompts. Set `sample_prompts` in a new run, or use `%finetune generate`."
 
 
 _REWARD_ADVICE = (
-    "Nothing has changed. `%finetune run` tries again, `%finetune skip` leaves these prompts out, and a fork "
-    "(`%finetune fork rewards=...`) takes a function that you have mended."
+    "Nothing has changed. `%finetune run` tries again, `%finetune skip` skips these prompts, and a fork "
+    "(`%finetune fork rewards=...`) can use a corrected function."
 )
 
 
-SECONDS_BETWEEN_LOOKS = 0.001  # of a loop that waits for another
-
-
-class _Aborted(BaseException):
-    """What was being done is dropped, as if it had never begun. No `except Exception` of a person's own stops it."""
-
-
 def _longest(config: RunConfig, examples: Sequence[Any]) -> int:
-    """Tokens of the longest row, with the completion that a prompt may get."""
+    """The length in tokens of the longest row, including the longest completion of a prompt."""
     completion = config.max_completion_length if method_named(config.method).kind.sampled else 0
     return max(len(part.tokens) for example in examples for part in example.sequences) + completion
 
 
-@dataclass(eq=False)
-class _SharedWork:
-    """Work in pieces of one thread, and how many loops over events are at it. `patience` in seconds."""
-
-    work: Generator[Event, None, Any]
-    thread: int
-    patience: float = 1.0
-    loops: int = 0
-    event: Event = Progress(0, "", 0, 0)
-    advanced_at: float = field(default_factory=time.monotonic)
-
-    def advance(self) -> None:
-        """Do the next piece. Raises StopIteration with the result."""
-        try:
-            self.event = next(self.work)
-        finally:
-            self.advanced_at = time.monotonic()
-
-    @property
-    def stalled(self) -> bool:
-        """Whether its thread has done nothing for longer than others wait."""
-        return time.monotonic() - self.advanced_at > self.patience
-
-
 class Trainer:
-    """Trains `model` in place. `events()` yields what happens; control is the caller's between any two events.
+    """Trains `model` in place. `events()` yields events, and the caller has control between any two of them.
 
-    The adapter is attached here and taken out by `close`. Requests are read at step boundaries only.
-    `base` is the `base_identity` that saved adapters are to carry. `from_checkpoint` says that `restore` comes next, so
-    that the adapter in `resume_adapter_file` is not read again. Raises DataError without training rows, ModelError for
-    a model whose pass in training is not the one of its answers.
+    The constructor attaches the adapter; `close` removes it. Requests are handled only at step boundaries.
+    `base` is the `base_identity` to store with saved adapters. `from_checkpoint` says that `restore` follows, so that
+    the adapter in `resume_adapter_file` is not loaded. Raises DataError without training rows, ModelError for a model
+    whose forward pass in training differs from that in generation.
     """
 
     def __init__(
@@ -177,11 +146,11 @@ class Trainer:
         self.finished: RunFinished | None = None
         self._inbox = inbox if inbox is not None else Inbox()
         self.schedule = Schedule()
-        self._peaks = (0, 0)  # of all memory, and of what training itself took
-        self.kept_memory = 0  # bytes of earlier updates that are kept to rewind to
+        self._peaks = (0, 0)  # peak of all memory, and of training alone
+        self.kept_memory = 0  # bytes of snapshots kept for rewinding
         self._started = False
         self._abort = False
-        self._shared: _SharedWork | None = None
+        self._work = SharedWork()
         self._memory_limit = memory_limit
         self._sampler = sampler
         self._reference = reference
@@ -231,31 +200,31 @@ class Trainer:
         mx.reset_peak_memory()
 
     def _left(self) -> int:
-        """Updates that are left of the run."""
+        """The number of updates left."""
         return updates_left(self.config, self.state, self.plan, self.rollouts)
 
     def _length(self) -> int:
-        """Updates in the whole run. What is done is never taken back."""
+        """The length of the whole run, at least the updates done."""
         return max(1, self.state.step + self._left())
 
     def request(self, request: Request) -> None:
-        """Ask for something at the next step boundary. Safe from a signal handler or a widget callback."""
+        """Queue a request for the next step boundary. Safe to call from a signal handler or widget callback."""
         at_once = isinstance(request, Pause) and request.at_once
         at_once = at_once or (isinstance(request, Cancel) and self.schedule.first_is_cancellable)
         self._abort = self._abort or at_once
         self._inbox.put(request)
         if at_once and self.rollouts is not None:
-            self.rollouts.own_code.strike(_Aborted())  # in the middle of a reward function
+            self.rollouts.own_code.strike(Aborted())  # interrupts a running reward function
 
     def _poll(self) -> None:
         if self._abort:
-            raise _Aborted
+            raise Aborted
 
     def events(self, updates: int | None = None) -> Iterator[Event]:
-        """Train for `updates` optimizer updates, or to the end of the run, yielding events on the way.
+        """Train for `updates` optimizer updates, or to the end of the run, yielding events.
 
-        Ends early after RunPaused, RunFinished or RunFailed. May be called again at any time to go on. What could not
-        be done, because it was broken off or the disk was full, changed nothing and is tried again then.
+        Ends early after RunPaused, RunFinished or RunFailed. Call it again at any time to continue. A task that was
+        aborted, or failed because the disk was full, has changed nothing and is tried again then.
         """
         done = 0
         if updates != 0:
@@ -264,24 +233,24 @@ class Trainer:
             paused = yield from self._read_requests()
             if paused:
                 return
-            if not self._started:  # or not any more: it may have gone back to before its start
+            if not self._started:  # the first call, or the first after a rewind to before the start
                 self._started = True
                 self.schedule.add(BEGIN)
             try:
                 if self.saves.best_is_stale:
                     self.restore_best()
-                self.stepper.trainable()  # raises ModelChanged before the model is asked anything
+                self.stepper.trainable()  # raises ModelChanged before the model is used
                 if self.schedule:
-                    event = yield from self._share(self._do_next)
+                    event = yield from self._work.share(self._do_next)
                 elif self.finished is not None or done == updates:
                     return
                 elif self.rollouts is not None and not self.rollouts.ready:
-                    event = yield from self._share(self._sample_rollout)
+                    event = yield from self._work.share(self._sample_rollout)
                 else:
                     event = self._update()
                     done += 1
-            except _Aborted:
-                continue  # the Pause that broke it off is the next request, or another loop has done it
+            except Aborted:
+                continue  # the Pause that aborted it is the next request, or another loop has finished the work
             except NoReward as error:
                 yield RunPaused(self.state.step, f"{error} {_REWARD_ADVICE}")
                 return
@@ -301,23 +270,23 @@ class Trainer:
 
     @property
     def over(self) -> bool:
-        """Whether the run has ended and no update of it is left."""
+        """Whether the run has ended and no update is left."""
         return self.finished is not None and not self._left()
 
     def go_on(self) -> None:
-        """Take back a stop or an early stop, so that the updates that are left are done after all."""
+        """Undo a stop or early stop, so that the remaining updates are done."""
         if self.finished is not None and self._left():
             self.finished = None
             self.state = replace(self.state, evaluations_without_best=0)
 
     def finish_again(self) -> None:
-        """Where the run is over, end it once more: its adapter is written to the folder of this trainer."""
+        """If the run is over, finish it again, which writes its adapter to the folder of this trainer."""
         if self.over:
             self.finished = None
             self.schedule.add(SAVE_LAST, ("finish", ITERS_REACHED))
 
     def change_folder(self, folder: Path, write: adapters.Write) -> None:
-        """What is saved from now on goes to `folder`, by `write`; what is in memory is to be there already."""
+        """Save to `folder` with `write` from now on. The current adapter must be there already."""
         self.saves.folder, self.saves.write_file = folder, write
         if self.finished is not None:
             self.finished = replace(self.finished, path=str(folder))
@@ -329,7 +298,7 @@ class Trainer:
         return RunFailed(self.state.step, error.reason, text, error.rows, error.largest_gradients)
 
     def _polled(self, work: Generator[Event, None, Any]) -> Generator[Event, None, Any]:
-        """`work`, broken off where that was asked for."""
+        """Run `work`, raising Aborted between its events if that was requested."""
         try:
             while True:
                 self._poll()
@@ -347,52 +316,14 @@ class Trainer:
         )
         return rollout
 
-    def _share(self, begin: Callable[[], Generator[Event, None, Any]]) -> Generator[Event, None, Any]:
-        """Work in pieces that is done once, whatever number of loops over events come to it.
-
-        Loops of one thread go on where the others are. Those of other threads wait, since mlx's arrays may belong to
-        the thread that made them; where that stands still they begin anew, and then it is the other that waits. One
-        loop has the result; for the others it is broken off, and so it is for all where the run went back.
-        """
-        me = threading.get_ident()
-        while (shared := self._shared) is not None and shared.thread != me:
-            if shared.stalled:
-                self._shared = _SharedWork(begin(), me, 2 * shared.patience)
-                break
-            time.sleep(SECONDS_BETWEEN_LOOKS)
-            yield shared.event
-            if self._shared is not shared:
-                raise _Aborted
-        if self._shared is None:
-            self._shared = _SharedWork(begin(), me)
-        mine = self._shared
-        mine.loops += 1
-        try:
-            while self._shared is mine:
-                try:
-                    mine.advance()
-                except BaseException:
-                    self._shared = None if self._shared is mine else self._shared
-                    raise
-                yield mine.event
-            raise _Aborted
-        except StopIteration as ended:
-            return ended.value
-        finally:
-            mine.loops -= 1
-            if not mine.loops:
-                mine.work.close()
-                if self._shared is mine:
-                    self._shared = None
-
     def _do_next(self) -> Generator[Event, None, Event]:
-        """Carry out the first thing of the queue, which leaves it only then, and queue what follows from it."""
+        """Do the first task of the queue, remove it, and queue its follow-up tasks."""
         event, follow_up = yield from self._do(*self.schedule.first)
         self.schedule.done(follow_up)
         return event
 
     def _do(self, what: str, how: str) -> Generator[Event, None, tuple[Event, list[Due]]]:
-        """Do one thing that was due. Its event, and what follows from it."""
+        """Do one task. Returns its event and the follow-up tasks."""
         match what:
             case "start":
                 return self._start(), self.measures.at_the_start
@@ -401,7 +332,7 @@ class Trainer:
             case "sample":
                 try:
                     return (yield from self._sample(how)), []
-                except DataError as error:  # the prompt is one that the model cannot read
+                except DataError as error:  # the model cannot read the prompt
                     return RequestRefused(self.state.step, f"sample {how!r}: {error}"), []
             case "save":
                 return self._save(how), []
@@ -417,7 +348,7 @@ class Trainer:
                 return self._finish(how), []
 
     def snapshot(self) -> Checkpoint:
-        """Everything that the next update depends on, as it is at this step boundary."""
+        """A snapshot of everything that the next update depends on. Call it at a step boundary."""
         completions, about_completions = self.rollouts.snapshot() if self.rollouts is not None else ({}, None)
         arrays = {
             **self.stepper.arrays(),
@@ -427,7 +358,7 @@ class Trainer:
             arrays["best"] = self.saves.best
         state = {
             "feed": about_completions,
-            "trainer": dict(vars(self.state)),  # not asdict: what never changes in place is shared, not copied
+            "trainer": dict(vars(self.state)),  # not asdict, which would copy the lists
             "place": list(self.plan.batches.place(self.state.batches)),
             "due": self.schedule.as_lists(),
             "asked": self._inbox.kept(),
@@ -437,13 +368,13 @@ class Trainer:
         return Checkpoint(self.state.step, arrays, state)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a snapshot, bit for bit. Raises CheckpointError when it is of another model or optimizer."""
+        """Restore a snapshot bit for bit. Raises CheckpointError if it is from another model or optimizer."""
         parameters = checkpoint.arrays["parameters"]
         self.stepper.refuse_mismatch(checkpoint.step, parameters, checkpoint.arrays["optimizer"])
-        self._shared = None
-        self.stepper.put_back(parameters, checkpoint.arrays["optimizer"])
+        self._work.drop()
+        self.stepper.restore(parameters, checkpoint.arrays["optimizer"])
         self.state = TrainerState(**checkpoint.state["trainer"])
-        # JSON has no tuples; checkpoints from before had plain losses, which belong to no length.
+        # JSON has no tuples, and older checkpoints have losses without a length class.
         pairs = [one for one in self.state.recent_losses if isinstance(one, list | tuple)]
         self.state.recent_losses = [(length, loss) for length, loss in pairs]
         if (place := checkpoint.state.get("place")) is not None:
@@ -452,7 +383,7 @@ class Trainer:
             prompts = self.plan.examples(self.state.batches)
             self.rollouts.restore(checkpoint.arrays.get("feed", {}), checkpoint.state.get("feed"), prompts)
         finished = checkpoint.state["finished"]
-        # The run may have been moved or copied since.
+        # The folder may have been moved or copied since.
         self.finished = None if finished is None else RunFinished(**{**finished, "path": str(self.saves.folder)})
         self.schedule.only((what, how) for what, how in checkpoint.state["due"])
         self._started = checkpoint.state["started"]
@@ -462,7 +393,7 @@ class Trainer:
             )
         self.saves.best_is_stale = self.state.best_step is not None
         self._end_where_due()
-        # What was to be left out was the batch after another update.
+        # A pending Skip was meant for the batch after another update.
         self._inbox.drop(Skip)
 
     def _start(self) -> RunStarted:
@@ -480,21 +411,21 @@ class Trainer:
 
     @property
     def validates(self) -> bool:
-        """Whether the run measures validation rows by itself."""
+        """Whether the run evaluates validation rows on its own."""
         return bool(self.examples.valid) and self.config.steps_per_eval != -1
 
     @property
     def measures(self) -> Measures:
-        """What the run measures by itself."""
+        """What the run measures on its own."""
         prompts = self.config.sample_prompts if self._sampler is not None else None
         return Measures(self.validates, bool(self.config.test and self.examples.test), tuple(prompts or ()))
 
     def _schedule_after_update(self) -> None:
-        """Queue what is due at this boundary, so that it is done even if the caller pauses right after the update."""
+        """Queue the tasks due at this boundary, so that they are done even if the caller pauses before them."""
         step = self.state.step
         if self._memory_limit is not None and mx.get_peak_memory() > MEMORY_WARNING * self._memory_limit:
             self.schedule.add(("memory", str(self._memory_limit)))
-            self._memory_limit = None  # said once
+            self._memory_limit = None  # reported only once
         if step - self.state.learned_step == IDLE_UPDATES:
             self.schedule.add(("idle", str(IDLE_UPDATES)))
         if self._left():
@@ -505,7 +436,7 @@ class Trainer:
     def _sample(self, prompt: str) -> Generator[Event, None, SampleGenerated]:
         assert self._sampler is not None
         answers: tuple[str, str | None] = ("", None)
-        # The answer of the base comes after that of the model, when it is not known yet.
+        # The answer of the base follows that of the model, unless it is cached.
         of_model = most = self.config.sample_tokens
         for tokens, so_far in enumerate(self._sampler(prompt, of_model), start=1):
             if so_far[1] is not None and answers[1] is None:
@@ -516,7 +447,7 @@ class Trainer:
         return SampleGenerated(self.state.step, prompt, *answers)
 
     def _read_requests(self) -> Generator[Event, None, bool]:
-        """Carry out what was asked. The generator's value is True when training must not go on now."""
+        """Handle pending requests. The generator's value is True if training must pause now."""
         request: TrainerRequest
         for request in self._inbox.take(TrainerRequest):
             match request:
@@ -553,11 +484,11 @@ class Trainer:
 
     @property
     def cancellable(self) -> bool:
-        """Whether Cancel would leave something out."""
+        """Whether Cancel would drop something."""
         return self.schedule.cancellable or Sample in self._inbox or Evaluate in self._inbox
 
     def clear_pauses(self) -> None:
-        """One pause answers all that were asked."""
+        """Drop all pending pauses, which one pause satisfies."""
         self._inbox.drop(Pause)
         self._abort = False
 
@@ -570,19 +501,19 @@ class Trainer:
         return BatchSkipped(self.state.step, rows)
 
     def _end_where_due(self) -> None:
-        """Measure the run anew: one that has become longer goes on, one with nothing left ends here."""
+        """Update the length of the run: reopen it if it became longer, and end it if no update is left."""
         self.iters = self._length()
         if self._left():
             if self.finished and self.finished.reason == ITERS_REACHED:
                 self.finished = None
-            self.schedule.go_on()
+            self.schedule.reopen()
         elif self._started and self.finished is None and not self.schedule.ends:
             self.schedule.after_the_last(self.state.validated_step == self.state.step, self.measures)
 
     def change(self, name: str, value: Any) -> SettingChanged:
-        """Change a live setting, at a step boundary. A run that gets longer goes on from its end.
+        """Change a live setting at a step boundary. A finished run that becomes longer continues.
 
-        Raises ConfigError for a length below what is done.
+        Raises ConfigError for a length below the updates done.
         """
         old, before = getattr(self.config, name), self.iters
         config = self.config.with_live(**{name: value})
@@ -599,13 +530,13 @@ class Trainer:
         return SettingChanged(self.state.step, name, old, getattr(config, name), self.iters, note)
 
     def change_note(self, name: str, config: RunConfig) -> str:
-        """What a person should know about a change of the setting `name`; empty where it is what it says."""
+        """A note about the effect of a changed setting; empty if there is nothing to explain."""
         if name != "learning_rate":
             return ""
         return " ".join([rate_note(config, self.iters, self.state.step), *warnings_about(config)])
 
     def refuse_shorter_than_done(self, config: RunConfig) -> None:
-        """Raise ConfigError for settings of a length that the run is beyond already."""
+        """Raise ConfigError for a length that the run has passed already."""
         refuse_shorter_than_done(config, self.name, self.state, self.plan.batches.batches_per_epoch)
 
     def _update(self) -> StepCompleted:
@@ -631,11 +562,11 @@ class Trainer:
             raise out_of_memory(error, batches) from error
         seconds = time.perf_counter() - started
         metrics = {**update.metrics, **(self.rollouts.metrics if self.rollouts is not None else {})}
-        moves_on = self.rollouts is None or self.rollouts.use_up()
+        batches_done = self.rollouts is None or self.rollouts.use_up()
         self.state = state = replace(
             state,
             step=state.step + 1,
-            batches=self.plan.after(state.batches) if moves_on else state.batches,
+            batches=self.plan.after(state.batches) if batches_done else state.batches,
             tokens=state.tokens + tokens,
             target_tokens=state.target_tokens + update.units,
             learned_step=state.step + 1 if _had_signal(update, metrics, learning_rate) else state.learned_step,
@@ -662,27 +593,27 @@ class Trainer:
         )
 
     def _peak_memory(self) -> int:
-        """The most that training took so far, without the earlier updates that are kept to rewind to."""
+        """The peak memory of training so far, without the snapshots kept for rewinding."""
         highest, own = self._peaks
         if (peak := mx.get_peak_memory()) > highest:
             self._peaks = (peak, max(own, peak - self.kept_memory))
         return self._peaks[1]
 
     def next_rows(self) -> tuple[int, ...]:
-        """The rows of the next update, in the order of its batches."""
+        """The rows of the next update, in batch order."""
         return self.plan.rows(self.state.batches)
 
     def next_batches(self) -> list[TokenBatch]:
-        """The very arrays of the next update, one for each micro-batch; none before the completions of a rollout."""
+        """The batches of the next update, one per micro-batch; empty if its completions are not sampled yet."""
         if self.rollouts is not None and not self.rollouts.ready:
             return []
         return self.source.batches(self.plan.examples(self.state.batches))
 
     def evaluate(self, split: str = "valid", *, all_rows: bool = False) -> EvaluationCompleted:
-        """Loss over a fixed set of rows of `split`, or all, weighted by token. Changes nothing in the run.
+        """Token-weighted loss over a fixed set of rows of `split`, or all. Does not change the run.
 
-        Raises OutOfMemory when a batch does not fit, ModelChanged, and CommandError where a reward function asks for
-        a pause at once. A pause that others ask for is for when the run moves.
+        Raises OutOfMemory if a batch does not fit, ModelChanged, and CommandError if user code inside it requests an
+        immediate pause. Other pauses take effect when training continues.
         """
         self.stepper.trainable()  # raises ModelChanged
         evaluating = self._evaluating(split, all_rows)
@@ -693,35 +624,24 @@ class Trainer:
                 except StopIteration as ended:
                     result: EvaluationCompleted = ended.value
                     return result
-                except _Aborted:
+                except Aborted:
                     raise CommandError(
-                        "the evaluation was broken off by a pause at once. Nothing has changed."
+                        "the evaluation was aborted by an immediate pause. Nothing has changed."
                     ) from None
 
     def _evaluating(self, split: str, all_rows: bool = False) -> Generator[Event, None, EvaluationCompleted]:
-        """The same, with a Progress before each batch."""
-        config = self.config
-        examples = {"train": self.examples.train, "valid": self.examples.valid, "test": self.examples.test}[split]
-        if not examples:
-            raise DataError(f"there are no rows in the {split} split to evaluate.")
-        started = time.perf_counter()
-        limit = -1 if all_rows else config.test_batches if split == "test" else config.val_batches
-        measured = yield from self.source.measure(self.state.step, split, examples, limit, self.stepper.evaluate)
-        nll = measured.metrics.get("nll", measured.loss)
-        return EvaluationCompleted(
-            self.state.step,
-            split,
-            measured.loss,
-            perplexity_of(nll) if config.method == "sft" else None,
-            measured.units,
-            len(measured.row_losses),
-            time.perf_counter() - started,
-            row_losses=measured.row_losses,
-            metrics=measured.metrics,
+        return evaluate_split(
+            self.config,
+            self.examples,
+            self.source,
+            self.stepper.evaluate,
+            step=self.state.step,
+            split=split,
+            all_rows=all_rows,
         )
 
     def _validate(self, scheduled: bool) -> Generator[Event, None, tuple[Event, list[Due]]]:
-        """Early stopping counts the scheduled ones alone: looking more often must not end a run."""
+        """Only scheduled validations count for early stopping, so that extra ones never end a run."""
         try:
             result = yield from self._polled(self._evaluating("valid"))
         except NoReward as error:
@@ -762,15 +682,15 @@ class Trainer:
         return AdapterSaved(self.state.step, str(path), kind)
 
     def restore_best(self) -> None:
-        """After a restore: make best/ hold the adapter of the best update that the run knows of.
+        """After `restore`, write the adapter of the best update to best/.
 
-        Nothing is written where that is there already, or where neither the run nor the folder has one. Raises OSError
+        Does nothing if best/ holds it already, or if neither the run nor the folder has a best adapter. Raises OSError
         and FolderError.
         """
         self.saves.restore_best(self.config, self.state.best_step)
 
     def save_adapter(self, folder: Path, write: adapters.Write) -> Path:
-        """Write the adapter as it is now to another folder. Returns the path of its weights."""
+        """Write the current adapter to another folder. Returns the path of its weights."""
         self.stepper.trainable()
         return self.saves.save_to(folder, self.config, self.state.step, write=write)
 
@@ -790,23 +710,18 @@ class Trainer:
         return self.finished
 
     def close(self) -> None:
-        """Take the adapter out of the model: it is again what was loaded."""
+        """Remove the adapter, which restores the loaded model."""
         adapters.detach_adapter(self.model)
         self.model.unfreeze()
 
 
 def _had_signal(update: Update, metrics: dict[str, float], learning_rate: float) -> bool:
-    """Whether an update had something to learn from. Without a difference between rewards only rounding is left."""
+    """Whether an update had a learning signal. If all rewards are equal, the gradient is only rounding error."""
     return learning_rate > 0 and update.gradient_norm > 0 and metrics.get("zero_variance_groups", 0.0) < 1
-
-
-def perplexity_of(loss: float) -> float:
-    """exp(loss), infinite where that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 def _disk_error(folder: Path, error: OSError) -> str:
     return (
-        f"{folder} cannot be written: {error.strerror or error}. Nothing in memory is lost. Free the disk or "
-        "the folder and `%finetune run` again, or `%finetune save OTHER_FOLDER` and go on there."
+        f"{folder} cannot be written: {error.strerror or error}. Nothing in memory is lost. Free disk space or fix the "
+        "folder and `%finetune run` again, or continue in another one with `%finetune save OTHER_FOLDER`."
     )

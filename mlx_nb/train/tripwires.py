@@ -1,4 +1,4 @@
-"""What an update must not be: not a number, a loss far above those before it, or too large. Pure functions."""
+"""Tripwires: reasons not to apply an update, such as a non-finite loss or a loss spike. Pure functions."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from mlx_nb.data.examples.batches import TokenBatch
 from mlx_nb.errors import LossRaised, LossSpike, ModelChanged, NonFiniteLoss, OutOfMemory, TrainingError
 from mlx_nb.model.memory import is_out_of_memory
 
-RECENT_LOSSES = 32  # updates that a loss is compared with
-REMEMBERED_LOSSES = 8 * RECENT_LOSSES  # of all lengths together
-FEWEST_LOSSES = 8  # before so many there is nothing to compare with
-FIRST_UPDATES = 5  # in which a rate that is far too high shows
-SMALLEST_DEVIATION = 0.1  # nats; a run whose loss hardly moves is not stopped by a small bump
+RECENT_LOSSES = 32  # number of earlier losses that a loss is compared with
+REMEMBERED_LOSSES = 8 * RECENT_LOSSES  # over all length classes
+FEWEST_LOSSES = 8  # with fewer earlier losses there is no comparison
+FIRST_UPDATES = 5  # in these a far too high learning rate shows
+SMALLEST_DEVIATION = 0.1  # in nats, so that a small bump does not stop a run with a nearly constant loss
 DEVIATIONS_PER_MAD = 1.4826  # of a normal distribution
 
 Refusal = tuple[type[TrainingError], str]
 
 
 def refusal(loss: float, gradient_norm: float) -> Refusal | None:
-    """Why an update with this loss and gradient must not be kept, whatever came before it, or None."""
+    """Why an update with a non-finite loss or gradient must not be applied; None if both are finite."""
     if not math.isfinite(loss):
         return NonFiniteLoss, f"loss is {loss}"
     if not math.isfinite(gradient_norm):
@@ -31,16 +31,16 @@ def refusal(loss: float, gradient_norm: float) -> Refusal | None:
 
 
 def length_class(tokens: int, rows: int) -> int:
-    """Which losses an update is compared with: those of rows of about this length, to a factor of 2."""
+    """The length class of an update: its mean row length to a factor of 2. Losses are compared within a class."""
     return round(math.log2(max(1, tokens) / max(1, rows)))
 
 
 def spike(loss: float, alike: Sequence[float], loss_spike: float | None) -> str | None:
-    """In words, how far `loss` is above those of the updates before with rows of its length class; None = usual.
+    """A message if `loss` is a spike compared with the earlier losses `alike` of its length class; otherwise None.
 
-    A spike is a loss above median + `loss_spike` * max(0.1, 1.4826 * MAD) of the last 32, where MAD is the median
-    absolute deviation from the median: one hard batch among them does not move either. Length classes keep rows that
-    differ by nature apart, since batches are made of rows of similar length. `loss_spike` None = no such check.
+    A spike is a loss above median + `loss_spike` * max(0.1, 1.4826 * MAD) of the last 32 losses, where MAD is the
+    median absolute deviation; both are robust to a single hard batch. Length classes keep different kinds of rows
+    apart, because a batch has rows of similar length. `loss_spike` None disables the check.
     """
     recent = alike[-RECENT_LOSSES:]
     if loss_spike is None or len(recent) < FEWEST_LOSSES:
@@ -51,17 +51,18 @@ def spike(loss: float, alike: Sequence[float], loss_spike: float | None) -> str 
     if loss <= limit:
         return None
     return (
-        f"loss is {loss:.3f}, where the {len(recent)} updates before with rows of about this length had a median of "
-        f"{usual:.3f} (more than {limit:.3f} is a spike, see loss_spike)"
+        f"loss is {loss:.3f}; the last {len(recent)} updates with rows of about this length had a median of "
+        f"{usual:.3f} (above {limit:.3f} is a spike, see loss_spike)"
     )
 
 
 @dataclass
 class SpikeWatch:
-    """Judges the loss of one update; `found` says in words that it is a spike.
+    """Judges the loss of one update. `found` is a message if it is a spike.
 
-    alike     losses of the updates before with rows of about this length
-    before    spikes in a row until now;  patience: as many in a row are not kept any more
+    alike     losses of earlier updates in the same length class
+    before    number of consecutive spikes before this update
+    patience  number of consecutive spikes at which the update is not applied
     """
 
     alike: Sequence[float]
@@ -71,7 +72,7 @@ class SpikeWatch:
     found: str | None = None
 
     def judge(self, loss: float, gradient_norm: float) -> Refusal | None:
-        """Why the update must not be kept, or None."""
+        """Why the update must not be applied; None if it may."""
         if (refused := refusal(loss, gradient_norm)) is not None:
             return refused
         self.found = spike(loss, self.alike, self.loss_spike)
@@ -82,41 +83,41 @@ class SpikeWatch:
 
     @property
     def in_a_row(self) -> int:
-        """Spikes in a row, this update included; one that could not be compared changes nothing."""
+        """Number of consecutive spikes including this update. Updates without a comparison do not count."""
         if self.found is not None:
             return self.before + 1
         return 0 if len(self.alike) >= FEWEST_LOSSES else self.before
 
 
 def advice(kind: type[TrainingError], step: int = FIRST_UPDATES, learning_rate: float = 0.0) -> str:
-    """What a person can do about an update that was not kept, after `step` updates, the last at this rate."""
+    """Advice about an update that was not applied, after `step` updates at `learning_rate`."""
     if kind is LossRaised:
-        return "The update was not applied. Mend the function, run its cell again, and then `%finetune resume`."
+        return "The update was not applied. Correct the function, run its cell again, and then `%finetune resume`."
     if kind is ModelChanged:
         return "The update was not applied."
     if kind is NonFiniteLoss and step < FIRST_UPDATES:
         return (
-            f"The update was not applied. So early in a run the learning rate ({learning_rate:.3g}) and the base are "
-            "suspected before the rows: see what `%finetune generate hello --base` answers, and try a tenth of the "
-            "rate with `%finetune rewind --to 0` and `%finetune set learning_rate=...`. `%finetune skip` leaves this "
-            "batch out; then `%finetune run`."
+            f"The update was not applied. This early in a run the likely cause is the learning rate "
+            f"({learning_rate:.3g}) or the base model, not the rows: check `%finetune generate hello --base`, and "
+            "try a tenth of the rate with `%finetune rewind --to 0` and `%finetune set learning_rate=...`. "
+            "`%finetune skip` skips this batch; then `%finetune run`."
         )
-    again = ", or `%finetune set loss_spike=null` to take what comes" if kind is LossSpike else ""
+    again = ", or `%finetune set loss_spike=null` disables this check" if kind is LossSpike else ""
     return (
-        "The update was not applied. `%finetune skip` leaves this batch out, `%finetune rewind 10` goes back, "
+        "The update was not applied. `%finetune skip` skips this batch, `%finetune rewind 10` goes back, "
         f"`%finetune set learning_rate=...` lowers the rate{again}; then `%finetune run`."
     )
 
 
 def out_of_memory(error: MemoryError | RuntimeError, batches: Sequence[TokenBatch]) -> OutOfMemory:
-    """What mlx's error means; `batches` are those of the update, none outside of one.
+    """Convert mlx's error to OutOfMemory. `batches` are those of the update; empty outside an update.
 
     Raises any other RuntimeError again.
     """
     if not is_out_of_memory(error):
         raise error
     rows = tuple(dict.fromkeys(row for batch in batches for row in batch.rows))
-    where = "outside an update, while rows were measured or completions sampled"
+    where = "outside an update, during evaluation or sampling"
     if batches:
         longest = max(length for batch in batches for length in batch.lengths)
         where = f"in a batch with rows {', '.join(map(str, rows))}, the longest of {longest} tokens"

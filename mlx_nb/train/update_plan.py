@@ -1,4 +1,4 @@
-"""Which rows each update takes."""
+"""Plans which rows each update uses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mlx_nb.objectives.kinds import LOSS_KINDS
 class UpdatePlan:
     """The rows of each update. Positions count micro-batches from 0, across epochs.
 
-    An update has `grad_accumulation_steps` micro-batches, or what is left of the epoch: it never reaches into the next.
+    An update has `grad_accumulation_steps` micro-batches, or fewer at the end of an epoch: it never crosses epochs.
     """
 
     def __init__(self, config: RunConfig, examples: Sequence[Any]) -> None:
@@ -30,13 +30,13 @@ class UpdatePlan:
         return [[self._examples[position] for position in positions] for positions in chosen]
 
     def rows(self, first: int) -> tuple[int, ...]:
-        """The numbers of their rows."""
+        """The row numbers of that update."""
         return tuple(example.row for examples in self.examples(first) for example in examples)
 
     def after(self, first: int) -> int:
-        """Where the update after that begins."""
+        """The micro-batch at which the next update begins."""
         return first + len(self.batches.update(first, self._accumulated))
 
     def updates_until(self, epochs: float, first: int) -> int:
-        """Updates from `first` until `epochs` passes over the rows are done, 0 where they are."""
+        """Number of updates from `first` until `epochs` passes over the rows are done."""
         return updates_until(epochs, self.batches.batches_per_epoch, self._accumulated, first)

@@ -13,7 +13,7 @@ from mlx_nb.events import RolloutCompleted, StepCompleted
 from mlx_nb.events.history import History
 from mlx_nb.files.history_file import MOST_PARTS
 from mlx_nb.run.resume_checks import history_of
-from mlx_nb.train.checkpoint import CheckpointStore
+from mlx_nb.train.checkpoint_store import CheckpointStore
 
 
 def texts(history):

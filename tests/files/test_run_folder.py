@@ -26,7 +26,7 @@ from mlx_nb.events import RunFinished, RunPaused
 from mlx_nb.files import folder_lock
 from mlx_nb.files.folder_lock import FolderLock
 from mlx_nb.notebook.session import Session
-from mlx_nb.train.checkpoint import CheckpointStore
+from mlx_nb.train.checkpoint_store import CheckpointStore
 from places import SUPPORT
 from tiny import save_tiny_model, tiny_pairs, tiny_rows
 

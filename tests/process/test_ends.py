@@ -20,7 +20,7 @@ from lives import KINDS, NAP_SECONDS, namespace_of, register_napping, settings_o
 from mlx_nb import Run
 from mlx_nb.config.methods import METHODS
 from mlx_nb.run.resume_checks import history_of
-from mlx_nb.train.checkpoint import CheckpointStore
+from mlx_nb.train.checkpoint_store import CheckpointStore
 from places import SUPPORT
 
 pytestmark = pytest.mark.faults

@@ -23,7 +23,7 @@ from mlx_nb.errors import CheckpointError, CommandError
 from mlx_nb.notebook.interrupt_display import LINE
 from mlx_nb.notebook.lasting_output import Outcome
 from mlx_nb.notebook.session import Session
-from mlx_nb.train.checkpoint import CheckpointStore
+from mlx_nb.train.checkpoint_store import CheckpointStore
 from places import SUPPORT
 from runs import rows_run
 from tiny import tiny_rows
@@ -234,9 +234,9 @@ def test_a_browser_of_a_run_that_is_gone_still_shows_the_rows_and_says_why_there
     assert browser.row == 1
     assert "say green" in browser.view.value
     browser.filter.value = "highest loss"
-    assert "run is gone" in browser.status.value
+    assert "run no longer exists" in browser.status.value
     browser.color.value = "loss now"
-    assert "run is gone" in browser.view.value
+    assert "run no longer exists" in browser.view.value
 
 
 def test_a_browser_that_nobody_holds_lives_as_long_as_its_run(tmp_path, tiny_folder):
@@ -354,7 +354,7 @@ def test_an_update_that_does_not_end_in_time_loses_itself_alone(tmp_path, tiny_f
 
 def test_a_signal_during_the_last_save_does_not_end_it(tmp_path, tiny_folder):
     body = """
-        from mlx_nb.train.checkpoint import CheckpointStore
+        from mlx_nb.train.checkpoint_store import CheckpointStore
         real = CheckpointStore.save
         def save(*arguments, **options):
             os.kill(os.getpid(), signal.SIGTERM)

@@ -15,7 +15,7 @@ from mlx_nb import Run, RunConfig, register_objective
 from mlx_nb.config.methods import METHODS
 from mlx_nb.errors import CommandError, TrainingError
 from mlx_nb.events import Pause, Question, RolloutCompleted, RunPaused, StepCompleted
-from mlx_nb.train.checkpoint import CheckpointStore
+from mlx_nb.train.checkpoint_store import CheckpointStore
 from places import SUPPORT
 from runs import rows_run
 from tiny import tiny_prompts
@@ -210,7 +210,7 @@ def test_a_reward_that_asks_for_a_pause_at_once_ends_an_evaluation_in_words(tmp_
     run = prompts_run(tmp_path, tiny_folder, mine, val_set_size=0.25)
     run.step()
     asking.append(True)
-    with pytest.raises(CommandError, match=r"broken off by a pause at once\. Nothing has changed"):
+    with pytest.raises(CommandError, match=r"aborted by an immediate pause\. Nothing has changed"):
         run.evaluate()
     asking.clear()
     assert run.run().reason == "by the reward"

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from mlx_nb.train.checkpoint import CheckpointStore
+from mlx_nb.train.checkpoint_store import CheckpointStore
 from places import SUPPORT
 
 START = """

@@ -180,7 +180,7 @@ def test_whatever_is_done_with_exchanged_arrays_says_how_to_go_on(tiny_folder, t
     run = make_run(tiny_folder, tmp_path)
     run.step(2)
     run.model.model.layers[0].self_attn.q_proj.lora_a = mx.zeros((2, 2))
-    with pytest.raises(ModelChanged, match=r"was changed from outside: .*`%finetune resume`.* goes on"):
+    with pytest.raises(ModelChanged, match=r"was changed from outside: .*`%finetune resume`.* continues"):
         getattr(run, call)()
 
 

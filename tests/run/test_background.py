@@ -9,7 +9,7 @@ import pytest
 from kernels import SETUP, Kernel
 from killed import DIGEST
 from mlx_nb import Run
-from mlx_nb.train.checkpoint import CheckpointStore
+from mlx_nb.train.checkpoint_store import CheckpointStore
 from places import SUPPORT
 from tiny import tiny_rows
 

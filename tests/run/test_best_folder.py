@@ -10,7 +10,7 @@ import pytest
 from mlx.core import load
 
 from mlx_nb import Run, RunConfig
-from mlx_nb.train.checkpoint import CheckpointStore
+from mlx_nb.train.checkpoint_store import CheckpointStore
 from tiny import tiny_rows
 
 SETTINGS = {"iters": 12, "batch_size": 4, "val_set_size": 6, "steps_per_eval": 2, "save_every": -1, "keep": 20}

@@ -35,7 +35,7 @@ from mlx_nb.events import (
     Stop,
     TrainerRequest,
 )
-from mlx_nb.train.checkpoint import CheckpointStore
+from mlx_nb.train.checkpoint_store import CheckpointStore
 from mlx_nb.train.inbox import Inbox
 from tiny import tiny_prompts, tiny_rows
 

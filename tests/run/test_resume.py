@@ -14,7 +14,7 @@ from mlx_nb.errors import CheckpointError, CommandError
 from mlx_nb.events import AdapterSaved, CheckpointSaved, Pause, RunPaused, StepCompleted
 from mlx_nb.notebook.commands import run_line
 from mlx_nb.notebook.session import Session
-from mlx_nb.train.checkpoint import CheckpointStore
+from mlx_nb.train.checkpoint_store import CheckpointStore
 from places import NOTEBOOKS
 from runs import SETTINGS, arrays_of, happened, rows_run, trainer_for
 from tiny import random_examples, tiny_rows

@@ -13,7 +13,7 @@ import pytest
 from lives import KINDS, ROWS, e_share, settings_of
 from mlx_nb import Run, RunConfig
 from mlx_nb.events import EvaluationCompleted, Pause, Progress, RunPaused, SampleGenerated, Save, StepCompleted
-from mlx_nb.train.checkpoint import CheckpointStore
+from mlx_nb.train.checkpoint_store import CheckpointStore
 from mlx_nb.train.inbox import Inbox
 from places import SUPPORT
 from runs import happened, rows_run

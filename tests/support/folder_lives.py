@@ -9,7 +9,7 @@ from pathlib import Path
 from mlx_nb import Run, RunConfig
 from mlx_nb.errors import CheckpointError, FolderTaken
 from mlx_nb.events import RunFinished
-from mlx_nb.train.checkpoint import CheckpointStore
+from mlx_nb.train.checkpoint_store import CheckpointStore
 from tiny import tiny_rows
 
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from mlx_nb import Run, RunConfig
-from mlx_nb.train.checkpoint import CheckpointStore
+from mlx_nb.train.checkpoint_store import CheckpointStore
 from tiny import tiny_rows
 
 DIGEST = (

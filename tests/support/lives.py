@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from mlx_nb import Run, register_objective
 from mlx_nb.events import StepCompleted
-from mlx_nb.train.checkpoint import CheckpointStore
+from mlx_nb.train.checkpoint_store import CheckpointStore
 from tiny import tiny_labels, tiny_pairs, tiny_prompts, tiny_rows
 
 

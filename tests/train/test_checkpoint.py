@@ -25,8 +25,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from every_line import at_line
+from mlx_nb.errors import CheckpointError
 from mlx_nb.train import checkpoint as module
-from mlx_nb.train.checkpoint import Checkpoint, CheckpointError, CheckpointStore
+from mlx_nb.train.checkpoint import Checkpoint
+from mlx_nb.train.checkpoint_store import CheckpointStore
 
 DTYPES = [
     mx.bool_,
@@ -50,7 +52,8 @@ import sys
 from pathlib import Path
 import mlx.core as mx
 import numpy as np
-from mlx_nb.train.checkpoint import Checkpoint, CheckpointStore
+from mlx_nb.train.checkpoint import Checkpoint
+from mlx_nb.train.checkpoint_store import CheckpointStore
 store, first = CheckpointStore(Path(sys.argv[1]), keep=2), int(sys.argv[2])
 print("ready", flush=True)
 for step in range(first, first + 10_000):
@@ -238,7 +241,7 @@ def test_any_altered_byte_in_any_file_is_recognized_and_the_one_before_is_used(t
             file.write_bytes(altered)
             loaded, (message,) = store.load()
             assert is_step(loaded, 1)
-            assert message.startswith(f"{newest.name}: {file.name} is not as it was written")
+            assert message.startswith(f"{newest.name}: {file.name} was changed after it was written")
             assert message.endswith("; used save-0001-step-0000001-step instead.")
             assert "\n" not in message
         file.write_bytes(original)
@@ -332,7 +335,7 @@ def test_when_none_is_good_one_error_names_each(two):
     with pytest.raises(CheckpointError) as caught:
         store.load()
     assert f"{newest.name}: state.json: No such file" in str(caught.value)
-    assert "save-0001-step-0000001-step: manifest.json is not as it was written" in str(caught.value)
+    assert "save-0001-step-0000001-step: manifest.json was changed after it was written" in str(caught.value)
 
 
 def test_a_damaged_step_asked_for_by_number_is_never_replaced_by_another_step(two):

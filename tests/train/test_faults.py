@@ -22,7 +22,7 @@ from lives import KINDS
 from mlx_nb import Run
 from mlx_nb.notebook.interrupt_display import LINE
 from mlx_nb.run.resume_checks import history_of
-from mlx_nb.train.checkpoint import CheckpointStore
+from mlx_nb.train.checkpoint_store import CheckpointStore
 from places import SUPPORT
 from tiny import tiny_rows
 

@@ -8,7 +8,8 @@ import pytest
 
 from mlx_nb import Run, RunConfig
 from mlx_nb.errors import CheckpointError
-from mlx_nb.train.checkpoint import Checkpoint, CheckpointStore
+from mlx_nb.train.checkpoint import Checkpoint
+from mlx_nb.train.checkpoint_store import CheckpointStore
 from tiny import tiny_rows
 
 SETTINGS = {"iters": 8, "batch_size": 2, "val_set_size": 0, "save_every": -1, "keep": 9, "lora_parameters": {"rank": 2}}
