@@ -189,7 +189,7 @@ def test_arrays_exchanged_from_outside_are_one_clear_error_and_a_resume_mends_it
     run.step(2)
     run.checkpoint("pause")
     run.model.set_dtype(mx.float16)
-    with pytest.raises(ModelChanged, match=r"lora_a.*float32 and is of shape .*float16"):
+    with pytest.raises(ModelChanged, match=r"lora_a.*float32 and is now of shape .*float16"):
         run.step()
     assert run.step_count == 2
     assert Run.resume(tmp_path / "run", data=tiny_rows(24)).run().reason == "iters reached"
