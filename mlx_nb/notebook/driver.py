@@ -63,10 +63,15 @@ def train(
             session.publish(run)
         return
     is_shown = session.panel_of(run) is not None
-    if not is_shown:
+    if not is_shown and has_rich_display():
         show_panel(session, run)
     with run.interrupts(print):
         run.start(updates)
+        if not has_rich_display():
+            print(
+                f"{run.name} trains in the background. `%finetune status` says how far it is, `%finetune pause` pauses "
+                "it."
+            )
         if is_shown:
             ProgressLine(run)
         if wait is None and session.queued is not None:

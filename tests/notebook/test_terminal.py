@@ -73,6 +73,11 @@ def test_a_console_on_a_kernel_trains_in_the_foreground_and_shows_the_answer(tmp
         answered = kernel.run("%finetune generate --max-tokens 3 say red")[1]
         assert "answers" not in answered
         assert answered == kernel.value("run.generate('say red', max_tokens=3)") or answered.strip()
+        begun = kernel.run(body.replace("%%finetune", "%%finetune --background --name later"))[1]
+        assert "later trains in the background" in begun
+        assert "no update done yet" not in begun
+        kernel.run("%finetune run --wait")
+        assert kernel.value("run.finished") == "True"
     finally:
         kernel.close()
 
