@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -11,8 +12,10 @@ from mlx.utils import tree_map, tree_unflatten
 
 from mlx_nb.config.run_config import RunConfig
 from mlx_nb.errors import MlxNbError, ModelError, and_more
+from mlx_nb.events import Progress
 from mlx_nb.model.adapters import attach_adapter
 from mlx_nb.model.backend import one_blas_thread
+from mlx_nb.model.cpu_kernels import kernels_are_verified
 from mlx_nb.model.layer_checkpoints import refuse_unverified_checkpoints
 from mlx_nb.model.loading import LoadedModel
 from mlx_nb.model.memory import is_out_of_memory
@@ -21,6 +24,7 @@ from mlx_nb.model.passes import family_of, is_half, once_per_model, one_line, ra
 from mlx_nb.model.randomness import random_stream
 from mlx_nb.model.shared_base import shared_copy
 from mlx_nb.model.trees import named_arrays
+from mlx_nb.process.pieces import finished
 
 _ROWS, _TOKENS = 2, 8
 # An expert that none of a few tokens is sent to has no gradient either.
@@ -33,43 +37,52 @@ _READ_BY_MLX_LM = ("lora_a", "lora_b", "m")
 def training_notes(
     loaded: LoadedModel, config: RunConfig, check_size: Callable[[nn.Module, RunConfig], None]
 ) -> list[str]:
-    """What a person should know of the training of this model, tried on a twin that shares its arrays.
+    """Notes about training this model, from trials on a copy that shares its arrays.
 
     `check_size` raises for what is too large to be trained, before any of it is computed. Raises ModelError for a
     family that cannot be trained in this way.
     """
+    return finished(training_notes_in_pieces(loaded, config, check_size))
+
+
+def training_notes_in_pieces(
+    loaded: LoadedModel, config: RunConfig, check_size: Callable[[nn.Module, RunConfig], None]
+) -> Generator[Progress, None, list[str]]:
+    """`training_notes` in pieces, with Progress before each trial."""
     kind = {"lora": "LoRA", "dora": "DoRA", "full": "fine_tune_type: full"}[config.fine_tune_type]
-    try:
-        with (
-            random_stream(0),
-            one_blas_thread(),
-        ):  # on more threads it takes no less, and far more beside other programs
-            model = shared_copy(loaded).model
-            attach_adapter(model, config)
-            check_size(model, config)
-            if not named_arrays(model.trainable_parameters()):
-                raise ModelError(f"{family_of(model)} has no module that mlx-lm can adapt. Choose another model.")
-            packed = config.packing is not False and packing_is_verified(model)
-            if config.packing is True and not packed:
-                raise ModelError(
-                    f"packing cannot be used with {family_of(model)}: rows in one row do not give the loss and the "
-                    "gradient of the same rows alone. Set packing: auto."
-                )
-            idle = _without_gradient(model, trained_shapes(model))
-            if config.grad_checkpoint:
-                refuse_unverified_checkpoints(model)
-            if config.fine_tune_type == "full" and _keeps_weights(model, trained_shapes(model)):
-                reason = "in an answer it computes with weights that it kept from before an update"
-                raise _refusal(loaded.model, kind, reason)
-    except MlxNbError:
-        raise
-    except Exception as error:  # whatever a family's own code raises
-        if is_out_of_memory(error):
-            raise
-        raise _refusal(loaded.model, kind, one_line(error).rstrip(".")) from error
+
+    def refuse(reason: str) -> ModelError:
+        return _refusal(loaded.model, kind, reason)
+
+    with _trial(refuse):
+        model = shared_copy(loaded).model
+        attach_adapter(model, config)
+        check_size(model, config)
+        if not named_arrays(model.trainable_parameters()):
+            raise ModelError(f"{family_of(model)} has no module that mlx-lm can adapt. Choose another model.")
+    packed = False
+    if config.packing is not False:
+        yield _trying("faster attention")
+        with _trial(refuse):
+            kernels_are_verified(model)
+        yield _trying("packed rows")
+        with _trial(refuse):
+            packed = packing_is_verified(model)
+    if config.packing is True and not packed:
+        raise ModelError(
+            f"packing cannot be used with {family_of(model)}: rows in one row do not give the loss and the "
+            "gradient of the same rows alone. Set packing: auto."
+        )
+    yield _trying("a gradient")
+    with _trial(refuse):
+        idle = _without_gradient(model, trained_shapes(model))
+        if config.grad_checkpoint:
+            refuse_unverified_checkpoints(model)
+        if config.fine_tune_type == "full" and _keeps_weights(model, trained_shapes(model)):
+            raise refuse("in an answer it computes with weights that it kept from before an update")
     names = [name for name, _ in named_arrays(model.trainable_parameters())]
     if len(idle) == len(names):
-        raise _refusal(loaded.model, kind, "nothing that would be trained has a gradient")
+        raise refuse("nothing that would be trained has a gradient")
     notes = []
     if config.packing is not False and not packed:
         notes.append(
@@ -88,6 +101,25 @@ def training_notes(
             f"{and_more(foreign, _MOST_NAMES)}. Here it can be trained, resumed and asked."
         )
     return notes
+
+
+def _trying(what: str) -> Progress:
+    return Progress(0, f"loading {what}, tried on a few tokens", 0, 0)
+
+
+@contextmanager
+def _trial(refuse: Callable[[str], ModelError]) -> Iterator[None]:
+    """One trial, with random numbers of its own. What the family's own code raises becomes a refusal."""
+    try:
+        # More threads would be no faster, and far slower beside other programs.
+        with random_stream(0), one_blas_thread():
+            yield
+    except MlxNbError:
+        raise
+    except Exception as error:  # model code may raise anything
+        if is_out_of_memory(error):
+            raise
+        raise refuse(one_line(error).rstrip(".")) from error
 
 
 def _refusal(model: nn.Module, kind: str, reason: str) -> ModelError:

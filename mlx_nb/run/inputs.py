@@ -231,6 +231,21 @@ class RunInputs:
             self.__dict__.setdefault("examples", TrainerExamples(**made))
         return self.examples
 
+    @cached_property
+    def training_notes(self) -> list[str]:
+        """Notes about training this model with these settings. Raises ModelError if that is impossible."""
+        return finished(self.trying())
+
+    def trying(self) -> Generator[Progress, None, list[str]]:
+        """Compute `training_notes` on a few tokens, yielding Progress before each trial."""
+        from mlx_nb.model.training_trial import training_notes_in_pieces
+        from mlx_nb.train.optimizer import refuse_beyond_memory
+
+        if "training_notes" not in self.__dict__:
+            notes = yield from training_notes_in_pieces(self.loaded, self.config, refuse_beyond_memory)
+            self.__dict__.setdefault("training_notes", notes)
+        return self.training_notes
+
     def _sources(self) -> list[RowSource]:
         return [source for split in SPLITS if (source := getattr(self.splits, split)) is not None]
 

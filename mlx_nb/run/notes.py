@@ -19,11 +19,9 @@ def start_notes(inputs: RunInputs) -> list[str]:
     Raises ModelError for a model that cannot be trained with these settings.
     """
     from mlx_nb.model.backend import prepare_backend
-    from mlx_nb.model.training_trial import training_notes
-    from mlx_nb.train.optimizer import refuse_beyond_memory
 
     warning = prepare_backend().warning
-    of_model = (*inputs.loaded.notes, *training_notes(inputs.loaded, inputs.config, refuse_beyond_memory))
+    of_model = (*inputs.loaded.notes, *inputs.training_notes)
     notes = [*([warning] if warning else []), *warnings_about(inputs.config), *of_model, *inputs.splits.notes]
     if (
         inputs.config.prompt_format is None

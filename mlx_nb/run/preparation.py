@@ -47,6 +47,8 @@ def loading(inputs: RunInputs) -> Iterator[Progress]:
     yield from inputs.loading()
     yield Progress(0, "loading a pass over a few tokens", 0, 0)
     refuse_model(inputs)
+    yield Progress(0, "loading the head, tried on a few tokens", 0, 0)
+    _ = inputs.loaded.notes
     tokenizing = inputs.tokenizing()
     while True:
         with inputs.reading:
@@ -54,7 +56,7 @@ def loading(inputs: RunInputs) -> Iterator[Progress]:
         if progress is None:
             break
         yield progress
-    yield Progress(0, "loading a gradient, tried on a few tokens", 0, 0)
+    yield from inputs.trying()
 
 
 def refuse_model(inputs: RunInputs) -> None:

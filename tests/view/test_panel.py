@@ -35,6 +35,7 @@ from mlx_nb.events import (
 )
 from mlx_nb.events.history import History
 from mlx_nb.view.curves.curves import SeriesBuilder
+from mlx_nb.view.event_text import progress_words
 from mlx_nb.view.panel import heartbeat
 from mlx_nb.view.panel.changes import series_changes
 from mlx_nb.view.panel.clicks import result_of
@@ -132,6 +133,19 @@ def test_refreshes_take_a_hundredth_of_the_time(tmp_path, tiny_folder):
     panel._cost, panel._drawn_at = 0.0, 0.0
     run.step()
     assert panel.progress["step"] == 3
+
+
+def test_work_that_keeps_the_kernel_is_shown_before_it_begins(tmp_path, tiny_folder, monkeypatch):
+    run = rows_run(tmp_path, tiny_folder)
+    monkeypatch.setattr(type(run), "active", True)
+    panel, pieces = run.panel(), []
+    panel._cost = 3600.0  # so that the time for another refresh does not come
+    for progress in run.load():
+        if not progress.total:
+            pieces.append((panel.activity["words"], progress_words(progress)))
+    assert all(shown == words for shown, words in pieces), pieces
+    tried = [words for words, _ in pieces if "tried on a few tokens" in words]
+    assert [words.split(",")[0].split()[-1] for words in tried] == ["head", "attention", "rows", "gradient"]
 
 
 def test_a_page_that_missed_something_is_told_all(tmp_path, tiny_folder):

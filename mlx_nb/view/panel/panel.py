@@ -245,7 +245,9 @@ class Panel(anywidget.AnyWidget):
             self.say(text, bad=isinstance(event, RequestRefused))
         since = time.monotonic() - self._drawn_at
         wait = max(self.refresh_seconds, self._cost / MOST_OF_THE_TIME) - since
-        if isinstance(event, TURNS) or (self._watched and wait <= 0):
+        # Work without parts keeps the kernel until it is done: nothing later could say what it is.
+        is_one_piece = isinstance(event, Progress) and not event.total
+        if isinstance(event, TURNS) or (self._watched and (is_one_piece or wait <= 0)):
             self.refresh()
         elif self._watched and self._coming is None and self._loop is not None and not self._loop.is_closed():
             # It may be the last event for a long time.
