@@ -52,7 +52,7 @@ def test_asking_a_long_history_costs_what_asking_a_short_one_does():
         history = History([update(step) for step in range(1, count + 1)])
         started = time.perf_counter()
         for _ in range(200):
-            _ = len(history), history.last_step, history.last_steps(20), history.tail(5)
+            _ = len(history), history.last_step, history.last_steps(20), history.tail(5), history.iters
         return time.perf_counter() - started
 
     assert min(seconds(20_000) for _ in range(3)) < 5 * min(seconds(200) for _ in range(3))

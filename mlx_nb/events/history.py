@@ -50,7 +50,7 @@ class History:
         self.folder: str | None = None  # where the run's folder is now, if it was moved
         self._abandoned: list[list[Event]] = []
         # Events of the kinds that are looked up often, with their indices in `in_effect`.
-        kinds = (StepCompleted, EvaluationCompleted, RolloutCompleted)
+        kinds = (StepCompleted, EvaluationCompleted, RolloutCompleted, RunStarted, SettingChanged)
         self._kept: dict[type, list[tuple[int, Any]]] = {kind: [] for kind in kinds}
         self._begun: float | None = None  # on this process's clock; everything before that took `_before` seconds
         self._before = self._latest = 0.0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from every_family import EVERY_FAMILY, REFUSED, TRAINED
+from every_family import ENDS_THE_PROCESS, EVERY_FAMILY, REFUSED, TRAINED
 from family_sweep import KINDS, METHODS, examine
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
@@ -17,8 +17,6 @@ FEW = [
     ("mamba2", "dora", "sft"),
     ("gemma2", "quantized", "dpo"),
 ]
-# mlx itself ends the process in their code.
-ENDS_THE_PROCESS = ("phi3small",)
 
 
 @pytest.fixture(scope="session")

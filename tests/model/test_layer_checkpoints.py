@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
 from every_family import TRAINED, configuration, save_model, small_model
+from method_batches import METHODS, batch_for
 from mlx_nb import Run
 from mlx_nb.config.run_config import RunConfig
 from mlx_nb.data.examples.batches import pad
@@ -21,7 +22,6 @@ from mlx_nb.model.adapters import attach_adapter
 from mlx_nb.model.layer_checkpoints import checkpointed_layers
 from mlx_nb.model.logprobs import TargetScorer, target_inputs
 from mlx_nb.objectives.build import objective_for
-from mlx_nb.objectives.kinds import LOSS_KINDS
 from mlx_nb.train.optimizer import build_optimizer
 from mlx_nb.train.step import Stepper
 from tiny import VOCABULARY, random_examples, tiny_model, tiny_rows
@@ -98,15 +98,6 @@ def test_a_gradient_that_does_not_come_through_a_layer_is_found_out():
         TargetScorer(attached(Mixing(tiny_model().args), fine_tune_type="full"), grad_checkpoint=True)
 
 
-METHODS = [
-    ("sft", {}),
-    ("dpo", {}),
-    ("orpo", {}),
-    ("kto", {}),
-    ("grpo", {"rewards": ["length"], "updates_per_rollout": 2}),
-]
-
-
 @pytest.mark.parametrize("lanes", [1, 2])
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
 @pytest.mark.parametrize(("method", "settings"), METHODS, ids=lambda value: str(value))
@@ -117,8 +108,7 @@ def test_it_goes_with_every_method_adapter_lane_and_chunk(method, settings, kind
     monkeypatch.setattr(vocabulary_chunks, "_FEWEST", 1)
     monkeypatch.setattr("mlx_nb.model.lanes._TOKENS_IN_A_LANE", 8)
     model = attached(tiny_model(), fine_tune_type=kind)
-    rows = {"sft": "tokens", "kto": "labels", "grpo": "prompts"}.get(method, "pairs")
-    batch = LOSS_KINDS[rows].trial_batch(TargetScorer(model), range(6), 1)
+    batch = batch_for(method, model)
     assert_same(*gradients(model, batch, lanes=lanes, compiled=compiled, method=method, **settings))
 
 

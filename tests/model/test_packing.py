@@ -9,6 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from every_family import TRAINED, small_model
+from method_batches import METHODS, batch_for
 from mlx_nb.config.run_config import RunConfig
 from mlx_nb.data.examples.batches import pad, pad_pairs
 from mlx_nb.data.examples.imitation import TokenizedExample
@@ -20,7 +21,6 @@ from mlx_nb.model.block_attention import block_attention, causal_blocks, masked_
 from mlx_nb.model.logprobs import TargetScorer, target_inputs
 from mlx_nb.model.packing import mixing_lines, packing_is_verified
 from mlx_nb.objectives.build import objective_for
-from mlx_nb.objectives.kinds import LOSS_KINDS
 from mlx_nb.train.optimizer import build_optimizer
 from mlx_nb.train.step import Stepper
 from tiny import VOCABULARY, random_examples, tiny_model
@@ -89,15 +89,6 @@ def test_a_packed_batch_gives_the_loss_and_gradient_of_its_lines(family, batch):
     assert_same(*gradients(attached(small_model(family), fine_tune_type="full"), batch, method=method))
 
 
-METHODS = [
-    ("sft", {}),
-    ("dpo", {}),
-    ("orpo", {}),
-    ("kto", {}),
-    ("grpo", {"rewards": ["length"], "updates_per_rollout": 2}),
-]
-
-
 @pytest.mark.parametrize("lanes", [1, 2])
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
 @pytest.mark.parametrize(("method", "settings"), METHODS, ids=lambda value: str(value))
@@ -111,8 +102,7 @@ def test_it_goes_with_every_method_adapter_lane_chunk_and_checkpoint(
     monkeypatch.setattr(vocabulary_chunks, "_FEWEST", 1)
     monkeypatch.setattr("mlx_nb.model.lanes._TOKENS_IN_A_LANE", 8)
     model = attached(tiny_model(), fine_tune_type=kind)
-    rows = {"sft": "tokens", "kto": "labels", "grpo": "prompts"}.get(method, "pairs")
-    batch = LOSS_KINDS[rows].trial_batch(TargetScorer(model), range(6), 1)
+    batch = batch_for(method, model)
     found = gradients(model, batch, lanes=lanes, compiled=compiled, checkpoints=checkpoints, method=method, **settings)
     assert_same(*found)
 

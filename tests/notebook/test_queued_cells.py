@@ -91,11 +91,19 @@ def test_the_clock_of_the_browser_may_be_another_one(tmp_path, tiny_folder, cloc
         kernel.close()
 
 
-def test_an_interrupt_of_a_cell_that_waits_pauses_the_run_and_executes_nothing_behind_it(kernel, tiny_folder):
+def test_an_interrupt_of_a_cell_that_waits_pauses_the_run_and_executes_nothing_behind_it(kernel, tiny_folder, tmp_path):
     kernel.run(cell(tiny_folder, "whole", 400, "--wait"))
-    timer = threading.Timer(1.0, kernel.manager.interrupt_kernel)
-    timer.start()
-    done = kernel.run_all([cell(tiny_folder, "a", 400), "print('not yet')", "print('nor this')"])
+    kernel.run(cell(tiny_folder, "a", 400, "--paused"))
+    kernel.run("a.listen(lambda event: event.step == 3 and open('moving', 'w').close())")
+
+    def interrupt():
+        while not (tmp_path / "moving").exists():
+            time.sleep(0.005)
+        kernel.manager.interrupt_kernel()
+
+    interrupter = threading.Thread(target=interrupt, daemon=True)
+    interrupter.start()
+    done = kernel.run_all(["%finetune run", "print('not yet')", "print('nor this')"])
     assert [status for status, _ in done] == ["ok", "error", "aborted"]
     paused = int(kernel.value("a.step_count"))
     assert 0 < paused < 400

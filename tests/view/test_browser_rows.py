@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from mlx_nb.data.examples.split import Examples, ExampleSettings, RowView
 from mlx_nb.data.rows.imitation import Columns
 from mlx_nb.data.sources.row_source import RowSource
+from mlx_nb.model.model_source import model_folder
 from mlx_nb.view.rows.display import RowDisplay
 from mlx_nb.view.rows.overlay import render_batch_html
 from row_pages import ATTACK, CONTRAST, HIDING, SCRIPTS, THEMES
@@ -321,10 +321,7 @@ def test_a_prompt_that_the_template_adds_is_not_said_by_the_user(tiny_folder, op
 def test_a_row_of_the_real_tokenizer_in_the_browser(opened, screenshot):
     from transformers import AutoTokenizer
 
-    folder = Path.home() / ".cache" / "mlx_nb" / "models" / "smollm2-135m-0.1.2"
-    if not folder.exists():
-        pytest.skip("SmolLM2 is not on this machine")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder("smollm2-135m"))
     view = view_of(CONVERSATION[1:], tokenizer)
     for kind in VIEWS:
         for theme, width in (("light", 500), ("dark", 1200)):

@@ -142,6 +142,28 @@ def test_filters_text_and_roles_change_what_is_shown(run):
     assert "not a regular expression" in browser.status.value
 
 
+def test_reading_on_shows_the_first_of_all_or_keeps_the_row_that_was_gone_to(run, monkeypatch):
+    monkeypatch.setattr("mlx_nb.view.rows.browser.SECONDS_PER_CLICK", 0.0)  # one row a click
+    order = found(run, "longest")
+    browser = run.browse()
+    browser.filter.value = "longest"
+    shown = [browser.row]
+    while not browser.search.done:
+        browser.more.click()
+        shown.append(browser.row)
+        assert browser.row == browser.search.found[0]
+    assert shown[0] != shown[-1] == order[0]
+    assert "1 of 5 found in 6 of 6 rows" in browser.status.value
+    browser.filter.value = "shortest"
+    while len(browser.search.found) < 2:
+        browser.more.click()
+    browser.next.click()
+    kept = browser.row
+    while not browser.search.done:
+        browser.more.click()
+        assert browser.row == kept == browser.search.found[browser.position]
+
+
 def test_losses_color_the_row_and_earlier_visits_are_told(run):
     browser = run.browse()
     run.run()

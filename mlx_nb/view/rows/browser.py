@@ -199,13 +199,14 @@ class RowBrowser:
         except MlxNbError as error:
             self._say(str(error))
             return
-        self._read_on(first=True)
+        self.position = 0
+        self._read_on()
 
-    def _read_on(self, *, first: bool = False) -> None:
-        shown = None if first else self.row
+    def _read_on(self) -> None:
+        """Look at more rows. The first of them stays the first, and is another row where a longer one was found."""
+        kept = self.row if self.position else None
         self.search.read_on(SECONDS_PER_CLICK)
-        found = self.search.found
-        self._choose(found.index(shown) if shown is not None and shown in found else 0)
+        self._choose(0 if kept is None else self.search.found.index(kept))
 
     def _jump(self, row: int) -> None:
         if self._quiet or row == self.row:
