@@ -6,7 +6,10 @@ import gc
 import os
 import shutil
 import signal
+import sys
+import tempfile
 from importlib import import_module
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -17,6 +20,12 @@ from matrix import part
 if "PYTEST_XDIST_WORKER" in os.environ:
     # There is a process for each core already. Two that share the cores wait for each other's threads, by spinning.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+if sys.dont_write_bytecode:
+    # Tests would be rewritten and compiled anew in every process, and the package in every child: kept out of the tree.
+    kept = Path(tempfile.gettempdir()) / f"mlx_nb-bytecode-{os.getuid()}"
+    sys.dont_write_bytecode, sys.pycache_prefix = False, str(kept)
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["PYTHONPYCACHEPREFIX"] = str(kept)
 import_module("mlx_nb.model")  # which loads OpenBLAS, before any test imports mlx
 # Where the tests run as a job in the background of a shell, it has these ignored, and every child inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -32,7 +41,7 @@ if os.access(MEMORY_DISK, os.W_OK) and shutil.disk_usage(MEMORY_DISK).free > FRE
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", MEMORY_DISK)
 
 # In the order in which they are run: what takes long alone comes first, so that short ones fill up the other process.
-SLOW_MARKERS = ("real_model", "faults", "kernel", "browser", "families", "whole")
+SLOW_MARKERS = ("real_model", "faults", "kernel", "browser", "families", "whole", "long")
 
 
 def _slowness(item: pytest.Item) -> int | None:
@@ -86,9 +95,10 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_collection_finish() -> None:
-    """Keep modules and tests out of every collection of garbage from here on: it is theirs that take the time."""
+    """Keep modules and tests out of every collection of garbage from here on, and have fewer: those take the time."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
 
 
 def pytest_sessionfinish() -> None:

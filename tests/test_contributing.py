@@ -215,6 +215,7 @@ def test_a_recipe_takes_no_more_files_than_it_says(recipe):
     assert all(f"mlx_nb/{name}" in TEXT for name in RECIPES[recipe] if recipe != "setting")
 
 
+@pytest.mark.long
 def test_a_loss_that_was_added_is_trained_with(followed):
     assert followed["loss"] == pytest.approx(1.0, abs=1e-5)  # exp(0): the policy is still the reference
 
@@ -225,6 +226,7 @@ def test_a_setting_that_was_added_has_its_effect_its_bounds_and_its_help_and_can
     assert followed["documented"]
 
 
+@pytest.mark.long
 def test_a_command_that_was_added_is_run_and_listed(followed):
     assert followed["command"] == ["hello", True]
 

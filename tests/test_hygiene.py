@@ -38,6 +38,7 @@ def test_a_fork_without_changes_goes_the_same_way_and_neither_touches_the_other(
     assert fork.adapter_bytes() == run.adapter_bytes()
 
 
+@pytest.mark.long
 def test_a_fork_takes_another_rate_from_here_on_as_a_run_that_changed_it(tmp_path, tiny_folder):
     run = rows_run(tmp_path, tiny_folder)
     run.run(until=3)
@@ -69,6 +70,7 @@ def run_arrays(tree):
     return named_arrays(tree)
 
 
+@pytest.mark.long
 def test_runs_on_one_base_share_its_memory_and_are_independent(tmp_path, tiny_folder):
     first = rows_run(tmp_path, tiny_folder)
     first.run(until=2)
@@ -245,6 +247,7 @@ print(run.run())
 
 
 @pytest.mark.parametrize("limit", [0, 300, 20_000])
+@pytest.mark.matrix(every=3)
 def test_a_full_disk_pauses_with_the_reason_and_nothing_is_lost(tmp_path, tiny_folder, limit):
     code = FULL_DISK.format(tests=str(SUPPORT), folder=str(tmp_path), model=str(tiny_folder), limit=limit)
     done = forked.ended(code, tmp_path)
@@ -269,6 +272,7 @@ def test_a_folder_deleted_in_the_middle_is_made_again(tmp_path, tiny_folder):
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "version"])
+@pytest.mark.matrix(every=3)
 def test_a_damaged_newest_checkpoint_is_passed_over_by_the_run(tmp_path, tiny_folder, damage):
     run = rows_run(tmp_path, tiny_folder, keep=10)
     run.run()
@@ -314,6 +318,7 @@ def run_cell(shell, source):
     result.raise_error()
 
 
+@pytest.mark.long
 def test_a_cell_run_again_and_an_extension_reloaded_leak_nothing(shell, tiny_folder):
     shell.user_ns["my_rows"] = tiny_rows()
     source = f"%%finetune --name again -o run\nmodel: {tiny_folder}\ndata: my_rows\niters: 3\nbatch_size: 2"
@@ -347,6 +352,7 @@ def test_a_run_leaves_random_streams_as_they_were(tmp_path, tiny_folder):
 # %%finetune --resume
 
 
+@pytest.mark.long
 def test_a_cell_resumes_its_run_and_names_what_changed(shell, tiny_folder, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows()))
     body = f"\nmodel: {tiny_folder}\ndata: rows.jsonl\niters: 6\nsave_every: 2\nlearning_rate: 1e-2\nbatch_size: 2"

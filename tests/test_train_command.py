@@ -68,6 +68,7 @@ sys.exit(main(["train", "run.yaml"]))
 """
 
 
+@pytest.mark.long
 def test_a_run_that_is_told_to_end_is_saved_and_is_status_143(config, tmp_path):
     ended = subprocess.run([sys.executable, "-c", TERMINATED], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 143, ended.stderr
@@ -90,6 +91,7 @@ def test_rewards_come_from_a_file(config, tmp_path, tiny_folder, capsys):
 
 @pytest.mark.parametrize("output", ["full", "closed"])
 @pytest.mark.parametrize("words", [["train", "run.yaml"], ["train", "run.yaml", "--json"]], ids=" ".join)
+@pytest.mark.matrix(every=4)
 def test_a_log_that_cannot_be_written_ends_no_training(words, output, config, tmp_path):
     command = [sys.executable, "-m", "mlx_nb", *words]
     with open("/dev/full", "w") as full:
@@ -120,7 +122,7 @@ def test_a_log_that_cannot_be_written_ends_no_training(words, output, config, tm
     ],
     ids=" ".join,
 )
-@pytest.mark.matrix(every=4)
+@pytest.mark.matrix(every=11)
 def test_where_nobody_reads_the_output_a_command_ends_without_a_word(words, config, tiny_folder):
     model = ["--model", str(tiny_folder)] if words[:1] == ["check"] else []
     reading, writing = os.pipe()

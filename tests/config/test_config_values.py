@@ -495,6 +495,7 @@ def test_a_crowd_of_wrong_settings_is_answered_shortly_and_at_once(case):
     ],
     ids=["scalar", "quoted", "long names", "names", "list"],
 )
+@pytest.mark.matrix(every=5)
 def test_a_text_too_long_for_settings_is_one_line_at_once(text, tmp_path):
     (tmp_path / "run.yaml").write_text(text)
     for source in (text, tmp_path / "run.yaml"):
@@ -516,10 +517,12 @@ def test_a_text_too_long_for_settings_is_one_line_at_once(text, tmp_path):
     ],
     ids=["many", "long"],
 )
+@pytest.mark.matrix(every=2)
 def test_rows_written_out_in_the_settings_are_read(rows):
     assert RunConfig.from_yaml(f"data: {json.dumps(rows)}\niters: 3").data == rows
 
 
+@pytest.mark.long
 def test_more_rows_than_are_read_from_settings_are_refused_with_what_to_do():
     with pytest.raises(
         ConfigError, match=r"more than 50,000 keys and values; put rows into a file, and name it in `data`"

@@ -146,7 +146,7 @@ def test_a_setting_changes_the_run_in_its_context(name, tmp_path, monkeypatch, p
 @pytest.mark.parametrize(
     "name", ["seed", "rewards", "save_every", "epsilon", "beta", "label_feature", "test", "stride"]
 )
-@pytest.mark.matrix(every=3)
+@pytest.mark.matrix(every=8)
 def test_the_same_settings_give_the_same_outcome(name, tmp_path, monkeypatch, places):
     around, values = TABLE[name]
     outcomes = []

@@ -65,6 +65,7 @@ def test_four_times_the_messages_cost_about_four_times_as_much(name: str) -> Non
     assert many < 40 * 1200
 
 
+@pytest.mark.long
 def test_a_long_row_of_tool_calls_costs_as_much_as_it_is_long() -> None:
     tokenizer = tokenizer_of("with tools")
     few, many = (cost(agent(count), tokenizer) for count in (301, 1201))
@@ -73,6 +74,7 @@ def test_a_long_row_of_tool_calls_costs_as_much_as_it_is_long() -> None:
 
 @pytest.mark.parametrize("special_tokens_in_text", ["keep", "text"])
 @pytest.mark.parametrize("spelled", ["</think>", "<|im_end|>"])
+@pytest.mark.matrix(every=4)
 def test_control_tokens_in_every_message_cost_as_much_as_there_are(spelled: str, special_tokens_in_text: str) -> None:
     tokenizer, rendering = shaped_tokenizer("qwen3"), Rendering(None, special_tokens_in_text)
 
@@ -169,6 +171,7 @@ def test_a_context_that_differs_only_far_into_a_conversation_is_told_there() -> 
     assert trained_texts(row, forgets) == ["Four.<|im_end|>"] * 60
 
 
+@pytest.mark.long
 def test_more_messages_than_there_are_characters_of_private_use_can_be_told_apart() -> None:
     messages = chat(*(f"{i}" for i in range(44_000)))
     row = tokenize_conversation(messages, tokenizer_of("chatml"))

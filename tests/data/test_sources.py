@@ -544,6 +544,7 @@ def test_a_fingerprint_is_the_same_in_every_process_and_for_every_object(here):
     assert open_splits("train.jsonl").train.fingerprint() == found.pop().decode().split()[0]
 
 
+@pytest.mark.long
 @given(st.data())
 def test_a_fingerprint_changes_with_any_row_order_or_value(data):
     records = data.draw(st.lists(st.dictionaries(st.text(max_size=3), st.text(max_size=3) | st.none()), min_size=1))

@@ -50,6 +50,7 @@ def test_every_row_is_counted_and_the_words_have_the_pace(tmp_path, tiny_folder)
 
 
 @pytest.mark.parametrize("slow", ["model_folder", "load_tokenizer"])
+@pytest.mark.matrix(every=2)
 def test_others_have_their_turn_while_the_model_is_fetched_and_loaded(tmp_path, tiny_folder, monkeypatch, slow):
     real, turns, between = getattr(loading, slow), 0, {}
 

@@ -88,6 +88,7 @@ def names(folder):
     return sorted(entry.name for entry in folder.iterdir())
 
 
+@pytest.mark.long
 def test_a_process_killed_at_any_moment_leaves_a_whole_model_or_none(tmp_path, source):
     folder, chance = tmp_path / "models" / "tiny", random.Random(0)
     for attempt in range(6):

@@ -48,6 +48,7 @@ def test_a_forged_line_of_the_list_is_passed_over(made, tmp_path):
         WrittenFiles(tmp_path / "a").in_the_way()
 
 
+@pytest.mark.long
 def test_a_forged_lock_keeps_no_run_from_its_folder_and_a_file_that_is_no_lock_is_named(made, tmp_path):
     holder = {"run": "a", "pid": 1, "host": "x", "started": None, "since": ""}
     forged = [json.dumps({**holder, key: value}) for key in holder for value in VALUES[:10:2]]

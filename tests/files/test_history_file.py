@@ -106,6 +106,7 @@ def test_rewound_and_forked_runs_save_their_whole_history(tmp_path, tiny_folder)
     assert texts(resume(fork.folder).history) == texts(fork.history)
 
 
+@pytest.mark.long
 def test_history_files_that_no_checkpoint_needs_are_removed(tmp_path, tiny_folder):
     run = new_run(tmp_path / "a", tiny_folder, iters=100, keep=1)
     for _ in range(MOST_PARTS + 3):
@@ -123,6 +124,7 @@ def test_history_files_that_no_checkpoint_needs_are_removed(tmp_path, tiny_folde
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "altered"])
+@pytest.mark.matrix(every=3)
 def test_a_damaged_history_is_named_and_costs_no_training(tmp_path, tiny_folder, damage):
     run = new_run(tmp_path / "a", tiny_folder)
     run.step(4)

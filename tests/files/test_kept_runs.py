@@ -52,6 +52,7 @@ def test_a_rerun_says_how_large_the_kept_folder_is_and_the_command_it_names_remo
     assert kept_seeds(here) == {"run": {2}}
 
 
+@pytest.mark.long
 def test_of_the_earlier_runs_of_a_folder_the_newest_are_kept_and_what_was_removed_is_said(here, tiny_folder):
     notes = run_seeds(tiny_folder, 1, 2, 3, 4, 5)
     assert kept_seeds(here) == {"run": {5}, "run.previous-3": {3}, "run.previous-4": {4}}
@@ -93,7 +94,7 @@ FOREIGN = [put_file, put_into_checkpoint, put_link, put_folder, changed_adapter,
 
 
 @pytest.mark.parametrize("change", FOREIGN, ids=lambda change: change.__name__)
-@pytest.mark.matrix(every=3)
+@pytest.mark.matrix(every=6)
 def test_a_folder_with_anything_that_mlx_nb_did_not_write_stays_whole(change, here, tiny_folder):
     run_seeds(tiny_folder, 1, 2)
     place = here / "adapters/run.previous-1"
@@ -105,6 +106,7 @@ def test_a_folder_with_anything_that_mlx_nb_did_not_write_stays_whole(change, he
     assert kept_seeds(here) == {"run": {4}, "run.previous-3": {3}, "run.previous-1": {1}}
 
 
+@pytest.mark.long
 def test_a_folder_that_a_run_is_in_stays(here, tiny_folder):
     run_seeds(tiny_folder, 1, 2)
     resumed = Run.resume("adapters/run.previous-1", data=tiny_rows())

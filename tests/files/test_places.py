@@ -66,7 +66,7 @@ AMONG = [
 
 
 @pytest.mark.parametrize("path", AMONG)
-@pytest.mark.matrix(every=3)
+@pytest.mark.matrix(every=12)
 def test_a_path_among_the_files_of_another_run_is_refused_before_anything_is_loaded(
     path, here, tiny_folder, monkeypatch
 ):
@@ -107,6 +107,7 @@ def test_nor_among_the_files_of_the_run_itself(here, tiny_folder, nothing_loads)
     assert list(here.iterdir()) == []
 
 
+@pytest.mark.long
 def test_the_runs_own_report_is_the_same_by_its_path(here, tiny_folder):
     run = make(tiny_folder)
     run.run()
@@ -127,6 +128,7 @@ for progress in run.load():
 """
 
 
+@pytest.mark.long
 def test_a_run_of_another_process_counts_before_it_has_written_anything(here, tiny_folder):
     code = OTHER.format(tests=str(SUPPORT), model=str(tiny_folder))
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -167,6 +169,7 @@ def test_a_link_in_the_place_of_its_own_folders_leads_into_no_other_run(here, ti
         assert contents(here) == before
 
 
+@pytest.mark.long
 def test_a_folder_that_holds_runs_and_one_inside_a_run_under_a_name_of_a_persons_stay_allowed(here, tiny_folder):
     for name in ("one", "two"):
         make(tiny_folder, name).run()

@@ -24,6 +24,7 @@ def new_run(folder, model, data, name="run"):
 @pytest.mark.parametrize(
     "kind", [list, pandas.DataFrame, lambda rows: {"train": rows}], ids=["list", "frame", "splits"]
 )
+@pytest.mark.matrix(every=3)
 def test_rows_in_memory_are_not_in_the_report(tmp_path, tiny_folder, kind):
     rows = [
         {"messages": [*row["messages"], {"role": "user", "content": f"aside {n}"}]}
@@ -38,6 +39,7 @@ def test_rows_in_memory_are_not_in_the_report(tmp_path, tiny_folder, kind):
     assert run.report(tmp_path / "other.html").read_text().count("aside") == page.count("aside") <= 2 * len(shown)
 
 
+@pytest.mark.long
 def test_a_report_takes_the_place_of_an_earlier_one_of_the_same_run_only(tmp_path, tiny_folder):
     run = new_run(tmp_path, tiny_folder, tiny_rows())
     run.step()
@@ -57,6 +59,7 @@ def test_a_report_takes_the_place_of_an_earlier_one_of_the_same_run_only(tmp_pat
 
 
 @pytest.mark.parametrize("name", [None, "page.html"])
+@pytest.mark.matrix(every=2)
 def test_a_full_disk_leaves_the_older_report_whole(tmp_path, tiny_folder, monkeypatch, name):
     run = new_run(tmp_path, tiny_folder, tiny_rows())
     run.step()

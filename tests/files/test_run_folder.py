@@ -127,6 +127,7 @@ def other_process(here, tiny_folder):
     process.wait()
 
 
+@pytest.mark.long
 def test_a_folder_in_use_is_refused_before_anything_is_loaded_and_a_dead_owner_is_followed(
     other_process, here, tiny_folder, monkeypatch
 ):
@@ -171,6 +172,7 @@ def test_a_forked_child_is_refused_and_its_end_frees_nothing(here, tiny_folder):
     assert isinstance(run.run(), RunFinished)
 
 
+@pytest.mark.long
 def test_on_a_disk_without_locks_a_living_process_counts_and_a_dead_or_renumbered_one_does_not(
     here, tiny_folder, monkeypatch
 ):
@@ -312,7 +314,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.matrix(every=4)
+@pytest.mark.matrix(every=11)
 def test_no_file_of_a_person_is_moved_or_changed_by_runs_in_any_folder(place, here, tiny_folder, monkeypatch):
     foreign_files(here)
     monkeypatch.setenv("HOME", str(here / "disk"))
@@ -553,6 +555,7 @@ def test_names_of_any_script_are_folders(here, tiny_folder):
 # Paths begin where the run was made
 
 
+@pytest.mark.long
 def test_a_run_does_not_notice_that_the_process_went_elsewhere(here, tiny_folder, monkeypatch):
     shutil.copytree(tiny_folder, here / "m/tiny")
     shutil.copytree(tiny_folder, here / "m/reference")
@@ -606,6 +609,7 @@ def test_rows_are_found_from_where_the_run_was_made(data, here, tiny_folder, mon
 
 
 @pytest.mark.parametrize("left", ["copied", "moved"])
+@pytest.mark.matrix(every=2)
 def test_a_project_that_was_copied_goes_on_with_its_own_files(left, here, tiny_folder, monkeypatch):
     project = here / "project"
     project.mkdir()
@@ -634,6 +638,7 @@ def test_a_working_folder_that_is_gone_is_said(here, tiny_folder, monkeypatch):
 # Forks
 
 
+@pytest.mark.long
 def test_each_fork_has_a_name_and_a_folder_of_its_own(here, tiny_folder):
     run = make(tiny_folder, adapter_path="out")
     run.step()

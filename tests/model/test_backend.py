@@ -144,6 +144,7 @@ def test_a_busy_machine_is_said_to_be_busy_before_anything_is_advised(monkeypatc
     assert "busy" not in backend._advice(slow)
 
 
+@pytest.mark.long
 def test_importing_mlx_lm_says_nothing_and_gives_the_environment_back():
     code = (
         "import os; from mlx_nb.model.mlx_lm_import import import_mlx_lm; before = dict(os.environ); import_mlx_lm(); "
@@ -153,6 +154,7 @@ def test_importing_mlx_lm_says_nothing_and_gives_the_environment_back():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.long
 def test_loading_a_tokenizer_alone_or_in_pieces_says_nothing_either():
     code = (
         "import os; from mlx_nb.model.mlx_lm_import import import_tokenizers; before = dict(os.environ); "

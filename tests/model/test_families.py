@@ -76,7 +76,7 @@ def run_of(folder, **settings):
 
 
 @pytest.mark.usefixtures("quiet")
-@pytest.mark.matrix(every=3)
+@pytest.mark.matrix(every=8)
 def test_a_list_of_prompts_gets_what_each_gets_alone(family, folders):
     run = run_of(folders(family))
     together = run.generate(PROMPTS, max_tokens=12)
@@ -85,7 +85,7 @@ def test_a_list_of_prompts_gets_what_each_gets_alone(family, folders):
 
 
 @pytest.mark.parametrize("lengths", [(4, 14, 7, 1, 3, 2), (5, 5, 5), (1, 1), (20, 3)], ids=str)
-@pytest.mark.matrix
+@pytest.mark.matrix(every=32)
 def test_rows_side_by_side_have_the_logprobs_of_each_alone(family, tokenizer, lengths):
     model = family_model(family)
     settings = SamplingSettings(max_tokens=14, temperature=0.0)
@@ -160,7 +160,7 @@ def test_a_model_whose_cache_has_no_batch_form_answers_one_prompt_after_the_othe
 
 @pytest.mark.parametrize("family", TRAINABLE)
 @pytest.mark.parametrize("rows_at_once", [32, 4])
-@pytest.mark.matrix
+@pytest.mark.matrix(every=12)
 def test_completions_are_recorded_with_the_logprobs_that_training_computes(family, tokenizer, rows_at_once):
     model = family_model(family)
     prompts = random_prompts(4, 11, 1, 11, 7)
@@ -265,6 +265,7 @@ def test_a_tie_that_rounding_turns_once_is_no_fault(monkeypatch):
 # Training
 
 
+@pytest.mark.long
 def test_a_family_that_computes_otherwise_without_a_cache_is_refused_before_anything_is_moved(folders, tmp_path):
     folder = tmp_path / "adapter"
     earlier = run_of(folders("llama"), data=tiny_rows(8), adapter_path=str(folder))

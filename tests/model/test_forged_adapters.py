@@ -60,6 +60,7 @@ def places(value, path=()):
             yield from places(item, (*path, key))
 
 
+@pytest.mark.long
 def test_any_key_of_the_description_changed_is_taken_or_said_in_one_line(copied, tiny_folder):
     path = copied / "adapter_config.json"
     content = json.loads(path.read_bytes())

@@ -41,6 +41,7 @@ def test_a_converted_model_that_is_damaged_in_the_cache_is_made_again(tmp_path, 
     assert weights.read_bytes() == content
 
 
+@pytest.mark.long
 def test_tokenizing_many_rows_gives_way_and_says_how_far_it_is(tmp_path, tiny_folder):
     rows = [{**row, "number": number} for number, row in enumerate(tiny_rows(4000))]
     told = []

@@ -161,6 +161,7 @@ def test_a_cpu_has_a_lane_for_each_thread_of_its_blas():
 
 
 @pytest.mark.parametrize("method", ROWS)
+@pytest.mark.matrix(every=3)
 def test_an_update_in_lanes_is_the_update_of_the_whole_batch(method, tmp_path, tiny_folder, two_lanes):
     run = run_of(method, tmp_path, tiny_folder, val_set_size=0, steps_per_eval=-1, batch_size=6, lora_parameters=LORA)
     run.step()  # from here on the policy is not the reference
@@ -183,7 +184,7 @@ def test_an_update_in_lanes_is_the_update_of_the_whole_batch(method, tmp_path, t
 
 
 @pytest.mark.parametrize("method", ROWS)
-@pytest.mark.matrix(every=3)
+@pytest.mark.matrix(every=6)
 def test_a_run_in_lanes_goes_back_and_on_again_bit_for_bit(method, tmp_path, tiny_folder, two_lanes):
     straight, rewound = (run_of(method, tmp_path / name, tiny_folder, iters=5) for name in ("straight", "rewound"))
     straight.run()
@@ -270,6 +271,7 @@ print(mx.get_peak_memory())
 """
 
 
+@pytest.mark.long
 @in_openblas
 def test_lanes_take_little_more_memory_in_graphs_of_other_code():
     """200 branches of 4 MB: mlx alone has 20 at a time, 80 MB; with two lanes it may have 32 of them."""

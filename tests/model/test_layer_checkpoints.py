@@ -175,6 +175,7 @@ def peak(model, batch, *, checkpoints):
     return mx.get_peak_memory() - before
 
 
+@pytest.mark.long
 def test_memory_is_that_of_one_layer_and_of_what_goes_into_the_others():
     batch = pad(random_examples(1, shortest=600, longest=600))
     few, many = (attached(deep_model(layers)) for layers in (4, 16))

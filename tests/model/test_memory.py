@@ -321,6 +321,7 @@ assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 299
 """
 
 
+@pytest.mark.long
 def test_loading_a_model_leaves_the_number_of_open_files_and_the_random_numbers_as_they_were(tiny_folder):
     subprocess.run([sys.executable, "-c", LIMITS, str(tiny_folder)], check=True, timeout=120)
 

@@ -73,6 +73,7 @@ def test_a_tokenizer_without_its_tokens_is_refused_by_their_names(tiny_folder, n
     assert str(caught.value).endswith("Its own tokens are enough for: mistral.")
 
 
+@pytest.mark.long
 def test_a_base_model_is_trained_and_asked_with_it_and_an_answer_ends_with_its_turn(folder_with, tmp_path):
     folder = folder_with(*NAMED_TEMPLATES["chatml"].tokens)
     rows = [{"prompt": "say red", "completion": "red"}] * 8

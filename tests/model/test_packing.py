@@ -110,6 +110,7 @@ def test_it_goes_with_every_method_adapter_lane_chunk_and_checkpoint(
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gemma2", "mamba2", "qwen3_moe"])
 @pytest.mark.parametrize("checkpoints", [False, True], ids=["layers kept", "computed again"])
 @pytest.mark.parametrize("batch", [pad(random_examples(5)), pairs()], ids=["rows", "pairs with a prompt"])
+@pytest.mark.matrix(every=10)
 def test_it_goes_with_attention_in_blocks(family, checkpoints, batch, monkeypatch):
     monkeypatch.setattr(cpu_kernels, "_BLOCK", 4)
     monkeypatch.setattr(cpu_kernels, "_FEWEST_TOKENS", 5)

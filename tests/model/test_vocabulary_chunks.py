@@ -118,7 +118,7 @@ def test_what_is_trained_in_the_head_has_its_whole_gradient(kind, training, chun
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "kto", "grpo"])
 @pytest.mark.usefixtures("chunks")
-@pytest.mark.matrix
+@pytest.mark.matrix(every=8)
 def test_objectives_keep_their_laws_in_chunks(method):
     check_objective(method)
 
@@ -134,6 +134,7 @@ def test_the_trained_arrays_of_a_head_are_found_and_left_as_they_were():
     assert TargetScorer(attached(tiny_model()))._head_arrays == []
 
 
+@pytest.mark.long
 def test_memory_is_that_of_a_chunk_and_not_of_all_targets(monkeypatch):
     """A hundred times more logits than the model's own arrays."""
     mx.random.seed(0)

@@ -18,6 +18,7 @@ def said_by(captured):
 
 
 @pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.matrix(every=2)
 def test_the_way_back_to_a_replaced_run_is_true_after_each_rerun(times, shell, tiny_folder):
     session = shell._mlx_nb_magics.session
     shell.user_ns["rows"] = tiny_rows()

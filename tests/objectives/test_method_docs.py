@@ -213,6 +213,7 @@ def test_the_page_of_grpo_names_all_built_in_rewards_and_its_example_is_one():
     assert rewards[2].function("Answer: 56") == 1.0
 
 
+@pytest.mark.long
 def test_the_method_on_the_page_of_your_own_passes_its_check_and_trains(tmp_path, tiny_folder):
     text = page("your_own")
     try:
@@ -242,7 +243,7 @@ RETURNS = {
 
 
 @pytest.mark.parametrize("kind", RETURNS)
-@pytest.mark.matrix(every=2)
+@pytest.mark.matrix(every=4)
 def test_a_loss_of_every_kind_may_return_what_the_page_says(kind, tmp_path, tiny_folder):
     titles = [words_in_code(row[0])[0].strip('"') for row in table(page("your_own"), "`rows=`")]
     assert titles == list(RETURNS)

@@ -43,7 +43,7 @@ def happened(events):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.matrix(every=2)
+@pytest.mark.matrix(every=5)
 def test_a_run_resumed_at_any_step_is_the_run_that_was_never_stopped(method, tmp_path, tiny_folder):
     whole = run_of(method, tmp_path / "whole", tiny_folder, iters=6)
     whole.run()
@@ -61,7 +61,7 @@ def test_a_run_resumed_at_any_step_is_the_run_that_was_never_stopped(method, tmp
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.matrix
+@pytest.mark.matrix(every=10)
 def test_going_back_and_on_again_changes_nothing(method, kind, tmp_path, tiny_folder):
     shape = {"fine_tune_type": "full", "lora_parameters": {}, "learning_rate": 1e-4} if kind == "full" else {}
     straight = run_of(method, tmp_path / "straight", tiny_folder, **shape)
@@ -74,7 +74,7 @@ def test_going_back_and_on_again_changes_nothing(method, kind, tmp_path, tiny_fo
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.matrix(every=2)
+@pytest.mark.matrix(every=5)
 def test_a_fork_with_nothing_changed_goes_the_same_way(method, tmp_path, tiny_folder):
     run = run_of(method, tmp_path / "run", tiny_folder)
     run.step(3)
@@ -86,8 +86,8 @@ def test_a_fork_with_nothing_changed_goes_the_same_way(method, tmp_path, tiny_fo
         run.fork(method="sft")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["dpo", "cpo", "orpo"])
-@pytest.mark.matrix(every=3)
 def test_preferences_are_learned_on_pairs_that_are_held_out(method, tmp_path, tiny_folder):
     run = run_of(method, tmp_path, tiny_folder, iters=44, learning_rate=1e-2, val_batches=-1)
     before = run.evaluate().metrics
@@ -97,6 +97,7 @@ def test_preferences_are_learned_on_pairs_that_are_held_out(method, tmp_path, ti
     assert after["margin"] > before["margin"] + 0.1
 
 
+@pytest.mark.long
 def test_kto_tells_good_answers_from_bad_ones(tmp_path, tiny_folder):
     run = run_of("kto", tmp_path, tiny_folder, iters=60, learning_rate=1e-2, val_batches=-1, val_set_size=8)
     run.run()
@@ -104,6 +105,7 @@ def test_kto_tells_good_answers_from_bad_ones(tmp_path, tiny_folder):
     assert after["reward_desirable"] > 0.1 + after["reward_undesirable"]
 
 
+@pytest.mark.long
 def test_grpo_raises_the_reward_and_keeps_the_kl_bounded(tmp_path, tiny_folder):
     run = run_of(
         "grpo",
@@ -126,6 +128,7 @@ def test_grpo_raises_the_reward_and_keeps_the_kl_bounded(tmp_path, tiny_folder):
     assert all(one["clipped"] < 1e-3 for one in steps[::2])
 
 
+@pytest.mark.long
 def test_validation_of_kto_is_the_same_whatever_the_batch_size(tmp_path, tiny_folder):
     run_of("kto", tmp_path / "trained", tiny_folder, learning_rate=1e-2, iters=12).run()
 
@@ -200,6 +203,7 @@ def test_numbers_of_another_reference_or_a_torn_file_are_not_read(tmp_path, tiny
 
 
 @pytest.mark.parametrize("named", [None, "reference_adapter", "none"])
+@pytest.mark.matrix(every=3)
 def test_after_sft_the_reference_is_what_training_starts_from(named, tmp_path, tiny_folder):
     sft = run_of("sft", tmp_path / "sft", tiny_folder, learning_rate=1e-2)
     sft.run()
@@ -282,6 +286,7 @@ def test_log_ratios_of_the_completions_in_use_are_0_until_an_update(tmp_path, ti
     assert max(np.abs(ratio).max() for _, _, ratio in run.trainer.rollouts.log_ratios()) < 1e-4
 
 
+@pytest.mark.long
 def test_a_reward_that_raises_returns_nan_or_is_slow_never_ends_the_run(tmp_path, tiny_folder):
     def broken(completion):
         if "e" in completion:
@@ -352,6 +357,7 @@ def test_rewards_are_found_in_the_notebook_and_unknown_ones_are_named(tmp_path, 
         run_of("grpo", tmp_path / "x", tiny_folder, rewards=["e_shar"]).step()
 
 
+@pytest.mark.long
 def test_dropping_a_rollout_in_hand_changes_nothing(tmp_path, tiny_folder):
     straight = run_of("grpo", tmp_path / "straight", tiny_folder)
     straight.run()
@@ -372,6 +378,7 @@ def test_dropping_a_rollout_in_hand_changes_nothing(tmp_path, tiny_folder):
     assert run.adapter_bytes() == straight.adapter_bytes()
 
 
+@pytest.mark.long
 def test_an_interrupt_ends_a_reward_function_that_does_not_end(tmp_path, tiny_folder):
     calls = []
 
@@ -429,7 +436,7 @@ def test_an_update_that_is_refused_names_each_prompt_once(tmp_path, tiny_folder)
 @pytest.mark.parametrize(
     ("method", "loss"), [(one.name, loss) for one in METHODS_BY_NAME.values() for loss in one.losses]
 )
-@pytest.mark.matrix(every=3)
+@pytest.mark.matrix(every=17)
 def test_a_compiled_update_is_the_plain_one(method, loss, tmp_path, tiny_folder, monkeypatch):
     # With this seed what is 0 but for rounding at the first update, and decides the accuracy of kto, is rounded alike.
     shape = {"loss": loss, "steps_per_eval": -1, "iters": 2, "lora_parameters": {"rank": 4, "scale": 4.0}, "seed": 2}
@@ -450,6 +457,7 @@ def test_a_compiled_update_is_the_plain_one(method, loss, tmp_path, tiny_folder,
 # What a run is made from, and what changes under it
 
 
+@pytest.mark.long
 def test_a_fork_has_the_rewards_and_the_test_rows_that_it_asked_for(tmp_path, tiny_folder):
     rows = {"train": tiny_prompts(24), "test": tiny_prompts(4)}
     run = run_of("grpo", tmp_path, tiny_folder, steps_per_eval=-1, data=rows)
@@ -464,6 +472,7 @@ def test_a_fork_has_the_rewards_and_the_test_rows_that_it_asked_for(tmp_path, ti
     ("changes", "same"),
     [({"learning_rate": 1e-5}, True), ({"temperature": 0.5}, False), ({"grad_accumulation_steps": 4}, False)],
 )
+@pytest.mark.matrix(every=3)
 def test_a_fork_in_the_middle_of_a_rollout_keeps_completions_that_its_settings_would_have_made(
     changes, same, tmp_path, tiny_folder
 ):
@@ -498,6 +507,7 @@ def sft_adapter(folder, tiny_folder, **changes):
     return str(folder)
 
 
+@pytest.mark.long
 def test_numbers_of_an_adapter_at_another_scale_are_not_read(tmp_path, tiny_folder):
     start = sft_adapter(tmp_path / "sft", tiny_folder, lora_parameters={"rank": 4, "scale": 4.0})
     described = json.loads((tmp_path / "sft" / "adapter_config.json").read_text())
@@ -509,6 +519,7 @@ def test_numbers_of_an_adapter_at_another_scale_are_not_read(tmp_path, tiny_fold
         assert run.step().loss == pytest.approx(math.log(2), abs=1e-4), scale
 
 
+@pytest.mark.long
 def test_a_resume_notices_that_the_reference_is_another(tmp_path, tiny_folder):
     start = sft_adapter(tmp_path / "sft", tiny_folder)
     run = run_of("dpo", tmp_path / "dpo", tiny_folder, reference_adapter=start)
@@ -519,6 +530,7 @@ def test_a_resume_notices_that_the_reference_is_another(tmp_path, tiny_folder):
         Run.resume(tmp_path / "dpo", data=tiny_pairs(24))
 
 
+@pytest.mark.long
 def test_reference_log_probabilities_are_kept_by_every_run_in_a_folder(tmp_path, tiny_folder):
     for number in range(3):
         run = run_of("dpo", tmp_path / "adapter", tiny_folder)
@@ -527,6 +539,7 @@ def test_reference_log_probabilities_are_kept_by_every_run_in_a_folder(tmp_path,
         assert run.inputs.reference._scorer is None or number == 0
 
 
+@pytest.mark.long
 def test_a_row_without_a_column_that_others_have_gives_none(tmp_path, tiny_folder):
     seen = []
 
@@ -561,6 +574,7 @@ class Longer:
         return float(len(completion))
 
 
+@pytest.mark.long
 def test_rewards_without_a_name_of_their_own_can_be_saved(tmp_path, tiny_folder):
     run = run_of("grpo", tmp_path, tiny_folder, rewards=[partial(e_share), Longer()], steps_per_eval=-1)
     run.step()

@@ -30,7 +30,7 @@ def own_methods():
 
 
 @pytest.mark.parametrize(("method", "loss"), VARIANTS)
-@pytest.mark.matrix(every=3)
+@pytest.mark.matrix(every=9)
 def test_every_objective_passes_the_battery(method, loss):
     laws = check_objective(method, loss)
     untried = METHODS[method].reference + METHODS[method].losses[loss].stops_gradient
@@ -54,10 +54,12 @@ def test_settings_reach_the_loss_and_unset_ones_leave_its_default():
 @pytest.mark.parametrize(
     "options", [{"label_smoothing": 0.2}, {"z_loss": 1e-3}, {"label_smoothing": 0.1, "z_loss": 0.1}]
 )
+@pytest.mark.matrix(every=3)
 def test_options_of_sft_pass_the_battery(options):
     check_objective("sft", **options)
 
 
+@pytest.mark.long
 def test_sequence_ratios_pass_the_battery():
     check_objective("grpo", importance_sampling_level="sequence", epsilon=0.05)
 
@@ -161,6 +163,7 @@ def test_the_name_of_a_built_in_method_is_taken():
         register_objective("dpo")
 
 
+@pytest.mark.long
 def test_the_battery_catches_what_breaks_a_law(own_methods):
     calls, sizes = [], set()
 
@@ -279,6 +282,7 @@ def test_options_must_be_keyword_only(own_methods):
     assert "wrong" not in METHODS
 
 
+@pytest.mark.long
 def test_what_a_method_of_ones_own_may_leave_out_or_add(own_methods, tmp_path, tiny_folder):
     @register_objective("labels_alone", rows="labels")
     def labels_alone(answers):

@@ -136,6 +136,7 @@ def test_unloading_stops_and_saves_what_moves(shell, tiny_folder, word):
 # Nothing of a replaced run stays in memory
 
 
+@pytest.mark.long
 def test_a_replaced_run_its_model_trainer_and_panel_leave_memory_and_the_widgets_do_not_grow(tmp_path, tiny_folder):
     registry = ipywidgets.widget._instances
     counts, gone = [], []
@@ -190,7 +191,7 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.matrix(every=3)
+@pytest.mark.matrix(every=8)
 def test_what_shows_a_run_does_not_keep_it_and_leaves_no_widgets(tmp_path, tiny_folder, view):
     registry = ipywidgets.widget._instances
     before = set(registry)
@@ -239,6 +240,7 @@ def test_a_browser_of_a_run_that_is_gone_still_shows_the_rows_and_says_why_there
     assert "run no longer exists" in browser.view.value
 
 
+@pytest.mark.long
 def test_a_browser_that_nobody_holds_lives_as_long_as_its_run(tmp_path, tiny_folder):
     run = rows_run(tmp_path, tiny_folder, val_set_size=4)
     model_id = run.browse().widget.model_id
@@ -309,7 +311,7 @@ def script(tmp_path, tiny_folder, body):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 @pytest.mark.parametrize("where", WHERE)
-@pytest.mark.matrix
+@pytest.mark.matrix(every=4)
 def test_a_signal_that_ends_the_process_saves_the_run_first(tmp_path, tiny_folder, where, number):
     result = ended(tmp_path, tiny_folder, f"number = {int(number)}\n" + textwrap.dedent(WHERE[where]))
     assert result.returncode == 128 + number, result.stderr
@@ -326,8 +328,8 @@ LONG_WORK = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("work", LONG_WORK)
-@pytest.mark.matrix(every=2)
 def test_an_update_that_does_not_end_in_time_loses_itself_alone(tmp_path, tiny_folder, work):
     body = f"""
         import hashlib, time
@@ -352,6 +354,7 @@ def test_an_update_that_does_not_end_in_time_loses_itself_alone(tmp_path, tiny_f
     assert resumed.history["loss"] == whole.history["loss"]
 
 
+@pytest.mark.long
 def test_a_signal_during_the_last_save_does_not_end_it(tmp_path, tiny_folder):
     body = """
         from mlx_nb.train.checkpoint_store import CheckpointStore
@@ -406,6 +409,7 @@ BESIDES = {
 
 
 @pytest.mark.parametrize("what", BESIDES)
+@pytest.mark.matrix(every=3)
 def test_a_signal_saves_all_runs_and_ends_the_process_whatever_there_is_besides(tmp_path, tiny_folder, what):
     result = ended(tmp_path, tiny_folder, "run.step(2)\n" + textwrap.dedent(BESIDES[what]))
     assert result.returncode == 128 + signal.SIGTERM, result.stderr
@@ -415,6 +419,7 @@ def test_a_signal_saves_all_runs_and_ends_the_process_whatever_there_is_besides(
     assert [kind for step, kind in saves(tmp_path / "b") if step >= 3] == (["pause"] if "thread" in what else [])
 
 
+@pytest.mark.long
 def test_a_run_that_cannot_be_saved_for_any_reason_does_not_keep_the_others_from_it(tmp_path, tiny_folder):
     body = """
         other = run.fork(adapter_path=str(run.folder.parent / "b"))
@@ -431,6 +436,7 @@ def test_a_run_that_cannot_be_saved_for_any_reason_does_not_keep_the_others_from
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.long
 def test_a_handler_of_the_persons_own_is_called_after_the_save(tmp_path, tiny_folder):
     body = """
         signal.signal(signal.SIGTERM, lambda *_: print("mine", os.listdir(run.folder / "checkpoints")))
@@ -462,8 +468,8 @@ def test_an_ignored_signal_stays_ignored_and_the_others_are_given_back(tmp_path,
     assert (result.returncode, result.stdout) == (0, "went on\n"), result.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("end", ["run.run()", "run.step(2); run.release()"])
-@pytest.mark.matrix(every=2)
 def test_signals_are_given_back_when_no_run_has_anything_to_lose(tmp_path, tiny_folder, end):
     body = f"""
         mine = lambda *_: None
@@ -504,6 +510,7 @@ def test_a_script_that_just_ends_saves_and_a_forked_child_does_not(tmp_path, tin
     assert saves(tmp_path / "a") == [(3, "exit")]
 
 
+@pytest.mark.long
 def test_a_child_forked_by_code_that_a_run_calls_ends_as_it_says(tmp_path, tiny_folder):
     body = """
         def told(event):
@@ -523,6 +530,7 @@ def test_a_child_forked_by_code_that_a_run_calls_ends_as_it_says(tmp_path, tiny_
 
 
 @pytest.mark.parametrize("move", ["run.run()", "run.step(10)"])
+@pytest.mark.matrix(every=2)
 def test_an_interrupted_script_stops_its_loop_over_runs_once_the_pause_is_saved(tmp_path, tiny_folder, move):
     body = f"""
         def told(event):

@@ -165,8 +165,8 @@ run.run()
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("number", "times"), [(signal.SIGTERM, 1), (signal.SIGINT, 5)])
-@pytest.mark.matrix(every=2)
 def test_a_reward_that_catches_everything_cannot_keep_the_process_from_its_end(tmp_path, tiny_folder, number, times):
     code = SCRIPT.format(tests=str(SUPPORT), model=str(tiny_folder), folder=str(tmp_path / "a"))
     process = subprocess.Popen(
@@ -200,6 +200,7 @@ def test_a_pause_at_once_breaks_off_no_evaluation_that_is_no_part_of_moving(tmp_
     assert run.run().reason == "iters reached"
 
 
+@pytest.mark.long
 def test_a_reward_that_asks_for_a_pause_at_once_ends_an_evaluation_in_words(tmp_path, tiny_folder):
     def mine(completion):
         if asking:

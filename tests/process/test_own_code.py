@@ -40,7 +40,7 @@ def functions(text):
     ],
     ids=lambda error: type(error).__name__,
 )
-@pytest.mark.matrix(every=2)
+@pytest.mark.matrix(every=4)
 def test_what_a_loss_of_ones_own_raises_is_told_as_its_own(tiny_folder, tmp_path, error):
     calls = []
 
@@ -122,6 +122,7 @@ def test_a_reward_that_changed_since_the_checkpoint_is_named(tiny_folder, tmp_pa
 
 
 @pytest.mark.parametrize("do", ["unfreeze", "freeze"])
+@pytest.mark.matrix(every=2)
 def test_what_is_trained_is_what_the_run_made_trainable(tiny_folder, tmp_path, do):
     whole = make_run(tiny_folder, tmp_path, "whole")
     whole.run()
@@ -158,6 +159,7 @@ WAYS_TO_END = {
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "grpo"])
 @pytest.mark.parametrize("way", WAYS_TO_END)
+@pytest.mark.matrix(every=15)
 def test_what_was_done_before_arrays_were_exchanged_is_saved_from_memory(tiny_folder, tmp_path, way, method):
     rows = {"sft": tiny_rows, "dpo": tiny_pairs, "grpo": tiny_prompts}[method](24)
     more = {"method": method, "autosave_minutes": None, "save_every": -1, "val_set_size": 0, "data": rows, "iters": 6}

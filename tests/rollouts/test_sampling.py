@@ -72,7 +72,7 @@ def chi_square(tokens, expected):
 @pytest.mark.parametrize("as_mlx", [False, True])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
 @pytest.mark.parametrize("vocabulary", [5, 256, 700])
-@pytest.mark.matrix
+@pytest.mark.matrix(every=18)
 def test_tokens_come_as_often_as_the_softmax_says(vocabulary, temperature, as_mlx):
     logits = np.random.default_rng(vocabulary).normal(size=vocabulary)
     tokens, logprobs = drawn(logits, 20_000, as_mlx, temperature=temperature)
@@ -95,7 +95,7 @@ def test_top_k_draws_only_the_likeliest_and_keeps_their_odds(as_mlx):
 
 @pytest.mark.parametrize("as_mlx", [False, True])
 @pytest.mark.parametrize(("vocabulary", "spread"), [(40, 1.0), (5000, 4.0), (5000, 0.3)])
-@pytest.mark.matrix
+@pytest.mark.matrix(every=6)
 def test_top_p_draws_only_from_the_nucleus(vocabulary, spread, as_mlx):
     logits = spread * np.random.default_rng(2).normal(size=vocabulary)
     falling = np.argsort(-logits)
@@ -167,7 +167,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(tiny, device)
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 3, 5])
-@pytest.mark.matrix
+@pytest.mark.matrix(every=6)
 def test_how_many_rows_run_side_by_side_does_not_change_what_they_say(tiny, device, rows_at_once):
     settings = {"stop": ("a", "re"), "max_tokens": 30}
     together, apart = sampled(*tiny, **settings), sampled(*tiny, rows_at_once=rows_at_once, **settings)
@@ -235,6 +235,7 @@ def tiny_mamba():
 
 
 @pytest.mark.parametrize("rows_at_once", [32, 5])
+@pytest.mark.matrix(every=2)
 def test_a_prompt_is_read_once_for_its_whole_group(tiny, rows_at_once):
     model, tokenizer, prompts = tiny
     watched = Watched(model)
@@ -304,6 +305,7 @@ def test_a_prefix_is_shared_within_the_sliding_window_only(tiny):
     assert not sampling.can_share_prefix(model, 51)
 
 
+@pytest.mark.matrix(every=2)
 def test_greedy_says_what_mlx_lm_says(tiny, device):
     model, tokenizer, prompts = tiny
     for completion in sampled(model, tokenizer, prompts, group_size=2, temperature=0.0):
@@ -329,7 +331,7 @@ def test_the_end_token_is_kept_among_the_tokens_and_not_in_the_text(tiny, device
 
 
 @pytest.mark.parametrize("stop", [("e",), ("u", "sa", "zzz"), ("é", "3")])
-@pytest.mark.matrix
+@pytest.mark.matrix(every=6)
 def test_a_stop_string_ends_the_completion_at_the_token_that_completes_it(tiny, device, stop):
     model, tokenizer, prompts = tiny
     free = sampled(model, tokenizer, prompts, group_size=30)
@@ -420,6 +422,7 @@ def test_an_error_inside_a_step_gives_the_mode_back(tiny):
     model.eval()
 
 
+@pytest.mark.matrix(every=2)
 def test_a_model_with_sliding_attention_is_sampled_exactly(tiny, device):
     _, tokenizer, prompts = tiny
     arguments = tiny_model().args
@@ -433,6 +436,7 @@ def test_a_model_with_sliding_attention_is_sampled_exactly(tiny, device):
     assert_training_agrees(model, prompts, completions)
 
 
+@pytest.mark.matrix(every=2)
 def test_a_recurrent_model_is_sampled_exactly(tiny, device):
     _, tokenizer, prompts = tiny
     model = tiny_mamba()

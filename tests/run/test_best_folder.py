@@ -46,6 +46,7 @@ KINDS = [({}, 4), ({}, 5), (FULL, 4), (FULL, 5), ({"snapshot_memory": 0}, 4)]
 
 
 @pytest.mark.parametrize(("settings", "target"), KINDS)
+@pytest.mark.matrix(every=5)
 def test_after_a_rewind_best_is_what_the_run_says(tmp_path, tiny_folder, settings, target):
     run, seen = trained(tmp_path / "a", tiny_folder, **settings)
     run.rewind(to=target)
@@ -61,6 +62,7 @@ def test_after_a_rewind_best_is_what_the_run_says(tmp_path, tiny_folder, setting
     assert best_weights(run.folder) == expected
 
 
+@pytest.mark.long
 def test_after_a_resume_at_a_step_best_is_what_the_run_says(tmp_path, tiny_folder):
     run, seen = trained(tmp_path / "a", tiny_folder)
     run.checkpoint()
@@ -113,6 +115,7 @@ def test_a_checkpoint_from_before_that_holds_no_best_resumes(tmp_path, tiny_fold
 
 
 @pytest.mark.parametrize("gone", [False, True])
+@pytest.mark.matrix(every=2)
 def test_a_copied_run_goes_on_where_it_was_copied(tmp_path, tiny_folder, gone):
     run, seen = trained(tmp_path / "a", tiny_folder)
     run.set(learning_rate=STANDSTILL)
@@ -133,6 +136,7 @@ def test_a_copied_run_goes_on_where_it_was_copied(tmp_path, tiny_folder, gone):
     assert copy.adapter_bytes() == run.adapter_bytes()
 
 
+@pytest.mark.long
 def test_a_best_that_is_older_than_the_updates_in_memory_is_put_back_too(tmp_path, tiny_folder):
     run = new_run(tmp_path / "a", tiny_folder, iters=40, steps_per_eval=10, keep=1, snapshot_memory=1)
     run.step(10)

@@ -146,7 +146,7 @@ def forgeries(state):
                 yield path, value, other
 
 
-@pytest.mark.matrix(every=2)
+@pytest.mark.long
 def test_any_key_of_the_state_changed_is_refused(run):
     _, good = stored(run.folder)
     assert refusal(good) is None
@@ -155,7 +155,7 @@ def test_any_key_of_the_state_changed_is_refused(run):
         assert (reason is None) == (path == ("seal",) and value is MISSING), (path, value)
 
 
-@pytest.mark.matrix(every=2)
+@pytest.mark.long
 def test_without_a_seal_any_key_changed_is_refused_by_kind_or_goes_on_without_a_traceback(run, copied):
     store, good = stored(copied)
     unsealed = {key: value for key, value in good.state.items() if key != "seal"}
@@ -229,6 +229,7 @@ UNFIT_ARRAYS = {
 
 @pytest.mark.parametrize("group", ["parameters", "optimizer"])
 @pytest.mark.parametrize("kind", UNFIT_ARRAYS)
+@pytest.mark.matrix(every=12)
 def test_arrays_that_do_not_fit_are_named_and_the_checkpoint_before_is_used(run, copied, group, kind):
     store, good = stored(copied)
     arrays = swapped(group, UNFIT_ARRAYS[kind])(good.arrays)
@@ -356,6 +357,7 @@ def test_any_key_of_the_manifest_changed_is_passed_over(run, copied):
     assert stored(copied)[1].step == 3
 
 
+@pytest.mark.long
 def test_a_garbled_history_costs_itself_alone(run, copied):
     expected = resumed(copied, run.config.method)
     expected.step(1)

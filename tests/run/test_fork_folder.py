@@ -50,6 +50,7 @@ BEFORE = {finished: {}, stopped: {"iters": 2}, stopped_early: {"iters": 2}, paus
 
 
 @pytest.mark.parametrize("before", BEFORE, ids=lambda before: before.__name__)
+@pytest.mark.matrix(every=5)
 def test_a_fork_with_nothing_left_to_do_writes_its_own_adapter_and_names_it(before, here, tiny_folder):
     run = make(tiny_folder)
     before(run)

@@ -68,6 +68,7 @@ def test_a_length_that_was_asked_for_in_time_and_is_passed_by_now_is_refused_and
     assert not any(isinstance(event, SettingChanged) for event in events)
 
 
+@pytest.mark.long
 def test_another_length_in_the_settings_of_a_resume_is_a_change_that_stays_once_it_was_allowed(tmp_path, tiny_folder):
     run = rows_run(tmp_path, tiny_folder)
     run.run(until=3)
@@ -95,7 +96,7 @@ REOPENED = {
 
 @pytest.mark.parametrize("how", REOPENED)
 @pytest.mark.parametrize("end", ["the end", "stop", "early stopping"])
-@pytest.mark.matrix
+@pytest.mark.matrix(every=18)
 def test_a_run_that_ended_goes_on_however_it_is_made_longer(tmp_path, tiny_folder, how, end):
     early = {"iters": 11, "steps_per_eval": 1, "early_stopping_patience": 1, "learning_rate": 1.0, "loss_spike": None}
     run = rows_run(tmp_path, tiny_folder, **(early if end == "early stopping" else {"iters": 6}))
@@ -113,6 +114,7 @@ def test_a_run_that_ended_goes_on_however_it_is_made_longer(tmp_path, tiny_folde
     assert longer.trainer.iters == 12
 
 
+@pytest.mark.long
 def test_a_run_that_is_made_longer_and_resumed_is_the_one_that_was_made_longer_without_a_break(tmp_path, tiny_folder):
     runs = []
     for name in ("straight", "resumed"):
@@ -132,6 +134,7 @@ def test_a_run_that_is_made_longer_and_resumed_is_the_one_that_was_made_longer_w
     assert lossy(runs[0]) == lossy(runs[1])
 
 
+@pytest.mark.long
 def test_a_longer_run_has_its_schedule_stretched_or_keeps_the_last_rate_and_says_which(tmp_path, tiny_folder):
     run = rows_run(tmp_path, tiny_folder, learning_rate=1e-2)
     run.run()

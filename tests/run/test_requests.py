@@ -112,6 +112,7 @@ def test_what_is_dropped_leaves_the_others_in_their_order():
     assert list(inbox.take(TrainerRequest)) == [Save(), Evaluate(), Skip(), Stop()]
 
 
+@pytest.mark.long
 def test_pauses_from_other_threads_while_it_trains_pause_it_and_break_nothing(tiny_folder, tmp_path):
     run = make_run(tiny_folder, tmp_path, iters=10**6, val_set_size=0, save_every=-1, autosave_minutes=None)
     run.checkpoint = lambda kind="step": None
@@ -173,6 +174,7 @@ def test_a_second_interrupt_while_the_pause_is_saved_is_answered_by_that_pause(t
     assert isinstance(run.run(), RunFinished)
 
 
+@pytest.mark.long
 def test_looking_more_often_stops_no_run_early(tiny_folder, tmp_path):
     run = make_run(tiny_folder, tmp_path, iters=20, val_set_size=4, steps_per_eval=10, early_stopping_patience=1)
     for _ in range(4):
@@ -287,6 +289,7 @@ def test_a_reward_that_changes_what_it_is_given_changes_nothing_else(tiny_folder
     assert all(row["tests"] == ["a", "b", "c"] for row in rows)
 
 
+@pytest.mark.long
 def test_other_threads_ask_the_model_and_its_base_while_it_trains(tiny_folder, tmp_path):
     whole = make_run(tiny_folder, tmp_path, "whole", iters=30, val_set_size=0, save_every=-1)
     whole.run()

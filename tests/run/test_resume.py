@@ -21,6 +21,7 @@ from tiny import random_examples, tiny_rows
 from trainers import make_trainer
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("settings", "every"),
     [
@@ -33,7 +34,6 @@ from trainers import make_trainer
     ],
     ids=["lora", "lora at every step", "dora", "full", "adafactor", "muon"],
 )
-@pytest.mark.matrix(every=2)
 def test_a_run_resumed_at_any_step_is_the_run_that_was_never_stopped(tmp_path, settings, every):
     kept = {**SETTINGS, **settings}
     store = CheckpointStore(tmp_path / "checkpoints", keep=100)
@@ -109,6 +109,7 @@ def test_what_changed_since_is_named_and_allowed_only_when_asked(tmp_path, tiny_
         Run.resume(tmp_path / "nowhere")
 
 
+@pytest.mark.long
 def test_a_machine_with_other_lanes_is_named(tmp_path, tiny_folder, monkeypatch):
     run = rows_run(tmp_path, tiny_folder)
     run.run(until=2)
@@ -155,6 +156,7 @@ def test_the_resume_command_takes_a_name_or_a_folder(tmp_path, tiny_folder):
     assert session.get().step_count == 2
 
 
+@pytest.mark.long
 def test_a_rewound_run_goes_the_same_way_again(tmp_path, tiny_folder):
     run = rows_run(tmp_path, tiny_folder)
     run.run()

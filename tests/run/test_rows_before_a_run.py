@@ -38,6 +38,7 @@ def test_a_row_is_tried_with_other_words_and_stays_as_it_is(tiny_folder):
 
 
 @pytest.mark.parametrize(("method", "data"), [("sft", tiny_rows()), ("dpo", tiny_pairs()), ("kto", tiny_labels())])
+@pytest.mark.matrix(every=3)
 def test_rows_that_are_left_out_are_not_trained_and_the_others_as_without_them(tmp_path, tiny_folder, method, data):
     out = (3, 17, 5)
     run = rows_run(

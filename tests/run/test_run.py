@@ -92,6 +92,7 @@ def test_generate_leaves_the_run_and_the_users_randomness_alone(tiny_folder, tmp
     assert plain.adapter_bytes() == talked.adapter_bytes()
 
 
+@pytest.mark.long
 def test_base_answers_are_those_of_the_untrained_model(tiny_folder, tmp_path):
     run = make_run(tiny_folder, tmp_path, iters=30, learning_rate=5e-2)
     before = run.generate("say red", max_tokens=8)
@@ -100,6 +101,7 @@ def test_base_answers_are_those_of_the_untrained_model(tiny_folder, tmp_path):
     assert run.generate("say red", max_tokens=8) != before
 
 
+@pytest.mark.long
 def test_many_prompts_are_answered_as_each_one_alone(tiny_folder, tmp_path):
     run = make_run(tiny_folder, tmp_path, iters=20, learning_rate=3e-2)
     run.run()
@@ -251,6 +253,7 @@ def test_a_finished_run_can_be_given_more_updates_and_goes_on(tiny_folder, tmp_p
     assert run.step_count == 5
 
 
+@pytest.mark.long
 def test_kept_prompts_are_answered_at_the_start_each_validation_and_the_end(tiny_folder, tmp_path):
     run = make_run(tiny_folder, tmp_path, iters=4, steps_per_eval=2, sample_prompts=["say red"], sample_tokens=3)
     run.run()

@@ -63,6 +63,7 @@ def test_saving_says_what_to_type_and_that_works(saved, monkeypatch):
     load(words[words.index("--model") + 1], adapter_path=words[words.index("--adapter-path") + 1])
 
 
+@pytest.mark.long
 def test_an_adapter_of_mlx_lm_and_one_that_has_moved_are_loaded_too(saved, tmp_path):
     run, folder = saved
     facts = json.loads((folder / "adapter_config.json").read_text())

@@ -94,8 +94,8 @@ def test_what_another_thread_asks_in_the_middle_of_an_update_is_answered_at_its_
     assert steps == [2 if what == "rewind" else 3]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("make", "iters"), [(rows_run, 12), (rollouts_run, 6)])
-@pytest.mark.matrix(every=2)
 def test_checkpoints_that_another_thread_writes_are_those_of_an_untouched_run_byte_for_byte(
     tmp_path, tiny_folder, make, iters
 ):
@@ -172,6 +172,7 @@ def test_what_one_loop_was_doing_when_another_took_it_up_is_done_once(tmp_path, 
 
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("kind", ["rows", "rollouts"])
+@pytest.mark.matrix(every=4)
 def test_threads_that_all_move_one_run_come_to_its_end_together(tmp_path, tiny_folder, kind, count):
     def made(name):
         if kind == "rollouts":
@@ -192,6 +193,7 @@ def test_threads_that_all_move_one_run_come_to_its_end_together(tmp_path, tiny_f
     assert run.adapter_bytes() == whole.adapter_bytes()
 
 
+@pytest.mark.long
 def test_a_rollout_that_another_loop_made_anew_is_trained_on_once(tmp_path, tiny_folder):
     whole = rollouts_run(tmp_path, tiny_folder, iters=3, adapter_path=str(tmp_path / "whole"))
     whole.run()
@@ -301,7 +303,7 @@ ENDS = {
 
 
 @pytest.mark.parametrize("how", ENDS)
-@pytest.mark.matrix(every=4)
+@pytest.mark.matrix(every=9)
 def test_however_the_process_ends_the_checkpoint_is_of_a_boundary_and_no_update_is_lost(tmp_path, tiny_folder, how):
     target, daemon, end = ENDS[how]
     code = SCRIPT.format(
@@ -386,7 +388,7 @@ def acts(kind, model, folder, do):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.matrix(every=4)
+@pytest.mark.matrix(every=8)
 def test_a_run_whose_every_act_is_on_another_thread_is_bit_for_bit_the_same(tmp_path, tiny_folder, kind):
     for name in ("one", "many"):
         (tmp_path / name).mkdir()

@@ -32,6 +32,7 @@ def test_only_a_method_that_samples_has_rollouts(method, tmp_path, tiny_folder):
 
 
 @pytest.mark.parametrize("method", ROWS)
+@pytest.mark.matrix(every=6)
 def test_the_batches_of_an_update_have_the_rows_that_are_said_to_come_next(method, tmp_path, tiny_folder):
     run = run_of(method, tmp_path, tiny_folder, grad_accumulation_steps=5, steps_per_eval=-1)
     for _ in range(3):

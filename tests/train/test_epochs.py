@@ -77,7 +77,7 @@ def test_half_epochs_are_rounded_up_to_an_update(tmp_path):
     "changes",
     [{"batch_size": 2}, {"batch_size": 8}, {"batch_size": 3, "grad_accumulation_steps": 2}, {"batch_size": 1}],
 )
-@pytest.mark.matrix
+@pytest.mark.matrix(every=16)
 def test_a_fork_with_other_batches_visits_the_rest_of_the_epoch_and_no_more(method, changes, tmp_path, tiny_folder):
     length = {"iters": None, "epochs": 2, "batch_size": 4, "grad_accumulation_steps": 1}
     short = {"max_completion_length": 2} if method == "grpo" else {}
@@ -93,6 +93,7 @@ def test_a_fork_with_other_batches_visits_the_rest_of_the_epoch_and_no_more(meth
         assert update_rows(again) == update_rows(fork)
 
 
+@pytest.mark.long
 def test_a_fork_of_a_fork_resumed_in_the_middle_of_the_epoch_goes_the_same_way(tmp_path, tiny_folder):
     length = {"iters": None, "epochs": 2, "batch_size": 4, "grad_accumulation_steps": 1}
     run = run_of("sft", tmp_path / "run", tiny_folder, 15, **length)
@@ -111,6 +112,7 @@ def test_a_fork_of_a_fork_resumed_in_the_middle_of_the_epoch_goes_the_same_way(t
     assert visits(second.history.events) == dict.fromkeys(range(15), 2)
 
 
+@pytest.mark.long
 def test_a_resume_with_another_batch_size_goes_on_at_the_same_row(tmp_path, tiny_folder):
     length = {"iters": None, "epochs": 1, "batch_size": 4, "grad_accumulation_steps": 1}
     run = run_of("sft", tmp_path / "run", tiny_folder, 10, **length)
@@ -200,6 +202,7 @@ def test_a_run_made_longer_after_its_last_update_goes_on(change, tmp_path, tiny_
     assert [event.step for event in finished] == [8]
 
 
+@pytest.mark.long
 def test_a_length_changed_live_and_the_other_word_for_it_go_together_after_a_resume(tmp_path, tiny_folder):
     run = run_of("sft", tmp_path, tiny_folder, 16, iters=4, batch_size=4, grad_accumulation_steps=1)
     began_with = run.config

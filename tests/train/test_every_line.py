@@ -75,6 +75,7 @@ def test_a_signal_at_any_line_of_a_run_changes_nothing(tmp_path, tiny_folder, ki
         assert digest(run) == expected, place
 
 
+@pytest.mark.long
 def test_an_interrupt_at_any_line_of_sharing_a_base_leaves_the_run_that_has_it(tmp_path, tiny_folder):
     run = rows_run(tmp_path, tiny_folder)
     run.step()
@@ -103,7 +104,7 @@ def test_an_interrupt_at_any_line_of_asking_the_base_leaves_the_adapter_attached
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
 @pytest.mark.parametrize("where", ["mlx_nb.run.inputs.fingerprints", "mlx_nb.files.run_folder.RunFolder.begin"])
-@pytest.mark.matrix
+@pytest.mark.matrix(every=6)
 def test_what_ends_the_making_of_a_run_once_its_adapter_is_attached_leaves_none(
     tmp_path, tiny_folder, monkeypatch, kind, where
 ):

@@ -64,7 +64,7 @@ PLACES = {
 
 @pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize("times", [1, 2, 3])
-@pytest.mark.matrix(every=4)
+@pytest.mark.matrix(every=15)
 def test_an_interrupt_at_any_place_loses_and_repeats_nothing(tmp_path, where, times):
     """Interrupted at every such place, the run says and computes the same as one that never was."""
     whole = trainer_for(tmp_path, "whole", save_every=5, iters=12)
@@ -155,6 +155,7 @@ def test_a_second_interrupt_while_the_only_pass_of_an_update_is_computed_drops_t
     assert run.adapter_bytes() == whole.adapter_bytes()
 
 
+@pytest.mark.long
 def test_an_interrupt_while_loading_is_kept_and_a_second_gives_up(tmp_path, tiny_folder, monkeypatch):
     """Where the trainer is made nothing is broken off; the rows may be read by code that never ends."""
     place, times = "mlx_nb.run.run.Run._prepare", 1

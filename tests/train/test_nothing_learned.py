@@ -13,7 +13,7 @@ from mlx_nb.view.event_text import describe, summary_rows
 
 @pytest.mark.parametrize("nothing", [None, math.nan, math.inf, "text", KeyError("score")])
 @pytest.mark.parametrize("later", [0, 3])
-@pytest.mark.matrix(every=4)
+@pytest.mark.matrix(every=10)
 def test_a_rollout_without_any_reward_pauses_and_goes_on_once_there_is_one(nothing, later, tmp_path, tiny_folder):
     """Also where another reward gives numbers: their sum is none."""
     silent, calls = [later == 0], []
@@ -59,6 +59,7 @@ def test_a_run_in_which_nothing_was_learned_says_so(tmp_path, tiny_folder):
     assert dict(summary_rows(run.history))["learned"].startswith("nothing. ")
 
 
+@pytest.mark.long
 def test_a_run_that_learned_once_is_no_run_that_learned_nothing(tmp_path, tiny_folder):
     told = []
 

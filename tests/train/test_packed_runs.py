@@ -47,6 +47,7 @@ def drawn_pairs(count):
 
 
 @pytest.mark.parametrize("method", ROWS)
+@pytest.mark.matrix(every=6)
 def test_a_packed_run_takes_the_same_rows_and_learns_the_same(method, tmp_path, tiny_folder):
     apart, packed = (
         run_of(method, tmp_path / str(packing), tiny_folder, packing=packing, **PLAIN) for packing in (False, True)
@@ -64,6 +65,7 @@ def test_a_packed_run_takes_the_same_rows_and_learns_the_same(method, tmp_path, 
 
 
 @pytest.mark.parametrize("method", ROWS)
+@pytest.mark.matrix(every=6)
 def test_a_packed_run_resumes_bit_for_bit(method, tmp_path, tiny_folder):
     def losses(run, count):
         return [(step.loss, step.gradient_norm, step.row_losses) for step in (run.step() for _ in range(count))]

@@ -77,6 +77,7 @@ def mixed_run(tmp_path, tiny_folder, **settings):
     return Run(RunConfig.from_dict({**values, "adapter_path": str(tmp_path / "mixed"), **settings}), name="mixed")
 
 
+@pytest.mark.long
 def test_ordinary_mixed_rows_stop_no_run(tmp_path, tiny_folder):
     run = mixed_run(tmp_path, tiny_folder)
     assert isinstance(run.run(), RunFinished)
@@ -171,6 +172,7 @@ def test_memory_close_to_its_limit_is_said_once(tmp_path):
     assert not [event for event in roomy.events() if isinstance(event, MemoryLow)]
 
 
+@pytest.mark.long
 def test_a_spike_in_a_notebook_raises_offers_ways_out_and_each_of_them_works(tmp_path, tiny_folder):
     rows = [
         *tiny_rows(40),

@@ -222,6 +222,7 @@ def test_the_policy_that_sampled_is_the_policy_before_its_update(make_run):
             assert max(float(np.abs(ratio_T).max()) for _, _, ratio_T in ratios) < 1e-4
 
 
+@pytest.mark.long
 def test_looking_at_ratios_changes_no_bit_of_what_follows(make_run):
     plain, looked = make_run("grpo"), make_run("grpo")
     plain.run()
@@ -327,6 +328,7 @@ def test_long_completions_go_to_a_page_only_when_it_shows_them(make_run, monkeyp
     assert panel.completions["html"] == completions_html(run.history.last_rollouts(1)[0])
 
 
+@pytest.mark.long
 def test_a_report_and_a_log_keep_completions_and_problems(make_run, tmp_path):
     run = make_run("grpo")
     panel = run.panel()

@@ -97,7 +97,7 @@ def test_a_history_without_updates_has_empty_lines():
 
 
 @pytest.mark.parametrize("seed", range(20))
-@pytest.mark.matrix(every=4)
+@pytest.mark.matrix(every=20)
 def test_reading_event_by_event_is_reading_at_once(seed):
     whole, growing = some_history(seed), History()
     builder = SeriesBuilder(growing)

@@ -467,6 +467,7 @@ def test_a_chat_grows_word_by_word_and_can_be_ended(tmp_path, tiny_folder):
     asyncio.run(talks())
 
 
+@pytest.mark.long
 def test_a_paused_run_that_answers_is_paused_and_can_be_run(tmp_path, tiny_folder):
     run = rows_run(tmp_path, tiny_folder, iters=6)
 
@@ -495,6 +496,7 @@ def test_a_paused_run_that_answers_is_paused_and_can_be_run(tmp_path, tiny_folde
     asyncio.run(answers())
 
 
+@pytest.mark.long
 def test_answers_to_kept_prompts_can_be_left_out_while_they_are_given(tmp_path, tiny_folder):
     run = rows_run(tmp_path, tiny_folder, iters=3, sample_prompts=["say red", "say blue"], sample_tokens=60)
 
@@ -584,6 +586,7 @@ def test_the_script_comes_with_the_package_and_needs_nothing_else():
     assert "@import" not in str(Panel._css)
 
 
+@pytest.mark.long
 def test_signs_of_life_come_from_a_thread_and_keep_nobody(monkeypatch):
     monkeypatch.setattr(heartbeat, "SECONDS_BETWEEN_BEATS", 0.01)
 

@@ -101,6 +101,7 @@ def test_all_words_of_the_figure_can_be_read_on_a_light_and_on_a_dark_page(groun
         assert contrast(luminance(to_rgb(text.get_color())), luminance(ground)) > 3.8, text
 
 
+@pytest.mark.long
 def test_a_notebook_gets_a_picture_without_any_backend_of_pyplot():
     code = (
         "from IPython.core.interactiveshell import InteractiveShell\n"
@@ -137,6 +138,7 @@ def test_where_there_are_no_pictures_the_curve_is_drawn_in_characters():
 
 
 @pytest.mark.parametrize("name", ["模型 🐝", "a$b$c", "$\\frac{", "été"])
+@pytest.mark.matrix(every=4)
 def test_no_name_brings_a_warning_or_an_error_into_the_picture(name):
     history = History([update(1, 2.0, {name: 1.0}), update(2, 1.0, {name: 2.0}), SettingChanged(2, name, "a", name)])
     with warnings.catch_warnings():
