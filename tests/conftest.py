@@ -26,6 +26,8 @@ if sys.dont_write_bytecode:
     sys.dont_write_bytecode, sys.pycache_prefix = False, str(kept)
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ["PYTHONPYCACHEPREFIX"] = str(kept)
+# jsonschema looks at addresses of a kind that no notebook has with it, and importing it takes seconds of each process.
+sys.modules.setdefault("rfc3987_syntax", None)
 import_module("mlx_nb.model")  # which loads OpenBLAS, before any test imports mlx
 # Where the tests run as a job in the background of a shell, it has these ignored, and every child inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
