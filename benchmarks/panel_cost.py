@@ -24,7 +24,7 @@ def new(name):
         "adapter_path": {folder!r} + "/" + name}}), name=name)
 straight, panelled = new("straight"), new("panelled")
 panel = panelled.panel()
-panel._heard(None, {{"do": "open"}}, None)  # as a browser says that shows it
+panel._on_message(None, {{"do": "open"}}, None)  # as a browser says that shows it
 _ = straight.step(3); _ = panelled.step(3)
 blocking, background = [], []
 """

@@ -31,7 +31,7 @@ from mlx_nb.run.background import hold_interrupts
 from mlx_nb.run.foreground import raise_failure
 from mlx_nb.view import event_text
 from mlx_nb.view.curves.figure import live_svg
-from mlx_nb.view.curves.quantity import live_words
+from mlx_nb.view.curves.main_quantity import live_words
 from mlx_nb.view.reports.completions import last_rollout_html
 
 if TYPE_CHECKING:

@@ -20,11 +20,11 @@ from mlx_nb.errors import CommandError, MlxNbError
 from mlx_nb.notebook.new_run_cell import cell_text, fields_of
 from mlx_nb.notebook.templating import fill
 from mlx_nb.run.run import Run
-from mlx_nb.view.closing import close_widgets
 from mlx_nb.view.panel.panel import page_part
 from mlx_nb.view.reports.check import render_html
 from mlx_nb.view.rows.display import RowDisplay
 from mlx_nb.view.theme import WRAP
+from mlx_nb.view.widget_cleanup import close_widgets
 
 ROWS_CHECKED = 1000  # rows of each split that a click on Check tokenizes
 _PAGE = Path(__file__).with_name("page")
@@ -116,7 +116,7 @@ class NewRun(anywidget.AnyWidget):
     def answer(self, message: Mapping[str, Any]) -> None:
         """Send the page what it requests: a row with its loss mask, or the check of all rows."""
         try:
-            reply = self.row(int(message["row"])) if message.get("look") == "row" else self.check()
+            reply = self.row(int(message["row"])) if message.get("show") == "row" else self.check()
         except MlxNbError as error:
             reply = {"error": str(error)}
         self.send({"kind": "answer", "id": message.get("id"), **reply})

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_nb.errors import CommandError, MlxNbError, did_you_mean
 from mlx_nb.notebook.preferences import Finetune
-from mlx_nb.view.panel.still import lasting_html
+from mlx_nb.view.panel.static_view import lasting_html
 
 if TYPE_CHECKING:
     from mlx_nb.events import Event

@@ -1,1 +1,1 @@
-"""What a person sees. Reads events and examples; never imports train."""
+"""Everything that is displayed: events and examples as text, HTML, figures and widgets. Never imports train."""

@@ -1,4 +1,4 @@
-"""Events as text: the progress line, the summary and the table, for terminals and for outputs that must last."""
+"""Events as text: one line per event, the progress line and the summary, for terminals and lasting outputs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from mlx_nb.events.history import History, evaluation_row
 from mlx_nb.view.metric_text import headline, main_metrics, metric_words, number, side_metrics
 from mlx_nb.view.pace import FEW_UPDATES, time_left, tokens_a_second
 
-# What a run does, or has come to, behind its name.
+# The state of a run, in a sentence that starts with its name.
 STATES = {
     RunState.BUILT: "has not started",
     RunState.RUNNING: "is running",
@@ -72,10 +72,10 @@ def describe(event: Event) -> str:
             best = ", best so far" if event.best and event.step > 0 else ""
             row = evaluation_row(event)
             name, value = headline(row)
-            told = f"{event.split} {name} {value:.4f}"
+            described = f"{event.split} {name} {value:.4f}"
             measured = side_metrics(row, event.metrics)
-            told += f", {measured}" if measured else ""
-            return f"update {event.step}: {told} ({counted(event.rows, 'row')}{best})"
+            described += f", {measured}" if measured else ""
+            return f"update {event.step}: {described} ({counted(event.rows, 'row')}{best})"
         case SampleGenerated():
             return f"update {event.step}: {event.prompt!r} → {event.answer!r}"
         case RolloutCompleted():
@@ -107,11 +107,11 @@ def describe(event: Event) -> str:
                 "A lower batch_size or max_seq_length needs less"
             )
         case LossSpiked():
-            return f"update {event.step}: {event.words}. The update was kept; a spike that lasts pauses the run"
+            return f"update {event.step}: {event.words}. The update was applied; repeated spikes pause the run"
         case DataChanged():
             return (
-                f"update {event.step}: {event.path} was changed since it was read. The run goes on with the rows as "
-                "they were; only a later resume needs them back (or `--allow-changed data`)"
+                f"update {event.step}: {event.path} was changed after it was read. The run continues with the "
+                "original rows; a later resume needs them again (or `--allow-changed data`)"
             )
         case NothingLearned():
             return f"update {event.step}: the last {event.updates} updates had nothing to learn from. {_NOTHING}"
@@ -128,7 +128,7 @@ def describe(event: Event) -> str:
 
 
 def visits_text(visits: list[tuple[int, float]]) -> str:
-    """The losses of one row at its last few visits, as a line; empty when there was none."""
+    """The losses of one row at its latest visits, as a line; empty if there are none."""
     if not visits:
         return ""
     shown = ", ".join(f"{loss:.3f} after update {step}" for step, loss in visits[-6:])
@@ -136,7 +136,7 @@ def visits_text(visits: list[tuple[int, float]]) -> str:
 
 
 def progress_words(progress: Progress) -> str:
-    """What is being done, and how far it is."""
+    """The activity and its progress, as text."""
     done, total = progress.done, progress.total
     kind, _, name = progress.what.partition(" ")
     if kind == "completions":
@@ -151,14 +151,14 @@ def progress_words(progress: Progress) -> str:
     if kind == "reference":
         return f"log-probabilities of the reference: {done:,} of {total:,} completions"
     if kind == "sample":
-        return f"answering the kept prompts: {done:,} of at most {total:,} tokens"
+        return f"answering the sample prompts: {done:,} of at most {total:,} tokens"
     if kind == "answer":
         return f"answering: {done:,} of at most {total:,} tokens"
     return f"{progress.what}: {done} of {total}"
 
 
 def setting_words(value: Any) -> str:
-    """The value of a setting as one writes it in a cell: `null`, `true`, `[umbrella, garden chair]`."""
+    """The value of a setting as written in a cell: `null`, `true`, `[umbrella, garden chair]`."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, list | tuple):
@@ -188,7 +188,7 @@ def rollout_words(rollout: RolloutCompleted) -> str:
 
 
 def remarks(event: Event) -> tuple[str, ...]:
-    """What there is to say besides: notes at the start of a run, problems of reward functions, what a change does."""
+    """Additional remarks: notes at the start of a run, problems of reward functions, effects of a changed setting."""
     match event:
         case RunStarted():
             return event.notes
@@ -199,7 +199,7 @@ def remarks(event: Event) -> tuple[str, ...]:
 
 
 def progress_line(history: History, iters: int) -> str:
-    """`update 12 of 60  loss 1.23  ...  4:10 left`; the time left goes by the last updates."""
+    """`update 12 of 60  loss 1.23  ...  4:10 left`; the time left is estimated from the latest updates."""
     last = history.last_step
     if last is None:
         return f"update 0 of {iters}"
@@ -227,7 +227,7 @@ def validation_words(evaluation: dict[str, Any]) -> str:
 
 
 def summary_rows(history: History) -> list[tuple[str, str]]:
-    """What a person wants to know afterwards, as (label, value)."""
+    """The rows of the summary, as (label, value)."""
     started, last, finished = history.started, history.last_step, history.finished
     rows: list[tuple[str, str]] = []
     if started:
@@ -258,8 +258,8 @@ def summary_rows(history: History) -> list[tuple[str, str]]:
     best = history.best_validation
     if best is not None:
         name, value = headline(best)
-        told = f"{value:.4f}" if name == "loss" else f"{name} {value:.4f}"
-        rows.append(("best validation", f"{told} at update {best['step']}"))
+        described = f"{value:.4f}" if name == "loss" else f"{name} {value:.4f}"
+        rows.append(("best validation", f"{described} at update {best['step']}"))
         rows += [("overfitting", words)] if (words := overfitting(history)) else []
     if finished and not finished.learned:
         rows.append(("learned", f"nothing. {_NOTHING}"))
@@ -269,7 +269,7 @@ def summary_rows(history: History) -> list[tuple[str, str]]:
 
 
 def elapsed_words(history: History) -> str:
-    """`3:20: training 2:05, validation 40 s, waiting 35 s`: the wall clock, and what it went into."""
+    """`3:20: training 2:05, validation 40 s, waiting 35 s`: the elapsed time by activity."""
     spent = history.spent()
     spent["waiting"] = history.elapsed - sum(spent.values())
     parts = [f"{what} {duration(seconds)}" for what, seconds in spent.items() if seconds >= 0.5]
@@ -277,7 +277,7 @@ def elapsed_words(history: History) -> str:
 
 
 def overfitting(history: History) -> str:
-    """That validation became worse again by more than a hair, and where the best adapter is; empty where it did not."""
+    """A warning that the validation loss rose after its best, and where the best adapter is; empty otherwise."""
     best, valid, finished = history.best_validation, history.evaluations("valid"), history.finished
     if best is None or finished is None or finished.path is None or not 0 < best["step"] < finished.step:
         return ""

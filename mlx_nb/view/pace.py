@@ -1,4 +1,4 @@
-"""How fast a run is, and how long the rest of it will take: the same wherever it is shown."""
+"""Speed and time left of a run, computed in one place for all displays."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from mlx_nb.events.history import History
 from mlx_nb.view.metric_text import SECONDS
 
 RECENT_UPDATES = 20
-FEW_UPDATES = 5  # a pace of fewer is no more than a first guess, and said to be
+FEW_UPDATES = 5  # with fewer updates, the speed is marked as a first estimate
 
 
 def time_left(history: History, iters: int) -> float:
-    """Seconds that the updates, rollouts and validations to come will take, at the pace of the last ones.
+    """Seconds for the remaining updates, rollouts and validations, at the speed of the latest ones.
 
     0 before the first update.
     """
@@ -18,28 +18,28 @@ def time_left(history: History, iters: int) -> float:
     if last is None:
         return 0.0
     recent = [event.seconds for event in history.last_steps(RECENT_UPDATES)]
-    # The first update of a process is slower than those after it, so it is left out as soon as there are others.
+    # The first update of a process is slower than later ones, so it is ignored once there are others.
     steady = recent[1:] if 1 < len(recent) < RECENT_UPDATES else recent
     updates = iters - last.step
     pace = sum(steady) / len(steady) + rollout_pace(history)
     evaluations = history.evaluations("valid")
     if len(evaluations) > 1 and last.step:
-        # Validations come at even distances, the one at the start is not repeated.
+        # Validations are evenly spaced; the one at the start is not repeated.
         pace += evaluations[-1]["seconds"] * (len(evaluations) - 1) / last.step
     return max(0.0, updates * pace)
 
 
 def tokens_a_second(history: History) -> float:
-    """Tokens that the model read for each second of the last updates; 0 before the first."""
+    """Tokens per second over the latest updates; 0 before the first."""
     recent = history.last_steps(RECENT_UPDATES)
     recent = recent[1:] if 1 < len(recent) < RECENT_UPDATES else recent  # the first one is slower, see `time_left`
     return sum(event.tokens for event in recent) / max(sum(event.seconds for event in recent), 1e-9)
 
 
 def rollout_pace(history: History) -> float:
-    """Seconds that sampling and rewards take for each update, by the last ones; 0 for other methods."""
+    """Seconds per update spent on sampling and rewards, over the latest updates; 0 for other methods."""
     recent = history.last_steps(RECENT_UPDATES)
     spent = [value for event in recent for name, value in event.metrics.items() if name.startswith(SECONDS)]
-    # One rollout may be used, and told, by several updates.
+    # A rollout may be used for several updates, and each of them reports its time.
     share = history.rollout_count / max(1, len(history))
     return sum(spent) / max(1, len(recent)) * min(1.0, share)

@@ -1,8 +1,8 @@
 """Colors, inline styles and visible characters shared by the HTML and terminal views.
 
-Notebooks that are not trusted lose style sheets, variables, `ch` lengths and newer property values, so every
-style here is an inline one that survives; text keeps the inherited color, on half-transparent tints only, so
-that one output reads on light and on dark.
+Untrusted notebooks drop style sheets, variables, `ch` lengths and newer property values, so every style here is an
+inline style that survives. Text keeps the inherited color, on half-transparent tints only, so that one output is
+readable on light and dark pages.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BLUE: Color = (0, 114, 178)
 ORANGE: Color = (213, 94, 0)
 GREEN: Color = (0, 158, 115)
 GREY: Color = (128, 128, 128)
-# For words in pictures, which inherit no color: 4.3:1 or more on white and on the #111 of dark notebooks.
+# For text in pictures, which inherits no color: 4.3:1 or more on white and on the #111 of dark notebooks.
 INK = "#7A7A7A"
 ROLE_COLORS = {"system": GREY, "user": ORANGE, "assistant": BLUE, "tool": GREEN}
 
@@ -38,13 +38,13 @@ _ATOMS = {
     for edges, boundary in ((True, r"^ +| +$"), (False, r"^ +$"))
 }
 _RIGHT_TO_LEFT = re.compile("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc\U00010800-\U00010fff\U0001e800-\U0001efff]")
-# Letters and marks that print nothing, though their Unicode category does not say so.
+# Letters and marks that are invisible, though not by their Unicode category.
 _UNASSIGNED_BLANK = re.compile("[\u2065\ufdd0-\ufdef\ufff0-\uffff\U000e0000-\U000e0fff]")
 _BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0")
 
 
 def tint(color: Color, alpha: float) -> str:
-    """The color at this opacity, as an inline style can say it."""
+    """The color at this opacity, for an inline style."""
     return f"rgba({color[0]},{color[1]},{color[2]},{alpha:.2g})"
 
 
@@ -54,7 +54,7 @@ def loss_tint(loss: float) -> str:
 
 
 def change_tint(improvement: float) -> str:
-    """Background for a fall of the loss in nats: blue where better, orange where worse, strongest at 3."""
+    """Background for a decrease of the loss in nats: blue for better, orange for worse, strongest at 3."""
     return tint(BLUE if improvement > 0 else ORANGE, STRONGEST_TINT * min(abs(improvement) / 3, 1.0))
 
 
@@ -69,14 +69,14 @@ def _prints_nothing(character: str) -> bool:
     )
 
 
-def _joins_what_stands_before(text: str) -> bool:
-    """Whether its start, a mark or half a flag, is drawn into the text before it."""
+def _joins_previous_text(text: str) -> bool:
+    """Whether it starts with a mark or half a flag, which is drawn into the previous text."""
     half_flag = "\U0001f1e6" <= text[0] <= "\U0001f1ff" and not "\U0001f1e6" <= text[1:2] <= "\U0001f1ff"
     return half_flag or unicodedata.category(text[0]).startswith("M")
 
 
 def _joins_emoji(text: str, at: int) -> bool:
-    """Whether the joiner or emoji selector at this place only shapes the picture before it."""
+    """Whether the joiner or emoji selector at this position only modifies the previous emoji."""
     before = text[at - 1 : at] if at else ""
     if not before or (unicodedata.category(before) not in {"So", "Sk"} and before not in "\ufe0f#*0123456789"):
         return False
@@ -85,12 +85,12 @@ def _joins_emoji(text: str, at: int) -> bool:
 
 
 def visible_parts(text: str, *, edges: bool = True) -> Iterator[tuple[str, str]]:
-    """The text in pieces `(characters, kind)`, with nothing in it that hides, reorders or controls.
+    """The text in pieces `(characters, kind)`, without hidden, reordering or control characters.
 
-    kind is "text"; "glyph" for ⏎ (its line break follows as text), ⇥ and ·, which stand for a newline, a
-    tab and a space at the start or end of a line or in a run of spaces; or "escape" for ‹U+202E› and the
-    like, which name a character that prints nothing. With `edges` the first and last spaces of the text are
-    shown as well.
+    kind is "text"; "glyph" for ⏎ (its line break follows as text), ⇥ and ·, which represent a newline, a
+    tab, and a space at the start or end of a line or in a run of spaces; or "escape" for names such as ‹U+202E›,
+    which represent an invisible character. With `edges`, spaces at the start and end of the text are
+    also shown.
     """
     done = 0
     for match in _ATOMS[edges].finditer(text):
@@ -107,9 +107,9 @@ def visible_parts(text: str, *, edges: bool = True) -> Iterator[tuple[str, str]]
         elif _prints_nothing(found) or (at == 0 and "\U0001f3fb" <= found <= "\U0001f3ff"):
             if found in "\u200d\ufe0f" and _joins_emoji(text, at):
                 continue
-            # A skin tone at the start would color the emoji of the text before.
+            # A skin tone at the start would color the emoji before it.
             pieces = ((f"‹U+{ord(found):04X}›", "escape"),)
-        elif at == 0 and _joins_what_stands_before(text):
+        elif at == 0 and _joins_previous_text(text):
             pieces = (("◌", "glyph"), (found, "text"))
         else:
             continue
@@ -128,7 +128,7 @@ _PART_STYLES = {
 
 
 def visible_html(text: str, *, edges: bool = True) -> str:
-    """The text as escaped HTML in which every character can be seen; see `visible_parts`."""
+    """The text as escaped HTML in which every character is visible; see `visible_parts`."""
     return "".join(
         escape(piece, quote=True) if kind == "text" else f'<span style="{_PART_STYLES[kind]}">{piece}</span>'
         for piece, kind in visible_parts(text, edges=edges)
@@ -136,14 +136,14 @@ def visible_html(text: str, *, edges: bool = True) -> str:
 
 
 def one_line(text: str, *, edges: bool = False) -> str:
-    """The text as one visible line: for titles, labels and table cells. Not escaped for HTML."""
+    """The text as one visible line, for titles, labels and table cells. Not escaped for HTML."""
     return "".join(part for part, _ in visible_parts(text, edges=edges)).replace("\n", "").replace("\t", "")
 
 
 def span(content: str, *, style: str = "", title: str = "", isolate: str = "") -> str:
-    """One inline element around `content`, which is HTML already; `title` is escaped here.
+    """One inline element around `content`, which is already HTML; `title` is escaped here.
 
-    When `isolate`, the raw text inside, holds right-to-left letters, it cannot reorder its neighbors.
+    If `isolate`, the raw text inside, has right-to-left letters, the element keeps them from reordering neighbors.
     """
     tag = "bdi" if isolate and _RIGHT_TO_LEFT.search(isolate) else "span"
     title_attribute = f' title="{escape(title, quote=True)}"' if title else ""

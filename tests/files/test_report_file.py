@@ -81,4 +81,4 @@ def test_a_report_is_written_although_its_rows_cannot_be_read_any_more(tmp_path,
     run = new_run(tmp_path, tiny_folder, str(data))
     run.step()
     data.write_text("")
-    assert "Rows of highest loss" in run.report().read_text()
+    assert "Rows with the highest loss" in run.report().read_text()

@@ -13,7 +13,7 @@ from places import SUPPORT
 
 pytestmark = pytest.mark.kernel
 
-OPEN = "a.panel()._heard(None, {'do': 'open'}, None)"  # as a page does that shows it
+OPEN = "a.panel()._on_message(None, {'do': 'open'}, None)"  # as a page does that shows it
 SLOW_TOKENS = """import time, mlx_nb.rollouts.sampling as sampling
 draw = sampling.draw_tokens
 def slow(*told):

@@ -74,8 +74,8 @@ def assert_clicks_answer_at_once(page, lab):
     for value in ("log", "tokens", "raw"):
         button = f".mlx-nb-bar button[value={value}]"
         took[value] = page.evaluate(ANSWER, [button, f"{button}[aria-pressed=true]"])
-    took["pause"] = page.evaluate(ANSWER, [".mlx-nb-action[title^='stop after']", ".mlx-nb-said:not(:empty)"])
-    assert page.locator(".mlx-nb-said").first.inner_text() == "pausing after this update …"
+    took["pause"] = page.evaluate(ANSWER, [".mlx-nb-action[title^='pause after']", ".mlx-nb-notice:not(:empty)"])
+    assert page.locator(".mlx-nb-notice").first.inner_text() == "pausing after this update …"
     print({name: round(milliseconds, 1) for name, milliseconds in took.items()})
     assert max(took.values()) < 100, took
     wait_for_state(page, "paused")

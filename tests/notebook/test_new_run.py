@@ -63,8 +63,8 @@ def test_a_form_says_what_the_cell_would_say_and_shows_the_rows(tiny_folder):
     sent = []
     form.send = lambda message, buffers=None: sent.append(message)
     assert form.problems == []
-    form.answer({"look": "row", "row": 3, "id": 1})
-    form.answer({"look": "check", "id": 2})
+    form.answer({"show": "row", "row": 3, "id": 1})
+    form.answer({"show": "check", "id": 2})
     assert (sent[0]["row"], sent[0]["rows"]) == (3, 22)  # a tenth is held out
     assert "assistant" in sent[0]["html"]
     assert "Data check" in sent[1]["html"]
@@ -72,7 +72,7 @@ def test_a_form_says_what_the_cell_would_say_and_shows_the_rows(tiny_folder):
     assert any("`iters`" in line for line in form.problems)
     form.values = {"data": "bess", "model": str(tiny_folder)}
     assert "Did you mean 'bees'?" in form.problems[0]
-    form.answer({"look": "row", "row": 0, "id": 3})
+    form.answer({"show": "row", "row": 0, "id": 3})
     assert "Did you mean 'bees'?" in sent[2]["error"]
     form.values = {"data": "pairs", "method": "dpo", "model": str(tiny_folder)}
     assert "method: dpo" in form.cell

@@ -222,7 +222,9 @@ def test_a_panel_whose_run_is_gone_displays_as_one_line_that_says_so(tmp_path, t
     bundle = asyncio.run(in_loop()) if looped else shown()
     assert list(bundle) == ["text/plain"]
     assert caplog.records == []  # asyncio logs what was raised in the loop
-    assert bundle["text/plain"].startswith("run is gone: nobody refers to it any more. Keep a run in a variable")
+    assert bundle["text/plain"].startswith(
+        "run no longer exists, because no variable holds it. Store a run in a variable"
+    )
 
 
 def test_a_browser_of_a_run_that_is_gone_still_shows_the_rows_and_says_why_there_are_no_losses(tmp_path, tiny_folder):

@@ -239,7 +239,7 @@ def test_what_goes_wrong_in_the_background_is_shown_and_the_run_can_go_on(kernel
     kernel.run("good = a.trainer.stepper.update; a.trainer.stepper.update = bad")
     kernel.wait_for("a.state", "failed")
     kernel.wait_for(f"'broken on purpose' in {PANEL}.head['failure']", "True")
-    assert kernel.value(f"'broken on purpose' in repr({PANEL}.happened)") == "True"
+    assert kernel.value(f"'broken on purpose' in repr({PANEL}.event_log)") == "True"
     kernel.run("a.trainer.stepper.update = good")
     kernel.run("%finetune run")
     assert kernel.value("a.state") == "running"

@@ -123,11 +123,11 @@ def test_the_row_view_tries_a_row_and_collects_those_to_leave_out(tmp_path, tiny
     browser.editor.open.value = True
     assert json.loads(browser.editor.text.value) == {"prompt": "say red", "completion": "red"}
     browser.editor.text.value = '{"prompt": "say red", "completion": "blueblue"}'
-    browser.editor.tried()
+    browser.editor.try_row()
     assert browser.editor.view.value != browser.view.value
     browser.editor.text.value = "{"
-    browser.editor.tried()
-    assert "no JSON" in browser.editor.view.value
+    browser.editor.try_row()
+    assert "not valid JSON" in browser.editor.view.value
     for row in (3, 1):
         browser.jump.value = row
         assert not browser.leave.value
@@ -155,10 +155,10 @@ def test_the_row_view_writes_the_rows_that_were_found(tmp_path, tiny_folder, mon
     browser.next.click()
     browser.leave.value = True
     browser.write.click()
-    assert browser.said.value == "3 rows are in selection.jsonl"
+    assert browser.export_note.value == "3 rows were written to selection.jsonl"
     assert [json.loads(line) for line in (tmp_path / "selection.jsonl").read_text().splitlines()] == [data[1]] * 3
     browser.write.click()
-    assert "is there already" in browser.said.value
+    assert "is there already" in browser.export_note.value
 
 
 def test_the_command_shows_the_rows_of_a_variable(shell, tiny_folder):

@@ -286,4 +286,4 @@ def test_a_report_is_one_page_with_everything(tiny_folder, tmp_path):
     page = run.report(tmp_path / "deep" / "report.html").read_text()
     assert "finished after update 3" in page
     assert "data:image/png" in page
-    assert "Rows of highest loss" in page
+    assert "Rows with the highest loss" in page

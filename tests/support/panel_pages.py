@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from mlx_nb.view.panel.heartbeat import no_beats_for
+from mlx_nb.view.panel.heartbeat import stop_beats
 from mlx_nb.view.panel.panel import Panel
 
 # Background of the page, of what floats above it, and text, as JupyterLab's themes give them; plain has none of them.
@@ -60,7 +60,7 @@ def page_of(state: dict, theme: str, css: str = Panel._css) -> str:
 
 def open_panel(browser, panel, theme="light", width=900, height=900, wrong=None, **changed):
     """A page with the panel; what it asks the kernel is answered by `panel`, in this process."""
-    no_beats_for(panel)
+    stop_beats(panel)
     return open_widget(browser, panel, theme, width, height, wrong, **changed)
 
 
@@ -101,5 +101,5 @@ def answer_all(page, panel):
     """Let the kernel's side answer what the page asked by now."""
     page.wait_for_timeout(30)
     while page.asked:
-        panel._heard(None, page.asked.pop(0), None)
+        panel._on_message(None, page.asked.pop(0), None)
     page.wait_for_timeout(30)

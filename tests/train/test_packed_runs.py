@@ -160,7 +160,9 @@ def test_the_batch_on_screen_says_where_each_segment_is(tmp_path, tiny_folder):
     shown = BatchDisplay([batch], run.tokenizer)
     assert f"2 segments in one row of {first + second - shared} positions" in repr(shown)
     assert f"segment 0 at 0 to {first - 1}" in repr(shown)
-    there = f"segment 1 at {first} to {first + second - shared - 1}, its first {shared} tokens with an earlier one"
+    there = (
+        f"segment 1 at {first} to {first + second - shared - 1}, its first {shared} tokens shared with an earlier one"
+    )
     assert there in repr(shown)
     assert there in shown._repr_html_()
     assert "0% padding" in shown._repr_html_()

@@ -11,7 +11,7 @@ from mlx_nb.errors import CommandError
 from mlx_nb.events import RolloutCompleted
 from mlx_nb.notebook.commands import run_line
 from mlx_nb.notebook.session import Session
-from mlx_nb.view.panel import looks
+from mlx_nb.view.panel import page_requests
 from mlx_nb.view.reports.completions import CompletionsDisplay, completions_html, completions_text, fits
 from shown_rows import NASTY, TOKENIZER, Page
 
@@ -207,7 +207,7 @@ def test_log_ratios_are_of_the_last_completions_used_or_not(make_run, uses):
     largest = max(float(np.abs(ratio_T).max()) for _, _, ratio_T in ratios)
     assert 1e-3 < largest < 50
     before = run.adapter_bytes()
-    assert "log(policy now / policy that sampled)" in run.completions(ratios=True)._repr_html_()
+    assert "log(current policy / sampling policy)" in run.completions(ratios=True)._repr_html_()
     assert run.adapter_bytes() == before
     run.rewind(to=0)
     with pytest.raises(CommandError, match="no completions in memory"):
@@ -246,7 +246,7 @@ def opened(run):
 
 def chosen(panel, sent, place, colored=False):
     """The completions of a rollout of before, as the page asks for them."""
-    panel._heard(None, {"look": "rollout", "id": 1, "place": place, "colored": colored}, None)
+    panel._on_message(None, {"show": "rollout", "id": 1, "place": place, "colored": colored}, None)
     return sent[-1]
 
 
@@ -259,7 +259,7 @@ def test_only_runs_that_sample_have_the_page(make_run):
 def test_the_page_shows_the_newest_completions_and_those_chosen(make_run):
     run = make_run("grpo")
     panel, sent = opened(run)
-    assert "no completions are sampled yet" in panel.completions["note"]
+    assert "no completions have been sampled yet" in panel.completions["note"]
     run.step(2)
     panel.refresh()
     assert panel.completions["updates"] == [1, 0]
@@ -281,7 +281,7 @@ def test_the_toggle_colors_the_newest_completions_and_measures_once_for_an_updat
     run.log_ratios = lambda: measured.append(run.step_count) or log_ratios()
     plain = panel.completions["html"]
     panel.coloring = True
-    assert "log(policy now" in panel.completions["html"]
+    assert "log(current policy" in panel.completions["html"]
     for _ in range(3):
         panel.show_again("completions")
     assert measured == [2]
@@ -290,7 +290,7 @@ def test_the_toggle_colors_the_newest_completions_and_measures_once_for_an_updat
     assert measured[-1] == 3
     assert measured in ([2, 3], [2, 2, 3])  # new completions before update 3, if that was drawn, and after it
     older = chosen(panel, sent, 1, colored=True)
-    assert "log(policy now" not in older["html"]
+    assert "log(current policy" not in older["html"]
     assert "only the newest" in older["note"]
     panel.coloring = False
     assert panel.completions["note"] == ""
@@ -317,7 +317,7 @@ def test_long_completions_go_to_a_page_only_when_it_shows_them(make_run, monkeyp
     run = make_run("grpo")
     panel, sent = opened(run)
     panel.tab = "Curves"
-    monkeypatch.setattr(looks, "MOST_LETTERS_UNASKED", 10)
+    monkeypatch.setattr(page_requests, "MOST_CHARACTERS_UNREQUESTED", 10)
     run.step()
     panel.refresh()
     assert panel.completions["html"] is None
@@ -339,7 +339,7 @@ def test_a_report_and_a_log_keep_completions_and_problems(make_run, tmp_path):
     assert completions_html(rollout) in page
     assert "<th>perplexity</th>" not in page
     assert "<th>reward</th>" in page
-    told = "\n".join(panel.happened["lines"])
+    told = "\n".join(panel.event_log["lines"])
     assert "completions of 2 prompts" in told
     problems = [problem for one in run.history.last_rollouts(9) for problem in one.problems]
     assert problems

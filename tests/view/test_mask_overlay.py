@@ -381,5 +381,5 @@ def test_long_padding_is_shortened_and_counted():
 def test_shapes_that_do_not_agree_are_refused():
     with pytest.raises(DataError, match="the batch cannot be shown"):
         render_batch_html(np.zeros((2, 4), int), np.zeros((2, 5)), TOKENIZER, [1, 2])
-    with pytest.raises(DataError, match="every B a row name"):
+    with pytest.raises(DataError, match="each line a row name"):
         render_batch_html(np.zeros((2, 4), int), np.zeros((2, 4)), TOKENIZER, [1])

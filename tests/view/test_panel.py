@@ -38,11 +38,11 @@ from mlx_nb.events.history import History
 from mlx_nb.view.curves.curves import SeriesBuilder
 from mlx_nb.view.event_text import progress_words
 from mlx_nb.view.panel import heartbeat
-from mlx_nb.view.panel.changes import series_changes
 from mlx_nb.view.panel.clicks import result_of
 from mlx_nb.view.panel.panel import KEPT, Panel
+from mlx_nb.view.panel.series_changes import series_changes
 from mlx_nb.view.panel.state import Activity, progress_of, samples_of
-from mlx_nb.view.panel.still import still_html
+from mlx_nb.view.panel.static_view import static_html
 from runs import rows_run
 
 
@@ -51,7 +51,7 @@ def heard(panel, *messages):
     sent = []
     panel.send = lambda content, buffers=None: sent.append(copy.deepcopy(content))
     for message in messages:
-        panel._heard(None, message, None)
+        panel._on_message(None, message, None)
     return sent
 
 
@@ -180,7 +180,7 @@ def test_a_page_that_missed_something_is_told_all(tmp_path, tiny_folder):
     (whole,) = heard(panel, {"do": "whole"})
     assert whole["kind"] == "whole"
     assert whole["series"] == panel.series == panel.get_state()["series"]
-    assert [line for line in whole["happened"]["lines"] if "updates" in line]
+    assert [line for line in whole["event_log"]["lines"] if "updates" in line]
 
 
 # What is read from Python, and from there
@@ -262,17 +262,17 @@ def test_a_run_that_cannot_begin_offers_nothing_that_would_fail_again(tmp_path, 
     panel = asyncio.run(fails())
     assert panel.head["state"] == "failed"
     assert "`prompt_feature: product` and `completion_feature: slogan`" in panel.head["failure"]
-    assert panel.head["way_on"] == "Mend that, and execute its cell again."
+    assert panel.head["next_step"] == "Fix the problem, then execute the cell again."
     assert panel.clicks == []
 
 
 def test_a_run_that_is_over_says_how_it_trains_on(tmp_path, tiny_folder):
     run = rows_run(tmp_path, tiny_folder, iters=2)
     panel = run.panel()
-    assert panel.head["way_on"] == ""
+    assert panel.head["next_step"] == ""
     run.run()
     panel.refresh()
-    assert "%finetune run 20 does 20 more" in panel.head["way_on"]
+    assert "%finetune run 20 does 20 more" in panel.head["next_step"]
     assert not {"run", "step", "pause"} & set(panel.clicks)
 
 
@@ -292,7 +292,7 @@ def test_a_panel_goes_on_telling_while_a_cell_keeps_the_kernel_and_says_that_cli
     tmp_path, tiny_folder, monkeypatch
 ):
     monkeypatch.setattr("mlx_nb.view.panel.panel.SECONDS_BETWEEN_REFRESHES", 0.0)
-    monkeypatch.setattr("mlx_nb.view.panel.panel.MOST_OF_THE_TIME", 10.0)
+    monkeypatch.setattr("mlx_nb.view.panel.panel.MAX_TIME_SHARE", 10.0)
     monkeypatch.setattr("mlx_nb.view.panel.panel.SECONDS_TO_OPEN", 0.0)
 
     async def queued():
@@ -325,33 +325,33 @@ def standing(state=RunState.RUNNING, step=0, *, trains=True, prepared=True, acti
         (standing(), "computing the first update"),
         (standing(prepared=False), "loading"),
         (standing(step=7), "computing update 8"),
-        (standing(step=10), "ending the run"),
-        (standing(step=7, trains=False), "doing what was asked"),
+        (standing(step=10), "finishing the run"),
+        (standing(step=7, trains=False), "carrying out a request"),
     ],
 )
 def test_what_is_being_done_is_said_and_no_update_that_is_not_computed(run, words):
-    assert Activity().told(run, 10)["words"] == words
+    assert Activity().as_data(run, 10)["words"] == words
 
 
 def test_what_is_done_is_told_with_how_long_it_takes(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     activity = Activity()
-    assert activity.told(standing(RunState.PAUSED, active=False), 10) == {}
-    assert activity.told(standing(step=0), 10)["words"] == "computing the first update"
+    assert activity.as_data(standing(RunState.PAUSED, active=False), 10) == {}
+    assert activity.as_data(standing(step=0), 10)["words"] == "computing the first update"
     activity.note(Progress(0, "tokenizing train", 0, 400, 0.0))
-    assert activity.told(standing(step=0), 10)["left"] is None
+    assert activity.as_data(standing(step=0), 10)["left"] is None
     now[0] = 102.0
     activity.note(Progress(0, "tokenizing train", 100, 400, 2.0))
-    told = activity.told(standing(step=0), 10)
+    told = activity.as_data(standing(step=0), 10)
     assert told["words"] == "tokenizing train rows: 100 of 400, 50 rows a second"
     assert (told["done"], told["total"], told["left"]) == (100, 400, 6.0)
     activity.note(Progress(0, "reference", 5, 50))
     now[0] = 103.0
     activity.note(Progress(0, "reference", 15, 50))
-    assert activity.told(standing(step=0), 10)["left"] == pytest.approx(3.5)
+    assert activity.as_data(standing(step=0), 10)["left"] == pytest.approx(3.5)
     activity.note(None)
-    assert activity.told(standing(step=7), 10)["words"] == "computing update 8"
+    assert activity.as_data(standing(step=7), 10)["words"] == "computing update 8"
 
 
 def test_the_pace_is_that_of_the_last_updates():
@@ -371,20 +371,20 @@ def test_clicks_do_what_they_say_and_their_result_is_said(tmp_path, tiny_folder)
         await done(run, panel, {"do": "step", "updates": 3})
         assert run.step_count == 3
         await done(run, panel, {"do": "save"})
-        assert panel.said["text"] == f"saved to {run.folder}" or panel.said["text"].startswith("saved to ")
+        assert panel.notice["text"] == f"saved to {run.folder}" or panel.notice["text"].startswith("saved to ")
         await done(run, panel, {"do": "evaluate"})
-        assert panel.said["text"].startswith("update 3: valid loss ")
+        assert panel.notice["text"].startswith("update 3: valid loss ")
         await done(run, panel, {"do": "set", "name": "learning_rate", "text": "2e-4"})
         assert run.config.learning_rate == 2e-4
         assert panel.settings[0][:2] == ["learning_rate", "0.0002"]
         await done(run, panel, {"do": "set", "name": "learning_rate", "text": "fast"})
-        assert panel.said["bad"]
-        assert "learning_rate" in panel.said["text"]
+        assert panel.notice["bad"]
+        assert "learning_rate" in panel.notice["text"]
         await done(run, panel, {"do": "rewind", "to": 1})
         assert run.step_count == 1
-        assert panel.said["text"] == "went back from update 3 to 1"
+        assert panel.notice["text"] == "went back from update 3 to 1"
         await done(run, panel, {"do": "no such click"})
-        assert "does not know 'no such click'" in panel.said["text"]
+        assert "does not know 'no such click'" in panel.notice["text"]
         await done(run, panel, {"do": "keep", "prompt": "say red"})
         assert [one["prompt"] for one in panel.samples] == ["say red"]
         assert [step for step, _ in panel.samples[0]["answers"]] == [1]
@@ -392,7 +392,7 @@ def test_clicks_do_what_they_say_and_their_result_is_said(tmp_path, tiny_folder)
         assert run.config.sample_prompts in (None, ())
         await done(run, panel, {"do": "stop"})
         assert panel.head["state"] == "stopped"
-        assert panel.said["text"].startswith("finished after update 1 (stopped); saved to ")
+        assert panel.notice["text"].startswith("finished after update 1 (stopped); saved to ")
 
     asyncio.run(clicks())
 
@@ -426,11 +426,11 @@ def test_rows_come_in_pages_with_the_persons_own_places(tmp_path, tiny_folder):
     panel = run.panel()
     everything, row, batch, worst, missing = heard(
         panel,
-        {"look": "rows", "id": 1, "which": "all"},
-        {"look": "row", "id": 2, "split": "train", "row": 3},
-        {"look": "batch", "id": 3},
-        {"look": "rows", "id": 4, "which": "worst"},
-        {"look": "rows", "id": 5, "which": "all", "split": "test"},
+        {"show": "rows", "id": 1, "which": "all"},
+        {"show": "row", "id": 2, "split": "train", "row": 3},
+        {"show": "batch", "id": 3},
+        {"show": "rows", "id": 4, "which": "worst"},
+        {"show": "rows", "id": 5, "which": "all", "split": "test"},
     )
     examples = run.rows("train").examples
     assert [one[0] for one in everything["rows"]] == list(range(min(50, len(examples))))
@@ -537,7 +537,7 @@ def test_a_rewind_while_counted_updates_are_done_leaves_the_run_there(tmp_path, 
         await done(run, panel, {"do": "rewind", "to": 0})
         assert (run.step_count, str(run.state)) == (0, "paused")
         assert panel.head["facts"][:3] == facts[:3]
-        assert panel.said["text"].startswith("went back from update ")
+        assert panel.notice["text"].startswith("went back from update ")
         run.start(1)
         await run
         assert run.step_count == 1
@@ -552,11 +552,11 @@ def test_the_log_gives_no_event_a_time_that_is_not_its_own(tmp_path, tiny_folder
     run.release()
     resumed = Run.resume(run.folder)
     panel = resumed.panel()
-    before = list(panel.happened["lines"])
+    before = list(panel.event_log["lines"])
     assert before
     assert not any(re.match(r"\d\d:\d\d:\d\d", line) for line in before)
     resumed.run()
-    (new, *_) = panel.happened["lines"][len(before) :]
+    (new, *_) = panel.event_log["lines"][len(before) :]
     assert re.match(r"\d\d:\d\d:\d\d  \S", new)
 
 
@@ -569,7 +569,7 @@ def test_a_page_without_a_kernel_shows_the_last_state_as_picture_and_table(tmp_p
     panel = run.panel()
     data, _ = panel._repr_mimebundle_()
     html = data["text/html"]
-    assert html == still_html(run, panel._device)
+    assert html == static_html(run, panel._device)
     assert "<svg" in html
     assert f"{run.name}: paused after update 4, when this was saved" in html
     assert "%finetune resume" in html
@@ -601,19 +601,19 @@ def test_signs_of_life_come_from_a_thread_and_keep_nobody(monkeypatch):
             self.beats += 1
 
     page, broken = Page(), Page(fails=True)
-    heartbeat.beat_for(broken)
-    heartbeat.beat_for(page)
+    heartbeat.start_beats(broken)
+    heartbeat.start_beats(page)
     until = time.monotonic() + 20
     while page.beats < 3 and time.monotonic() < until:  # while this thread computes
         sum(range(1000))
     assert page.beats >= 3
-    heartbeat.no_beats_for(page)
+    heartbeat.stop_beats(page)
     time.sleep(0.1)
     silent = page.beats
     time.sleep(0.1)
     assert page.beats == silent
     other = Page()
-    heartbeat.beat_for(other)
+    heartbeat.start_beats(other)
     gone = weakref.ref(other)
     del other
     time.sleep(0.1)

@@ -59,7 +59,7 @@ def sent(page):
     return [
         one
         for one in page.evaluate("window.sent")
-        if one.get("do") not in ("open", "shut", "whole") and "look" not in one
+        if one.get("do") not in ("open", "shut", "whole") and "show" not in one
     ]
 
 
@@ -102,7 +102,7 @@ def test_the_buttons_of_each_checkpoint_are_whole_where_the_notebook_is_narrow(o
 
 def test_what_is_being_done_for_a_paused_run_can_be_cancelled_and_the_run_is_not_said_to_run(opened):
     told = {
-        "words": "answering the kept prompts: 3 of at most 64 tokens",
+        "words": "answering the sample prompts: 3 of at most 64 tokens",
         "done": 3,
         "total": 64,
         "left": 9,
@@ -111,7 +111,7 @@ def test_what_is_being_done_for_a_paused_run_can_be_cancelled_and_the_run_is_not
     page = opened(activity=told)
     page.evaluate("change('clicks', ['cancel', 'run', 'step', 'sample'])")
     assert "running" not in page.get_by_role("status").inner_text()
-    assert page.locator(".mlx-nb-doing").inner_text().startswith("answering the kept prompts: 3 of at most 64 tokens")
+    assert page.locator(".mlx-nb-doing").inner_text().startswith("answering the sample prompts: 3 of at most 64 tokens")
     assert page.get_by_role("button", name="Run", exact=False).first.is_enabled()
     page.get_by_role("button", name="Cancel").click()
     assert {"do": "cancel"} in sent(page)
@@ -159,12 +159,12 @@ def test_tabs_are_worked_with_the_keyboard_and_no_key_reaches_the_notebook(opene
     page.keyboard.press("Shift+Enter")
     assert page.evaluate("window.keys") == []
     assert page.locator(".mlx-nb-panel").get_attribute("data-lm-suppress-shortcuts") == "true"
-    assert page.locator(".mlx-nb-said").get_attribute("aria-live") == "polite"
+    assert page.locator(".mlx-nb-notice").get_attribute("aria-live") == "polite"
 
 
 def test_clicks_are_acknowledged_in_the_page_and_their_result_follows(opened):
     page = opened(**RUNNING)
-    said = page.locator(".mlx-nb-said")
+    said = page.locator(".mlx-nb-notice")
     page.get_by_role("button", name="Pause").click()
     assert said.inner_text() == "pausing after this update …"
     page.get_by_role("button", name="Save").click()
@@ -181,7 +181,7 @@ def test_what_cannot_be_undone_is_asked_once_in_place(opened):
     page = opened()
     page.get_by_role("button", name="Stop").click()
     assert page.evaluate("document.activeElement.textContent") == "Stop the run"
-    page.get_by_role("button", name="Leave it").click()
+    page.get_by_role("button", name="Cancel").click()
     assert page.evaluate("document.activeElement.textContent") == "■ Stop"
     assert sent(page) == []
     page.get_by_label("updates to go back").fill("2")
@@ -215,7 +215,7 @@ def test_a_kernel_that_falls_silent_is_said_to_be_gone_and_never_running(opened)
 def test_a_page_that_never_hears_the_kernel_does_not_say_that_it_runs(browser, run):
     panel = run.panel()
     page = open_panel(browser, panel, head={**panel.head, "state": "running", "sign": "▶"}, **RUNNING)
-    assert page.get_by_role("status").inner_text() == "… asking the kernel"
+    assert page.get_by_role("status").inner_text() == "… connecting to the kernel"
     page.evaluate("() => { const now = Date.now; Date.now = () => now() + 60000; }")
     page.wait_for_selector("text=✗ kernel gone")
     page.close()
@@ -240,7 +240,7 @@ def test_a_row_is_asked_for_once_and_then_answers_in_the_page(opened):
         row, _, where = panel.latest["rows"][at]
         assert page.locator(".mlx-nb-row b").first.inner_text().startswith(f"train row {row} ({where})")
         assert page.evaluate("model.get('selection').row") == row
-    asked = [one["row"] for one in page.evaluate("window.sent") if one.get("look") == "row"]
+    asked = [one["row"] for one in page.evaluate("window.sent") if one.get("show") == "row"]
     assert sorted(asked) == sorted(row for row, _, _ in panel.latest["rows"][:2])
 
 

@@ -18,7 +18,7 @@ from mlx_nb.events import Rewound, SettingChanged
 from mlx_nb.events.history import History, smoothed
 from mlx_nb.view.curves.curves import SeriesBuilder
 from mlx_nb.view.curves.figure import live_svg, plot_history
-from mlx_nb.view.curves.quantity import live_words
+from mlx_nb.view.curves.main_quantity import live_words
 from mlx_nb.view.curves.shown_figure import drawable
 from mlx_nb.view.curves.text_chart import text_chart
 from mlx_nb.view.event_text import summary_rows

@@ -224,8 +224,8 @@ def test_top_loss_lists_the_hardest_rows_of_a_split(run):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({}, "(nats a trained token)"),
-        ({"loss": "dft"}, "(mean of its trained tokens)"),
+        ({}, "(nats per trained token)"),
+        ({"loss": "dft"}, "(mean over its trained tokens)"),
         ({"method": "dpo", "data": tiny_pairs(3)}, "(of the pair)"),
         ({"method": "kto", "data": tiny_labels(3)}, "(of the answer)"),
         (

@@ -84,7 +84,7 @@ function newRunPage({ model, el }) {
   }
 
   async function showRow(wanted) {
-    const reply = await ask({ look: "row", row: wanted }, shown);
+    const reply = await ask({ show: "row", row: wanted }, shown);
     leaf.hidden = !reply.rows;
     if (reply.error) return setText(shown, reply.error);
     row = reply.row;
@@ -95,7 +95,7 @@ function newRunPage({ model, el }) {
   }
 
   async function showCheck() {
-    const reply = await ask({ look: "check" }, findings);
+    const reply = await ask({ show: "check" }, findings);
     reply.error ? setText(findings, reply.error) : setHtml(findings, reply.html);
   }
 

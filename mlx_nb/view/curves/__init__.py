@@ -1,1 +1,1 @@
-"""Curves of a run: live in a browser, and as a figure that stays."""
+"""The curves of a run: live in the panel, and as a lasting figure."""

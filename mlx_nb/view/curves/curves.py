@@ -1,4 +1,4 @@
-"""The live curves of a run: its events as small data for a browser, which draws them."""
+"""The live curves of a run as compact data, which the browser draws (`panel/page/curves.js`)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mlx_nb.view.curves.points import SHORT_RUN, SMOOTHING, Columns, Table, cloc
 from mlx_nb.view.event_text import describe
 from mlx_nb.view.metric_text import headline, reward_of
 
-# However long the run, at most so many numbers and words go to the browser: under 100 KB in all.
+# Limits for runs of any length, so that the browser gets less than 100 KB in total.
 LINE_POINTS, ALL_POINTS = 400, 3200
 LEFT_POINTS, LEFT_LINES = 600, 60
 RUN_KNOTS, LEFT_KNOTS = 300, 16
@@ -39,9 +39,9 @@ NO_METRICS: Metrics = MappingProxyType({})
 
 
 class SeriesBuilder:
-    """The curves of one history, which may grow; only its new events are read each time.
+    """The curves of one growing history; each call reads only its new events.
 
-    `metrics` are those that the method says it measures: they come first, with what they say.
+    `metrics` are those that the method declares; they come first, with their help.
     """
 
     def __init__(self, history: History, metrics: Metrics = NO_METRICS) -> None:
@@ -62,14 +62,14 @@ class SeriesBuilder:
         """Data for JSON, under 100 KB for any length of run and up to 30 metrics.
 
         iters    updates of the whole run
-        clocks   `step` with the `tokens` and `seconds` of training until then, to interpolate between, 0 before; the
-                 first is that of the run, the others those of the branches that rewinds left
-        groups   `name`, `label` for the axis, `help` in words, `best` (low, high or empty: which validation is best)
-                 and `lines`: `name`, `role` (raw, train, valid or left; second, valid-first and valid-second where two
-                 metrics share a chart), index of the `clock`, `step` and `value` (five digits; None where not finite)
-        shown    names of the groups that say most
-        best     `group` and `step` of the validation whose adapter is in best/, None before there is one
-        short    whether the updates themselves are the curve, and what is smoothed is a hint
+        clocks   `step` with the `tokens` and `seconds` of training until then, to interpolate between, starting at 0;
+                 the first is that of the run, the others are those of abandoned branches
+        groups   `name`, `label` for the axis, `help`, `best` (which validation is best: low, high or empty)
+                 and `lines`: `name`, `role` (raw, train, valid or left; second, valid-first and valid-second if two
+                 metrics share a chart), index of the `clock`, `step` and `value` (five digits; None if not finite)
+        shown    names of the most informative groups
+        best     `group` and `step` of the validation whose adapter is in best/, or None
+        short    whether to emphasize the single updates and not the smoothed line
         markers  `step`, `kind` (save, rewind, setting, pause or skip) and `text`
         """
         for event in self.history.events[self._read :]:
@@ -80,7 +80,7 @@ class SeriesBuilder:
         branches = self._left[-max(1, LEFT_LINES // len(groups)) :]
         points = min(LINE_POINTS, ALL_POINTS // sum(len(group.lines) for group in groups))
         left_points = LEFT_POINTS // (sum(len(group.columns) for group in groups) * max(1, len(branches)))
-        told = [
+        charts = [
             {
                 "name": group.name,
                 "label": group.label,
@@ -104,7 +104,7 @@ class SeriesBuilder:
         return {
             "iters": iters,
             "clocks": clocks,
-            "groups": told,
+            "groups": charts,
             "shown": shown,
             "markers": markers,
             "best": best and {"group": headline(best)[0], "step": best["step"]},
@@ -128,7 +128,7 @@ class SeriesBuilder:
             case events.EvaluationCompleted(split="valid"):
                 self._add_validation(event)
             case _ if type(event) in MARKERS:
-                # Cut first, because a text may name a thousand rows and `shorten` reads every word.
+                # Truncate first, because a text may list a thousand rows and `shorten` reads every word.
                 kind, text = MARKERS[type(event)], describe(event)[: 2 * MARKER_LETTERS]
                 text = shorten(text, MARKER_LETTERS, placeholder=" …")
                 self._marked[kind].append((self._standing, {"step": event.step, "kind": kind, "text": text}))
@@ -141,7 +141,7 @@ class SeriesBuilder:
             {
                 "position": self._standing,
                 "step": event.step,
-                # Minus a reward is no point of the curve of the loss; the reward has its own.
+                # Minus a reward is not a point on the loss curve; the reward has its own curve.
                 LOSS: None if is_reward else event.loss,
                 **{_column(name): value for name, value in event.metrics.items()},
             }
@@ -174,31 +174,31 @@ class SeriesBuilder:
 
 
 def _column(metric: str) -> str:
-    """The column of a metric, which may have the name of another column."""
+    """The column for a metric, renamed if the name is already a column."""
     return f"{metric} (metric)" if metric in UPDATE_COLUMNS else metric
 
 
 def _lines(group: Group, updates: Columns, valid: Columns, points: int) -> list[dict[str, Any]]:
-    """The lines of a group, smoothed where it says so, through the same points as what they smooth."""
-    told = []
+    """The lines of a group; a smoothed line uses the same points as the raw one."""
+    lines = []
     for one in group.lines:
         columns = valid if one.of_validation else updates
         values = columns.get(one.column, np.full(len(columns["step"]), math.nan))
         shape = updates[LOSS] if one.column == "smoothed" else values
         kept = kept_points(shape, points)
-        told.append(
+        lines.append(
             line(one.name, one.role, columns["step"][kept], (smoothed_at if one.smooth else np.take)(values, kept))
         )
-    return told
+    return lines
 
 
 def _left_lines(group: Group, branches: list[Columns], points: int) -> list[dict[str, Any]]:
-    """The branches that rewinds left."""
+    """The lines of abandoned branches."""
     columns = [LOSS if column == "smoothed" else column for column in group.columns]
-    told = []
+    lines = []
     for number, branch in enumerate(branches, start=1):
         for column in columns:
             if column in branch:
                 kept = kept_points(branch[column], points)
-                told.append(line("rewound", "left", branch["step"][kept], branch[column][kept], number))
-    return told
+                lines.append(line("rewound", "left", branch["step"][kept], branch[column][kept], number))
+    return lines

@@ -1,4 +1,4 @@
-"""History to pictures: a matplotlib figure that stays, and a small SVG that moves while training."""
+"""Plots of a history: a matplotlib figure, and a small SVG that is updated during training."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from mlx_nb.config.methods import Metric
 from mlx_nb.errors import counted
 from mlx_nb.events import SettingChanged
 from mlx_nb.events.history import History, decimated, smoothed
+from mlx_nb.view.curves.main_quantity import live_quantity, validations_of
 from mlx_nb.view.curves.points import SHORT_RUN
-from mlx_nb.view.curves.quantity import live_quantity, validations_of
 from mlx_nb.view.metric_text import headline, main_metrics
 from mlx_nb.view.theme import INK
 
@@ -36,9 +36,9 @@ def plot_history(
 ) -> ShownFigure:
     """Loss (train raw and smoothed, validation with the best marked) above learning rate and gradient norm.
 
-    Of a run that learns from rewards, the reward. Between them the metrics that say most of a method that measures
-    more than its loss; `metrics` are those it declares. Made with the object interface, so no window opens and no
-    global state of pyplot changes. Its ground is transparent, and it reads on light and on dark.
+    For a method with rewards, the reward takes the place of the loss. The main metrics of the method are between
+    them; `metrics` are those it declares. Uses the object interface, so no window opens and the global state of pyplot
+    does not change. The background is transparent, for light and dark pages.
     """
     from mlx_nb.view.curves.shown_figure import ShownFigure
     from mlx_nb.view.curves.text_chart import text_chart
@@ -67,7 +67,7 @@ def plot_history(
 
 
 def _draw_large(axes: Axes, history: History, name: str, title: str) -> None:
-    """The loss or the reward, with what rewinds left and where settings were changed."""
+    """The loss or the reward, with abandoned branches and changed settings."""
     for number, branch in enumerate(history.abandoned()):
         left = [row["step"] for row in branch], [row.get(name, math.nan) for row in branch]
         label = "_rewound" if number else "rewound"  # one entry in the legend
@@ -87,12 +87,12 @@ def _draw_large(axes: Axes, history: History, name: str, title: str) -> None:
 
 
 def _draw_updates(axes: Axes, history: History, name: str) -> None:
-    """A quantity over the updates that told it, and smoothed."""
+    """A quantity at the updates that have it, and smoothed."""
     known = [(step, value) for step, value in zip(history["step"], history[name]) if not math.isnan(value)]
     if known:
         steps, values = zip(*known)
         strong, faint = (1.8, 1.0), (1.0, 0.8)  # width and opacity
-        # An average of a few updates is mostly the first of them, so it is no more than a hint there.
+        # The average of a few updates mostly reflects the first one, so it is drawn faintly.
         each, average = (strong, faint) if len(values) < SHORT_RUN else (faint, strong)
         for heights, (width, opacity), label in (
             (values, each, "train, each update"),
@@ -102,7 +102,7 @@ def _draw_updates(axes: Axes, history: History, name: str) -> None:
 
 
 def _draw_metric(axes: Axes, history: History, name: str, metric: Metric | None) -> None:
-    """One metric over the updates that told it, and of validations; above it, where a healthy run moves it."""
+    """One metric in updates and validations; its healthy direction is in the title."""
     _draw_updates(axes, history, name)
     rows = [row for row in history.evaluations("valid") if name != "loss" or headline(row)[0] == "loss"]
     _draw_validation(axes, [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))])
@@ -129,7 +129,7 @@ def _draw_validation(axes: Axes, valid: list[tuple[int, float]]) -> None:
 
 
 def _mark_best(axes: Axes, history: History, name: str) -> None:
-    """A ring around the best validation, the one of the summary, and its value above the axes, clear of the curves."""
+    """Mark the best validation, as in the summary, with a ring, and write its value above the axes."""
     best = history.best_validation
     if best is None or headline(best)[0] != name:
         return
@@ -148,7 +148,7 @@ def _mark_best(axes: Axes, history: History, name: str) -> None:
 
 
 def _make_room_for_left(axes: Axes) -> None:
-    """What a rewind left is inside the axes, as far as it does not squeeze what stands into less than a third."""
+    """Extend the axes to include abandoned branches, as long as the current curve keeps a third of the height."""
     values: dict[bool, list[float]] = {True: [], False: []}
     for line in axes.get_lines():
         heights = [float(value) for value in np.asarray(line.get_ydata(), float) if math.isfinite(value)]
@@ -159,7 +159,7 @@ def _make_room_for_left(axes: Axes) -> None:
 
 
 def room_for_left(low: float, high: float, left: list[float]) -> tuple[float, float]:
-    """The range from `low` to `high` with the values of `left` in it, at most once its size further on each side."""
+    """The range `low` to `high`, extended to the values of `left` by at most its own size on each side."""
     span, margin = high - low, 0.05 * (high - low)
     return (
         max(low - span, min(low, min(left) - margin)),
@@ -168,7 +168,7 @@ def room_for_left(low: float, high: float, left: list[float]) -> tuple[float, fl
 
 
 def _mark_changes(axes: Axes, history: History) -> None:
-    """A thin line where a setting was changed, named at its top; of many changes, only the last are named."""
+    """A thin line at each changed setting, labeled at the top; only the last few are labeled."""
     changes = [event for event in history.in_effect if isinstance(event, SettingChanged)]
     for number, event in enumerate(changes):
         axes.axvline(event.step, color=LEFT_COLOR, linewidth=0.8, linestyle="--", zorder=0)
@@ -185,9 +185,9 @@ def _mark_changes(axes: Axes, history: History) -> None:
 
 
 def live_svg(history: History, iters: int, width: int = 560, height: int = 150) -> str:
-    """The curve of the loss, or of the reward, as a small SVG string, under a millisecond and 10 KB for any run.
+    """The curve of the loss or the reward as a small SVG string, in under 1 ms and 10 KB for any run.
 
-    Text takes the page's color, so it reads on light and dark themes. Empty before the first two updates.
+    Text uses the page's color, for light and dark themes. Empty before the first two updates.
     """
     name = live_quantity(history)
     steps, values = history["step"], history[name]

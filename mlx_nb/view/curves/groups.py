@@ -1,4 +1,4 @@
-"""Which curves there are to choose from, what each says, and which lines it is made of. Pure."""
+"""The charts that the panel offers for a run: their labels, help and lines. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ QUANTITIES = {
     "tokens per second": "tokens per second",
     "memory (GB)": "peak memory (GB)",
 }
-# Two metrics that say more in one chart.
+# Pairs of metrics that share a chart.
 PAIRS = {
     "rewards": ("reward_chosen", "reward_rejected"),
     "log-probabilities": ("logprob_chosen", "logprob_rejected"),
@@ -25,7 +25,7 @@ _BEST = {"up": "high", "down": "low"}
 
 
 class Line(NamedTuple):
-    """One line: its name, how it is drawn, and the column it shows, of the updates or of the validations."""
+    """One line: its name, its role (how it is drawn), and its column in the updates or the validations."""
 
     name: str
     role: str
@@ -35,7 +35,7 @@ class Line(NamedTuple):
 
 
 class Group(NamedTuple):
-    """One chart. `best` says which validation is the best: low, high, or empty."""
+    """One chart. `best` says which validation is best: low, high, or empty."""
 
     name: str
     label: str
@@ -45,7 +45,7 @@ class Group(NamedTuple):
 
     @property
     def columns(self) -> list[str]:
-        """What it shows of the updates, each once."""
+        """The distinct columns of the updates that it shows."""
         return list(dict.fromkeys(line.column for line in self.lines if not line.of_validation and line.role != "raw"))
 
 
@@ -54,8 +54,8 @@ def groups_of(
 ) -> list[Group]:
     """The charts for the metrics that were `measured` in updates and `validated`.
 
-    First the loss and what the method declares in `metrics`, then what every run has, what else was measured, and
-    times at the end.
+    The loss and the declared `metrics` of the method come first, then the quantities of every run, other metrics, and
+    times.
     """
     declared = [name for name in metrics if name in measured]
     pairs = {name: pair for name, pair in PAIRS.items() if set(pair) <= set(declared) and name not in measured}
@@ -77,7 +77,7 @@ def groups_of(
 
 
 def first_groups(groups: Sequence[Group], metrics: Mapping[str, Metric]) -> list[str]:
-    """Names of the charts that say most of a method that declares `metrics`."""
+    """Names of the most informative charts for a method that declares `metrics`."""
     names = [group.name for group in groups]
     return [LOSS, *main_metrics(name for name in metrics if name in names), *(name for name in PAIRS if name in names)]
 
@@ -114,7 +114,7 @@ def _pair(name: str, pair: tuple[str, str], validated: Collection[str], metrics:
 
 
 def _words(metric: Metric | None) -> str:
-    """What a metric says, and what is healthy."""
+    """The help of a metric, with its healthy direction."""
     if metric is None:
         return ""
     return f"{metric.help}; healthy: {metric.healthy}" if metric.healthy else metric.help

@@ -1,4 +1,4 @@
-"""Columns of numbers that grow with a run, and the few of their points that a browser needs. Pure."""
+"""Growing columns of numbers of a run, and the selection of points that a browser needs. Pure."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import Any
 import numpy as np
 
 SMOOTHING = 0.9
-SHORT_RUN = 100  # updates; the average of fewer lags so far behind them that they themselves are the curve
-_FIRST_ROOM = 256
-_REMEMBERED = 100  # updates; older ones weigh less than 3e-5
+SHORT_RUN = 100  # updates; a shorter run is shown without smoothing, because the average lags too far behind
+_INITIAL_CAPACITY = 256
+_REMEMBERED = 100  # updates; older ones have a weight below 3e-5
 
 Columns = dict[str, np.ndarray]
 
 
 class Table:
-    """Columns of numbers that grow at the end and are cut back by rewinds.
+    """Columns of numbers that grow at the end and are truncated by rewinds.
 
-    The column `position` is the place of the row's event among those that stand. A number that is missing is NaN; any
-    that is not finite is inf, so that it shows as a spike would.
+    The column `position` is the index of the row's event among the events in effect. A missing number is NaN. A number
+    that is not finite becomes inf, so that it looks like a spike.
     """
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self._length = 0
-        # With room at the end, doubled when it is used up.
-        self._columns: Columns = {name: np.full(_FIRST_ROOM, math.nan) for name in names}
+        # With spare capacity at the end, doubled when needed.
+        self._columns: Columns = {name: np.full(_INITIAL_CAPACITY, math.nan) for name in names}
 
     def append(self, row: Mapping[str, float | None]) -> None:
-        """Add a row; a column that it lacks, or that earlier ones lacked, is NaN there."""
+        """Add a row; missing columns of this row, or of earlier rows, are NaN."""
         room = len(self._columns["position"])
         for name in row.keys() - self._columns.keys():
             self._columns[name] = np.full(room, math.nan)
@@ -43,7 +43,7 @@ class Table:
         self._length += 1
 
     def cut(self, kept: int) -> Columns:
-        """Take away, and return, the rows of all events but the first `kept`."""
+        """Remove and return the rows of all events after the first `kept`."""
         length = int(np.searchsorted(self._columns["position"][: self._length], kept))
         left = {name: column[length : self._length].copy() for name, column in self._columns.items()}
         for column in self._columns.values():
@@ -52,35 +52,35 @@ class Table:
         return left
 
     def last(self, name: str) -> float:
-        """The newest number of a column, 0 when there is none."""
+        """The newest number of a column, or 0."""
         return float(self._columns[name][self._length - 1]) if self._length else 0.0
 
     def columns(self) -> Columns:
-        """(rows,) float64 by name, as they are until the table changes."""
+        """(rows,) float64 by name; views that are valid until the table changes."""
         return {name: column[: self._length] for name, column in self._columns.items()}
 
 
 def kept_points(values: np.ndarray, limit: int) -> np.ndarray:
-    """Indices, in order, of the first, the last, and the lowest and highest value of each stretch; never of a NaN.
+    """Sorted indices of the first, the last, and the minimum and maximum of each interval; never of a NaN.
 
-    At most `limit`, if that is 4 or more.
+    At most `limit` indices, if `limit` is 4 or more.
     """
     there = np.flatnonzero(~np.isnan(values))
     if len(there) <= limit:
         return there
-    # A power of two, so that the points of a growing line stay where they are until the stretches double.
+    # A power of two, so that the points of a growing line do not move until the intervals double.
     size = 1 << ((len(there) - 1) // (max(limit, 4) // 2 - 1)).bit_length()
-    told, whole = values[there], len(there) // size * size
-    stretches, starts = told[:whole].reshape(-1, size), np.arange(0, whole, size)
+    known, whole = values[there], len(there) // size * size
+    stretches, starts = known[:whole].reshape(-1, size), np.arange(0, whole, size)
     places = [np.array([0, len(there) - 1]), starts + stretches.argmin(1), starts + stretches.argmax(1)]
     if whole < len(there):
-        places.append(whole + np.array([told[whole:].argmin(), told[whole:].argmax()]))
+        places.append(whole + np.array([known[whole:].argmin(), known[whole:].argmax()]))
     result: np.ndarray = there[np.unique(np.concatenate(places))]
     return result
 
 
 def smoothed_at(values: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """`history.smoothed` of the values at some of their indices; what is not finite is passed over, and NaN itself."""
+    """`history.smoothed` of the values at the indices `kept`; values that are not finite are skipped and become NaN."""
     places = kept[:, None] - np.arange(_REMEMBERED)
     seen = np.where(places >= 0, values[np.maximum(places, 0)], math.nan)
     known = np.isfinite(seen)
@@ -90,21 +90,21 @@ def smoothed_at(values: np.ndarray, kept: np.ndarray) -> np.ndarray:
 
 
 def line(name: str, role: str, steps: np.ndarray, values: np.ndarray, clock: int = 0) -> dict[str, Any]:
-    """A line for JSON: five digits of each value, None where it is not finite."""
-    told = [_told(value) for value in values.tolist()]
-    return {"name": name, "role": role, "clock": clock, "step": steps.astype(int).tolist(), "value": told}
+    """A line for JSON: five digits of each value, or None if it is not finite."""
+    rounded = [_five_digits(value) for value in values.tolist()]
+    return {"name": name, "role": role, "clock": clock, "step": steps.astype(int).tolist(), "value": rounded}
 
 
-# Most points of a growing line were told before.
+# Most points of a growing line were sent before.
 @lru_cache(maxsize=1 << 14)
-def _told(value: float) -> float | None:
+def _five_digits(value: float) -> float | None:
     return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
 def clock(columns: Columns, knots: int) -> dict[str, list[Any]]:
-    """Tokens and seconds of training until the end of some of the updates, the first and the last among them."""
+    """Tokens and seconds of training at the end of selected updates, including the first and the last."""
     count = len(columns["step"])
-    # A power of two, so that the knots of a growing run stay where they are until there are too many.
+    # A power of two, so that the knots of a growing run do not move until there are too many.
     gap = 1 << (max(0, count - 1) // max(1, knots - 1)).bit_length()
     kept = [*range(0, max(0, count - 1), gap), *([count - 1] if count else [])]
     return {

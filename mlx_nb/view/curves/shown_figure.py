@@ -1,4 +1,4 @@
-"""A matplotlib figure that displays itself: on a light page and on a dark one, whatever names stand in it."""
+"""A matplotlib figure that displays itself on light and dark pages, with fonts for any script."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from matplotlib.ticker import MaxNLocator
 from mlx_nb.view.theme import INK
 
 MISSING = "□"
-_FAMILY = "DejaVu Sans"  # which matplotlib brings along
-# What the usual systems have for letters that it lacks.
+_FAMILY = "DejaVu Sans"  # included in matplotlib
+# Fonts of common systems for characters that it lacks.
 _FURTHER_FAMILIES = (
     "Noto Sans CJK JP",
     "Noto Sans CJK SC",
@@ -45,9 +45,9 @@ _FURTHER_FAMILIES = (
 
 
 class ShownFigure(Figure):
-    """A Figure that a notebook shows as a picture without any backend of pyplot; `savefig` writes it to a file.
+    """A Figure that a notebook shows as a picture without a pyplot backend; `savefig` writes it to a file.
 
-    `words` and `chart` are what it shows where there are no pictures.
+    `words` and `chart` are its plain-text form.
     """
 
     def __init__(self, words: str, size: tuple[float, float], chart: str = "") -> None:
@@ -56,7 +56,7 @@ class ShownFigure(Figure):
         self.words, self.chart = words, chart
 
     def finish(self) -> None:
-        """Make everything in it readable: one ink, whole updates, letters that a font has, and `$` as it stands."""
+        """Make everything readable: one text color, integer ticks, available characters, and a literal `$`."""
         for axes in self.axes:
             axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
             _dye(axes)
@@ -83,7 +83,7 @@ class ShownFigure(Figure):
 
 
 def drawable(text: str) -> str:
-    """The text with a box for every character that no font at hand has."""
+    """The text with a box for every character that no installed font has."""
     known = [font_manager.get_font(font_manager.findfont(_FAMILY)), *(font for _, font in _further_fonts())]
     return "".join(
         one if one in "\n" or any(font.get_char_index(ord(one)) for font in known) else MISSING for one in text
@@ -92,7 +92,7 @@ def drawable(text: str) -> str:
 
 @lru_cache(maxsize=1)
 def _further_fonts() -> tuple[tuple[str, Any], ...]:
-    """(family, font) of those at hand."""
+    """(family, font) of the installed fonts."""
     return tuple(_installed())
 
 

@@ -1,4 +1,4 @@
-"""The curve of a run in characters, for where there are no pictures: braille, two dots wide and four high."""
+"""The curve of a run in braille characters (two by four dots), for terminals."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from mlx_nb.events.history import History, smoothed
+from mlx_nb.view.curves.main_quantity import live_quantity, live_words, validations_of
 from mlx_nb.view.curves.points import SHORT_RUN
-from mlx_nb.view.curves.quantity import live_quantity, live_words, validations_of
 
-_DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a braille character, by row and column
+_DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # bits of a braille character, by row and column
 _EMPTY = 0x2800
 _VALIDATION = "o"
 
 
 def text_chart(history: History, width: int = 60, height: int = 10) -> str:
-    """Loss or reward against updates: a line of dots for training, an `o` for each validation, and what is what.
+    """Loss or reward against updates: a line of dots for training, an `o` for each validation, and a legend.
 
-    `width` and `height` are of the part inside the axes, in characters. Empty before two numbers are known.
+    `width` and `height` are the size inside the axes, in characters. Empty with fewer than two numbers.
     """
     name = live_quantity(history)
     values = history[name] if len(history) < SHORT_RUN else smoothed(history[name])
@@ -51,7 +51,7 @@ def text_chart(history: History, width: int = 60, height: int = 10) -> str:
 
 
 def _line(corners: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Every dot of a line through these corners."""
+    """All dots of a line through these corners."""
     dots = list(corners[:1])
     for (column, row), (to_column, to_row) in pairwise(corners):
         steps = max(abs(to_column - column), abs(to_row - row), 1)

@@ -1,1 +1,1 @@
-"""The panel under the cell."""
+"""The live panel of a run: one widget, whose browser part is in `page/`."""

@@ -1,4 +1,4 @@
-"""A conversation with the model as it is now, answered between updates and shown as it grows."""
+"""The chat of the panel: a conversation with the current model, answered between updates and streamed."""
 
 from __future__ import annotations
 
@@ -15,69 +15,69 @@ Turn = dict[str, Any]
 
 
 class Chat:
-    """The turns so far. `show` is given them, as data for JSON, whenever they have changed.
+    """The turns of a chat. `show` is called with them, as data for JSON, after each change.
 
-    Of a turn there are `role`, `content`, `by` (who answers: `base` or `model`), `update` and whether it is `done`.
+    A turn has `role`, `content`, `by` (who answers: `base` or `model`), `update`, and whether it is `done`.
     """
 
     def __init__(self, ask: Callable[[Question], None], show: Callable[[list[Turn]], None]) -> None:
         self._ask = ask
         self._show = show
         self._turns: list[dict[str, str]] = []
-        self._told: list[Turn] = []
-        self._enough = False
+        self._shown: list[Turn] = []
+        self._stopped = False
 
     @property
     def busy(self) -> bool:
-        """Whether an answer is on its way."""
-        return bool(self._told) and not self._told[-1]["done"]
+        """Whether an answer is in progress."""
+        return bool(self._shown) and not self._shown[-1]["done"]
 
     @property
-    def last_asked(self) -> str:
-        """What was asked last; empty before."""
+    def last_message(self) -> str:
+        """The last message of the user, or empty."""
         return next((turn["content"] for turn in reversed(self._turns) if turn["role"] == "user"), "")
 
-    def say(self, text: str, step: int, *, base: bool) -> None:
-        """Ask the model, or its base, something more."""
+    def send(self, text: str, step: int, *, base: bool) -> None:
+        """Send a message to the model, or to its base."""
         text = text.strip()
         if not text or self.busy:
             return
         self._turns.append({"role": "user", "content": text})
-        asked = list(self._turns)
-        self._told.append({"role": "user", "content": visible(text), "by": "", "update": step, "done": True})
+        messages = list(self._turns)
+        self._shown.append({"role": "user", "content": visible(text), "by": "", "update": step, "done": True})
         answer: Turn = {"role": "assistant", "content": "", "by": "base" if base else "model", "update": step}
-        self._told.append({**answer, "done": False})
-        self._enough = False
-        self._told_all()
+        self._shown.append({**answer, "done": False})
+        self._stopped = False
+        self._show_turns()
         turns, shown_at = self._turns, 0.0
 
         def on_text(text: str, done: bool) -> bool:
             nonlocal shown_at
-            if turns is not self._turns:  # a new chat was begun meanwhile
+            if turns is not self._turns:  # a new chat was started meanwhile
                 return True
-            self._told[-1] = {**answer, "content": visible(text), "done": done}
+            self._shown[-1] = {**answer, "content": visible(text), "done": done}
             if done:
                 self._turns.append({"role": "assistant", "content": text})
             if done or time.monotonic() - shown_at > SECONDS_BETWEEN_WORDS:
-                self._told_all()
+                self._show_turns()
                 shown_at = time.monotonic()
-            return self._enough
+            return self._stopped
 
         try:
-            self._ask(Question(asked, on_text, base=base))
+            self._ask(Question(messages, on_text, base=base))
         except Exception:
-            del self._turns[-1], self._told[-2:]
-            self._told_all()
+            del self._turns[-1], self._shown[-2:]
+            self._show_turns()
             raise
 
-    def enough(self) -> None:
-        """End the answer that is on its way with what it says by now."""
-        self._enough = True
+    def stop_answer(self) -> None:
+        """End the current answer with its text so far."""
+        self._stopped = True
 
-    def begin_anew(self) -> None:
-        """Forget what was said."""
-        self._turns, self._told = [], []
-        self._told_all()
+    def restart(self) -> None:
+        """Start a new chat."""
+        self._turns, self._shown = [], []
+        self._show_turns()
 
-    def _told_all(self) -> None:
-        self._show(list(self._told))
+    def _show_turns(self) -> None:
+        self._show(list(self._shown))

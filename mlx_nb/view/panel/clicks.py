@@ -1,4 +1,4 @@
-"""What a click in the panel does. It asks; it never trains."""
+"""Handles clicks in the panel by sending requests to the run; it never trains itself."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from mlx_nb.events import (
 )
 from mlx_nb.view.event_text import AT_NO_UPDATE, describe, setting_words
 from mlx_nb.view.panel.chat import Chat
-from mlx_nb.view.panel.looks import Looks
+from mlx_nb.view.panel.page_requests import PageRequests
 from mlx_nb.view.panel.run_handle import RunHandle
 from mlx_nb.view.panel.state import cannot_begin, shown_path, visible
 
 Message = Mapping[str, Any]
-# Results of what was clicked; else they are no news, for they come by themselves all the time.
+# Events to report only if a click requested them, because they also occur regularly.
 _AWAITED: dict[type[Event], str] = {
     AdapterSaved: "save",
     EvaluationCompleted: "evaluate",
@@ -43,12 +43,12 @@ _AWAITED: dict[type[Event], str] = {
 }
 
 
-# States of a run that stands and can go on.
+# States of an idle run that can continue.
 _MOVABLE = ("built", "paused", "failed")
 
 
 def useful_clicks(run: RunHandle) -> list[str]:
-    """The names of what it makes sense to click now."""
+    """The names of the buttons to enable now."""
     state = run.state
     if run.let_go:
         return []
@@ -73,7 +73,7 @@ def useful_clicks(run: RunHandle) -> list[str]:
 
 
 def result_of(event: Event, awaited: set[str], config: RunConfig) -> str:
-    """What to say in the panel about an event; empty where there is nothing to say. What was `awaited` is, once."""
+    """The message in the panel for an event, or empty. Removes the event from `awaited`."""
     kind = _AWAITED.get(type(event))
     if kind is not None:
         if kind not in awaited:
@@ -83,7 +83,7 @@ def result_of(event: Event, awaited: set[str], config: RunConfig) -> str:
         case AdapterSaved():
             return f"saved to {shown_path(event.path, config)}"
         case SampleGenerated():
-            return f"the kept prompts are answered at update {event.step}"
+            return f"answered the sample prompts at update {event.step}"
         case RunPaused():
             why = "" if event.reason in ("asked to pause", "") else f": {event.reason}"
             return f"paused after update {event.step}{why}"
@@ -96,10 +96,10 @@ def result_of(event: Event, awaited: set[str], config: RunConfig) -> str:
 
 
 class Clicked(Protocol):
-    """What the acts need of a panel."""
+    """The part of a panel that the actions use."""
 
     chat: Chat
-    looks: Looks
+    page_requests: PageRequests
     awaited: set[str]
 
     @property
@@ -107,78 +107,78 @@ class Clicked(Protocol):
         """The run."""
 
     def refresh(self) -> None:
-        """Tell the page how the run is now."""
+        """Send the current state of the run to the page."""
 
     def show_again(self, name: str) -> None:
-        """Tell the page one of the lists, which may have changed."""
+        """Send one of the lists to the page again."""
 
     def say(self, text: str, *, bad: bool = False) -> None:
-        """Say what came of a click."""
+        """Show the result of a click."""
 
     def send(self, content: Any, buffers: Any = None) -> None:
         """Send a message to the page."""
 
 
 class Clicks:
-    """The acts of one panel by name, each with the message that the page sent."""
+    """The actions of one panel, each called with a message from the page."""
 
     def __init__(self, panel: Clicked) -> None:
         self._panel = panel
 
     def act(self, message: Message) -> None:
-        """Do what a message asks. Raises MlxNbError with the reason when it cannot be done."""
+        """Carry out a message. Raises MlxNbError with the reason if that is not possible."""
         acts: dict[str, Callable[[Message], None]] = {
             "run": lambda _: self._start(None),
-            "step": lambda told: self._start(int(told["updates"])),
+            "step": lambda message: self._start(int(message["updates"])),
             "stop": lambda _: self._request(Stop()),
             "save": lambda _: self._request(Save(), "save"),
             "evaluate": lambda _: self._request(Evaluate(), "evaluate"),
             "sample": lambda _: self._request(Sample(), "sample"),
             "skip": lambda _: self._request(Skip()),
-            "rewind": lambda told: self._request(Rewind(max(0, int(told["to"])))),
-            "set": lambda told: self._set(told["name"], told["text"]),
-            "keep": lambda told: self._keep(told["prompt"]),
-            "forget": lambda told: self._forget(told["prompt"]),
-            "chat": lambda told: self._say(told["text"], bool(told.get("base"))),
-            "new chat": lambda _: self._panel.chat.begin_anew(),
-            "keep last": lambda _: self._keep(self._panel.chat.last_asked),
-            "delete": lambda told: self._delete(told["save"]),
+            "rewind": lambda message: self._request(Rewind(max(0, int(message["to"])))),
+            "set": lambda message: self._set(message["name"], message["text"]),
+            "keep": lambda message: self._keep(message["prompt"]),
+            "forget": lambda message: self._forget(message["prompt"]),
+            "chat": lambda message: self._say(message["text"], bool(message.get("base"))),
+            "new chat": lambda _: self._panel.chat.restart(),
+            "keep last": lambda _: self._keep(self._panel.chat.last_message),
+            "delete": lambda message: self._delete(message["save"]),
         }
         act = acts.get(message["do"])
         if act is None:
             raise CommandError(f"the panel does not know {message['do']!r}. Run the cell again for a new one.")
         act(message)
 
-    def look(self, message: Message) -> None:
-        """Answer what the page asks to see; what cannot be shown is said in its place."""
-        looks = self._panel.looks
-        asked = {name: value for name, value in message.items() if name not in ("look", "id")}
-        looked: dict[str, Callable[..., dict[str, Any]]] = {
-            "rows": looks.rows,
-            "row": looks.row,
-            "batch": looks.batch,
-            "rollout": looks.rollout,
+    def reply_to(self, message: Message) -> None:
+        """Send the content that the page requests, or the error."""
+        requests = self._panel.page_requests
+        arguments = {name: value for name, value in message.items() if name not in ("show", "id")}
+        answers: dict[str, Callable[..., dict[str, Any]]] = {
+            "rows": requests.rows,
+            "row": requests.row,
+            "batch": requests.batch,
+            "rollout": requests.rollout,
             "compare": self._compare,
         }
         try:
-            told = looked[message["look"]](**asked)
+            reply = answers[message["show"]](**arguments)
         except MlxNbError as error:
-            told = {"error": str(error)}
-        self._panel.send({"kind": "answer", "id": message["id"], **told})
+            reply = {"error": str(error)}
+        self._panel.send({"kind": "answer", "id": message["id"], **reply})
 
     def _start(self, updates: int | None) -> None:
         self._panel.run.start(updates)
         self._panel.refresh()
 
     def _request(self, request: Request, awaited: str = "") -> None:
-        """Have something done at the next boundary; when the run does not move, now."""
+        """Request something for the next step boundary; if the run is idle, carry it out now."""
         if awaited:
             self._panel.awaited.add(awaited)
         self._panel.run.request(request)
         self.applied()
 
     def applied(self) -> None:
-        """A run that stands still is woken to read its requests, without an update."""
+        """Wake an idle run to carry out its requests, without an update."""
         run = self._panel.run
         if not run.active and (run.prepared or run.state in (RunState.BUILT, RunState.PAUSED)):
             run.start(0)
@@ -211,15 +211,15 @@ class Clicks:
         run = self._panel.run
         kept = [one for one in run.config.sample_prompts or () if visible(one) != prompt]
         run.set(sample_prompts=kept or None)
-        self._panel.say("the prompt is not kept any more; its answers stay")
+        self._panel.say("the prompt is no longer a sample; its answers stay")
         self._panel.show_again("samples")
         self.applied()
 
     def _say(self, text: str, base: bool) -> None:
-        self._panel.chat.say(text, self._panel.run.step_count, base=base)
+        self._panel.chat.send(text, self._panel.run.step_count, base=base)
 
     def ask(self, question: Any) -> None:
-        """Have a question of the chat answered."""
+        """Request an answer for the chat."""
         self._panel.run.ask(question)
         self.applied()
 
@@ -229,7 +229,7 @@ class Clicks:
     def _delete(self, save: int) -> None:
         info = self._checkpoint(save)
         self._panel.run.delete_checkpoint(info)
-        self._panel.say(f"{info.path.name} is removed")
+        self._panel.say(f"{info.path.name} was deleted")
         self._panel.show_again("checkpoints")
 
     def _checkpoint(self, save: int) -> Any:

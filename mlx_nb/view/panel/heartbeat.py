@@ -1,6 +1,6 @@
-"""Signs of life from the kernel, so that a page does not go on saying "running" after the kernel has died.
+"""Heartbeats from the kernel, so that a page notices when the kernel has died.
 
-They come from a thread: an update that takes minutes does not hold them up.
+A thread sends them, so an update that takes minutes does not delay them.
 """
 
 from __future__ import annotations
@@ -13,51 +13,51 @@ from typing import Any, Protocol
 SECONDS_BETWEEN_BEATS = 3.0
 
 
-class Hearer(Protocol):
-    """A widget whose page listens."""
+class Receiver(Protocol):
+    """A widget that sends messages to its page."""
 
     def send(self, content: Any, buffers: Any = None) -> None:
         """Send a message to the page."""
 
 
-_hearers: weakref.WeakSet[Any] = weakref.WeakSet()
+_receivers: weakref.WeakSet[Any] = weakref.WeakSet()
 _lock = threading.Lock()
 _thread: threading.Thread | None = None
 
 
-def beat_for(hearer: Hearer) -> None:
-    """Send it `{"kind": "beat"}` every few seconds, until it is gone or `no_beats_for` it."""
+def start_beats(receiver: Receiver) -> None:
+    """Send it `{"kind": "beat"}` every few seconds, until it is garbage-collected or `stop_beats`."""
     global _thread
     with _lock:
-        _hearers.add(hearer)
+        _receivers.add(receiver)
         if _thread is None:
-            _thread = threading.Thread(target=_go_on, name="mlx_nb heartbeat", daemon=True)
+            _thread = threading.Thread(target=_run, name="mlx_nb heartbeat", daemon=True)
             _thread.start()
 
 
-def no_beats_for(hearer: Hearer) -> None:
-    """Send it nothing any more."""
+def stop_beats(receiver: Receiver) -> None:
+    """Stop sending it heartbeats."""
     with _lock:
-        _hearers.discard(hearer)
+        _receivers.discard(receiver)
 
 
-def _go_on() -> None:
+def _run() -> None:
     global _thread
     while True:
         time.sleep(SECONDS_BETWEEN_BEATS)
         with _lock:
-            if not _hearers:
+            if not _receivers:
                 _thread = None
                 return
         _beat()
 
 
 def _beat() -> None:
-    """One beat for each. Apart from the loop, so that nobody is kept alive while it waits."""
+    """Send one heartbeat to each. A separate function, so that no receiver is kept alive while the loop sleeps."""
     with _lock:
-        hearers = list(_hearers)
-    for hearer in hearers:
+        receivers = list(_receivers)
+    for receiver in receivers:
         try:
-            hearer.send({"kind": "beat", "seconds": SECONDS_BETWEEN_BEATS})
+            receiver.send({"kind": "beat", "seconds": SECONDS_BETWEEN_BEATS})
         except Exception:  # a display that fails never stops anything else
-            no_beats_for(hearer)
+            stop_beats(receiver)

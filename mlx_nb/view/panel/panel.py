@@ -1,7 +1,7 @@
-"""The panel of one run: everything one wants to touch while it trains, under the cell. One widget; `page/` draws it.
+"""The panel of one run: a widget with controls, curves, rows, samples and checkpoints. `page/` draws it.
 
-What answers in the page (tabs, scales, lists) needs no kernel. A click may arrive on another thread than the kernel's,
-and mlx belongs to that one: it is only put on the kernel's loop, where it happens between two steps.
+Tabs, scales and lists are handled by the page without the kernel. A click may arrive on another thread than the
+kernel's, but mlx may only be used on that thread. So it is scheduled on the kernel's event loop, between two steps.
 """
 
 from __future__ import annotations
@@ -39,15 +39,14 @@ from mlx_nb.events import (
     StateChanged,
     StepCompleted,
 )
-from mlx_nb.view.closing import close_widgets
 from mlx_nb.view.curves.curves import SeriesBuilder
 from mlx_nb.view.event_text import describe, remarks
-from mlx_nb.view.panel.changes import series_changes
 from mlx_nb.view.panel.chat import Chat
 from mlx_nb.view.panel.clicks import Clicks, Message, result_of, useful_clicks
-from mlx_nb.view.panel.heartbeat import beat_for, no_beats_for
-from mlx_nb.view.panel.looks import Looks
+from mlx_nb.view.panel.heartbeat import start_beats, stop_beats
+from mlx_nb.view.panel.page_requests import PageRequests
 from mlx_nb.view.panel.run_handle import RunHandle
+from mlx_nb.view.panel.series_changes import series_changes
 from mlx_nb.view.panel.state import (
     Activity,
     checkpoints_of,
@@ -56,18 +55,19 @@ from mlx_nb.view.panel.state import (
     samples_of,
     settings_of,
 )
-from mlx_nb.view.panel.still import still_html
+from mlx_nb.view.panel.static_view import static_html
 from mlx_nb.view.theme import one_line
+from mlx_nb.view.widget_cleanup import close_widgets
 
 SECONDS_BETWEEN_REFRESHES = 0.3
-MOST_OF_THE_TIME = 0.01  # that refreshes may take
-SECONDS_TO_OPEN = 10.0  # for a browser to say that it shows a new panel
+MAX_TIME_SHARE = 0.01  # share of the time that refreshes may take
+SECONDS_TO_OPEN = 10.0  # time for a browser to report that it shows a new panel
 LINES_OF_LOG = 200
-KEPT = "a cell waits for it: interrupting the kernel pauses"
-# One module for the browser, in the order in which its parts build on one another.
+KEPT = "a cell waits for the run; interrupt the kernel to pause"
+# The parts of the browser module, in order of dependency.
 _PAGE = Path(__file__).with_name("page")
 PARTS = ("dom.js", "store.js", "curves.js", "rows.js", "samples.js", "lists.js", "panel.js")
-# What may not be followed by anything that would show it.
+# Events that must be shown at once, because no other event may follow.
 TURNS = (StateChanged, RunStarted, RunPaused, RunFinished, RunFailed, RequestRefused, Rewound, SettingChanged)
 LISTS: dict[str, tuple[type[Event], ...]] = {
     "samples": (SampleGenerated, SettingChanged, Rewound),
@@ -78,13 +78,13 @@ LISTS: dict[str, tuple[type[Event], ...]] = {
 
 
 def _refresh(panel: weakref.ref[Panel]) -> None:
-    """One that is still there tells its page how the run is."""
+    """Refresh the panel if it still exists."""
     if (one := panel()) is not None:
         one._later(one.refresh)
 
 
 def page_part(name: str) -> str:
-    """One file of the page: a part of the script, or its style."""
+    """One file of the page: a part of the script, or the style sheet."""
     return (_PAGE / name).read_text(encoding="utf-8")
 
 
@@ -93,24 +93,24 @@ def page_script() -> str:
     return "\n".join(page_part(part) for part in PARTS)
 
 
-def _told(kind: Any) -> Any:
-    """State that the kernel tells the page, empty at first."""
+def _synced(kind: Any) -> Any:
+    """A trait that is synchronized with the page."""
     return kind().tag(sync=True)
 
 
 class Panel(anywidget.AnyWidget):
-    """The widget that shows and steers one run. Where there are none, it displays as the run's last state.
+    """The widget that shows and controls one run. Without widgets it displays the last state of the run.
 
-    tab        the page on show: Curves, Rows, Completions, Samples, Chat, Settings, Checkpoints or Log
-    selection  what was clicked: `update` (in the curve), `split`, `rows` (which list), `row` and its `color`
-    group, scale, axis, lines   the curve on show, linear or log, against update, tokens or time; all, raw or smooth
+    tab        the selected page: Curves, Rows, Completions, Samples, Chat, Settings, Checkpoints or Log
+    selection  the selected `update` (in the curve), `split`, `rows` (which list), `row` and its `color`
+    group, scale, axis, lines   the shown curve; linear or log; against update, tokens or time; all, raw or smooth
 
-    A page is told the rest by the other traits and by messages. The panel listens to the run's events and redraws a few
-    times a second at most, only while somebody has it open, and in a hundredth of the time. `close` ends that. It does
-    not keep its run: it closes when nobody else refers to that any more.
+    The other traits and messages send the rest to the page. The panel listens to the run's events. It refreshes a few
+    times per second at most, only while it is open in a browser, and uses at most 1% of the time, until `close`. It
+    holds a weak reference to its run, and closes when the run is garbage-collected.
     """
 
-    # As text: anywidget watches a path, and by that keeps every widget.
+    # As text, because anywidget watches a path and then keeps every widget alive.
     _esm = page_script()
     _css = page_part("panel.css")
 
@@ -123,11 +123,11 @@ class Panel(anywidget.AnyWidget):
     coloring = traitlets.Bool(False).tag(sync=True)
 
     panel_id = traitlets.Unicode().tag(sync=True)
-    head, progress, activity, said = (_told(traitlets.Dict) for _ in range(4))
-    latest, completions = _told(traitlets.Dict), _told(traitlets.Dict)
-    tabs, clicks, samples, settings, checkpoints, talk = (_told(traitlets.List) for _ in range(6))
-    # These two grow in place: a new page is told all of them, one that is there only what has changed.
-    series, happened = _told(traitlets.Dict), _told(traitlets.Dict)
+    head, progress, activity, notice = (_synced(traitlets.Dict) for _ in range(4))
+    latest, completions = _synced(traitlets.Dict), _synced(traitlets.Dict)
+    tabs, clicks, samples, settings, checkpoints, talk = (_synced(traitlets.List) for _ in range(6))
+    # These two grow in place: a new page receives all of it, an open page only the changes.
+    series, event_log = _synced(traitlets.Dict), _synced(traitlets.Dict)
 
     def __init__(self, run: RunHandle, *, device: str, warning: str | None = None) -> None:
         self.closed = False
@@ -146,7 +146,7 @@ class Panel(anywidget.AnyWidget):
         self._builder = SeriesBuilder(run.history, method.metrics)
         self._stale = set(LISTS) if method.kind.sampled else set(LISTS) - {"completions"}
         handle: Any = weakref.proxy(run)
-        self.looks = Looks(handle)
+        self.page_requests = PageRequests(handle)
         me: Any = weakref.proxy(self)
         self._clicks = Clicks(me)
         self.chat = Chat(self._clicks.ask, self._show_talk)
@@ -154,25 +154,25 @@ class Panel(anywidget.AnyWidget):
         super().__init__(
             panel_id=uuid.uuid4().hex,
             tabs=["Curves", "Rows", *(["Completions"] if method.kind.sampled else []), *lists],
-            # The loss of what the model wrote stays near 0.
+            # The loss of sampled completions stays near 0.
             group="reward" if method.kind.sampled else "loss",
             series={**self._builder.series(0), "version": 0},
-            happened={"count": 0, "lines": []},
-            said={"count": 0, "text": "", "bad": False},
+            event_log={"count": 0, "lines": []},
+            notice={"count": 0, "text": "", "bad": False},
         )
         for event in run.history.events:
-            self._log(event, "")  # when that was is not known
-        self.on_msg(self._heard)
+            self._log(event, "")  # without a time, which is not known
+        self.on_msg(self._on_message)
         self.observe(lambda _: self._later(lambda: self.show_again("completions")), "coloring")
         self._built_at = time.monotonic()
         run.listen(self._on_event)
         self.refresh()
         if self._loop is not None:  # in a kernel
-            beat_for(self)
+            start_beats(self)
 
     @property
     def run(self) -> Any:
-        """The run. Raises CommandError when it is gone."""
+        """The run. Raises CommandError if it no longer exists."""
         run = self._run()
         if run is None:
             raise CommandError(self._gone())
@@ -180,41 +180,41 @@ class Panel(anywidget.AnyWidget):
 
     def _gone(self) -> str:
         return (
-            f"{self._name} is gone: nobody refers to it any more. Keep a run in a variable, as in `run = Run(...)`; "
-            "`Run.resume` brings back one that was trained."
+            f"{self._name} no longer exists, because no variable holds it. Store a run in a variable, as in "
+            "`run = Run(...)`. `Run.resume` restores one that was trained."
         )
 
-    # What a person does
+    # Messages from the page
 
-    def _heard(self, _: Any, message: Message, __: Any) -> None:
-        """A message of the page, on any thread."""
-        if message.get("do") in ("pause", "cancel"):  # only noted, so that it may be asked from any thread at once
+    def _on_message(self, _: Any, message: Message, __: Any) -> None:
+        """Receive a message of the page, on any thread."""
+        if message.get("do") in ("pause", "cancel"):  # requests may be sent from any thread
             if (run := self._run()) is not None:
                 run.request(Pause() if message["do"] == "pause" else Cancel())
         elif message.get("do") == "enough":
-            self.chat.enough()
+            self.chat.stop_answer()
         else:
             self._later(lambda: self._answer(message))
 
     def _answer(self, message: Message) -> None:
-        if "look" in message:
-            self._clicks.look(message)
+        if "show" in message:
+            self._clicks.reply_to(message)
         elif message.get("do") == "open":
             self._views += 1
-            beat_for(self)
+            start_beats(self)
             self.refresh()
         elif message.get("do") == "shut":
             self._views = max(0, self._views - 1)
-        elif message.get("do") == "whole":  # a page that missed something
-            self.send({"kind": "whole", "series": self.series, "happened": self.happened})
+        elif message.get("do") == "whole":  # the page has missed a message
+            self.send({"kind": "whole", "series": self.series, "event_log": self.event_log})
         else:
             self._clicks.act(message)
 
     def _later(self, act: Callable[[], None]) -> None:
-        """Do it on the kernel's thread, while the run is there; what goes wrong is shown, and touches nothing else."""
+        """Call `act` on the kernel's thread, if the run still exists, and show its error."""
 
         def guarded() -> None:
-            run = self._run()  # held until it is done
+            run = self._run()  # keeps the run alive until `act` is done
             if run is None or self.closed:
                 return
             try:
@@ -228,29 +228,29 @@ class Panel(anywidget.AnyWidget):
             self._loop.call_soon_threadsafe(guarded)
 
     def say(self, text: str, *, bad: bool = False) -> None:
-        """Say what came of a click."""
-        self.said = {"count": self.said["count"] + 1, "text": text, "bad": bad}
+        """Show the result of a click."""
+        self.notice = {"count": self.notice["count"] + 1, "text": text, "bad": bad}
 
-    # What is shown
+    # Data for the page
 
     def _on_event(self, event: Event) -> None:
-        if (run := self._run()) is None:  # it is saved while it goes
+        if (run := self._run()) is None:  # the run is being deleted
             return
         self._activity.note(event if isinstance(event, Progress) else None)
         self._stale.update(name for name, kinds in LISTS.items() if isinstance(event, kinds) and name in self._wanted)
         if isinstance(event, CheckpointSaved) and event.kind == "auto":
-            return  # many, and the page of checkpoints lists them
+            return  # frequent, and listed on the page Checkpoints
         self._log(event)
         if text := result_of(event, self.awaited, run.config):
             self.say(text, bad=isinstance(event, RequestRefused))
         since = time.monotonic() - self._drawn_at
-        wait = max(self.refresh_seconds, self._cost / MOST_OF_THE_TIME) - since
-        # Work without parts keeps the kernel until it is done: nothing later could say what it is.
+        wait = max(self.refresh_seconds, self._cost / MAX_TIME_SHARE) - since
+        # Work in one piece blocks the kernel until it is done, so it is shown before it starts.
         is_one_piece = isinstance(event, Progress) and not event.total
         if isinstance(event, TURNS) or (self._watched and (is_one_piece or wait <= 0)):
             self.refresh()
         elif self._watched and self._coming is None and self._loop is not None and not self._loop.is_closed():
-            # It may be the last event for a long time.
+            # This may be the last event for a long time.
             self._coming = self._loop.call_later(wait, _refresh, weakref.ref(self))
 
     @property
@@ -264,12 +264,12 @@ class Panel(anywidget.AnyWidget):
 
     @property
     def _watched(self) -> bool:
-        """Whether a browser shows the panel, or may do so: while a cell keeps the kernel, none can say."""
+        """Whether a browser shows the panel, or may show it; while a cell is executed, no browser can report that."""
         new = time.monotonic() - self._built_at < SECONDS_TO_OPEN
         return new or self.run.state != RunState.RUNNING or self.is_open or self.run.keeps_a_cell
 
     def refresh(self) -> None:
-        """Tell the page how the run is now."""
+        """Send the current state of the run to the page."""
         if self._coming is not None:
             self._coming.cancel()
         begun, self._coming = time.perf_counter(), None
@@ -279,14 +279,14 @@ class Panel(anywidget.AnyWidget):
         with self.hold_sync():
             self.head = head_of(run, self._device, self._warning)
             self.progress = progress_of(history, iters, tokens, seconds)
-            doing, kept = self._activity.told(run, iters), run.keeps_a_cell
+            doing, kept = self._activity.as_data(run, iters), run.keeps_a_cell
             if doing and kept:
                 doing["words"] += f"  ·  {KEPT}"
             self.activity = doing
             self.clicks = [] if kept else useful_clicks(run)
             if kept and self._coming is None and self._loop is not None and not self._loop.is_closed():
                 self._coming = self._loop.call_later(0, _refresh, weakref.ref(self))  # once the cell has ended
-            self.latest = self.looks.latest()
+            self.latest = self.page_requests.latest()
             for name in sorted(self._stale):
                 self._list(name)
             self._stale.clear()
@@ -294,7 +294,7 @@ class Panel(anywidget.AnyWidget):
         self._drawn_at, self._cost = time.monotonic(), time.perf_counter() - begun
 
     def show_again(self, name: str) -> None:
-        """One of the lists, which may have changed."""
+        """Send one of the lists again."""
         self._list(name)
 
     def _list(self, name: str) -> None:
@@ -306,7 +306,7 @@ class Panel(anywidget.AnyWidget):
                 self.settings = settings_of(run.config)
             case "completions":
                 on_show = self.tab == "Completions"
-                self.completions = self.looks.completions(colored=self.coloring and on_show, asked=on_show)
+                self.completions = self.page_requests.completions(colored=self.coloring and on_show, requested=on_show)
             case "checkpoints":
                 try:
                     self.checkpoints = checkpoints_of(run.checkpoints()) if run.prepared else []
@@ -322,22 +322,22 @@ class Panel(anywidget.AnyWidget):
             return
         self.series.clear()
         self.series.update(new, version=version + 1)
-        told = {"changes": changes} if changes is not None else {"series": self.series}
-        self.send({"kind": "series", "from": version, "version": version + 1, **told})
+        content = {"changes": changes} if changes is not None else {"series": self.series}
+        self.send({"kind": "series", "from": version, "version": version + 1, **content})
 
     def _log(self, event: Event, when: str | None = None) -> None:
-        """Note an event, but for the frequent ones; `when` is the time of day, None = now."""
+        """Add an event to the log, except frequent ones; `when` is the time of day, None = now."""
         if isinstance(event, StepCompleted | Progress | StateChanged):
             return
         at = time.strftime("%H:%M:%S") if when is None else when
         new = [f"{at:8}  {one_line(describe(event))}"]
         new += [f"          {one_line(remark)}" for remark in remarks(event)]
-        before, lines = self.happened["count"], self.happened["lines"]
+        before, lines = self.event_log["count"], self.event_log["lines"]
         lines += new
         del lines[:-LINES_OF_LOG]
-        self.happened["count"] = before + len(new)
+        self.event_log["count"] = before + len(new)
         if hasattr(self, "_built_at"):
-            self.send({"kind": "happened", "from": before, "lines": new[-LINES_OF_LOG:]})
+            self.send({"kind": "event_log", "from": before, "lines": new[-LINES_OF_LOG:]})
 
     def _show_talk(self, turns: list[dict[str, Any]]) -> None:
         self.talk = turns
@@ -345,20 +345,20 @@ class Panel(anywidget.AnyWidget):
     # The end
 
     def close(self) -> None:
-        """Take the widget away and listen no more."""
+        """Close the widget and stop listening to the run."""
         if self.closed:
             return
         self.closed = True
-        no_beats_for(self)
+        stop_beats(self)
         if (run := self._run()) is not None:
             run.unlisten(self._on_event)
         close_widgets(self.layout)
         self.unobserve_all()
         super().close()
-        self.__dict__.pop("_repr_mimebundle_", None)  # a closed panel still says why it is
+        self.__dict__.pop("_repr_mimebundle_", None)  # so that a closed panel can still display why
 
     def _close_later(self) -> None:
-        """The run is gone, which may be noticed on any thread."""
+        """Close after the run was garbage-collected, which may happen on any thread."""
         if self._loop is None or self._loop.is_closed():
             self.close()
         else:
@@ -369,4 +369,4 @@ class Panel(anywidget.AnyWidget):
             return {"text/plain": self._gone()}
         shown: Any = super()._repr_mimebundle_(**options)
         data, metadata = shown
-        return {**data, "text/html": still_html(run, self._device), "text/plain": run.status()}, metadata
+        return {**data, "text/html": static_html(run, self._device), "text/plain": run.status()}, metadata

@@ -1,4 +1,4 @@
-"""What the panel needs of a run."""
+"""The interface of a run that the panel uses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mlx_nb.events.history import History
 
 
 class SavedCheckpoint(Protocol):
-    """A checkpoint in the list of a run."""
+    """A saved checkpoint of a run."""
 
     @property
     def save(self) -> int:
@@ -34,7 +34,7 @@ class SavedCheckpoint(Protocol):
 
     @property
     def bytes(self) -> int:
-        """What it takes on disk."""
+        """Its size on disk."""
 
     @property
     def path(self) -> Path:
@@ -42,14 +42,14 @@ class SavedCheckpoint(Protocol):
 
 
 class Progressing(Protocol):
-    """How far a run is."""
+    """The progress of a run."""
 
     tokens: int
     seconds: float
 
 
 class TrainerHandle(Protocol):
-    """What trains a run, as the panel sees it."""
+    """The trainer of a run, as the panel uses it."""
 
     @property
     def iters(self) -> int:
@@ -57,11 +57,11 @@ class TrainerHandle(Protocol):
 
     @property
     def state(self) -> Progressing:
-        """How far it is."""
+        """Its progress."""
 
     @property
     def validates(self) -> bool:
-        """Whether the run measures validation rows by itself."""
+        """Whether the run validates."""
 
     def next_rows(self) -> tuple[int, ...]:
         """The rows of the next update."""
@@ -71,14 +71,14 @@ class TrainerHandle(Protocol):
 
 
 class Inputs(Protocol):
-    """What a run is made from."""
+    """The inputs of a run."""
 
     def split(self, split: str) -> Examples:
-        """The rows of a split as the model will see them. Raises CommandError or DataError where there are none."""
+        """The rows of a split as the model will see them. Raises CommandError or DataError if there are none."""
 
 
 class RunHandle(Protocol):
-    """A run as the panel sees it; `Run` says what each of these is."""
+    """A run as the panel uses it; `Run` documents each member."""
 
     name: str
     config: RunConfig
@@ -86,27 +86,27 @@ class RunHandle(Protocol):
 
     @property
     def inputs(self) -> Inputs:
-        """What it is made from."""
+        """Its model, tokenizer and rows."""
 
     @property
     def state(self) -> RunState:
-        """What it is doing."""
+        """Its state."""
 
     @property
     def keeps_a_cell(self) -> bool:
-        """Whether a cell waits for it, so that no click arrives."""
+        """Whether a cell waits for it, so that clicks are not processed."""
 
     @property
     def active(self) -> bool:
-        """Whether it moves in the background: it trains, or does what was asked of it."""
+        """Whether it is working in the background: training, or carrying out a request."""
 
     @property
     def cancellable(self) -> bool:
-        """Whether answers to kept prompts, or a validation that was asked for, are due now."""
+        """Whether requested sample answers or a requested validation are pending."""
 
     @property
     def trains(self) -> bool:
-        """Whether updates are to come while it moves."""
+        """Whether the background work includes updates."""
 
     @property
     def prepared(self) -> bool:
@@ -114,7 +114,7 @@ class RunHandle(Protocol):
 
     @property
     def over(self) -> bool:
-        """Whether it has ended and no update is left."""
+        """Whether it has ended with no update left."""
 
     @property
     def step_count(self) -> int:
@@ -122,15 +122,15 @@ class RunHandle(Protocol):
 
     @property
     def folder(self) -> Path:
-        """Where it saves."""
+        """The folder where it saves."""
 
     @property
     def let_go(self) -> str:
-        """Why it trains and saves no more; empty while it may."""
+        """Why it was released and cannot train or save; empty otherwise."""
 
     @property
     def failure(self) -> str:
-        """Why it failed and what can be done; empty while it has not."""
+        """Why it failed and what to do; empty if it did not fail."""
 
     @property
     def tokenizer(self) -> Any:
@@ -138,19 +138,19 @@ class RunHandle(Protocol):
 
     @property
     def trainer(self) -> TrainerHandle:
-        """What it is trained by."""
+        """Its trainer."""
 
     def status(self) -> str:
-        """It in a few lines of text."""
+        """Its status in a few lines of text."""
 
     def start(self, updates: int | None = None) -> None:
         """Train in the background."""
 
     def request(self, request: Request) -> None:
-        """Ask for something at the next boundary."""
+        """Request something for the next step boundary."""
 
     def ask(self, question: Question) -> None:
-        """Have a question answered at the next boundary."""
+        """Answer a question at the next step boundary."""
 
     def set(self, **changes: Any) -> None:
         """Change live settings."""
@@ -162,19 +162,19 @@ class RunHandle(Protocol):
         """The loss of each token of a row."""
 
     def log_ratios(self) -> list[tuple[int, Any, Any]]:
-        """How much likelier the tokens of the last rollout have become."""
+        """How the log-probabilities of the tokens of the last rollout have changed."""
 
     def checkpoints(self) -> Sequence[SavedCheckpoint]:
-        """Those in its folder."""
+        """The checkpoints in its folder."""
 
     def delete_checkpoint(self, info: Any) -> None:
-        """Remove one."""
+        """Delete a checkpoint."""
 
     def compare_checkpoint(self, info: Any) -> list[tuple[str, str]]:
-        """The run as it is now against one."""
+        """Compare the current run with a checkpoint."""
 
     def listen(self, listener: Callable[[Event], None]) -> None:
-        """Be told every event."""
+        """Call the listener with every event."""
 
     def unlisten(self, listener: Callable[[Event], None]) -> None:
-        """Be told no more."""
+        """Stop calling the listener."""

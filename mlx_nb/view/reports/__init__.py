@@ -1,1 +1,1 @@
-"""Reports: of a run, of a data check, of completions."""
+"""Reports of a run, a data check, and the completions of a rollout."""

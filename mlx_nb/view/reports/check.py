@@ -1,7 +1,7 @@
-"""The data check on screen: findings first, then the rows in numbers. For terminals and for notebooks.
+"""Displays a data check in terminals and notebooks: the findings, then the statistics of the rows.
 
-The HTML is inline styles and nothing else, so it stays when a notebook is not trusted or is exported. Whatever comes
-from a row is escaped, and characters that hide or reorder others are named.
+The HTML has only inline styles, so it survives in an untrusted or exported notebook. Text from rows is escaped, and
+hidden or reordering characters are shown by name.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 class CheckDisplay:
-    """What `%finetune check` shows: HTML in a notebook, text in a terminal."""
+    """The display of `%finetune check`: HTML in a notebook, text in a terminal."""
 
     def __init__(self, check: DataCheck) -> None:
         self.check = check
@@ -48,7 +48,7 @@ class ShownCheck(DataCheck):
 
     @classmethod
     def of(cls, check: DataCheck) -> ShownCheck:
-        """The same findings."""
+        """The same check, as a ShownCheck."""
         return cls(**{field.name: getattr(check, field.name) for field in dataclasses.fields(check)})
 
     def __str__(self) -> str:
@@ -71,7 +71,7 @@ def verdict(check: DataCheck) -> str:
 
 
 def where(found: Finding) -> str:
-    """`train: 3 of 24 rows (0, 7, 12)`; the template's findings are about no row."""
+    """`train: 3 of 24 rows (0, 7, 12)`; findings about the template have no rows."""
     if not found.count:
         return found.split or "chat template"
     rows = ", ".join(str(row) for row in found.rows[:8])
@@ -80,7 +80,7 @@ def where(found: Finding) -> str:
 
 
 def examples(found: Finding) -> list[str]:
-    """Some of the rows in words, each as one visible line."""
+    """Example rows, each as one visible line."""
     return [
         f"row {row}: {one_line(textwrap.shorten(text, _LONGEST_EXAMPLE, placeholder=' …'))}"
         for row, text in found.examples
@@ -88,14 +88,14 @@ def examples(found: Finding) -> list[str]:
 
 
 def checked_words(split: SplitCheck) -> str:
-    """`24 rows, all tokenized`, or how many of them."""
+    """`24 rows, all tokenized`, or how many were tokenized."""
     if split.checked == split.rows:
         return f"{split.rows:,} {_rows_word(split.rows)}, all tokenized"
-    return f"checked {split.checked:,} of {split.rows:,} rows for tokens; read all of them"
+    return f"checked {split.checked:,} of {split.rows:,} rows for tokens; read all rows"
 
 
 def length_rows(split: SplitCheck, check: DataCheck) -> list[tuple[str, str]]:
-    """The split in numbers, as (label, value)."""
+    """The statistics of a split, as (label, value)."""
     rows = [("shapes", ", ".join(f"{number:,} {shape}" for shape, number in split.shapes.items()) or "none")]
     rows.append(("written in", ", ".join(f"{number:,} {form}" for form, number in split.formats.items()) or "none"))
     lengths = split.lengths
@@ -105,7 +105,7 @@ def length_rows(split: SplitCheck, check: DataCheck) -> list[tuple[str, str]]:
         over = f"{lengths.over_max_seq_length:,} ({_percent(lengths.over_max_seq_length, measured)})"
         rows += [
             (
-                f"tokens {'an' if unit == 'answer' else 'a'} {unit}",
+                f"tokens per {unit}",
                 f"{lengths.shortest:,} to {lengths.longest:,}, median {lengths.median:,.0f}, mean {lengths.mean:,.0f}, "
                 f"95% up to {lengths.p95:,.0f}",
             ),
@@ -129,7 +129,7 @@ def length_rows(split: SplitCheck, check: DataCheck) -> list[tuple[str, str]]:
 
 
 def epoch_rows(check: DataCheck) -> list[tuple[str, str]]:
-    """An epoch and the run, as (label, value)."""
+    """The statistics of an epoch and the run, as (label, value)."""
     epoch = check.epoch
     if epoch is None:
         return []
@@ -147,12 +147,12 @@ def epoch_rows(check: DataCheck) -> list[tuple[str, str]]:
 
 
 def template_rows(template: TemplateCheck | None) -> list[tuple[str, str, bool | None]]:
-    """What the chat template does, as (label, value, good); good is None where it is neither."""
+    """The behavior of the chat template, as (label, value, good); good is None if neutral."""
     if template is None:
         return [("chat template", "none", None)]
     rows: list[tuple[str, str, bool | None]] = []
     if template.end_of_turn is None:
-        rows.append(("end of turn", f"not found out: {template.problem}", False))
+        rows.append(("end of turn", f"unknown: {template.problem}", False))
     else:
         token = one_line("".join(template.end_of_turn))
         stops = "generation stops there" if template.ends_generation else "generation does not stop there"
@@ -160,7 +160,7 @@ def template_rows(template: TemplateCheck | None) -> list[tuple[str, str, bool |
         rows.append(("end of turn", words, bool(token) and template.ends_generation))
     writers = [
         ("the template", template.writes_bos),
-        ("the tokenizer, for a text alone", template.tokenizer_adds_bos),
+        ("the tokenizer, for plain text", template.tokenizer_adds_bos),
     ]
     rows.append(("BOS written by", " and ".join(name for name, writes in writers if writes) or "neither", None))
     for label, fate in (
@@ -174,7 +174,7 @@ def template_rows(template: TemplateCheck | None) -> list[tuple[str, str, bool |
         kept = "kept in all turns" if template.reasoning_kept else "only after the last user message"
         rows.append(("thinking", f"`{template.reasoning}` is written, {kept}", True))
     else:
-        rows.append(("thinking", "no field of its own", False))
+        rows.append(("thinking", "no separate field", False))
     if template.thinking_switch:
         rows.append(("thinking switch", template.thinking_switch, True))
     return rows
@@ -242,7 +242,7 @@ def render_html(check: DataCheck) -> str:
         _panel("One epoch and the run", _table((label, escape(value)) for label, value in epoch_rows(check)))
         if check.epoch
         else "",
-        _panel("Chat template, found out by rendering", _template_html(check.template)),
+        _panel("Chat template, determined by rendering", _template_html(check.template)),
         "</div>",
         *(f'<div style="{_QUIET};margin:8px 0 0 0">{theme.visible_html(note)}</div>' for note in check.notes),
         "</div>",
@@ -308,7 +308,7 @@ def _split_html(split: SplitCheck, check: DataCheck) -> str:
 
 
 def _trained_bar(split: SplitCheck) -> str:
-    """Trained tokens as a part of all: one bar."""
+    """A bar with the share of trained tokens."""
     if not split.trained_tokens:
         return ""
     share = 100 * split.trained_share
@@ -321,7 +321,7 @@ def _trained_bar(split: SplitCheck) -> str:
 
 
 def _histogram_html(lengths: LengthSummary, max_seq_length: int) -> str:
-    """Rows by length as bars of one width in tokens; the longest rows stand apart, as one last bar."""
+    """A histogram of row lengths; the longest rows are in a separate last bar."""
     edges, tallest = lengths.histogram_edges, max(lengths.histogram_counts)
     bars = [
         _bar(start, end, rows, 96 * rows / tallest, end - 1 > max_seq_length)
@@ -333,7 +333,7 @@ def _histogram_html(lengths: LengthSummary, max_seq_length: int) -> str:
         label = f"{edges[-2]:,} to {edges[-1] - 1:,}"
         apart = f'<div style="flex:0 0 96px">{_bars(bars[-1:])}{_scale("", label)}</div>'
     return (
-        f'<div style="{_QUIET};margin:0 0 4px 0">rows by length in tokens, the tallest bar {tallest:,} rows</div>'
+        f'<div style="{_QUIET};margin:0 0 4px 0">rows by length in tokens; the tallest bar has {tallest:,} rows</div>'
         f'<div style="display:flex;gap:14px"><div style="flex:1 1 0%;min-width:0">{_bars(bars[:regular])}'
         f"{_scale('0', f'{edges[regular // 2]:,}' if regular > 2 else '', f'{edges[regular]:,}')}</div>{apart}</div>"
         f"{_over_legend(lengths, max_seq_length)}"
@@ -360,7 +360,7 @@ def _over_legend(lengths: LengthSummary, max_seq_length: int) -> str:
     if not lengths.over_max_seq_length:
         return ""
     swatch = f'<span style="background:{tint(ORANGE, 0.85)};display:inline-block;width:10px;height:10px"></span>'
-    return f'<div style="{_QUIET};margin:2px 0 0 0">{swatch} bars that reach over max_seq_length={max_seq_length}</div>'
+    return f'<div style="{_QUIET};margin:2px 0 0 0">{swatch} bars that exceed max_seq_length={max_seq_length}</div>'
 
 
 def _panel(title: str, content: str) -> str:
@@ -375,7 +375,7 @@ def _template_html(template: TemplateCheck | None) -> str:
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:
-    """Two columns; the values are HTML already."""
+    """A table with two columns; the values are already HTML."""
     lines = "".join(
         f'<div style="display:flex;gap:12px;padding:2px 0;border-bottom:1px solid {tint(GREY, 0.18)}">'
         f'<div style="{_QUIET};flex:0 0 38%">{escape(label)}</div>'

@@ -1,4 +1,4 @@
-"""A rollout as tables, one for each prompt: what the model wrote, what each reward said, what it is worth."""
+"""Displays a rollout as one table per prompt: the completions, their rewards and advantages."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from mlx_nb.view.rows.batch import token_groups
 from mlx_nb.view.theme import BLUE, GREY, ORANGE, one_line, span, tint, visible_html
 
 _MOST_GROUPS, _OPEN_GROUPS = 16, 3
-_FOLDED_AT = 320  # characters of a text that are shown unfolded
+_FOLDED_AT = 320  # characters of a text before the fold
 _FOLDED_LINES = 6
 _LONGEST_TEXT = 20_000
-_COLORED_TOKENS = 2400  # of all completions together; more would make a notebook slow
+_COLORED_TOKENS = 2400  # in all completions together; more would make a notebook slow
 _SMALLEST_SCALE = 0.01
-_BAR = 18  # pixels of the largest advantage
+_BAR = 18  # pixels for the largest advantage
 
 _QUIET = "font-size:.85em;opacity:.8"
 _CELL = "border:none;padding:4px 8px 4px 0;vertical-align:top;line-height:1.45;font-size:13px"
@@ -34,15 +34,15 @@ _NUMBER = f"{_CELL};text-align:right;white-space:nowrap;font-variant-numeric:tab
 _TEXT = f"{_CELL};text-align:left;{theme.WRAP}"
 _BADGE = f"border:1px solid {tint(ORANGE, 0.9)};border-radius:3px;padding:0 3px;font-size:.9em"
 
-# Its width says nothing to what is around it: a panel would otherwise grow with the table instead of scrolling it.
+# Zero width with a minimum of 100%, so that the table scrolls and does not widen the panel.
 _SCROLLS = "overflow-x:auto;width:0;min-width:100%"
 
-# (row, tokens (T,), log(policy now / policy that sampled) (T,)) of each completion
+# (row, tokens (T,), log(current policy / sampling policy) (T,)) for each completion
 Ratios = Sequence[tuple[int, np.ndarray, np.ndarray]]
 
 
 class CompletionsDisplay:
-    """What `%finetune rollouts` shows. With `ratios` the tokens are colored by how their probability has changed."""
+    """The display of `%finetune rollouts`. `ratios` color the tokens by the change in their probability."""
 
     def __init__(self, rollout: RolloutCompleted, tokenizer: Tokenizer | None = None, ratios: Ratios = ()) -> None:
         self.rollout = rollout
@@ -57,7 +57,7 @@ class CompletionsDisplay:
 
 
 class _Colors(NamedTuple):
-    """The log-ratios of completions in the order of the rollout, and the one that is drawn strongest."""
+    """The log-ratios of completions in the order of the rollout, and the value with the strongest color."""
 
     tokenizer: Tokenizer
     ratios: Ratios
@@ -66,15 +66,15 @@ class _Colors(NamedTuple):
 
 
 def fits(rollout: RolloutCompleted, ratios: Ratios) -> bool:
-    """Whether log-ratios are those of the completions of a rollout."""
+    """Whether the log-ratios belong to the completions of this rollout."""
     sampled = [(group["row"], completion["tokens"]) for group in rollout.groups for completion in group["completions"]]
     return sampled == [(row, len(tokens)) for row, tokens, _ in ratios]
 
 
 def completions_html(rollout: RolloutCompleted, tokenizer: Tokenizer | None = None, ratios: Ratios = ()) -> str:
-    """The rollout as HTML that lasts in a saved notebook; texts that are long fold, and so do most prompts of many.
+    """The rollout as HTML for a saved notebook. Long texts are folded, and so are all but the first few prompts.
 
-    `ratios` color the tokens, which `tokenizer` decodes; those of other completions are not used.
+    `ratios` color the tokens, which `tokenizer` decodes. Ratios of another rollout are ignored.
     """
     colors = _colors(tokenizer, ratios) if tokenizer is not None and ratios and fits(rollout, ratios) else None
     parts, start = [], 0
@@ -95,7 +95,7 @@ def completions_html(rollout: RolloutCompleted, tokenizer: Tokenizer | None = No
 
 
 def last_rollout_html(history: History) -> str:
-    """The newest completions of a run as one line that unfolds; empty where nothing was sampled."""
+    """The newest completions of a run, folded into one line; empty if there are none."""
     return "".join(
         f"<details><summary>completions of the last rollout</summary>{completions_html(rollout)}</details>"
         for rollout in history.last_rollouts(1)
@@ -109,7 +109,7 @@ def _largest_advantage(rollout: RolloutCompleted) -> float:
 
 
 def _group_words(group: Mapping[str, Any]) -> str:
-    """Mean and spread of the rewards of one prompt, and whether they teach anything."""
+    """Mean and spread of the rewards of one prompt, and a note if all advantages are 0."""
     completions = group["completions"]
     rewards = [completion["reward"] for completion in completions if completion["reward"] is not None]
     if not rewards:
@@ -141,7 +141,7 @@ def _group_html(group: Mapping[str, Any], start: int, largest: float, colors: _C
 
 
 def _head_html(name: str, style: str) -> str:
-    # A long name breaks after its underscores, and nowhere else, whatever the page around it says of other text.
+    # A long name breaks only after underscores, whatever the styles of the page.
     words = escape(one_line(name), quote=True).replace("_", "_<wbr>")
     rule = f"border-bottom:1px solid {tint(GREY, 0.6)}"
     return (
@@ -168,7 +168,7 @@ def _number_html(value: float | None, *, bold: bool = False) -> str:
 
 
 def _advantage_html(value: float, largest: float) -> str:
-    """The number with its sign, and a bar: to the right where it is above 0, to the left below."""
+    """The number with its sign, and a bar to the right if positive, to the left if negative."""
     length = _BAR * abs(value) / largest if largest else 0.0
     color = tint(BLUE if value > 0 else ORANGE, 0.9)
     bar = f'<span style="display:inline-block;width:{length:.1f}px;height:9px;background:{color}"></span>'
@@ -186,7 +186,7 @@ def _signed(value: float) -> str:
 
 
 def _folded_html(text: str) -> str:
-    """The text, its end folded away where it is long."""
+    """The text, with its end folded if it is long."""
     if not text:
         return f'<span style="{_QUIET}">nothing</span>'
     lines = text.split("\n")
@@ -234,7 +234,7 @@ def _round(size: float) -> float:
 
 
 def _ratio_style(ratio: float, strongest: float) -> str:
-    """Blue and a solid line where it became likelier, orange and a dashed one where less likely."""
+    """Blue with a solid line if it became more likely, orange with a dashed line if less likely."""
     share = min(abs(ratio) / strongest, 1.0)
     if share < 0.1:
         return ""
@@ -249,13 +249,13 @@ def _scale_html(strongest: float) -> str:
         for factor in (-1.0, -0.5, 0.5, 1.0)
     )
     return (
-        f'<div style="font-size:.85em;line-height:1.8">log(policy now / policy that sampled), nats:&ensp;'
-        f'<span style="white-space:nowrap">less likely {steps} likelier</span></div>'
+        f'<div style="font-size:.85em;line-height:1.8">log(current policy / sampling policy), nats:&ensp;'
+        f'<span style="white-space:nowrap">less likely {steps} more likely</span></div>'
     )
 
 
 def completions_text(rollout: RolloutCompleted, width: int = 100) -> str:
-    """The rollout for a terminal of `width` columns: the numbers of each completion, and its text on one line."""
+    """The rollout for a terminal of `width` columns: the numbers and the text of each completion."""
     lines = [f"after update {rollout.step}: {rollout_words(rollout)}"]
     for group in rollout.groups[:_MOST_GROUPS]:
         names = list(dict.fromkeys(name for completion in group["completions"] for name in completion["rewards"]))
@@ -274,11 +274,11 @@ def completions_text(rollout: RolloutCompleted, width: int = 100) -> str:
 
 def _numbers(k: int, completion: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     values = [completion["reward"], *(completion["rewards"].get(name) for name in names)]
-    told = ["no number" if value is None else number(value) for value in values]
+    shown = ["no number" if value is None else number(value) for value in values]
     return [
         str(k),
         _signed(completion["advantage"]),
-        *told,
+        *shown,
         f"{completion['tokens']:,}{'' if completion['finished'] else ' cut'}",
     ]
 

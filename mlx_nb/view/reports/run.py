@@ -1,4 +1,4 @@
-"""One HTML page with everything about a run: no script, no network, light and dark, good on paper."""
+"""The report of a run: one self-contained HTML page without scripts, for light and dark mode and for print."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def report_html(
 ) -> str:
     """The page as text.
 
-    mark        an element of its head that says whose page it is
-    metrics     those that the method declares
-    worst_rows  (row, loss, excerpt) of each
+    mark        an HTML element for the head that identifies the run
+    metrics     the metrics that the method declares
+    worst_rows  (row, loss, excerpt) of the rows with the highest loss
     """
     standard = RunConfig().to_dict()
     changed = {name: value for name, value in settings.items() if value != standard.get(name)}
@@ -57,7 +57,7 @@ def report_html(
         _section("Validation", _evaluations(history)),
         _section("Samples", _samples(history)),
         _section("Completions of the last rollout", "".join(map(completions_html, history.last_rollouts(1)))),
-        _section("Rows of highest loss", _worst(worst_rows)),
+        _section("Rows with the highest loss", _worst(worst_rows)),
         _section("Settings that differ from their defaults", _pairs([(name, str(changed[name])) for name in changed])),
         "<details><summary>All settings</summary>",
         _pairs([(name, str(value)) for name, value in settings.items()]),
@@ -76,7 +76,7 @@ def _section(title: str, content: str) -> str:
 
 
 def _table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> str:
-    """Cells are HTML already."""
+    """A table whose cells are already HTML."""
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
     head = f"<tr>{''.join(f'<th>{escape(name)}</th>' for name in header)}</tr>" if header else ""
     return f'<div class="scroll"><table>{head}{body}</table></div>' if body else ""
@@ -99,7 +99,7 @@ def _evaluations(history: History) -> str:
     if all(row["perplexity"] is None for row in evaluations):
         hidden.add("perplexity")
     if evaluations and all(reward_of(row) is not None for row in evaluations):
-        hidden.add("loss")  # it is minus the reward
+        hidden.add("loss")  # minus the reward
     measured = [name for name in history.evaluation_metrics if not name.startswith(SECONDS)]
     shown = [name for name in (*EVALUATION_COLUMNS, *measured) if name not in hidden]
     rows = (
@@ -127,7 +127,7 @@ def _worst(worst_rows: Sequence[tuple[int, float, str]]) -> str:
 
 
 def _log(history: History) -> str:
-    """Everything but the updates themselves, which are in the figure."""
+    """All events except the updates, which are in the figure."""
     events = [event for event in history.events if not isinstance(event, StepCompleted)]
     left_out = len(events) - LONGEST_LOG
     lines = [f"… {left_out} earlier lines are left out"] if left_out > 0 else []

@@ -1,1 +1,1 @@
-"""Rows on screen: tokens with the loss mask over them."""
+"""Displays of rows and batches: tokens with their loss mask."""

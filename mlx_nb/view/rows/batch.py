@@ -1,4 +1,4 @@
-"""The arrays of one batch on screen: what goes in, what is predicted from where, what counts."""
+"""Displays the arrays of a batch: input tokens, targets, loss mask and padding."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from mlx_nb.errors import DataError
 from mlx_nb.view import theme
 from mlx_nb.view.theme import BLUE, GREY, ORANGE, one_line, span, tint, visible_html
 
-# Of a long run of positions that are alike, the first and the last few say it all.
+# How many positions to show at the start and end of a long run of similar ones.
 _SHOWN = (8, 4)
 _SHOWN_PADDING = (2, 1)
 _OPEN_ROWS = 4
-_NOTHING_YET = "no completions are sampled yet: `%finetune step` samples those of the next update."
-_LONGEST_CHARACTER = 8  # tokens that one character may be split over
+_NOTHING_YET = "no completions have been sampled yet. `%finetune step` samples those of the next update."
+_LONGEST_CHARACTER = 8  # tokens that one character may be split into
 
 _DIM = f"opacity:{theme.DIM}"
 _QUIET = "font-size:.85em;opacity:.8"
@@ -34,7 +34,7 @@ _CROSSING = f"background:{tint(ORANGE, 0.45)};border-bottom:2px dashed {tint(ORA
 
 
 def token_groups(tokens: Sequence[int], tokenizer: Tokenizer) -> list[tuple[int, str]]:
-    """(how many tokens, what they say): one token each, or those that one character is split over."""
+    """(number of tokens, text): one token each, or all tokens of one character."""
 
     def decoded(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -63,7 +63,7 @@ def token_groups(tokens: Sequence[int], tokenizer: Tokenizer) -> list[tuple[int,
 
 
 def _token_texts(tokens: Sequence[int], tokenizer: Tokenizer) -> list[str]:
-    """What each token says; the parts of a character that is split over tokens are numbered."""
+    """The text of each token; the tokens of a split character are numbered."""
     return [
         text if count == 1 else f"{text} {part}/{count}"
         for count, text in token_groups(tokens, tokenizer)
@@ -78,7 +78,7 @@ def _length(tokens_T: np.ndarray, loss_mask_T: np.ndarray) -> int:
 
 
 def _shown_positions(kinds: Sequence[tuple[bool, bool, int]]) -> list[int | range]:
-    """Positions to draw, and ranges left out of long runs of one kind; a kind starts with "is padding"."""
+    """Positions to draw, and ranges omitted from long runs of one kind; the first part of a kind is "is padding"."""
     shown: list[int | range] = []
     for kind, group in groupby(range(len(kinds)), key=lambda position: kinds[position]):
         run = list(group)
@@ -103,7 +103,7 @@ def _card_html(
     length: int,
     values: Mapping[str, Sequence[float]],
 ) -> str:
-    """One position: its token, and the token that is predicted from it with this weight."""
+    """One position: its token, and its target with this weight."""
     title = f"position {position} · id {tokens[position]} · segment {segments[position]}"
     last = position + 1 == len(tokens)
     crossing = bool(weight) and (position + 1 >= length or segments[position] != segments[position + 1])
@@ -135,7 +135,7 @@ def _row_html(
     tokenizer: Tokenizer,
     values: Mapping[str, Sequence[float]],
 ) -> str:
-    """The positions of one line of the batch. A target is weighted at its own token, one further on."""
+    """The positions of one line of the batch. The weight of a target is at its own position, one to the right."""
     weights = [*loss_mask[1:], 0.0]
     kinds = [(position >= length, weights[position] != 0, segments[position]) for position in range(len(tokens))]
     texts = _token_texts(tokens[:length], tokenizer) + [f"padding {token}" for token in tokens[length:]]
@@ -149,7 +149,7 @@ def _row_html(
 
 
 class BatchDisplay:
-    """What `%finetune batch` shows: the arrays of the next update, one table for each micro-batch."""
+    """The display of `%finetune batch`: the arrays of the next update, one table per micro-batch."""
 
     def __init__(self, batches: Sequence[TokenBatch], tokenizer: Tokenizer) -> None:
         self.batches = batches
@@ -185,7 +185,7 @@ class BatchDisplay:
 
 
 def _packed(batch: TokenBatch) -> PackedLines | None:
-    """The lines of a packed batch in their row, whole."""
+    """The packed row of a packed batch, else None."""
     if not batch.packed:
         return None
     return pack_lines([tokens_T[:length] for tokens_T, length in zip(batch.tokens_BT, batch.lengths)])
@@ -198,15 +198,15 @@ def _shape_words(shape: tuple[int, ...], packed: PackedLines | None) -> str:
 
 
 def _segment_words(packed: PackedLines, line: int) -> str:
-    """Where a line is in the packed row; what it begins with may be there with an earlier one."""
+    """The position of a line in the packed row; its beginning may be shared with an earlier line."""
     shared, positions = packed.shared[line], packed.positions[line]
     own = positions[shared:]
-    there = f"at {own[0]:,} to {own[-1]:,}" if len(own) else "all of it with others"
-    return f"segment {line} {there}" + (f", its first {shared:,} tokens with an earlier one" if shared else "")
+    there = f"at {own[0]:,} to {own[-1]:,}" if len(own) else "entirely shared"
+    return f"segment {line} {there}" + (f", its first {shared:,} tokens shared with an earlier one" if shared else "")
 
 
 def line_names(batch: TokenBatch) -> list[str]:
-    """What each line of `tokens_BT` is: `row 3`, `row 3 chosen`, `row 3, label: good`, `row 3 completion 0, ...`."""
+    """Names for the lines of `tokens_BT`: `row 3`, `row 3 chosen`, `row 3, label: good`, `row 3 completion 0, ...`."""
     values = batch.row_values
     names = [f"row {row}" for row in batch.rows]
     if len(batch.lengths) == 2 * len(names):
@@ -225,7 +225,7 @@ def line_names(batch: TokenBatch) -> list[str]:
 
 
 def _pair_values(values: Mapping[str, np.ndarray], index: int) -> str:
-    """Weight and margin of a pair, where they are not the usual ones."""
+    """Weight and margin of a pair, if they are not the defaults."""
     usual = {"weight": 1.0, "margin": 0.0}
     given = {name: float(values[name][index]) for name in usual if name in values}
     return "".join(f", {name} {value:g}" for name, value in given.items() if value != usual[name])
@@ -242,13 +242,13 @@ def render_batch_html(
     token_values: Mapping[str, np.ndarray] = MappingProxyType({}),
     packed: PackedLines | None = None,
 ) -> str:
-    """The very arrays of a batch: each position, the token it predicts, whether that counts, and the padding.
+    """The exact arrays of a batch: each position, the token it predicts, whether that is trained, and the padding.
 
     `tokens_BT` and `loss_mask_BT` are (B, T); `rows` names each line of the batch; `segments_BT` numbers the
-    packed rows. Without `lengths`, untrained zeros at the end of a line are taken for padding. Long stretches
-    that are alike are shortened. A target that counts across a segment or into the padding is marked.
-    `token_values` are constants (B, T) by name, told with the targets that count. Of `packed` lines each is a segment
-    of one row, without padding. Raises DataError when the shapes do not agree.
+    packed rows. Without `lengths`, untrained zeros at the end of a line count as padding. Long runs of similar
+    positions are shortened. A trained target across a segment boundary or in the padding is marked.
+    `token_values` are constants (B, T) by name, shown with the trained targets. With `packed`, each line is a segment
+    of one row, without padding. Raises DataError if the shapes do not agree.
     """
     tokens_BT, loss_mask_BT = np.asarray(tokens_BT), np.asarray(loss_mask_BT)
     segments = None if segments_BT is None else np.asarray(segments_BT)
@@ -256,7 +256,7 @@ def render_batch_html(
     if len(shapes) > 1 or tokens_BT.ndim != 2 or len(rows) != len(tokens_BT):
         raise DataError(
             f"the batch cannot be shown: tokens {tokens_BT.shape}, loss mask {loss_mask_BT.shape}, "
-            f"{len(rows)} row names. Tokens, mask and segments need one (B, T), and every B a row name."
+            f"{len(rows)} row names. Tokens, mask and segments need the same shape (B, T), and each line a row name."
         )
     parts = []
     used = padding = 0

@@ -1,4 +1,4 @@
-"""Leaf through the rows of a run as the model sees them: ipywidgets around the row view. Nothing here trains."""
+"""The row browser: ipywidgets to page through, search and mark the rows as the model sees them."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from mlx_nb.data.examples.split import Examples, RowView
 from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.data.sources.export import write_rows
 from mlx_nb.errors import CommandError, DataError, MlxNbError
-from mlx_nb.view.closing import close_widgets
 from mlx_nb.view.rows.display import RowDisplay, TokenLoss, measured_losses
 from mlx_nb.view.rows.editor import RowEditor
 from mlx_nb.view.theme import WRAP, visible_html
+from mlx_nb.view.widget_cleanup import close_widgets
 
-# A search looks at rows for this long at a click, so that the notebook never waits for a whole split.
+# A click searches for this long, so that the notebook never waits for a whole split.
 SECONDS_PER_CLICK = 1.0
 ROLES = ("system", "user", "assistant", "tool", "template")
 COLORS = {"mask": "mask", "loss now": "loss", "change against the base": "compare", "nothing": "none"}
 
 
 class RowBrowser:
-    """The widgets of `%finetune browse`. It displays as `widget`; where there are none, as the row on show.
+    """The widgets of `%finetune browse`, displayed as `widget`, or as the current row if there are no widgets.
 
     splits      {split: its Examples}
     losses      split -> {row: loss} for the filter `highest loss`
     token_loss  losses of the tokens of a row, for coloring; may raise MlxNbError
     visits      (split, row) -> text about the losses of earlier visits, or ""; may raise MlxNbError
 
-    Its widgets are closed when nobody refers to it any more.
+    Its widgets are closed when it is garbage-collected.
     """
 
     def __init__(
@@ -67,12 +67,12 @@ class RowBrowser:
 
     @property
     def row(self) -> int | None:
-        """The number of the row on show; None when nothing was found."""
+        """The number of the current row; None if nothing was found."""
         return self.search.found[self.position] if self.position < len(self.search.found) else None
 
     @property
     def leave_out(self) -> list[int]:
-        """The training rows that were marked to be left out, as the setting of that name takes them."""
+        """The training rows marked to be left out, in the form of the setting."""
         return sorted(self._left)
 
     def _edited(self) -> tuple[Examples, int] | None:
@@ -80,28 +80,28 @@ class RowBrowser:
 
     @property
     def down_weight(self) -> list[int]:
-        """The training rows that were marked to count less, as the setting of that name takes them."""
+        """The training rows marked for a lower weight, in the form of the setting."""
         return sorted(self._lighter)
 
     def export(self, path: str | Path) -> int:
-        """Write the rows that were found, but those to leave out, to a new file of JSON lines. Returns how many.
+        """Write the found rows, except those to leave out, to a new jsonl file. Returns their number.
 
-        Raises CommandError while rows are left to search, or where nothing can be written.
+        Raises CommandError if the search is not complete, or if the file cannot be written.
         """
         if not self.search.done:
-            raise CommandError(f"{self._summary(len(self.search.found))}: click on Search on until all are read.")
+            raise CommandError(f"{self._summary(len(self.search.found))}: click on Search on until all are searched.")
         left = self._left if self.split.value == "train" else set()
         rows = (row for row in sorted(self.search.found) if row not in left)
         return write_rows(self._splits[self.split.value].source, rows, Path(path))
 
     def _exported(self) -> None:
         try:
-            self.said.value = f"{self.export(self.file.value):,} rows are in {escape(self.file.value)}"
+            self.export_note.value = f"{self.export(self.file.value):,} rows were written to {escape(self.file.value)}"
         except (CommandError, DataError) as error:
-            self.said.value = escape(str(error))
+            self.export_note.value = escape(str(error))
 
     def _mark(self, marks: Mapping[str, bool]) -> None:
-        """Leave the row on show out, or have it count less; a row is not both."""
+        """Mark the current row to be left out, or to have a lower weight, but not both."""
         if self._quiet or self.row is None:
             return
         for marked, name in ((self._left, "leave"), (self._lighter, "lighter")):
@@ -122,7 +122,7 @@ class RowBrowser:
         self._quiet = is_quiet
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        # An exported notebook has no kernel behind its widgets: there the row itself is left.
+        # An exported notebook has no kernel for its widgets and shows the row itself.
         bundle = self.widget._repr_mimebundle_(include=include, exclude=exclude)
         plain = f"rows of {self.split.value}: {len(self._finder):,}"
         if self.row is not None:
@@ -137,31 +137,31 @@ class RowBrowser:
             placeholder="that contain…", continuous_update=False, layout=_width("13em"), tooltip="press Enter to search"
         )
         self.regex = widgets.Checkbox(description="regex", indent=False, layout=_width("auto"))
-        self.previous = widgets.Button(description="◀ Previous", tooltip="the row before", layout=_width("auto"))
-        self.next = widgets.Button(description="Next ▶", tooltip="the row after", layout=_width("auto"))
+        self.previous = widgets.Button(description="◀ Previous", tooltip="previous row", layout=_width("auto"))
+        self.next = widgets.Button(description="Next ▶", tooltip="next row", layout=_width("auto"))
         self.jump = widgets.BoundedIntText(description="row", min=0, max=0, layout=_width("12em"))
         self.color = widgets.Dropdown(options=list(COLORS), description="color", layout=_width("17em"))
         self.tokens = widgets.Checkbox(description="one cell per token", indent=False, layout=_width("auto"))
         self.roles = {role: _toggle(role) for role in ROLES}
-        self.more = widgets.Button(description="Search on", tooltip="look at more rows", layout=_width("auto"))
+        self.more = widgets.Button(description="Search on", tooltip="search more rows", layout=_width("auto"))
         self.page_back = widgets.Button(description="◀ page", layout=_width("auto"))
         self.page_on = widgets.Button(description="page ▶", layout=_width("auto"))
         self.leave = widgets.Checkbox(description="leave out", indent=False, layout=_width("auto"))
         self.lighter = widgets.Checkbox(description="down-weight", indent=False, layout=_width("auto"))
-        self.lighter.tooltip = "train it, but have it count less than the others"
+        self.lighter.tooltip = "train it with a lower weight than other rows"
         self.setting = widgets.HTML()
         self.file = widgets.Text(value="selection.jsonl", layout=_width("13em"), tooltip="a new file")
         self.write = widgets.Button(
             description="Export",
-            tooltip="write the rows that were found, but those to leave out",
+            tooltip="write the found rows, except those to leave out",
             layout=_width("auto"),
         )
-        self.said = widgets.HTML()
+        self.export_note = widgets.HTML()
         self.status = widgets.HTML()
         self.view = widgets.HTML()
         for box in (self.split, self.filter, self.jump, self.color):
             box.style.description_width = "3.2em"
-        me = weakref.proxy(self)  # ipywidgets keeps the widgets, and their callbacks must not keep this
+        me = weakref.proxy(self)  # ipywidgets keeps the widgets alive; their callbacks must not keep this object alive
         self.editor = RowEditor(self._tokenizer, lambda: me._edited())
         self.leave.observe(lambda change: me._mark({"leave": change["new"]}), "value")
         self.lighter.observe(lambda change: me._mark({"lighter": change["new"]}), "value")
@@ -184,7 +184,7 @@ class RowBrowser:
                 widgets.Box([widgets.Label("roles"), *self.roles.values()], layout=wrap),
                 widgets.Box([self.status, self.more, self.page_back, self.page_on], layout=wrap),
                 widgets.Box([self.editor.open, self.leave, self.lighter, self.setting], layout=wrap),
-                widgets.Box([self.write, self.file, self.said], layout=wrap),
+                widgets.Box([self.write, self.file, self.export_note], layout=wrap),
                 self.view,
                 self.editor.widget,
             ]
@@ -219,7 +219,7 @@ class RowBrowser:
         self._choose(row)
 
     def _choose(self, position: int) -> None:
-        """Show what was found at `position`."""
+        """Show the found row at `position`."""
         self.position = max(0, min(position, len(self.search.found) - 1))
         self._page = 0
         self._show()
@@ -252,7 +252,7 @@ class RowBrowser:
             button.disabled = not useful
 
     def _show_row(self, view: RowView) -> int:
-        """Display one row; returns how many pages it has."""
+        """Display one row; returns its number of pages."""
         note, losses = "", {}
         choice = COLORS[self.color.value]
         if choice in ("loss", "compare") and view.conversation is not None:
@@ -282,7 +282,7 @@ class RowBrowser:
         if self.filter.value == ALL and not self.text.value:
             return f"{total:,} rows"
         if not search.total:
-            return "no losses are known yet: they are after the first steps, or an evaluation of this split"
+            return "no losses are known yet; train a few steps, or evaluate this split"
         where = f"{self.position + 1:,} of {found:,} found" if found else "nothing found"
         return f"{where} in {search.read:,} of {search.total:,} rows"
 

@@ -1,4 +1,4 @@
-"""A tokenized row as cells and runs to show, and what there is to count in it; no HTML, no terminal."""
+"""Splits a tokenized row into cells for display, and counts its tokens. Independent of HTML and terminals."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ TEMPLATE = "template"
 
 @dataclass(frozen=True)
 class Cell:
-    """Tokens `[first, stop)` that are shown together: the fewest that decode, or a run that looks alike.
+    """Tokens `[first, stop)` that are shown together: the fewest that decode to text, or a run that looks the same.
 
     kind is "text", "special" (bordered), or "unseen" (characters that no token covers; first == stop).
     `loss` and `base_loss` are in nats, summed over the cell, NaN where unknown. `message` is -1 outside
-    messages. `differs`: the other answer of a pair says something else there. `written`: a control token that the
-    row's own text spells.
+    messages. `differs`: the other answer of a pair has another text there. `written`: a control token that occurs in
+    the row's own text.
     """
 
     first: int
@@ -42,24 +42,24 @@ class Cell:
 
     @property
     def weight(self) -> float:
-        """The largest weight of its tokens, by size."""
+        """The weight with the largest absolute value."""
         return max(self.weights, key=abs, default=0.0)
 
     @property
     def loss_known(self) -> bool:
-        """Whether there is a loss to color by."""
+        """Whether it has a loss to color by."""
         return not (math.isnan(self.loss) and math.isnan(self.base_loss))
 
 
 def added_tokens(tokenizer: Tokenizer) -> set[int]:
-    """Ids outside the learned vocabulary that mean something: `<|im_end|>`, `<think>`, not runs of spaces."""
+    """Ids of added tokens such as `<|im_end|>` and `<think>`, except runs of spaces."""
     added = getattr(tokenizer, "added_tokens_decoder", None) or {}
     visible = {int(token_id) for token_id, token in added.items() if token.special or str(token).strip()}
     return visible | {int(token_id) for token_id in getattr(tokenizer, "all_special_ids", None) or ()}
 
 
 def checked_loss(name: str, losses: np.ndarray | None, length: int) -> np.ndarray:
-    """(length,) losses, NaN where there are none. Raises ValueError for another length."""
+    """(length,) losses, NaN where unknown. Raises DataError for another length."""
     if losses is None:
         return np.full(length, np.nan)
     values = np.asarray(losses, dtype=np.float64)
@@ -79,7 +79,7 @@ def row_cells(
     *,
     show_ends: bool = True,
 ) -> list[Cell]:
-    """The row as cells in order; parts of one character share a cell, uncovered characters get their own."""
+    """The row as cells in order. Tokens of one character share a cell; characters without a token get their own."""
     text, tokens, offsets = conversation.text, conversation.tokens.tolist(), conversation.offsets.tolist()
     weights = conversation.loss_mask.tolist()
     losses = checked_loss("token_loss", token_loss, len(tokens))
@@ -107,7 +107,7 @@ def row_cells(
         while stop < len(tokens) and start < end and offsets[stop][0] < min(end, offsets[stop][1]):
             end = max(end, offsets[stop][1])
             stop += 1
-        # Some tokenizers leave the space before a word out of its offsets.
+        # Some tokenizers exclude the space before a word from its offsets.
         if covered < start and text[covered:start].isspace():
             start = covered
         if covered < start and (covered or show_ends):
@@ -134,9 +134,9 @@ def row_cells(
 
 
 def _join_template_to_messages(cells: list[Cell]) -> list[Cell]:
-    """Give what the template adds to a message: what closes the last one, then what opens the next.
+    """Assign template text to messages: the end of the previous one, then the start of the next.
 
-    A turn that the template adds by itself, such as its own system prompt, stays outside messages.
+    A turn that the template adds itself, such as its own system prompt, stays outside messages.
     """
     joined: list[Cell] = []
     previous = -1
@@ -149,9 +149,9 @@ def _join_template_to_messages(cells: list[Cell]) -> list[Cell]:
             continue
         following = groups[index + 1][0] if index + 1 < len(groups) else -1
         specials = [place for place, cell in enumerate(group) if _of_template(cell)]
-        # Where a turn that ends in this group is followed by the special token that opens another one.
+        # Positions where a turn ends in this group and a special token opens another one.
         turns = [after for place, after in pairwise(specials) if group[place].text == end]
-        # A message that holds its own end token leaves only what opens the next one.
+        # If a message contains its own end token, only the start of the next one remains.
         ends_here = any(_of_template(cell) for cell in joined[-1:]) and not any(
             group[place].text == end for place in specials[:1]
         )
@@ -171,7 +171,7 @@ def _join_template_to_messages(cells: list[Cell]) -> list[Cell]:
 
 
 def _end_of_turn(groups: Sequence[tuple[int, list[Cell]]]) -> str:
-    """The special token that most messages end in, their own or the first that follows; empty when none does."""
+    """The special token that ends most messages, inside them or just after; empty if there is none."""
     ends: Counter[str] = Counter()
     for (message, group), (_, following) in pairwise([*groups, (-1, [])]):
         if message >= 0:
@@ -180,12 +180,12 @@ def _end_of_turn(groups: Sequence[tuple[int, list[Cell]]]) -> str:
 
 
 def _of_template(cell: Cell) -> bool:
-    """Whether it is a special token that the row's own text does not spell."""
+    """Whether it is a special token that is not part of the row's own text."""
     return cell.kind == "special" and not cell.written
 
 
 def merged_runs(cells: Iterable[Cell], per_token: bool) -> Iterator[Cell]:
-    """Neighboring cells that would look and read the same, joined; a cell with a known loss stays alone."""
+    """Joins neighboring cells that look the same; a cell with a known loss is not joined."""
     for _, group in groupby(
         cells,
         key=lambda cell: (
@@ -204,17 +204,17 @@ def merged_runs(cells: Iterable[Cell], per_token: bool) -> Iterator[Cell]:
 
 
 def grouped(count: int) -> str:
-    """A number with its thousands set apart."""
+    """A number with thousands separators."""
     return f"{count:,}"
 
 
 def share(trained: int, total: int) -> str:
-    """How many percent of the tokens are trained."""
+    """The percentage of trained tokens."""
     return f"{trained / total:.0%}" if total else "0%"
 
 
 def summary(conversation: TokenizedConversation, dropped_tokens: int) -> str:
-    """Tokens, trained tokens and those cut off, in one line."""
+    """The numbers of tokens, trained tokens and tokens cut off, in one line."""
     total, trained = len(conversation.tokens), int(np.count_nonzero(conversation.loss_mask))
     line = f"{grouped(total)} tokens · {grouped(trained)} trained ({share(trained, total)})"
     return f"{line} · {grouped(dropped_tokens)} tokens cut off" if dropped_tokens else line
@@ -231,13 +231,13 @@ def role_counts(cells: Iterable[Cell]) -> dict[str, tuple[int, int]]:
 
 
 def partial_weights(loss_mask: np.ndarray) -> dict[float, int]:
-    """How many tokens have each weight that is neither 0 nor 1."""
+    """The number of tokens for each weight other than 0 and 1."""
     counts = Counter(loss_mask.tolist())
     return {weight: counts[weight] for weight in sorted(counts) if weight not in (0.0, 1.0)}
 
 
 def mean_losses(conversation: TokenizedConversation, losses: Sequence[np.ndarray | None]) -> list[float]:
-    """Mean loss of the trained tokens that all the given losses know."""
+    """The mean of each loss over trained tokens for which all given losses are known."""
     given = [np.asarray(loss, dtype=np.float64) for loss in losses if loss is not None]
     known = conversation.loss_mask != 0
     for loss in given:

@@ -1,4 +1,4 @@
-"""Where two answers differ, word by word: a token is marked with the word it belongs to."""
+"""Marks the differences between two answers, word by word."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import NamedTuple
 
 from mlx_nb.view.rows.cells import Cell
 
-# Difflib takes quadratic time on text that repeats itself, unless it may pass over what is everywhere.
+# difflib takes quadratic time on repetitive text, unless it may ignore frequent words.
 _LONGEST_EXACT_DIFF = 2000
-# So few words that agree between two longer differences do so by chance.
+# Matches of so few words between two longer differences are considered accidental.
 _BY_CHANCE = 2
 _IDEOGRAPH = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 _WORD = re.compile(rf"\n+|[^\S\n]*(?:[{_IDEOGRAPH}]|[^\W{_IDEOGRAPH}]+|[^\w\s])|[^\S\n]+")
 
 
 class _Word(NamedTuple):
-    """What is compared, and the cells `[first, stop)` that it is made of."""
+    """A word to compare, and its cells `[first, stop)`."""
 
     text: tuple[str, str]
     first: int
@@ -27,14 +27,14 @@ class _Word(NamedTuple):
 
 
 def marked(chosen: list[Cell], rejected: list[Cell]) -> tuple[list[Cell], list[Cell]]:
-    """The cells of two answers, those that differ from the other answer marked."""
+    """The cells of two answers, with those marked that differ from the other answer."""
     words = _words(chosen), _words(rejected)
     differing = differing_places([word.text for word in words[0]], [word.text for word in words[1]])
     return _with_marks(chosen, words[0], differing[0]), _with_marks(rejected, words[1], differing[1])
 
 
 def differing_places(one: Sequence[object], other: Sequence[object]) -> tuple[set[int], set[int]]:
-    """Places in each of two sequences that the other does not have there."""
+    """The indices in each of two sequences that differ from the other one."""
     most = min(len(one), len(other))
     first = next((k for k in range(most) if one[k] != other[k]), most)
     last = next((k for k in range(most - first) if one[-1 - k] != other[-1 - k]), most - first)
@@ -52,7 +52,7 @@ def differing_places(one: Sequence[object], other: Sequence[object]) -> tuple[se
 
 
 def _words(cells: list[Cell]) -> list[_Word]:
-    """The text of the cells as words, each with the spaces before it; what is no text is a word of its own."""
+    """The text of the cells as words, each with its leading spaces; a special token is a word of its own."""
     words: list[_Word] = []
     at = 0
     while at < len(cells):

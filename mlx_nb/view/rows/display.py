@@ -1,6 +1,6 @@
-"""A row that displays itself: tokens with the loss mask over them, in a notebook and in a terminal.
+"""Displays of any kind of row, in a notebook and in a terminal: its tokens with their loss mask.
 
-A pair shows both answers, a labeled answer its label, a prompt what its rewards will be given.
+A pair shows both answers, a labeled answer its label, and a prompt the columns that its rewards receive.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _LONGEST_COLUMN = 2000
 
 @dataclass(frozen=True, eq=False)
 class ShownRow(RowView):
-    """A row of a run, with what it takes to display itself in a cell."""
+    """A row of a run that displays itself in a cell."""
 
     tokenizer: Tokenizer = field(kw_only=True, repr=False)
     split: str = "train"
 
     @classmethod
     def of(cls, view: RowView, tokenizer: Tokenizer, split: str) -> ShownRow:
-        """A row with what it takes to show it."""
+        """The row with its tokenizer and split."""
         values = {declared.name: getattr(view, declared.name) for declared in fields(RowView)}
         return cls(**values, tokenizer=tokenizer, split=split)
 
@@ -43,14 +43,14 @@ class ShownRow(RowView):
 
 
 class TokenLoss(Protocol):
-    """(T,) losses in nats, of the base or of the model as it is; of a pair, of either answer."""
+    """A function that returns token losses of the base or the current model, for either answer of a pair."""
 
     def __call__(self, row: RowView, *, base: bool, rejected: bool) -> np.ndarray:
-        """(T,) loss in nats of each token of an answer; NaN for the first."""
+        """(T,) the loss in nats of each token of an answer; NaN for the first."""
 
 
 def measured_losses(view: RowView, token_loss: TokenLoss, *, compare: bool = False) -> dict[str, Any]:
-    """The losses that `RowDisplay` colors tokens by; of a pair of both answers, with `compare` of the base too."""
+    """The token losses for `RowDisplay`: of both answers of a pair, and with `compare` also of the base."""
     names = [("token_loss", "token_loss_base")]
     if view.rejected is not None:
         names.append(("rejected_loss", "rejected_loss_base"))
@@ -63,9 +63,9 @@ def measured_losses(view: RowView, token_loss: TokenLoss, *, compare: bool = Fal
 
 
 class RowDisplay:
-    """What `%finetune row 12` shows. `token_loss` (T,) colors the tokens by it; with the base's, by the change.
+    """The display of `%finetune row 12`. `token_loss` (T,) colors the tokens; with that of the base, by the change.
 
-    Of a pair these are of the chosen answer, and `rejected_loss` of the other.
+    For a pair these are the losses of the chosen answer, and `rejected_loss` is that of the rejected one.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class RowDisplay:
         return f"{_badges_html(_badges(self.view))}{shown}{remarks}{_columns_html(_columns(self.view))}{left_out}"
 
     def _left_out_html(self) -> str:
-        # The color stands beside the text, which keeps the contrast of the page.
+        # The color is next to the text, so that the text keeps the contrast of the page.
         style = f"border-left:3px solid {tint(ORANGE, 1)};padding:0 0 0 10px;{WRAP}"
         return f'<div dir="ltr" style="{style}">left out: {visible_html(self.view.error or "")}</div>'
 
@@ -166,7 +166,7 @@ class RowDisplay:
 
 
 def _badges(view: RowView) -> list[tuple[str, bool]]:
-    """The row's marks, such as its label or weight, as (words, whether it favors the answer)."""
+    """The ratings of the row, such as its label or weight, as (text, whether it favors the answer)."""
     marks = view.content.ratings() if view.content else {}
     return [
         (f"{'✓' if value else '✗'} {name}: {'good' if value else 'bad'}", value)
@@ -187,17 +187,20 @@ def _badges_html(badges: list[tuple[str, bool]]) -> str:
 
 
 def _columns(view: RowView) -> list[tuple[str, str]]:
-    """Of a prompt, what its rewards are given besides: the answer, then the other columns."""
+    """The columns that the rewards of a prompt receive: the answer, then the others."""
     given = view.content.reward_columns() if view.content else {}
     texts = {name: value if isinstance(value, str) else _written(value) for name, value in given.items()}
     return [
-        (name, text if len(text) <= _LONGEST_COLUMN else f"{text[:_LONGEST_COLUMN]} … {len(text):,} characters in all")
+        (
+            name,
+            text if len(text) <= _LONGEST_COLUMN else f"{text[:_LONGEST_COLUMN]} … {len(text):,} characters in total",
+        )
         for name, text in texts.items()
     ]
 
 
 def _written(value: Any) -> str:
-    """A value as Python writes it; the name of its type where that fails."""
+    """The repr of a value, or the name of its type if repr fails."""
     try:
         return repr(value)
     except Exception:
@@ -213,7 +216,7 @@ def _columns_html(columns: list[tuple[str, str]]) -> str:
     )
     if not rows:
         return ""
-    words = "The model writes the answer itself. Its rewards are given:"
+    words = "The model writes the answer itself. The reward functions receive:"
     return (
         f'<div dir="ltr" style="max-width:60em;text-align:left"><div style="font-size:.85em;opacity:.8">{words}</div>'
         f'<table style="border:none;margin:4px 0 8px 0">{rows}</table></div>'

@@ -1,4 +1,4 @@
-"""One row changed by hand, to see what the model would see: a text box with its columns, and its tokens below."""
+"""The row editor of the browser: a text box with the columns of a row, and the resulting tokens."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from mlx_nb.view.theme import ORANGE, WRAP, tint
 
 
 class RowEditor:
-    """The widgets for it, as `widget`. Nothing is written anywhere: the row in the data stays as it is.
+    """A row editor, displayed as `widget`. The row in the data is not changed.
 
-    `on_show` gives (examples, row) of what is to be edited, or None where there is no row.
+    `on_show` returns (examples, row) of the row to edit, or None.
     """
 
     def __init__(self, tokenizer: Tokenizer, on_show: Callable[[], tuple[Examples, int] | None]) -> None:
         self._tokenizer = tokenizer
         self._on_show = on_show
-        self.open = widgets.ToggleButton(False, description="Edit", tooltip="try this row with other words")
+        self.open = widgets.ToggleButton(False, description="Edit", tooltip="try this row with another text")
         self.open.layout.width = "auto"
         self.text = widgets.Textarea(layout=widgets.Layout(width="100%", height="9em"))
         self.try_it = widgets.Button(description="Try", tooltip="what the model would see", layout={"width": "auto"})
@@ -34,10 +34,10 @@ class RowEditor:
         self.widget = widgets.VBox([self.text, self.try_it, self.view], layout={"display": "none"})
         me = weakref.proxy(self)
         self.open.observe(lambda _: me.show(), "value")
-        self.try_it.on_click(lambda _: me.tried())
+        self.try_it.on_click(lambda _: me.try_row())
 
     def show(self) -> None:
-        """Begin anew with the row that is on show."""
+        """Load the current row into the editor."""
         there = self._on_show() if self.open.value else None
         self.widget.layout.display = "none" if there is None else ""
         self.view.value = ""
@@ -46,24 +46,24 @@ class RowEditor:
             try:
                 self.text.value = json.dumps(examples.source[row], ensure_ascii=False, indent=1, default=str)
             except DataError as error:
-                self.text.value, self.view.value = "", _said(str(error))
+                self.text.value, self.view.value = "", _message_html(str(error))
 
-    def tried(self) -> None:
-        """Show the row as it is written in the box."""
+    def try_row(self) -> None:
+        """Show the tokens of the edited row."""
         if (there := self._on_show()) is None:
             return
         examples, row = there
         try:
             record: Any = json.loads(self.text.value)
         except ValueError as error:
-            self.view.value = _said(f"this is no JSON: {error}")
+            self.view.value = _message_html(f"this is not valid JSON: {error}")
             return
         if not isinstance(record, dict):
-            self.view.value = _said("a row is an object in braces: its columns with their values.")
+            self.view.value = _message_html("a row must be a JSON object: its columns with their values.")
             return
         view = examples.view(row, record)
         self.view.value = RowDisplay(view, self._tokenizer, "edited")._repr_html_()
 
 
-def _said(text: str) -> str:
+def _message_html(text: str) -> str:
     return f'<div style="border-left:3px solid {tint(ORANGE, 1)};padding-left:8px;{WRAP}">{escape(text)}</div>'

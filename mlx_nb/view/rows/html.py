@@ -1,6 +1,6 @@
-"""The cells of a row as HTML: what stands for a token, for a message, for the whole row, and what explains them.
+"""Renders the cells of a row as HTML: tokens, messages, pages and the legend.
 
-Every character of a row is data: it is escaped, and one that hides or reorders others is named instead of printed.
+Every character of a row is escaped, and hidden or reordering characters are shown by name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mlx_nb.view import theme
 from mlx_nb.view.rows.cells import TEMPLATE, Cell, grouped, mean_losses, merged_runs, partial_weights, role_counts
 from mlx_nb.view.theme import BLUE, GREY, ORANGE, ROLE_COLORS, one_line, span, tint, visible_html
 
-# A notebook keeps every output: a row that would take more shows one page at a time.
+# A notebook stores every output, so a larger row is shown one page at a time.
 _MOST_BYTES = 600_000
 _SMALL = "font-size:.85em"
 QUIET = f"{_SMALL};opacity:.8"
@@ -27,18 +27,18 @@ _WRITTEN = f"border:2px dashed {tint(ORANGE, 1)};border-radius:3px;padding:0 2px
 _SPECIAL = f"border:1px solid {tint(GREY, 0.8)};border-radius:3px;padding:0 2px"
 PAGE_TOKENS = 2000
 _UNSEEN = f"opacity:{theme.DIM};text-decoration:line-through"
-# A bar above, because what is trained has one below.
+# A bar above, because trained tokens have one below.
 _DIFFERS_BAR = f"border-top:2px solid {tint(ORANGE, 1)}"
 _DIFFERS = f"{_DIFFERS_BAR};background:{tint(ORANGE, 0.24)}"
 
 
-class Look(NamedTuple):
-    """What the person chose to see."""
+class RowStyle(NamedTuple):
+    """The display options of a row."""
 
     per_token: bool
     show_mask: bool
     hidden_roles: Collection[str]
-    edges: bool = True  # name the spaces at the ends of a run
+    edges: bool = True  # show the spaces at the ends of a run
 
 
 def _trained_style(weight: float) -> str:
@@ -48,7 +48,7 @@ def _trained_style(weight: float) -> str:
     return f"background:{tint(color, strength)};border-bottom:{line} {tint(color, 1)}"
 
 
-def _style(cell: Cell, look: Look) -> str:
+def _style(cell: Cell, look: RowStyle) -> str:
     if cell.kind == "unseen":
         return _UNSEEN
     styles = [_WRITTEN] if cell.written else [_SPECIAL] if cell.kind == "special" else []
@@ -93,7 +93,7 @@ def _title(cell: Cell, tokens: np.ndarray) -> str:
     return " · ".join(parts)
 
 
-def _run_html(cell: Cell, tokens: np.ndarray, look: Look) -> str:
+def _run_html(cell: Cell, tokens: np.ndarray, look: RowStyle) -> str:
     content = visible_html(cell.text, edges=look.edges and not look.per_token and not cell.loss_known)
     in_runs = look.show_mask and not look.per_token and not cell.loss_known
     if cell.kind == "text" and cell.weight not in (0.0, 1.0) and in_runs:
@@ -101,9 +101,9 @@ def _run_html(cell: Cell, tokens: np.ndarray, look: Look) -> str:
     return span(content, style=_style(cell, look), title=one_line(_title(cell, tokens)), isolate=cell.text)
 
 
-def _block_html(cells: list[Cell], tokens: np.ndarray, look: Look) -> str:
+def _block_html(cells: list[Cell], tokens: np.ndarray, look: RowStyle) -> str:
     """The cells of one message, behind a bar in the color of its role."""
-    # Cells of a page may hold no more of a message than what the template puts around it.
+    # A page may contain only the template text of a message.
     role = next((cell.role for cell in cells if cell.role != TEMPLATE), TEMPLATE if cells[0].message < 0 else "")
     hidden = role in look.hidden_roles
     runs = [] if hidden else merged_runs(cells, look.per_token)
@@ -124,14 +124,14 @@ def _block_html(cells: list[Cell], tokens: np.ndarray, look: Look) -> str:
     )
 
 
-def blocks_html(cells: Iterable[Cell], tokens: np.ndarray, look: Look) -> str:
-    """The cells, a block for each message."""
+def blocks_html(cells: Iterable[Cell], tokens: np.ndarray, look: RowStyle) -> str:
+    """The cells, with one block per message."""
     groups = groupby(cells, key=lambda cell: cell.message)
     return "".join(_block_html(list(group), tokens, look) for _, group in groups)
 
 
 def strip_html(loss_mask: np.ndarray) -> str:
-    """The whole row as one thin bar: where in it the trained tokens are."""
+    """A thin bar for the whole row that shows where its trained tokens are."""
     if not len(loss_mask):
         return ""
     columns = np.array_split(loss_mask != 0, min(len(loss_mask), 120))
@@ -157,7 +157,7 @@ def _scale_html(words: str, low: str, tints: Sequence[tuple[str, str]], high: st
 
 
 def samples_html(loss_mask: np.ndarray, cells: list[Cell], *, losses: int = 0) -> str:
-    """What the marks of these cells mean. `losses` known of each token: none, the model's, or the base's as well."""
+    """The legend for these cells. `losses`: how many losses each token has (0, 1: the model, 2: also the base)."""
     entries = []
     if not losses:
         entries.append(_sample_html("trained", _trained_style(1.0)))
@@ -183,12 +183,12 @@ def samples_html(loss_mask: np.ndarray, cells: list[Cell], *, losses: int = 0) -
     if any(cell.kind == "unseen" for cell in cells):
         entries.append(_sample_html("never seen", _UNSEEN))
     entries.append("⏎&nbsp;newline&ensp;⇥&nbsp;tab&ensp;·&nbsp;space&ensp;‹U+…›&nbsp;hidden&nbsp;character")
-    # The samples are drawn as strong as the tokens they explain.
+    # The samples have the same strength as the tokens.
     return f'<div style="{_SMALL};line-height:1.7">{"&emsp; ".join(entries)}</div>'
 
 
 def notes_html(conversation: TokenizedConversation, cells: list[Cell], token_loss: Any, token_loss_base: Any) -> str:
-    """How much of each role is trained, the mean loss, and what is odd about the row."""
+    """Trained tokens by role, the mean loss, and remarks about the row."""
     means = mean_losses(conversation, (token_loss, token_loss_base))
     roles = [
         f"{escape(one_line(role), quote=True)} {grouped(trained)} of {grouped(total)}"
@@ -206,13 +206,15 @@ def notes_html(conversation: TokenizedConversation, cells: list[Cell], token_los
     return "".join(f'<div style="{QUIET};line-height:1.7">{line}</div>' for line in lines)
 
 
-def paged_html(cells: list[Cell], tokens: np.ndarray, look: Look, page: int, page_tokens: int, *, alone: bool) -> str:
-    """The cells page by page, folded except `page`; that one alone where asked for, or where all are too much.
+def paged_html(
+    cells: list[Cell], tokens: np.ndarray, look: RowStyle, page: int, page_tokens: int, *, alone: bool
+) -> str:
+    """The cells page by page, folded except `page`. Only that page with `alone`, or if all are too large.
 
     Raises DataError for a page that does not exist.
     """
     start = cells[0].first if cells else 0
-    # A cell without tokens at the very end belongs to the page before it.
+    # A cell without tokens at the very end belongs to the previous page.
     last = max((cell.first for cell in cells if cell.stop > cell.first), default=start)
     by_page = groupby(cells, key=lambda cell: (min(cell.first, last) - start) // page_tokens)
     pages = [list(group) for _, group in by_page] or [[]]

@@ -1,7 +1,7 @@
-"""The tokens of a row on screen: which are trained, who says them, what they cost the model.
+"""Renders the tokens of a row with their loss mask, roles and losses.
 
 `render_html` for notebooks, `render_text` for terminals, `render_batch_html` for the arrays of a batch. Every
-character of a row is data: it is escaped, and one that hides or reorders others is named instead of printed.
+character of a row is escaped, and hidden or reordering characters are shown by name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mlx_nb.errors import DataError
 from mlx_nb.view import theme
 from mlx_nb.view.rows.batch import render_batch_html
 from mlx_nb.view.rows.cells import row_cells, summary
-from mlx_nb.view.rows.html import PAGE_TOKENS, Look, notes_html, paged_html, samples_html, strip_html
+from mlx_nb.view.rows.html import PAGE_TOKENS, RowStyle, notes_html, paged_html, samples_html, strip_html
 from mlx_nb.view.rows.text import render_text
 from mlx_nb.view.theme import one_line
 
@@ -41,18 +41,17 @@ def render_html(
     """The row as HTML: trained tokens tinted and underlined, the rest dimmed, one block per message.
 
     `token_loss` and `token_loss_base` are (T,) in nats at the position of the predicted token, NaN where
-    unknown: with the first the tint is the loss, with both it is what training changed. Runs that look
-    alike are one element unless `per_token` is set or their loss is known; then only page `page` of
-    `page_tokens` tokens is in the result. Otherwise all pages are, folded except this one, unless they come to
-    more than 600 KB together. Without `show_mask` the text is plain; of `hidden_roles` only a line is left.
-    `dropped_tokens` were cut off before the row got here. Raises DataError for a
-    page that does not exist and for losses of the wrong length.
+    unknown. With the first, tokens are tinted by the loss; with both, by what training changed. Tokens that look
+    alike are one element unless `per_token` is set or their loss is known; then the result has only page `page` of
+    `page_tokens` tokens. Otherwise it has all pages, folded except this one, unless they exceed 600 KB. Without
+    `show_mask` the text is plain. Messages of `hidden_roles` are reduced to one line. `dropped_tokens` is the number
+    of tokens that were cut off. Raises DataError for a page that does not exist and for losses of the wrong length.
     """
     if token_loss is None and token_loss_base is not None:
-        raise DataError("token_loss_base is given without token_loss: pass both to compare, or token_loss alone.")
+        raise DataError("token_loss_base is given without token_loss. Pass both to compare, or token_loss alone.")
     cells = row_cells(conversation, tokenizer, token_loss, token_loss_base, show_ends=not dropped_tokens)
     losses = sum(loss is not None for loss in (token_loss, token_loss_base))
-    look = Look(per_token, show_mask, hidden_roles)
+    look = RowStyle(per_token, show_mask, hidden_roles)
     body = paged_html(cells, conversation.tokens, look, page, page_tokens, alone=per_token or losses > 0)
     heading = f"<b>{escape(one_line(title), quote=True)}</b>&emsp;" if title else ""
     return (

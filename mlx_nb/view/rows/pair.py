@@ -1,4 +1,4 @@
-"""The two answers of a preference row: chosen beside rejected, what differs marked."""
+"""Renders a preference row: the chosen and the rejected answer side by side, with differences marked."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mlx_nb.view.rows.diff import marked
 from mlx_nb.view.rows.html import (
     PAGE_TOKENS,
     QUIET,
-    Look,
+    RowStyle,
     blocks_html,
     notes_html,
     paged_html,
@@ -29,7 +29,7 @@ from mlx_nb.view.rows.html import (
 from mlx_nb.view.rows.text import block_lines, highest_losses, legend_line, note_lines
 from mlx_nb.view.theme import BLUE, GREY, one_line, tint
 
-_OPEN_PROMPT = 400  # tokens of a prompt that is not folded
+_OPEN_PROMPT = 400  # tokens; a longer prompt is folded
 _NAMES = ("✓ chosen", "✗ rejected")
 
 
@@ -44,7 +44,7 @@ class Answer:
 
 
 class PairCells(NamedTuple):
-    """A pair in parts: the messages that both begin with, then what follows in each."""
+    """The parts of a pair: the messages that both answers share, then the rest of each."""
 
     prompt: list[Cell]
     chosen: list[Cell]
@@ -52,7 +52,7 @@ class PairCells(NamedTuple):
 
 
 def pair_cells(chosen: Answer, rejected: Answer, tokenizer: Tokenizer) -> PairCells:
-    """The cells of a pair, those that differ marked. Of the prompt no loss is told."""
+    """The cells of a pair, with differences marked. The prompt has no losses."""
     sides = [
         row_cells(
             answer.conversation,
@@ -71,7 +71,7 @@ def pair_cells(chosen: Answer, rejected: Answer, tokenizer: Tokenizer) -> PairCe
 
 
 def _shared_tokens(chosen: TokenizedConversation, rejected: TokenizedConversation) -> int:
-    """How many tokens both begin with, none of them trained."""
+    """The number of untrained tokens that both begin with."""
     most = min(len(chosen.tokens), len(rejected.tokens))
     same = chosen.tokens[:most] == rejected.tokens[:most]
     untrained = (chosen.loss_mask[:most] == 0) & (rejected.loss_mask[:most] == 0)
@@ -80,7 +80,7 @@ def _shared_tokens(chosen: TokenizedConversation, rejected: TokenizedConversatio
 
 
 def _start_of_message(cells: list[Cell], shared: int) -> int:
-    """The first token of the message that goes beyond the shared tokens."""
+    """The first token of the message in which the shared tokens end."""
     at = next((k for k, cell in enumerate(cells) if cell.stop > shared), len(cells))
     if at == len(cells):
         return shared
@@ -90,7 +90,7 @@ def _start_of_message(cells: list[Cell], shared: int) -> int:
 
 
 def pages_of_pair(cells: PairCells) -> int:
-    """How many pages the longer of the two answers has."""
+    """The number of pages of the longer answer."""
     lengths = [side[-1].stop - side[0].first if side else 0 for side in (cells.chosen, cells.rejected)]
     return max(1, -(-max(lengths) // PAGE_TOKENS))
 
@@ -106,16 +106,16 @@ def render_pair_html(
     show_mask: bool = True,
     hidden_roles: Collection[str] = (),
 ) -> str:
-    """The pair as HTML: the prompt once, then the answers side by side, one under the other where it is narrow.
+    """The pair as HTML: the prompt once, then the answers side by side, or stacked in a narrow window.
 
-    Each is shown as `render_html` shows a row, and what differs from the other answer has a bar above. The page is that
+    Each answer looks like a row of `render_html`; differences from the other answer have a bar above. `page` is a page
     of the answers. Raises DataError for a page that neither has, and for losses of the wrong length.
     """
     cells = pair_cells(chosen, rejected, tokenizer)
     pages = pages_of_pair(cells)
     if not 0 <= page < pages:
         raise DataError(f"page {page} does not exist: the answers have {pages} of {grouped(PAGE_TOKENS)} tokens.")
-    look = Look(per_token, show_mask, hidden_roles, edges=False)
+    look = RowStyle(per_token, show_mask, hidden_roles, edges=False)
     losses = sum(loss is not None for loss in (chosen.token_loss, chosen.token_loss_base))
     masks = np.concatenate([answer.conversation.loss_mask for answer in (chosen, rejected)])
     columns = [
@@ -133,20 +133,20 @@ def render_pair_html(
 
 
 def _counts(cells: PairCells) -> str:
-    """How long the answers are, and how much of each differs from the other one."""
-    told = [
-        f"{name} {grouped(total)} tokens, {grouped(differing)} that differ"
+    """The length of each answer, and how many of its tokens differ."""
+    parts = [
+        f"{name} {grouped(total)} tokens, {grouped(differing)} different"
         for name, side in (("chosen", cells.chosen), ("rejected", cells.rejected))
         for total, differing in [(_tokens(side), _tokens([cell for cell in side if cell.differs]))]
     ]
-    return " · ".join(told)
+    return " · ".join(parts)
 
 
 def _tokens(cells: list[Cell]) -> int:
     return sum(len(cell.weights) for cell in cells)
 
 
-def _prompt_html(prompt: list[Cell], tokens: np.ndarray, look: Look) -> str:
+def _prompt_html(prompt: list[Cell], tokens: np.ndarray, look: RowStyle) -> str:
     if not prompt:
         return ""
     count = _tokens(prompt)
@@ -158,7 +158,7 @@ def _prompt_html(prompt: list[Cell], tokens: np.ndarray, look: Look) -> str:
     )
 
 
-def _column_html(name: str, answer: Answer, cells: list[Cell], look: Look, page: int, losses: int) -> str:
+def _column_html(name: str, answer: Answer, cells: list[Cell], look: RowStyle, page: int, losses: int) -> str:
     conversation, first = answer.conversation, name == _NAMES[0]
     beyond = page * PAGE_TOKENS >= max(1, _tokens(cells))
     body = (
@@ -166,7 +166,7 @@ def _column_html(name: str, answer: Answer, cells: list[Cell], look: Look, page:
         if beyond
         else paged_html(cells, conversation.tokens, look, page, PAGE_TOKENS, alone=look.per_token or losses > 0)
     )
-    # The rule above tells the columns apart where they stand one under the other.
+    # The rule above separates the columns when they are stacked.
     rule = f"border-top:3px {'solid' if first else 'dashed'} {tint(BLUE if first else GREY, 0.9)}"
     return (
         f'<div style="flex:1 1 20em;min-width:0;margin:4px 0 8px 0;{rule};padding:4px 0 0 0">'
@@ -180,11 +180,11 @@ def _column_html(name: str, answer: Answer, cells: list[Cell], look: Look, page:
 def render_pair_text(
     chosen: Answer, rejected: Answer, tokenizer: Tokenizer, *, title: str = "", color: bool = True, width: int = 100
 ) -> str:
-    """The pair for a terminal: the prompt, then the chosen answer, then the rejected one, as `render_text` shows rows.
+    """The pair for a terminal: the prompt, the chosen answer and the rejected one, like rows of `render_text`.
 
-    Without `color` `▸` and `◂` stand around what differs.
+    Without `color`, differences are enclosed in `▸` and `◂`.
     """
-    # Only colors can tell the loss of each token.
+    # Without color, token losses cannot be shown.
     quiet = [answer if color else replace(answer, token_loss=None) for answer in (chosen, rejected)]
     cells = pair_cells(quiet[0], quiet[1], tokenizer)
     heading = f"{one_line(title)}  " if title else ""

@@ -1,4 +1,4 @@
-"""The tokens of a row for a terminal."""
+"""Renders the tokens of a row for a terminal."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def _paint(text: str, style: str, color: bool) -> str:
 
 
 def legend_line(*, color: bool, differs: bool = False) -> str:
-    """What the marks mean; `differs` as well of a pair."""
+    """The legend; `differs` adds the mark for differences in a pair."""
     if color:
         entries = [_paint("trained", _TRAINED, color), _paint("not trained", _DIM, color)]
     else:
@@ -194,10 +194,10 @@ def legend_line(*, color: bool, differs: bool = False) -> str:
 def note_lines(
     conversation: TokenizedConversation, cells: list[Cell], token_loss: np.ndarray | None, *, color: bool
 ) -> list[str]:
-    """How much of each role is trained, the mean loss, and what is odd about the row."""
+    """Trained tokens by role, the mean loss, and remarks about the row."""
     counts = role_counts(cells).items()
-    told = " · ".join(f"{one_line(role)} {grouped(n)} of {grouped(total)}" for role, (total, n) in counts)
-    lines = [f"trained: {told}"]
+    roles = " · ".join(f"{one_line(role)} {grouped(n)} of {grouped(total)}" for role, (total, n) in counts)
+    lines = [f"trained: {roles}"]
     if color and token_loss is not None:
         labels = zip(("0–1", "1–2", "2–4", "4+"), _LOSS_COLORS)
         scale = " ".join(_paint(f" {label} ", style or "0", color) for label, (_, style) in labels)

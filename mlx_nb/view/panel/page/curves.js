@@ -1,4 +1,4 @@
-// The curves of one run as SVG. What it draws is made by SeriesBuilder.series in view/curves/curves.py.
+// Draws the curves of one run as SVG, from the data of SeriesBuilder.series in view/curves/curves.py.
 
 const TRAIN = "var(--mlx-nb-train)", SECOND = "var(--mlx-nb-second)", VALID = "var(--mlx-nb-valid)";
 const LEFT = "var(--mlx-nb-left)";
@@ -11,13 +11,13 @@ const LOOKS = {
   "valid-second": { stroke: SECOND, "stroke-width": 1.6, "stroke-dasharray": "6 4" },
   left: { stroke: LEFT, "stroke-width": 1.8, "stroke-dasharray": "0.1 4", "stroke-linecap": "round" },
 };
-// While there are few updates they are the curve, and their average, which lags, is a hint.
+// With few updates, the single updates are emphasized, because their average lags behind.
 const SHORT_LOOKS = {
   raw: { stroke: TRAIN, "stroke-width": 2.2 },
   train: { stroke: TRAIN, "stroke-width": 1, "stroke-opacity": 0.65 },
 };
 const HEIGHT = 230, NARROWEST = 260, TOP = 26, BOTTOM = HEIGHT - 40, RIGHT = 14, NEAR = 5;
-const LETTER = 6.6; // Width of a digit, so that the axis has room before anything is drawn.
+const LETTER = 6.6; // Width of a digit, to reserve space for the axis before drawing.
 const CHOICES = {
   scale: ["vertical scale", { linear: "Linear", log: "Log" }],
   axis: ["horizontal axis", { update: "Updates", tokens: "Tokens", time: "Time" }],
@@ -56,7 +56,7 @@ function add(parent, tag, attributes = {}, text = "") {
   return element;
 }
 
-// The index of the number nearest to `wanted`; -1 when there is none.
+// The index of the number nearest to `wanted`, or -1.
 const nearest = (numbers, wanted) => numbers.reduce((best, number, index) =>
   best < 0 || Math.abs(number - wanted) < Math.abs(numbers[best] - wanted) ? index : best, -1);
 
@@ -91,7 +91,7 @@ const whole = (value) => Math.round(value).toLocaleString("en");
 const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 4 });
 const timeUnit = (seconds) => (seconds < 120 ? [1, "seconds"] : seconds < 7200 ? [60, "minutes"] : [3600, "hours"]);
 
-// `gap` is the distance of the ticks, which have as many decimals each as that needs.
+// `gap` is the distance of the ticks, and determines their number of decimals.
 function short(value, gap) {
   if (Math.abs(value) >= 1e4) return compact.format(value);
   if (value && Math.abs(value) < 1e-3) return Number(value.toPrecision(3)).toExponential();
@@ -100,7 +100,7 @@ function short(value, gap) {
 
 const hasBoth = ({ lines }) => ["raw", "train"].every((role) => lines.some((line) => line.role === role));
 
-// Everything about the group on show that depends on scale, axis and width, in pixels.
+// The geometry of the shown group in pixels; depends on scale, axis and width.
 function layout(series, group, scale, axis, width, shown) {
   const column = { tokens: "tokens", time: "seconds" }[axis];
   const along = (step, clock = 0) => (column ? clockAt(series.clocks[clock], step, column) : step);
@@ -110,13 +110,13 @@ function layout(series, group, scale, axis, width, shown) {
   const hidden = { raw: "train", smooth: "raw" }[shown];
   const lines = hasBoth(group) ? all.filter(({ role }) => role !== hidden) : all;
   const heights = (some) => some.flatMap((line) => line.value.filter(isDrawn).map(into));
-  // A branch that was left may have exploded; it squeezes the curve that stands to a third at most.
+  // An abandoned branch may have exploded; the current curve keeps at least a third of the height.
   const standing = heights(lines.filter((line) => line.role !== "left"));
   const values = standing.length ? standing : heights(lines);
   let lowest = Math.min(...values), highest = Math.max(...values);
   const span = highest - lowest, behind = heights(lines.filter((line) => line.role === "left"));
   if (behind.length) {
-    const room = span > 0 ? span : Infinity; // a single point is not squeezed
+    const room = span > 0 ? span : Infinity; // for a single point
     lowest = Math.max(lowest - room, Math.min(lowest, ...behind));
     highest = Math.min(highest + room, Math.max(highest, ...behind));
   }
@@ -128,7 +128,7 @@ function layout(series, group, scale, axis, width, shown) {
   const left = 12 + LETTER * Math.max(2, ...upTexts.map((text) => text.length));
   const farthest = Math.max(0, ...lines.map((line) => line.along.at(-1) ?? 0));
   let end = Math.max(farthest, column ? 0 : series.iters) || 1;
-  // A long run is not a sliver at its start: the axis holds all of it only once half of it is done.
+  // The axis covers the whole run only once half of it is done, so that the start of a long run is not tiny.
   while (!column && end / 2 >= Math.max(farthest, 4)) end /= 2;
   const [unit, unitName] = axis === "time" ? timeUnit(end) : [1, ""];
   const across = niceTicks(0, end / unit, Math.max(2, Math.floor((width - left) / 90)), axis === "time" ? 0 : 1);
@@ -160,7 +160,7 @@ function keyed(parent, tag, role, text, looks) {
   return entry;
 }
 
-// The zero-length piece shows a point that has gaps on both sides.
+// The zero-length segment shows a point with gaps on both sides.
 const pathOf = (places) => places.map(([x, y], index) => y === null ? ""
   : (places[index - 1]?.[1] ?? null) === null ? `M${x} ${y}h0` : `L${x} ${y}`).join("");
 
@@ -189,7 +189,7 @@ function paint(chart, view) {
     add(mark, "title", {}, text);
     rule(mark, `M${x} ${BOTTOM}v${kind === "save" ? -5 : -11}`, 0.75, 1.5);
   }
-  // An SVG inside cuts off what leaves the plot, with room for half a point around it.
+  // The inner SVG clips the plot, with room for half a point around it.
   const box = [left - 6, TOP - 6, right - left + 12, BOTTOM - TOP + 12];
   const inside = add(chart, "svg", { x: box[0], y: box[1], width: box[2], height: box[3], viewBox: box.join(" ") });
   for (const line of [...lines].sort((a, b) => (b.role === "left") - (a.role === "left"))) {
@@ -204,7 +204,7 @@ function paint(chart, view) {
       : shown.reduce((found, place) => (sign * place[1] > sign * found[1] ? place : found));
     const text = `best ${line.value[line.places.indexOf(best)]}`;
     add(inside, "circle", { cx: best[0], cy: best[1], r: 5.5, fill: "none", stroke: VALID, "stroke-width": 1.5 });
-    // Above the plot, where it covers no curve.
+    // Above the plot, where it does not cover a curve.
     write(right, 13, "end", text, { class: "mlx-nb-best" });
   }
 }
@@ -257,7 +257,7 @@ function renderCurves({ model, el }) {
     point(pointed);
   }
 
-  // One button for each curve that says most of this method; none where that is the loss alone.
+  // One button for each important curve of the method; none if that is only the loss.
   function drawFirst({ shown }, chosen) {
     const names = shown.length > 1 ? shown : [];
     first.style.display = names.length ? "inline-flex" : "none";
@@ -282,7 +282,7 @@ function renderCurves({ model, el }) {
     return x;
   }
 
-  // Shows the values at the update that the pointer or the arrow keys are at; null for none.
+  // Shows the values at the update selected by the pointer or the arrow keys; null hides them.
   function point(step) {
     const last = view.steps.at(-1) ?? 0, selected = model.get("selected");
     pointed = step === null ? null : (view.steps[nearest(view.steps, step)] ?? null);
@@ -290,13 +290,13 @@ function renderCurves({ model, el }) {
     tip.replaceChildren();
     tip.style.display = pointed === null ? "none" : "block";
     if (selected !== null && view.steps.length && selected <= last) upright(selected, "none");
-    if (pointed !== null) tell(upright(pointed, "3 3"));
+    if (pointed !== null) describe(upright(pointed, "3 3"));
     chart.setAttribute("aria-valuemax", last);
     chart.setAttribute("aria-valuenow", pointed ?? last);
     chart.setAttribute("aria-valuetext", [...tip.children].map(({ textContent }) => textContent).join(", "));
   }
 
-  function tell(x) {
+  function describe(x) {
     const at = (name) => clockAt(model.get("series").clocks[0], pointed, name);
     const isNear = (place) => Math.abs(place - x) <= NEAR;
     const [unit, unitName] = timeUnit(at("seconds")), time = Number((at("seconds") / unit).toPrecision(3));
@@ -315,7 +315,7 @@ function renderCurves({ model, el }) {
   }
 
   function select() {
-    // The same update chosen again is told again: what it opened may be gone from the screen.
+    // Selecting the same update again is reported again, because its rows may no longer be shown.
     if (pointed !== null && pointed === model.get("selected")) put("selected", null);
     if (pointed !== null) put("selected", pointed);
   }
@@ -339,11 +339,11 @@ function renderCurves({ model, el }) {
     go?.(...where);
   });
   root.addEventListener("keydown", (event) => {
-    // A notebook takes single keys for commands: Enter would leave the chart, two letters delete the cell.
+    // A notebook has single-key commands: Enter would leave the chart, two letters delete the cell.
     if (!event.ctrlKey && !event.metaKey && !event.altKey && !event.shiftKey) event.stopPropagation();
   });
-  const again = () => point(pointed), heard = ["series", "scale", "axis", "group", "lines", "selected"];
-  for (const name of heard) model.on(`change:${name}`, name === "selected" ? again : draw);
+  const again = () => point(pointed), traits = ["series", "scale", "axis", "group", "lines", "selected"];
+  for (const name of traits) model.on(`change:${name}`, name === "selected" ? again : draw);
   draw();
   const observer = new ResizeObserver(draw);
   observer.observe(plot);
@@ -351,6 +351,6 @@ function renderCurves({ model, el }) {
   return () => {
     observer.disconnect();
     lightOrDark();
-    for (const name of heard) model.off(`change:${name}`, name === "selected" ? again : draw);
+    for (const name of traits) model.off(`change:${name}`, name === "selected" ? again : draw);
   };
 }

@@ -1,6 +1,6 @@
-// Elements, texts and the theme around them.
+// Helpers for elements, texts and the theme.
 
-// An element with attributes; `on...` are listeners, and a child that is no element is text.
+// Creates an element with attributes; `on...` are listeners, and strings become text.
 function h(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -12,18 +12,18 @@ function h(tag, attributes = {}, ...children) {
   return element;
 }
 
-// A write that changes nothing is not done: it would end a selection and be read out again.
+// Writes only changes, because a write would clear a selection and be read aloud again.
 function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-// HTML that the kernel made, every piece of data in it escaped there.
+// HTML from the kernel, which has escaped all data in it.
 function setHtml(element, html) {
   const parsed = new DOMParser().parseFromString(html, "text/html");
   element.replaceChildren(...parsed.body.childNodes);
 }
 
-// The children of `parent`, one for each item, kept as long as the item's key and data are the same.
+// Updates the children of `parent`, one for each item; a child is kept while the item's key and data are the same.
 function sync(parent, items, keyOf, make) {
   const there = new Map([...parent.children].map((child) => [child.dataset.key, child]));
   const wanted = items.map((item, index) => {
@@ -41,7 +41,7 @@ function sync(parent, items, keyOf, make) {
   if (focused) wanted.find((one) => one.dataset.key === focused)?.focus();
 }
 
-// As the kernel writes it, whatever the language of the browser.
+// As the kernel writes it, independent of the browser's language.
 const timeOfDay = (date) => date.toTimeString().slice(0, 8);
 
 const seconds = (value) => {
@@ -51,7 +51,7 @@ const seconds = (value) => {
   return hours ? `${hours}:${two(minutes % 60)}:${two(all % 60)}` : `${minutes}:${two(all % 60)}`;
 };
 
-// Whether the page behind an element is dark, by its color: every notebook marks its themes in a way of its own.
+// Whether the page behind an element is dark, by its color, because notebooks mark their themes differently.
 function isDark(element) {
   for (let node = element.parentElement; node; node = node.parentElement) {
     const [r, g, b, alpha = 1] = (getComputedStyle(node).backgroundColor.match(/[\d.]+/g) ?? [0, 0, 0, 0]).map(Number);
@@ -60,7 +60,7 @@ function isDark(element) {
   return matchMedia("(prefers-color-scheme: dark)").matches && getComputedStyle(document.documentElement).colorScheme.includes("dark");
 }
 
-// Marks the root of a view while the page is dark. Returns what ends that.
+// Marks the root of a view while the page is dark. Returns a function that stops this.
 function followTheme(root) {
   const look = () => root.classList.toggle("mlx-nb-dark", isDark(root));
   const observer = new MutationObserver(() => setTimeout(look, 50)), media = matchMedia("(prefers-color-scheme: dark)");

@@ -1,9 +1,9 @@
-// Settings, checkpoints, completions and what happened.
+// The pages Settings, Checkpoints, Completions and Log.
 
 function settingsPage(page) {
   const { model } = page, fields = new Map();
   const grid = h("div", { class: "mlx-nb-settings" });
-  const el = h("div", {}, h("div", { class: "mlx-nb-note" }, "Enter applies a value at the next update. null switches a setting off."), grid);
+  const el = h("div", {}, h("div", { class: "mlx-nb-note" }, "Press Enter to apply a value from the next update on. null switches a setting off."), grid);
 
   function field(name, help) {
     const input = h("input", { type: "text", class: "mlx-nb-field", id: `${page.id}-${name}`, spellcheck: "false", autocomplete: "off" });
@@ -30,13 +30,13 @@ function settingsPage(page) {
       input.disabled = page.isGone();
     }
   }
-  // What was refused is put back to what holds.
-  return { el, draw, on: ["settings", "said"] };
+  // A refused value is replaced by the current one.
+  return { el, draw, on: ["settings", "notice"] };
 }
 
 function checkpointsPage(page) {
   const { model, store } = page;
-  const none = h("div", { class: "mlx-nb-note" }, "no checkpoint is there yet");
+  const none = h("div", { class: "mlx-nb-note" }, "there is no checkpoint yet");
   const body = h("tbody", {}), compared = h("div", { class: "mlx-nb-note" });
   const heads = ["update", "kind", "saved at", "MB", ""].map((name, at) => h("th", { scope: "col", class: at === 0 || at === 3 ? "mlx-nb-number" : "" }, name));
   const table = h("div", { class: "mlx-nb-scrolls" }, h("table", { class: "mlx-nb-table mlx-nb-acts" }, h("thead", {}, h("tr", {}, heads)), body));
@@ -44,21 +44,21 @@ function checkpointsPage(page) {
 
   const compare = (save, step) => {
     page.say(`comparing with update ${step} …`);
-    store.ask({ look: "compare", save }, false).then((told) => {
-      page.say(told.error ?? "", Boolean(told.error));
+    store.ask({ show: "compare", save }, false).then((reply) => {
+      page.say(reply.error ?? "", Boolean(reply.error));
       compared.replaceChildren(h("b", {}, `now against update ${step}`), h("table", { class: "mlx-nb-table" },
-        (told.rows ?? []).map(([label, value]) => h("tr", {}, h("td", {}, label), h("td", {}, value)))));
+        (reply.rows ?? []).map(([label, value]) => h("tr", {}, h("td", {}, label), h("td", {}, value)))));
     });
   };
 
   function line([save, step, kind, time, size]) {
     const small = (text, title, act) => h("button", { type: "button", class: "mlx-nb-small", title, onclick: act }, text);
-    const rewind = small("Rewind to it", "go back to this update; the branch that is left stays visible", () => page.rewind(step, rewind));
-    const remove = small("Delete", "remove this checkpoint from disk", () =>
-      page.confirm(remove, `Delete the checkpoint of update ${step} (${size} MB) from disk? Nothing brings it back.`, "Delete it",
+    const rewind = small("Rewind to it", "go back to this update; the curves still show the old branch", () => page.rewind(step, rewind));
+    const remove = small("Delete", "delete this checkpoint from disk", () =>
+      page.confirm(remove, `Delete the checkpoint of update ${step} (${size} MB) from disk? This cannot be undone.`, "Delete it",
         () => page.act({ do: "delete", save }, `deleting the checkpoint of update ${step} …`)));
     return h("tr", {}, h("td", { class: "mlx-nb-number" }, step), h("td", {}, kind), h("td", {}, time), h("td", { class: "mlx-nb-number" }, size),
-      h("td", {}, h("span", { class: "mlx-nb-line" }, rewind, small("Compare", "the run as it is now against this checkpoint", () => compare(save, step)), remove)));
+      h("td", {}, h("span", { class: "mlx-nb-line" }, rewind, small("Compare", "compare the current run with this checkpoint", () => compare(save, step)), remove)));
   }
 
   function draw() {
@@ -70,7 +70,7 @@ function checkpointsPage(page) {
       const rewind = row.querySelector("button"), ahead = infos[at][1] - page.step();
       rewind.disabled = ahead >= 0 || page.isGone();
       setText(rewind, ahead ? "Rewind to it" : "The run is here");
-      rewind.title = ahead > 0 ? "the run has gone back to before it" : "go back to this update; the branch that is left stays visible";
+      rewind.title = ahead > 0 ? "this checkpoint is ahead of the run" : "go back to this update; the curves still show the old branch";
     }
   }
   return { el, draw, on: ["checkpoints", "progress"] };
@@ -80,24 +80,24 @@ function completionsPage(page) {
   const { model, store } = page;
   let place = 0, coloredOf = null;
   const rollout = h("select", { class: "mlx-nb-field", "aria-label": "rollout", onchange: () => { place = rollout.selectedIndex; draw(); } });
-  const color = h("button", { type: "button", class: "mlx-nb-choice", title: "log(policy now / policy that sampled) of each token of the newest completions",
+  const color = h("button", { type: "button", class: "mlx-nb-choice", title: "log(current policy / sampling policy) for each token of the newest completions",
     onclick: () => { page.put("coloring", !model.get("coloring")); draw(); } }, "Color by log-prob ratio");
   const note = h("div", { class: "mlx-nb-note" }), view = h("div", { class: "mlx-nb-row" });
   const el = h("div", {}, h("div", { class: "mlx-nb-line" }, rollout, color), note, view);
 
-  function show(html, said) {
-    setText(note, said ?? "");
+  function show(html, text) {
+    setText(note, text ?? "");
     if (view.of !== html) setHtml(view, html ?? "");
     view.of = html;
   }
 
   function draw() {
     if (el.hidden) return;
-    const told = model.get("completions"), colored = model.get("coloring"), updates = told.updates ?? [];
+    const reply = model.get("completions"), colored = model.get("coloring"), updates = reply.updates ?? [];
     color.setAttribute("aria-pressed", colored);
     const names = updates.map((update, at) => (at ? `after update ${update}` : `newest, after update ${update}`));
     if (String(names) !== String([...rollout.options].map(({ text }) => text))) {
-      // Completions that were chosen stay chosen when newer ones come.
+      // Selected completions stay selected when newer ones arrive.
       const chosen = place ? rollout.dataset.update : null;
       rollout.replaceChildren(...names.map((name) => new Option(name)));
       place = chosen === null ? 0 : Math.max(0, updates.map(String).indexOf(chosen));
@@ -105,11 +105,11 @@ function completionsPage(page) {
     rollout.selectedIndex = place;
     rollout.dataset.update = updates[place] ?? "";
     rollout.hidden = !updates.length;
-    if (place === 0 && told.html !== null && told.html !== undefined) return show(told.html, told.note);
-    if (!updates.length) return show("", told.note);
+    if (place === 0 && reply.html !== null && reply.html !== undefined) return show(reply.html, reply.note);
+    if (!updates.length) return show("", reply.note);
     coloredOf = `${updates[place]} ${colored}`;
     const of = coloredOf;
-    store.ask({ look: "rollout", place, colored }, false).then((answer) => {
+    store.ask({ show: "rollout", place, colored }, false).then((answer) => {
       if (of === coloredOf) show(answer.html, answer.error ?? answer.note);
     });
   }
@@ -117,12 +117,12 @@ function completionsPage(page) {
 }
 
 function logPage(page) {
-  const text = h("div", { class: "mlx-nb-log", role: "log", tabindex: 0, "aria-label": "what happened, the newest first" });
+  const text = h("div", { class: "mlx-nb-log", role: "log", tabindex: 0, "aria-label": "log, newest first" });
   const el = h("div", {}, text);
   function draw() {
-    const lines = [...page.store.happened.lines].reverse();
-    if (!lines.length) return text.replaceChildren(h("div", { class: "mlx-nb-note" }, "nothing happened yet"));
+    const lines = [...page.store.eventLog.lines].reverse();
+    if (!lines.length) return text.replaceChildren(h("div", { class: "mlx-nb-note" }, "nothing has happened yet"));
     sync(text, lines, (line, at) => `${lines.length - at} ${line}`, (line) => h("div", {}, line));
   }
-  return { el, draw, on: ["happened"] };
+  return { el, draw, on: ["event_log"] };
 }

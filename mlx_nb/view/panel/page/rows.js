@@ -1,10 +1,10 @@
-// The page of rows: those of an update, those of highest loss, all of them, or the next batch; one of them by tokens.
+// The page Rows: the rows of an update, with the highest loss, or of a split, or the next batch; and one row as tokens.
 
-const LISTED = { update: "Of one update", worst: "Highest loss", all: "All rows", batch: "Next batch" };
-const COLORS = { mask: "Loss mask", loss: "Loss now", compare: "Change against the base" };
-const WAIT = "asking the kernel …", WAIT_LONGER = "asking the kernel; it answers after what it is doing …";
+const LISTED = { update: "One update", worst: "Highest loss", all: "All rows", batch: "Next batch" };
+const COLORS = { mask: "Loss mask", loss: "Loss now", compare: "Change from the base" };
+const WAIT = "loading …", WAIT_LONGER = "waiting for the current activity …";
 
-// Buttons of which one is pressed: they choose, and do nothing else.
+// A group of toggle buttons, one of which is pressed.
 function choice(label, options, chosen, choose) {
   const buttons = Object.entries(options).map(([value, text]) =>
     h("button", { type: "button", class: "mlx-nb-choice", value, onclick: () => choose(value) }, text));
@@ -26,11 +26,11 @@ function rowsPage(page) {
   const note = h("div", { class: "mlx-nb-note" });
   const latest = h("button", { type: "button", class: "mlx-nb-small", onclick: () => select({ update: null, row: null }) }, "Follow the newest update");
   const list = h("div", { class: "mlx-nb-list", role: "listbox", tabindex: 0, "aria-label": "rows" });
-  const back = h("button", { type: "button", class: "mlx-nb-small", onclick: () => { listPage -= 1; draw(); } }, "◀ Earlier");
-  const on = h("button", { type: "button", class: "mlx-nb-small", onclick: () => { listPage += 1; draw(); } }, "Later ▶");
+  const back = h("button", { type: "button", class: "mlx-nb-small", onclick: () => { listPage -= 1; draw(); } }, "◀ Previous");
+  const on = h("button", { type: "button", class: "mlx-nb-small", onclick: () => { listPage += 1; draw(); } }, "Next ▶");
   const pages = h("div", { class: "mlx-nb-line" }, back, h("span", { class: "mlx-nb-pages" }), on);
-  const tokensBack = h("button", { type: "button", class: "mlx-nb-small", onclick: () => { tokenPage -= 1; draw(); } }, "◀ Tokens before");
-  const tokensOn = h("button", { type: "button", class: "mlx-nb-small", onclick: () => { tokenPage += 1; draw(); } }, "Tokens after ▶");
+  const tokensBack = h("button", { type: "button", class: "mlx-nb-small", onclick: () => { tokenPage -= 1; draw(); } }, "◀ Previous tokens");
+  const tokensOn = h("button", { type: "button", class: "mlx-nb-small", onclick: () => { tokenPage += 1; draw(); } }, "Next tokens ▶");
   const tokensLine = h("div", { class: "mlx-nb-line", style: "display: none" }, tokensBack, tokensOn);
   const shown = h("div", { class: "mlx-nb-row" }), visits = h("div", { class: "mlx-nb-note" });
   const look = h("div", { class: "mlx-nb-line" }, color, cells);
@@ -51,45 +51,45 @@ function rowsPage(page) {
     const newest = model.get("latest");
     if (rows === "update" && (update === null || update === newest.update)) return newest;
     if (rows === "batch") return { rows: [], note: "the arrays of the next update" };
-    const message = { look: "rows", which: rows, split: of, update, page: listPage };
-    // The rows of a split and of an update stay what they are; losses do not.
+    const message = { show: "rows", which: rows, split: of, update, page: listPage };
+    // The rows of a split and of an update do not change, but their losses do.
     const answer = rows === "worst" ? el.worst?.of === of ? el.worst.answer : null : store.kept(message);
     if (!answer || (rows === "worst" && el.worst.step !== page.step()))
-      store.ask(message, rows !== "worst").then((told) => {
-        if (rows === "worst") el.worst = { of, answer: told, step: page.step() };
-        if (told.error) page.say(told.error, true);
+      store.ask(message, rows !== "worst").then((reply) => {
+        if (rows === "worst") el.worst = { of, answer: reply, step: page.step() };
+        if (reply.error) page.say(reply.error, true);
         draw();
       });
     return answer ?? { rows: [], note: page.isBusy() ? WAIT_LONGER : WAIT };
   }
 
   function drawList(now) {
-    const told = listed(now);
-    setText(note, told.note ?? told.error ?? "");
-    sync(list, told.rows ?? [], ([row]) => row, ([row, loss, where]) =>
+    const reply = listed(now);
+    setText(note, reply.note ?? reply.error ?? "");
+    sync(list, reply.rows ?? [], ([row]) => row, ([row, loss, where]) =>
       h("div", { role: "option", class: "mlx-nb-entry", onclick: () => select({ row }) },
         h("span", {}, `row ${row}`), h("span", { class: "mlx-nb-number" }, loss === null ? "" : loss.toFixed(3)), h("span", { class: "mlx-nb-where", title: where }, where)));
-    const rows = (told.rows ?? []).map(([row]) => row), chosen = rows.includes(now.row) ? now.row : rows[0] ?? null;
+    const rows = (reply.rows ?? []).map(([row]) => row), chosen = rows.includes(now.row) ? now.row : rows[0] ?? null;
     for (const option of list.children) option.setAttribute("aria-selected", option.dataset.key === String(chosen));
     list.style.display = now.rows === "batch" ? "none" : "";
-    pages.style.display = (told.pages ?? 1) > 1 ? "" : "none";
-    setText(pages.querySelector(".mlx-nb-pages"), `${listPage + 1} of ${told.pages ?? 1}`);
+    pages.style.display = (reply.pages ?? 1) > 1 ? "" : "none";
+    setText(pages.querySelector(".mlx-nb-pages"), `${listPage + 1} of ${reply.pages ?? 1}`);
     back.disabled = listPage <= 0;
-    on.disabled = listPage >= (told.pages ?? 1) - 1;
+    on.disabled = listPage >= (reply.pages ?? 1) - 1;
     return chosen;
   }
 
-  function show(told, key) {
+  function show(reply, key) {
     if (shown.dataset.of !== key) {
       shown.dataset.of = key;
-      setHtml(shown, told.html ?? "");
-      if (told.error) setText(shown, told.error);
+      setHtml(shown, reply.html ?? "");
+      if (reply.error) setText(shown, reply.error);
     }
-    setText(visits, told.visits ?? "");
-    const many = (told.pages ?? 1) > 1;
+    setText(visits, reply.visits ?? "");
+    const many = (reply.pages ?? 1) > 1;
     tokensLine.style.display = many ? "" : "none";
     tokensBack.disabled = tokenPage <= 0;
-    tokensOn.disabled = tokenPage >= (told.pages ?? 1) - 1;
+    tokensOn.disabled = tokenPage >= (reply.pages ?? 1) - 1;
   }
 
   function draw() {
@@ -102,7 +102,7 @@ function rowsPage(page) {
     latest.style.display = now.rows === "update" && now.update !== null ? "" : "none";
     look.style.display = now.rows === "batch" ? "none" : "";
     const row = drawList(now);
-    // What is on show belongs to another list: it does not stand under this one while the kernel is asked.
+    // Clear the content of the previous list while waiting for the kernel.
     if (el.which !== now.rows) {
       if (el.which === "batch" || now.rows === "batch") show({ html: "" }, "");
       el.which = now.rows;
@@ -110,24 +110,24 @@ function rowsPage(page) {
     if (now.rows !== "batch" && row === null) return show({ html: "" }, "");
     const of = now.rows === "worst" || now.rows === "all" ? now.split : "train";
     if (now.row !== row || el.row !== `${of} ${row}`) { el.row = `${of} ${row}`; tokenPage = 0; }
-    // What the model says of a row changes with every update; the row itself does not.
+    // The losses of a row change with every update; its tokens do not.
     const at = now.rows === "batch" || now.color !== "mask" ? page.step() : 0;
-    const message = now.rows === "batch" ? { look: "batch" } : { look: "row", split: of, row, color: now.color, page: tokenPage, tokens: perToken };
+    const message = now.rows === "batch" ? { show: "batch" } : { show: "row", split: of, row, color: now.color, page: tokenPage, tokens: perToken };
     const key = JSON.stringify([message, at]);
     if (shown.dataset.of === key) return;
     if (el.answers?.has(key)) return show(el.answers.get(key), key);
-    // While it trains, the losses on show are not asked for again at every update.
-    if (at && el.asked === JSON.stringify(message) && page.isRunning() && shown.dataset.of) return;
-    el.asked = JSON.stringify(message);
+    // During training, shown losses are not requested again at every update.
+    if (at && el.requested === JSON.stringify(message) && page.isRunning() && shown.dataset.of) return;
+    el.requested = JSON.stringify(message);
     const kept = at ? null : store.kept(message);
     if (kept) return show(kept, key);
     if (!shown.childNodes.length) setText(shown, page.isBusy() ? WAIT_LONGER : WAIT);
     shown.setAttribute("aria-busy", "true");
-    store.ask(message, !at).then((told) => {
-      if (at) (el.answers ??= new Map()).set(key, told);
-      if (turn !== drawn && el.asked !== JSON.stringify(message)) return;
+    store.ask(message, !at).then((reply) => {
+      if (at) (el.answers ??= new Map()).set(key, reply);
+      if (turn !== drawn && el.requested !== JSON.stringify(message)) return;
       shown.removeAttribute("aria-busy");
-      show(told, key);
+      show(reply, key);
     });
   }
 

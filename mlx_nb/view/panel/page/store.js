@@ -1,7 +1,7 @@
-// What a page knows of a run apart from its view: curves that grow, answers that are kept, signs of life.
+// The data of a run that all its views share: curves, cached replies of the kernel, and whether it is alive.
 
-const MOST_KEPT = 300; // answers of the kernel
-const BEATS_MISSED = 4, SECONDS_TO_ANSWER = 15; // before the kernel counts as gone
+const MOST_KEPT = 300; // cached replies
+const BEATS_MISSED = 4, SECONDS_TO_ANSWER = 15; // limits after which the kernel counts as gone
 const stores = new Map();
 
 function storeOf(model) {
@@ -23,20 +23,20 @@ function applySeries(series, { lines, clocks, ...others }) {
 
 function makeStore(model) {
   const listeners = new Set(), waiting = new Map(), kept = new Map();
-  let number = 0, heardAt = null, hasBeat = false, beatEvery = 3;
+  let number = 0, lastMessageAt = null, hasBeat = false, beatEvery = 3;
   const openedAt = Date.now();
-  const tell = (what) => listeners.forEach((listener) => listener(what));
+  const notify = (what) => listeners.forEach((listener) => listener(what));
   const store = {
-    // Copies: what the model holds goes back to the kernel when it is changed there.
+    // Copies, because a change in the model would be sent back to the kernel.
     series: structuredClone(model.get("series")),
-    happened: structuredClone(model.get("happened")),
+    eventLog: structuredClone(model.get("event_log")),
     gone: false,
     goneSince: null,
     listen(listener) {
       listeners.add(listener);
       return () => listeners.delete(listener);
     },
-    // What the kernel answers to a question; the same question is asked once as long as the answer is kept.
+    // The reply of the kernel to a request; a cached reply is not requested again.
     ask(message, isKept = true) {
       const key = JSON.stringify(message);
       if (kept.has(key)) return Promise.resolve(kept.get(key));
@@ -53,45 +53,45 @@ function makeStore(model) {
       return entry.promise;
     },
     kept: (message) => kept.get(JSON.stringify(message)),
-    heard: () => heardAt !== null,
-    // A page that never heard the kernel is one that was reopened; where beats came, their end says that it is gone.
+    isConnected: () => lastMessageAt !== null,
+    // A page without any message was reopened; a page with heartbeats notices when they stop.
     check() {
-      const silent = heardAt === null ? Date.now() - openedAt > 1000 * SECONDS_TO_ANSWER
-        : hasBeat && Date.now() - heardAt > 1000 * BEATS_MISSED * beatEvery;
+      const silent = lastMessageAt === null ? Date.now() - openedAt > 1000 * SECONDS_TO_ANSWER
+        : hasBeat && Date.now() - lastMessageAt > 1000 * BEATS_MISSED * beatEvery;
       if (!silent || store.gone) return;
-      Object.assign(store, { gone: true, goneSince: heardAt === null ? null : new Date(heardAt) });
-      tell("life");
+      Object.assign(store, { gone: true, goneSince: lastMessageAt === null ? null : new Date(lastMessageAt) });
+      notify("life");
     },
   };
-  const lives = () => {
-    const isFirst = heardAt === null;
-    heardAt = Date.now();
+  const markAlive = () => {
+    const isFirst = lastMessageAt === null;
+    lastMessageAt = Date.now();
     if (!store.gone && !isFirst) return;
     store.gone = false;
-    tell("life");
+    notify("life");
   };
   const onMessage = (message) => {
-    lives();
+    markAlive();
     if (message.kind === "beat") [hasBeat, beatEvery] = [true, message.seconds];
     if (message.kind === "series") {
       if (message.series) store.series = message.series;
       else if (store.series.version === message.from) applySeries(store.series, message.changes);
       else if (store.series.version < message.version) return model.send({ do: "whole" });
       store.series.version = message.version;
-      tell("series");
+      notify("series");
     }
-    if (message.kind === "happened") {
-      const { happened } = store;
-      if (message.from > happened.count) return model.send({ do: "whole" });
-      const fresh = message.lines.slice(happened.count - message.from);
-      happened.count += fresh.length;
-      happened.lines = [...happened.lines, ...fresh].slice(-200);
-      tell("happened");
+    if (message.kind === "event_log") {
+      const { eventLog } = store;
+      if (message.from > eventLog.count) return model.send({ do: "whole" });
+      const fresh = message.lines.slice(eventLog.count - message.from);
+      eventLog.count += fresh.length;
+      eventLog.lines = [...eventLog.lines, ...fresh].slice(-200);
+      notify("event_log");
     }
     if (message.kind === "whole") {
-      Object.assign(store, { series: message.series, happened: message.happened });
-      tell("series");
-      tell("happened");
+      Object.assign(store, { series: message.series, eventLog: message.event_log });
+      notify("series");
+      notify("event_log");
     }
     if (message.kind === "answer") {
       for (const [key, entry] of waiting)
@@ -102,9 +102,9 @@ function makeStore(model) {
     }
   };
   model.on("msg:custom", onMessage);
-  // Jupyter says when the connection of a widget changed; whether it is lost then, the next beats tell.
+  // Jupyter reports when a widget's connection changes; the next heartbeats show whether it is lost.
   model.on("comm_live_update", () => {
-    if (heardAt !== null) heardAt = Math.min(heardAt, Date.now() - 2000 * beatEvery);
+    if (lastMessageAt !== null) lastMessageAt = Math.min(lastMessageAt, Date.now() - 2000 * beatEvery);
   });
   store.timer = setInterval(store.check, 1000);
   store.close = () => {

@@ -1,4 +1,4 @@
-"""What a page asks to see: rows page by page, a row token by token, the next batch, completions. Kept by the page."""
+"""Answers the page's requests for content: lists of rows, one row, the next batch, completions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mlx_nb.errors import MlxNbError
 from mlx_nb.events import RolloutCompleted, RunState, StepCompleted
 from mlx_nb.view.event_text import visits_text
 from mlx_nb.view.panel.run_handle import RunHandle
-from mlx_nb.view.panel.state import Told, listed_rows, rows_of
+from mlx_nb.view.panel.state import PageData, listed_rows, rows_of
 from mlx_nb.view.reports.completions import Ratios, completions_html
 from mlx_nb.view.rows.batch import BatchDisplay
 from mlx_nb.view.rows.display import RowDisplay, measured_losses
@@ -17,14 +17,13 @@ from mlx_nb.view.rows.display import RowDisplay, measured_losses
 ROWS_OF_A_PAGE = 50
 WORST_ROWS = 200
 ROLLOUTS = 30
-# What is not asked for goes to the page only while it is short.
-MOST_LETTERS_UNASKED = 30_000
-NOT_THE_NEWEST = "only the newest completions can be compared with the policy"
+# Content that was not requested is sent only if it is short.
+MOST_CHARACTERS_UNREQUESTED = 30_000
+NOT_THE_NEWEST = "only the newest completions can be compared with the current policy"
 
 
-class Looks:
-    """Answers of one run. What is dear to find out is found out again only so often that it takes a twentieth of the
-    time."""
+class PageRequests:
+    """The content of one run. Expensive results are refreshed only as often as takes 5% of the time."""
 
     def __init__(self, run: RunHandle) -> None:
         self._run = run
@@ -35,19 +34,19 @@ class Looks:
         self._ratios_due = 0.0
         self._ratios_note = ""
 
-    def latest(self) -> Told:
-        """The rows of the newest update, or of the next one before the first."""
+    def latest(self) -> PageData:
+        """The rows of the newest update, or before the first update those of the next one."""
         run = self._run
-        told = rows_of(run.history.last_step, self._location("train"))
-        if told["update"] is None and run.prepared:
+        data = rows_of(run.history.last_step, self._location("train"))
+        if data["update"] is None and run.prepared:
             coming: list[tuple[int, float | None]] = [(row, None) for row in dict.fromkeys(run.trainer.next_rows())]
-            told["rows"] = listed_rows(coming, self._location("train"))
-        return told
+            data["rows"] = listed_rows(coming, self._location("train"))
+        return data
 
-    def rows(self, which: str, split: str = "train", update: int | None = None, page: int = 0) -> Told:
-        """`rows` as [row, loss, where], a `note`, and how many `pages` there are.
+    def rows(self, which: str, split: str = "train", update: int | None = None, page: int = 0) -> PageData:
+        """`rows` as [row, loss, location], a `note`, and the number of `pages`.
 
-        which   `update` (the rows of that one), `worst` (highest loss first) or `all` (in their own order)
+        which   `update` (the rows of that update), `worst` (highest loss first) or `all` (in their order)
         """
         if which == "update":
             found = (
@@ -56,7 +55,7 @@ class Looks:
             return {**rows_of(next(found, None), self._location(split)), "pages": 1}
         if which == "worst":
             losses = self._worst_rows(split)
-            note = f"the {len(losses)} rows of highest loss when last trained on or evaluated"
+            note = f"the {len(losses)} rows with the highest loss when last trained or evaluated"
             listed = listed_rows(losses, self._location(split))
             return {"rows": listed, "note": note if losses else "no losses are known yet", "pages": 1}
         total = len(self._run.inputs.split(split))
@@ -65,7 +64,7 @@ class Looks:
         rows = listed_rows(some, self._location(split))
         return {"rows": rows, "note": f"{total:,} rows", "pages": max(1, -(-total // ROWS_OF_A_PAGE))}
 
-    def row(self, split: str, row: int, color: str = "mask", page: int = 0, *, tokens: bool = False) -> Told:
+    def row(self, split: str, row: int, color: str = "mask", page: int = 0, *, tokens: bool = False) -> PageData:
         """One row as `html`, its `pages`, and the losses of earlier `visits`. `color` is mask, loss or compare."""
         run = self._run
         view = run.inputs.split(split).view(row)
@@ -76,31 +75,31 @@ class Looks:
         visits = visits_text(run.history.row_losses(split).get(row, []))
         return {"html": display._repr_html_(), "pages": display.pages, "visits": visits}
 
-    def batch(self) -> Told:
+    def batch(self) -> PageData:
         """The arrays of the next update as `html`."""
         return {"html": BatchDisplay(self._run.trainer.next_batches(), self._run.tokenizer)._repr_html_()}
 
-    def completions(self, *, colored: bool, asked: bool) -> Told:
-        """The newest completions as `html` (None: ask for it), which `updates` were sampled after, and a `note`."""
+    def completions(self, *, colored: bool, requested: bool) -> PageData:
+        """The newest completions as `html` (None: request it), the `updates` before each rollout, and a `note`."""
         rollouts = self._run.history.last_rollouts(ROLLOUTS)
         if not rollouts:
-            return {"updates": [], "html": "", "note": "no completions are sampled yet"}
+            return {"updates": [], "html": "", "note": "no completions have been sampled yet"}
         shown = rollouts[-1]
         ratios = self._measured(shown) if colored else ()
         html = completions_html(shown, self._run.tokenizer if ratios else None, ratios)
         return {
             "updates": [one.step for one in reversed(rollouts)],
-            "html": html if asked or len(html) <= MOST_LETTERS_UNASKED else None,
+            "html": html if requested or len(html) <= MOST_CHARACTERS_UNREQUESTED else None,
             "note": self._ratios_note if colored else "",
         }
 
-    def rollout(self, place: int, *, colored: bool = False) -> Told:
-        """Completions of before, `place` rollouts ago, as `html`."""
+    def rollout(self, place: int, *, colored: bool = False) -> PageData:
+        """The completions of `place` rollouts ago, as `html`."""
         rollouts = self._run.history.last_rollouts(ROLLOUTS)
         if place == 0:
-            return self.completions(colored=colored, asked=True)
+            return self.completions(colored=colored, requested=True)
         if place >= len(rollouts):
-            return {"html": "", "note": "these completions are not kept any more"}
+            return {"html": "", "note": "these completions are no longer stored"}
         return {"html": completions_html(rollouts[-1 - place]), "note": NOT_THE_NEWEST if colored else ""}
 
     def _location(self, split: str) -> Any:
@@ -123,7 +122,7 @@ class Looks:
             return self._ratios
         try:
             self._ratios, self._ratios_note = self._run.log_ratios(), ""
-        except (MlxNbError, RuntimeError) as error:  # mlx says so when memory runs out
+        except (MlxNbError, RuntimeError) as error:  # mlx raises it when memory runs out
             self._ratios, self._ratios_note = (), str(error)
         self._ratios_of = of
         self._ratios_due = time.monotonic() + 20 * (time.monotonic() - now)

@@ -1,4 +1,4 @@
-"""What has changed in the data of the curves, so that a page is sent new points and not all of them again. Pure."""
+"""The difference between two versions of the curve data, so that only new points are sent to the page. Pure."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ Series = dict[str, Any]
 
 
 def series_changes(old: Series, new: Series) -> Series | None:
-    """What turns `old` into `new`, both made by `SeriesBuilder.series`; None where only all of `new` would.
+    """The changes from `old` to `new`, both from `SeriesBuilder.series`; None if `new` must be sent completely.
 
-    lines    [group, line, kept, steps, values]: of the line's points the first `kept` stay, then these follow
-    clocks   [clock, kept, step, tokens, seconds] alike
-    iters, markers, best, short  as they are now, where they differ
+    lines    [group, line, kept, steps, values]: the first `kept` points of the line stay, then these follow
+    clocks   [clock, kept, step, tokens, seconds], in the same way
+    iters, markers, best, short  the new values, if they differ
     """
     if _shape(old) != _shape(new):
         return None
-    told: Series = {"lines": [], "clocks": []}
+    changes: Series = {"lines": [], "clocks": []}
     for at, (before, after) in enumerate(zip(old["groups"], new["groups"])):
         for number, (was, now) in enumerate(zip(before["lines"], after["lines"])):
             kept = _kept((was["step"], now["step"]), (was["value"], now["value"]))
             if kept < max(len(was["step"]), len(now["step"])):
-                told["lines"].append([at, number, kept, now["step"][kept:], now["value"][kept:]])
+                changes["lines"].append([at, number, kept, now["step"][kept:], now["value"][kept:]])
     for at, (was, now) in enumerate(zip(old["clocks"], new["clocks"])):
         columns = ("step", "tokens", "seconds")
         kept = _kept(*((was[name], now[name]) for name in columns))
         if kept < max(len(was["step"]), len(now["step"])):
-            told["clocks"].append([at, kept, *(now[name][kept:] for name in columns)])
-    told |= {name: new[name] for name in ("iters", "markers", "best", "short") if old[name] != new[name]}
-    return told
+            changes["clocks"].append([at, kept, *(now[name][kept:] for name in columns)])
+    changes |= {name: new[name] for name in ("iters", "markers", "best", "short") if old[name] != new[name]}
+    return changes
 
 
 def _shape(series: Series) -> Any:
-    """Everything but the points."""
+    """Everything except the points."""
     groups = [
         [*(group[name] for name in ("name", "label", "help", "best")), *_lines(group)] for group in series["groups"]
     ]
@@ -45,7 +45,7 @@ def _lines(group: Series) -> list[Any]:
 
 
 def _kept(*pairs: tuple[Sequence[Any], Sequence[Any]]) -> int:
-    """How many of the first entries are the same in both of every pair."""
+    """The length of the common prefix of every pair."""
     return min(_common(was, now) for was, now in pairs)
 
 
@@ -53,7 +53,7 @@ def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2
-        # Slices compare without a loop of Python's own.
+        # Comparing slices avoids a Python loop.
         if one[low:middle] == other[low:middle]:
             low = middle
         else:

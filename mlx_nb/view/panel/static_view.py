@@ -1,4 +1,4 @@
-"""The last state of a run as a picture and a table, for pages without a kernel: reopened, exported, printed."""
+"""The last state of a run as static HTML, for pages without a kernel: reopened, exported or printed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from mlx_nb.view.panel.run_handle import RunHandle
 from mlx_nb.view.panel.state import head_of
 from mlx_nb.view.theme import ORANGE, WRAP, tint
 
-# JupyterLab keeps an output of a widget whose kernel is gone as an error in words. What lasts stands below it and hides
-# it; and while the panel lives, the panel hides what lasts. The words of the class are those of `page/panel.css`.
+# JupyterLab shows an error message for a widget whose kernel is gone. The lasting output below the panel hides it, and
+# the live panel hides the lasting output. The class names are those of `page/panel.css`.
 LASTING_STYLE = """<style>
 .jp-OutputArea-child:has(> .jp-OutputArea-output.jupyter-widgets):has(~ .jp-OutputArea-child .mlx-nb-lasting) {
   display: none }
@@ -22,12 +22,12 @@ LASTING_STYLE = """<style>
 
 
 def lasting_html(html: str) -> str:
-    """`html` as an output that takes the place of the panel once that is dead."""
+    """`html` as an output that replaces the panel when its kernel is gone."""
     return f'{LASTING_STYLE}<div class="mlx-nb-lasting">{html}</div>'
 
 
-def still_html(run: RunHandle, device: str) -> str:
-    """Curve, table and the way on; inline styles only, no script."""
+def static_html(run: RunHandle, device: str) -> str:
+    """Curve, summary and how to resume; inline styles only, no script."""
     head, history = head_of(run, device), run.history
     title = f"{run.name}: {run.state} after update {run.step_count}, when this was saved"
     facts = " · ".join(head["facts"])

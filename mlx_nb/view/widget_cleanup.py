@@ -1,4 +1,4 @@
-"""Widgets that are not needed any more: ipywidgets keeps each one, and what its callbacks hold, until it is closed."""
+"""Closes widgets: ipywidgets keeps each widget, and what its callbacks reference, alive until it is closed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import ipywidgets as widgets
 
 
 def close_widgets(root: widgets.Widget) -> None:
-    """Close a widget and all that it is made of (children, layouts, styles), and call nobody about them any more."""
+    """Close a widget with its parts (children, layouts, styles), and remove all callbacks."""
     open_ones, seen = [root], {id(root)}
     while open_ones:
         widget = open_ones.pop()
