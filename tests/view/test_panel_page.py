@@ -170,9 +170,9 @@ def test_clicks_are_acknowledged_in_the_page_and_their_result_follows(opened):
     page.get_by_role("button", name="Save").click()
     assert said.inner_text() == "saving after this update …"
     assert sent(page) == [{"do": "pause"}, {"do": "save"}]
-    page.evaluate("change('said', { count: 9, text: 'saved to adapters/bees', bad: false })")
+    page.evaluate("change('notice', { count: 9, text: 'saved to adapters/bees', bad: false })")
     assert said.inner_text() == "saved to adapters/bees"
-    page.evaluate("change('said', { count: 10, text: 'the disk is full', bad: true })")
+    page.evaluate("change('notice', { count: 10, text: 'the disk is full', bad: true })")
     assert "mlx-nb-bad" in said.get_attribute("class")
     assert page.get_by_role("button", name="▶ Run").is_disabled()
 
@@ -285,7 +285,7 @@ def test_texts_are_text_and_never_markup(browser, run):
     turn = {"role": "user", "content": attack, "by": "", "update": 1, "done": True}
     head = {**panel.head, "name": attack, "failure": attack, "facts": [attack]}
     page = open_panel(
-        browser, panel, head=head, samples=[sample], talk=[turn], said={"count": 1, "text": attack, "bad": True}
+        browser, panel, head=head, samples=[sample], talk=[turn], notice={"count": 1, "text": attack, "bad": True}
     )
     for name in panel.tabs:
         page.get_by_role("tab", name=name).click()
