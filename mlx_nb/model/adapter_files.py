@@ -1,4 +1,4 @@
-"""An adapter on disk: where its weights are, what it says of its own shape and base, and what a run takes from it."""
+"""Reads an adapter on disk: its files, its shape and base model, and the settings that a run takes over from it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from mlx_nb.model.model_source import model_folder, model_named
 START, REFERENCE = "resume_adapter_file", "reference_adapter"
 SCALE = "lora_parameters.scale"
 _PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-_MOST_DIGITS = 9  # of the number of a layer
-_HEADER_LIMIT = 100 * 1024**2  # bytes, by the definition of safetensors
+_MOST_DIGITS = 9  # digits of a layer number
+_HEADER_LIMIT = 100 * 1024**2  # bytes, from the safetensors specification
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,13 @@ class AdapterFile:
     """An adapter in mlx-lm's format.
 
     setting   the setting that names it, for messages
-    weights   its safetensors file;  config  its adapter_config.json, None for a bare file
-    shape     what the latter says, as flat settings: fine_tune_type, num_layers, lora_parameters.rank, ...
-    modules   paths, inside a layer or outside of all, of the modules that have low-rank matrices
-    layers    how many layers it changes
-    model     the model it was made on, by the name that its run gave it;  base  its `base_identity`. None: it is not
-              said
+    weights   its safetensors file
+    config    its adapter_config.json; None for a file without one
+    shape     the shape in adapter_config.json as flat settings: fine_tune_type, num_layers, lora_parameters.rank, ...
+    modules   paths of the modules with low-rank matrices, relative to their layer if they are in one
+    layers    the number of layers that it changes
+    model     the name of the model it was trained on; None if it is not recorded
+    base      the `base_identity` of that model; None if it is not recorded
     """
 
     setting: str
@@ -50,7 +51,7 @@ class AdapterFile:
 
 
 def open_adapter(source: str, setting: str) -> AdapterFile:
-    """The adapter in the folder or file `source`. Raises ModelError, in one line, for anything but mlx-lm's format."""
+    """The adapter in the folder or file `source`. Raises ModelError, in one line, if it is not in mlx-lm's format."""
     try:
         path = Path(source).expanduser()
         problem = path_problem(path)
@@ -75,7 +76,7 @@ def open_adapter(source: str, setting: str) -> AdapterFile:
                 f"{setting}: no such file: {weights}.{hint} Give an {ADAPTER_FILE} or the folder with one."
             )
         names = _tensor_names(weights, setting)
-    except (OSError, ValueError, RuntimeError) as error:  # the latter two of what cannot be a path
+    except (OSError, ValueError, RuntimeError) as error:  # ValueError and RuntimeError: not a valid path
         reason = getattr(error, "strerror", None) or error
         raise ModelError(f"{setting}: {shown(source)} cannot be read: {reason}.") from None
     places = [_place(name) for name in names]
@@ -100,7 +101,7 @@ def _is_adapter(entry: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Base:
-    """`base_identity` as an adapter says it."""
+    """`base_identity` as stored in an adapter."""
 
     weights: str
     load_in_bits: int | None = None
@@ -108,7 +109,7 @@ class _Base:
 
 @dataclass(frozen=True)
 class _Ours:
-    """What mlx_nb adds to an adapter_config.json."""
+    """The keys that mlx_nb adds to adapter_config.json."""
 
     model: str | None = None
     base: _Base | None = None
@@ -116,7 +117,7 @@ class _Ours:
 
 @dataclass(frozen=True)
 class _Description:
-    """What is read of an adapter_config.json; further keys are not. What its values may be, the settings say."""
+    """The keys of adapter_config.json that are read. Their values are validated as settings later."""
 
     fine_tune_type: str | None = None
     train_type: str | None = None
@@ -133,12 +134,12 @@ def _described(config: Path, setting: str) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise WrongJson("it is not an object")
         if isinstance(ours := content.get("mlx_nb"), dict):
-            # Its other keys are for people.
+            # The other keys are only informative.
             content["mlx_nb"] = {name: ours.get(name) for name in ("model", "base")}
         read_as(_Description, content, others=True)
     except WrongJson as error:
         raise ModelError(
-            f"{setting}: {config} cannot be read, so nothing says how the adapter was made: {error}."
+            f"{setting}: {config} cannot be read, so the shape of the adapter is unknown: {error}."
         ) from None
     return content
 
@@ -150,13 +151,13 @@ def _refuse_peft(path: Path, weights: Path, described: Mapping[str, Any], settin
         if weights.is_file() or not there:
             return
     raise ModelError(
-        f"{setting}: {path} is a PEFT adapter{f' ({kind})' if kind else ''}, and those are not read yet. Give one "
-        f"in mlx-lm's format: {ADAPTER_FILE} with its {CONFIG_FILE}."
+        f"{setting}: {path} is a PEFT adapter{f' ({kind})' if kind else ''}, which is not supported yet. Give an "
+        f"adapter in mlx-lm's format: {ADAPTER_FILE} with its {CONFIG_FILE}."
     )
 
 
 def _tensor_names(weights: Path, setting: str) -> list[str]:
-    """Names of the tensors in a safetensors file, by its header alone."""
+    """The names of the tensors in a safetensors file. Reads only the header."""
     try:
         with weights.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -172,7 +173,7 @@ def _tensor_names(weights: Path, setting: str) -> list[str]:
 
 
 def _place(name: str) -> tuple[int | None, str]:
-    """(number of the layer or None, path inside it) of a tensor."""
+    """(layer number, path inside the layer) of a tensor; (None, path) outside the layers."""
     parts = name.split(".")
     for index in range(1, len(parts)):
         if (
@@ -185,7 +186,7 @@ def _place(name: str) -> tuple[int | None, str]:
 
 
 def _shape(facts: Mapping[str, Any], names: Sequence[str], layers: int, only_layers: bool) -> dict[str, Any]:
-    """What an adapter_config.json says, as mlx-lm reads it, under the names of our settings."""
+    """The shape in adapter_config.json, interpreted like mlx-lm, under the names of our settings."""
     kind = facts.get("fine_tune_type") or facts.get("train_type")  # mlx-lm, mlx-lm-lora
     if kind is None:
         endings = {name.rsplit(".", 1)[-1] for name in names}
@@ -193,7 +194,7 @@ def _shape(facts: Mapping[str, Any], names: Sequence[str], layers: int, only_lay
     shape: dict[str, Any] = {"fine_tune_type": kind}
     if (count := facts.get("num_layers")) is not None:
         every = isinstance(count, int) and count <= 0
-        # mlx-lm's `full` of all layers trains nothing outside of them.
+        # In mlx-lm `full` with all layers trains nothing outside the layers.
         shape["num_layers"] = (layers if kind == "full" and only_layers else -1) if every else count
     lora = facts.get("lora_parameters")
     if kind != "full" and isinstance(lora, Mapping):
@@ -204,40 +205,40 @@ def _shape(facts: Mapping[str, Any], names: Sequence[str], layers: int, only_lay
 
 
 def with_adapter_settings(config: RunConfig) -> RunConfig:
-    """`config` with the shape of the adapter that it starts from, in place of every setting that was not given.
+    """`config` with the shape of its start adapter in place of settings that were not given.
 
-    Raises ModelError when the adapter cannot be read, when a given setting says otherwise (naming both values), and
-    when nothing says the scale.
+    Raises ModelError if the adapter cannot be read, if a given setting contradicts it (naming both values), or if its
+    scale is not recorded.
     """
     if config.resume_adapter_file is None:
         return config
     adapter = open_adapter(str(config.located(START)), START)
     shape = dict(adapter.shape)
     if method_named(config.method).kind.sampled:
-        shape.pop("lora_parameters.dropout", None)  # there completions are drawn without dropout
+        shape.pop("lora_parameters.dropout", None)  # completions are sampled without dropout
     low_rank = shape.get("fine_tune_type", config.fine_tune_type) != "full"
     if low_rank and SCALE not in shape and SCALE not in config.given:
         raise _no_scale(adapter, f", or give {SCALE}")
     described = _as_settings(adapter, shape)
     given = [(name, _value(config, name), _value(described, name)) for name in shape if name in config.given]
     conflicts = [
-        f"{name} is {_shown(theirs)} there and {_shown(ours)} here"
+        f"{name} is {_shown(theirs)} in the adapter and {_shown(ours)} here"
         for name, ours, theirs in given
         if not _agree(name, ours, theirs, adapter, config)
     ]
     if conflicts:
         raise ModelError(
-            f"resume_adapter_file: {adapter.weights} was trained in another shape: {'; '.join(conflicts)}. It only "
-            "works in its own: remove these settings, and those of the adapter are used."
+            f"resume_adapter_file: {adapter.weights} has another shape: {'; '.join(conflicts)}. Remove these settings "
+            "to use those of the adapter."
         )
     try:
         return filled(config, {name: _value(described, name) for name in shape})
     except ConfigError as error:
-        raise ModelError(f"resume_adapter_file: {adapter.config} does not go with this run: {error}") from None
+        raise ModelError(f"resume_adapter_file: {adapter.config} does not fit this run: {error}") from None
 
 
 def filled(config: RunConfig, shape: Mapping[str, Any]) -> RunConfig:
-    """`config` with the flat settings of `shape` in place of those that were not given."""
+    """`config` with the flat settings in `shape` in place of settings that were not given."""
     changes: dict[str, Any] = {}
     for name, value in shape.items():
         if name in config.given:
@@ -252,7 +253,7 @@ def filled(config: RunConfig, shape: Mapping[str, Any]) -> RunConfig:
 
 
 def shape_of(adapter: AdapterFile) -> RunConfig:
-    """A configuration of the adapter's own shape, to attach it. Raises ModelError when it does not say enough."""
+    """A configuration with the adapter's own shape, to attach it. Raises ModelError if its scale is not recorded."""
     if adapter.shape.get("fine_tune_type") != "full" and SCALE not in adapter.shape:
         raise _no_scale(adapter, "")
     return _as_settings(adapter, adapter.shape)
@@ -266,10 +267,10 @@ def _as_settings(adapter: AdapterFile, shape: Mapping[str, Any]) -> RunConfig:
 
 
 def _no_scale(adapter: AdapterFile, otherwise: str) -> ModelError:
-    what = f"{adapter.config} does not say" if adapter.config else f"no {CONFIG_FILE} beside {adapter.weights} says"
+    what = f"{adapter.config} does not have" if adapter.config else f"no {CONFIG_FILE} beside {adapter.weights} has"
     return ModelError(
-        f"{adapter.setting}: {what} with which scale the adapter was trained, and with another it is another function. "
-        f"Put back its {CONFIG_FILE}{otherwise}."
+        f"{adapter.setting}: {what} the scale that the adapter was trained with, and it cannot be used without it. "
+        f"Restore its {CONFIG_FILE}{otherwise}."
     )
 
 
@@ -293,7 +294,7 @@ def _agree(name: str, ours: Any, theirs: Any, adapter: AdapterFile, config: RunC
 
 
 def _layers_of(config: RunConfig) -> int | None:
-    """How many layers the model has, None for one that cannot be opened. Reads no weights."""
+    """The number of layers of the model; None if it cannot be opened. Reads no weights."""
     try:
         return len(load_skeleton(model_folder(model_named(config)))[0].layers)
     except ModelError:
@@ -309,36 +310,36 @@ def _shown(value: Any) -> str:
 def check_base(
     adapter: AdapterFile, model: str, folder: Path, load_in_bits: int | None, allowed: Collection[str]
 ) -> tuple[str, ...]:
-    """Notes about the base that an adapter was made on, against the one in `folder` that it is to be used on.
+    """Compare the base that an adapter was trained on with the model in `folder`. Returns notes.
 
-    Raises ModelError when they differ and a change of `model` is not `allowed`: the shapes may fit all the same.
+    Raises ModelError if they differ and "model" is not in `allowed`; equal shapes alone do not make them compatible.
     """
     difference = _base_difference(adapter, model, folder, load_in_bits)
     if not difference:
         unknown = adapter.model is None and adapter.base is None
-        return (f"{adapter.setting}: nothing says which model {adapter.weights} was made on.",) if unknown else ()
+        return (f"{adapter.setting}: the base model of {adapter.weights} is not recorded.",) if unknown else ()
     if "model" not in allowed:
         raise ModelError(
-            f"{adapter.setting}: {adapter.weights} was made on another base: {difference}. Give its own `model`, or go "
-            "on all the same with allow_changed=['model'] (`--allow-changed model` in a notebook)."
+            f"{adapter.setting}: {adapter.weights} was trained on another base: {difference}. Give that `model`, or "
+            "continue anyway with allow_changed=['model'] (`--allow-changed model` in a notebook)."
         )
-    return (f"{adapter.setting}: {adapter.weights} was made on another base: {difference}.",)
+    return (f"{adapter.setting}: {adapter.weights} was trained on another base: {difference}.",)
 
 
 def _base_difference(adapter: AdapterFile, model: str, folder: Path, load_in_bits: int | None) -> str:
-    """How the bases differ, in words; "" where they are the same as far as one can know."""
-    names = f"`model: {adapter.model}` there, `model: {model}` here"
+    """The difference between the bases as text; "" if none is known."""
+    names = f"`model: {adapter.model}` in the adapter, `model: {model}` here"
     if adapter.base is not None:
         if adapter.base.get("weights") != base_identity(weights_fingerprint(folder), load_in_bits)["weights"]:
-            return names if adapter.model != model else f"`model: {model}` has other weights now than it had then"
+            return names if adapter.model != model else f"the weights of `model: {model}` have changed since"
         bits = adapter.base.get("load_in_bits")
-        there, here = (f"`load_in_bits: {'null' if one is None else one}`" for one in (bits, load_in_bits))
-        return "" if bits == load_in_bits else f"{there} there, {here} here"
+        theirs, ours = (f"`load_in_bits: {'null' if one is None else one}`" for one in (bits, load_in_bits))
+        return "" if bits == load_in_bits else f"{theirs} in the adapter, {ours} here"
     if adapter.model is None or adapter.model == model:
         return ""
     try:
-        theirs = Path(adapter.model).expanduser()
-        same = theirs.is_dir() and weights_fingerprint(theirs) == weights_fingerprint(folder)
-    except (OSError, ValueError, RuntimeError):  # no path, or none of this machine
+        other = Path(adapter.model).expanduser()
+        same = other.is_dir() and weights_fingerprint(other) == weights_fingerprint(folder)
+    except (OSError, ValueError, RuntimeError):  # not a path, or not one on this machine
         return names
     return "" if same else names

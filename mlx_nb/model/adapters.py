@@ -1,4 +1,4 @@
-"""LoRA, DoRA and full fine-tuning: attach, take out, save and load in mlx-lm's format.
+"""LoRA, DoRA and full fine-tuning: attaches, removes, saves and loads adapters in mlx-lm's format.
 
 The modules are mlx-lm's own (`mlx_lm.tuner`), so what is saved here loads there.
 """
@@ -24,18 +24,18 @@ from mlx_nb.model.finite import not_finite
 from mlx_nb.model.mlx_lm_import import import_mlx_lm
 from mlx_nb.model.trees import named_arrays
 
-# Writes a file whole or not at all: its path, and what writes into the open file.
+# Writes a file completely or not at all: (path, function that writes to the open file).
 Write = Callable[[Path, Callable[[Any], Any]], None]
 
 
 def attach_adapter(model: nn.Module, config: RunConfig) -> tuple[str, ...]:
     """Freeze the model and make what `config` names trainable. Returns the adapted module paths inside a layer.
 
-    `full` with `num_layers: -1` is every weight; with N it is those of the last N layers, as in mlx-lm. An adapter that
-    is there is taken out first: the new one would be attached to it.
+    `full` with `num_layers: -1` trains every weight, with N those of the last N layers, as in mlx-lm. An adapter that
+    is already attached is removed first.
 
-    Adapter matrices are drawn from the current `mx.random` stream. Raises ConfigError when a key matches no module
-    or `num_layers` exceeds the model, ModelError when `full` meets a quantized base.
+    Adapter matrices are drawn from the current `mx.random` stream. Raises ConfigError if a key matches no module or
+    `num_layers` exceeds the model, ModelError for `full` with a quantized base.
     """
     import_mlx_lm()
     from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -76,7 +76,7 @@ def _unfreeze_weights(modules: list[nn.Module]) -> None:
 def resolve_keys(model: nn.Module, keys: tuple[str, ...] | None) -> tuple[str, ...]:
     """Full module paths for `keys`, each a path or the end of one. Empty means every linear layer.
 
-    mlx-lm compares whole paths, so there a short name trains nothing without a word.
+    mlx-lm compares whole paths, so that there a short name silently trains nothing.
     """
     if keys is None:
         return ()
@@ -101,7 +101,7 @@ def _adaptable(module: nn.Module) -> bool:
 
 
 def _wrapped_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(path, module) of every adapter module, which holds its base under `.linear` or `.embedding`."""
+    """(path, module) of every adapter module. Its base module is its `.linear` or `.embedding`."""
     return [(path, module) for path, module in model.named_modules() if "lora_a" in module]
 
 
@@ -111,7 +111,7 @@ def _base_of(module: nn.Module) -> nn.Module:
 
 
 def detach_adapter(model: nn.Module) -> None:
-    """Take the adapter out for good: the model is again what was loaded."""
+    """Remove the adapter, which restores the loaded model."""
     wrapped = _wrapped_modules(model)
     if wrapped:
         model.update_modules(tree_unflatten([(path, _base_of(module)) for path, module in wrapped]))
@@ -135,11 +135,11 @@ def save_adapter(
     write: Write = write_whole,
     weights: dict[str, mx.array] | None = None,
 ) -> Path:
-    """Write the adapter in mlx-lm's format, each file whole or not at all. Returns the weights' path.
+    """Write the adapter in mlx-lm's format, each file completely or not at all. Returns the path of the weights.
 
-    `mlx_lm.load(model, adapter_path=folder)` reads it. `base` is the `base_identity` of what it was trained on. `use`
-    is for whoever uses it: the `model` that mlx-lm loads by that name, and the `prompt_format`. `update` says how many
-    updates were done, and `weights` are those of another update than the model is at.
+    `mlx_lm.load(model, adapter_path=folder)` reads it. `base` is the `base_identity` of the base model. `use` has the
+    `model` name for mlx-lm and the `prompt_format`. `update` is the number of updates done; `weights` are given for an
+    update other than the model's current one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parameters = config.lora_parameters
@@ -163,15 +163,15 @@ def save_adapter(
     text = json.dumps(description, indent=2, default=str).encode()
     write(folder / CONFIG_FILE, lambda file: file.write(text))
     weights = adapter_weights(model) if weights is None else weights
-    # Through Python's file, so that a full disk is an OSError with its reason.
+    # Written through a Python file, so that a full disk raises an OSError with the reason.
     write(folder / file_name, lambda file: mx.save_safetensors(file, weights, metadata={"format": "mlx"}))
     return folder / file_name
 
 
 def load_adapter_weights(model: nn.Module, source: AdapterFile | str | Path) -> None:
-    """Load the weights of an adapter, or of the one in a folder or file, into the attached one, in its dtypes.
+    """Load the weights of an adapter, or of one in a folder or file, into the attached adapter, in its dtypes.
 
-    Raises ModelError when a tensor is missing, unknown, of another shape or no number, naming it.
+    Raises ModelError that names a tensor which is missing, unknown, of another shape or not finite.
     """
     adapter = source if isinstance(source, AdapterFile) else open_adapter(str(source), START)
     what, path = adapter.setting, adapter.weights
@@ -182,15 +182,13 @@ def load_adapter_weights(model: nn.Module, source: AdapterFile | str | Path) -> 
         reason = " ".join(str(error).split())
         raise ModelError(f"{what}: {path} is not a readable safetensors file ({reason}).") from None
     expected = adapter_weights(model)
-    made_on = f" (it was made on {adapter.model})" if adapter.model else ""
-    hint = f"It was made for another base{made_on}, or its {CONFIG_FILE} is another adapter's."
+    trained_on = f" (it was trained on {adapter.model})" if adapter.model else ""
+    hint = f"It belongs to another base{trained_on}, or its {CONFIG_FILE} belongs to another adapter."
     if adapter.config is None:
-        hint = (
-            f"It has no {CONFIG_FILE}: give the fine_tune_type, num_layers and lora_parameters that it was made with."
-        )
+        hint = f"It has no {CONFIG_FILE}: give the fine_tune_type, num_layers and lora_parameters of its training."
     for name, array in weights.items():
         if name not in expected:
-            raise ModelError(f"{what}: {path} holds {name}, for which there is no place here. {hint}")
+            raise ModelError(f"{what}: {path} has the tensor {name}, which does not exist here. {hint}")
         if array.shape != expected[name].shape:
             raise ModelError(
                 f"{what}: {name} is {tuple(array.shape)} in {path} and {tuple(expected[name].shape)} here. {hint}"

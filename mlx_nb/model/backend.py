@@ -1,8 +1,8 @@
-"""Device, BLAS and speed of this machine.
+"""Selects the BLAS for mlx on CPUs, and reports the device, memory and speed of this machine.
 
-On Linux CPUs mlx's wheel brings the reference BLAS: a few GFLOP/s. An OpenBLAS that is loaded first, with its symbols
-visible to all, answers mlx's calls instead, at tens of times the speed. `prepare_backend` sees to that, and redirects
-the calls where `mlx.core` was imported before it.
+On Linux CPUs mlx's wheel has the reference BLAS with a few GFLOP/s. If OpenBLAS is loaded first with global symbols, it
+serves mlx's calls instead, tens of times faster. `prepare_backend` does that, and redirects the calls if `mlx.core` was
+imported before.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from mlx_nb.model.blas_symbols import redirect_products
 _GPU_PACKAGES = ("mlx-cuda-12", "mlx-cuda-13", "mlx-cuda")
 _REFERENCE_PACKAGE = "mlx-cpu"  # mlx's wheel with the reference BLAS
 _DEBIAN_BLAS = "openblas-pthread/libblas.so.3"
-# mlx hands out operations breadth first, but no more of them than this at a time, 20 by itself: with fewer than 16 a
-# lane (model/lanes.py), all work of one lane would come before that of the next. It holds for every graph of the
-# process, and what is handed out takes memory: hence no more than needed. mlx reads the variable once.
+# mlx schedules operations breadth first, up to this many at a time (20 by default). With fewer than 16 per lane
+# (model/lanes.py) all work of one lane would be scheduled before the next lane. The value applies to every graph of the
+# process, and scheduled operations use memory, so it is no larger than needed. mlx reads the variable once.
 ORDER_VARIABLE, _AT_ONCE_IN_A_LANE, _AT_ONCE_IN_MLX = "MLX_BFS_MAX_WIDTH", 16, 20
 
 
 @dataclass(frozen=True)
 class Blas:
-    """The BLAS that was loaded, None when none was, and what a person should know about it.
+    """The BLAS library that mlx uses. `path` is None if none was loaded; `note` describes it.
 
-    `threads` is how many a matrix product takes, as the library found them: OPENBLAS_NUM_THREADS, or one a core.
-    `sets_order` where mlx was told in which order to compute, by a variable of the environment. `warning` is one line
-    with reason and cure where mlx computes tens of times slower than this CPU can, else None.
+    `threads` is the number of threads of a matrix product: OPENBLAS_NUM_THREADS, or one per core. `sets_order` says
+    that the environment variable for mlx's scheduling order was set. `warning` is a line with cause and remedy if mlx
+    runs tens of times slower than this CPU could, else None.
     """
 
     path: str | None
@@ -51,12 +51,12 @@ class Blas:
 
 
 _prepared: Blas | None = None
-_inside: set[object] = set()  # who is in `one_blas_thread`
+_inside: set[object] = set()  # the active `one_blas_thread` contexts
 _counting = threading.Lock()
 
 
 def prepare_backend() -> Blas:
-    """Have mlx use a fast BLAS on Linux CPUs; elsewhere, and the second time, do nothing. Imports no mlx."""
+    """Make mlx use a fast BLAS on Linux CPUs. Does nothing elsewhere or when called again. Does not import mlx."""
     global _prepared
     if _prepared is None:
         _prepared = _load_blas()
@@ -65,9 +65,9 @@ def prepare_backend() -> Blas:
 
 def _load_blas() -> Blas:
     if sys.platform != "linux":
-        return Blas(None, "this system's own")
+        return Blas(None, "the system BLAS")
     if any(_installed(package) for package in _GPU_PACKAGES):
-        return Blas(None, "not needed: mlx computes on the GPU")
+        return Blas(None, "not needed: mlx uses the GPU")
     failures = []
     for candidate in _candidates():
         try:
@@ -81,7 +81,7 @@ def _load_blas() -> Blas:
                 redirect_products(loaded, library)
         except OSError as error:
             return _slow(
-                f"mlx was imported before mlx_nb, and {error}, so that no faster BLAS could be given to it",
+                f"mlx was imported before mlx_nb, and {error}, so a faster BLAS could not be installed",
                 "Restart the kernel and run `%load_ext mlx_nb` (or import mlx_nb.Run) before anything imports mlx",
             )
         counted = hasattr(library, "openblas_get_num_threads")
@@ -92,7 +92,7 @@ def _load_blas() -> Blas:
             os.environ[ORDER_VARIABLE] = str(at_once)
         return Blas(str(candidate), "OpenBLAS", library, threads, sets_order)
     if not failures and not _installed(_REFERENCE_PACKAGE):
-        return Blas(None, "what this build of mlx was made with")
+        return Blas(None, "the BLAS of this mlx build")
     reason = f"no OpenBLAS could be loaded ({'; '.join(failures)})" if failures else "no OpenBLAS was found"
     install = f"{sys.executable} -m pip install cmeel-openblas"
     return _slow(reason, f"Run `{install}`, or install Debian's libopenblas0-pthread, and restart the kernel")
@@ -100,7 +100,7 @@ def _load_blas() -> Blas:
 
 def _slow(reason: str, cure: str) -> Blas:
     return Blas(
-        None, f"{reason}. {cure}.", warning=f"Training is 10 to 50 times slower than it need be: {reason}. {cure}."
+        None, f"{reason}. {cure}.", warning=f"Training is 10 to 50 times slower than necessary: {reason}. {cure}."
     )
 
 
@@ -113,7 +113,7 @@ def _installed(package: str) -> bool:
 
 
 def _candidates() -> list[Path]:
-    """OpenBLAS libraries on this machine: the wheel's first, because its version is known; then Debian's."""
+    """The OpenBLAS libraries on this machine: first the wheel's, whose version is known, then Debian's."""
     found: list[Path] = []
     if _installed("cmeel-openblas"):
         files = distribution("cmeel-openblas").files or []
@@ -133,10 +133,9 @@ def _load(library: Path) -> ctypes.CDLL:
 
 
 def _provide_gfortran() -> None:
-    """Make `libgfortran.so.5` known to the loader from the copy that mlx's CPU wheel carries.
+    """Load `libgfortran.so.5` for OpenBLAS from the copy in mlx's CPU wheel.
 
-    That copy bears a mangled name, and OpenBLAS asks for the plain one: a private copy with the plain name in its
-    header is loaded, from the cache.
+    That copy has a mangled name, so a private copy with the plain name in its header is made in the cache and loaded.
     """
     files = distribution(_REFERENCE_PACKAGE).files or [] if _installed(_REFERENCE_PACKAGE) else []
     by_name = {file.name: Path(str(file.locate())) for file in files if "mlx_cpu.libs" in str(file)}
@@ -161,7 +160,7 @@ def _provide_gfortran() -> None:
 
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Matrix products take one thread while inside, so that others can go on beside them."""
+    """A context in which matrix products use one thread, so that other work can run in parallel."""
     blas, me = prepare_backend(), object()
     if blas.library is None or blas.threads == 1:
         yield
@@ -179,21 +178,21 @@ def one_blas_thread() -> Iterator[None]:
 
 
 def clear_order_variable() -> None:
-    """Take the order for lanes out of the environment, for the processes that come after. Call it when mlx has it."""
+    """Remove the scheduling variable from the environment of child processes. Call it once mlx has read it."""
     blas = prepare_backend()
     if blas.sets_order:
         os.environ.pop(ORDER_VARIABLE, None)
 
 
 def is_cpu() -> bool:
-    """Whether mlx computes on the CPU here."""
+    """Whether mlx computes on the CPU."""
     mx = _mlx()
     result: bool = mx.default_device().type == mx.DeviceType.cpu
     return result
 
 
 def device_name() -> str:
-    """The device in words, with its number of cores on a CPU."""
+    """The name of the device; on a CPU with its number of cores."""
     mx = _mlx()
     if is_cpu():
         return f"CPU, {os.cpu_count()} cores"
@@ -203,7 +202,7 @@ def device_name() -> str:
 def memory_limit() -> int:
     """Bytes that mlx can use before the machine slows down or an allocation fails.
 
-    On Apple silicon what Metal recommends at most, on CUDA the GPU's memory, on a CPU the machine's.
+    On Apple silicon this is Metal's recommended maximum, on CUDA the GPU's memory, on a CPU the machine's memory.
     """
     mx = _mlx()
     information = mx.device_info()
@@ -221,11 +220,11 @@ def _mlx() -> ModuleType:
     return mlx.core
 
 
-_SLOW = 40  # GFLOP/s in float32, below which something is in the way
+_SLOW = 40  # GFLOP/s in float32 below which something is wrong
 
 
 def doctor_report() -> list[tuple[str, str]]:
-    """(label, value) lines about this machine, measured now; takes about two seconds."""
+    """(label, value) lines about this machine. Measures for about two seconds."""
     blas = prepare_backend()
     mx = _mlx()
     lines = [

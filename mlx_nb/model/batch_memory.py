@@ -1,4 +1,4 @@
-"""What a batch takes at the least, before its arrays are made: on a CPU an allocation that fails ends the kernel."""
+"""Estimates the memory of a batch before it is computed. On a CPU a failed allocation would kill the kernel."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from mlx_nb.model.text_model import TextModel
 from mlx_nb.model.trees import named_arrays
 from mlx_nb.model.vocabulary_chunks import targets_at_once
 
-_WORTH_A_LOOK = 256 * 1024**2  # bytes; less is there or the machine could not run at all
+_WORTH_A_LOOK = 256 * 1024**2  # bytes; smaller batches are not checked
 
 
 class ModelSizes(NamedTuple):
-    """Columns of a model's logits and hidden states (0 where the backbone is not known), layers, bytes of a number."""
+    """Vocabulary size, hidden size (0 if unknown), number of layers and bytes per number of a model."""
 
     vocabulary: int
     hidden: int
@@ -30,9 +30,9 @@ class ModelSizes(NamedTuple):
 
     @classmethod
     def of(cls, model: nn.Module, text: TextModel | None = None) -> ModelSizes:
-        """From the shapes of a forward pass that is never computed."""
+        """The sizes of a model, from the shapes of a forward pass that is never evaluated."""
         token = mx.array([[1]])
-        with random_stream(0):  # dropout would draw from the run's own
+        with random_stream(0):  # dropout must not use the run's random stream
             logits = model(token)
             hidden = text.hidden(token, mx.array([0])) if text is not None else []
         layers = len(getattr(model, "layers", ()))
@@ -41,10 +41,10 @@ class ModelSizes(NamedTuple):
 
 
 def least_bytes(batch: TokenBatch, sizes: ModelSizes, *, trained: bool, targets_only: bool) -> int:
-    """A lower bound of the memory that computing `batch` takes.
+    """A lower bound for the memory of computing `batch`.
 
-    Logits in float32, twice for a gradient, at the positions that are projected at a time; the hidden states of one
-    layer, or for a gradient of all.
+    It counts float32 logits (twice for a gradient) at the positions that are projected at the same time, and the hidden
+    states of one layer, or of all layers for a gradient.
     """
     columns = np.nonzero(batch.loss_mask_BT[:, 1:])[1]
     if batch.packed:
@@ -63,7 +63,7 @@ def refuse_beyond_memory(batch: TokenBatch, sizes: ModelSizes, *, trained: bool,
     needed = least_bytes(batch, sizes, trained=trained, targets_only=targets_only)
     if needed < _WORTH_A_LOOK or shortage(needed, available_memory()) is None:
         return
-    release_freed_memory()  # what is kept for the next arrays is free for these
+    release_freed_memory()  # freed arrays in the allocator's cache are available
     if (lacking := shortage(needed, available_memory())) is None:
         return
     rows, longest = len(batch.lengths), max(batch.lengths)

@@ -1,7 +1,7 @@
-"""Matrix products of an mlx that is loaded already, answered by another BLAS. Linux on x86-64 and ARM. Imports no mlx.
+"""Redirects the BLAS calls of an already loaded mlx to another BLAS. Linux on x86-64 and ARM. Does not import mlx.
 
-A loaded library calls a function of another one through a table of addresses, which the loader filled in. An entry
-for `cblas_sgemm` that is given the address of OpenBLAS's own is what loading OpenBLAS first would have made of it.
+A loaded library calls functions of other libraries through a table of addresses that the loader fills in. Replacing the
+entry of `cblas_sgemm` with OpenBLAS's address has the same effect as loading OpenBLAS first.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _PREFIX = b"cblas_"
-# Kinds of an entry that holds the address of a function: a jump slot, and one that is filled in when loading.
+# Relocation types of entries that hold a function address: JUMP_SLOT and GLOB_DAT.
 _ADDRESS_KINDS = {"x86_64": (7, 6), "aarch64": (1026, 1025)}
 _STRINGS, _SYMBOLS, _JUMPS, _JUMPS_BYTES, _ENTRIES, _ENTRIES_BYTES = 5, 6, 23, 2, 7, 8
 _ENTRY, _SYMBOL_BYTES = struct.Struct("<QQq"), 24
@@ -23,15 +23,15 @@ _READ, _WRITE = 1, 2
 
 
 class _LinkMap(ctypes.Structure):
-    """The head of what the loader knows of a library: where it lies, its name, its dynamic section."""
+    """The beginning of the loader's `struct link_map`: load address, name, dynamic section."""
 
     _fields_ = (("base", ctypes.c_size_t), ("name", ctypes.c_char_p), ("dynamic", ctypes.c_size_t))
 
 
 def redirect_products(mlx: object, blas: ctypes.CDLL) -> int:
-    """Have the matrix products of the loaded module `mlx.core` answered by `blas`. Returns the functions redirected.
+    """Redirect the matrix products of the loaded module `mlx.core` to `blas`. Returns the number of functions.
 
-    Raises OSError, in words for a person, where that is not possible; nothing has changed then.
+    Raises OSError with a readable message if that is not possible; nothing is changed then.
     """
     kinds = _ADDRESS_KINDS.get(platform.machine())
     if kinds is None or sys.maxsize < 2**32 or sys.byteorder != "little":
@@ -41,7 +41,7 @@ def redirect_products(mlx: object, blas: ctypes.CDLL) -> int:
         try:
             library = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
         except OSError:
-            continue  # there, but not what mlx runs on
+            continue  # exists, but is not loaded
         for name, address in _slots(_LinkMap.from_address(library._handle), kinds):
             if hasattr(blas, name):
                 slots[address] = ctypes.cast(getattr(blas, name), ctypes.c_void_p).value or 0
@@ -54,12 +54,12 @@ def redirect_products(mlx: object, blas: ctypes.CDLL) -> int:
 
 
 def _libraries(module: Path) -> list[Path]:
-    """What of mlx may hold its matrix products: libmlx.so, or the module itself where it is all in one."""
+    """The libraries that may contain mlx's matrix products: libmlx.so, or the module itself in a single-file build."""
     return [path for path in (module.parent / "lib" / "libmlx.so", module) if path.is_file()]
 
 
 def _slots(library: _LinkMap, kinds: tuple[int, ...]) -> Iterator[tuple[str, int]]:
-    """(function, address of its entry) of each BLAS function that the library calls."""
+    """(function name, address of its table entry) of each BLAS function that the library calls."""
     found = _dynamic_section(library)
     if not {_STRINGS, _SYMBOLS} <= found.keys():
         return
@@ -77,7 +77,7 @@ def _slots(library: _LinkMap, kinds: tuple[int, ...]) -> Iterator[tuple[str, int
 
 
 def _dynamic_section(library: _LinkMap) -> dict[int, int]:
-    """Tag to value; addresses as they are in memory, which not every loader has written down so."""
+    """The dynamic section as tag -> value. Addresses are made absolute, which not every loader does."""
     pairs = ctypes.POINTER(ctypes.c_uint64).from_buffer(ctypes.c_size_t(library.dynamic))
     found = {}
     for index in range(0, 4096, 2):
@@ -99,7 +99,7 @@ def _is_writable(address: int) -> bool:
 
 
 def _write(address: int, function: int, *, protected: bool) -> None:
-    """Other threads that call the function meanwhile find the old address or the new one."""
+    """Write a table entry atomically: other threads see the old address or the new one."""
     size = os.sysconf("SC_PAGE_SIZE")
     page = ctypes.c_void_p(address - address % size)
     process = ctypes.CDLL(None, use_errno=True)

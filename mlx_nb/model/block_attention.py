@@ -1,8 +1,8 @@
-"""Causal attention in blocks of queries, each with the keys that it sees, and SwiGLU, as an x86 CPU is fast at them.
+"""Causal attention in blocks of queries, and SwiGLU, in a form that is fast on x86 CPUs.
 
-mlx takes 9 to 13 ns there for an exponential and 3 for a power of 2, computes the scores that a mask hides, and keeps
-(T x T) of them. Here a power of 2 is taken, what is hidden is not computed, and the gradient computes a block again.
-The blocks of a row are computed one after the other, so that the scores of one are held at a time.
+There mlx takes 9 to 13 ns for an exponential but 3 ns for a power of 2; it computes masked scores too, and stores all
+(T x T) scores. This module uses powers of 2, skips masked blocks, and recomputes each block for the gradient. Blocks
+are computed one at a time, so that only the scores of one block are in memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _HIDDEN = -1e30
 
 
 class Piece(NamedTuple):
-    """Keys `first` to `last`, and which of them each query of a block sees; None where all do."""
+    """Keys `first` to `last`, and the mask of what each query of a block sees; None if it sees all of them."""
 
     first: int
     last: int
@@ -30,7 +30,7 @@ class Piece(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Queries `start` to `stop`, the keys that they see, and in which lines of the batch they are computed."""
+    """Queries `start` to `stop`, the keys that they see, and the lines of the batch that need them."""
 
     start: int
     stop: int
@@ -38,12 +38,12 @@ class Block(NamedTuple):
     lines: slice = slice(None)
 
 
-# For each line of a batch the first query that is needed and the one after the last; None = all are.
+# For each line of a batch the range of queries that are needed, as (first, end); None = all.
 Needed = Sequence[tuple[int, int]] | None
 
 
 def causal_blocks(length: int, size: int, needed: Needed = None) -> list[Block]:
-    """Every query sees the keys up to its own position: those before its block without a mask."""
+    """Blocks of causal attention. Keys before a block need no mask."""
     blocks = []
     for start in range(0, length, size):
         stop = min(start + size, length)
@@ -55,7 +55,7 @@ def causal_blocks(length: int, size: int, needed: Needed = None) -> list[Block]:
 
 
 def _lines_with(needed: Needed, start: int, stop: int) -> slice:
-    """Lines side by side among which are all that need a query of the block."""
+    """The smallest slice of lines that includes every line which needs a query of the block."""
     if needed is None:
         return slice(None)
     lines = [line for line, (first, end) in enumerate(needed) if first < stop and start < end]
@@ -63,7 +63,7 @@ def _lines_with(needed: Needed, start: int, stop: int) -> slice:
 
 
 def masked_blocks(mask_TT: np.ndarray, size: int, needed: Needed = None) -> list[Block] | None:
-    """By a mask that is true where a query sees a key. None where a query sees none: that has no softmax."""
+    """Blocks for a mask that is true where a query sees a key. None if a query sees no key: it has no softmax."""
     blocks = []
     for start in range(0, len(mask_TT), size):
         rows = mask_TT[start : start + size]
@@ -83,7 +83,7 @@ def block_attention(
 ) -> mx.array:
     """softmax(scale Q K^T) V of float32 (B, H, T, D) queries with (B, KV, T, D) keys and (B, KV, T, E) values.
 
-    0 where a block leaves out a line.
+    The result is 0 where a block skips a line.
     """
     stream = mx.default_stream(mx.default_device())
 
@@ -130,7 +130,7 @@ def _slopes(
     scale: float,
     blocks: Sequence[Block],
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """The gradients to queries, keys and values from that of the outputs, `above`; `logs` are of the sums, base 2."""
+    """Gradients of queries, keys and values, from that of the outputs, `above`. `logs` are log2 of the sums."""
     grouped, above, outputs = (_grouped(array, k.shape[1]) for array in (q, above, outputs))
     to_queries: list[tuple[mx.array, ...]] = []
     to_keys, to_values = mx.zeros_like(k), mx.zeros_like(v)
@@ -157,12 +157,12 @@ def _slopes(
 
 
 def _over(function: Callable[[mx.array, mx.array], mx.array], parts: Sequence[mx.array]) -> mx.array:
-    """The parts as one."""
+    """Combine the parts with `function`."""
     return reduce(function, parts)
 
 
 def _grouped(array: mx.array, groups: int) -> mx.array:
-    """(B, H, T, X) as (B, KV, H / KV, T, X): the heads that share keys together."""
+    """(B, H, T, X) as (B, KV, H / KV, T, X): heads grouped by shared keys."""
     batch, heads, length, width = array.shape
     return array.reshape(batch, groups, heads // groups, length, width)
 
@@ -175,12 +175,12 @@ def _rows(grouped: mx.array, block: Block) -> mx.array:
 
 
 def _computed(block: Block, lines: int) -> int:
-    """In how many lines of so many."""
+    """The number of lines, out of `lines`, in which a block is computed."""
     return len(range(lines)[block.lines])
 
 
 def _ungrouped(rows: mx.array, grouped: mx.array, block: Block) -> mx.array:
-    """(B, KV, H / KV, C, X), 0 in the lines that the block leaves out."""
+    """(B, KV, H / KV, C, X), with 0 in the lines that the block skips."""
     batch, groups, shared = grouped.shape[:3]
     apart = rows.reshape(len(rows), groups, shared, -1, rows.shape[-1])
     if len(rows) == batch:
@@ -195,12 +195,12 @@ def _joined(parts: Sequence[mx.array], shape: tuple[int, ...]) -> mx.array:
 
 
 def _after(rows: mx.array, before: Sequence[tuple[mx.array, ...]]) -> mx.array:
-    """The same, computed when the block before is: else all blocks would be held at once."""
+    """`rows`, computed only after the previous block, so that not all blocks are in memory at once."""
     return mx.depends(rows, list(before[-1])) if before else rows
 
 
 def _scores(rows: mx.array, keys: mx.array, piece: Piece, shared: int) -> mx.array:
-    """(B, KV, H / KV x C, K) products of queries and keys, those of hidden keys far below all others."""
+    """(B, KV, H / KV x C, K) products of queries and keys; those of masked keys are -1e30."""
     scores = rows @ keys[:, :, piece.first : piece.last].swapaxes(-1, -2)
     if piece.mask is None:
         return scores

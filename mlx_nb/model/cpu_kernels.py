@@ -1,7 +1,8 @@
-"""Faster attention and SwiGLU for mlx-lm's models on a CPU, in place only while a graph is being built.
+"""Installs faster attention and SwiGLU for mlx-lm's models on a CPU, only while a graph is being built.
 
-mlx-lm's models call these functions by names in their own modules. Inside `kernels` those names are bound to ours, for
-a model whose loss and gradient are proved not to change; when the last caller leaves, they are bound back.
+mlx-lm's models call these functions by names in their own modules. Inside `kernels` those names are bound to our
+functions, for models whose loss and gradient are verified not to change. When the last caller leaves, they are
+restored.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from mlx_nb.model.equivalence import gives_the_same
 from mlx_nb.model.mlx_lm_import import import_mlx_lm
 from mlx_nb.model.passes import once_per_model, trained_shapes
 
-_BLOCK = 64  # queries; larger ones leave out less, and smaller ones take longer to build
-_FEWEST_TOKENS = 32  # below that an update takes longer to build than is saved
+_BLOCK = 64  # queries; larger blocks skip less, smaller blocks take longer to build
+_FEWEST_TOKENS = 32  # with fewer, building the graph costs more than is saved
 _PROBED_BLOCK, _PROBED_TOKENS = 3, 8
 
 _inside: list[_Kernels] = []
@@ -37,7 +38,7 @@ _asked = threading.local()
 
 @dataclass
 class _Kernels:
-    """What one caller of `kernels` has bound. The blocks of a mask are kept for the graph that this thread builds."""
+    """The state of one `kernels` context. The blocks of a mask are cached for the graph that this thread builds."""
 
     modules: list[ModuleType]
     block: int
@@ -48,27 +49,27 @@ class _Kernels:
     def blocks(self, mask: Any, length: int, needed: Needed) -> list[Block] | None:
         """The blocks of queries for a mask, in the lines that need them.
 
-        None where mlx computes it: without a mask, with one of numbers, or with a query that sees nothing.
+        None if mlx's own function must be used: for no mask, an additive mask, or a query that sees no key.
         """
         if isinstance(mask, str):
             return causal_blocks(length, self.block, needed) if mask == "causal" else None
         if not isinstance(mask, mx.array) or mask.dtype != mx.bool_ or mask.shape != (length, length):
             return None
-        if id(mask) not in self.masks:  # all layers are given the same one
+        if id(mask) not in self.masks:  # all layers get the same mask
             self.masks[id(mask)] = (mask, masked_blocks(np.array(mask), self.block, needed))
         return self.masks[id(mask)][1]
 
 
 @contextmanager
 def kernels(model: nn.Module) -> Iterator[None]:
-    """Compute the graphs of `model` that are built inside the fast way. Call `kernels_are_verified` first."""
+    """A context in which graphs of `model` use the fast kernels. Call `kernels_are_verified` first."""
     with _bound(model, _BLOCK, _FEWEST_TOKENS):
         yield
 
 
 @contextmanager
 def needed_queries(needed: Needed) -> Iterator[None]:
-    """Of attention that this thread asks for inside, no other queries are used: for each line (first, end) of them."""
+    """A context in which this thread needs only some results of attention: (first, end) queries of each line."""
     before = getattr(_asked, "needed", None)
     _asked.needed = needed
     try:
@@ -79,13 +80,13 @@ def needed_queries(needed: Needed) -> Iterator[None]:
 
 @contextmanager
 def trial_kernels(model: nn.Module) -> Iterator[None]:
-    """As `kernels`, in blocks of a few queries, so that a few tokens are enough to try them on."""
+    """Like `kernels`, with blocks of a few queries, so that a few tokens suffice for a trial."""
     with _bound(model, _PROBED_BLOCK, _PROBED_BLOCK):
         yield
 
 
 def kernels_are_verified(model: nn.Module) -> bool:
-    """Whether this machine has a faster way, and it gives the model's own loss and gradient."""
+    """Whether this machine has fast kernels, and they give the same loss and gradient of the model."""
     if not backend.is_cpu() or platform.machine() not in ("x86_64", "AMD64"):
         return False
     return _are_proved(model, trained_shapes(model))
@@ -93,10 +94,10 @@ def kernels_are_verified(model: nn.Module) -> bool:
 
 @once_per_model(good=bool, from_json=bool)
 def _are_proved(model: nn.Module, _trained: tuple[Any, ...]) -> bool:
-    """Whether loss and gradient of a few tokens are those of the model's own call, in blocks of a few queries."""
+    """Whether the kernels give the same loss and gradient on a few tokens, in blocks of a few queries."""
     try:
         return gives_the_same(model, lambda: trial_kernels(model), _PROBED_TOKENS)
-    except Exception:  # whatever a family's own code raises: it is no proof
+    except Exception:  # model code may raise anything; then the kernels are not used
         return False
 
 
@@ -135,7 +136,7 @@ def _is_key(value: Any, among: dict[Any, Any]) -> bool:
 
 
 def _originals() -> dict[Any, Any]:
-    """mlx-lm's functions, and ours in their place."""
+    """mlx-lm's functions, mapped to their replacements."""
     import_mlx_lm()
     from mlx_lm.models import activations, base
 
@@ -143,7 +144,7 @@ def _originals() -> dict[Any, Any]:
 
 
 def _mine() -> _Kernels | None:
-    """Of the graph that this thread builds, the innermost."""
+    """The innermost context of this thread; None outside of one."""
     return next((one for one in reversed(_inside) if one.thread == threading.get_ident()), None)
 
 

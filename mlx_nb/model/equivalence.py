@@ -1,4 +1,4 @@
-"""Whether a model computed in another way gives its own loss and gradient, tried on a few random tokens."""
+"""Tests whether another way to compute a model gives the same loss and gradient, on a few random tokens."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ import numpy as np
 from mlx_nb.model.passes import is_half, random_tokens
 from mlx_nb.model.trees import trained_arrays_of
 
-# Loss in nats, gradients as parts of the largest: rounding comes to a tenth of it.
+# Tolerances of the loss in nats and of gradients relative to the largest; rounding errors are a tenth of them.
 _LOSS_TOLERANCE, _GRADIENT_TOLERANCE = 1e-5, 1e-4
-_HALF = 200  # times as much in half precision
+_HALF = 200  # factor for half precision
 _ROWS = 2
 
 
 def gives_the_same(model: nn.Module, way: Callable[[], AbstractContextManager[object]], tokens: int) -> bool:
-    """Whether loss and gradient of rows of so many `tokens` are the model's own where their graph is built inside
-    `way()`.
+    """Whether a graph built inside `way()` gives the model's own loss and gradient, on rows of `tokens` tokens.
 
-    Raises what the model's code raises. The trained arrays are as before afterwards.
+    Raises what the model's code raises. The trained arrays are restored.
     """
     tokens_BT = mx.array([random_tokens(model, tokens, draw) for draw in range(_ROWS)])
 
@@ -35,13 +34,12 @@ def gives_the_same(model: nn.Module, way: Callable[[], AbstractContextManager[ob
 
 
 def agree(model: nn.Module, own: Callable[[], mx.array], other: Callable[[], mx.array], rounding: float = 1) -> bool:
-    """Whether two ways to compute one loss, mean or sum of nats, give the same number and the same gradient.
+    """Whether two ways to compute a loss (a mean or sum in nats) give the same value and gradient.
 
-    `rounding` is how many times the usual they may differ by. Raises what the model's code raises. The trained arrays
-    are as before afterwards.
+    `rounding` multiplies the tolerances. Raises what the model's code raises. The trained arrays are restored.
     """
     before = trained_arrays_of(model)
-    # An adapter begins with a factor of zeros, which hides the gradient of the other.
+    # A new adapter has one factor of zeros, which hides the gradient of the other factor.
     moved = {
         name: array if mx.any(array).item() else array + mx.full(array.shape, 0.01, array.dtype)
         for name, array in before

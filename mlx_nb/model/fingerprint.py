@@ -1,4 +1,4 @@
-"""What tells one model's files from another's, without reading gigabytes."""
+"""Fingerprints of model files, from samples of their contents instead of gigabytes."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ Weights = tuple[tuple[str, str], ...]
 
 
 def weights_fingerprint(folder: Path) -> Weights:
-    """(file name, digest) of each file with weights in a model's folder. An adapter that lies there is none."""
+    """(file name, digest) of each weights file in a model folder. Adapter files are not included."""
     return tuple((file.name, sampled_digest(file)) for file in sorted(folder.glob("model*.safetensors")))
 
 
 def base_identity(fingerprint: Weights, load_in_bits: int | None) -> dict[str, Any]:
-    """What an adapter says of the base it was trained on: a digest of its weights, and how it was quantized on load."""
+    """The identity of a base model as stored in an adapter: a digest of the weights, and `load_in_bits`."""
     weights = hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()
     return {"weights": weights, "load_in_bits": load_in_bits}
 
 
 def sampled_digest(file: Path) -> str:
-    """Of size and blocks spread over the file, its header among them: another model differs, gigabytes stay unread."""
+    """A digest of the file's size and of blocks spread over it, including its header."""
     size = file.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with file.open("rb") as handle:

@@ -1,4 +1,4 @@
-"""Weights that are not numbers: found when they are loaded, and named, before they can be blamed on rows."""
+"""Finds NaN and infinite weights when they are loaded, so that they are not mistaken for bad rows later."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _NO_SCALE = 255  # NaN among the uint8 scales of microscaling formats
 
 
 def not_finite(arrays: Mapping[str, mx.array]) -> str:
-    """`NAME (3 of 64 values are NaN or infinite)` of the first such array, with how many more there are, or "".
+    """A message such as `NAME (3 of 64 values are NaN or infinite)` for the first bad array and the count of others.
 
-    One sum per array, all evaluated together: it is finite only if every value is. Only where it is not are values
-    looked at one by one, because finite values of half precision may overflow it.
+    Returns "" if all are finite. One sum per array is computed; it is finite only if every value is. The values are
+    checked only if the sum is not finite, because finite half-precision values may overflow the sum.
     """
     floats = {name: values for name, array in arrays.items() if (values := _floats(name, array)) is not None}
     sums = {name: values.sum() for name, values in floats.items()}
@@ -39,7 +39,7 @@ def _count(which: mx.array) -> int:
 
 
 def _floats(name: str, array: mx.array) -> mx.array | None:
-    """The values that may be no numbers, None where there are none."""
+    """The values to check; None if the dtype has no non-finite values."""
     if array.dtype == mx.uint8 and name.endswith("scales"):
         return mx.where(array == _NO_SCALE, mx.nan, 0.0)
     return array if mx.issubdtype(array.dtype, mx.floating) else None

@@ -1,8 +1,8 @@
-"""Parts of a batch computed at the same time on a CPU.
+"""Computes parts of a batch in parallel on a CPU.
 
-mlx computes what is on one stream one operation after another, and on a CPU each but a matrix product takes one core.
-A lane is a part of the batch on a stream of its own, with its matrix products on one thread: other cores stay busy,
-and no number is computed otherwise than it is for a smaller batch.
+mlx executes the operations of a stream one at a time, and on a CPU every operation but a matrix product uses one core.
+A lane is a part of the batch on its own stream, with single-threaded matrix products. This keeps all cores busy, and
+the numbers are the same as for a smaller batch.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from mlx_nb.data.examples.batches import TokenBatch, split_rows
 from mlx_nb.model import backend
 from mlx_nb.model.trees import named_arrays
 
-# A graph takes as long to build for few tokens as for many: with fewer in a part, parts take longer than the whole.
+# Building a graph takes the same time for any number of tokens, so smaller parts would be slower than the whole.
 _TOKENS_IN_A_LANE = 64
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 
-# Streams belong to the thread that made them, and are never given back: they are made once.
+# Streams belong to the thread that created them and are never freed, so they are created once per thread.
 _mine = threading.local()
 
 
 def lane_count() -> int:
-    """How many parts of a batch are computed at the same time: as many as BLAS has threads on a CPU, 1 on a GPU."""
+    """The number of lanes: the number of BLAS threads on a CPU, 1 on a GPU."""
     return backend.prepare_backend().threads if backend.is_cpu() else 1
 
 
 def lanes_of(batch: TokenBatch, most: int) -> list[TokenBatch]:
-    """The batch in at most `most` parts of whole rows, of 64 tokens or more on average, padding counted."""
+    """The batch in at most `most` parts of whole rows, with at least 64 tokens each on average, including padding."""
     return split_rows(batch, max(1, min(most, batch.tokens_BT.size // _TOKENS_IN_A_LANE)))
 
 
 def in_lanes(function: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
-    """`function` of each part, as graphs on one stream each; evaluate them under `backend.one_blas_thread`."""
+    """Build the graph of `function(part)` for each part on its own stream. Evaluate under `one_blas_thread`."""
     count = min(len(parts), lane_count())
     if count == 1:
         return [function(part) for part in parts]
@@ -52,10 +52,10 @@ def in_lanes(function: Callable[[Part], Result], parts: Sequence[Part]) -> list[
 
 
 def one_by_one(tree: Any) -> Any:
-    """The same arrays, each to be computed after the one before it.
+    """The same arrays, made to be computed one after the other.
 
-    What is asked for at once is begun at once: hundreds of gradients would fill the room in which mlx finds work of
-    other lanes.
+    Otherwise mlx schedules all of them at once: hundreds of gradients would fill its queue and leave no room for the
+    work of other lanes.
     """
     chained: list[tuple[str, Any]] = []
     for name, array in named_arrays(tree):

@@ -1,8 +1,8 @@
-"""Layers whose insides are not kept for the gradient: what goes into a layer is, and the rest is computed again.
+"""Gradient checkpointing: only the inputs of a layer are kept for the gradient; the rest is recomputed.
 
-While a graph is built, stand-ins shadow the layers in the list that the model goes through; no class, no parameter and
-no name is changed. One layer is computed again at a time: it begins when the gradient of its results is there, and the
-gradient goes on to the layer before only when that of its parameters is.
+While a graph is built, proxies shadow the layers in the model's list of layers; no class, parameter or name is changed.
+Layers are recomputed one at a time: each starts when the gradient of its outputs is ready, and the previous layer
+starts only when the gradient of this layer's parameters is ready.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from mlx_nb.model.trees import named_arrays
 _PROBED_TOKENS = 8
 _PLAIN = (mx.array, bool, int, float, str, type(None))
 
-# What a layer is computed inside of, the first time and again.
+# The context in which a layer is computed, and recomputed.
 Inside = Callable[[nn.Module], AbstractContextManager[object]]
 
 
 @contextmanager
 def checkpointed_layers(model: nn.Module, inside: Inside, called: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Graphs of `model` that are built inside keep of each layer what goes into it, and compute the rest again.
+    """A context in which graphs of `model` keep only the inputs of each layer and recompute the rest.
 
-    Numbers and gradients are the model's own, dropout included. `called` is called for each layer. Call
+    Values and gradients are unchanged, also with dropout. `called` is called for each layer. Call
     `refuse_unverified_checkpoints` first.
     """
     lists = _lists_of_layers(model)
@@ -50,7 +50,7 @@ def checkpointed_layers(model: nn.Module, inside: Inside, called: Callable[[], N
 
 
 def refuse_unverified_checkpoints(model: nn.Module) -> None:
-    """Raises ModelError, by the family's name, where checkpointed layers do not give its own loss and gradient."""
+    """Raises ModelError for a model family whose loss or gradient changes with checkpointed layers."""
     doubt = _doubt(model, trained_shapes(model))
     if doubt is not None:
         raise ModelError(
@@ -70,7 +70,7 @@ def _doubt(model: nn.Module, _trained: tuple[Any, ...]) -> str | None:
         same = gives_the_same(
             model, lambda: checkpointed_layers(model, lambda _layer: nullcontext(), count), _PROBED_TOKENS
         )
-    except Exception as error:  # whatever a family's own code raises
+    except Exception as error:  # model code may raise anything
         return f"a gradient with it fails ({one_line(error).rstrip('.')})"
     if not calls:
         return "its layers are not called one after the other"
@@ -78,7 +78,7 @@ def _doubt(model: nn.Module, _trained: tuple[Any, ...]) -> str | None:
 
 
 def _lists_of_layers(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Modules and the names of their lists in which the model's layers are."""
+    """(module, attribute name) of each list that holds layers of the model."""
     layers = {id(layer) for layer in getattr(model, "layers", ())}
     return [
         (module, name)
@@ -89,9 +89,9 @@ def _lists_of_layers(model: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 class _Checkpointed(ModuleProxy):
-    """Stands in for a layer, which is computed again for its gradient.
+    """A proxy for a layer, which is recomputed for its gradient.
 
-    A layer that is given what it may write to, such as a cache from which others read its keys, is called as it is.
+    A layer whose arguments are mutable, such as a cache that other layers read, is called directly.
     """
 
     def __init__(self, layer: nn.Module, inside: Inside, called: Callable[[], None]) -> None:
@@ -123,7 +123,7 @@ class _Checkpointed(ModuleProxy):
 def _computed_again(
     of: Callable[..., list[mx.array]], parameters: list[mx.array], inputs: list[mx.array], key: Any
 ) -> list[mx.array]:
-    """What `of` gives; for the gradient it is called again with the same arrays and the same random `key`."""
+    """The results of `of`, which is called again for the gradient with the same arrays and random `key`."""
     stream = mx.default_stream(mx.default_device())
 
     @mx.custom_function
@@ -136,7 +136,7 @@ def _computed_again(
         with mx.stream(stream), drawing_from(key):
             _, slopes = mx.vjp(of, mx.depends(primals, cotangents), cotangents)
             own = slopes[: len(parameters)]
-            # The layer before begins once these are there: until then what they are made from is held.
+            # The previous layer starts after these are computed, so that their inputs are freed first.
             return [*own, *(mx.depends(slope, own) if own else slope for slope in slopes[len(own) :])]
 
     return _listed(once(*parameters, *inputs))
@@ -152,7 +152,7 @@ def _split(tree: Any) -> tuple[list[str], list[mx.array]]:
 
 
 def _floats(tree: Any) -> tuple[Callable[[Any], Any], list[mx.array]]:
-    """The arrays of floats in a tree, and how the tree is made again with others in their place."""
+    """The float arrays in a tree, and a function that rebuilds the tree with other arrays in their place."""
     found: list[mx.array] = []
 
     def is_float(value: Any) -> bool:
@@ -169,7 +169,7 @@ def _floats(tree: Any) -> tuple[Callable[[Any], Any], list[mx.array]]:
 
 @contextmanager
 def _in_place(layer: nn.Module, names: list[str], arrays: Any, before: list[mx.array]) -> Iterator[None]:
-    """The trained arrays of the layer are these while inside."""
+    """A context in which the trained arrays of the layer are replaced by `arrays`."""
     if not names:
         yield
         return

@@ -1,7 +1,7 @@
-"""What a model can read, found by giving it a few tokens and looking at what reaches its embeddings.
+"""Finds the vocabulary and length limits of a model, by recording what reaches its embeddings for a few tokens.
 
-A table that gets the ids as they are is one of tokens, one that gets their places is one of positions. mlx is lazy, so
-nothing of the model itself is computed, and no weight is read from disk.
+An embedding that receives the token ids is a token embedding; one that receives consecutive numbers is a position
+embedding. mlx is lazy, so nothing of the model is computed and no weight is read from disk.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from mlx_nb.model.model_source import model_folder
 _PROBE = (5, 2, 7, 3, 1)
 
 
-class _Witness(nn.Module):
-    """An embedding that tells which ids it was asked for, and reads no row that it does not have."""
+class _Recorder(nn.Module):
+    """An embedding that records the ids it receives, and never reads beyond its rows."""
 
-    def __init__(self, table: nn.Module, tell: Callable[[mx.array], None]) -> None:
+    def __init__(self, table: nn.Module, record: Callable[[mx.array], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.table = table
-        self._tell = tell
+        self._record = record
 
     def __call__(self, ids: mx.array, *arguments: Any, **named: Any) -> mx.array:
-        self._tell(ids)
+        self._record(ids)
         result: mx.array = self["table"](mx.clip(ids, 0, self["table"].weight.shape[0] - 1), *arguments, **named)
         return result
 
@@ -43,17 +43,17 @@ class _Witness(nn.Module):
 
 
 def limits_of(model: nn.Module, description: Mapping[str, Any] | None = None) -> ModelLimits:
-    """What `model` can read; `description` is its config.json. The model is as before afterwards."""
+    """The limits of `model`; `description` is its config.json. The model is not changed."""
     tables = {path: module for path, module in model.named_modules() if _is_table(module)}
     probe = np.array(_PROBE)
-    asked, logits = _asked(model, tables, probe)
+    seen, logits = _ids_seen(model, tables, probe)
     rows = {path: tables[path].weight.shape[0] for path in tables}
-    of_tokens = [path for path, ids in asked.items() if np.array_equal(ids, probe)]
-    starts = {path: int(ids[0]) for path, ids in asked.items() if np.array_equal(ids - ids[0], np.arange(len(probe)))}
+    of_tokens = [path for path, ids in seen.items() if np.array_equal(ids, probe)]
+    starts = {path: int(ids[0]) for path, ids in seen.items() if np.array_equal(ids - ids[0], np.arange(len(probe)))}
     if len({rows[path] for path in of_tokens}) > 1:
-        # One with fewer rows may be meant for some ids alone: then the others never reach it.
+        # A table with fewer rows may be for some ids only; then other ids never reach it.
         largest = np.full(len(probe), max(rows[path] for path in of_tokens) - 1)
-        reached, _ = _asked(model, tables, largest)
+        reached, _ = _ids_seen(model, tables, largest)
         of_tokens = [path for path in of_tokens if path in reached and np.array_equal(reached[path], largest)]
     return ModelLimits(
         ids=min((rows[path] for path in of_tokens), default=None),
@@ -64,7 +64,7 @@ def limits_of(model: nn.Module, description: Mapping[str, Any] | None = None) ->
 
 
 def limits_by_name(model: str) -> ModelLimits:
-    """What the model that `model_folder` finds can read. Nothing is known of one that cannot be opened."""
+    """The limits of the model that `model_folder` finds; all None for one that cannot be opened."""
     try:
         return limits_of(*load_skeleton(model_folder(model)))
     except ModelError:
@@ -72,7 +72,7 @@ def limits_by_name(model: str) -> ModelLimits:
 
 
 def context_of(description: Mapping[str, Any]) -> int | None:
-    """Tokens that a model was made for, by its config.json, with what its scaled rotary positions add."""
+    """The context length of a model in tokens, from its config.json, including rope scaling."""
     inner = description.get("text_config")
     if isinstance(inner, Mapping):
         return context_of({**inner, **{key: description[key] for key in ("rope_scaling",) if key in description}})
@@ -89,24 +89,24 @@ def _is_table(module: nn.Module) -> bool:
     return hasattr(module, "as_linear") and "weight" in module
 
 
-def _asked(
+def _ids_seen(
     model: nn.Module, tables: Mapping[str, nn.Module], tokens: np.ndarray
 ) -> tuple[dict[str, np.ndarray], int | None]:
-    """The ids that each table is asked for when the model gets `tokens`, and how many logits it gives."""
-    asked: dict[str, np.ndarray] = {}
+    """The ids that each table receives when the model reads `tokens`, and the number of logits."""
+    seen: dict[str, np.ndarray] = {}
     logits: Any = None
 
-    def witness(path: str, table: nn.Module) -> _Witness:
-        def tell(ids: mx.array) -> None:
-            asked[path] = np.array(ids).reshape(-1)
+    def recorder(path: str, table: nn.Module) -> _Recorder:
+        def record(ids: mx.array) -> None:
+            seen[path] = np.array(ids).reshape(-1)
 
-        return _Witness(table, tell)
+        return _Recorder(table, record)
 
-    witnesses = {path: witness(path, table) for path, table in tables.items()}
-    # A model is code of its own: what it raises here, it raises again where it is used.
-    with _replaced(model, witnesses, tables), contextlib.suppress(Exception):
+    recorders = {path: recorder(path, table) for path, table in tables.items()}
+    # Errors of the model's code are ignored here; they are raised again when it is used.
+    with _replaced(model, recorders, tables), contextlib.suppress(Exception):
         logits = model(mx.array(tokens[None]))
-    return asked, logits.shape[-1] if isinstance(logits, mx.array) else None
+    return seen, logits.shape[-1] if isinstance(logits, mx.array) else None
 
 
 @contextlib.contextmanager

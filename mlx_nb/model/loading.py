@@ -1,4 +1,4 @@
-"""An alias, hub id, local folder or GGUF file to a model and its tokenizer."""
+"""Loads a model and its tokenizer from an alias, hub id, local folder or GGUF file."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ _BITS = (2, 3, 4, 5, 6, 8)
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model ready to train. `quantized_bits` is that of the source, even where it was dequantized in memory.
+    """A model ready to train. `quantized_bits` is that of the source, even if it was dequantized in memory.
 
-    `weights` is the `weights_fingerprint` of its files, taken when they were read.
+    `weights` is the `weights_fingerprint` of its files at the time of loading.
     """
 
     model: nn.Module
@@ -53,7 +53,7 @@ class LoadedModel:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a person should know of it; the first question tries the model on a few tokens."""
+        """Notes about the model. The first access runs it on a few tokens."""
         found = (cache_mismatch_note(self.model), full_logits_note(self.model))
         return (*self.loading_notes, *(note for note in found if note is not None))
 
@@ -61,11 +61,11 @@ class LoadedModel:
 def load_model(model: str, *, load_in_bits: int | None = None, chat_template: str | None = None) -> LoadedModel:
     """Load a model and tokenizer through mlx-lm. `model` is what `model_folder` takes.
 
-    `load_in_bits` (2, 3, 4, 5, 6 or 8) quantizes a float base on load, all matrices but the embedding. On a CPU the
-    base, quantized or not, is then held in float32 with the values it had, and a note says so: mlx's other CPU
-    kernels are tens of times slower. `chat_template`, Jinja text or the path of a file with it, replaces the
-    tokenizer's. Raises ModelError in one line when something is missing, cannot be read or is quantized already, and
-    for weights that are NaN or infinite, naming the tensor; OutOfMemory where the model does not fit.
+    `load_in_bits` (2, 3, 4, 5, 6 or 8) quantizes all matrices of a float base except embeddings. On a CPU the base,
+    quantized or not, is then converted to float32 with the same values, and a note says so: mlx's other CPU kernels are
+    tens of times slower. `chat_template`, Jinja text or the path of a file with it, replaces the tokenizer's. Raises
+    ModelError in one line if something is missing, cannot be read or is already quantized, or for a tensor with NaN or
+    infinite values; OutOfMemory if the model does not fit.
     """
     return finished(load_in_pieces(model, load_in_bits=load_in_bits, chat_template=chat_template))
 
@@ -73,7 +73,7 @@ def load_model(model: str, *, load_in_bits: int | None = None, chat_template: st
 def load_in_pieces(
     model: str, *, load_in_bits: int | None = None, chat_template: str | None = None
 ) -> Generator[Progress, None, LoadedModel]:
-    """`load_model` in pieces, with Progress after each. What is fetched and parsed is so on a thread."""
+    """`load_model` in pieces, yielding Progress. Downloading and parsing happen on a thread."""
     with memory_errors("the model was loaded", "Close other programs and kernels, or use a smaller model."):
         folder = yield from fetched_folder(model)
         begun = time.monotonic()
@@ -83,10 +83,7 @@ def load_in_pieces(
         tokenizer = yield from _meanwhile("tokenizer", partial(load_tokenizer, folder))
         yield from _evaluated(network, "weights, as they are in the file")
         if bad := not_finite(dict(named_arrays(network.parameters()))):
-            raise ModelError(
-                f"the weights in {folder} are damaged: {bad}. No rows and no setting can fix that: download or "
-                "convert the model again."
-            )
+            raise ModelError(f"the weights in {folder} are damaged: {bad}. Download or convert the model again.")
         bits = (config.get("quantization") or {}).get("bits")
         notes = [note] if (note := repair_note(folder)) else []
         if load_in_bits is not None:
@@ -103,22 +100,20 @@ def load_in_pieces(
             _compute_in_float32(network)
             made = sum(array.nbytes for _, array in named_arrays(network.parameters()) if id(array) not in given)
             if lacking := shortage(made):
-                raise OutOfMemory(f"{model} in float32, as this CPU computes, {lacking}. Use a smaller model.")
+                raise OutOfMemory(f"{model} in float32, which this CPU needs, {lacking}. Use a smaller model.")
             base = f"{bits}-bit base" if bits else "base"
-            notes.append(
-                f"On this CPU the {base} is held and computed in float32; saved adapters are the same either way."
-            )
+            notes.append(f"On this CPU the {base} is kept in float32; saved adapters are the same either way.")
         yield from _evaluated(network, "weights")
     return LoadedModel(network, tokenizer, folder, model, bits, tuple(notes), weights_fingerprint(folder))
 
 
 def fetched_folder(model: str) -> Generator[Progress, None, Path]:
-    """`model_folder` in pieces: a model may have to be downloaded and converted."""
+    """`model_folder` in pieces, yielding Progress, because a download or conversion may be necessary."""
     return (yield from _meanwhile("files", partial(model_folder, model)))
 
 
 def _meanwhile(what: str, function: Callable[[], _Result]) -> Generator[Progress, None, _Result]:
-    """Call `function` on a thread, saying what of the model is being loaded."""
+    """Call `function` on a thread, yielding Progress until it returns."""
     work, begun = on_thread(function), time.monotonic()
     while True:
         try:
@@ -130,7 +125,7 @@ def _meanwhile(what: str, function: Callable[[], _Result]) -> Generator[Progress
 
 
 def _evaluated(network: nn.Module, what: str) -> Generator[Progress, None, None]:
-    """Compute the arrays of a model, which mlx puts off until they are asked for, a few at a time."""
+    """Evaluate the lazy arrays of a model, a few at a time, yielding Progress."""
     arrays = held_arrays(network)
     begun = since = time.monotonic()
     for done, array in enumerate(arrays, 1):
@@ -141,7 +136,7 @@ def _evaluated(network: nn.Module, what: str) -> Generator[Progress, None, None]
 
 
 def loaded_as(config: RunConfig, loaded: LoadedModel) -> str:
-    """What mlx-lm, which knows no aliases, loads the model of a run by: the id of a hub, or the folder it is in."""
+    """The name by which mlx-lm can load the model of a run: a hub id or a folder. mlx-lm knows no aliases."""
     name = model_named(config)
     if name in ALIASES or Path(name).expanduser().exists():
         return str(loaded.folder.resolve())
@@ -149,7 +144,7 @@ def loaded_as(config: RunConfig, loaded: LoadedModel) -> str:
 
 
 def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
-    """The tokenizer of a model folder alone, in mlx-lm's wrapper."""
+    """Load only the tokenizer of a model folder, in mlx-lm's wrapper."""
     import_mlx_lm()
     from mlx_lm.utils import load_config
     from mlx_lm.utils import load_tokenizer as load_with_mlx_lm
@@ -165,12 +160,12 @@ def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
 
 
 def load_skeleton(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The model of a folder, of which no weight was read yet, and its config.json. Raises ModelError."""
+    """The model in a folder without reading weights yet, and its config.json. Raises ModelError."""
     import_mlx_lm()
     from mlx_lm.utils import load_model as load_with_mlx_lm
 
     try:
-        with files_for_a_model(), random_stream(0):  # mlx draws start values for every module, only to overwrite them
+        with files_for_a_model(), random_stream(0):  # mlx draws initial values that are overwritten
             network, config = load_with_mlx_lm(folder, lazy=True)
     except Exception as error:
         raise ModelError(f"the model in {folder} cannot be loaded: {one_line(error)}") from None
@@ -178,9 +173,9 @@ def load_skeleton(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _quantize(network: nn.Module, bits: int) -> None:
-    """Quantize every matrix but embeddings, in groups of 64 columns, or 32 where only these divide it."""
+    """Quantize all matrices except embeddings, in groups of 64 columns, or of 32 if 64 does not divide them."""
     if bits not in _BITS:
-        raise ModelError(f"load_in_bits: {bits} is not possible; possible are {', '.join(map(str, _BITS))}.")
+        raise ModelError(f"load_in_bits: {bits} is not supported; supported are {', '.join(map(str, _BITS))}.")
 
     def choose(_path: str, module: nn.Module) -> bool | dict[str, int]:
         if not hasattr(module, "to_quantized") or isinstance(module, nn.Embedding):
@@ -193,7 +188,7 @@ def _quantize(network: nn.Module, bits: int) -> None:
 
 
 def _compute_in_float32(network: nn.Module) -> None:
-    """Replace quantized matrices by float32 ones of the same values, and cast all other floats to float32."""
+    """Replace quantized matrices by float32 matrices with the same values, and cast other floats to float32."""
     plain = [
         (path, _dequantized(module))
         for path, module in network.named_modules()
@@ -210,7 +205,7 @@ def _float32(array: mx.array) -> mx.array:
 
 def _dequantized(module: nn.QuantizedLinear | nn.QuantizedEmbedding) -> nn.Module:
     biases = module.get("biases")
-    # mlx rounds the result to the scales' type: half precision would lose what quantized_matmul keeps.
+    # mlx rounds the result to the dtype of the scales, so half precision would be less exact than quantized_matmul.
     weight = mx.dequantize(
         module.weight,
         _float32(module.scales),
@@ -231,17 +226,17 @@ def _dequantized(module: nn.QuantizedLinear | nn.QuantizedEmbedding) -> nn.Modul
 
 
 def _named_template(tokenizer: Tokenizer, name: str) -> str:
-    """The Jinja text of a template by name; the token that ends its turns ends an answer. Raises ModelError.
+    """The Jinja text of a named template. Its end-of-turn token is added to the end tokens. Raises ModelError.
 
-    A control token that the tokenizer lacks would be written as ordinary characters, of which none ends a turn.
+    A control token that the tokenizer lacks would become ordinary characters, which could not end a turn.
     """
     named = NAMED_TEMPLATES[name]
     known = getattr(tokenizer, "_tokenizer", tokenizer).get_vocab()
     if missing := [token for token in named.tokens if token not in known]:
         fitting = [other for other, one in NAMED_TEMPLATES.items() if all(token in known for token in one.tokens)]
         raise ModelError(
-            f"`chat_template: {name}` writes {', '.join(missing)}, which this model's tokenizer does not have; tokens "
-            f"are not added to a model. Its own tokens are enough for: {', '.join(fitting)}."
+            f"`chat_template: {name}` needs the tokens {', '.join(missing)}, which this model's tokenizer does not "
+            f"have. Templates that it supports: {', '.join(fitting)}."
         )
     if named.end and hasattr(tokenizer, "add_eos_token"):
         tokenizer.add_eos_token(named.end)
@@ -261,5 +256,5 @@ def _set_chat_template(tokenizer: Tokenizer, chat_template: str) -> None:
             ) from None
     getattr(tokenizer, "_tokenizer", tokenizer).chat_template = chat_template
     tokenizer.has_chat_template = True
-    # Rendering code of mlx-lm's own for this model would go before it.
+    # mlx-lm's own rendering code for this model would take precedence.
     tokenizer._chat_template = None

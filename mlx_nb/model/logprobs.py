@@ -1,7 +1,7 @@
-"""Log-probabilities of target tokens. The next-token shift of the whole package is here, once.
+"""Computes log-probabilities of target tokens. This is the only place in the package with the next-token shift.
 
-Only positions that predict a trained token are projected to the vocabulary: for half-masked rows that is half of
-the largest matrix product of a small model, and none of its memory.
+Only positions that predict a trained token are projected to the vocabulary. For half-masked rows this halves the
+largest matrix product of a small model and saves its memory.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _IS_X86 = platform.machine() in ("x86_64", "AMD64")
 
 
 class TargetInputs(NamedTuple):
-    """A batch as the model takes it.
+    """A batch as input of the model.
 
-    tokens_BT    (B, T) int32, inputs: the lines of the batch, or one row of them where they are packed
+    tokens_BT    (B, T) int32, inputs: the lines of the batch, or one row with all of them if they are packed
     position_S   (S,) int32, index into the flattened (B * T) outputs of the position that predicts each target
     target_S     (S,) int32, the token to predict
     weight_S     (S,) float32, its weight in the loss; 0 on padding of S
     row_values   {name: (R,) float32}, token_values {name: (S,) float32}: constants that an objective needs
-    layout       where the lines are in a packed row, None where they are not packed
+    layout       positions of the lines in a packed row; None if they are not packed
     """
 
     tokens_BT: mx.array
@@ -55,27 +55,27 @@ class TargetInputs(NamedTuple):
 
     @property
     def lines(self) -> int:
-        """How many lines the batch has."""
+        """The number of lines in the batch."""
         lines: int = (self.tokens_BT if self.layout is None else self.layout.position_RL).shape[0]
         return lines
 
     @property
     def line_S(self) -> mx.array:
-        """(S,) int32, the line that each target is in."""
+        """(S,) int32, the line of each target."""
         return self.position_S // self.tokens_BT.shape[1] if self.layout is None else self.layout.line_S
 
 
 def target_inputs(batch: TokenBatch, targets_to_multiple: int = 1, width_to_multiple: int = 1) -> TargetInputs:
     """THE next-token shift: the output at position t predicts the token at t + 1, weighted by that token's mask.
 
-    Columns after the last position that predicts a target are cut: in a causal model they change nothing. What is
-    left is rounded up to `width_to_multiple`, as far as the batch goes, and the targets to `targets_to_multiple`.
-    Of a packed batch each line is cut so, and what is left of them is one row. Raises DataError for a batch without any
-    target.
+    Columns after the last position that predicts a target are cut; in a causal model they have no effect. The width is
+    rounded up to `width_to_multiple`, within the batch, and the number of targets to `targets_to_multiple`. In a packed
+    batch each line is cut in this way, and the rests are joined to one row. Raises DataError for a batch without
+    targets.
     """
     row_S, column_S = np.nonzero(batch.loss_mask_BT[:, 1:])
     if not len(row_S):
-        raise DataError(f"rows {', '.join(map(str, batch.rows))}: no token is trained. Leave them out.")
+        raise DataError(f"rows {', '.join(map(str, batch.rows))}: no token is trained. Exclude these rows.")
     packed = _packed(batch, width_to_multiple) if batch.packed else None
     if packed is None:
         width = int(column_S.max()) + 1
@@ -104,7 +104,7 @@ def target_inputs(batch: TokenBatch, targets_to_multiple: int = 1, width_to_mult
 
 
 def _packed(batch: TokenBatch, width_to_multiple: int) -> PackedLines:
-    """The lines as one row, which is rounded up to a multiple by padding of its shortest line."""
+    """The lines joined to one row, whose length is rounded up by padding the shortest line."""
     lines = scored_lines(batch)
     shortest = min(range(len(lines)), key=lambda line: len(lines[line]))
     missing = -len(pack_lines(lines).tokens_N) % width_to_multiple
@@ -113,9 +113,9 @@ def _packed(batch: TokenBatch, width_to_multiple: int) -> PackedLines:
 
 
 def target_values(parts: Sequence[TokenBatch], function: Callable[[TargetInputs], mx.array]) -> list[np.ndarray]:
-    """What `function` gives for the targets of each part, (S,) float32 in their order; parts are computed in lanes.
+    """Compute `function` for each part in lanes. Returns (S,) float32 values of the targets of each part, in order.
 
-    The numbers of a part do not depend on what it is computed beside.
+    The numbers of a part do not depend on the other parts.
     """
     found = in_lanes(lambda part: function(target_inputs(part)), parts)
     with backend.one_blas_thread():
@@ -124,12 +124,11 @@ def target_values(parts: Sequence[TokenBatch], function: Callable[[TargetInputs]
 
 
 class TargetScorer:
-    """Log-probabilities of targets under one model, live: it reads the model's parameters at each call.
+    """Computes log-probabilities of targets under a model, with its current parameters at each call.
 
-    The head is computed at targets alone where that is PROVED, on a probe, to give the model's own logits; where it is
-    not, the model is run whole. With `grad_checkpoint` the insides of layers are not kept for a gradient in training
-    mode. Raises ModelError for a family whose pass without a cache, which is what is scored here, is not the one that
-    answers take, or whose layers cannot be computed again.
+    The head is computed only at targets if a test on a few tokens gives the model's own logits; otherwise the whole
+    model is run. `grad_checkpoint` enables gradient checkpointing in training mode. Raises ModelError for a family with
+    a cache mismatch (see passes), or whose layers cannot be recomputed.
     """
 
     def __init__(self, model: nn.Module, *, grad_checkpoint: bool = False) -> None:
@@ -144,21 +143,21 @@ class TargetScorer:
 
     @property
     def projects_targets_only(self) -> bool:
-        """Whether the head is computed at targets alone."""
+        """Whether the head is computed only at targets."""
         return self._text is not None
 
     @cached_property
     def can_pack(self) -> bool:
-        """Whether lines that are packed in one row are computed as each alone."""
+        """Whether packed lines give the same numbers as separate lines."""
         return packing_is_verified(self.model)
 
     @cached_property
     def sizes(self) -> ModelSizes:
-        """What the memory of a batch depends on."""
+        """The sizes of the model that determine the memory of a batch."""
         return ModelSizes.of(self.model, self._text)
 
     def refuse_beyond_memory(self, batch: TokenBatch, *, trained: bool = False) -> None:
-        """Raise OutOfMemory for a batch that cannot fit, `trained` with its gradient."""
+        """Raise OutOfMemory for a batch that cannot fit; with `trained` its gradient is included."""
         refuse_beyond_memory(batch, self.sizes, trained=trained, targets_only=self.projects_targets_only)
 
     def logprobs(self, inputs: TargetInputs) -> mx.array:
@@ -167,10 +166,10 @@ class TargetScorer:
         return logprob_S
 
     def at_targets(self, inputs: TargetInputs, function: TargetFunction, *values_S: mx.array) -> tuple[mx.array, ...]:
-        """What `function(logits (C, V), target (C,), values (C,) ...)` gives for each target, as arrays (S,).
+        """Apply `function(logits (C, V), target (C,), values (C,) ...)` to all targets. Returns its arrays as (S,).
 
-        It is called with some of the targets at a time where logits of all would be large, so each number may depend on
-        its own target alone. Gradients are passed through the first of its arrays; the others pass none.
+        If the logits are large it is called with chunks of the targets, so each result may depend only on its own
+        target. Gradients flow only through the first array.
         """
         targets = (inputs.target_S, *values_S)
         layout = inputs.layout
@@ -204,7 +203,7 @@ class TargetScorer:
         return first, *(mx.stop_gradient(other) for other in others)
 
     def token_losses(self, tokens: np.ndarray) -> np.ndarray:
-        """(T,) float32: negative log-likelihood in nats of each token after those before it; NaN for the first."""
+        """(T,) float32: loss in nats of each token given the tokens before it; NaN for the first."""
         row = TokenBatch(tokens[None], np.ones((1, len(tokens)), np.float32), (0,), (len(tokens),))
         inputs = target_inputs(row)
         losses = np.full(len(tokens), np.nan, np.float32)
@@ -212,7 +211,7 @@ class TargetScorer:
         return losses
 
     def logits(self, inputs: TargetInputs) -> mx.array:
-        """(S, V) logits at the predicting positions, in the model's type."""
+        """(S, V) logits at the predicting positions, in the model's dtype."""
         if self._text is None:
             logits_BTV = self.model(inputs.tokens_BT)
             result: mx.array = logits_BTV.reshape(-1, logits_BTV.shape[-1])[inputs.position_S]
@@ -221,7 +220,7 @@ class TargetScorer:
 
 
 def target_logprobs(logits_SV: mx.array, target_S: mx.array) -> mx.array:
-    """(S,) float32: log-softmax of each row of logits at its target, with the terms added up as mlx adds them."""
+    """(S,) float32: log-softmax of each row of logits at its target, with mlx's own summation."""
     if not backend.is_cpu() and hasattr(mx.fast, "cross_entropy"):
         return -mx.fast.cross_entropy(logits_SV, target_S)  # fused, in float32 from logits of any precision
     logits_SV = logits_SV.astype(mx.float32)
@@ -229,15 +228,15 @@ def target_logprobs(logits_SV: mx.array, target_S: mx.array) -> mx.array:
 
 
 def accurate_target_logprobs(logits_SV: mx.array, target_S: mx.array) -> mx.array:
-    """The same for ratios of probabilities, where the fourth decimal counts."""
+    """Like `target_logprobs`, with more accurate sums, for probability ratios where the fourth decimal matters."""
     logits_SV = logits_SV.astype(mx.float32)
     return _at_target(logits_SV, target_S) - accurate_logsumexp(logits_SV)
 
 
 def accurate_logsumexp(logits_SV: mx.array) -> mx.array:
-    """(S,) log of the sum of exponentials of each row, taken in blocks.
+    """(S,) log of the sum of exponentials of each row, summed in blocks.
 
-    On a CPU mlx adds the terms one after the other in float32, which over 49,152 of them is wrong by up to 2e-4.
+    On a CPU mlx adds the terms sequentially in float32; for 49,152 terms the error is up to 2e-4.
     """
     block = math.gcd(logits_SV.shape[-1], _SUMMED_AT_ONCE)
     if block == 1:
@@ -246,7 +245,7 @@ def accurate_logsumexp(logits_SV: mx.array) -> mx.array:
 
 
 def _logsumexp(logits: mx.array) -> mx.array:
-    """log sum exp over the last axis. On x86 mlx takes a third of the time for a power of 2 as for an exponential."""
+    """log-sum-exp over the last axis. On x86 it uses powers of 2, which mlx computes three times as fast as exp."""
     if not (_IS_X86 and backend.is_cpu()):
         return mx.logsumexp(logits, axis=-1)
     lane = mx.default_stream(mx.cpu)

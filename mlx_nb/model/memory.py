@@ -1,4 +1,4 @@
-"""How much memory there is, what mlx says when there is none, and mlx's own limits while a run computes on a GPU."""
+"""Available memory, out-of-memory errors of mlx, and the memory limits that are set while a run computes."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ import mlx.core as mx
 from mlx_nb.errors import OutOfMemory
 from mlx_nb.model.backend import is_cpu, memory_limit
 
-# Of Metal, CUDA and mlx's allocators on any device.
+# Error messages of Metal, CUDA and mlx's allocators.
 _WORDS = re.compile(
     r"insufficient ?memory|out ?of ?memory|unable to allocate|attempting to allocate|failed to allocate"
     r"|cannot allocate memory|memory ?allocation|bad_alloc",
     re.IGNORECASE,
 )
-_CACHED_SHARE = 4  # freed arrays that mlx keeps for later take at most one part in so many of a GPU's memory
+_CACHED_SHARE = 4  # mlx's cache of freed arrays is limited to 1 / this of a GPU's memory
 
-# glibc's own names for what it keeps of freed memory, and the numbers that it comes to by itself with large arrays.
+# mallopt parameters for how much freed memory glibc keeps, and the values it adapts to with large arrays.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _KEPT = {_TRIM_THRESHOLD: 2**31 - 1, _MMAP_THRESHOLD: 2**30}
 _USUAL = {_TRIM_THRESHOLD: 64 * 1024**2, _MMAP_THRESHOLD: 32 * 1024**2}
-_OF_A_PERSON = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+_USER_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 _holding = threading.Lock()
 _holders = 0
@@ -43,7 +43,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def memory_errors(doing: str, advice: str) -> Iterator[None]:
-    """An allocation that fails inside is an OutOfMemory that says what was being done and what needs less."""
+    """A context that turns a failed allocation into OutOfMemory, with what was being done and advice."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -53,9 +53,9 @@ def memory_errors(doing: str, advice: str) -> Iterator[None]:
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that could be allocated now: on a GPU what its limit leaves, on a CPU what machine, cgroup and ulimit do.
+    """Bytes that can be allocated now: on a GPU within its limit, on a CPU within those of machine, cgroup and ulimit.
 
-    `root` is where /proc and /sys are looked for.
+    `root` is the folder that contains /proc and /sys.
     """
     if not is_cpu():
         return max(0, memory_limit() - mx.get_active_memory())
@@ -64,20 +64,20 @@ def available_memory(root: Path = Path("/")) -> int:
 
 
 def shortage(needed: int, available: int | None = None) -> str | None:
-    """`needed` bytes against those that are available, in words, when they are more; else None."""
-    there = available_memory() if available is None else available
-    if needed <= there:
+    """A message if more bytes are needed than available; otherwise None."""
+    free = available_memory() if available is None else available
+    if needed <= free:
         return None
-    return f"needs at least {gigabytes(needed)}, and {gigabytes(there)} are available"
+    return f"needs at least {gigabytes(needed)}, and {gigabytes(free)} are available"
 
 
 def gigabytes(size: int) -> str:
-    """A number of bytes as a person reads it."""
+    """A number of bytes as text, in GB."""
     return f"{size / 1e9:,.{1 if size >= 1e9 else 3}f} GB"
 
 
 def _free_in_machine(root: Path) -> int | None:
-    """What Linux can give without closing anything, and what it can swap out."""
+    """Memory that Linux has available, plus free swap."""
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
         sizes = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
@@ -87,7 +87,7 @@ def _free_in_machine(root: Path) -> int | None:
 
 
 def _free_in_groups(root: Path) -> Iterator[int]:
-    """What the limit of each control group leaves that this process is in: its own, and those around it."""
+    """The free memory within the limit of each control group of this process, and of their parents."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -99,7 +99,7 @@ def _free_in_groups(root: Path) -> Iterator[int]:
             continue
         top = root / "sys/fs/cgroup" / ("memory" if kinds else "")
         names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if kinds else ("memory.max", "memory.current")
-        # In a container the path is that of the host, and only the top is there.
+        # In a container the path is that of the host, and only the top folder exists.
         inner = top / path.strip("/")
         for folder in (inner, *inner.parents):
             if (free := _free_in_group(folder, *names)) is not None:
@@ -131,11 +131,11 @@ def _free_in_address_space(root: Path) -> int | None:
 
 @contextmanager
 def device_limits() -> Iterator[None]:
-    """While inside, on a GPU: the memory that Metal recommends stays resident, and mlx's cache has a limit.
+    """A context that sets memory limits. On a GPU it wires the memory that Metal recommends and limits mlx's cache.
 
-    What was set before is set again when the last of several runs is done; a lower cache limit of a person's own
-    stays. On a CPU with glibc freed arrays stay with the process, for the next ones: each that is new to it costs a
-    fault for every page, which is more than most operations on it. They are given back in the end.
+    The previous limits are restored when the last of several runs leaves; a lower cache limit of the user stays. On a
+    CPU with glibc, freed memory is kept for the next arrays until the end: new memory causes a page fault per page,
+    which costs more than most operations on it.
     """
     global _holders
     with _holding:
@@ -148,7 +148,7 @@ def device_limits() -> Iterator[None]:
         with _holding:
             _holders -= 1
             if _holders == 0:
-                _give_back_limits()
+                _restore_limits()
 
 
 def _set_limits() -> None:
@@ -166,7 +166,7 @@ def _set_limits() -> None:
         _limits_before["cache"] = before
 
 
-def _give_back_limits() -> None:
+def _restore_limits() -> None:
     if is_cpu():
         _set_malloc(_USUAL)
         release_freed_memory()
@@ -180,7 +180,7 @@ def _give_back_limits() -> None:
 
 
 def clear_cache() -> None:
-    """Give back what is kept of freed arrays: after work whose sizes are not those of updates."""
+    """Release the cache of freed arrays. Call it after work with other array sizes than updates."""
     if not is_cpu():
         mx.clear_cache()
     elif _holders:
@@ -188,15 +188,15 @@ def clear_cache() -> None:
 
 
 def release_freed_memory() -> None:
-    """Give what this process keeps of freed arrays on a CPU back to the system."""
+    """Return the freed memory that this process keeps on a CPU to the system."""
     if (trim := getattr(_libc(), "malloc_trim", None)) is not None:
         trim(0)
 
 
 def _set_malloc(limits: Mapping[int, int]) -> None:
-    """Nothing without glibc, or where a person has set them by the environment."""
+    """Set mallopt parameters. Does nothing without glibc, or if the user has set them in the environment."""
     mallopt = getattr(_libc(), "mallopt", None)
-    if mallopt is None or any(name in os.environ for name in _OF_A_PERSON):
+    if mallopt is None or any(name in os.environ for name in _USER_VARIABLES):
         return
     for name, value in limits.items():
         mallopt(name, value)

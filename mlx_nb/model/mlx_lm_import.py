@@ -1,4 +1,4 @@
-"""mlx-lm without what importing it changes in the whole process: how many files may be open, and Python's `random`."""
+"""Imports mlx-lm without its side effects on the process: the limit of open files, and Python's `random` state."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-_FILES_OF_A_MODEL = 2048  # what mlx-lm asks for: a large model has hundreds of files
+_FILES_OF_A_MODEL = 2048  # what mlx-lm sets; a large model has hundreds of files
 
-# In the order in which mlx-lm comes to them; each takes under half a second.
+# In the order in which mlx-lm imports them; each takes less than half a second.
 LIBRARIES = (
     "huggingface_hub",
     "tokenizers",
@@ -30,7 +30,7 @@ _importing = threading.Lock()
 
 @contextmanager
 def _importing_quietly() -> Iterator[None]:
-    """One thread at a time imports, and is not told that there is no PyTorch, which nothing here needs."""
+    """A context for one importing thread at a time, without the warning about missing PyTorch."""
     with _importing:
         advice = os.environ.get(_NO_ADVICE)
         os.environ.setdefault(_NO_ADVICE, "1")
@@ -42,10 +42,10 @@ def _importing_quietly() -> Iterator[None]:
 
 
 def import_mlx_lm() -> None:
-    """Import mlx-lm, quietly; the limit of open files, the environment and the state of `random` stay as they are.
+    """Import mlx-lm without changing the limit of open files, the environment or the state of `random`.
 
-    mlx-lm lowers the hard limit, which only root could raise again afterwards: so it must not come to that. Its tuner
-    imports rich, which draws a number.
+    mlx-lm lowers the hard limit, which only root could raise again, so that call is intercepted. Its tuner imports
+    rich, which draws a random number.
     """
     with _importing_quietly():
         if "mlx_lm.utils" in sys.modules:
@@ -62,20 +62,20 @@ def import_mlx_lm() -> None:
 
 
 def import_tokenizers() -> Iterator[int]:
-    """Import most of what mlx-lm takes, a piece at a time; gives the number of pieces that are done before each.
+    """Import the libraries that mlx-lm needs one at a time. Yields the number already imported before each.
 
-    Not for a thread: transformers puts another module in its own place in the middle of its import, so that whoever
-    imports it meanwhile, such as another cell, would be left with the first one, which lacks every name.
+    Do not call it on another thread: transformers replaces its own module during import, and code that imports it at
+    the same time, such as another cell, would get the incomplete first module.
     """
     for done, name in enumerate(LIBRARIES):
         yield done
-        with _importing_quietly(), suppress(ImportError):  # in another version; it is imported where it is used
+        with _importing_quietly(), suppress(ImportError):  # missing in another version
             importlib.import_module(name)
 
 
 @contextmanager
 def files_for_a_model() -> Iterator[None]:
-    """While inside, the files of a large model can be open at once; some systems allow 256."""
+    """A context that allows enough open files for a large model; some systems allow only 256."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _FILES_OF_A_MODEL if hard == resource.RLIM_INFINITY else min(_FILES_OF_A_MODEL, hard)
     if soft == resource.RLIM_INFINITY or soft >= wanted:

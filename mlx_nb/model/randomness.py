@@ -1,4 +1,4 @@
-"""All randomness of a run is a function of (seed, purpose, step); the user's own stream is given back."""
+"""Random streams that depend only on (seed, purpose, step). The user's own stream is restored after use."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import mlx.core as mx
 
 
 def seed_for(seed: int, purpose: str, step: int = 0) -> int:
-    """A 63-bit seed from the run's seed, what it is for, and the step."""
+    """A 63-bit seed derived from the run's seed, the purpose and the step."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 @contextmanager
 def random_stream(seed: int) -> Iterator[None]:
-    """`mx.random` starts from `seed` while inside; afterwards the user's stream goes on where it was."""
-    # The two words are read now: an interrupted trace leaves placeholders in mx.random.state.
+    """A context in which `mx.random` starts from `seed`. The user's stream is restored afterwards."""
+    # Read the two words now, because an interrupted trace leaves placeholders in mx.random.state.
     key: Any = mx.random.state[0]  # type: ignore[index]
     high, low = key.tolist()
     try:
@@ -30,13 +30,13 @@ def random_stream(seed: int) -> Iterator[None]:
 
 
 def random_key() -> mx.array:
-    """The key that the next numbers of `mx.random` are drawn from, as it is now."""
+    """A copy of the current key of `mx.random`."""
     return mx.stop_gradient(_key())
 
 
 @contextmanager
 def drawing_from(key: mx.array) -> Iterator[None]:
-    """Draws inside are those that followed `random_key()`, in a traced graph too; the stream stays as it was."""
+    """A context that repeats the draws made after `random_key()`, also in a traced graph. The stream is restored."""
     before = random_key()
     try:
         _key()[:] = key
@@ -46,7 +46,7 @@ def drawing_from(key: mx.array) -> Iterator[None]:
 
 
 def _key() -> mx.array:
-    """The key itself, which changes in place with each draw."""
+    """The key array itself, which each draw changes in place."""
     state: Any = mx.random.state
     result: mx.array = state[0]
     return result

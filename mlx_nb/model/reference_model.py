@@ -1,4 +1,4 @@
-"""The reference model: what the policy is compared with. By default the model that training starts from."""
+"""Loads the reference model, with which the policy is compared. By default it is the model before training."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ BARE = "none"
 
 
 def reference_scorer(config: RunConfig, loaded: LoadedModel, start: nn.Module | None = None) -> TargetScorer:
-    """The scorer of the reference that `config` names.
+    """The scorer of the reference model in `config`.
 
-    It shares the arrays of `loaded`, so it takes no memory unless `reference_model` names another model. `start` is a
-    twin made before a full fine-tune began. Raises ModelError.
+    It shares the arrays of `loaded`, so it needs no memory unless `reference_model` names another model. `start` is a
+    shared copy made before a full fine-tune. Raises ModelError.
     """
     if config.reference_model is not None:
         model = _other_model(config, loaded)
@@ -53,7 +53,7 @@ def reference_scorer(config: RunConfig, loaded: LoadedModel, start: nn.Module | 
 
 
 def reference_fingerprint(config: RunConfig, loaded: LoadedModel) -> str:
-    """Which reference that is, as a digest: its weights, adapter, quantization and mlx's version."""
+    """A digest of the reference: its weights, adapter, quantization and the version of mlx."""
     other = config.reference_model
     weights = (
         loaded.weights if other is None else weights_fingerprint(model_folder(model_named(config, "reference_model")))
@@ -62,13 +62,13 @@ def reference_fingerprint(config: RunConfig, loaded: LoadedModel) -> str:
     if chosen is None and config.reference_model is None:
         chosen = config.located("resume_adapter_file")
     facts: list[Any] = [weights, config.load_in_bits, version("mlx"), _adapter_digest(chosen)]
-    if chosen is not None and config.reference_adapter is None:  # it is worn in this run's own shape
+    if chosen is not None and config.reference_adapter is None:  # it is attached with this run's adapter shape
         facts += [config.fine_tune_type, config.num_layers, dataclasses.asdict(config.lora_parameters)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _adapter_digest(adapter: str | None) -> list[str] | None:
-    """Of the weights, and of the configuration beside them: the scale is there."""
+    """Digests of the weights and of the configuration beside them, which has the scale."""
     if adapter in (None, BARE):
         return None
     path = Path(str(adapter)).expanduser()
@@ -82,16 +82,16 @@ def _other_model(config: RunConfig, loaded: LoadedModel) -> nn.Module:
     ours, theirs = (_vocabulary(model.tokenizer) for model in (loaded, other))
     if ours != theirs:
         raise ModelError(
-            f"reference_model: {config.reference_model} has another vocabulary than {config.model} ({len(theirs)} and "
-            f"{len(ours)} tokens), so their log-probabilities cannot be compared. Choose one with the same tokenizer."
+            f"reference_model: {config.reference_model} has a different vocabulary than {config.model} ({len(theirs)} "
+            f"and {len(ours)} tokens), so log-probabilities cannot be compared. Choose one with the same tokenizer."
         )
     if method_named(config.method).kind.sampled:
-        # Rows are checked one by one, but what the policy writes can be any token that it has a logit for.
+        # Rows are checked individually, but sampled completions may have any token that has a logit.
         known, written = limits_of(other.model).ids, limits_of(loaded.model).targets
         if known is not None and written is not None and known < written:
             raise ModelError(
-                f"reference_model: {config.reference_model} has embeddings for {known} tokens, and {config.model} can "
-                f"write {written}. Choose one of the same size."
+                f"reference_model: {config.reference_model} has embeddings for {known} tokens, but {config.model} can "
+                f"sample {written}. Choose a model with the same vocabulary size."
             )
     return other.model
 
@@ -102,7 +102,7 @@ def _vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def _attach(model: nn.Module, shape: RunConfig, adapter: AdapterFile) -> None:
-    with random_stream(0):  # the matrices drawn here are overwritten
+    with random_stream(0):  # the initial matrices are overwritten
         try:
             adapters.attach_adapter(model, shape)
         except ConfigError as error:

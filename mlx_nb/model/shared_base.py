@@ -1,4 +1,4 @@
-"""One base in memory for all runs that stand on it. Only for LoRA and DoRA: they never change the base's arrays."""
+"""Shares one base model in memory between runs. Only for LoRA and DoRA, which never change its arrays."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _live: dict[tuple[Any, ...], WeakSet[LoadedModel]] = {}
 
 
 def load_base(config: RunConfig) -> LoadedModel:
-    """The model of a run. When another run of this process holds the same files, its arrays are shared.
+    """Load the model of a run. If another run of this process has the same files, their arrays are shared.
 
     Raises ModelError as `load_model` does.
     """
@@ -29,7 +29,7 @@ def load_base(config: RunConfig) -> LoadedModel:
 
 
 def load_base_in_pieces(config: RunConfig) -> Generator[Progress, None, LoadedModel]:
-    """`load_base` in pieces, with Progress after each."""
+    """`load_base` in pieces, yielding Progress."""
     model, template = model_named(config), config.located("chat_template")
     folder = yield from fetched_folder(model)
     files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.iterdir())
@@ -46,7 +46,7 @@ def load_base_in_pieces(config: RunConfig) -> Generator[Progress, None, LoadedMo
 
 
 def _shared_copy_if_possible(loaded: LoadedModel) -> LoadedModel | None:
-    """None for a family whose modules mlx cannot freeze or unfreeze: that is read again."""
+    """A shared copy; None for a family whose modules mlx cannot freeze or unfreeze, which is loaded again."""
     try:
         return shared_copy(loaded)
     except AttributeError:
@@ -54,7 +54,7 @@ def _shared_copy_if_possible(loaded: LoadedModel) -> LoadedModel | None:
 
 
 def shared_copy(loaded: LoadedModel) -> LoadedModel:
-    """The same base in modules of its own, without any adapter. Its arrays are shared, so it takes no memory."""
+    """A copy of the base model without an adapter. It has new modules but shares all arrays, so it needs no memory."""
     shared = {id(array): array for array in held_arrays(loaded.model)}
     copied = copy.deepcopy(loaded.model, dict(shared))
     detach_adapter(copied)

@@ -1,8 +1,8 @@
-"""Where the text part of a model ends and its head begins, found by trying: for wrappers and any family alike.
+"""Splits a model into backbone and head, so that logits are computed only at chosen positions.
 
-Of the head nothing is assumed: it is what the model's own call does after its backbone, with scales, soft caps, biases
-and tied embeddings. The call is made on copies of the modules around the backbone (their parts are shared), so that the
-model itself is never changed.
+The split is found by trial, for wrappers and any model family. Nothing is assumed about the head: it is everything that
+the model's own call does after the backbone, such as scales, soft caps, biases and tied embeddings. The call runs on
+shallow copies of the modules around the backbone, so the model itself is never changed.
 """
 
 from __future__ import annotations
@@ -22,41 +22,41 @@ from mlx_nb.model.trees import named_arrays
 
 _ROWS, _TOKENS = 2, 5
 _PROBED = (0, 3, 6, 9, 8)  # of the ten positions of the probe
-# The same products over other numbers of rows: as parts of the largest logit, in single and half precision.
+# Tolerance relative to the largest logit, in single and half precision; products over fewer rows round differently.
 _TOLERANCE = (2e-5, 0.02)
 
-# What of a call goes on: of the backbone's result, or of what the head is given.
+# Transforms the backbone's result, or the head's input.
 _Step = Callable[[Any], Any]
 
 
 class Place(NamedTuple):
-    """A module by its path from the model, and whether positions are chosen from its result or from its input."""
+    """The path of a module, and whether positions are chosen from its result (`after`) or from its input."""
 
     path: tuple[str, ...]
     after: bool
 
 
 class TextModel:
-    """A model whose head is computed at chosen positions, live: it reads the model's parameters at each call."""
+    """Computes the head of a model at chosen positions, with the model's current parameters at each call."""
 
     def __init__(self, model: nn.Module, place: Place) -> None:
         self.model = model
         self.place = place
 
     def hidden(self, tokens_BT: mx.array, position_S: mx.array) -> Any:
-        """(1, S, D) what the head is given at positions of the flattened rows; a tuple where the backbone gives one."""
+        """(1, S, D) input of the head at positions of the flattened rows; a tuple if the backbone returns one."""
         taken: list[Any] = []
 
         def choose(hidden: Any) -> Any:
             taken.append(_chosen(hidden, tokens_BT.shape, position_S))
             return taken[-1]
 
-        self._called(tokens_BT, choose)  # what the head makes of it is never computed
+        self._called(tokens_BT, choose)  # the head's result is never evaluated
         [hidden] = taken
         return hidden
 
     def logits(self, hidden: Any) -> mx.array:
-        """(S, V) what the head makes of what it is given."""
+        """(S, V) logits of the head for the result of `hidden`."""
         positions = named_arrays(hidden)[0][1].shape[1]
         return self._called(mx.zeros((1, positions), mx.int32), lambda _whole: hidden, computes=False)[0]
 
@@ -71,7 +71,7 @@ class TextModel:
 
 
 class _Chooser(ModuleProxy):
-    """Takes a module's place in a copy of the one around it, and chooses positions."""
+    """A proxy for a module in a copy of its parent. It chooses positions with `step`."""
 
     def __init__(self, module: nn.Module, step: _Step, computes: bool) -> None:
         super().__init__(module)
@@ -79,14 +79,14 @@ class _Chooser(ModuleProxy):
 
 
 class _Backbone(_Chooser):
-    """Positions are chosen from its result; where the result is known, the module is not called."""
+    """Chooses positions from the module's result. With `computes` false the module is not called."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._step(self._module(*args, **kwargs) if self._computes else None)
 
 
 class _Head(_Chooser):
-    """Positions are chosen from its input; a tied embedding is a head by `as_linear`."""
+    """Chooses positions from the module's input. A tied embedding is a head through `as_linear`."""
 
     def __call__(self, x: mx.array) -> Any:
         tied = hasattr(self._module, "as_linear")
@@ -97,10 +97,10 @@ class _Head(_Chooser):
 
 
 def _with_stand_in(module: nn.Module, path: tuple[str, ...], stand_in: Callable[[nn.Module], Any]) -> nn.Module:
-    """A copy of `module` that shares all its parts but the one at `path`."""
-    twin, part = copy.copy(module), module[path[0]]
-    twin[path[0]] = stand_in(part) if len(path) == 1 else _with_stand_in(part, path[1:], stand_in)
-    return twin
+    """A copy of `module` with a proxy at `path`; all other parts are shared."""
+    copied, part = copy.copy(module), module[path[0]]
+    copied[path[0]] = stand_in(part) if len(path) == 1 else _with_stand_in(part, path[1:], stand_in)
+    return copied
 
 
 def _chosen(hidden: Any, shape: tuple[int, ...], position_S: mx.array) -> Any:
@@ -113,24 +113,23 @@ def _chosen(hidden: Any, shape: tuple[int, ...], position_S: mx.array) -> Any:
 
 
 def part_of(hidden: Any, chosen: slice) -> Any:
-    """Some of the positions of what `TextModel.hidden` gives."""
+    """A slice of positions from the result of `TextModel.hidden`."""
     return tree_map(lambda array: array[:, chosen], hidden)
 
 
 def text_model(model: nn.Module) -> TextModel | None:
-    """The model taken apart where that is proved, on a few random tokens, to give its own logits; else None."""
+    """The split model if it gives the model's own logits on a few random tokens; otherwise None."""
     place = _proved_place(model)
     return None if place is None else TextModel(model, place)
 
 
 def full_logits_note(model: nn.Module) -> str | None:
-    """One line for who trains a model that is not taken apart, None for all others."""
+    """A note for a model that cannot be split; None for others."""
     if _proved_place(model) is not None:
         return None
     return (
-        f"{family_of(model)}: no backbone was found whose result alone gives this model's logits, so it is run whole: "
-        "logits are computed at all positions, not only at those that are trained. The numbers are the same; it takes "
-        "more memory and time."
+        f"{family_of(model)}: this model cannot be split into backbone and head, so logits are computed at all "
+        "positions and not only at trained ones. The numbers are the same, but it needs more memory and time."
     )
 
 
@@ -140,7 +139,7 @@ def _proved_place(model: nn.Module) -> Place | None:
     try:
         whole_BTV = model(tokens_BT)
         expected_SV = _numbers(whole_BTV.reshape(-1, whole_BTV.shape[-1])[mx.array(_PROBED)])
-    except Exception:  # whatever a family's own code raises
+    except Exception:  # model code may raise anything
         return None
     return next(
         (place for place in _places(model) if _is_proved(TextModel(model, place), tokens_BT, expected_SV)), None
@@ -148,12 +147,12 @@ def _proved_place(model: nn.Module) -> Place | None:
 
 
 def _is_proved(text: TextModel, tokens_BT: mx.array, expected_SV: np.ndarray) -> bool:
-    """In one call and in two, of which the second sees a part of the positions."""
+    """Whether one call, and two calls with a part of the positions, give the expected logits."""
     position_S = mx.array(_PROBED)
     try:
         hidden = text.hidden(tokens_BT, position_S)
         if any(_numbers(array)[0].shape == expected_SV.shape for _, array in named_arrays(hidden)):
-            return False  # these are the logits
+            return False  # the place is after the head
         part = part_of(hidden, slice(1, 4))
         found = [(text.logits_at(tokens_BT, position_S), expected_SV), (text.logits(part), expected_SV[1:4])]
         most = _TOLERANCE[is_half(text.model)] * np.abs(expected_SV).max()
@@ -166,7 +165,7 @@ def _is_proved(text: TextModel, tokens_BT: mx.array, expected_SV: np.ndarray) ->
 
 
 def _places(model: nn.Module) -> Iterator[Place]:
-    """Where positions may be chosen: after modules that hold layers, the innermost first, then before heads."""
+    """Candidate places: after modules that hold layers, innermost first, then before heads."""
     around = [((), model), *_holders(model)]
     for path, _ in reversed(around[1:]):
         yield Place(path, after=True)

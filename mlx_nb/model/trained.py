@@ -1,4 +1,4 @@
-"""Which weights of a model are trained, in numbers and in words."""
+"""Counts and describes the trained weights of a model."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _MOST_NAMES = 6
 
 
 def trainable_count(model: nn.Module) -> int:
-    """Numbers (not arrays) that training changes."""
+    """The number of trained values (not arrays)."""
     return sum(array.size for _, array in named_arrays(model.trainable_parameters()))
 
 
 def total_count(model: nn.Module) -> int:
-    """Numbers in the model, quantized weights counted unpacked, adapters included."""
+    """The number of values in the model with its adapter. Quantized weights are counted unpacked."""
     from mlx_lm.utils import get_total_parameters
 
     return int(get_total_parameters(model))
@@ -33,7 +33,7 @@ def forms_of(parameters: Any) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
 
 
 def train_only(model: nn.Module, names: Iterable[str]) -> None:
-    """Freeze all parameters but those with these paths."""
+    """Freeze all parameters except those with these paths."""
     model.freeze()
     wanted = set(names)
     for path, module in model.named_modules():
@@ -44,7 +44,7 @@ def train_only(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def trained_summary(model: nn.Module, config: RunConfig, keys: tuple[str, ...]) -> str:
-    """What is trained and what is frozen, as a few words. `keys` are the adapted module paths, empty for all."""
+    """A short text about what is trained and what is frozen. `keys` are the adapted module paths; empty = all."""
     layers = len(model.layers)
     chosen = layers if config.num_layers == -1 else config.num_layers
     which = f"all {layers} layers" if chosen == layers else f"the last{_number(chosen)} of {layers} layers"
@@ -62,7 +62,7 @@ def trained_summary(model: nn.Module, config: RunConfig, keys: tuple[str, ...]) 
 
 
 def orthogonalized_outside(model: nn.Module, config: RunConfig) -> tuple[str, ...]:
-    """A note where muon trains the matrices outside of the layers, which its author gives to another optimizer."""
+    """A note if muon trains matrices outside the layers, for which its author recommends another optimizer."""
     if config.optimizer != "muon" or config.fine_tune_type != "full":
         return ()
     inside = {id(module) for layer in model.layers for module in layer.modules()}
@@ -75,8 +75,8 @@ def orthogonalized_outside(model: nn.Module, config: RunConfig) -> tuple[str, ..
     if not names:
         return ()
     return (
-        f"muon orthogonalizes {_listed(names)} too, as it does in mlx-lm. Its author leaves embeddings and output head "
-        "to AdamW: see `num_layers`, or use another optimizer.",
+        f"muon also orthogonalizes {_listed(names)}, as in mlx-lm. Its author uses AdamW for embeddings and the "
+        "output head: see `num_layers`, or use another optimizer.",
     )
 
 
@@ -85,10 +85,10 @@ def _number(count: int) -> str:
 
 
 def _frozen_outside(model: nn.Module) -> list[str]:
-    """Names of the modules outside the layers that have weights of their own and none that are trained."""
+    """The names of modules outside the layers that have weights, none of which is trained."""
     inside = {id(module) for layer in model.layers for module in layer.modules()}
     names = []
-    for path, module in reversed(model.named_modules()):  # mlx lists the last first
+    for path, module in reversed(model.named_modules()):  # named_modules lists the last module first
         own = [name for name, array in named_arrays(module.parameters()) if "." not in name]
         if own and id(module) not in inside and not any(name in module.trainable_parameters() for name in own):
             names.append(path.rsplit(".", 1)[-1])

@@ -1,4 +1,4 @@
-"""A gradient on a few random tokens before anything is trained: what fails does so here, in one line and by name."""
+"""Tries a gradient on a few random tokens before training, so that unsupported models fail early with a clear error."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from mlx_nb.model.trees import named_arrays
 from mlx_nb.process.pieces import finished
 
 _ROWS, _TOKENS = 2, 8
-# An expert that none of a few tokens is sent to has no gradient either.
+# More tokens are needed for experts, which have no gradient if no token is routed to them.
 _MORE_DRAWS, _MORE_TOKENS = 4, 32
 _MOST_NAMES = 3
-# What the last part of an adapter tensor's name must be for mlx-lm's loader.
+# The endings of adapter tensor names that mlx-lm's loader accepts.
 _READ_BY_MLX_LM = ("lora_a", "lora_b", "m")
 
 
@@ -39,8 +39,8 @@ def training_notes(
 ) -> list[str]:
     """Notes about training this model, from trials on a copy that shares its arrays.
 
-    `check_size` raises for what is too large to be trained, before any of it is computed. Raises ModelError for a
-    family that cannot be trained in this way.
+    `check_size` raises for an adapter that is too large to train, before it is computed. Raises ModelError for a family
+    that cannot be trained with these settings.
     """
     return finished(training_notes_in_pieces(loaded, config, check_size))
 
@@ -48,7 +48,7 @@ def training_notes(
 def training_notes_in_pieces(
     loaded: LoadedModel, config: RunConfig, check_size: Callable[[nn.Module, RunConfig], None]
 ) -> Generator[Progress, None, list[str]]:
-    """`training_notes` in pieces, with Progress before each trial."""
+    """`training_notes` in pieces, yielding Progress before each trial."""
     kind = {"lora": "LoRA", "dora": "DoRA", "full": "fine_tune_type: full"}[config.fine_tune_type]
 
     def refuse(reason: str) -> ModelError:
@@ -70,8 +70,8 @@ def training_notes_in_pieces(
             packed = packing_is_verified(model)
     if config.packing is True and not packed:
         raise ModelError(
-            f"packing cannot be used with {family_of(model)}: rows in one row do not give the loss and the "
-            "gradient of the same rows alone. Set packing: auto."
+            f"packing cannot be used with {family_of(model)}: packed rows do not give the same loss and "
+            "gradient as separate rows. Set packing: auto."
         )
     yield _trying("a gradient")
     with _trial(refuse):
@@ -79,26 +79,25 @@ def training_notes_in_pieces(
         if config.grad_checkpoint:
             refuse_unverified_checkpoints(model)
         if config.fine_tune_type == "full" and _keeps_weights(model, trained_shapes(model)):
-            raise refuse("in an answer it computes with weights that it kept from before an update")
+            raise refuse("in evaluation it uses weights that it cached before an update")
     names = [name for name, _ in named_arrays(model.trainable_parameters())]
     if len(idle) == len(names):
-        raise refuse("nothing that would be trained has a gradient")
+        raise refuse("no trained parameter has a gradient")
     notes = []
     if config.packing is not False and not packed:
         notes.append(
-            f"{family_of(model)}: rows are not packed, because one after the other in one row they do not give the "
-            "loss of the same rows alone."
+            f"{family_of(model)}: rows are not packed, because packed rows do not give the same loss as separate rows."
         )
     if idle:
         notes.append(
-            f"{len(idle)} of {len(names)} trained tensors never get a gradient in {family_of(model)}, and stay as they "
-            f"are: {and_more(idle, _MOST_NAMES)}."
+            f"{len(idle)} of {len(names)} trained tensors never get a gradient in {family_of(model)} and do not "
+            f"change: {and_more(idle, _MOST_NAMES)}."
         )
     foreign = [name for name in names if name.rsplit(".", 1)[-1] not in _READ_BY_MLX_LM]
     if foreign and config.fine_tune_type != "full":
         notes.append(
-            f"mlx_lm.load will not read this adapter: of the adapters of {family_of(model)} it does not know "
-            f"{and_more(foreign, _MOST_NAMES)}. Here it can be trained, resumed and asked."
+            f"mlx_lm.load cannot read this adapter: for {family_of(model)} it does not know "
+            f"{and_more(foreign, _MOST_NAMES)}. mlx_nb can train, resume and load it."
         )
     return notes
 
@@ -109,9 +108,9 @@ def _trying(what: str) -> Progress:
 
 @contextmanager
 def _trial(refuse: Callable[[str], ModelError]) -> Iterator[None]:
-    """One trial, with random numbers of its own. What the family's own code raises becomes a refusal."""
+    """A context for one trial, with its own random stream. An error of the model code becomes a refusal."""
     try:
-        # More threads would be no faster, and far slower beside other programs.
+        # More threads are not faster here, and slower when other programs run.
         with random_stream(0), one_blas_thread():
             yield
     except MlxNbError:
@@ -129,9 +128,9 @@ def _refusal(model: nn.Module, kind: str, reason: str) -> ModelError:
 
 @once_per_model(good=lambda idle: not idle, from_json=list)
 def _without_gradient(model: nn.Module, _trained: tuple[Any, ...]) -> list[str]:
-    """Names of the trained arrays whose gradient is 0 on every draw of tokens."""
+    """The names of trained arrays whose gradient is 0 on every draw of tokens."""
     parameters = model.trainable_parameters()
-    # An adapter begins with a factor of zeros, which hides the gradient of the other.
+    # A new adapter has one factor of zeros, which hides the gradient of the other factor.
     moved = tree_map(lambda array: array if mx.any(array).item() else array + _small_noise(array), parameters)
     model.train()
     idle = _idle_on(model, moved, _TOKENS, 0)
@@ -145,7 +144,7 @@ def _without_gradient(model: nn.Module, _trained: tuple[Any, ...]) -> list[str]:
 
 @once_per_model(good=lambda kept: not kept, from_json=bool)
 def _keeps_weights(model: nn.Module, _trained: tuple[Any, ...]) -> bool:
-    """Whether logits depend on what some vectors (norms, biases) were in an earlier pass in training mode."""
+    """Whether logits depend on the values that vectors (norms, biases) had in an earlier pass in training mode."""
     tokens = mx.array([random_tokens(model, _TOKENS, 0)])
     vectors = [(name, array) for name, array in named_arrays(model.trainable_parameters()) if array.ndim == 1]
 

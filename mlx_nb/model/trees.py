@@ -1,4 +1,4 @@
-"""The arrays of a model, and of trees of parameters or gradients, as flat lists."""
+"""Flat lists of the arrays in a model or in a tree of parameters or gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 
 def named_arrays(tree: Any) -> list[tuple[str, mx.array]]:
-    """(path, array) of every array in a tree of parameters or gradients, in a fixed order."""
+    """(path, array) of every array in a tree, in a fixed order."""
     return typing.cast(list[tuple[str, mx.array]], tree_flatten(tree))
 
 
@@ -24,8 +24,8 @@ def trained_arrays_of(model: nn.Module) -> list[tuple[str, mx.array]]:
 
 
 def held_arrays(model: nn.Module) -> list[mx.array]:
-    """Every array that a model holds, its parameters and others, such as the frequencies of a rotary embedding.
+    """Every array of a model, parameters and others, such as the frequencies of a rotary embedding.
 
-    Those that are computed can be used by any thread; one that is not yet, only by the thread that made it.
+    Any thread can use an evaluated array; an unevaluated one belongs to the thread that created it.
     """
     return [array for _, array in named_arrays(model) if isinstance(array, mx.array)]

@@ -1,8 +1,8 @@
-"""Functions of the logits of each target, a few targets at a time: memory of (chunk x vocabulary), however many.
+"""Applies a function to the logits of targets in chunks, so that memory is (chunk x vocabulary) for any batch.
 
-mlx is free to compute chunks side by side, so each is made to depend on the one before it. The gradient of a chunk
-needs its logits, which are not kept: where the head is frozen it is taken while they are there, else they are computed
-again.
+mlx might compute chunks in parallel, so each chunk is made to depend on the one before it. The gradient of a chunk
+needs its logits, which are not kept. With a frozen head it is computed together with the values; otherwise the logits
+are computed again.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from mlx_nb.model.randomness import random_stream
 from mlx_nb.model.text_model import Place, TextModel
 from mlx_nb.model.trees import trained_arrays_of
 
-_CHUNK_BYTES = 64 * 1024**2  # of logits in float32
-_FEWEST = 64  # targets in a chunk: with fewer, reading the head takes longer than multiplying with it
+_CHUNK_BYTES = 64 * 1024**2  # size of the float32 logits of a chunk
+_FEWEST = 64  # targets per chunk; with fewer, reading the head's weights dominates
 
 # (logits (C, V), target (C,), other values of targets (C,) ...) -> arrays (C,), each number from its own target alone
 TargetFunction = Callable[..., tuple[mx.array, ...]]
 
 
 def targets_at_once(vocabulary: int) -> int:
-    """How many targets are in a chunk."""
+    """The number of targets in a chunk."""
     return max(_FEWEST, _CHUNK_BYTES // (4 * vocabulary))
 
 
 def head_arrays(text: TextModel, width: int) -> list[str]:
-    """Names of the trained arrays that the head reads: those to which a gradient comes from logits alone.
+    """The names of trained arrays that the head uses, found by the gradient of its logits.
 
-    `width` is the number of columns of what the head is given.
+    `width` is the hidden size of the head's input.
     """
     trained = trained_shapes(text.model)
     return list(_reached_by_the_head(text.model, text.place, width, trained)) if trained else []
@@ -46,7 +46,7 @@ def _reached_by_the_head(model: nn.Module, place: Place, width: int, _forms: tup
     text, (names, arrays) = TextModel(model, place), _trained(model)
     with random_stream(0):
         hidden = mx.random.normal((1, 2, width))
-        # A factor of zeros would hide the gradient of the other one.
+        # A factor of zeros would hide the gradient of the other factor.
         moved = [array + (0.02 * mx.random.normal(array.shape)).astype(array.dtype) for array in arrays]
 
         def reached(arrays: list[mx.array]) -> mx.array:
@@ -72,10 +72,10 @@ def over_chunks(
     size: int,
     at_once: bool,
 ) -> tuple[mx.array, ...]:
-    """What `function` gives for all targets; of the first array alone a gradient is passed, to `hidden` and to `own`.
+    """Apply `function` to all targets in chunks. The first result passes gradients to `hidden` and to `own`.
 
-    `hidden` is (1, S, D), `own` are names of trained arrays, `values` (S,) are the targets and what else the function
-    takes. `at_once`: the gradient to `hidden` is computed with the values, for who will ask for it.
+    `hidden` is (1, S, D), `own` names the trained arrays of the head, and `values` (S,) are the targets and the other
+    arguments of the function. `at_once` computes the gradient of `hidden` together with the values.
     """
     positions = hidden.shape[1]
     chunks = [slice(start, min(start + size, positions)) for start in range(0, positions, size)]
@@ -129,7 +129,7 @@ def over_chunks(
 def _with_slopes(
     function: Callable[..., tuple[mx.array, ...]], arrays: list[mx.array], cotangent: mx.array | None = None
 ) -> tuple[list[mx.array], list[mx.array]]:
-    """Values, and the gradient of the first of them times `cotangent` (1 by itself) to each of the arrays."""
+    """The values, and the gradient of the first value times `cotangent` (default 1) for each array."""
     rest: list[mx.array] = []
 
     def first(*arrays: mx.array) -> mx.array:
@@ -144,7 +144,7 @@ def _with_slopes(
 
 @contextmanager
 def _in_place(model: nn.Module, names: Sequence[str], arrays: Sequence[mx.array]) -> Iterator[None]:
-    """Some arrays of the model are these while inside."""
+    """A context in which the named arrays of the model are replaced by `arrays`."""
     there = dict(zip(*_trained(model))) if names else {}
     try:
         model.update(tree_unflatten(list(zip(names, arrays))))

@@ -1,9 +1,9 @@
-"""A GGUF file as an mlx-lm folder: weights, configuration, tokenizer and chat template.
+"""Converts a GGUF file to an mlx-lm folder: weights, configuration, tokenizer and chat template.
 
-Q4_0, Q4_1 and Q8_0 blocks are MLX's affine quantization in other clothes (groups of 32, value = scale * q + bias), so
-they are repacked, not requantized. Every other type is dequantized by the `gguf` package.
+Q4_0, Q4_1 and Q8_0 blocks are equivalent to MLX's affine quantization (groups of 32, value = scale * q + bias), so they
+are repacked without loss. Every other type is dequantized by the `gguf` package.
 
-The layout of names and values is llama.cpp's (`convert_hf_to_gguf.py`), turned back.
+Names and values are converted back from llama.cpp's layout (`convert_hf_to_gguf.py`).
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ class Packed(NamedTuple):
 
 
 class Architecture(NamedTuple):
-    """What is particular to one llama.cpp architecture.
+    """The conversion of one llama.cpp architecture.
 
-    `rope_interleaved`: q and k rows are stored pair by pair for llama.cpp's rope. `norm_offset`: is taken off the
-    norm weights, which llama.cpp stores with 1 added where the model itself adds 1. `wide`: activations leave the
-    range of float16, so that bfloat16 is the half precision to use.
+    `rope_interleaved`: q and k rows are interleaved in pairs for llama.cpp's rope. `norm_offset`: subtracted from norm
+    weights, because llama.cpp stores them with 1 added if the model adds 1. `wide`: activations exceed the range of
+    float16, so bfloat16 must be used as half precision.
     """
 
     model_type: str
@@ -78,11 +78,10 @@ ARCHITECTURES = {
 
 
 def convert_gguf(path: Path, folder: Path) -> Path:
-    """Write `path` as an mlx-lm folder that `mlx_lm.load` opens. Returns `folder`; a whole one is left as it is.
+    """Convert `path` to an mlx-lm folder that `mlx_lm.load` opens. Returns `folder`; a complete one is not changed.
 
-    The folder appears whole or not at all, also when several processes convert at once. Raises ModelError, in one
-    line, for a file that is not GGUF, for an architecture, tensor or tokenizer that is not supported, and when the
-    folder cannot be written.
+    The folder is created atomically, also if several processes convert at once. Raises ModelError, in one line, for a
+    file that is not GGUF, for an unsupported architecture, tensor or tokenizer, and if the folder cannot be written.
     """
     try:
         return make_once(folder, lambda work: write_model(path, work / "model"))
@@ -109,7 +108,7 @@ def write_model(path: Path, target: Path) -> Path:
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
     except (KeyError, ValueError, TypeError, IndexError) as error:
-        raise ModelError(f"{path} is not a whole model: {_reason(error)}. Is the download complete?") from None
+        raise ModelError(f"{path} is incomplete: {_reason(error)}. Is the download complete?") from None
     if quantization:
         config["quantization"] = quantization
         config["quantization_config"] = quantization
@@ -118,13 +117,13 @@ def write_model(path: Path, target: Path) -> Path:
         tokenizer.save_pretrained(target)
         mx.save_safetensors(str(target / "model.safetensors"), weights, metadata={"format": "mlx"})
         (target / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    except Exception as error:  # tokenizers raises the base class when its file cannot be written
+    except Exception as error:  # tokenizers raises Exception itself if its file cannot be written
         raise OSError(_reason(error)) from None
     return target
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """All metadata as plain values, and the tensors by name."""
+    """The metadata as plain values, and the tensors by name."""
     import gguf
 
     try:
@@ -157,7 +156,7 @@ def _config(
 
     for key in ("attention.head_count", "embedding_length", "block_count", "feed_forward_length"):
         if not isinstance(count := value(key), int) or count < 1:
-            raise ModelError(f"the setting {name}.{key} is {count!r}, which no model has.")
+            raise ModelError(f"the setting {name}.{key} is {count!r}, but it must be 1 or more.")
     heads = value("attention.head_count")
     head_dim = metadata.get(f"{name}.attention.key_length", value("embedding_length") // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
@@ -191,7 +190,7 @@ def _config(
         config["rope_local_base_freq"] = 10000.0
         config["sliding_window"] = value("attention.sliding_window", 512)
         config["sliding_window_pattern"] = 6
-        # Only the 27B model, with 62 layers, scales its queries by the width of a head's share of the model.
+        # Only the 27B model, with 62 layers, scales its queries by hidden_size / heads.
         share = config["hidden_size"] // heads
         config["query_pre_attn_scalar"] = share if config["num_hidden_layers"] == 62 else head_dim
     return config
@@ -221,7 +220,7 @@ def _rope_scaling(
 
 
 def _llama3_factors(scaling: Mapping[str, Any], config: Mapping[str, Any]) -> np.ndarray:
-    """What llama3 rope scaling divides each frequency by, so that a file's own factors can be checked."""
+    """The divisor of each frequency in llama3 rope scaling, to verify the factors in a file."""
     exponents = np.arange(0, config["head_dim"], 2) / config["head_dim"]
     wavelengths = 2 * math.pi * config["rope_theta"] ** exponents
     original, factor = scaling["original_max_position_embeddings"], scaling["factor"]
@@ -235,7 +234,7 @@ def _llama3_factors(scaling: Mapping[str, Any], config: Mapping[str, Any]) -> np
 def _weights(
     tensors: Mapping[str, Any], config: Mapping[str, Any], architecture: Architecture
 ) -> tuple[dict[str, mx.array], dict[str, Any]]:
-    """mlx-lm's names to arrays, and the `quantization` section of the configuration (empty when all is float)."""
+    """Arrays by mlx-lm's names, and the `quantization` section of the configuration (empty if all are floats)."""
     dtype = _float_type(tensors, architecture)
     weights: dict[str, mx.array] = {}
     bits: dict[str, int] = {}
@@ -267,7 +266,7 @@ def _weights(
 
 
 def _float_type(tensors: Mapping[str, Any], architecture: Architecture) -> mx.Dtype:
-    """What the file's matrices are computed in: float32 when all are, else the half precision that holds them."""
+    """The dtype of the converted floats: float32 if all matrices are F32, otherwise a half precision."""
     kinds = {tensor.tensor_type.name for tensor in tensors.values() if len(tensor.shape) > 1}
     if kinds == {"F32"}:
         return mx.float32
@@ -282,11 +281,13 @@ def _module_name(name: str, architecture: Architecture) -> tuple[str, str]:
     layer, _, part = layer_and_part.partition(".")
     if part in architecture.names:
         return f"model.layers.{layer}.{architecture.names[part]}", leaf
-    raise ModelError(f"tensor {name!r} is none of a {architecture.model_type} model; variants are not supported.")
+    raise ModelError(
+        f"tensor {name!r} does not belong to a {architecture.model_type} model; variants are not supported."
+    )
 
 
 def decode_tensor(tensor: Any) -> Packed | np.ndarray:
-    """A tensor of a GGUFReader: packed when MLX has the same quantization, else float32 of its own shape.
+    """A tensor of a GGUFReader: packed if MLX has the same quantization, otherwise float32.
 
     Raises ModelError for a type that the `gguf` package cannot dequantize.
     """
@@ -309,7 +310,7 @@ def _halves(blocks: np.ndarray, at: int) -> np.ndarray:
 
 
 def _nibbles(data: np.ndarray) -> np.ndarray:
-    """16 bytes a block to 32 values: the low halves are the first 16, the high halves the last."""
+    """Expand 16 bytes per block to 32 values: first the low nibbles, then the high nibbles."""
     return np.concatenate([data & 0x0F, data >> 4], axis=-1)
 
 
@@ -345,6 +346,6 @@ def _map_rows(value: Packed | np.ndarray, change: Callable[[np.ndarray], np.ndar
 
 
 def _half_by_half(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of each head from pairs (x0 y0 x1 y1 ...) to halves (x0 x1 ... y0 y1 ...), as mlx's rope takes them."""
+    """Reorder the rows of each head from pairs (x0 y0 x1 y1 ...) to halves (x0 x1 ... y0 y1 ...) for mlx's rope."""
     pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(rows.shape))

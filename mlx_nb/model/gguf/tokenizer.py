@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF file, rebuilt from its metadata as a fast Hugging Face tokenizer."""
+"""Builds a fast Hugging Face tokenizer from the metadata of a GGUF file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LLAMA3_WORDS = (
 )
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 _QWEN2_WORDS = _LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
-# How each kind of byte-level BPE divides text before merging: (regular expression or None, single digits first).
+# Pre-tokenization of each kind of byte-level BPE: (regular expression or None, whether digits are split first).
 _PRE_TOKENIZERS: dict[str, tuple[str | None, bool]] = {
     "default": (None, False),
     "gpt-2": (None, False),
@@ -29,9 +29,9 @@ _PRE_TOKENIZERS: dict[str, tuple[str | None, bool]] = {
 
 
 def build_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
-    """The tokenizer with its special tokens and chat template, from the metadata of a GGUF file.
+    """The tokenizer with its special tokens and chat template.
 
-    Raises ModelError for a kind that is not supported or a vocabulary that is not whole.
+    Raises ModelError for an unsupported kind or an incomplete vocabulary.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -62,7 +62,7 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
 
 
 def end_of_turn_ids(metadata: Mapping[str, Any]) -> list[int]:
-    """The tokens at which generation stops: end of sequence, and end of turn by the file's key or its usual names."""
+    """The ids that stop generation: end of sequence, and end of turn by the file's key or by common names."""
     keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot")]
     ids = {int(metadata[key]) for key in keys if key in metadata}
     types = metadata.get("tokenizer.ggml.token_type", [])
@@ -80,7 +80,7 @@ def _byte_level_bpe(metadata: Mapping[str, Any]) -> Any:
         known = ", ".join(_PRE_TOKENIZERS)
         raise ModelError(f"pre-tokenizer {pre!r} is not supported; supported are {known}.")
     if metadata.get("general.architecture") == "qwen2" and pre != "qwen2":
-        # transformers gives every folder of model type qwen2 the qwen2 pre-tokenizer, whatever the folder says.
+        # transformers always uses the qwen2 pre-tokenizer for model type qwen2.
         raise ModelError(f"pre-tokenizer {pre!r} is not supported for the architecture qwen2; supported is qwen2.")
     words, single_digits = _PRE_TOKENIZERS[pre]
     vocabulary = {token: index for index, token in enumerate(metadata["tokenizer.ggml.tokens"])}
@@ -88,7 +88,7 @@ def _byte_level_bpe(metadata: Mapping[str, Any]) -> Any:
     for merge in metadata["tokenizer.ggml.merges"]:
         left, _, right = merge.partition(" ")
         if not {left, right, left + right} <= vocabulary.keys():
-            raise ModelError(f"the merge {merge!r} makes a token that is not in the vocabulary. Is the file whole?")
+            raise ModelError(f"the merge {merge!r} makes a token that is not in the vocabulary. Is the file complete?")
         merges.append((left, right))
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in _LLAMA3))
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if single_digits else []
@@ -103,7 +103,7 @@ def _byte_level_bpe(metadata: Mapping[str, Any]) -> Any:
 
 
 def _sentencepiece_bpe(metadata: Mapping[str, Any]) -> Any:
-    """BPE with byte fallback: pairs merge in the order of the merged token's score."""
+    """BPE with byte fallback; pairs are merged in order of the score of the merged token."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     tokens, scores = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"]
