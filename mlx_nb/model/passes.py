@@ -170,7 +170,7 @@ def _mismatch_over(model: nn.Module, count: int) -> str | None:
         if not differences[-1] > _CACHE_TOLERANCE[is_half(model)]:  # NaN proves nothing, so it is not an agreement
             return None
     return (
-        "its logits without a cache, as training computes them, are not those with one, as answers are computed "
+        "its logits without a cache (training) are not the same as with a cache (generation) "
         f"(they differ by {min(differences):.1%} of their spread)"
     )
 

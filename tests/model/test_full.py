@@ -188,9 +188,9 @@ def test_a_note_says_when_muon_orthogonalizes_what_its_author_gives_to_another(s
     config = RunConfig(
         model=str(tiny_folder), data=tiny_rows(), iters=1, val_set_size=0, adapter_path=str(tmp_path / "a"), **settings
     )
-    notes = [note for note in Run(config).trainer.notes if note.startswith("muon orthogonalizes")]
+    notes = [note for note in Run(config).trainer.notes if note.startswith("muon also orthogonalizes")]
     expected = (
-        f"muon orthogonalizes {named} too, as it does in mlx-lm. Its author leaves embeddings and output head to "
-        "AdamW: see `num_layers`, or use another optimizer."
+        f"muon also orthogonalizes {named}, as in mlx-lm. Its author uses AdamW for embeddings and the output head: "
+        "see `num_layers`, or use another optimizer."
     )
     assert notes == ([] if named is None else [expected])

@@ -192,7 +192,7 @@ def test_a_batch_beyond_memory_pauses_the_run_with_its_rows_and_changes_nothing(
 def test_a_model_beyond_memory_is_refused_before_it_is_computed(tiny_folder, monkeypatch):
     monkeypatch.setattr(loading, "is_cpu", lambda: True)
     monkeypatch.setattr(loading, "shortage", lambda needed: f"needs at least {needed} B, and 0 are available")
-    with pytest.raises(OutOfMemory, match="in float32, as this CPU computes, needs at least"):
+    with pytest.raises(OutOfMemory, match="in float32, which this CPU needs, needs at least"):
         loading.load_model(str(tiny_folder))
 
 
