@@ -133,8 +133,8 @@ def test_a_given_setting_that_says_otherwise_is_refused_with_both_values(case, a
         lambda: run_of(tmp_path / "own", tiny_folder, resume_adapter_file=str(adapter[0]), **settings).step()
     )
     assert f"{name} is " in message
-    theirs, ours = message.split(f"{name} is ")[1].split(" in the adapter and ")
-    assert theirs in there
+    in_adapter, here = message.split(f"{name} is ")[1].split(" in the adapter and ")
+    assert theirs in in_adapter
     assert here.startswith(f"{ours} here")
     direct = RunConfig(resume_adapter_file=str(adapter[0]), model=str(tiny_folder), **settings)
     assert refusal(lambda: Run(direct).step()) == message
@@ -440,7 +440,7 @@ def test_a_base_that_was_quantized_on_load_is_another_one(adapter, tiny_folder, 
 def test_an_adapter_of_mlx_lm_made_on_another_model_is_named(model, copied, tiny_folder, tmp_path):
     folder = copied(remove=["mlx_nb"], model=model)
     run = run_of(tmp_path / "b", tiny_folder, resume_adapter_file=str(folder))
-    assert f"`model: {model}` there" in refusal(run.step)
+    assert f"`model: {model}` in the adapter" in refusal(run.step)
     run_of(tmp_path / "b", tiny_folder, resume_adapter_file=str(folder), allow_changed=["model"]).step()
 
 
@@ -522,7 +522,7 @@ def test_an_adapter_is_an_error_of_the_model_kind(tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("left_out", "words"), [(1, "lacks {0}. It was"), (2, "lacks {0} and 1 more."), (3, "lacks {0} and 2 more.")]
+    ("left_out", "words"), [(1, "lacks {0}. It belongs"), (2, "lacks {0} and 1 more."), (3, "lacks {0} and 2 more.")]
 )
 def test_the_number_of_further_tensors_that_are_missing_is_right(left_out, words, adapter, tiny_folder, tmp_path):
     folder = tmp_path / "less"

@@ -290,7 +290,7 @@ def test_on_a_cpu_freed_arrays_are_kept_for_the_next_ones_and_given_back_in_the_
     assert after < before + 20
 
 
-@pytest.mark.parametrize("name", memory._OF_A_PERSON)
+@pytest.mark.parametrize("name", memory._USER_VARIABLES)
 def test_what_a_person_set_in_the_environment_stays(name, monkeypatch):
     class Libc:
         def mallopt(self, name, value):
