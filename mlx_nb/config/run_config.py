@@ -92,7 +92,7 @@ class RunConfig(Settings):
     )
     beta: float | None = setting(
         None,
-        "How firmly the policy is held to the reference (dpo, kto: 0.1; normalized: 2; grpo, weight of the KL: 0.04), "
+        "How closely the policy stays to the reference (dpo, kto: 0.1; normalized: 2; grpo, weight of the KL: 0.04), "
         "the slope of the preference (cpo: 0.1, simpo: 2), or its weight (orpo: 0.1). null = the number in brackets.",
         group="method",
         at_least=0,
@@ -124,7 +124,7 @@ class RunConfig(Settings):
         only_for="option",
     )
     simpo_gamma: float | None = setting(
-        None, "simpo: margin that is aimed at. null = 0.5.", group="method", at_least=0, only_for="option"
+        None, "simpo: target margin. null = 0.5.", group="method", at_least=0, only_for="option"
     )
     desirable_weight: float | None = setting(
         None, "kto: weight of answers labeled true. null = 1.", group="method", above=0, only_for="option"
@@ -172,14 +172,14 @@ class RunConfig(Settings):
     )
     top_p: float = setting(
         1.0,
-        "Sample from the likeliest tokens that have this probability together. 1 = off.",
+        "Sample from the most likely tokens whose probabilities add up to this. 1 = off.",
         group="rollouts",
         above=0,
         at_most=1,
         only_for="prompts",
     )
     top_k: int | None = setting(
-        None, "Sample from the likeliest K tokens. null = off.", group="rollouts", at_least=1, only_for="prompts"
+        None, "Sample from the K most likely tokens. null = off.", group="rollouts", at_least=1, only_for="prompts"
     )
     stop: tuple[str, ...] | None = setting(None, "Texts that end a completion.", group="rollouts", only_for="prompts")
     rewards: Any = setting(
@@ -321,14 +321,14 @@ class RunConfig(Settings):
     )
     prompt_format: Literal["chat", "raw"] | None = setting(
         None,
-        "How strings are written for the model, in rows with prompts and completions and whenever it is asked: as a "
-        "user and an assistant turn of the chat template (chat), or as they are, one behind the other (raw). "
-        "null = chat where there is a template; a model trained on plain text is asked with raw text.",
+        "How strings are written for the model, in rows with prompts and completions and at inference: as a "
+        "user and an assistant turn of the chat template (chat), or unchanged, one directly after the other (raw). "
+        "null = chat if there is a template; a model trained on plain text gets raw text.",
         group="rows",
     )
     special_tokens_in_text: Literal["keep", "text"] = setting(
         "keep",
-        "What control tokens such as <|im_end|> become where they stand in a text: control tokens, as in mlx-lm "
+        "What control tokens such as <|im_end|> become in your own text: control tokens, as in mlx-lm "
         "(keep), or ordinary characters (text).",
         group="rows",
     )
@@ -457,7 +457,7 @@ class RunConfig(Settings):
     )
     steps_per_eval: int | None = setting(
         None,
-        "Validate every N updates, besides at the start and the end. null = five times a run, -1 = never.",
+        "Validate every N updates, and at the start and the end. null = five times a run, -1 = never.",
         group="validation",
         at_least=-1,
         live=True,
@@ -477,11 +477,11 @@ class RunConfig(Settings):
     test: bool = setting(False, "Measure loss and perplexity on the test split at the end.", group="validation")
     test_batches: int = setting(-1, "Batches of the test split to measure. -1 = all.", group="validation", at_least=-1)
     sample_prompts: tuple[str, ...] | None = setting(
-        None, "Prompts that the model answers during training, to be read side by side.", group="samples", live=True
+        None, "Prompts that the model answers during training, shown side by side.", group="samples", live=True
     )
     sample_every: int | None = setting(
         None,
-        "Answer them every N updates, besides at the start and the end. null = at each validation.",
+        "Answer them every N updates, and at the start and the end. null = at each validation.",
         group="samples",
         at_least=1,
         live=True,

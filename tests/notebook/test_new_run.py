@@ -117,9 +117,9 @@ def test_the_page_gives_what_was_typed_and_shows_what_the_kernel_says(
         for saved in page.evaluate("window.saved.splice(0)"):
             for name, value in saved.items():
                 setattr(form, name, value)
-        for message in page.asked:
+        for message in page.requests:
             form.answer(message)
-        page.asked.clear()
+        page.requests.clear()
         told = {name: getattr(form, name) for name in ("fields", "cell", "problems")}
         page.evaluate("told => { for (const [name, value] of Object.entries(told)) change(name, value); }", told)
 

@@ -1,4 +1,4 @@
-"""Small chat templates of the well-known shapes, in our own wording, each with a tokenizer that has its markers."""
+"""Small chat templates of well-known shapes, each with a tokenizer that has its markers."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def shaped_tokenizer(name: str) -> Any:
 
 
 def saved_tokenizer(name: str, folder: Path) -> Any:
-    """The same from a folder, as `mlx_lm.load` gives it."""
+    """The same tokenizer from a folder, as `mlx_lm.load` returns it."""
     from mlx_lm.tokenizer_utils import load
 
     shaped_tokenizer(name).save_pretrained(folder)

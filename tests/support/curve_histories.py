@@ -1,4 +1,4 @@
-"""Histories of runs that never ran, for what draws curves."""
+"""Synthetic histories for tests of curves."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def validation(step: int, loss: float, split: str = "valid") -> EvaluationComple
 
 
 def method_history(name: str, updates: int = 60) -> History:
-    """A run of a method with all that it declares, and validations of it."""
+    """A history of a method with all its metrics, and validations."""
     draw, history = random.Random(2), History()
     for step in range(updates + 1):
         metrics = {

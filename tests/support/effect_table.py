@@ -1,4 +1,4 @@
-"""For each setting that changes a run: another value of it, and where the difference shows."""
+"""For each setting that changes a run: another value of it, and where the difference appears."""
 
 from __future__ import annotations
 

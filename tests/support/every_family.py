@@ -39,7 +39,7 @@ WRAPPERS = tuple(family for family in TRAINED if "text_config" in _DATA["familie
 
 
 def configuration(family: str, vocabulary: int) -> dict[str, Any]:
-    """The family's config.json with so many tokens."""
+    """The family's config.json for this vocabulary size."""
     own = dict(_DATA["families"][family])
     sizes = {"vocab_size": vocabulary, "vocab_size_per_layer_input": vocabulary, "num_vocab": vocabulary}
     name = own.pop("module", family)
@@ -58,7 +58,7 @@ def _module(name: str) -> Any:
 
 
 def model_of(config: dict[str, Any], seed: int = 0) -> nn.Module:
-    """A model of random float32 weights; what mlx starts as zeros is random too, so that differences show."""
+    """A model of random float32 weights; zero-initialized arrays are random too, so that differences show."""
     module = _module(config["model_type"])
     mx.random.seed(seed)
     model = module.Model(module.ModelArgs.from_dict(copy.deepcopy(config)))
@@ -70,7 +70,7 @@ def small_model(family: str, vocabulary: int = 61) -> nn.Module:
 
 
 def save_model(config: dict[str, Any], folder: Path, tokenizer_folder: Path) -> Path:
-    """A folder that `mlx_lm.load` opens, with the tokenizer of another one."""
+    """A folder that `mlx_lm.load` can open, with the tokenizer of another one."""
     folder.mkdir(parents=True)
     for file in tokenizer_folder.iterdir():
         if file.suffix != ".safetensors" and file.name != "config.json":

@@ -1,4 +1,4 @@
-"""Something happens at a chosen line of the package while a piece of work is done: interrupts, deletions."""
+"""Runs a piece of work and calls a function at a chosen line of the package, such as an interrupt or a deletion."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _ends_a_with(frame: FrameType) -> bool:
 
 
 def lines_of(work: Callable[[], object], where: str = PACKAGE) -> list[tuple[str, int]]:
-    """Do `work`; (file, line) of each line that it comes to, in order."""
+    """Do `work`, and return (file, line) of each executed line in order."""
     lines: list[tuple[str, int]] = []
     with _tracing(lambda frame: lines.append((frame.f_code.co_filename, frame.f_lineno)), where):
         work()
@@ -59,7 +59,7 @@ def places_of(lines: list[tuple[str, int]]) -> list[int]:
 
 
 def at_line(number: int, act: Callable[[], object], work: Callable[[], object], where: str = PACKAGE) -> bool:
-    """Do `work`, and call `act` before line `number` that it comes to. Returns whether it came that far."""
+    """Do `work`, and call `act` before the executed line `number`. Returns whether it was reached."""
     reached = 0
 
     def count(_: FrameType) -> None:

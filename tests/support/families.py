@@ -1,4 +1,4 @@
-"""Tiny models of families that differ in what their passes bear, and folders of them that `load_model` opens."""
+"""Tiny models of families that support different forward passes, and folders that `load_model` can open."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def family_config(family: str, vocabulary: int) -> dict[str, Any]:
-    """The family's configuration with so many tokens."""
+    """The family's configuration for this vocabulary size."""
     config = {"model_type": family, **json.loads(json.dumps(FAMILIES[family])), "vocab_size": vocabulary}
     if "text_config" in config:
         config["text_config"] |= {"vocab_size": vocabulary, "vocab_size_per_layer_input": vocabulary}
@@ -126,7 +126,7 @@ def family_config(family: str, vocabulary: int) -> dict[str, Any]:
 
 
 def family_model(family: str, vocabulary: int = 61, seed: int = 0) -> nn.Module:
-    """A model of random float32 weights; what mlx starts as zeros is random too, so that differences show."""
+    """A model of random float32 weights; zero-initialized arrays are random too, so that differences show."""
     module = importlib.import_module(f"mlx_lm.models.{family}")
     mx.random.seed(seed)
     model = module.Model(module.ModelArgs.from_dict(family_config(family, vocabulary)))
@@ -147,7 +147,7 @@ def save_family(family: str, folder: Path, tokenizer_folder: Path) -> Path:
 
 
 def randomized(model: nn.Module, seed: int) -> nn.Module:
-    """The model with random float32 weights, also where mlx starts with zeros, so that differences show."""
+    """Give the model random float32 weights, also where mlx initializes to zero, so that differences show."""
     random = np.random.default_rng(seed)
 
     def shaken(array: mx.array) -> mx.array:

@@ -1,4 +1,4 @@
-"""One family trained in one way, and what must be so of it, as figures."""
+"""Trains one family in one way and measures what must hold."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ VOCABULARY = 300
 
 
 def examine(family: str, kind: str, method: str, folder: Path, models: Path, tokenizer_folder: Path) -> dict[str, Any]:
-    """Figures of a few updates on four rows, or `{"refused": line}`. Raises AssertionError, saying what is not so.
+    """Measurements of a few updates on four rows, or `{"refused": line}`. Raises AssertionError for what does not hold.
 
     The model is in a folder of its family among `models`, which is made where it is not there.
     """

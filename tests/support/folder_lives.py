@@ -1,4 +1,4 @@
-"""Lives of a run in one folder: a process that trains there and may be killed."""
+"""A process that trains a run in a folder and may be killed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def seeds_in(folder):
 
 
 def life(model, seed):
-    """Resume the run of this seed where it is unfinished, else begin one under the default name; note how it ended."""
+    """Resume the unfinished run of this seed, or start one with the default name; record how it ended."""
     try:
         mine = [folder for folder in sorted(Path("adapters").glob("run*")) if seeds_in(folder) == {seed}]
         runs = [Run.resume(folder, data=tiny_rows()) for folder in mine]

@@ -1,4 +1,4 @@
-"""Scripts that each run in a process of its own, from the first line to the exit, without waiting for the imports.
+"""Runs scripts in forked processes, which skip the time for imports.
 
 Every one is a fork of a server that has made them and nothing else: no thread runs in it and no array was computed.
 """
@@ -22,7 +22,7 @@ SECONDS = 120.0  # that a script may take
 
 
 class Server:
-    """The process that is forked."""
+    """The server process, which forks for each script."""
 
     def __init__(self) -> None:
         self._socket, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -58,7 +58,7 @@ _servers: list[Server] = []
 
 
 def ended(code: str, folder: object) -> subprocess.CompletedProcess[str]:
-    """What `python -c code` in that folder gives, as `subprocess.run` does."""
+    """The result of `python -c code` in that folder, as from `subprocess.run`."""
     if not _servers:
         _servers.append(Server())
     pipes = [os.pipe() for _ in range(2)]
@@ -74,13 +74,13 @@ def _all_of(pipe: int) -> str:
 
 
 def close() -> None:
-    """End the server, where there is one."""
+    """End the server if it is running."""
     while _servers:
         _servers.pop().close()
 
 
 def _serve(connection: socket.socket) -> str | None:
-    """Fork for every request; None at the end of them. In a fork, the script that it is to run."""
+    """Fork for every request. Returns the script to run in a fork, and None in the server at the end."""
     while True:
         message, files, _, _ = socket.recv_fds(connection, 100, 3)
         if not message:

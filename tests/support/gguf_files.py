@@ -1,4 +1,4 @@
-"""Small GGUF files made here, and what their tensors say in float32."""
+"""Creates small GGUF files, with the float32 values of their tensors."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def write_gguf(path, metadata: dict, tensors: dict):
 
 
 def stored(values: np.ndarray, kind: Q, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """The array to store as `kind`, and the float32 values it stands for."""
+    """The array to store as `kind`, and its float32 values."""
     if kind == Q.F32:
         return values, values
     if kind == Q.F16:
@@ -162,7 +162,7 @@ def synthetic(
     settings: dict | None = None,
     rope_factors: np.ndarray | None = None,
 ):
-    """Write a random model, and return mlx-lm's names to the float32 values that the file stands for."""
+    """Write a random model, and return its float32 values by mlx-lm's names."""
     random = np.random.default_rng(0)
     metadata = {**tokenizer_metadata(architecture), **model_settings(architecture), **(settings or {})}
     vocabulary = len(metadata["tokenizer.ggml.tokens"])

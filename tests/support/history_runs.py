@@ -1,4 +1,4 @@
-"""Runs whose history file is looked at."""
+"""Runs for tests of the history file."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class Lab:
         self._browser = browser
 
     def open(self, cells: list[str], width: int = 1200):
-        """A notebook of these code cells, opened and its kernel ready."""
+        """Open a new notebook with these code cells, and wait for its kernel."""
         import nbformat  # takes seconds
 
         notebook = nbformat.v4.new_notebook(
@@ -39,7 +39,7 @@ class Lab:
         return self.reopen(name, width)
 
     def reopen(self, name: str, width: int = 1200):
-        """A notebook that is there, opened and a kernel ready."""
+        """Open an existing notebook, and wait for its kernel."""
         page = self._browser.new_page(viewport={"width": width, "height": 900})
         page.set_default_timeout(PATIENCE)
         page.goto(f"http://localhost:{self.port}/lab/tree/{name}")

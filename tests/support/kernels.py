@@ -1,4 +1,4 @@
-"""A real ipykernel that is asked for values."""
+"""A real ipykernel, to execute cells and read values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ rows = tiny_rows(40)"""
 
 
 class Kernel:
-    """One kernel and what its cells print."""
+    """One kernel and the outputs of its cells."""
 
     def __init__(self, folder):
         self.manager = KernelManager(kernel_name="python3")
@@ -44,7 +44,7 @@ class Kernel:
         return self.reply_to(message_id)["content"]["status"], text
 
     def reply_to(self, message_id, timeout=300):
-        """The answer to a request, once it is executed."""
+        """The output of a request after its execution."""
         reply = self.client.get_shell_msg(timeout=timeout)
         while reply["parent_header"].get("msg_id") != message_id:
             reply = self.client.get_shell_msg(timeout=timeout)

@@ -41,7 +41,7 @@ def new_run(folder, model):
 
 
 def killable_run(folder, model):
-    """Resume or begin; note each update and each save with its time in a file that survives."""
+    """Resume or start; record each update and each save with its time in a file that survives."""
     adapter = Path(folder) / "adapter"
     begun = CheckpointStore(adapter / "checkpoints").list()
     run = Run.resume(adapter, data=tiny_rows(40)) if begun else new_run(adapter, model)

@@ -1,4 +1,4 @@
-"""What a kernel holds after a cell was run again and again in JupyterLab."""
+"""Measures the memory of a kernel after a cell was run repeatedly in JupyterLab."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PANELS = "() => document.querySelectorAll('[role=status]').length"
 
 
 def run_again(page, lab, number):
-    """Run the training cell and wait for its end. Returns [MB of the kernel, widgets there, widgets in the browser]."""
+    """Run the training cell and wait for its end. Returns [MB and widgets of the kernel, widgets in the browser]."""
     lab.run_cell(page, 1)
     page.wait_for_function(f"() => ({COUNT})(1) === {2 * number + 2}", timeout=300_000)
     wait_for_state(page, "finished", timeout=300)

@@ -1,4 +1,4 @@
-"""What a page of JupyterLab shows."""
+"""Reads pages of JupyterLab."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ TEXT_OF_CELL = """(index) => {
 
 
 def wait_for_state(page, state, timeout=180):
-    """Until the panel shows it. Returns the seconds it took."""
+    """Wait until the panel shows it. Returns the seconds."""
     begun = time.monotonic()
     page.wait_for_function(STATE, arg=state, timeout=1000 * timeout)
     return time.monotonic() - begun
 
 
 def cell_answers(page, lab, index, text, timeout=180):
-    """Run a cell; the seconds until its output holds `text`."""
+    """Run a cell, and return the seconds until its output contains `text`."""
     begun = time.monotonic()
     lab.run_cell(page, index)
     while text not in page.evaluate(TEXT_OF_CELL, index):

@@ -1,4 +1,4 @@
-"""One life of a run that is going to be ended: what it trains, and the updates that it did. Quick to import."""
+"""A process that trains a run until a signal ends it, and records its updates. Quick to import."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tiny import tiny_labels, tiny_pairs, tiny_prompts, tiny_rows
 
 
 class Kind(NamedTuple):
-    """What is trained on which rows, and under how many interrupts."""
+    """A training setup: method, rows, and number of interrupts."""
 
     settings: str
     rows: str = "tiny_rows"
@@ -43,7 +43,7 @@ def e_share(completion):
 
 
 def register_napping():
-    """A method whose updates take long, where NAP says so, without any computing."""
+    """A method whose updates sleep if NAP says so, without computing."""
 
     @register_objective("napping")
     def napping(targets):
@@ -64,7 +64,7 @@ def namespace_of(kind):
 
 
 def noted(run, log):
-    """Note each update with its time in a file that survives the process."""
+    """Record each update with its time in a file that survives the process."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.write(file, f"resumed {run.step_count} {time.time()}\n".encode())
 
@@ -76,7 +76,7 @@ def noted(run, log):
 
 
 def live(kind, folder, model):
-    """Resume or begin, and train until a signal ends it."""
+    """Resume or start, and train until a signal ends the process."""
     folder, namespace = Path(folder) / kind, namespace_of(kind)
     if CheckpointStore(folder / "checkpoints").list():
         run = Run.resume(folder, data=namespace["rows"], namespace=namespace)

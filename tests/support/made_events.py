@@ -1,4 +1,4 @@
-"""Events that no run made."""
+"""Synthetic events."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The part of a matrix of cases that the quick tests run; the slow ones run all of it."""
+"""Selects the cases of a matrix that the quick tests run; the slow tests run all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A batch of each kind of row that a method may take, and the methods whose losses it is given to."""
+"""A batch for each kind of row, and the methods that take it."""
 
 from __future__ import annotations
 

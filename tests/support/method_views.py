@@ -1,4 +1,4 @@
-"""A tiny run of each method, a few updates on, for what shows it."""
+"""A tiny run of each method after a few updates, for tests of displays."""
 
 from __future__ import annotations
 

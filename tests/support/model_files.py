@@ -1,4 +1,4 @@
-"""Model files that are fetched or converted: a GGUF file, and a package that carries one."""
+"""Model files for tests of downloads and conversions: a GGUF file, and a package that contains one."""
 
 from __future__ import annotations
 

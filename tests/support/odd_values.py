@@ -1,4 +1,4 @@
-"""Values that a row may hold by accident or on purpose, the places where they may be, and rows of every kind."""
+"""Odd values for rows, the places where they may occur, and rows of every kind."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def circular(other: object = 1) -> list:
 
 
 class Text(str):
-    """A text of somebody else's kind."""
+    """A str subclass."""
 
     def __str__(self) -> str:
         raise RuntimeError("mine")
@@ -63,7 +63,7 @@ class Unwritable:
 
 
 class Raising(dict):
-    """A mapping that does not give what it has."""
+    """A mapping whose values cannot be read."""
 
     def items(self):
         raise RuntimeError("mine")
@@ -133,7 +133,7 @@ KINDS = {
 
 
 def _messages_of(row: dict) -> list:
-    """Messages for a row that has a text in its place."""
+    """Messages in place of a text of a row."""
     return [dict(message) for message in row.get("messages", tiny_rows(1)[0]["messages"])]
 
 

@@ -1,4 +1,4 @@
-"""A widget of ours, above all the panel, in a bare page: its script and state, and a model like that of anywidget."""
+"""Opens a widget such as the panel in a bare page: its script and state, with a model like that of anywidget."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ window.ready = true;
 
 
 def state_of(panel) -> dict:
-    """What the page of a panel is told first."""
+    """The initial state that a panel sends to its page."""
     return {name: value for name, value in panel.get_state().items() if name[0] != "_" and name not in OWN}
 
 
@@ -59,13 +59,13 @@ def page_of(state: dict, theme: str, css: str = Panel._css) -> str:
 
 
 def open_panel(browser, panel, theme="light", width=900, height=900, wrong=None, **changed):
-    """A page with the panel; what it asks the kernel is answered by `panel`, in this process."""
+    """A page with the panel; `panel`, in this process, answers its requests."""
     stop_beats(panel)
     return open_widget(browser, panel, theme, width, height, wrong, **changed)
 
 
 def open_widget(browser, panel, theme="light", width=900, height=900, wrong=None, **changed):
-    """A page with a widget; `wrong` gets what fails there, and `page.asked` what it sends to the kernel."""
+    """A page with a widget; `wrong` collects errors, and `page.requests` the messages to the kernel."""
     wrong = [] if wrong is None else wrong
     panel._loop = None  # the loop that runs here is the browser's
     page = browser.new_page(viewport={"width": width, "height": height}, device_scale_factor=1)
@@ -88,18 +88,18 @@ def open_widget(browser, panel, theme="light", width=900, height=900, wrong=None
     page.route("**/*", answer)
     page.on("pageerror", lambda error: wrong.append(f"script error {error}"))
     page.on("console", lambda message: wrong.append(f"console {message.text}"))
-    asked = []
-    page.expose_function("to_kernel", lambda message: asked.append(message))
+    requests = []
+    page.expose_function("to_kernel", lambda message: requests.append(message))
     page.goto("http://panel.test/")
     page.wait_for_function("window.ready")
     panel.send = to_page
-    page.asked = asked
+    page.requests = requests
     return page
 
 
 def answer_all(page, panel):
-    """Let the kernel's side answer what the page asked by now."""
+    """Let the panel answer the pending requests of the page."""
     page.wait_for_timeout(30)
-    while page.asked:
-        panel._on_message(None, page.asked.pop(0), None)
+    while page.requests:
+        panel._on_message(None, page.requests.pop(0), None)
     page.wait_for_timeout(30)

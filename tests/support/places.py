@@ -1,4 +1,4 @@
-"""Folders that tests and the processes they start need."""
+"""Folders for tests and the processes that they start."""
 
 from __future__ import annotations
 

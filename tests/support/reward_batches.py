@@ -1,4 +1,4 @@
-"""Completions as reward functions are given them."""
+"""Completions in the form that reward functions receive."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows as pages in Chromium."""
+"""Opens displays of rows as pages in Chromium."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ THEMES = {
 
 
 def document(html: str, theme: str) -> str:
-    """A page that holds one output as JupyterLab does, or as a bare browser would."""
+    """A page that contains one output as in JupyterLab, or as in a bare browser."""
     if THEMES[theme] is None:
         return f'<!doctype html><meta charset="utf-8"><body><div id="output">{html}</div></body>'
     is_light, background, color = THEMES[theme]
@@ -69,7 +69,7 @@ def browser():
 
 @pytest.fixture
 def opened(browser, tmp_path):
-    """Open an output as a page of its own; at the end nothing may have run, asked or gone elsewhere."""
+    """Open an output as a page; fails if it runs a script, opens a dialog or requests anything."""
     pages, happened = [], []
 
     def open_page(html: str, theme: str = "light", width: int = 1200):

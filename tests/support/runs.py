@@ -1,4 +1,4 @@
-"""Tiny runs, and what of two of them must be the same."""
+"""Tiny runs, and comparisons between two of them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def trainer_for(folder, name, **settings):
 
 
 def happened(events):
-    """What a run did, without the clock and the memory."""
+    """The events of a run, without times and memory."""
     return [
         dataclasses.replace(event, seconds=0.0, **({"peak_memory": 0} if isinstance(event, StepCompleted) else {}))
         for event in events

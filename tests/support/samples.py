@@ -1,4 +1,4 @@
-"""Completions sampled from a model, and whether training gives their tokens the same probabilities."""
+"""Samples completions from a model, and compares their token probabilities with training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def sampled(model, tokenizer, prompts, group_size=4, seed=0, rows_at_once=32, **
 
 
 def training_logprobs(model, prompt, completion):
-    """What the objective will compute: the scorer on prompt and completion, the mask over the completion."""
+    """The log-probabilities that the objective computes: prompt and completion, with the mask on the completion."""
     tokens = np.concatenate([prompt, completion.tokens]).astype(np.int32)
     mask = np.zeros(len(tokens), np.float32)
     mask[len(prompt) :] = 1

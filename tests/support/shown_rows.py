@@ -1,4 +1,4 @@
-"""Rows with everything that markup could get wrong, and the page they make."""
+"""Rows that could break markup, and the pages that show them."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def long_conversation(length: int) -> TokenizedConversation:
 
 
 class Page(HTMLParser):
-    """Elements as (tag, attributes, text); raises where the markup is not balanced."""
+    """Elements as (tag, attributes, text). Raises if the markup is not balanced."""
 
     def __init__(self, html: str) -> None:
         super().__init__(convert_charrefs=True)

@@ -1,4 +1,4 @@
-"""Chat templates of many shapes, and the tokenizers that use them."""
+"""Chat templates of many shapes, with the tokenizers that use them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def after_thinking(messages: Messages, i: int) -> str:
 
 @dataclass(frozen=True)
 class Template:
-    """A template of these tests, and what it makes an assistant message generate: `shown(messages, i)`."""
+    """A template, and the text that an assistant message becomes in it: `shown(messages, i)`."""
 
     source: str
     shown: Callable[[Messages, int], str]

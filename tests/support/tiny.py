@@ -1,4 +1,4 @@
-"""A llama of a few thousand parameters and rows for it: quick enough for every test that computes."""
+"""A llama with a few thousand parameters, and rows for it, for every test that computes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VOCABULARY = 61
 
 
 def tiny_model(seed: int = 0, *, tied: bool = True, dims: int = 32) -> llama.Model:
-    """Two layers, float32, weights large enough that gradients are not lost in rounding."""
+    """Two layers in float32, with weights large enough that gradients are not lost in rounding."""
     mx.random.seed(seed)
     model = llama.Model(
         llama.ModelArgs(
@@ -132,6 +132,6 @@ def tiny_labels(count: int = 24) -> list[dict]:
 
 
 def tiny_prompts(count: int = 24) -> list[dict]:
-    """Prompts with the word that is wanted as their answer, and a column of their own."""
+    """Prompts with the wanted word as the answer, and an additional column."""
     words = ("red", "green", "blue", "black", "white", "amber")
     return [{"prompt": f"say {words[row % 6]}", "answer": words[row % 6], "level": row % 3} for row in range(count)]
