@@ -105,9 +105,18 @@ def short_help(text: str, longest: int = 68) -> str:
     for divide in (": ", ", "):
         while len(sentence) > longest and sentence.rpartition(divide)[0].count(" ") >= 2:
             sentence = sentence.rpartition(divide)[0]
+    sentence = _without_open_bracket(sentence)
     if len(sentence) <= longest:
         return sentence
     return sentence[: longest - 1].rpartition(" ")[0].rstrip(",") + "…"
+
+
+def _without_open_bracket(text: str) -> str:
+    """The text up to a bracket that is never closed, without `such as` before it."""
+    opened = [
+        at for at in (text.rfind(bracket) for bracket in "({[") if at >= 0 and not re.search(r"[)}\]]", text[at:])
+    ]
+    return re.sub(r",?\s+such as$", "", text[: min(opened)].rstrip()) if opened else text
 
 
 def choices_of(name: str, method: str | None = None) -> dict[str, str]:

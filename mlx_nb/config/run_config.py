@@ -34,7 +34,7 @@ from mlx_nb.errors import ConfigError, listed_problems, shown
 class LoraParameters(Settings):
     """Settings of the adapter. `scale` multiplies the adapter's output and is never divided by the rank."""
 
-    rank: int = setting(8, "Inner dimension R of the adapter matrices.", group="adapter", at_least=1)
+    rank: int = setting(8, "Rank R of the adapter matrices.", group="adapter", at_least=1)
     scale: float = setting(20.0, "Factor on the adapter's output; PEFT's lora_alpha / r.", group="adapter", above=0)
     dropout: float = setting(
         0.0, "Probability of dropping an adapter input while training.", group="adapter", at_least=0, below=1
@@ -83,7 +83,7 @@ class RunConfig(Settings):
 
     method: str = setting(
         "sft",
-        "What is learned from: sft (rows to imitate), dpo, cpo, orpo (pairs of answers), kto (answers labeled good or "
+        "Training method: sft (rows to imitate), dpo, cpo, orpo (pairs of answers), kto (answers labeled good or "
         "bad), grpo (rewards of what the model writes), or a name given to register_objective.",
         group="method",
     )
@@ -273,8 +273,8 @@ class RunConfig(Settings):
     )
     val_set_size: float = setting(
         0.1,
-        "Without a validation split, hold out this share of the training rows (at most 200), or this many if "
-        "1 or more. 0 = none.",
+        "Rows to hold out for validation if there is no validation split, as a share of the training rows (at most "
+        "200 rows) or a number of 1 or more. 0 = none.",
         group="rows",
         at_least=0,
     )

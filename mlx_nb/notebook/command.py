@@ -20,11 +20,11 @@ from mlx_nb.view.event_text import remarks
 CELL_OPTIONS = {
     "--name": "name of the run (default: run); also its folder in adapters/",
     "-o": "store the Run in this variable",
-    "--paused": "create the run without loading or training anything",
-    "--wait": "wait in the cell until the run pauses or ends",
-    "--background": "train in the background and return at once; queued cells do not wait",
-    NOW: "do not wait for a run that an earlier cell started",
-    "--resume": "continue from the newest checkpoint of this name, if any",
+    "--paused": "create the run, but do not load or train",
+    "--wait": "wait until the run pauses or ends",
+    "--background": "train in the background; queued cells do not wait",
+    NOW: "do not wait for the run of an earlier cell",
+    "--resume": "continue from the newest checkpoint, if any",
     "--allow-changed": "continue although this has changed (with --resume: a setting, data, template, model, ...; "
     "with resume_adapter_file or reference_adapter: model)",
 }
@@ -91,7 +91,7 @@ def command(
     usage = _usage(parser)
     if name not in ("new", "runs", "help", "use", "delete", "compare", "load"):
         parser.add_argument("--name", "-n", default=None, help="a run other than the current one")
-    parser.add_argument(NOW, action="store_true", help="do not wait for a run that an earlier cell started")
+    parser.add_argument(NOW, action="store_true", help="do not wait for the run of an earlier cell")
     return Command(usage, help, act, parser, of_now, steers)
 
 

@@ -13,7 +13,6 @@ from mlx_nb.errors import CommandError, did_you_mean
 from mlx_nb.notebook.queued_cells import NOW
 
 WIDTH = 66  # characters that fit in a notebook 700 px wide
-_PAGE = 96  # characters in the pane that `?` opens, which is as wide as the window
 _GROUPS = {
     "Train": ("new", "step", "run", "pause", "stop", "rewind", "skip", "resume"),
     "Watch": ("panel", "status", "plot", "report", "config", "compare"),
@@ -101,7 +100,7 @@ def cell_help(parser: argparse.ArgumentParser) -> str:
     parts += [_setting(described[name].name, described[name].default, described[name].help) for name in TEN]
     parts += ["", "Options of the first line:"]
     for action in parser._actions:
-        parts.append(_line(max(action.option_strings, key=len), action.help or "", 18, _PAGE))
+        parts.append(_line(max(action.option_strings, key=len), action.help or "", 15))
     others = [line for line in described.values() if line.name not in TEN]
     common = [line for line in others if all(_uses(method, line.name) for method in METHODS)]
     parts += ["", "Other settings for every method:"]
@@ -110,7 +109,7 @@ def cell_help(parser: argparse.ArgumentParser) -> str:
         own = [line for line in others if line not in common and _uses(method, line.name)]
         parts += ["", f"With method: {method} ({METHODS[method].kind.words}):"]
         parts += [_setting(line.name, line.default, line.help) for line in own]
-    return "\n".join([*parts, "", "`%finetune help NAME` explains one setting; docs/settings.md lists all of them."])
+    return "\n".join([*parts, "", "`%finetune help NAME` explains one setting."])
 
 
 def _uses(method: str, name: str) -> bool:
@@ -119,7 +118,7 @@ def _uses(method: str, name: str) -> bool:
 
 
 def _setting(name: str, default: str, help: str) -> str:
-    return _line(f"{name}: {default}" if len(name) + len(default) < 28 else f"{name}:", help, 28, _PAGE)
+    return _line(f"{name}: {default}" if len(name) + len(default) < 24 else f"{name}:", help, 24)
 
 
 def _line(name: str, help: str, width: int = 10, line: int = WIDTH) -> str:
