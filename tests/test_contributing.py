@@ -87,7 +87,7 @@ RECIPES = {
         "config/methods.py": {'                normalized=("beta",),': '                exponential=("beta",),\n'},
     },
     "setting": {
-        "config/run_config.py": {
+        "config/settings.py": {
             "    loss_spike: float | None = setting(": "    rate_factor: float = setting(\n"
             '        1.0, "What every learning rate is multiplied by.", group="optimizer", above=0, live=True\n    )\n'
         },

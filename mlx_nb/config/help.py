@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from mlx_nb.config.fields import choice_words, kinds_of
 from mlx_nb.config.methods import METHODS
-from mlx_nb.config.run_config import SETTINGS, LoraParameters, LrSchedule, RunConfig
+from mlx_nb.config.run_config import SETTINGS, RunConfig
+from mlx_nb.config.settings import LoraParameters, LrSchedule
 
 _GROUP_TITLES = {
     "method": "Method",
@@ -85,7 +86,7 @@ def settings_markdown() -> str:
     """The settings as the reference page in docs."""
     parts = [
         "# Settings\n",
-        "Every key of a `%%finetune` cell, generated from their declaration in `mlx_nb/config/run_config.py`.",
+        "Every key of a `%%finetune` cell, generated from their declaration in `mlx_nb/config/settings.py`.",
         "Settings marked **live** may change while a run is under way, with `%finetune set key=value`.\n",
     ]
     described = setting_help()

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_nb.config.methods import method_named
-from mlx_nb.config.run_config import LoraParameters, RunConfig
+from mlx_nb.config.run_config import RunConfig
+from mlx_nb.config.settings import LoraParameters
 from mlx_nb.errors import ConfigError, ModelError, shown
 from mlx_nb.files.places import path_problem
 from mlx_nb.files.typed_json import WrongJson, json_object, read_as

@@ -12,7 +12,8 @@ import pytest
 from effect_table import ELSEWHERE, PAIRS, PROMPTS, SFT, SPLIT, TABLE, TEXT, TEXTS
 from mlx_nb import Run, register_objective
 from mlx_nb.config.methods import METHODS
-from mlx_nb.config.run_config import SETTINGS, LoraParameters, LrSchedule, RunConfig
+from mlx_nb.config.run_config import SETTINGS, RunConfig
+from mlx_nb.config.settings import LoraParameters, LrSchedule
 from mlx_nb.errors import MlxNbError
 from mlx_nb.events import SampleGenerated
 from tiny import save_tiny_model, tiny_rows

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import accumulate, pairwise, product
@@ -17,14 +17,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mlx_nb.data.masks.omissions import omitted_messages, omitted_together
 from mlx_nb.data.masks.template_facts import STRUCTURAL_KEYS, Message, Render, RenderFailed, texts_in
-from mlx_nb.data.masks.windows import LONG, Windows
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 _TEXT_FIELDS = ("content", *REASONING_FIELDS)
 # Ranges of code points that no text has: private use, and for very long conversations unassigned planes.
 _STRETCHES = ((0xF0000, 0x10FFFD), (0x40000, 0xDFFFD))
-_MOST_RENDERS = 64  # to find which messages of a long conversation are left out together
 
 
 class Unproved(Exception):
@@ -171,13 +170,13 @@ def tag_and_prove(
     runs, lost = tags.runs(numbers), list(_lost_texts(tags, numbers))
     found = {run.message for run in runs}
     silent = [i for i, m in enumerate(messages) if m.get("role") == "assistant" and i not in found]
-    absent = _left_out(messages, silent, text, render, constants)
+    absent = omitted_messages(messages, silent, text, render, constants)
     removed: list[tuple[int, int]] = []
     if len(silent) > len(absent):
         found |= set(absent)
         followed = [i for i in silent if i not in found]
         try:
-            if gone := _left_out_together(messages, followed, runs, text, render):
+            if gone := omitted_together(messages, followed, {run.message for run in runs}, text, render):
                 absent = sorted([*absent, *gone])
                 followed = [i for i in followed if i not in gone]
             if followed:
@@ -283,80 +282,6 @@ def _lost_texts(tags: TaggedMessages, numbers: np.ndarray) -> Iterator[tuple[int
         lost = leaf.tagged_characters - found
         if lost > 0 and leaf.reported:
             yield leaf.message, leaf.field, lost, leaf.tagged_characters
-
-
-def _left_out(
-    messages: Sequence[Message], silent: Sequence[int], text: str, render: Render, constants: Sequence[str]
-) -> list[int]:
-    """Those of the `silent` messages of which nothing is rendered: removing one of them does not change the text."""
-    if not silent:
-        return []
-    if len(messages) <= LONG:
-        return [i for i in silent if _is_left_out(messages, i, text, render)]
-    windows, known = Windows(messages, constants), dict[Hashable, bool]()
-    absent = []
-    for i in silent:
-        window = windows.around(i)
-        if window.shape not in known:
-            known[window.shape] = _is_left_out_of_window([messages[k] for k in window.indexes], window.slot, render)
-        if known[window.shape]:
-            absent.append(i)
-    left_out = set(absent)
-    try:
-        if not absent or render([m for i, m in enumerate(messages) if i not in left_out], False) == text:
-            return absent
-    except RenderFailed:
-        pass
-    return [i for i in silent if _is_left_out(messages, i, text, render)]
-
-
-def _left_out_together(
-    messages: Sequence[Message], silent: Sequence[int], runs: Sequence[Run], text: str, render: Render
-) -> list[int]:
-    """Those of the `silent` messages that a template leaves out together with their neighbors, such as a long past.
-
-    A window is too short to show that. They are found by missing texts, and proved together: removing them does not
-    change the text.
-    """
-    if len(messages) <= LONG:
-        return []
-    found = {run.message for run in runs}
-    missing = {
-        i
-        for i, message in enumerate(messages)
-        if i not in found and any(part.strip() for part in texts_in(message.get("content"), keys=False))
-    }
-
-    def same_without(some: Sequence[int]) -> bool:
-        left_out = set(some)
-        try:
-            return render([message for i, message in enumerate(messages) if i not in left_out], False) == text
-        except RenderFailed:
-            return False
-
-    gone, pieces, renders = list[int](), [[i for i in silent if not missing.isdisjoint((i - 1, i, i + 1))]], 0
-    while pieces and renders < _MOST_RENDERS:
-        piece, renders = pieces.pop(), renders + 1
-        if piece and same_without(piece):
-            gone += piece
-        elif len(piece) > 1:
-            pieces += [piece[: len(piece) // 2], piece[len(piece) // 2 :]]
-    return sorted(gone) if gone and same_without(gone) else []
-
-
-def _is_left_out_of_window(messages: Sequence[Message], slot: int, render: Render) -> bool:
-    try:
-        return _is_left_out(messages, slot, render(messages, False), render)
-    except RenderFailed:
-        return False
-
-
-def _is_left_out(messages: Sequence[Message], i: int, text: str, render: Render) -> bool:
-    others = [*messages[:i], *messages[i + 1 :]]
-    try:
-        return bool(others) and render(others, False) == text
-    except RenderFailed:
-        return False
 
 
 def _probe(
