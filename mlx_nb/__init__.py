@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mlx_nb.objectives.conformance import check_objective
     from mlx_nb.run.rows import rows
     from mlx_nb.run.run import Run
-    from mlx_nb.run.saved import load
+    from mlx_nb.run.saved_model import load
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,7 +38,7 @@ _PUBLIC = {
     "Run": "mlx_nb.run.run",
     "RunConfig": "mlx_nb.config.run_config",
     "check_objective": "mlx_nb.objectives.conformance",
-    "load": "mlx_nb.run.saved",
+    "load": "mlx_nb.run.saved_model",
     "new": "mlx_nb.notebook.new_run",
     "register_objective": "mlx_nb.config.methods",
     "rows": "mlx_nb.run.rows",

@@ -26,8 +26,8 @@ def run_quickstart(folder: str, *, as_json: bool = False) -> int:
     target = _target(folder)
     notebook_path = _copy_example(target)
     print("downloading SmolLM2-135M-Instruct (once; cached) …", flush=True)
-    fetched = _fetch_model()
-    print(f"model in {fetched}", flush=True)
+    model = _download_model()
+    print(f"model in {model}", flush=True)
     run_started = time.perf_counter()
     notebook, notebook_path = _execute(notebook_path)
     summary = _summary(notebook)
@@ -146,10 +146,10 @@ def _keep_executed(notebook: Any, path: Path, before: bytes) -> Path:
     return path
 
 
-def _fetch_model() -> Path:
-    from mlx_nb.run.available import fetched
+def _download_model() -> Path:
+    from mlx_nb.run.available import downloaded_model
 
-    return fetched("smollm2-135m")
+    return downloaded_model("smollm2-135m")
 
 
 def _execute(path: Path) -> tuple[Any, Path]:

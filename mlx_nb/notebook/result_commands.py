@@ -20,7 +20,7 @@ from mlx_nb.notebook.command import (
 )
 from mlx_nb.notebook.session import Session
 from mlx_nb.notebook.text_output import Text
-from mlx_nb.run.saved import how_to_use
+from mlx_nb.run.saved_model import how_to_use
 from mlx_nb.view.metric_text import headline
 
 
@@ -81,7 +81,7 @@ def _compare(session: Session, arguments: argparse.Namespace) -> Text:
 
 
 def _load(session: Session, arguments: argparse.Namespace) -> Text:
-    from mlx_nb.run.saved import load
+    from mlx_nb.run.saved_model import load
 
     output = output_name(arguments.output) or "model"
     known = session.runs.get(arguments.folder)

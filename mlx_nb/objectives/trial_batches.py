@@ -1,4 +1,4 @@
-"""Random batches on which the laws of objectives are tested."""
+"""Random batches of each kind of row, on which the laws of objectives are tested."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def _example(row: int, seed: int, longest: int = 18) -> TokenizedExample:
 
 
 def _answer(row: int, seed: int, prompt: int) -> TokenizedExample:
-    """An answer of its own to a prompt that others may have too."""
-    asked, own = np.random.default_rng([0, prompt]), np.random.default_rng([seed, row])
-    lengths = int(asked.integers(8, 11)), int(own.integers(2, 9))
-    tokens = [random.integers(1, VOCABULARY, length) for random, length in zip((asked, own), lengths)]
+    """An answer to a prompt that other rows may share."""
+    of_prompt, of_answer = np.random.default_rng([0, prompt]), np.random.default_rng([seed, row])
+    lengths = int(of_prompt.integers(8, 11)), int(of_answer.integers(2, 9))
+    tokens = [random.integers(1, VOCABULARY, length) for random, length in zip((of_prompt, of_answer), lengths)]
     loss_mask = np.repeat(np.array([0, 1], np.float32), lengths)
     return TokenizedExample(np.concatenate(tokens).astype(np.int32), loss_mask, row)
 

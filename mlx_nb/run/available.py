@@ -1,4 +1,4 @@
-"""Values that settings can take in this notebook: variables with rows, downloaded models, built-in rewards."""
+"""Values that settings can take in this notebook: variables with rows, models (and their download), rewards."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def available_models() -> dict[str, str]:
     return available_models()
 
 
-def fetched(model: str) -> Path:
+def downloaded_model(model: str) -> Path:
     """The folder of a model, which is downloaded if necessary. Raises ModelError."""
     from mlx_nb.model.backend import prepare_backend
 

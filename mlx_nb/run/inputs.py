@@ -13,9 +13,7 @@ import numpy as np
 from mlx_nb.config.methods import method_named
 from mlx_nb.config.run_config import SETTINGS, RunConfig
 from mlx_nb.data.examples.effects import refuse_ineffective, refuse_loss_on
-from mlx_nb.data.examples.imitation import ExampleSettings, LeftOut
-from mlx_nb.data.examples.limits import ModelLimits
-from mlx_nb.data.examples.split import (
+from mlx_nb.data.examples.examples import (
     Examples,
     RowView,
     exclude_rows,
@@ -23,6 +21,8 @@ from mlx_nb.data.examples.split import (
     refuse_unreadable,
     trains_plain_text,
 )
+from mlx_nb.data.examples.limits import ModelLimits
+from mlx_nb.data.examples.settings import ExampleSettings, LeftOut
 from mlx_nb.data.examples.tokenizing import Outcome, tokenize_split
 from mlx_nb.data.masks.prompt_format import CHAT, RAW, Rendering
 from mlx_nb.data.sources.row_source import RowSource

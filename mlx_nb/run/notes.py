@@ -6,8 +6,8 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from mlx_nb.config.checks import warnings_about
-from mlx_nb.data.examples.imitation import ExampleSettings
-from mlx_nb.data.examples.split import longest
+from mlx_nb.data.examples.examples import longest
+from mlx_nb.data.examples.settings import ExampleSettings
 from mlx_nb.data.masks.prompt_format import has_chat_template
 from mlx_nb.errors import counted
 from mlx_nb.run.inputs import RunInputs

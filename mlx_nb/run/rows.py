@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_nb.config.run_config import RunConfig
-from mlx_nb.data.examples.split import Examples, RowView, refuse_no_such_row
+from mlx_nb.data.examples.examples import Examples, RowView, refuse_no_such_row
 from mlx_nb.data.sources.export import write_rows
 from mlx_nb.errors import CommandError
 from mlx_nb.files.places import folder_of, working_folder

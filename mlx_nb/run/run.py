@@ -17,8 +17,8 @@ from mlx_nb.config.methods import method_named
 from mlx_nb.config.run_config import LENGTHS, LIVE_SETTINGS, SETTINGS, RunConfig, unknown_settings
 from mlx_nb.data.check.check import SAMPLED_ROWS, DataCheck, check_data
 from mlx_nb.data.examples.effects import refuse_ineffective
-from mlx_nb.data.examples.imitation import LeftOut
-from mlx_nb.data.examples.split import RowView
+from mlx_nb.data.examples.examples import RowView
+from mlx_nb.data.examples.settings import LeftOut
 from mlx_nb.data.sources.splits import Splits
 from mlx_nb.errors import (
     CheckpointError,

@@ -19,8 +19,8 @@ from mlx_nb.data.check.findings import KINDS, SEVERITIES
 from mlx_nb.data.check.read_pass import read_splits
 from mlx_nb.data.check.template_report import probe_template
 from mlx_nb.data.check.token_pass import kind_of, length_summary, sampled_rows
-from mlx_nb.data.examples.imitation import ExampleSettings
-from mlx_nb.data.examples.split import Examples
+from mlx_nb.data.examples.examples import Examples
+from mlx_nb.data.examples.settings import ExampleSettings
 from mlx_nb.data.sources.splits import open_splits
 from mlx_nb.errors import CommandError
 from mlx_nb.notebook.commands import run_line

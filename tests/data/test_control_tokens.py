@@ -10,8 +10,9 @@ import pytest
 from chat_shapes import SHAPES, saved_tokenizer, shaped_tokenizer
 from mlx_nb.config.run_config import RunConfig
 from mlx_nb.data.check.check import check_data
+from mlx_nb.data.examples.examples import Examples
 from mlx_nb.data.examples.prompt import prompt_tokens
-from mlx_nb.data.examples.split import Examples, ExampleSettings
+from mlx_nb.data.examples.settings import ExampleSettings
 from mlx_nb.data.masks.control_tokens import control_tokens
 from mlx_nb.data.masks.conversation import tokenize_conversation, tokenize_text
 from mlx_nb.data.masks.prompt_format import Rendering

@@ -8,9 +8,9 @@ import pytest
 
 from mlx_nb.config.run_config import RunConfig
 from mlx_nb.data.check.check import check_data, row_record, stops_a_run
-from mlx_nb.data.examples.imitation import ExampleSettings, LeftOut
+from mlx_nb.data.examples.examples import Examples
 from mlx_nb.data.examples.row_finder import RowFinder
-from mlx_nb.data.examples.split import Examples
+from mlx_nb.data.examples.settings import ExampleSettings, LeftOut
 from mlx_nb.data.rows.columns import read_messages, read_tools
 from mlx_nb.data.rows.imitation import Columns
 from mlx_nb.data.sources.files import open_file

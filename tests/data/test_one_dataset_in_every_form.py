@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from mlx_nb.config.run_config import RunConfig
-from mlx_nb.data.examples.imitation import ExampleSettings, LeftOut
-from mlx_nb.data.examples.split import Examples
+from mlx_nb.data.examples.examples import Examples
+from mlx_nb.data.examples.settings import ExampleSettings, LeftOut
 from mlx_nb.data.rows.columns import Columns
 from mlx_nb.data.sources.splits import open_splits
 

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_nb.data.examples.imitation import ExampleSettings, LeftOut, TokenizedExample, TooLong
+from mlx_nb.data.examples.examples import Examples, split_examples
+from mlx_nb.data.examples.imitation import TokenizedExample
 from mlx_nb.data.examples.kinds import ROW_KINDS, recognize
 from mlx_nb.data.examples.preference import LabeledExample, with_mismatched
-from mlx_nb.data.examples.split import Examples, split_examples
+from mlx_nb.data.examples.settings import ExampleSettings, LeftOut, TooLong
 from mlx_nb.data.rows.columns import Columns
 from mlx_nb.data.rows.preference import LabeledRow, NothingToPrefer, PreferenceRow
 from mlx_nb.data.sources.splits import open_splits

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlx_nb.data.examples.imitation import ExampleSettings, TooLong
+from mlx_nb.data.examples.examples import Examples, split_examples
 from mlx_nb.data.examples.kinds import recognize
 from mlx_nb.data.examples.prompt import prompt_tokens
-from mlx_nb.data.examples.split import Examples, split_examples
+from mlx_nb.data.examples.settings import ExampleSettings, TooLong
 from mlx_nb.data.rows.columns import Columns
 from mlx_nb.data.rows.prompt import PromptRow
 from mlx_nb.data.sources.splits import open_splits

@@ -7,8 +7,9 @@ import pytest
 
 from chat_shapes import SHAPES, saved_tokenizer
 from mlx_nb import Run, RunConfig
+from mlx_nb.data.examples.examples import Examples
 from mlx_nb.data.examples.prompt import prompt_tokens
-from mlx_nb.data.examples.split import Examples, ExampleSettings
+from mlx_nb.data.examples.settings import ExampleSettings
 from mlx_nb.data.masks.prompt_format import Rendering
 from mlx_nb.data.rows.columns import AUTOMATIC
 from mlx_nb.data.sources.splits import open_splits

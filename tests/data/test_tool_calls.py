@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerFast
 import mlx_nb
 from mlx_nb.config.run_config import RunConfig
 from mlx_nb.data.check.template_report import probe_template
+from mlx_nb.data.examples.examples import Examples
 from mlx_nb.data.examples.kinds import recognize
 from mlx_nb.data.examples.prompt import prompt_tokens
-from mlx_nb.data.examples.split import Examples, ExampleSettings
+from mlx_nb.data.examples.settings import ExampleSettings
 from mlx_nb.data.masks.conversation import TokenizedConversation, tokenize_conversation
 from mlx_nb.data.rows.imitation import Columns
 from mlx_nb.data.sources.splits import open_splits

@@ -11,7 +11,7 @@ import pytest
 
 import mlx_nb
 from mlx_nb.errors import ModelError
-from mlx_nb.run.saved import how_to_use
+from mlx_nb.run.saved_model import how_to_use
 from runs import rows_run
 
 

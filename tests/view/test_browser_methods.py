@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlx_nb.data.examples.split import Examples, ExampleSettings
+from mlx_nb.data.examples.examples import Examples
+from mlx_nb.data.examples.settings import ExampleSettings
 from mlx_nb.data.rows.imitation import Columns
 from mlx_nb.data.sources.row_source import RowSource
 from mlx_nb.events import RolloutCompleted

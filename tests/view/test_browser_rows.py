@@ -7,7 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from mlx_nb.data.examples.split import Examples, ExampleSettings, RowView
+from mlx_nb.data.examples.examples import Examples, RowView
+from mlx_nb.data.examples.settings import ExampleSettings
 from mlx_nb.data.rows.imitation import Columns
 from mlx_nb.data.sources.row_source import RowSource
 from mlx_nb.model.model_source import model_folder

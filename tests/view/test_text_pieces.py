@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_nb.config.run_config import RunConfig
-from mlx_nb.data.examples.imitation import ExampleSettings, split_text
-from mlx_nb.data.examples.split import Examples, split_examples
+from mlx_nb.data.examples.examples import Examples, split_examples
+from mlx_nb.data.examples.imitation import split_text
+from mlx_nb.data.examples.settings import ExampleSettings
 from mlx_nb.data.masks.conversation import TokenizedConversation
 from mlx_nb.data.rows.columns import Columns
 from mlx_nb.data.sources.splits import open_splits

@@ -18,9 +18,9 @@ from mlx_nb.data.check.read_pass import Overlap, SplitReading, read_splits
 from mlx_nb.data.check.template_report import TemplateCheck, probe_template
 from mlx_nb.data.check.token_pass import LengthSummary, TokenCounts, count_tokens, length_summary, sampled_rows
 from mlx_nb.data.examples.batches import updates_until
-from mlx_nb.data.examples.imitation import ExampleSettings
+from mlx_nb.data.examples.examples import RowView
 from mlx_nb.data.examples.limits import UNLIMITED, ModelLimits
-from mlx_nb.data.examples.split import RowView
+from mlx_nb.data.examples.settings import ExampleSettings
 from mlx_nb.data.masks.conversation import TokenizedConversation
 from mlx_nb.data.masks.prompt_format import CHAT, FORMAT_WORDS
 from mlx_nb.data.masks.tokenizer import Tokenizer

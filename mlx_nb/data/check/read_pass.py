@@ -18,9 +18,9 @@ from mlx_nb.data.check.duplicates import (
 )
 from mlx_nb.data.check.findings import LISTED_ROWS, Collector, RowTally
 from mlx_nb.data.check.token_pass import sampled_rows
-from mlx_nb.data.examples.imitation import ExampleSettings
 from mlx_nb.data.examples.kinds import BY_PROMPT, ROW_KINDS, recognize
 from mlx_nb.data.examples.remarks import content_remarks
+from mlx_nb.data.examples.settings import ExampleSettings
 from mlx_nb.data.rows.content import RowContent
 from mlx_nb.data.rows.preference import NothingToPrefer
 from mlx_nb.data.rows.turns import format_of

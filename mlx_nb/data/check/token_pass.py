@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mlx_nb.data.check.findings import Collector, RowTally
-from mlx_nb.data.examples.imitation import ExampleSettings, TooLong
+from mlx_nb.data.examples.examples import beyond_context, examples_of, tokenize_as
 from mlx_nb.data.examples.kinds import ROW_KINDS, Conversations, Example, recognize
 from mlx_nb.data.examples.limits import BeyondPositions, OutsideVocabulary
-from mlx_nb.data.examples.split import beyond_context, examples_of, tokenize_as
+from mlx_nb.data.examples.settings import ExampleSettings, TooLong
 from mlx_nb.data.masks.control_tokens import control_tokens
 from mlx_nb.data.masks.conversation import written_sentences
 from mlx_nb.data.masks.render import fast_tokenizer

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mlx_nb.config.run_config import SETTINGS, RunConfig
+from mlx_nb.data.examples.examples import Examples, trains_plain_text
 from mlx_nb.data.examples.kinds import recognize
-from mlx_nb.data.examples.split import Examples, trains_plain_text
 from mlx_nb.data.rows.imitation import TextRow
 from mlx_nb.data.sources.splits import Splits
 from mlx_nb.errors import DataError

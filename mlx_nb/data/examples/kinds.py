@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_nb.data.examples.imitation import ExampleSettings, LeftOut, TokenizedExample, cut_row, tokenize_row
+from mlx_nb.data.examples.imitation import TokenizedExample, cut_row, tokenize_row
 from mlx_nb.data.examples.preference import (
     LabeledExample,
     PreferenceExample,
@@ -23,6 +23,7 @@ from mlx_nb.data.examples.preference import (
     with_mismatched,
 )
 from mlx_nb.data.examples.prompt import PromptExample, prompt_example, tokenize_prompt
+from mlx_nb.data.examples.settings import ExampleSettings, LeftOut
 from mlx_nb.data.masks.conversation import TokenizedConversation
 from mlx_nb.data.masks.prompt_format import Rendering
 from mlx_nb.data.rows.columns import AUTOMATIC, Columns, errors_at

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_nb.data.examples.imitation import ExampleSettings, LeftOut, TokenizedExample, cut_to_length
+from mlx_nb.data.examples.imitation import TokenizedExample, cut_to_length
+from mlx_nb.data.examples.settings import ExampleSettings, LeftOut
 from mlx_nb.data.masks.conversation import TokenizedConversation, tokenize_conversation, tokenize_prompt_completion
 from mlx_nb.data.masks.prompt_format import DEFAULT_RENDERING, Rendering
 from mlx_nb.data.masks.tokenizer import Tokenizer

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_nb.data.examples.imitation import ExampleSettings, TokenizedExample, kept_part
+from mlx_nb.data.examples.imitation import TokenizedExample, kept_part
+from mlx_nb.data.examples.settings import ExampleSettings
 from mlx_nb.data.masks.conversation import Span, TokenizedConversation
 from mlx_nb.data.masks.prompt_format import DEFAULT_RENDERING, Rendering, has_chat_template
 from mlx_nb.data.masks.render import ChatTemplate, Encoded, encode_raw, unwrapped

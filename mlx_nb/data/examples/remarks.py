@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from mlx_nb.data.examples.imitation import ExampleSettings
 from mlx_nb.data.examples.kinds import ROW_KINDS
+from mlx_nb.data.examples.settings import ExampleSettings
 from mlx_nb.data.masks.tagging import REASONING_FIELDS
 from mlx_nb.data.rows.content import RowContent
 from mlx_nb.data.rows.turns import role_sequences, turns

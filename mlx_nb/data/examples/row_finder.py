@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mlx_nb.data.examples.split import Examples
+from mlx_nb.data.examples.examples import Examples
 from mlx_nb.errors import CommandError, DataError, did_you_mean
 
 ALL, HIGHEST_LOSS = "all rows", "highest loss"

@@ -9,9 +9,9 @@ from collections.abc import Generator
 from datetime import date
 from typing import Any
 
-from mlx_nb.data.examples.imitation import LeftOut
+from mlx_nb.data.examples.examples import Examples, split_examples
 from mlx_nb.data.examples.kinds import ROW_KINDS, Result
-from mlx_nb.data.examples.split import Examples, split_examples
+from mlx_nb.data.examples.settings import LeftOut
 from mlx_nb.data.masks.render import unwrapped
 from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.process.pieces import SECONDS_BETWEEN_PIECES, on_thread

@@ -1,4 +1,4 @@
-"""Finds the tokens that cover a stretch of a text, and reports oddities at its edges.
+"""Finds the tokens that cover a span of text, and checks its edges: tokens across them, other tokens at inference.
 
 A token is found by its characters in time that does not depend on the length of the text.
 """

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from mlx_nb.config.run_config import RunConfig
 from mlx_nb.data.examples.batches import TokenBatch
-from mlx_nb.data.examples.split import Examples
+from mlx_nb.data.examples.examples import Examples
 from mlx_nb.events import Event, Question, Request, RunState
 from mlx_nb.events.history import History
 

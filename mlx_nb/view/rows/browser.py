@@ -11,8 +11,8 @@ from typing import Any
 
 import ipywidgets as widgets
 
+from mlx_nb.data.examples.examples import Examples, RowView
 from mlx_nb.data.examples.row_finder import ALL, FILTERS, RowFinder, Search
-from mlx_nb.data.examples.split import Examples, RowView
 from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.data.sources.export import write_rows
 from mlx_nb.errors import CommandError, DataError, MlxNbError

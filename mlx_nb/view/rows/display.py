@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mlx_nb.data.examples.split import RowView
+from mlx_nb.data.examples.examples import RowView
 from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.errors import shown
 from mlx_nb.view.rows import overlay

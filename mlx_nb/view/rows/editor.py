@@ -10,7 +10,7 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from mlx_nb.data.examples.split import Examples
+from mlx_nb.data.examples.examples import Examples
 from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.errors import DataError
 from mlx_nb.view.rows.display import RowDisplay

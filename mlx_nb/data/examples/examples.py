@@ -1,4 +1,4 @@
-"""The examples of a split, of the kind that a training method takes; and the view of a single row."""
+"""The rows of a split as examples, tokenized when accessed; the view of one row; and rows left out by number."""
 
 from __future__ import annotations
 
@@ -11,15 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from mlx_nb.data.examples.imitation import (
-    ExampleSettings,
-    LeftOut,
-    TokenizedExample,
-    TooLong,
-    as_cut,
-)
+from mlx_nb.data.examples.imitation import TokenizedExample, as_cut
 from mlx_nb.data.examples.kinds import ROW_KINDS, Conversations, Example, Result, recognize
 from mlx_nb.data.examples.remarks import content_remarks
+from mlx_nb.data.examples.settings import ExampleSettings, LeftOut, TooLong
 from mlx_nb.data.masks.conversation import Span, TokenizedConversation, row_remarks
 from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.data.rows.content import RowContent

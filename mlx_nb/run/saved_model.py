@@ -1,4 +1,4 @@
-"""Loads a model with a saved adapter, for generation without a run or its data."""
+"""Loads a model with a saved adapter, for generation without a run or its data; and explains how to use it."""
 
 from __future__ import annotations
 
