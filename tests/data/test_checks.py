@@ -275,7 +275,7 @@ def test_a_check_of_any_kind_is_shown_and_is_json(kind, tokenizer):
     result = check(tokenizer, [MADE[kind](k) for k in range(30)], kind=kind)
     json.dumps(result.to_dict(), allow_nan=False)
     text, shown = render_text(result), render_html(result)
-    for words in {"pairs": ["tokens an answer"], "labels": ["15 true, 15 false"], "prompts": ["of prompts"]}[kind]:
+    for words in {"pairs": ["tokens per answer"], "labels": ["15 true, 15 false"], "prompts": ["of prompts"]}[kind]:
         assert words in text
         assert words in shown
 
