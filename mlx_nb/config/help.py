@@ -109,7 +109,7 @@ def short_help(text: str, longest: int = 68) -> str:
     sentence = _without_open_bracket(sentence)
     if len(sentence) <= longest:
         return sentence
-    return sentence[: longest - 1].rpartition(" ")[0].rstrip(",") + "…"
+    return _without_open_bracket(sentence[: longest - 1].rpartition(" ")[0]).rstrip(",:") + "…"
 
 
 def _without_open_bracket(text: str) -> str:

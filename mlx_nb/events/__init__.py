@@ -296,7 +296,7 @@ class Request:
 class Pause(Request):
     """Stop at the next step boundary; the run can go on."""
 
-    reason: str = "asked to pause"  # the reason that `RunPaused` will give
+    reason: str = "pause requested"  # the reason that `RunPaused` will give
     at_once: bool = False  # drop the update or evaluation in progress, as if it had never begun
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_nb.config.help import settings_markdown, settings_text
+from mlx_nb.config.help import setting_help, settings_markdown, settings_text, short_help
 from mlx_nb.config.run_config import SETTINGS, RunConfig
 from mlx_nb.errors import ConfigError
 from places import DOCS
@@ -216,3 +216,11 @@ def test_every_setting_is_in_the_table_that_proves_its_effect():
 def test_a_group_without_a_value_is_one_line(name):
     with pytest.raises(ConfigError, match=rf"`{name}` has no value\. It takes a mapping"):
         RunConfig.from_yaml(f"{name}:\n")
+
+
+@pytest.mark.parametrize("longest", [30, 38, 48, 68])
+def test_a_short_help_fits_and_closes_every_bracket_that_it_opens(longest):
+    for line in setting_help():
+        short = short_help(line.help, longest)
+        assert 0 < len(short) <= longest
+        assert all(short.count(a) == short.count(b) for a, b in ("()", "[]", "{}")), (line.name, short)

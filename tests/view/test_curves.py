@@ -238,7 +238,7 @@ def test_markers_name_what_happened_and_where():
             update(1),
             AdapterSaved(1, "adapters/run", "best"),
             SettingChanged(1, "learning_rate", 0.1, 0.2),
-            RunPaused(1, "asked to pause"),
+            RunPaused(1, "pause requested"),
             BatchSkipped(1, (3, 4)),
             update(2),
             Rewound(1, 2, 5),

@@ -413,7 +413,7 @@ def test_results_are_said_once_where_they_were_asked_for():
     assert result_of(saved, awaited, config) == "saved to adapters/bees"
     assert result_of(saved, awaited, config) == ""
     assert result_of(measured, awaited, config) == ""
-    assert result_of(RunPaused(12, "asked to pause"), awaited, config) == "paused after update 12"
+    assert result_of(RunPaused(12, "pause requested"), awaited, config) == "paused after update 12"
     assert result_of(RunPaused(12, "the disk is full"), awaited, config) == "paused after update 12: the disk is full"
     assert result_of(RequestRefused(3, "there is no update 9"), awaited, config) == "there is no update 9"
     ended = RunFinished(60, "iters reached", 1.0, 10, 5.0, None, None, "adapters/bees")

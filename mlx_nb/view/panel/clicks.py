@@ -85,7 +85,7 @@ def result_of(event: Event, awaited: set[str], config: RunConfig) -> str:
         case SampleGenerated():
             return f"answered the sample prompts at update {event.step}"
         case RunPaused():
-            why = "" if event.reason in ("asked to pause", "") else f": {event.reason}"
+            why = "" if event.reason in ("pause requested", "") else f": {event.reason}"
             return f"paused after update {event.step}{why}"
         case RunFinished():
             saved = f"; saved to {shown_path(event.path, config)}" if event.path else ""

@@ -107,7 +107,7 @@ def _colored(runs: Iterable[Cell]) -> list[Piece]:
 
 
 def _marked(runs: Iterable[Cell]) -> list[Piece]:
-    """Plain pieces in which `⟦` and `⟧` stand around what is trained, `▸` and `◂` around what differs."""
+    """Plain pieces with trained text in `⟦⟧` and differences in `▸◂`."""
     pieces: list[Piece] = []
     runs = list(runs)
     in_pair = any(run.differs for run in runs)
@@ -131,7 +131,7 @@ def _marked(runs: Iterable[Cell]) -> list[Piece]:
 
 
 def highest_losses(conversation: TokenizedConversation, token_loss: np.ndarray, cells: list[Cell]) -> list[str]:
-    """Lines with the trained tokens of highest loss."""
+    """Lines with the trained tokens that have the highest loss."""
     losses = np.where(conversation.loss_mask != 0, token_loss, np.nan)
     known = np.flatnonzero(~np.isnan(losses))
     worst = known[np.argsort(-losses[known], kind="stable")][:_HIGHEST_LOSSES]
@@ -156,9 +156,9 @@ def render_text(
 ) -> str:
     """The row for a terminal of `width` columns: trained tokens underlined and blue, the rest dim.
 
-    Without `color` there are no escape sequences at all and `⟦` `⟧` stand around what is trained.
+    Without `color` there are no escape sequences, and trained text is enclosed in `⟦⟧`.
     `token_loss` is (T,) in nats, NaN where unknown: it colors the tokens and lists the highest losses.
-    `dropped_tokens` were cut off before the row got here. Control characters of the row are named, never
+    `dropped_tokens` is the number of tokens that were cut off. Control characters of the row are shown by name, never
     sent to the terminal. Raises DataError for losses of the wrong length.
     """
     losses = checked_loss("token_loss", token_loss, len(conversation.tokens))

@@ -73,7 +73,7 @@ function chatPage(page) {
     message.focus();
   });
   const stop = h("button", { type: "button", class: "mlx-nb-action", onclick: () => page.act({ do: "enough" }, "ending the answer …") }, "■ Stop answering");
-  const anew = h("button", { type: "button", class: "mlx-nb-action", onclick: () => page.act({ do: "new chat" }, "starting a new chat …") }, "New chat");
+  const newChat = h("button", { type: "button", class: "mlx-nb-action", onclick: () => page.act({ do: "new chat" }, "starting a new chat …") }, "New chat");
   const keep = h("button", { type: "button", class: "mlx-nb-action", title: "answer the last message at every validation", onclick: () => {
     page.act({ do: "keep last" }, page.later("keeping the message; the answer follows"));
   } }, "Keep as sample");
@@ -81,7 +81,7 @@ function chatPage(page) {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send.click(); }
   });
   const el = h("div", {}, talk, message,
-    h("div", { class: "mlx-nb-line" }, send, stop, keep, anew, h("label", { class: "mlx-nb-check" }, base, "use the base")));
+    h("div", { class: "mlx-nb-line" }, send, stop, keep, newChat, h("label", { class: "mlx-nb-check" }, base, "use the base")));
   const busy = () => model.get("talk").some(({ done }) => !done);
 
   function draw() {
@@ -94,7 +94,7 @@ function chatPage(page) {
     if (isAtEnd) talk.scrollTop = talk.scrollHeight;
     stop.hidden = !busy();
     send.hidden = busy();
-    keep.disabled = anew.disabled = !turns.length;
+    keep.disabled = newChat.disabled = !turns.length;
   }
   return { el, draw, on: ["talk"] };
 }
