@@ -1,4 +1,4 @@
-"""Device, loading, adapters and log-probabilities."""
+"""Models: device and BLAS, loading, adapters, log-probabilities, packing and the reference model."""
 
 from mlx_nb.model.backend import prepare_backend
 

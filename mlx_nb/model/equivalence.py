@@ -40,11 +40,11 @@ def agree(model: nn.Module, own: Callable[[], mx.array], other: Callable[[], mx.
     """
     before = trained_arrays_of(model)
     # A new adapter has one factor of zeros, which hides the gradient of the other factor.
-    moved = {
+    perturbed = {
         name: array if mx.any(array).item() else array + mx.full(array.shape, 0.01, array.dtype)
         for name, array in before
     }
-    names = list(moved)
+    names = list(perturbed)
 
     def found(way: Callable[[], mx.array]) -> tuple[mx.array, list[mx.array]]:
         def loss(*arrays: mx.array) -> mx.array:
@@ -53,7 +53,7 @@ def agree(model: nn.Module, own: Callable[[], mx.array], other: Callable[[], mx.
 
         if not names:
             return loss(), []
-        value, gradients = mx.value_and_grad(loss, argnums=tuple(range(len(names))))(*moved.values())
+        value, gradients = mx.value_and_grad(loss, argnums=tuple(range(len(names))))(*perturbed.values())
         gradients = list(gradients) if isinstance(gradients, (list, tuple)) else [gradients]
         mx.eval(value, gradients)
         return value, gradients

@@ -1,4 +1,4 @@
-"""Results of slow checks of a model's passes, in the cache folder: the next process reads them in place of computing.
+"""Stores the results of slow checks of a model in the cache folder, so that later processes need not repeat them.
 
 A result is one small JSON file, named by the digest of everything that it depends on: the model's files, the code of
 its modules and of this package, the versions of mlx and mlx-lm, and the device. Without a writable cache folder, each
@@ -39,7 +39,7 @@ def stored_file(model: nn.Module, files: Hashable, check: str, arguments: tuple[
 
 
 def read_result(file: Path) -> dict[str, Any] | None:
-    """What was written to the file, as `{"result": ...}`; None if it is missing or damaged."""
+    """The contents of the file, as `{"result": ...}`; None if it is missing or damaged."""
     try:
         written = json.loads(file.read_bytes())
     except (OSError, ValueError):
@@ -70,9 +70,9 @@ def _environment() -> tuple[str, ...]:
 
 
 def _code_of(model: nn.Module) -> tuple[tuple[str, str, int, str], ...]:
-    """Where each function of the model's classes and of their Python modules comes from.
+    """Name, file, line and digest of each function of the model's classes and of their Python modules.
 
-    A function that a person replaced in memory comes from somewhere else.
+    They change if user code replaces a function.
     """
     found = set()
     for kind in {type(module) for module in model.modules()}:

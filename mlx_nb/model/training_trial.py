@@ -131,13 +131,13 @@ def _without_gradient(model: nn.Module, _trained: tuple[Any, ...]) -> list[str]:
     """The names of trained arrays whose gradient is 0 on every draw of tokens."""
     parameters = model.trainable_parameters()
     # A new adapter has one factor of zeros, which hides the gradient of the other factor.
-    moved = tree_map(lambda array: array if mx.any(array).item() else array + _small_noise(array), parameters)
+    perturbed = tree_map(lambda array: array if mx.any(array).item() else array + _small_noise(array), parameters)
     model.train()
-    idle = _idle_on(model, moved, _TOKENS, 0)
+    idle = _idle_on(model, perturbed, _TOKENS, 0)
     for draw in range(1, _MORE_DRAWS + 1):
         if not idle:
             break
-        now = set(_idle_on(model, moved, _MORE_TOKENS, draw))
+        now = set(_idle_on(model, perturbed, _MORE_TOKENS, draw))
         idle = [name for name in idle if name in now]
     return idle
 
@@ -179,4 +179,4 @@ def _idle_on(model: nn.Module, parameters: Any, length: int, draw: int) -> list[
     mx.eval([fact for _, *both in facts for fact in both])
     if not is_half(model) and (bad := [name for name, _, finite in facts if not finite.item()]):
         raise ValueError(f"the gradient of {and_more(bad, _MOST_NAMES)} is not finite")
-    return [name for name, moves, _ in facts if not moves.item()]
+    return [name for name, is_nonzero, _ in facts if not is_nonzero.item()]

@@ -47,13 +47,13 @@ def _reached_by_the_head(model: nn.Module, place: Place, width: int, _forms: tup
     with random_stream(0):
         hidden = mx.random.normal((1, 2, width))
         # A factor of zeros would hide the gradient of the other factor.
-        moved = [array + (0.02 * mx.random.normal(array.shape)).astype(array.dtype) for array in arrays]
+        perturbed = [array + (0.02 * mx.random.normal(array.shape)).astype(array.dtype) for array in arrays]
 
         def reached(arrays: list[mx.array]) -> mx.array:
             with _in_place(model, names, arrays):
                 return mx.square(text.logits(hidden).astype(mx.float32)).sum()
 
-        gradients = mx.grad(reached)(moved)
+        gradients = mx.grad(reached)(perturbed)
         return tuple(name for name, slope in zip(names, gradients) if mx.any(slope != 0).item())
 
 

@@ -1,1 +1,1 @@
-"""A run as a person holds it, what it is made of, and what it can go back to."""
+"""The class Run, its inputs, its saved states, and the ways to train, rewind, fork and resume it."""

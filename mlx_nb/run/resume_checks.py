@@ -143,7 +143,7 @@ class Unfit:
             raise CheckpointError(reason)
 
     @contextmanager
-    def noted(self, checkpoint: Checkpoint) -> Iterator[None]:
+    def restoring(self, checkpoint: Checkpoint) -> Iterator[None]:
         """A context for restoring `checkpoint`. An error inside marks it as unfit and is suppressed."""
         try:
             yield

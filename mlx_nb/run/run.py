@@ -632,7 +632,7 @@ class Run:
                 home.name, home.at_rest, home.let_go = run.name, run._at_rest, run.release
                 run._resumed, run._home = True, home
                 changed = changes_since(checkpoint, config, run.inputs.fingerprints, allow_changed)
-                with unfit.noted(checkpoint):
+                with unfit.restoring(checkpoint):
                     run.trainer.restore(checkpoint)
                     run.history, damage = read_history_of(checkpoint)
                     break

@@ -1,1 +1,1 @@
-"""Randomness, optimizer, the transactional step, and the trainer."""
+"""The trainer, its optimizer, update step, task queue, batches and exact checkpoints."""

@@ -1,1 +1,1 @@
-"""GGUF files as mlx-lm folders."""
+"""Conversion of GGUF files to mlx-lm folders."""
