@@ -49,8 +49,8 @@ ADVICE = {
     errno.EACCES: "Make the folder writable or choose another one",
     errno.EPERM: "Make the folder writable or choose another one",
     errno.EROFS: "Choose a folder on a writable disk",
-    errno.ENOTDIR: "Move away the file with the name of the folder",
-    errno.EEXIST: "Move away the file with the name of the folder",
+    errno.ENOTDIR: "Move the file that has the name of the folder",
+    errno.EEXIST: "Move the file that has the name of the folder",
     errno.ENOTEMPTY: "End the other run that saves into this folder",
     errno.ENOENT: "Do not move or delete the folder while a run saves into it",
 }

@@ -64,7 +64,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_changes_nothing(tmp_path):
     checkpoint = trainer_for(tmp_path, "one").snapshot()
     other = trainer_for(tmp_path, "two", lora_parameters={"rank": 8, "scale": 4.0, "dropout": 0.2})
     before = arrays_of(other)
-    with pytest.raises(CheckpointError, match="does not fit"):
+    with pytest.raises(CheckpointError, match="does not match"):
         other.restore(checkpoint)
     with pytest.raises(CheckpointError, match="optimizer state"):
         trainer_for(tmp_path, "three", optimizer="sgd").restore(checkpoint)
