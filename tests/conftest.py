@@ -91,6 +91,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Make all interrupts and kills where they are asked for by their marker."""
+    if "faults" in config.getoption("-m"):
+        os.environ.setdefault("MLX_NB_FAULTS", "all")
+
+
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """All tests are run side by side, one process a core; files or tests asked for by name in this one."""
     return (os.cpu_count() or 1) if config.args == config.getini("testpaths") else 0

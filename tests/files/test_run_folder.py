@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from every_line import interrupted_at
+from fault_count import part_of
 from folder_lives import make, seeds_in
 from mlx_nb import Run, RunConfig
 from mlx_nb.errors import CheckpointError, CommandError, ConfigError, FolderError, FolderTaken, MlxNbError
@@ -679,7 +680,7 @@ for line in sys.stdin:
     os.waitpid(child, 0)
     print("dead", flush=True)
 """
-LIVES = int(os.environ.get("MLX_NB_LIVES", "12"))
+LIVES = part_of(12)
 
 
 @pytest.mark.faults

@@ -16,6 +16,7 @@ from queue import Empty
 
 import pytest
 
+from fault_count import part_of
 from kernels import SETUP, Kernel
 from killed import AUTOSAVE_SECONDS, DIGEST, new_run, read_line
 from lives import KINDS
@@ -28,7 +29,7 @@ from tiny import tiny_rows
 
 pytestmark = pytest.mark.faults
 
-KILLS = 110
+KILLS = part_of(110)
 UNCHANGED = re.compile(r"%finetune run was interrupted; \w+ is unchanged, paused at update (?P<update>\d+)\.")
 
 
@@ -111,7 +112,7 @@ def test_interrupts_at_random_moments_change_nothing(tmp_path, tiny_folder, requ
         kernel.run(cell(tiny_folder, "whole", kind))
         kernel.run("whole.run()")
         expected = kernel.value("digest(whole)")
-        fire, wanted = Interrupter(kernel, chance), KINDS[kind].interrupts
+        fire, wanted = Interrupter(kernel, chance), part_of(KINDS[kind].interrupts)
         number, outside, pauses, lines, given_up = 0, 0, 0, 0, 0
         while fire.sent - outside < wanted:
             name = f"{kind}{number}"
