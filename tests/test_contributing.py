@@ -220,6 +220,7 @@ def test_a_loss_that_was_added_is_trained_with(followed):
     assert followed["loss"] == pytest.approx(1.0, abs=1e-5)  # exp(0): the policy is still the reference
 
 
+@pytest.mark.long
 def test_a_setting_that_was_added_has_its_effect_its_bounds_and_its_help_and_can_change_live(followed):
     assert followed["setting"] == pytest.approx([5e-4, 2e-3])
     assert "rate_factor" in followed["bounds"]
@@ -236,6 +237,7 @@ def test_a_button_that_was_added_is_on_the_page_and_does_what_it_says(followed):
     assert followed["page"]
 
 
+@pytest.mark.long
 def test_an_optimizer_that_was_added_trains(followed):
     assert followed["optimizer"] == 1
 

@@ -26,6 +26,7 @@ from tiny import tiny_rows
 
 
 @pytest.mark.parametrize("settings", [{}, {"fine_tune_type": "dora"}, {"fine_tune_type": "full"}], ids=str)
+@pytest.mark.matrix(every=3)
 def test_a_fork_without_changes_goes_the_same_way_and_neither_touches_the_other(tmp_path, tiny_folder, settings):
     run = rows_run(tmp_path, tiny_folder, **settings)
     run.run(until=3)
@@ -172,6 +173,7 @@ LOST = {
 
 @pytest.mark.parametrize("how", LOST)
 @pytest.mark.parametrize("command", ["rewind --to 2", "rewind --to 4"])
+@pytest.mark.matrix(every=3)
 def test_a_rewind_of_a_run_whose_folder_is_lost_goes_back_from_memory_or_says_so_in_one_line(
     tmp_path, tiny_folder, how, command
 ):
@@ -301,6 +303,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_by_the_run(tmp_path, tiny_fo
 # What a run leaves behind
 
 
+@pytest.mark.long
 def test_a_deleted_run_frees_its_memory(tmp_path, tiny_folder):
     gc.collect()
     mx.clear_cache()

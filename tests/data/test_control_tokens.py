@@ -55,6 +55,7 @@ def rows_with(text):
     yield "prompts", "assistant", {"prompt": user["content"], "system": f"be {text}"}
 
 
+@pytest.mark.matrix(every=3)
 def test_as_text_no_control_token_comes_from_content_and_the_template_s_own_stay(shaped):
     shape, tokenizer = shaped
     for marker in dict.fromkeys([*shape.markers, shape.eos, *filter(None, [shape.bos]), "<tool_call>"]):

@@ -132,7 +132,7 @@ def known():
 
 @pytest.mark.usefixtures("louder")
 @pytest.mark.parametrize("name", TABLE)
-@pytest.mark.matrix(every=4)
+@pytest.mark.matrix(every=11)
 def test_a_setting_changes_the_run_in_its_context(name, tmp_path, monkeypatch, places, known):
     around, (value, other) = TABLE[name]
     before, after = (settings_with(around, name, one, places) for one in (value, other))

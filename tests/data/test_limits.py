@@ -185,6 +185,7 @@ def run_of(method, folder, model, rows, **changes):
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "orpo", "kto", "grpo"])
+@pytest.mark.matrix(every=3)
 def test_rows_with_a_token_that_the_model_does_not_have_are_left_out_by_number(method, tmp_path, foreign_folder):
     rows = ROWS[method](12)
     data = {"train": [with_extra(row) if n in (3, 7) else row for n, row in enumerate(rows)], "valid": rows[:4]}
@@ -237,6 +238,7 @@ def test_a_smaller_reference_model_limits_the_rows(tmp_path, tiny_folder, foreig
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "kto", "grpo"])
+@pytest.mark.matrix(every=2)
 def test_rows_beyond_learned_positions_are_left_out_by_number(method, tmp_path, short_folder):
     rows = [with_length(row, 30) if n in (2, 6) else row for n, row in enumerate(ROWS[method](10))]
     shape = {"max_completion_length": 6} if method == "grpo" else {}

@@ -129,6 +129,7 @@ def test_what_is_trained_of_a_long_conversation_is_what_the_assistant_says(name:
 
 
 @pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.matrix(every=3)
 def test_an_early_turn_is_trained_the_same_however_long_the_conversation(name: str) -> None:
     tokenizer, count = shaped_tokenizer(name), 40
     short, long = (tokenize_conversation(long_chat(n), tokenizer) for n in (count, 150))
@@ -141,6 +142,7 @@ def test_an_early_turn_is_trained_the_same_however_long_the_conversation(name: s
 
 
 @pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.matrix(every=3)
 def test_the_turns_of_a_repeated_exchange_are_trained_alike_to_the_end(name: str) -> None:
     tokenizer = shaped_tokenizer(name)
     row = tokenize_conversation(chat(*["How many?", "There are four."] * 70), tokenizer)

@@ -68,7 +68,7 @@ def walked(examples, tokenizer):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.matrix
+@pytest.mark.matrix(every=21)
 def test_an_odd_value_anywhere_is_taken_or_refuses_its_row_alone(kind, place, tokenizer):
     read_as, _, rows = KINDS[kind]
     rows = rows(GOOD + len(ODD_VALUES))

@@ -214,7 +214,7 @@ def trained(data: Any, kind: str, tokenizer: Any) -> list[Any]:
 
 @pytest.mark.parametrize("kind_of_row", ROWS)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.matrix
+@pytest.mark.matrix(every=61)
 def test_one_dataset_is_trained_alike_in_every_form(form, kind_of_row, tokenizer, tmp_path):
     kind, row = ROWS[kind_of_row]
     rows = [row(number) for number in range(COUNT)]

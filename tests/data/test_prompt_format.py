@@ -205,6 +205,7 @@ CHAT_AS_TEXT = [{"text": f"<|user|>say red {k}<|end|>\n<|assistant|>red<|end|>\n
         ("no such folder", {}, "chat"),
     ],
 )
+@pytest.mark.matrix(every=3)
 def test_every_way_of_asking_writes_a_text_as_the_rows_are_written(rows, settings, asked, tiny_folder, tmp_path):
     run = run_of(rows, tiny_folder, tmp_path, **settings)
     assert run.inputs.prompt_rendering == Rendering(asked)

@@ -470,6 +470,7 @@ def examples_of(data: object, template: str) -> Examples:
 
 
 @pytest.mark.parametrize("template", ["tojson", "text", "items", "whole call"])
+@pytest.mark.matrix(every=2)
 def test_a_table_gives_the_tokens_of_its_rows_in_every_form(template, tmp_path):
     import datasets
 

@@ -26,7 +26,7 @@ def models(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("family", "kind", "method"), FEW)
-@pytest.mark.matrix(every=2)
+@pytest.mark.matrix(every=4)
 def test_it_trains_resumes_and_answers(family, kind, method, tmp_path, models, tiny_folder):
     assert "refused" not in examine(family, kind, method, tmp_path, models, tiny_folder)
 

@@ -50,7 +50,7 @@ def assert_equal(one, other):
 
 
 @pytest.mark.parametrize("family", TRAINED)
-@pytest.mark.matrix(every=6)
+@pytest.mark.matrix(every=17)
 def test_the_head_at_scored_positions_gives_the_loss_and_gradient_of_the_whole_model(family):
     model = with_adapter(small_model(family))
     scorer = TargetScorer(model)
@@ -64,6 +64,7 @@ def test_the_head_at_scored_positions_gives_the_loss_and_gradient_of_the_whole_m
 
 
 @pytest.mark.parametrize("family", [*WRAPPERS, "mamba2", "nemotron_h"])
+@pytest.mark.matrix(every=4)
 def test_what_is_found_changes_nothing_in_the_model(family):
     model = small_model(family)
     before = [(path, id(module), sorted(vars(module))) for path, module in model.named_modules()]

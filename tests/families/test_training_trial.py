@@ -29,7 +29,7 @@ def notes_of(model, **settings):
 
 @pytest.mark.parametrize("family", [family for family in REFUSED if family not in ENDS_THE_PROCESS])
 @pytest.mark.parametrize("method", ["sft", "dpo"])
-@pytest.mark.matrix
+@pytest.mark.matrix(every=6)
 def test_a_family_that_cannot_be_trained_is_refused_by_name_before_anything_is_written(
     family, method, tmp_path, tiny_folder
 ):

@@ -207,7 +207,7 @@ WITHOUT_SIZES = [damage for damage in DAMAGES if damage != ("tokenizer.json", Pa
     ("name", "spoil", "with_sizes"),
     [*((*one, True) for one in DAMAGES), *((*one, False) for one in WITHOUT_SIZES)],
 )
-@pytest.mark.matrix(every=4)
+@pytest.mark.matrix(every=10)
 def test_a_damaged_model_of_the_cache_is_named_and_made_again(gguf_file, name, spoil, with_sizes):
     folder = model_folder(str(gguf_file))
     whole = {file.name: file.read_bytes() for file in folder.iterdir()}

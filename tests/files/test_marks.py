@@ -48,7 +48,7 @@ def refused(call):
 
 @pytest.mark.parametrize("what", MINE)
 @pytest.mark.parametrize("how", ["file", "link", "folder link"])
-@pytest.mark.matrix
+@pytest.mark.matrix(every=8)
 def test_a_persons_file_of_that_name_is_neither_written_over_nor_removed(what, how, here, tiny_folder, monkeypatch):
     base = make(tiny_folder, "base", iters=1)
     base.run()
@@ -103,6 +103,7 @@ def test_a_list_that_is_exchanged_while_a_run_goes_on_is_not_written_over(here, 
     assert isinstance(run.run(), RunFinished)
 
 
+@pytest.mark.long
 def test_what_a_process_that_died_left_of_its_own_is_taken_for_that(here, tiny_folder):
     for name, content in (("written.jsonl", b'{"run": "012'), ("written.jsonl", b""), ("lock", b'{"run": "run", "p')):
         folder = here / f"left-{len(content)}"

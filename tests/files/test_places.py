@@ -205,7 +205,7 @@ CANNOT_BE = "cannot be|bytes in it, which no folder|no checkpoint|is a link|is n
 
 
 @pytest.mark.parametrize("what", IMPOSSIBLE)
-@pytest.mark.matrix(every=3)
+@pytest.mark.matrix(every=7)
 def test_a_path_where_nothing_can_be_is_said_in_one_line_wherever_it_is_given(
     what, here, tiny_folder, monkeypatch, capsys
 ):

@@ -422,7 +422,7 @@ def test_the_adapter_of_an_older_version_is_known_by_its_settings(here, tiny_fol
 
 
 @pytest.mark.parametrize("after", range(0, 9, 2))
-@pytest.mark.matrix(every=2)
+@pytest.mark.matrix(every=5)
 def test_a_move_cut_short_is_finished_by_the_next_run(after, here, tiny_folder, monkeypatch):
     make(tiny_folder).run()
     whole = sorted(digest for path, digest in digests(here / "adapters/run").items())

@@ -152,7 +152,7 @@ def test_given_settings_that_say_the_same_are_accepted(adapter, tiny_folder, tmp
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
 @pytest.mark.parametrize(("theirs", "ours"), [(2, -1), (-1, 2)])
-@pytest.mark.matrix
+@pytest.mark.matrix(every=6)
 def test_all_layers_are_the_same_by_number_and_as_minus_1(theirs, ours, kind, tiny_folder, tmp_path):
     first = trained(tmp_path / "a", tiny_folder, fine_tune_type=kind, num_layers=theirs)
     settings = {"num_layers": ours, "resume_adapter_file": str(tmp_path / "a")}
@@ -178,6 +178,7 @@ def test_a_setting_changed_before_the_start_takes_the_shape_too(adapter, tiny_fo
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "full", "full of one layer"])
+@pytest.mark.matrix(every=4)
 def test_every_kind_of_adapter_goes_on_where_it_was(kind, tiny_folder, tmp_path):
     settings = {"fine_tune_type": kind.split()[0], **({"num_layers": 1} if "one" in kind else {})}
     first = trained(tmp_path / "a", tiny_folder, **settings)
@@ -462,6 +463,7 @@ def test_a_cell_and_the_command_line_can_allow_it(adapter, tiny_folder, tmp_path
 # The reference
 
 
+@pytest.mark.long
 def test_the_adapter_of_the_reference_counts_in_its_own_shape_and_base(adapter, tiny_folder, tmp_path):
     settings = {"method": "dpo", "reference_adapter": str(adapter[0])}
     ours = run_of(tmp_path / "a", tiny_folder, resume_adapter_file=str(adapter[0]), **settings)

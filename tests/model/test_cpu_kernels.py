@@ -159,7 +159,7 @@ FAMILIES = ["llama", "gemma3", "glm4", "qwen3_moe", "nemotron_h", "lfm2", "gpt2"
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.matrix(every=3)
+@pytest.mark.matrix(every=7)
 def test_loss_and_gradient_of_a_family_stay_what_they_are(family, kind, monkeypatch):
     called = []
     monkeypatch.setattr(cpu_kernels, "block_attention", lambda *a, **k: called.append(1) or block_attention(*a, **k))

@@ -170,6 +170,7 @@ def test_completions_are_recorded_with_the_logprobs_that_training_computes(famil
 
 
 @pytest.mark.parametrize("family", ["mamba", "afm7"])
+@pytest.mark.matrix(every=2)
 def test_the_first_ratio_of_grpo_is_one(family, folders, tmp_path):
     run = run_of(
         folders(family),
@@ -207,6 +208,7 @@ def test_rows_of_other_length_never_grow_beside_each_other_where_that_is_not_pro
 # The proof
 
 
+@pytest.mark.matrix(every=3)
 def test_what_a_family_bears_is_proved(family):
     model = family_model(family)
     assert side_by_side(model) is (SideBySide.EQUAL_LENGTHS if family in EQUAL else SideBySide.ANY_LENGTHS)
@@ -215,6 +217,7 @@ def test_what_a_family_bears_is_proved(family):
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
 @pytest.mark.parametrize("family", ["llama", "lfm2", "afm7", "gemma3n"])  # experts are of single precision on a CPU)
+@pytest.mark.matrix(every=3)
 def test_half_precision_is_no_fault_and_hides_none(family, dtype):
     model = family_model(family)
     model.set_dtype(dtype)
@@ -222,6 +225,7 @@ def test_half_precision_is_no_fault_and_hides_none(family, dtype):
     assert (cache_mismatch(model) is None) == (family != "gemma3n")
 
 
+@pytest.mark.matrix(every=3)
 def test_the_proof_leaves_the_model_its_modes_and_the_random_stream(family):
     model = family_model(family)
     model.train()

@@ -25,6 +25,7 @@ def weights_of(run):
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "gone"])
+@pytest.mark.matrix(every=3)
 def test_a_converted_model_that_is_damaged_in_the_cache_is_made_again(tmp_path, gguf_file, monkeypatch, damage):
     monkeypatch.setenv("MLX_NB_CACHE", str(tmp_path / "cache"))
     whole = weights_of(run_of(tmp_path, gguf_file, tiny_rows()))
@@ -55,6 +56,7 @@ def test_tokenizing_many_rows_gives_way_and_says_how_far_it_is(tmp_path, tiny_fo
     assert done == sorted(done)
 
 
+@pytest.mark.long
 def test_a_conversation_costs_as_much_as_it_is_long(tmp_path, tiny_folder):
     def seconds(messages):
         turns = [{"role": ("user", "assistant")[turn % 2], "content": f"say {turn}"} for turn in range(messages)]

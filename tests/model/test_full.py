@@ -47,6 +47,7 @@ OUTSIDE = ["model.embed_tokens.weight", "model.norm.weight"]
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("num_layers", [-1, 2, 1])
+@pytest.mark.matrix(every=3)
 def test_full_trains_every_weight_or_the_last_layers(tied, num_layers, tmp_path):
     model = tiny_model(tied=tied)
     before = parameters(model)

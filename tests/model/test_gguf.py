@@ -80,7 +80,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("architecture", "kind"), CASES, ids=lambda value: getattr(value, "name", value))
-@pytest.mark.matrix(every=3)
+@pytest.mark.matrix(every=7)
 def test_a_converted_file_computes_the_logits_of_its_dequantized_weights(tmp_path, architecture, kind):
     reference, vocabulary = synthetic(tmp_path / "model.gguf", architecture, kind)
     folder = convert_gguf(tmp_path / "model.gguf", tmp_path / "out")

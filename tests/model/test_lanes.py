@@ -139,6 +139,7 @@ def test_without_lanes_everything_stays_on_the_stream_of_the_device(monkeypatch)
     assert lanes.in_lanes(lambda part: part + 1, [1, 2, 3]) == [2, 3, 4]
 
 
+@pytest.mark.long
 @in_openblas
 def test_other_processes_do_not_inherit_the_order_of_lanes():
     code = (

@@ -61,7 +61,7 @@ def assert_same(kept, again):
 
 
 @pytest.mark.parametrize("family", [family for family in TRAINED if family != REFUSED])
-@pytest.mark.matrix(every=6)
+@pytest.mark.matrix(every=20)
 def test_every_family_has_its_own_loss_and_gradient(family):
     model = attached(small_model(family), fine_tune_type="full")
     assert_same(*gradients(model, pad(random_examples(3))))

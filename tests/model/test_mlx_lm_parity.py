@@ -90,6 +90,7 @@ def assert_parity(model, fine_tune_type, rows, batch_size=4):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("fine_tune_type", [*KINDS, "every weight"])
+@pytest.mark.matrix(every=3)
 def test_loss_and_gradients_equal_mlx_lm(fine_tune_type, tied):
     assert_parity(tiny_model(tied=tied), fine_tune_type, rows_of_tokens(VOCABULARY))
 

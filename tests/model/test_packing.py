@@ -76,14 +76,14 @@ def assert_same(plain, packed, rel=1e-6):
 
 
 @pytest.mark.parametrize("family", TRAINED)
-@pytest.mark.matrix(every=4)
+@pytest.mark.matrix(every=15)
 def test_every_family_is_packed_or_found_out_by_the_probe(family):
     assert packing_is_verified(attached(small_model(family))) == (family not in NOT_PACKED)
 
 
 @pytest.mark.parametrize("family", FEW)
 @pytest.mark.parametrize("batch", [pad(random_examples(5)), pairs()], ids=["rows", "pairs with a prompt"])
-@pytest.mark.matrix
+@pytest.mark.matrix(every=6)
 def test_a_packed_batch_gives_the_loss_and_gradient_of_its_lines(family, batch):
     method = "sft" if len(batch.rows) == len(batch.lengths) else "cpo"
     assert_same(*gradients(attached(small_model(family), fine_tune_type="full"), batch, method=method))
@@ -119,6 +119,7 @@ def test_it_goes_with_attention_in_blocks(family, checkpoints, batch, monkeypatc
 
 
 @pytest.mark.parametrize("family", FEW)
+@pytest.mark.matrix(every=3)
 def test_without_it_a_packed_row_would_be_another_one_and_afterwards_nothing_is_left(family):
     model = attached(small_model(family))
     before = [(path, id(module), sorted(vars(module))) for path, module in model.named_modules()]

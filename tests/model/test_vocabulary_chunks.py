@@ -76,7 +76,7 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluating"])
 @pytest.mark.parametrize(("method", "settings"), LOSSES, ids=lambda value: str(value))
-@pytest.mark.matrix
+@pytest.mark.matrix(every=11)
 def test_every_loss_has_the_values_and_gradients_of_all_targets_at_once(
     method, settings, training, chunks, monkeypatch
 ):
@@ -104,7 +104,7 @@ KINDS = {
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluating"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.matrix
+@pytest.mark.matrix(every=10)
 def test_what_is_trained_in_the_head_has_its_whole_gradient(kind, training, chunks, monkeypatch):
     make, settings = KINDS[kind]
     scorer = TargetScorer(attached(make(), **settings))

@@ -48,6 +48,7 @@ def test_where_nothing_of_ours_fits_no_name_of_python_is_offered(complete, text)
     assert complete(text) == {}
 
 
+@pytest.mark.long
 def test_outside_of_our_cells_and_lines_python_is_completed_as_before(complete):
     assert "methodical" in complete("metho")
     assert "methodical" in complete("x = 1\nmetho")

@@ -159,6 +159,7 @@ def test_validation_of_kto_is_the_same_whatever_the_batch_size(tmp_path, tiny_fo
 # The reference
 
 
+@pytest.mark.long
 def test_the_policy_leaves_the_reference_and_the_reference_stays(tmp_path, tiny_folder):
     run = run_of("dpo", tmp_path, tiny_folder, learning_rate=1e-2, lora_parameters={"rank": 4, "scale": 4.0})
     losses = [run.step().loss for _ in range(4)]
@@ -582,6 +583,7 @@ def test_rewards_without_a_name_of_their_own_can_be_saved(tmp_path, tiny_folder)
     assert run.config.to_dict()["rewards"] == ["e_share", "Longer"]
 
 
+@pytest.mark.long
 def test_the_own_folder_is_moved_only_by_a_run_that_can_start(tmp_path, tiny_folder):
     start = sft_adapter(tmp_path / "run", tiny_folder)
     with pytest.raises(ConfigError, match="which this run would overwrite"):

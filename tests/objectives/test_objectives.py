@@ -30,7 +30,7 @@ def own_methods():
 
 
 @pytest.mark.parametrize(("method", "loss"), VARIANTS)
-@pytest.mark.matrix(every=9)
+@pytest.mark.matrix(every=17)
 def test_every_objective_passes_the_battery(method, loss):
     laws = check_objective(method, loss)
     untried = METHODS[method].reference + METHODS[method].losses[loss].stops_gradient
@@ -248,6 +248,7 @@ WRONG_RESULTS = {
 @pytest.mark.parametrize(
     ("rows", "loss", "words"), [(rows, *case) for rows in WRONG_RESULTS for case in WRONG_RESULTS[rows]]
 )
+@pytest.mark.matrix(every=3)
 def test_a_result_that_is_not_one_number_each_is_refused_in_one_line(own_methods, rows, loss, words):
     register_objective("wrong", rows=rows)(loss)
     with pytest.raises(ConfigError, match=f"^wrong: .*{re.escape(words.replace('(P,)', '(6,)'))}") as caught:

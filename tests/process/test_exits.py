@@ -313,7 +313,7 @@ def script(tmp_path, tiny_folder, body):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 @pytest.mark.parametrize("where", WHERE)
-@pytest.mark.matrix(every=4)
+@pytest.mark.matrix(every=8)
 def test_a_signal_that_ends_the_process_saves_the_run_first(tmp_path, tiny_folder, where, number):
     result = ended(tmp_path, tiny_folder, f"number = {int(number)}\n" + textwrap.dedent(WHERE[where]))
     assert result.returncode == 128 + number, result.stderr
@@ -410,8 +410,8 @@ BESIDES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what", BESIDES)
-@pytest.mark.matrix(every=3)
 def test_a_signal_saves_all_runs_and_ends_the_process_whatever_there_is_besides(tmp_path, tiny_folder, what):
     result = ended(tmp_path, tiny_folder, "run.step(2)\n" + textwrap.dedent(BESIDES[what]))
     assert result.returncode == 128 + signal.SIGTERM, result.stderr
@@ -487,6 +487,7 @@ def test_signals_are_given_back_when_no_run_has_anything_to_lose(tmp_path, tiny_
     assert (result.returncode, result.stdout) == (0, "went on\n"), result.stderr
 
 
+@pytest.mark.long
 def test_a_handler_that_calls_the_one_before_it_ends_the_process_as_that_did(tmp_path, tiny_folder):
     body = """
         before = signal.getsignal(signal.SIGTERM)
@@ -531,8 +532,8 @@ def test_a_child_forked_by_code_that_a_run_calls_ends_as_it_says(tmp_path, tiny_
     assert saves(tmp_path / "a") == [(3, "exit")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("move", ["run.run()", "run.step(10)"])
-@pytest.mark.matrix(every=2)
 def test_an_interrupted_script_stops_its_loop_over_runs_once_the_pause_is_saved(tmp_path, tiny_folder, move):
     body = f"""
         def told(event):

@@ -43,8 +43,8 @@ SAVED = {end for end in ENDS if end not in ("a run that nothing was asked of", "
 SAVED -= {"updates after the last save of all"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("end", ENDS)
-@pytest.mark.matrix(every=12)
 def test_the_end_of_a_process_is_quiet_and_what_was_done_is_saved(end, tmp_path, tiny_folder):
     code = START.format(support=str(SUPPORT), model=str(tiny_folder), folder=str(tmp_path / "a")) + ENDS[end]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)

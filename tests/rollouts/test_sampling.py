@@ -144,6 +144,7 @@ def test_completions_come_in_order_group_by_group(tiny, device):
         assert completion.tokens.shape == completion.logprobs.shape
 
 
+@pytest.mark.matrix(every=2)
 def test_behavior_logprobs_are_those_that_training_computes(tiny, device):
     model, tokenizer, prompts = tiny
     assert_training_agrees(model, prompts, sampled(model, tokenizer, prompts))
@@ -160,6 +161,7 @@ def test_behavior_logprobs_are_those_of_the_whole_distribution_at_its_temperatur
             assert token in np.argsort(-logits)[:7]
 
 
+@pytest.mark.matrix(every=2)
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(tiny, device):
     once, again, other = (sampled(*tiny, seed=seed) for seed in (5, 5, 6))
     assert_same_bits(once, again)

@@ -98,6 +98,7 @@ def test_a_loss_of_what_best_holds_is_the_best_loss(tmp_path, tiny_folder):
     assert math.isclose(again.evaluate("valid").loss, run.trainer.state.best_loss, rel_tol=1e-6)
 
 
+@pytest.mark.long
 def test_a_checkpoint_from_before_that_holds_no_best_resumes(tmp_path, tiny_folder):
     run, seen = trained(tmp_path / "a", tiny_folder)
     run.set(learning_rate=1.0)  # what comes after the best is worse

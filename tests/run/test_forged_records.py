@@ -189,7 +189,7 @@ def test_without_a_seal_any_key_changed_is_refused_by_kind_or_goes_on_without_a_
         ("due", [["evil", ""]]),
     ],
 )
-@pytest.mark.matrix
+@pytest.mark.matrix(every=6)
 def test_a_forged_newest_is_named_with_its_key_and_the_one_before_is_used(run, copied, key, value):
     store, good = stored(copied)
     forged = store.save(dataclasses.replace(good, state={**good.state, key: value}), kind="step")
@@ -269,6 +269,7 @@ def test_where_no_checkpoint_fits_it_is_named(run, copied):
         (("events",), -1),
     ],
 )
+@pytest.mark.matrix(every=3)
 def test_counts_that_no_run_came_to_are_named_and_the_checkpoint_before_is_used(run, copied, path, value):
     store, good = stored(copied)
     state = sealed(changed({name: part for name, part in good.state.items() if name != SEAL}, path, value))
@@ -314,7 +315,7 @@ UNIMPORTANT = {
 
 
 @pytest.mark.parametrize("kind", FILES)
-@pytest.mark.matrix
+@pytest.mark.matrix(every=6)
 def test_a_file_that_was_changed_with_its_manifest_is_passed_over(run, copied, kind):
     store, good = stored(copied)
     name, change = FILES[kind]
@@ -340,6 +341,7 @@ def test_another_spelling_of_the_same_state_goes_on_bit_for_bit(run, copied, tmp
     assert one.adapter_bytes() == other.adapter_bytes()
 
 
+@pytest.mark.matrix(every=2)
 def test_any_key_of_the_manifest_changed_is_passed_over(run, copied):
     from mlx_nb.train.checkpoint import manifest_bytes
 

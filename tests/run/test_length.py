@@ -33,7 +33,7 @@ TOO_SHORT = {
 
 @pytest.mark.parametrize("how", TOO_SHORT)
 @pytest.mark.parametrize("ended", [False, True])
-@pytest.mark.matrix
+@pytest.mark.matrix(every=6)
 def test_a_length_below_what_is_done_is_refused_in_one_line_with_the_smallest_there_is(
     tmp_path, tiny_folder, how, ended
 ):

@@ -202,6 +202,7 @@ def test_what_cannot_be_done_is_refused_once_and_training_goes_on(tiny_folder, t
 
 
 @pytest.mark.parametrize("how", ["run", "step", "set", "fork", "resume"])
+@pytest.mark.matrix(every=3)
 def test_a_stopped_run_can_go_on(tiny_folder, tmp_path, how):
     run = make_run(tiny_folder, tmp_path, iters=8, val_set_size=4, steps_per_eval=4)
     run.step(3)

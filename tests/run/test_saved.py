@@ -77,6 +77,7 @@ def test_an_adapter_of_mlx_lm_and_one_that_has_moved_are_loaded_too(saved, tmp_p
 
 
 @pytest.mark.parametrize("what", ["nothing", "no JSON", "no model"])
+@pytest.mark.matrix(every=3)
 def test_what_is_no_adapter_is_refused_in_one_line(saved, tmp_path, what):
     _, folder = saved
     if what == "nothing":

@@ -148,6 +148,7 @@ def test_a_trainer_is_made_once_whoever_asks_for_it(tmp_path, tiny_folder):
 # Two loops over the events of one run
 
 
+@pytest.mark.long
 def test_what_one_loop_was_doing_when_another_took_it_up_is_done_once(tmp_path, tiny_folder):
     settings = {**QUIET, "iters": 4, "steps_per_eval": 1, "sample_prompts": ["hi"], "sample_tokens": 3}
     whole = rows_run(tmp_path, tiny_folder, **settings, adapter_path=str(tmp_path / "whole"))
@@ -302,8 +303,8 @@ ENDS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ENDS)
-@pytest.mark.matrix(every=9)
 def test_however_the_process_ends_the_checkpoint_is_of_a_boundary_and_no_update_is_lost(tmp_path, tiny_folder, how):
     target, daemon, end = ENDS[how]
     code = SCRIPT.format(

@@ -36,7 +36,7 @@ def update_rows(run):
 
 @pytest.mark.parametrize("method", ALL_METHODS)
 @pytest.mark.parametrize(("rows", "accumulated", "epochs", "updates"), [(4, 8, 3, 3), (10, 2, 1, 2), (14, 3, 2, 4)])
-@pytest.mark.matrix
+@pytest.mark.matrix(every=6)
 def test_an_epoch_visits_every_row_exactly_once(method, rows, accumulated, epochs, updates, tmp_path, tiny_folder):
     length = {"iters": None, "epochs": epochs, "batch_size": 4, "grad_accumulation_steps": accumulated}
     run = run_of(method, tmp_path, tiny_folder, rows, **length)
@@ -145,7 +145,7 @@ def ends_at(run):
 
 @pytest.mark.parametrize("lowered", [5, 4, 1])
 @pytest.mark.parametrize("how", ["set", "fork", "resume", "epochs", "before"])
-@pytest.mark.matrix
+@pytest.mark.matrix(every=8)
 def test_a_run_made_as_short_as_what_is_done_ends_there_and_never_shorter(lowered, how, tmp_path, tiny_folder):
     run = run_of("sft", tmp_path / "run", tiny_folder, 20, iters=20, batch_size=4, grad_accumulation_steps=1)
     run.step(5)

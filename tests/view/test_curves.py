@@ -317,8 +317,8 @@ def test_the_data_of_a_long_run_of_any_method_is_small(name):
     assert len(json.dumps(series_of(history, 10_000, METHODS[name].metrics))) < 100_000
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("updates", "metrics", "branches"), [(100_000, 0, 0), (20_000, 30, 3), (20_000, 4, 30)])
-@pytest.mark.matrix(every=3)
 def test_the_data_of_a_long_run_is_small(updates, metrics, branches, record_property):
     series = series_of(long_history(updates, metrics, branches), 1_000_000)
     size = len(json.dumps(series).encode())

@@ -42,6 +42,7 @@ def views(row: TokenizedConversation, title: str = "") -> list[str]:
     ]
 
 
+@pytest.mark.long
 @settings(max_examples=40, deadline=None)
 @given(st.text(min_size=1, max_size=40).map(lambda text: text.encode("utf-8", "replace").decode()))
 def test_any_text_leaves_only_our_own_tags_and_attributes(content):

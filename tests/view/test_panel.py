@@ -80,6 +80,7 @@ def applied(series, changes):
 
 
 @pytest.mark.parametrize("seed", range(5))
+@pytest.mark.matrix(every=3)
 def test_changes_make_of_what_a_page_has_what_there_is(seed):
     draw, history = random.Random(seed), History()
     builder = SeriesBuilder(history)

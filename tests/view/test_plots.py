@@ -91,6 +91,7 @@ def contrast(one: float, other: float) -> float:
 
 
 @pytest.mark.parametrize("ground", [(1, 1, 1), (0x11 / 255,) * 3])
+@pytest.mark.matrix(every=2)
 def test_all_words_of_the_figure_can_be_read_on_a_light_and_on_a_dark_page(ground):
     figure = plot_history(method_history("dpo"), "bees: smollm2-135m", METHODS["dpo"].metrics)
     assert {figure.get_facecolor()[3], *(axes.get_facecolor()[3] for axes in figure.axes)} == {0}
