@@ -250,7 +250,7 @@ def test_training_lowers_the_loss(tmp_path):
 
 @pytest.mark.parametrize("fine_tune_type", ["lora", "dora", "full"])
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "adafactor", "muon", "lion"])
-@pytest.mark.matrix(every=3)
+@pytest.mark.matrix
 def test_every_optimizer_moves_every_kind_of_parameter(tmp_path, fine_tune_type, optimizer):
     settings = {"fine_tune_type": fine_tune_type, "optimizer": optimizer, "learning_rate": 1e-3, "iters": 3}
     if fine_tune_type == "full":
