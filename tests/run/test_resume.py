@@ -9,7 +9,6 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from fault_count import ALL
 from mlx_nb import Run, RunConfig
 from mlx_nb.errors import CheckpointError, CommandError
 from mlx_nb.events import AdapterSaved, CheckpointSaved, Pause, RunPaused, StepCompleted
@@ -27,7 +26,7 @@ from trainers import make_trainer
     ("settings", "every"),
     [
         ({}, 13),
-        pytest.param({}, 1 if ALL else 3, marks=pytest.mark.faults),
+        pytest.param({}, 1, marks=pytest.mark.faults),
         pytest.param({"fine_tune_type": "dora"}, 7, marks=pytest.mark.faults),
         pytest.param({"fine_tune_type": "full", "lora_parameters": {}}, 7, marks=pytest.mark.faults),
         pytest.param({"optimizer": "adafactor"}, 7, marks=pytest.mark.faults),

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 
-ALL = os.environ.get("MLX_NB_FAULTS") == "all"
+_ALL = os.environ.get("MLX_NB_FAULTS") == "all"
 
 
 def part_of(number: int) -> int:
     """Of so many, how many are made: at least one."""
-    return number if ALL else -(-number // 3)
+    return number if _ALL else -(-number // 3)

@@ -12,7 +12,6 @@ import mlx.nn
 import pytest
 
 from every_line import at_line, interrupted_at, lines_of, places_of
-from fault_count import part_of
 from lives import KINDS, namespace_of
 from mlx_nb import Run
 from mlx_nb.model.adapters import adapter_weights
@@ -46,7 +45,7 @@ def test_an_interrupt_at_any_line_while_a_run_is_made_changes_nothing(tmp_path, 
     counted = made(kind, tmp_path / "counted", tiny_folder)
     places = places_of(lines_of(lambda: counted.trainer))
     # Rows are read and the model is loaded in the first lines; attaching and taking the folder are the last.
-    for place in {*random.Random(kind).sample(places, part_of(12)), *places[-400 :: 400 // part_of(20)]}:
+    for place in {*random.Random(kind).sample(places, 12), *places[-400::20]}:
         run = made(kind, tmp_path / str(place), tiny_folder)
         if interrupted_at(place, lambda run=run: run.trainer):
             run.run()
@@ -66,7 +65,7 @@ def test_a_signal_at_any_line_of_a_run_changes_nothing(tmp_path, tiny_folder, ki
 
     counted = made(kind, tmp_path / "counted", tiny_folder)
     places = places_of(lines_of(counted.run))
-    for place in random.Random(f"{kind} {times}").sample(places, part_of(20)):
+    for place in random.Random(f"{kind} {times}").sample(places, 20):
         run = made(kind, tmp_path / str(place), tiny_folder)
         with suppress(KeyboardInterrupt):
             reached = at_line(place, signals, run.run)
