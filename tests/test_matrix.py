@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 
+import fault_count
 from matrix import part
 
 
@@ -20,3 +21,10 @@ def test_a_list_of_cases_is_run_in_steps_and_a_case_asked_for_alone_is_run():
     assert part(cases, 4) == [0, 4, 8]
     assert part(cases[7:8], 4) == [0]
     assert part(cases[7:8], None) == [0]
+
+
+def test_of_interrupts_and_kills_a_third_is_made_or_all(monkeypatch):
+    monkeypatch.setattr(fault_count, "_ALL", False)
+    assert [fault_count.part_of(number) for number in (110, 40, 13, 3, 1)] == [37, 14, 5, 1, 1]
+    monkeypatch.setattr(fault_count, "_ALL", True)
+    assert fault_count.part_of(110) == 110
