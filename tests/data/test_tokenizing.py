@@ -166,6 +166,7 @@ def test_what_is_kept_is_bounded(tmp_path, tiny_folder, monkeypatch):
 
 
 @pytest.mark.parametrize("caller", ["trainer", "rows", "evaluate"])
+@pytest.mark.matrix(every=3)
 def test_who_asks_for_rows_while_they_are_tokenized_gets_them_and_the_run_goes_on(tmp_path, tiny_folder, caller):
     run = rows_run(tmp_path, tiny_folder, data=rows_of(f"between {caller}"), iters=2, val_set_size=8)
     events = run.events()

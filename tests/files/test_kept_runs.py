@@ -124,6 +124,7 @@ def test_a_folder_that_a_run_is_in_stays(here, tiny_folder):
     assert kept_seeds(here) == {"run": {5}, "run.previous-4": {4}}
 
 
+@pytest.mark.long
 def test_every_file_of_a_run_is_known_as_its_own(here, tiny_folder):
     run = make(tiny_folder, save_every=1)
     run.step(2)

@@ -478,6 +478,7 @@ def test_the_adapter_of_the_reference_counts_in_its_own_shape_and_base(adapter, 
     run_of(tmp_path / "d", tiny_folder, model=other, reference_model=str(tiny_folder), **settings).step()
 
 
+@pytest.mark.long
 def test_a_full_adapter_can_be_the_reference(tiny_folder, tmp_path):
     trained(tmp_path / "a", tiny_folder, fine_tune_type="full")
     settings = {"method": "dpo", "resume_adapter_file": str(tmp_path / "a")}

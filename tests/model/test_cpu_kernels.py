@@ -88,6 +88,7 @@ def test_a_query_that_sees_nothing_is_left_to_mlx():
     assert masked_blocks(np.eye(6, dtype=bool)[:, ::-1] & False, 2) is None
 
 
+@pytest.mark.long
 def test_memory_of_attention_is_that_of_a_block_and_not_of_all_scores():
     length, size = 1024, 64
     *arrays, weight = drawn(length, "shared keys")

@@ -101,6 +101,7 @@ def test_what_is_trained_and_frozen_is_said_in_words(case):
     assert trained_summary(model, config, adapters.attach_adapter(model, config)) == words
 
 
+@pytest.mark.long
 def test_panel_summary_and_log_say_what_is_trained(tiny_folder, tmp_path):
     run = run_of(tmp_path, tiny_folder, fine_tune_type="full", num_layers=1)
     run.run()
@@ -114,6 +115,7 @@ def test_panel_summary_and_log_say_what_is_trained(tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize("num_layers", [-1, 1])
+@pytest.mark.matrix(every=2)
 def test_a_full_fine_tune_is_saved_resumed_forked_and_loaded_whole(num_layers, tiny_folder, tmp_path):
     settings = {"fine_tune_type": "full", "num_layers": num_layers}
     run = run_of(tmp_path / "a", tiny_folder, **settings)

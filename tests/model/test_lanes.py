@@ -184,8 +184,8 @@ def test_an_update_in_lanes_is_the_update_of_the_whole_batch(method, tmp_path, t
             assert mx.allclose(ours, theirs, rtol=1e-3, atol=1e-5).item(), name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ROWS)
-@pytest.mark.matrix(every=6)
 def test_a_run_in_lanes_goes_back_and_on_again_bit_for_bit(method, tmp_path, tiny_folder, two_lanes):
     straight, rewound = (run_of(method, tmp_path / name, tiny_folder, iters=5) for name in ("straight", "rewound"))
     straight.run()

@@ -113,6 +113,7 @@ def test_it_goes_with_every_method_adapter_lane_and_chunk(method, settings, kind
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "mamba2", "qwen3_moe"])
+@pytest.mark.matrix(every=2)
 def test_it_goes_with_attention_in_blocks(family, monkeypatch):
     monkeypatch.setattr(cpu_kernels, "_BLOCK", 4)
     monkeypatch.setattr(cpu_kernels, "_FEWEST_TOKENS", 5)

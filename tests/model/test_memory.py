@@ -147,6 +147,7 @@ def batch_of(rows, width, trained):
 
 
 @pytest.mark.parametrize("rows", [4, 16])
+@pytest.mark.matrix(every=2)
 def test_what_a_batch_takes_at_the_least_is_less_than_it_takes(rows):
     model = tiny_model(dims=64)
     scorer = TargetScorer(model)

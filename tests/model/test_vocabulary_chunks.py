@@ -116,9 +116,9 @@ def test_what_is_trained_in_the_head_has_its_whole_gradient(kind, training, chun
     assert_same(cut, found(scorer, objective, inputs))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["sft", "dpo", "kto", "grpo"])
 @pytest.mark.usefixtures("chunks")
-@pytest.mark.matrix(every=8)
 def test_objectives_keep_their_laws_in_chunks(method):
     check_objective(method)
 

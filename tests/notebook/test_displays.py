@@ -59,6 +59,7 @@ def test_settings_as_yaml_are_the_body_of_a_cell_that_makes_them_again(run):
     assert RunConfig.from_yaml(rows).iters == 3
 
 
+@pytest.mark.long
 def test_a_report_is_a_link_and_still_a_path(shell, run, tmp_path):
     run.step()
     report = run.report()

@@ -42,8 +42,8 @@ def happened(events):
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.matrix(every=5)
 def test_a_run_resumed_at_any_step_is_the_run_that_was_never_stopped(method, tmp_path, tiny_folder):
     whole = run_of(method, tmp_path / "whole", tiny_folder, iters=6)
     whole.run()
@@ -73,8 +73,8 @@ def test_going_back_and_on_again_changes_nothing(method, kind, tmp_path, tiny_fo
     assert rewound.adapter_bytes() == straight.adapter_bytes()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.matrix(every=5)
 def test_a_fork_with_nothing_changed_goes_the_same_way(method, tmp_path, tiny_folder):
     run = run_of(method, tmp_path / "run", tiny_folder)
     run.step(3)
@@ -175,6 +175,7 @@ def test_the_policy_leaves_the_reference_and_the_reference_stays(tmp_path, tiny_
     assert np.abs(np.array(run.trainer.scorer.logprobs(inputs)) - base).max() > 1e-2
 
 
+@pytest.mark.long
 def test_reference_log_probabilities_are_measured_once_and_kept_beside_the_run(tmp_path, tiny_folder):
     folder = tmp_path / "adapter"
     first = run_of("dpo", folder, tiny_folder)

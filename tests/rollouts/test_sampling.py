@@ -257,6 +257,7 @@ def without_sharing(monkeypatch, model, tokenizer, prompts, **settings):
 
 @pytest.mark.parametrize("rows_at_once", [32, 6])
 @pytest.mark.parametrize("family", ["llama", "mamba"])
+@pytest.mark.matrix
 def test_a_shared_prefix_changes_no_token(tiny, device, monkeypatch, family, rows_at_once):
     model, tokenizer, _ = tiny
     model = model if family == "llama" else tiny_mamba()
@@ -316,6 +317,7 @@ def test_greedy_says_what_mlx_lm_says(tiny, device):
     assert_training_agrees(model, prompts, [completion])
 
 
+@pytest.mark.matrix(every=2)
 def test_the_end_token_is_kept_among_the_tokens_and_not_in_the_text(tiny, device):
     model, tokenizer, prompts = tiny
     completions = sampled(model, tokenizer, prompts, group_size=40, max_tokens=12)

@@ -328,7 +328,7 @@ def test_a_file_that_was_changed_with_its_manifest_is_passed_over(run, copied, k
 
 
 @pytest.mark.parametrize("kind", UNIMPORTANT)
-@pytest.mark.matrix
+@pytest.mark.matrix(every=6)
 def test_another_spelling_of_the_same_state_goes_on_bit_for_bit(run, copied, tmp_path, kind):
     _, good = stored(copied)
     shutil.copytree(copied, tmp_path / "b")

@@ -86,6 +86,7 @@ def test_a_fork_of_a_finished_run_can_be_stepped_to_its_end_only(here, tiny_fold
     assert (here / "adapters/run-fork/adapters.safetensors").is_file()
 
 
+@pytest.mark.long
 def test_a_finished_run_that_was_moved_or_copied_names_the_folder_where_it_is(here, tiny_folder):
     make(tiny_folder, seed=1).run()
     make(tiny_folder, seed=2).run()

@@ -55,7 +55,7 @@ def test_every_kind_of_request_has_one_who_answers_it():
 
 @pytest.mark.parametrize("when", ["before it is loaded", "afterwards"])
 @pytest.mark.parametrize("what", ["pause", None, Request(), Pause])
-@pytest.mark.matrix(every=3)
+@pytest.mark.matrix(every=8)
 def test_what_no_run_answers_is_refused_in_one_line_when_it_is_asked(tmp_path, tiny_folder, what, when):
     run = make_run(tiny_folder, tmp_path)
     if when == "afterwards":

@@ -388,8 +388,8 @@ def acts(kind, model, folder, do):
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.matrix(every=8)
 def test_a_run_whose_every_act_is_on_another_thread_is_bit_for_bit_the_same(tmp_path, tiny_folder, kind):
     for name in ("one", "many"):
         (tmp_path / name).mkdir()
