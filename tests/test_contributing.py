@@ -232,6 +232,7 @@ def test_a_command_that_was_added_is_run_and_listed(followed):
     assert followed["command"] == ["hello", True]
 
 
+@pytest.mark.long
 def test_a_button_that_was_added_is_on_the_page_and_does_what_it_says(followed):
     assert followed["button"] == [True, True]
     assert followed["page"]

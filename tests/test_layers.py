@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -40,6 +41,7 @@ LAYERS = [
     "notebook",
     "cli",
 ]
+IN_ONE_PROCESS = pytest.mark.xdist_group("layers")  # which parses the files of the package once
 HEAVY = ("mlx_lm", "transformers", "datasets", "matplotlib", "pandas", "torch")
 
 
@@ -49,15 +51,21 @@ def modules_of(package: Path) -> dict[str, Path]:
     return {name: path for name, path in files.items() if not name.endswith("__init__") and name != "__main__"}
 
 
+@cache
+def imported(text: str) -> list[tuple[str, str]]:
+    """(module, name) of every `from module import name` in a file of this text, wherever in it."""
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom) and node.module]
+    return [(node.module, alias.name) for node in nodes for alias in node.names]
+
+
 def imports(path: Path, modules: dict[str, Path]) -> set[str]:
     """Names of the package's modules that a file imports, wherever in it."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "mlx_nb":
-            inner = node.module.removeprefix("mlx_nb").lstrip(".")
-            for alias in node.names:
-                full = f"{inner}.{alias.name}".strip(".")
-                found.add(full if full in modules else inner)
+    for module, name in imported(path.read_text()):
+        if module.split(".")[0] == "mlx_nb":
+            inner = module.removeprefix("mlx_nb").lstrip(".")
+            full = f"{inner}.{name}".strip(".")
+            found.add(full if full in modules else inner)
     return found - {""}
 
 
@@ -86,10 +94,12 @@ def faults(package: Path, layers: list[str]) -> list[str]:
     return found
 
 
+@IN_ONE_PROCESS
 def test_a_room_imports_only_from_rooms_before_it_and_no_module_in_a_circle():
     assert faults(PACKAGE, LAYERS) == []
 
 
+@IN_ONE_PROCESS
 def test_the_rooms_are_tied_by_fewer_than_75_arrows():
     """Rooms: the folders and single files of the package, and benchmarks/. An arrow: one imports from another."""
     rooms = {path.stem if path.is_file() else path.name for path in PACKAGE.iterdir()}

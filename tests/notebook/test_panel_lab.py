@@ -13,8 +13,8 @@ from places import NOTEBOOKS
 
 pytestmark = [pytest.mark.browser, pytest.mark.real_model]
 TRAINING = (
-    "%%finetune --name home -o run\nmodel: smollm2-135m\ndata: home_requests\niters: 24\nbatch_size: 4\n"
-    'learning_rate: 5e-4\nsteps_per_eval: 12\nval_batches: 2\nsample_prompts: ["Dim the light"]\nsample_tokens: 8'
+    "%%finetune --name home -o run\nmodel: smollm2-135m\ndata: home_requests\niters: 16\nbatch_size: 2\n"
+    'learning_rate: 5e-4\nsteps_per_eval: 8\nval_batches: 2\nsample_prompts: ["Dim the light"]\nsample_tokens: 8'
 )
 DONE = "() => Number(/update (\\d+) of/.exec(document.body.innerText)?.[1] ?? -1)"
 
@@ -76,7 +76,7 @@ def test_the_quickstart_is_worked_by_hand(lab, tmp_path):
     page.wait_for_function(
         """() => {
             const node = window.jupyterapp.shell.currentWidget.content.widgets[1].outputArea.node;
-            return node.querySelector('img') && node.textContent.includes('home: finished after update 24');
+            return node.querySelector('img') && node.textContent.includes('home: finished after update 16');
         }""",
     )
     name = page.evaluate("() => window.jupyterapp.shell.currentWidget.context.path")
@@ -89,7 +89,7 @@ def test_the_quickstart_is_worked_by_hand(lab, tmp_path):
     assert {"image/png", "text/html"} <= kinds
     # Reopened, without the kernel that trained: summary and figure are there.
     again = lab.reopen(name)
-    assert again.get_by_text("home: finished after update 24").first.is_visible()
+    assert again.get_by_text("home: finished after update 16").first.is_visible()
     assert again.locator(".jp-OutputArea img").first.is_visible()
     assert not again.get_by_text("Error displaying widget").is_visible()
     again.close()

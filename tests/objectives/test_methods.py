@@ -59,9 +59,9 @@ def test_a_run_resumed_at_any_step_is_the_run_that_was_never_stopped(method, tmp
         assert happened(resumed.history.events) == happened(whole.history.events), step
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.matrix(every=10)
 def test_going_back_and_on_again_changes_nothing(method, kind, tmp_path, tiny_folder):
     shape = {"fine_tune_type": "full", "lora_parameters": {}, "learning_rate": 1e-4} if kind == "full" else {}
     straight = run_of(method, tmp_path / "straight", tiny_folder, **shape)

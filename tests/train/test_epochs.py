@@ -46,6 +46,7 @@ def test_an_epoch_visits_every_row_exactly_once(method, rows, accumulated, epoch
     assert [event.epoch for event in run.history.events if isinstance(event, StepCompleted)][-1] == epochs
 
 
+@pytest.mark.long
 def test_a_rollout_serves_all_its_updates_at_the_end_of_an_epoch_too(tmp_path, tiny_folder):
     length = {"iters": None, "epochs": 2, "batch_size": 2, "grad_accumulation_steps": 2, "updates_per_rollout": 3}
     run = run_of("grpo", tmp_path, tiny_folder, 6, **length)

@@ -87,6 +87,7 @@ def test_an_interrupt_at_any_line_of_sharing_a_base_leaves_the_run_that_has_it(t
     assert run.generate("say red", base=True, max_tokens=4) == answer
 
 
+@pytest.mark.long
 def test_an_interrupt_at_any_line_of_asking_the_base_leaves_the_adapter_attached(tmp_path, tiny_folder):
     run = rows_run(tmp_path, tiny_folder)
     run.step()
