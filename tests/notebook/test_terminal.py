@@ -76,7 +76,7 @@ def test_a_console_on_a_kernel_trains_in_the_foreground_and_shows_the_answer(tmp
         begun = kernel.run(body.replace("%%finetune", "%%finetune --background --name later"))[1]
         assert "later trains in the background" in begun
         assert "no update done yet" not in begun
-        kernel.run("%finetune run --wait")
+        kernel.run("await run")
         assert kernel.value("run.finished") == "True"
     finally:
         kernel.close()
