@@ -102,7 +102,9 @@ def load_in_pieces(
             if lacking := shortage(made):
                 raise OutOfMemory(f"{model} in float32, which this CPU needs, {lacking}. Use a smaller model.")
             base = f"{bits}-bit base" if bits else "base"
-            notes.append(f"On this CPU the {base} is kept in float32; saved adapters are the same either way.")
+            notes.append(
+                f"On this CPU the {base} is held and computed in float32; saved adapters are the same either way."
+            )
         yield from _evaluated(network, "weights")
     return LoadedModel(network, tokenizer, folder, model, bits, tuple(notes), weights_fingerprint(folder))
 
