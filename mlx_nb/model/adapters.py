@@ -111,7 +111,10 @@ def _base_of(module: nn.Module) -> nn.Module:
 
 
 def detach_adapter(model: nn.Module) -> None:
-    """Remove the adapter, which restores the loaded model."""
+    """Put the base modules back in place of the adapter.
+
+    Frozen modules, and weights trained by `full`, stay as they are.
+    """
     wrapped = _wrapped_modules(model)
     if wrapped:
         model.update_modules(tree_unflatten([(path, _base_of(module)) for path, module in wrapped]))

@@ -1,4 +1,4 @@
-"""Selects the BLAS for mlx on CPUs, and reports the device, memory and speed of this machine.
+"""Gives mlx a fast BLAS on Linux CPUs, and reports the device, memory and speed of this machine.
 
 On Linux CPUs mlx's wheel has the reference BLAS with a few GFLOP/s. If OpenBLAS is loaded first with global symbols, it
 serves mlx's calls instead, tens of times faster. `prepare_backend` does that, and redirects the calls if `mlx.core` was
@@ -56,7 +56,10 @@ _counting = threading.Lock()
 
 
 def prepare_backend() -> Blas:
-    """Make mlx use a fast BLAS on Linux CPUs. Does nothing elsewhere or when called again. Does not import mlx."""
+    """Load a fast BLAS on Linux CPUs, and set MLX_BFS_MAX_WIDTH for this process.
+
+    May copy libgfortran into the cache folder. Does nothing when called again. Does not import mlx.
+    """
     global _prepared
     if _prepared is None:
         _prepared = _load_blas()
@@ -288,8 +291,8 @@ def _advice(speeds: dict[str, float]) -> str:
     slow = speeds["float32"] < _SLOW
     if slow and (busy := _busy_cores()) >= 0.5:
         return (
-            f"this machine is busy: work takes about {busy:.1f} of its {os.cpu_count()} cores, so these speeds say "
-            "little. Run `mlx-nb doctor` again when it is idle"
+            f"this machine is busy: about {busy:.1f} of its {os.cpu_count()} cores are in use, so these speeds are "
+            "unreliable. Run `mlx-nb doctor` again when it is idle"
         )
     warning = prepare_backend().warning
     if warning is not None:

@@ -31,7 +31,8 @@ class _LinkMap(ctypes.Structure):
 def redirect_products(mlx: object, blas: ctypes.CDLL) -> int:
     """Redirect the matrix products of the loaded module `mlx.core` to `blas`. Returns the number of functions.
 
-    Raises OSError with a readable message if that is not possible; nothing is changed then.
+    Raises OSError with a readable message if that is not possible. Functions that were redirected before the
+    error stay redirected.
     """
     kinds = _ADDRESS_KINDS.get(platform.machine())
     if kinds is None or sys.maxsize < 2**32 or sys.byteorder != "little":
@@ -46,7 +47,7 @@ def redirect_products(mlx: object, blas: ctypes.CDLL) -> int:
             if hasattr(blas, name):
                 slots[address] = ctypes.cast(getattr(blas, name), ctypes.c_void_p).value or 0
     if not slots:
-        raise OSError("this mlx looks up no matrix product by name")
+        raise OSError("this mlx resolves no matrix product by name")
     writable = {address: _is_writable(address) for address in slots}
     for address, function in slots.items():
         _write(address, function, protected=not writable[address])

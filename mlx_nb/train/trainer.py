@@ -1,4 +1,7 @@
-"""Trains a model as an iterator of events. It only computes; it prints and draws nothing."""
+"""Trains a model as an iterator of events, and saves its adapters. Prints and draws nothing.
+
+Exact checkpoints are written in run/checkpoints.py.
+"""
 
 from __future__ import annotations
 
@@ -223,8 +226,8 @@ class Trainer:
     def events(self, updates: int | None = None) -> Iterator[Event]:
         """Train for `updates` optimizer updates, or to the end of the run, yielding events.
 
-        Ends early after RunPaused, RunFinished or RunFailed. Call it again at any time to continue. A task that was
-        aborted, or failed because the disk was full, has changed nothing and is tried again then.
+        Ends early after RunPaused, RunFinished or RunFailed. Call it again at any time to continue, also after a stop.
+        A task that was aborted, or failed because the disk was full, has changed nothing and is tried again then.
         """
         done = 0
         if updates != 0:
@@ -710,7 +713,7 @@ class Trainer:
         return self.finished
 
     def close(self) -> None:
-        """Remove the adapter, which restores the loaded model."""
+        """Detach the adapter and unfreeze the whole model. Weights trained by `full` stay trained."""
         adapters.detach_adapter(self.model)
         self.model.unfreeze()
 

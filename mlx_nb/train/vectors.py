@@ -1,4 +1,4 @@
-"""Joins hundreds of small parameter arrays into one vector per dtype, which makes optimizers faster.
+"""Chooses the form in which an optimizer gets the parameters: one vector per dtype, which is faster, or the tree.
 
 An adapter has hundreds of arrays, and an optimizer does a dozen operations on each. Elementwise optimizers give the
 same numbers on one long vector with a dozen operations in total: 10 ms instead of 80 on SmolLM2-135M with LoRA.

@@ -1,4 +1,7 @@
-"""Speed and time left of a run, computed in one place for all displays."""
+"""Speed and time left of a run, for all displays.
+
+The speed counts updates only; the time left includes sampling and validation.
+"""
 
 from __future__ import annotations
 

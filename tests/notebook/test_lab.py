@@ -35,7 +35,7 @@ def test_the_row_browser_is_worked_by_hand(lab, tiny_folder, tmp_path):
     page.locator(".widget-dropdown select").nth(1).select_option("longest")
     page.wait_for_function(f"() => ({ROWS_READ})() > 0")
     while (read := page.evaluate(ROWS_READ)) < len(rows):  # it reads for a moment, and on when asked
-        page.get_by_role("button", name="Search on").click()
+        page.get_by_role("button", name="Search more").click()
         page.wait_for_function(f"(read) => ({ROWS_READ})() > read", arg=read)
     page.wait_for_function(ROW_SHOWN, arg=299)
     assert page.get_by_text("1 of 300 found in 300 of 300 rows").is_visible()

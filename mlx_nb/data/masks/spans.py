@@ -1,4 +1,4 @@
-"""Locates a turn of the assistant in a rendered conversation.
+"""Finds the characters of one assistant turn in a rendered conversation.
 
 The template's own text between two messages (the frame) is divided at two places: where the generation prompt of the
 same template ends, and after the token that ends the turn. No template is treated specially.

@@ -1,4 +1,4 @@
-"""Growing columns of numbers of a run, and the selection of points that a browser needs. Pure."""
+"""Columns of a run's numbers, and how curves are smoothed, thinned and rounded for a browser. Pure."""
 
 from __future__ import annotations
 

@@ -89,10 +89,10 @@ class RowBrowser:
         Raises CommandError if the search is not complete, or if the file cannot be written.
         """
         if not self.search.done:
-            raise CommandError(f"{self._summary(len(self.search.found))}: click on Search on until all are searched.")
+            raise CommandError(f"{self._summary(len(self.search.found))}: click Search more until all are searched.")
         left = self._left if self.split.value == "train" else set()
         rows = (row for row in sorted(self.search.found) if row not in left)
-        return write_rows(self._splits[self.split.value].source, rows, Path(path))
+        return write_rows(self._splits[self.split.value].source, rows, Path(path).expanduser())
 
     def _exported(self) -> None:
         try:
@@ -143,7 +143,9 @@ class RowBrowser:
         self.color = widgets.Dropdown(options=list(COLORS), description="color", layout=_width("17em"))
         self.tokens = widgets.Checkbox(description="one cell per token", indent=False, layout=_width("auto"))
         self.roles = {role: _toggle(role) for role in ROLES}
-        self.more = widgets.Button(description="Search on", tooltip="search more rows", layout=_width("auto"))
+        self.more = widgets.Button(
+            description="Search more", tooltip="search the rows that follow", layout=_width("auto")
+        )
         self.page_back = widgets.Button(description="◀ page", layout=_width("auto"))
         self.page_on = widgets.Button(description="page ▶", layout=_width("auto"))
         self.leave = widgets.Checkbox(description="leave out", indent=False, layout=_width("auto"))
@@ -203,7 +205,7 @@ class RowBrowser:
         self._read_on()
 
     def _read_on(self) -> None:
-        """Look at more rows. The first of them stays the first, and is another row where a longer one was found."""
+        """Search more rows. Keeps the current row selected, except that the first result stays the first."""
         kept = self.row if self.position else None
         self.search.read_on(SECONDS_PER_CLICK)
         self._choose(0 if kept is None else self.search.found.index(kept))
