@@ -29,7 +29,9 @@ Write = Callable[[Path, Callable[[Any], Any]], None]
 
 
 def attach_adapter(model: nn.Module, config: RunConfig) -> tuple[str, ...]:
-    """Freeze the model and make what `config` names trainable. Returns the adapted module paths inside a layer.
+    """Freeze the model and make the weights selected by `config` trainable.
+
+    Returns the adapted module paths inside a layer.
 
     `full` with `num_layers: -1` trains every weight, with N those of the last N layers, as in mlx-lm. An adapter that
     is already attached is removed first.
@@ -74,9 +76,9 @@ def _unfreeze_weights(modules: list[nn.Module]) -> None:
 
 
 def resolve_keys(model: nn.Module, keys: tuple[str, ...] | None) -> tuple[str, ...]:
-    """Full module paths for `keys`, each a path or the end of one. Empty means every linear layer.
+    """Full module paths for `keys`, each a path or its suffix. Empty means every linear layer.
 
-    mlx-lm compares whole paths, so that there a short name silently trains nothing.
+    mlx-lm compares whole paths, so a short name would silently train nothing.
     """
     if keys is None:
         return ()
@@ -133,31 +135,31 @@ def save_adapter(
     file_name: str = ADAPTER_FILE,
     *,
     base: dict[str, Any] | None = None,
-    use: Mapping[str, str] | None = None,
+    loading_info: Mapping[str, str] | None = None,
     update: int | None = None,
     write: Write = write_whole,
     weights: dict[str, mx.array] | None = None,
 ) -> Path:
     """Write the adapter in mlx-lm's format, each file completely or not at all. Returns the path of the weights.
 
-    `mlx_lm.load(model, adapter_path=folder)` reads it. `base` is the `base_identity` of the base model. `use` has the
-    `model` name for mlx-lm and the `prompt_format`. `update` is the number of updates done; `weights` are given for an
-    update other than the model's current one.
+    `mlx_lm.load(model, adapter_path=folder)` reads it. `base` is the `base_identity` of the base model. `loading_info`
+    has the `model` name for mlx-lm and the `prompt_format`. `update` is the number of updates done; `weights` are given
+    for an update other than the model's current one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parameters = config.lora_parameters
     lora: dict[str, Any] = {"rank": parameters.rank, "scale": parameters.scale, "dropout": parameters.dropout}
     if keys:
         lora["keys"] = list(keys)
-    use = use or {}
+    loading_info = loading_info or {}
     description = {
-        "model": use.get("model", config.model),
+        "model": loading_info.get("model", config.model),
         "fine_tune_type": config.fine_tune_type,
         "num_layers": config.num_layers,
         "lora_parameters": lora,
         "mlx_nb": {
             "model": config.model,
-            "prompt_format": use.get("prompt_format"),
+            "prompt_format": loading_info.get("prompt_format"),
             "settings": config.changed(),
             "base": base,
             "update": update,

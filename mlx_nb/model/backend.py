@@ -22,7 +22,7 @@ from types import ModuleType
 from mlx_nb.errors import ModelError
 from mlx_nb.files.cache_folder import cache_folder
 from mlx_nb.files.whole_files import write_whole
-from mlx_nb.model.blas_symbols import redirect_products
+from mlx_nb.model.blas_symbols import redirect_blas_calls
 
 _GPU_PACKAGES = ("mlx-cuda-12", "mlx-cuda-13", "mlx-cuda")
 _REFERENCE_PACKAGE = "mlx-cpu"  # mlx's wheel with the reference BLAS
@@ -51,8 +51,8 @@ class Blas:
 
 
 _prepared: Blas | None = None
-_inside: set[object] = set()  # the active `one_blas_thread` contexts
-_counting = threading.Lock()
+_active_contexts: set[object] = set()  # the active `one_blas_thread` contexts
+_thread_lock = threading.Lock()
 
 
 def prepare_backend() -> Blas:
@@ -81,7 +81,7 @@ def _load_blas() -> Blas:
         loaded = sys.modules.get("mlx.core")
         try:
             if loaded is not None:
-                redirect_products(loaded, library)
+                redirect_blas_calls(loaded, library)
         except OSError as error:
             return _slow(
                 f"mlx was imported before mlx_nb, and {error}, so a faster BLAS could not be installed",
@@ -101,9 +101,9 @@ def _load_blas() -> Blas:
     return _slow(reason, f"Run `{install}`, or install Debian's libopenblas0-pthread, and restart the kernel")
 
 
-def _slow(reason: str, cure: str) -> Blas:
+def _slow(reason: str, remedy: str) -> Blas:
     return Blas(
-        None, f"{reason}. {cure}.", warning=f"Training is 10 to 50 times slower than necessary: {reason}. {cure}."
+        None, f"{reason}. {remedy}.", warning=f"Training is 10 to 50 times slower than necessary: {reason}. {remedy}."
     )
 
 
@@ -163,24 +163,24 @@ def _provide_gfortran() -> None:
 
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """A context in which matrix products use one thread, so that other work can run in parallel."""
+    """A context in which matrix products use one thread in the whole process, so that other work runs in parallel."""
     blas, me = prepare_backend(), object()
     if blas.library is None or blas.threads == 1:
         yield
         return
     try:
-        with _counting:
-            _inside.add(me)
+        with _thread_lock:
+            _active_contexts.add(me)
             blas.library.openblas_set_num_threads(1)
         yield
     finally:
-        with _counting:
-            _inside.discard(me)
-            if not _inside:
+        with _thread_lock:
+            _active_contexts.discard(me)
+            if not _active_contexts:
                 blas.library.openblas_set_num_threads(blas.threads)
 
 
-def clear_order_variable() -> None:
+def unset_scheduling_variable() -> None:
     """Remove the scheduling variable from the environment of child processes. Call it once mlx has read it."""
     blas = prepare_backend()
     if blas.sets_order:
@@ -208,11 +208,11 @@ def memory_limit() -> int:
     On Apple silicon this is Metal's recommended maximum, on CUDA the GPU's memory, on a CPU the machine's memory.
     """
     mx = _mlx()
-    information = mx.device_info()
+    info = mx.device_info()
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for key in ("max_recommended_working_set_size", "total_memory", "memory_size"):
-        if key in information:
-            return int(information[key])
+        if key in info:
+            return int(info[key])
     return physical
 
 
@@ -277,8 +277,8 @@ def measured_gflops(dtype: object, size: int = 1024, seconds: float = 0.3) -> fl
     return 2 * 256 * size * size * count / (time.perf_counter() - started) / 1e9
 
 
-def _busy_cores() -> float:
-    """How many cores were taken in the last minute, by the load; 0 where that is not known."""
+def _load_average() -> float:
+    """The 1-minute load average; 0 if unavailable."""
     try:
         return os.getloadavg()[0]
     except (AttributeError, OSError):
@@ -289,7 +289,7 @@ def _advice(speeds: dict[str, float]) -> str:
     if not is_cpu():
         return "the GPU is used; nothing to do"
     slow = speeds["float32"] < _SLOW
-    if slow and (busy := _busy_cores()) >= 0.5:
+    if slow and (busy := _load_average()) >= 0.5:
         return (
             f"this machine is busy: about {busy:.1f} of its {os.cpu_count()} cores are in use, so these speeds are "
             "unreliable. Run `mlx-nb doctor` again when it is idle"

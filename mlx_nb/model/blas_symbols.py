@@ -28,7 +28,7 @@ class _LinkMap(ctypes.Structure):
     _fields_ = (("base", ctypes.c_size_t), ("name", ctypes.c_char_p), ("dynamic", ctypes.c_size_t))
 
 
-def redirect_products(mlx: object, blas: ctypes.CDLL) -> int:
+def redirect_blas_calls(mlx: object, blas: ctypes.CDLL) -> int:
     """Redirect the matrix products of the loaded module `mlx.core` to `blas`. Returns the number of functions.
 
     Raises OSError with a readable message if that is not possible. Functions that were redirected before the
@@ -67,9 +67,9 @@ def _slots(library: _LinkMap, kinds: tuple[int, ...]) -> Iterator[tuple[str, int
     for table, size in ((_JUMPS, _JUMPS_BYTES), (_ENTRIES, _ENTRIES_BYTES)):
         if table not in found:
             continue
-        for offset, information, _ in _ENTRY.iter_unpack(ctypes.string_at(found[table], found.get(size, 0))):
-            symbol = information >> 32
-            if information & 0xFFFFFFFF not in kinds or not symbol:
+        for offset, info, _ in _ENTRY.iter_unpack(ctypes.string_at(found[table], found.get(size, 0))):
+            symbol = info >> 32
+            if info & 0xFFFFFFFF not in kinds or not symbol:
                 continue
             at = ctypes.c_uint32.from_address(found[_SYMBOLS] + symbol * _SYMBOL_BYTES).value
             name = ctypes.string_at(found[_STRINGS] + at)
@@ -92,11 +92,11 @@ def _dynamic_section(library: _LinkMap) -> dict[int, int]:
 
 def _is_writable(address: int) -> bool:
     for line in Path("/proc/self/maps").read_text().splitlines():
-        span, rights = line.split()[:2]
+        span, permissions = line.split()[:2]
         first, end = (int(part, 16) for part in span.split("-"))
         if first <= address < end:
-            return "w" in rights
-    raise OSError("its table of functions was not found")
+            return "w" in permissions
+    raise OSError("its function table was not found")
 
 
 def _write(address: int, function: int, *, protected: bool) -> None:
@@ -105,7 +105,7 @@ def _write(address: int, function: int, *, protected: bool) -> None:
     page = ctypes.c_void_p(address - address % size)
     process = ctypes.CDLL(None, use_errno=True)
     if protected and process.mprotect(page, ctypes.c_size_t(size), _READ | _WRITE):
-        raise OSError(f"its table of functions is locked ({os.strerror(ctypes.get_errno())})")
+        raise OSError(f"its function table is locked ({os.strerror(ctypes.get_errno())})")
     ctypes.c_size_t.from_address(address).value = function
     if protected:
         process.mprotect(page, ctypes.c_size_t(size), _READ)

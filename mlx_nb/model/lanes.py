@@ -67,7 +67,7 @@ def _streams(count: int) -> list[mx.Stream]:
     streams: list[mx.Stream] = _mine.__dict__.setdefault("streams", [])
     if not streams:
         mx.eval(mx.array(0.0) + 1)
-        backend.clear_order_variable()
+        backend.unset_scheduling_variable()
     while len(streams) < count:
         streams.append(mx.new_stream(mx.cpu) if streams else mx.default_stream(mx.cpu))
     return streams[:count]

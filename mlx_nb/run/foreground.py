@@ -88,7 +88,7 @@ def train_until(run: ForegroundRun, until: int | None) -> RunFinished | RunPause
     """Train to update `until`, or to the end (None). `Run.run` documents the rest."""
     if until is not None:
         lengthen(run, until)
-    if run.prepared and run.trainer.finished is not None and run.trainer.over:
+    if run.prepared and run.trainer.finished is not None and run.trainer.is_complete:
         return run.trainer.finished
     updates = None if until is None else max(0, until - run.step_count)
     ended: RunFinished | RunPaused | None = None

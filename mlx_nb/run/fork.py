@@ -76,8 +76,8 @@ def forked(
     other.trainer.restore(for_other_settings(source.trainer.snapshot(), source.config, other.config))
     if not changes.keys().isdisjoint(LENGTHS):
         other.trainer.refuse_shorter_than_done(other.config)
-    other.trainer.go_on()
-    other.trainer.finish_again()
+    other.trainer.undo_early_end()
+    other.trainer.repeat_finish()
     # The fork has its own name, length and folder.
     own = (event for event in source.history.events if not isinstance(event, RunFinished))
     iters = other.trainer.iters

@@ -152,7 +152,7 @@ def make_trainer(
         tokenizer=loaded.tokenizer,
         rewards=inputs.rewards,
         base=base_identity(loaded.weights, config.load_in_bits),
-        use={"model": loaded_as(config, loaded), "prompt_format": inputs.prompt_rendering.prompt_format or ""},
+        loading_info={"model": loaded_as(config, loaded), "prompt_format": inputs.prompt_rendering.prompt_format or ""},
         from_checkpoint=from_checkpoint,
         inbox=inbox,
         write=home.write,

@@ -359,7 +359,7 @@ class Run:
     @property
     def over(self) -> bool:
         """Whether the run has ended and no update is left. A run that was stopped, or stopped early, can continue."""
-        return self._trainer is not None and self._trainer.over
+        return self._trainer is not None and self._trainer.is_complete
 
     def plot(self) -> ShownFigure:
         """The curves as a matplotlib Figure that displays itself; `run.plot().savefig("curves.png")` saves it."""

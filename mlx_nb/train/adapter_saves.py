@@ -28,7 +28,7 @@ class AdapterSaves:
         folder: Path,
         write_file: adapters.Write,
         base: dict[str, Any] | None,
-        use: Mapping[str, str] | None = None,
+        loading_info: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = folder
         self.write_file = write_file
@@ -38,7 +38,7 @@ class AdapterSaves:
         self._model = model
         self._keys = keys
         self._base = base
-        self._use = use
+        self._loading_info = loading_info
 
     def save(self, config: RunConfig, update: int, kind: str) -> Path:
         """Write the adapter of `update` as `last`, `best` or `step`. Returns the path of its weights."""
@@ -64,7 +64,7 @@ class AdapterSaves:
             folder,
             file_name,
             base=self._base,
-            use=self._use,
+            loading_info=self._loading_info,
             update=update,
             write=write or self.write_file,
             weights=weights,

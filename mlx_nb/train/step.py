@@ -23,7 +23,7 @@ from mlx_nb.model.trained import forms_of, train_only
 from mlx_nb.model.trees import named_arrays
 from mlx_nb.objectives.base import LossSum, Objective, joined
 from mlx_nb.train.optimizer import clip, gradient_norm, scalar
-from mlx_nb.train.vectors import form_for
+from mlx_nb.train.vectors import optimizer_form
 
 LARGEST_SHOWN = 3
 # Compiled functions are traced once per shape, so there shapes are rounded up to fewer of them.
@@ -91,7 +91,7 @@ class Stepper:
         self._metric_names: tuple[str, ...] = ()
         parameters = model.trainable_parameters()
         self._trained = forms_of(parameters)
-        self._form = form_for(type(optimizer).__name__.lower(), parameters)
+        self._form = optimizer_form(type(optimizer).__name__.lower(), parameters)
         optimizer.init(self._form.join(parameters))
         mx.eval(optimizer.state)
         self._gradients = self._sum_and_gradients

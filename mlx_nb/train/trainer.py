@@ -129,7 +129,7 @@ class Trainer:
         tokenizer: Tokenizer | None = None,
         rewards: Sequence[Reward] = (),
         base: dict[str, Any] | None = None,
-        use: Mapping[str, str] | None = None,
+        loading_info: Mapping[str, str] | None = None,
         from_checkpoint: bool = False,
         inbox: Inbox | None = None,
         write: adapters.Write = write_whole,
@@ -161,7 +161,7 @@ class Trainer:
         try:
             with random_stream(seed_for(config.seed, "adapter")):
                 self._keys = adapters.attach_adapter(model, config)
-                self.saves = AdapterSaves(model, self._keys, folder, write, base, use)
+                self.saves = AdapterSaves(model, self._keys, folder, write, base, loading_info)
                 refuse_beyond_memory(model, config)
                 mx.eval(held_arrays(model))
             if config.resume_adapter_file and not from_checkpoint:
@@ -186,7 +186,7 @@ class Trainer:
         self.plan = UpdatePlan(config, examples.train)
         self.rollouts: Rollouts | None = None
         if method_named(config.method).kind.sampled:
-            assert tokenizer is not None, "completions are sampled by a tokenizer"
+            assert tokenizer is not None, "sampling completions needs a tokenizer"
             self.rollouts = Rollouts(
                 config,
                 columns=tuple(dict.fromkeys(name for example in examples.train for name in example.columns)),
@@ -199,16 +199,16 @@ class Trainer:
         self.source: BatchSource = self.rollouts or RowBatches(
             config, scorer=self.scorer, reference=reference, width_multiple=width_multiple
         )
-        self.iters = self._length()
-        mx.reset_peak_memory()
+        self.iters = self._total_updates()
+        mx.reset_peak_memory()  # mlx's peak is that of the whole process; a run keeps its own in `_peaks`
 
-    def _left(self) -> int:
+    def _updates_left(self) -> int:
         """The number of updates left."""
         return updates_left(self.config, self.state, self.plan, self.rollouts)
 
-    def _length(self) -> int:
+    def _total_updates(self) -> int:
         """The length of the whole run, at least the updates done."""
-        return max(1, self.state.step + self._left())
+        return max(1, self.state.step + self._updates_left())
 
     def request(self, request: Request) -> None:
         """Queue a request for the next step boundary. Safe to call from a signal handler or widget callback."""
@@ -231,7 +231,7 @@ class Trainer:
         """
         done = 0
         if updates != 0:
-            self.go_on()
+            self.undo_early_end()
         while True:
             paused = yield from self._read_requests()
             if paused:
@@ -242,7 +242,7 @@ class Trainer:
             try:
                 if self.saves.best_is_stale:
                     self.restore_best()
-                self.stepper.trainable()  # raises ModelChanged before the model is used
+                self.stepper.trainable()  # undoes the user's freezing, or raises ModelChanged
                 if self.schedule:
                     event = yield from self._work.share(self._do_next)
                 elif self.finished is not None or done == updates:
@@ -272,19 +272,19 @@ class Trainer:
             yield event
 
     @property
-    def over(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether the run has ended and no update is left."""
-        return self.finished is not None and not self._left()
+        return self.finished is not None and not self._updates_left()
 
-    def go_on(self) -> None:
+    def undo_early_end(self) -> None:
         """Undo a stop or early stop, so that the remaining updates are done."""
-        if self.finished is not None and self._left():
+        if self.finished is not None and self._updates_left():
             self.finished = None
             self.state = replace(self.state, evaluations_without_best=0)
 
-    def finish_again(self) -> None:
-        """If the run is over, finish it again, which writes its adapter to the folder of this trainer."""
-        if self.over:
+    def repeat_finish(self) -> None:
+        """If the run is complete, finish it again, which writes its adapter to the folder of this trainer."""
+        if self.is_complete:
             self.finished = None
             self.schedule.add(SAVE_LAST, ("finish", ITERS_REACHED))
 
@@ -329,7 +329,7 @@ class Trainer:
         """Do one task. Returns its event and the follow-up tasks."""
         match what:
             case "start":
-                return self._start(), self.measures.at_the_start
+                return self._start(), self.planned_measurements.at_the_start
             case "validate":
                 return (yield from self._validate(scheduled=not how))
             case "sample":
@@ -377,7 +377,7 @@ class Trainer:
         self._work.drop()
         self.stepper.restore(parameters, checkpoint.arrays["optimizer"])
         self.state = TrainerState(**checkpoint.state["trainer"])
-        # JSON has no tuples, and older checkpoints have losses without a length class.
+        # JSON has no tuples, and older checkpoints have losses without a length class, which are dropped.
         pairs = [one for one in self.state.recent_losses if isinstance(one, list | tuple)]
         self.state.recent_losses = [(length, loss) for length, loss in pairs]
         if (place := checkpoint.state.get("place")) is not None:
@@ -418,7 +418,7 @@ class Trainer:
         return bool(self.examples.valid) and self.config.steps_per_eval != -1
 
     @property
-    def measures(self) -> Measures:
+    def planned_measurements(self) -> Measures:
         """What the run measures on its own."""
         prompts = self.config.sample_prompts if self._sampler is not None else None
         return Measures(self.validates, bool(self.config.test and self.examples.test), tuple(prompts or ()))
@@ -431,21 +431,21 @@ class Trainer:
             self._memory_limit = None  # reported only once
         if step - self.state.learned_step == IDLE_UPDATES:
             self.schedule.add(("idle", str(IDLE_UPDATES)))
-        if self._left():
-            self.schedule.after_update(step, self.iters, self.config, self.measures)
+        if self._updates_left():
+            self.schedule.after_update(step, self.iters, self.config, self.planned_measurements)
         else:
-            self.schedule.after_the_last(self.state.validated_step == step, self.measures)
+            self.schedule.after_the_last(self.state.validated_step == step, self.planned_measurements)
 
     def _sample(self, prompt: str) -> Generator[Event, None, SampleGenerated]:
         assert self._sampler is not None
         answers: tuple[str, str | None] = ("", None)
         # The answer of the base follows that of the model, unless it is cached.
-        of_model = most = self.config.sample_tokens
-        for tokens, so_far in enumerate(self._sampler(prompt, of_model), start=1):
+        model_tokens = total_tokens = self.config.sample_tokens
+        for tokens, so_far in enumerate(self._sampler(prompt, model_tokens), start=1):
             if so_far[1] is not None and answers[1] is None:
-                most = tokens + of_model
+                total_tokens = tokens + model_tokens
             answers = so_far
-            yield Progress(self.state.step, "sample", min(tokens, most), most)
+            yield Progress(self.state.step, "sample", min(tokens, total_tokens), total_tokens)
             self._poll()
         return SampleGenerated(self.state.step, prompt, *answers)
 
@@ -463,17 +463,17 @@ class Trainer:
                     self._abort = Pause in self._inbox and self._abort
                     self.schedule.cancel()
                 case Stop():
-                    self.schedule.only(self.measures.at_the_end(STOPPED))
+                    self.schedule.only(self.planned_measurements.at_the_end(STOPPED))
                 case Save():
                     self.schedule.add(SAVE_LAST)
                 case Evaluate() if not self.examples.valid:
                     yield RequestRefused(self.state.step, _NO_VALIDATION)
                 case Evaluate():
                     self.schedule.add(VALIDATE_NOW)
-                case Sample() if not self.measures.prompts:
+                case Sample() if not self.planned_measurements.prompts:
                     yield RequestRefused(self.state.step, _NO_PROMPTS)
                 case Sample():
-                    self.schedule.add(*self.measures.samples)
+                    self.schedule.add(*self.planned_measurements.samples)
                 case ChangeSetting(name, value):
                     try:
                         yield self.change(name, value)
@@ -505,13 +505,13 @@ class Trainer:
 
     def _end_where_due(self) -> None:
         """Update the length of the run: reopen it if it became longer, and end it if no update is left."""
-        self.iters = self._length()
-        if self._left():
+        self.iters = self._total_updates()
+        if self._updates_left():
             if self.finished and self.finished.reason == ITERS_REACHED:
                 self.finished = None
             self.schedule.reopen()
         elif self._started and self.finished is None and not self.schedule.ends:
-            self.schedule.after_the_last(self.state.validated_step == self.state.step, self.measures)
+            self.schedule.after_the_last(self.state.validated_step == self.state.step, self.planned_measurements)
 
     def change(self, name: str, value: Any) -> SettingChanged:
         """Change a live setting at a step boundary. A finished run that becomes longer continues.
@@ -528,7 +528,7 @@ class Trainer:
         self.refuse_shorter_than_done(config)
         self.config = config
         self._end_where_due()
-        self.go_on()
+        self.undo_early_end()
         note = stretch_note(config, before, self.iters, self.state.step)
         return SettingChanged(self.state.step, name, old, getattr(config, name), self.iters, note)
 
@@ -550,8 +550,8 @@ class Trainer:
         learning_rate = learning_rate_at(config, self.iters, state.step)
         tokens = sum(sum(batch.lengths) for batch in batches)
         length = length_class(tokens, len(rows))
-        alike = [loss for of_length, loss in state.recent_losses if of_length == length]
-        watch = SpikeWatch(alike, state.spikes, config.loss_spike, config.spike_patience)
+        comparable_losses = [loss for of_length, loss in state.recent_losses if of_length == length]
+        watch = SpikeWatch(comparable_losses, state.spikes, config.loss_spike, config.spike_patience)
         try:
             update = self.stepper.update(
                 batches,
@@ -618,7 +618,7 @@ class Trainer:
         Raises OutOfMemory if a batch does not fit, ModelChanged, and CommandError if user code inside it requests an
         immediate pause. Other pauses take effect when training continues.
         """
-        self.stepper.trainable()  # raises ModelChanged
+        self.stepper.trainable()  # undoes the user's freezing, or raises ModelChanged
         evaluating = self._evaluating(split, all_rows)
         with memory_errors("rows were evaluated", "A lower batch_size or max_seq_length needs less."):
             while True:
@@ -666,9 +666,9 @@ class Trainer:
             self.state = replace(state, scheduled_best=loss, evaluations_without_best=0)
             return
         self.state = replace(state, evaluations_without_best=state.evaluations_without_best + 1)
-        given_up = patience is not None and self.state.evaluations_without_best >= patience
-        if given_up and self.finished is None and self._left():
-            self.schedule.add(*self.measures.at_the_end(EARLY_STOPPING))
+        out_of_patience = patience is not None and self.state.evaluations_without_best >= patience
+        if out_of_patience and self.finished is None and self._updates_left():
+            self.schedule.add(*self.planned_measurements.at_the_end(EARLY_STOPPING))
 
     def _test(self) -> Generator[Event, None, Event]:
         try:

@@ -35,14 +35,14 @@ def length_class(tokens: int, rows: int) -> int:
     return round(math.log2(max(1, tokens) / max(1, rows)))
 
 
-def spike(loss: float, alike: Sequence[float], loss_spike: float | None) -> str | None:
-    """A message if `loss` is a spike compared with the earlier losses `alike` of its length class; otherwise None.
+def spike(loss: float, comparable_losses: Sequence[float], loss_spike: float | None) -> str | None:
+    """A message if `loss` is a spike among `comparable_losses`, the earlier ones of its length class; otherwise None.
 
     A spike is a loss above median + `loss_spike` * max(0.1, 1.4826 * MAD) of the last 32 losses, where MAD is the
     median absolute deviation; both are robust to a single hard batch. Length classes keep different kinds of rows
     apart, because a batch has rows of similar length. `loss_spike` None disables the check.
     """
-    recent = alike[-RECENT_LOSSES:]
+    recent = comparable_losses[-RECENT_LOSSES:]
     if loss_spike is None or len(recent) < FEWEST_LOSSES:
         return None
     usual = statistics.median(recent)
@@ -60,12 +60,12 @@ def spike(loss: float, alike: Sequence[float], loss_spike: float | None) -> str 
 class SpikeWatch:
     """Judges the loss of one update. `found` is a message if it is a spike.
 
-    alike     losses of earlier updates in the same length class
-    before    number of consecutive spikes before this update
-    patience  number of consecutive spikes at which the update is not applied
+    comparable_losses  losses of earlier updates in the same length class
+    before             number of consecutive spikes before this update
+    patience           number of consecutive spikes at which the update is not applied
     """
 
-    alike: Sequence[float]
+    comparable_losses: Sequence[float]
     before: int
     loss_spike: float | None
     patience: int
@@ -75,7 +75,7 @@ class SpikeWatch:
         """Why the update must not be applied; None if it may."""
         if (refused := refusal(loss, gradient_norm)) is not None:
             return refused
-        self.found = spike(loss, self.alike, self.loss_spike)
+        self.found = spike(loss, self.comparable_losses, self.loss_spike)
         if self.found is None or self.before + 1 < self.patience:
             return None
         lasting = f", for {self.patience} updates in a row," if self.patience > 1 else ""
@@ -86,7 +86,7 @@ class SpikeWatch:
         """Number of consecutive spikes including this update. Updates without a comparison do not count."""
         if self.found is not None:
             return self.before + 1
-        return 0 if len(self.alike) >= FEWEST_LOSSES else self.before
+        return 0 if len(self.comparable_losses) >= FEWEST_LOSSES else self.before
 
 
 def advice(kind: type[TrainingError], step: int = FIRST_UPDATES, learning_rate: float = 0.0) -> str:

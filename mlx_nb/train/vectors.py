@@ -16,7 +16,7 @@ from mlx.utils import tree_unflatten
 from mlx_nb.config.optimizers import OPTIMIZERS
 from mlx_nb.model.trees import named_arrays
 
-LARGEST_BYTES = 256 * 1024**2  # larger trees have large arrays, for which joining only costs memory
+MAX_JOINED_BYTES = 256 * 1024**2  # larger trees have large arrays, for which joining only costs memory
 
 
 class ParameterVectors:
@@ -48,11 +48,11 @@ class ParameterVectors:
         return tree_unflatten(arrays)
 
     def evaluate(self, tree: Any) -> None:
-        """Compute the arrays of `tree`."""
+        """Evaluate the arrays of `tree`."""
         mx.eval(tree)
 
 
-class WholeTrees:
+class UnjoinedTrees:
     """Leaves trees unchanged, for large arrays and for optimizers that depend on array shapes."""
 
     def join(self, tree: Any) -> Any:
@@ -64,13 +64,13 @@ class WholeTrees:
         return tree
 
     def evaluate(self, tree: Any) -> None:
-        """Compute the arrays of `tree` one at a time, to save memory for intermediate results."""
+        """Evaluate the arrays of `tree` one at a time, to save memory for intermediate results."""
         for _, array in named_arrays(tree):
             mx.eval(array)
 
 
-def form_for(optimizer: str, parameters: Any) -> ParameterVectors | WholeTrees:
+def optimizer_form(optimizer: str, parameters: Any) -> ParameterVectors | UnjoinedTrees:
     """The form in which the optimizer named `optimizer` gets `parameters`."""
-    small = sum(array.nbytes for _, array in named_arrays(parameters)) <= LARGEST_BYTES
+    small = sum(array.nbytes for _, array in named_arrays(parameters)) <= MAX_JOINED_BYTES
     elementwise = optimizer in OPTIMIZERS and OPTIMIZERS[optimizer].elementwise
-    return ParameterVectors(parameters) if elementwise and small else WholeTrees()
+    return ParameterVectors(parameters) if elementwise and small else UnjoinedTrees()

@@ -35,7 +35,7 @@ from mlx_nb.events import (
 )
 from mlx_nb.events.history import History, evaluation_row
 from mlx_nb.view.metric_text import headline, main_metrics, metric_words, number, side_metrics
-from mlx_nb.view.pace import FEW_UPDATES, time_left, tokens_a_second
+from mlx_nb.view.pace import FEW_UPDATES, time_left, tokens_per_second
 
 # The state of a run, in a sentence that starts with its name.
 STATES = {
@@ -207,7 +207,7 @@ def progress_line(history: History, iters: int) -> str:
     parts = [
         f"update {last.step} of {iters}",
         f"loss {last.loss:.3f}",
-        f"{tokens_a_second(history):.0f} tokens/s"
+        f"{tokens_per_second(history):.0f} tokens/s"
         + (f" (of {counted(len(history), 'update')})" if len(history) < FEW_UPDATES else ""),
         f"memory {last.peak_memory / 1e9:.1f} GB",
     ]

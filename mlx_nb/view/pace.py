@@ -24,7 +24,7 @@ def time_left(history: History, iters: int) -> float:
     # The first update of a process is slower than later ones, so it is ignored once there are others.
     steady = recent[1:] if 1 < len(recent) < RECENT_UPDATES else recent
     updates = iters - last.step
-    pace = sum(steady) / len(steady) + rollout_pace(history)
+    pace = sum(steady) / len(steady) + _rollout_seconds_per_update(history)
     evaluations = history.evaluations("valid")
     if len(evaluations) > 1 and last.step:
         # Validations are evenly spaced; the one at the start is not repeated.
@@ -32,14 +32,14 @@ def time_left(history: History, iters: int) -> float:
     return max(0.0, updates * pace)
 
 
-def tokens_a_second(history: History) -> float:
+def tokens_per_second(history: History) -> float:
     """Tokens per second over the latest updates; 0 before the first."""
     recent = history.last_steps(RECENT_UPDATES)
     recent = recent[1:] if 1 < len(recent) < RECENT_UPDATES else recent  # the first one is slower, see `time_left`
     return sum(event.tokens for event in recent) / max(sum(event.seconds for event in recent), 1e-9)
 
 
-def rollout_pace(history: History) -> float:
+def _rollout_seconds_per_update(history: History) -> float:
     """Seconds per update spent on sampling and rewards, over the latest updates; 0 for other methods."""
     recent = history.last_steps(RECENT_UPDATES)
     spent = [value for event in recent for name, value in event.metrics.items() if name.startswith(SECONDS)]

@@ -232,7 +232,10 @@ def test_a_template_that_cannot_be_followed_is_refused_as_text_and_remarked_upon
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     row = {"messages": [{"role": "user", "content": "a <|im_end|>"}, {"role": "assistant", "content": "b"}]}
-    assert "cannot be told from the template's own" in view_of(row, tokenizer, special_tokens_in_text="text").error
+    assert (
+        "cannot be distinguished from the template's own"
+        in view_of(row, tokenizer, special_tokens_in_text="text").error
+    )
     harmless = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     assert view_of(harmless, tokenizer, special_tokens_in_text="text").error is None
 

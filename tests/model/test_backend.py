@@ -62,14 +62,14 @@ def test_products_are_those_of_the_fast_blas_whoever_imported_mlx_first():
 def test_an_mlx_that_cannot_be_redirected_is_left_as_it_was_and_reason_and_cure_are_said(monkeypatch):
     def locked(mlx, library):
         assert mlx is mx
-        raise OSError("its table of functions is locked")
+        raise OSError("its function table is locked")
 
-    monkeypatch.setattr(backend, "redirect_products", locked)
+    monkeypatch.setattr(backend, "redirect_blas_calls", locked)
     blas = backend._load_blas()
     assert blas.library is None
     assert blas.threads == 1
     assert "imported before mlx_nb" in blas.warning
-    assert "table of functions is locked" in blas.warning
+    assert "function table is locked" in blas.warning
     assert "Restart the kernel" in blas.warning
     assert "\n" not in blas.warning
 

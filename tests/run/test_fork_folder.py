@@ -34,7 +34,7 @@ def stopped_early(run):
     for event in run.events():
         if event.step == 2:
             break
-    run.trainer.schedule.add(*run.trainer.measures.at_the_end("early stopping"))
+    run.trainer.schedule.add(*run.trainer.planned_measurements.at_the_end("early stopping"))
     run.run()
 
 

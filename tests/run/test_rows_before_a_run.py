@@ -132,12 +132,12 @@ def test_the_row_view_tries_a_row_and_collects_those_to_leave_out(tmp_path, tiny
         browser.jump.value = row
         assert not browser.leave.value
         browser.leave.value = True
-    assert browser.leave_out == [1, 3]
+    assert browser.left_out_rows == [1, 3]
     assert "leave_out: [1, 3]" in browser.setting.value
-    assert RunConfig.from_yaml(f"leave_out: {browser.leave_out}").leave_out == (1, 3)
+    assert RunConfig.from_yaml(f"leave_out: {browser.left_out_rows}").leave_out == (1, 3)
     browser.jump.value = 3
     browser.lighter.value = True  # a row is not both
-    assert (browser.leave_out, browser.down_weight, browser.leave.value) == ([1], [3], False)
+    assert (browser.left_out_rows, browser.down_weighted_rows, browser.leave.value) == ([1], [3], False)
     assert "down_weight: [3]" in browser.setting.value
     browser.split.value = "valid"
     assert browser.leave.disabled

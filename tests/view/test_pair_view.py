@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_nb.errors import DataError
-from mlx_nb.view.rows.diff import differing_places
+from mlx_nb.view.rows.diff import differing_indices
 from mlx_nb.view.rows.overlay import render_html
 from mlx_nb.view.rows.pair import Answer, pages_of_pair, pair_cells, render_pair_html, render_pair_text
 from shown_rows import ATTRIBUTES, MESSAGES, NASTY, TAGS, TOKENIZER, Page, conversation, long_conversation
@@ -42,13 +42,13 @@ def test_one_word_that_agrees_by_chance_between_long_differences_is_marked_with_
 
 @given(st.lists(st.sampled_from("abc"), max_size=30), st.lists(st.sampled_from("abc"), max_size=30))
 def test_what_is_not_marked_is_the_same_in_both(one, other):
-    differing = differing_places(one, other)
+    differing = differing_indices(one, other)
     left = [
         [word for place, word in enumerate(said) if place not in marked]
         for said, marked in zip((one, other), differing)
     ]
     assert left[0] == left[1]
-    assert differing_places(one, one) == (set(), set())
+    assert differing_indices(one, one) == (set(), set())
 
 
 @pytest.mark.parametrize("words", [1, 3, 5000])
@@ -56,7 +56,7 @@ def test_the_difference_of_long_answers_is_found_in_a_moment(words):
     draw = random.Random(0)
     one, other = ([draw.randrange(words) for _ in range(4000)] for _ in range(2))
     started = time.perf_counter()
-    differing_places(one, other)
+    differing_indices(one, other)
     assert time.perf_counter() - started < 3
 
 

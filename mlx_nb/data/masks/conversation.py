@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from mlx_nb.data.masks.assistant_turns import Turn
 from mlx_nb.data.masks.control_tokens import Written
 from mlx_nb.data.masks.location import Located, locate_messages
 from mlx_nb.data.masks.prompt_format import DEFAULT_RENDERING, Rendering
 from mlx_nb.data.masks.render import ChatTemplate, encode_raw, fast_tokenizer, unwrapped
-from mlx_nb.data.masks.spans import Turn
 from mlx_nb.data.masks.tagging import REASONING_FIELDS, Unproved
 from mlx_nb.data.masks.template_facts import Message, RenderFailed
 from mlx_nb.data.masks.token_edges import Edges, TokenOffsets

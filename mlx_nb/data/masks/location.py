@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from mlx_nb.data.masks.spans import Scene, Turn, agree_with_text_prefixes, measure_turn
+from mlx_nb.data.masks.assistant_turns import Turn, TurnContext, measure_turn, refuse_prefix_mismatch
 from mlx_nb.data.masks.tagging import TAGGINGS, TaggedRender, Tagging, Unproved, tag_and_prove
 from mlx_nb.data.masks.template_facts import Message, Render, RenderFailed, TemplateFacts
 from mlx_nb.data.masks.windows import LONG, Window, Windows
@@ -54,24 +54,24 @@ def locate_messages(
     for tagging in TAGGINGS:
         try:
             tagged = tag_and_prove(messages, text, render, facts.constants, tagging)
-            scene = Scene(tagged, render, facts, text, eos)
-            located, by_prefixes = _measure(messages, scene, tagging, eos_ranges)
+            context = TurnContext(tagged, render, facts, text, eos)
+            located, by_prefixes = _measure(messages, context, tagging, eos_ranges)
             break
         except Unproved as error:
             reason = reason or error
     else:
         raise reason or Unproved("no text could be tagged")
     for turn in by_prefixes:
-        agree_with_text_prefixes(turn, messages, text, render, facts.header)
+        refuse_prefix_mismatch(turn, messages, text, render, facts.header)
     return located
 
 
 def _measure(
-    messages: Sequence[Message], scene: Scene, tagging: Tagging, eos_ranges: EosRanges
+    messages: Sequence[Message], context: TurnContext, tagging: Tagging, eos_ranges: EosRanges
 ) -> tuple[Located, list[Turn]]:
     """The positions of all messages, and the turns that were measured with the whole beginning of the conversation."""
     own: dict[int, list[int]] = {}
-    for k, run in enumerate(scene.tagged.runs):
+    for k, run in enumerate(context.tagged.runs):
         own.setdefault(run.message, []).append(k)
     answers, by_prefixes = dict[int, tuple[int, int]](), dict[int, Turn]()
     for i, runs in own.items():
@@ -80,21 +80,21 @@ def _measure(
                 raise Unproved(f"the text of message {i} (assistant) is mixed with that of others")
             answers[i] = runs[0], runs[-1]
             if i < LONG:
-                by_prefixes[i] = measure_turn(scene, i, *answers[i])
+                by_prefixes[i] = measure_turn(context, i, *answers[i])
     by_windows: dict[int, Turn] = {}
     if len(messages) > LONG:
-        windows = Windows(messages, scene.facts.constants)
+        windows = Windows(messages, context.facts.constants)
         by_windows = _measure_by_windows(
-            answers, by_prefixes, _WindowScenes(messages, scene, tagging, eos_ranges, windows)
+            answers, by_prefixes, _WindowContexts(messages, context, tagging, eos_ranges, windows)
         )
         rest = (i for i in answers if i not in by_prefixes and i not in by_windows)
-        by_prefixes |= {i: measure_turn(scene, i, *answers[i]) for i in rest}
+        by_prefixes |= {i: measure_turn(context, i, *answers[i]) for i in rest}
     turns = sorted([*by_prefixes.values(), *by_windows.values()], key=lambda turn: turn.start)
     for before, after in pairwise(turns):
         if before.end > after.start:
             raise Unproved(f"messages {before.message} and {after.message} overlap in the text")
-    regions = [r for r in _regions(scene.tagged) if messages[r[0]].get("role") != "assistant"]
-    located = Located(tuple(turns), tuple(regions), tuple(scene.tagged.lost), tuple(scene.tagged.absent))
+    regions = [r for r in _regions(context.tagged) if messages[r[0]].get("role") != "assistant"]
+    located = Located(tuple(turns), tuple(regions), tuple(context.tagged.lost), tuple(context.tagged.absent))
     return located, [by_prefixes[turn.message] for turn in turns if turn.message in by_prefixes]
 
 
@@ -112,7 +112,7 @@ def _regions(tagged: TaggedRender) -> Iterator[tuple[int, int, int]]:
 
 
 def _measure_by_windows(
-    answers: Mapping[int, tuple[int, int]], known: Mapping[int, Turn], windows: _WindowScenes
+    answers: Mapping[int, tuple[int, int]], known: Mapping[int, Turn], windows: _WindowContexts
 ) -> dict[int, Turn]:
     """The later turns that their windows locate; empty if windows contradict turns that are `known`."""
     for i, turn in known.items():
@@ -140,9 +140,9 @@ class _Surroundings:
     after: int = field(compare=False)
 
 
-def _surroundings(scene: Scene, first_run: int, last_run: int, indexes: Sequence[int]) -> _Surroundings:
-    """`indexes` are the numbers of the scene's messages in the whole conversation."""
-    tagged = scene.tagged
+def _surroundings(context: TurnContext, first_run: int, last_run: int, indexes: Sequence[int]) -> _Surroundings:
+    """`indexes` are the numbers of the turn context's messages in the whole conversation."""
+    tagged = context.tagged
     runs, i = tagged.runs, indexes[tagged.runs[first_run].message]
     previous = runs[first_run - 1] if first_run else None
     following = runs[last_run + 1] if last_run + 1 < len(runs) else None
@@ -151,18 +151,18 @@ def _surroundings(scene: Scene, first_run: int, last_run: int, indexes: Sequence
     return _Surroundings(
         (tagged.text[begin : runs[first_run].start], tagged.text[runs[last_run].end : end]),
         (indexes[previous.message] - i if previous else None, indexes[following.message] - i if following else None),
-        tuple((a - after, b - after) for a, b in scene.eos_between(after, limit)),
+        tuple((a - after, b - after) for a, b in context.eos_between(after, limit)),
         tagged.in_real(begin),
         after,
     )
 
 
 @dataclass(frozen=True)
-class _WindowScenes:
+class _WindowContexts:
     """The windows of one conversation, and the measurements of each window shape."""
 
     messages: Sequence[Message]
-    scene: Scene
+    context: TurnContext
     tagging: Tagging
     eos_ranges: EosRanges
     windows: Windows
@@ -173,7 +173,7 @@ class _WindowScenes:
         window = self.windows.around(i)
         if window.shape not in self.known:
             self.known[window.shape] = self._measure(window)
-        own = _surroundings(self.scene, first_run, last_run, range(len(self.messages)))
+        own = _surroundings(self.context, first_run, last_run, range(len(self.messages)))
         measured = self.known[window.shape]
         if measured and measured[1] != own:
             # What the template copies, such as the name of a tool, is not part of a shape.
@@ -186,16 +186,16 @@ class _WindowScenes:
 
     def _measure(self, window: Window) -> tuple[Turn, _Surroundings] | None:
         """The turn and its surroundings, in a conversation of the window's messages alone."""
-        messages, scene = [self.messages[k] for k in window.indexes], self.scene
+        messages, context = [self.messages[k] for k in window.indexes], self.context
         try:
-            text = scene.render(messages, False)
-            tagged = tag_and_prove(messages, text, scene.render, scene.facts.constants, self.tagging)
-            small = Scene(tagged, scene.render, scene.facts, text, self.eos_ranges(messages, text))
+            text = context.render(messages, False)
+            tagged = tag_and_prove(messages, text, context.render, context.facts.constants, self.tagging)
+            small = TurnContext(tagged, context.render, context.facts, text, self.eos_ranges(messages, text))
             own = [k for k, run in enumerate(tagged.runs) if run.message == window.slot]
             if not own or len(own) != own[-1] - own[0] + 1:
                 return None
             turn = measure_turn(small, window.slot, own[0], own[-1])
-            agree_with_text_prefixes(turn, messages, text, scene.render, scene.facts.header)
+            refuse_prefix_mismatch(turn, messages, text, context.render, context.facts.header)
         except (RenderFailed, Unproved, MaskRefused):
             return None
         return turn, _surroundings(small, own[0], own[-1], window.indexes)

@@ -128,8 +128,8 @@ class ChatTemplate:
         except Unproved as error:
             if rendering.as_text:
                 raise MaskRefused(
-                    f"the control tokens in its texts cannot be told from the template's own: {error}. Remove them, "
-                    "or set `special_tokens_in_text: keep`."
+                    f"the control tokens in its texts cannot be distinguished from the template's own: {error}. "
+                    "Remove them, or set `special_tokens_in_text: keep`."
                 ) from error
             problem = f"control tokens are written in the messages, and become control tokens: {error}."
             return Encoded(tokens, offsets, found, problems=(problem,))

@@ -16,7 +16,16 @@ from mlx_nb import events
 from mlx_nb.config.methods import Metric
 from mlx_nb.events.history import History, decimated, evaluation_row
 from mlx_nb.view.curves.groups import LOSS, QUANTITIES, Group, first_groups, groups_of
-from mlx_nb.view.curves.points import SHORT_RUN, SMOOTHING, Columns, Table, clock, kept_points, line, smoothed_at
+from mlx_nb.view.curves.points import (
+    SHORT_RUN,
+    SMOOTHING,
+    Columns,
+    Table,
+    clock_json,
+    kept_points,
+    line_json,
+    smoothed_at,
+)
 from mlx_nb.view.event_text import describe
 from mlx_nb.view.metric_text import headline, reward_of
 
@@ -93,7 +102,7 @@ class SeriesBuilder:
             }
             for group in groups
         ]
-        clocks = [clock(updates, RUN_KNOTS), *(clock(branch, LEFT_KNOTS) for branch in branches)]
+        clocks = [clock_json(updates, RUN_KNOTS), *(clock_json(branch, LEFT_KNOTS) for branch in branches)]
         markers = [
             marked[index][1] for marked in self._marked.values() for index in decimated(len(marked), MARKERS_OF_A_KIND)
         ]
@@ -115,10 +124,10 @@ class SeriesBuilder:
         self._read += 1
         self._best_is_old |= isinstance(event, events.EvaluationCompleted | events.Rewound)
         if isinstance(event, events.Rewound):
-            left = self._updates.cut(event.kept)
+            left = self._updates.truncate(event.kept)
             if len(left["step"]):
                 self._left.append(left)
-            self._validations.cut(event.kept)
+            self._validations.truncate(event.kept)
             for marked in self._marked.values():
                 del marked[bisect_left(marked, event.kept, key=itemgetter(0)) :]
             self._standing = min(self._standing, event.kept)
@@ -187,7 +196,7 @@ def _lines(group: Group, updates: Columns, valid: Columns, points: int) -> list[
         shape = updates[LOSS] if one.column == "smoothed" else values
         kept = kept_points(shape, points)
         lines.append(
-            line(one.name, one.role, columns["step"][kept], (smoothed_at if one.smooth else np.take)(values, kept))
+            line_json(one.name, one.role, columns["step"][kept], (smoothed_at if one.smooth else np.take)(values, kept))
         )
     return lines
 
@@ -200,5 +209,5 @@ def _left_lines(group: Group, branches: list[Columns], points: int) -> list[dict
         for column in columns:
             if column in branch:
                 kept = kept_points(branch[column], points)
-                lines.append(line("rewound", "left", branch["step"][kept], branch[column][kept], number))
+                lines.append(line_json("rewound", "left", branch["step"][kept], branch[column][kept], number))
     return lines

@@ -57,7 +57,7 @@ class PageRequests:
             losses = self._worst_rows(split)
             note = f"the {len(losses)} rows with the highest loss when last trained or evaluated"
             listed = listed_rows(losses, self._location(split))
-            return {"rows": listed, "note": note if losses else "no losses are known yet", "pages": 1}
+            return {"rows": listed, "note": note if losses else "no losses yet", "pages": 1}
         total = len(self._run.inputs.split(split))
         first = ROWS_OF_A_PAGE * page
         some: list[tuple[int, float | None]] = [(row, None) for row in range(first, min(total, first + ROWS_OF_A_PAGE))]

@@ -54,9 +54,9 @@ class RowBrowser:
         self._finders = {split: RowFinder(examples, partial(losses, split)) for split, examples in splits.items()}
         self.position = 0
         self._page = 0
-        self._quiet = False
-        self._left: set[int] = set()
-        self._lighter: set[int] = set()
+        self._updating = False
+        self._left_out: set[int] = set()
+        self._down_weighted: set[int] = set()
         self._build()
         self.search: Search = self._finder.search()
         self._choose(0)
@@ -71,17 +71,17 @@ class RowBrowser:
         return self.search.found[self.position] if self.position < len(self.search.found) else None
 
     @property
-    def leave_out(self) -> list[int]:
+    def left_out_rows(self) -> list[int]:
         """The training rows marked to be left out, in the form of the setting."""
-        return sorted(self._left)
+        return sorted(self._left_out)
 
     def _edited(self) -> tuple[Examples, int] | None:
         return None if self.row is None else (self._splits[self.split.value], self.row)
 
     @property
-    def down_weight(self) -> list[int]:
+    def down_weighted_rows(self) -> list[int]:
         """The training rows marked for a lower weight, in the form of the setting."""
-        return sorted(self._lighter)
+        return sorted(self._down_weighted)
 
     def export(self, path: str | Path) -> int:
         """Write the found rows, except those to leave out, to a new jsonl file. Returns their number.
@@ -90,7 +90,7 @@ class RowBrowser:
         """
         if not self.search.done:
             raise CommandError(f"{self._summary(len(self.search.found))}: click Search more until all are searched.")
-        left = self._left if self.split.value == "train" else set()
+        left = self._left_out if self.split.value == "train" else set()
         rows = (row for row in sorted(self.search.found) if row not in left)
         return write_rows(self._splits[self.split.value].source, rows, Path(path).expanduser())
 
@@ -102,24 +102,24 @@ class RowBrowser:
 
     def _mark(self, marks: Mapping[str, bool]) -> None:
         """Mark the current row to be left out, or to have a lower weight, but not both."""
-        if self._quiet or self.row is None:
+        if self._updating or self.row is None:
             return
-        for marked, name in ((self._left, "leave"), (self._lighter, "lighter")):
+        for marked, name in ((self._left_out, "leave"), (self._down_weighted, "lighter")):
             if name in marks:
                 (marked.add if marks[name] else marked.discard)(self.row)
             elif any(marks.values()):
                 marked.discard(self.row)
         self._show_marks()
-        lines = [f"leave_out: {self.leave_out}"] * bool(self._left)
-        lines += [f"down_weight: {self.down_weight}"] * bool(self._lighter)
+        lines = [f"leave_out: {self.left_out_rows}"] * bool(self._left_out)
+        lines += [f"down_weight: {self.down_weighted_rows}"] * bool(self._down_weighted)
         self.setting.value = "in the settings: " + " ".join(f"<code>{line}</code>" for line in lines) if lines else ""
 
     def _show_marks(self) -> None:
-        is_quiet, self._quiet = self._quiet, True
-        for box, marked in ((self.leave, self._left), (self.lighter, self._lighter)):
+        was_updating, self._updating = self._updating, True
+        for box, marked in ((self.leave, self._left_out), (self.lighter, self._down_weighted)):
             box.value = self.row in marked and self.split.value == "train"
             box.disabled = self.row is None or self.split.value != "train"
-        self._quiet = is_quiet
+        self._updating = was_updating
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         # An exported notebook has no kernel for its widgets and shows the row itself.
@@ -134,7 +134,7 @@ class RowBrowser:
         self.split = widgets.Dropdown(options=list(self._splits), description="split", layout=_width("11em"))
         self.filter = widgets.Dropdown(options=FILTERS, description="show", layout=_width("14em"))
         self.text = widgets.Text(
-            placeholder="that contain…", continuous_update=False, layout=_width("13em"), tooltip="press Enter to search"
+            placeholder="containing…", continuous_update=False, layout=_width("13em"), tooltip="press Enter to search"
         )
         self.regex = widgets.Checkbox(description="regex", indent=False, layout=_width("auto"))
         self.previous = widgets.Button(description="◀ Previous", tooltip="previous row", layout=_width("auto"))
@@ -147,10 +147,10 @@ class RowBrowser:
             description="Search more", tooltip="search the rows that follow", layout=_width("auto")
         )
         self.page_back = widgets.Button(description="◀ page", layout=_width("auto"))
-        self.page_on = widgets.Button(description="page ▶", layout=_width("auto"))
+        self.page_next = widgets.Button(description="page ▶", layout=_width("auto"))
         self.leave = widgets.Checkbox(description="leave out", indent=False, layout=_width("auto"))
         self.lighter = widgets.Checkbox(description="down-weight", indent=False, layout=_width("auto"))
-        self.lighter.tooltip = "train it with a lower weight than other rows"
+        self.lighter.tooltip = "give it less weight in training"
         self.setting = widgets.HTML()
         self.file = widgets.Text(value="selection.jsonl", layout=_width("13em"), tooltip="a new file")
         self.write = widgets.Button(
@@ -170,9 +170,9 @@ class RowBrowser:
         self.write.on_click(lambda _: me._exported())
         self.previous.on_click(lambda _: me._choose(me.position - 1))
         self.next.on_click(lambda _: me._choose(me.position + 1))
-        self.more.on_click(lambda _: me._read_on())
+        self.more.on_click(lambda _: me._search_more())
         self.page_back.on_click(lambda _: me._turn(-1))
-        self.page_on.on_click(lambda _: me._turn(1))
+        self.page_next.on_click(lambda _: me._turn(1))
         for box in (self.split, self.filter, self.text, self.regex):
             box.observe(lambda _: me._search(), "value")
         self.jump.observe(lambda change: me._jump(change["new"]), "value")
@@ -184,7 +184,7 @@ class RowBrowser:
                 widgets.Box([self.split, self.filter, self.text, self.regex], layout=wrap),
                 widgets.Box([self.previous, self.next, self.jump, self.color, self.tokens], layout=wrap),
                 widgets.Box([widgets.Label("roles"), *self.roles.values()], layout=wrap),
-                widgets.Box([self.status, self.more, self.page_back, self.page_on], layout=wrap),
+                widgets.Box([self.status, self.more, self.page_back, self.page_next], layout=wrap),
                 widgets.Box([self.editor.open, self.leave, self.lighter, self.setting], layout=wrap),
                 widgets.Box([self.write, self.file, self.export_note], layout=wrap),
                 self.view,
@@ -194,29 +194,29 @@ class RowBrowser:
         weakref.finalize(self, close_widgets, self.widget).atexit = False
 
     def _search(self) -> None:
-        if self._quiet:
+        if self._updating:
             return
         try:
             self.search = self._finder.search(self.filter.value, self.text.value, regex=self.regex.value)
         except MlxNbError as error:
-            self._say(str(error))
+            self._set_status(str(error))
             return
         self.position = 0
-        self._read_on()
+        self._search_more()
 
-    def _read_on(self) -> None:
+    def _search_more(self) -> None:
         """Search more rows. Keeps the current row selected, except that the first result stays the first."""
         kept = self.row if self.position else None
         self.search.read_on(SECONDS_PER_CLICK)
         self._choose(0 if kept is None else self.search.found.index(kept))
 
     def _jump(self, row: int) -> None:
-        if self._quiet or row == self.row:
+        if self._updating or row == self.row:
             return
         if self.filter.value != ALL or self.text.value:
-            self._quiet = True
+            self._updating = True
             self.filter.value, self.text.value = ALL, ""
-            self._quiet = False
+            self._updating = False
             self.search = self._finder.search()
         self._choose(row)
 
@@ -232,24 +232,24 @@ class RowBrowser:
 
     def _show(self) -> None:
         row, found = self.row, len(self.search.found)
-        self._quiet = True
+        self._updating = True
         self.jump.max = max(0, len(self._finder) - 1)
         if row is not None:
             self.jump.value = row
         self._show_marks()
-        self._quiet = False
+        self._updating = False
         self.editor.show()
         self.previous.disabled = self.position <= 0
         self.next.disabled = self.position >= found - 1
         self.more.layout.display = "none" if self.search.done else ""
-        self._say(self._summary(found))
+        self._set_status(self._summary(found))
         pages = 1
         if row is None:
             self.view.value = ""
         else:
             view = self._splits[self.split.value].view(row)
             pages = self._show_row(view)
-        for button, useful in ((self.page_back, self._page > 0), (self.page_on, self._page < pages - 1)):
+        for button, useful in ((self.page_back, self._page > 0), (self.page_next, self._page < pages - 1)):
             button.layout.display = "" if pages > 1 else "none"
             button.disabled = not useful
 
@@ -284,11 +284,11 @@ class RowBrowser:
         if self.filter.value == ALL and not self.text.value:
             return f"{total:,} rows"
         if not search.total:
-            return "no losses are known yet; train a few steps, or evaluate this split"
+            return "no losses yet; train a few steps, or evaluate this split"
         where = f"{self.position + 1:,} of {found:,} found" if found else "nothing found"
         return f"{where} in {search.read:,} of {search.total:,} rows"
 
-    def _say(self, text: str) -> None:
+    def _set_status(self, text: str) -> None:
         self.status.value = f'<span style="font-size:.9em;{WRAP}">{escape(text)}</span>&ensp;'
 
 

@@ -13,9 +13,9 @@ from mlx_nb.view.rows.cells import Cell
 # difflib takes quadratic time on repetitive text, unless it may ignore frequent words.
 _LONGEST_EXACT_DIFF = 2000
 # Matches of so few words between two longer differences are considered accidental.
-_BY_CHANCE = 2
-_IDEOGRAPH = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
-_WORD = re.compile(rf"\n+|[^\S\n]*(?:[{_IDEOGRAPH}]|[^\W{_IDEOGRAPH}]+|[^\w\s])|[^\S\n]+")
+_MAX_ACCIDENTAL_MATCH = 2
+_CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+_WORD = re.compile(rf"\n+|[^\S\n]*(?:[{_CJK}]|[^\W{_CJK}]+|[^\w\s])|[^\S\n]+")
 
 
 class _Word(NamedTuple):
@@ -26,29 +26,29 @@ class _Word(NamedTuple):
     stop: int
 
 
-def marked(chosen: list[Cell], rejected: list[Cell]) -> tuple[list[Cell], list[Cell]]:
+def mark_differences(chosen: list[Cell], rejected: list[Cell]) -> tuple[list[Cell], list[Cell]]:
     """The cells of two answers, with those marked that differ from the other answer."""
     words = _words(chosen), _words(rejected)
-    differing = differing_places([word.text for word in words[0]], [word.text for word in words[1]])
+    differing = differing_indices([word.text for word in words[0]], [word.text for word in words[1]])
     return _with_marks(chosen, words[0], differing[0]), _with_marks(rejected, words[1], differing[1])
 
 
-def differing_places(one: Sequence[object], other: Sequence[object]) -> tuple[set[int], set[int]]:
+def differing_indices(left: Sequence[object], right: Sequence[object]) -> tuple[set[int], set[int]]:
     """The indices in each of two sequences that differ from the other one."""
-    most = min(len(one), len(other))
-    first = next((k for k in range(most) if one[k] != other[k]), most)
-    last = next((k for k in range(most - first) if one[-1 - k] != other[-1 - k]), most - first)
-    inner = one[first : len(one) - last], other[first : len(other) - last]
+    shorter = min(len(left), len(right))
+    first = next((k for k in range(shorter) if left[k] != right[k]), shorter)
+    last = next((k for k in range(shorter - first) if left[-1 - k] != right[-1 - k]), shorter - first)
+    inner = left[first : len(left) - last], right[first : len(right) - last]
     matcher = SequenceMatcher(None, *inner, autojunk=max(map(len, inner)) > _LONGEST_EXACT_DIFF)
     codes = matcher.get_opcodes()
     sizes = [max(i2 - i1, j2 - j1) for _, i1, i2, j1, j2 in codes]
-    only: tuple[set[int], set[int]] = (set(), set())
+    differing: tuple[set[int], set[int]] = (set(), set())
     for k, (kind, i1, i2, j1, j2) in enumerate(codes):
-        between = 0 < k < len(codes) - 1 and sizes[k] <= _BY_CHANCE
+        between = 0 < k < len(codes) - 1 and sizes[k] <= _MAX_ACCIDENTAL_MATCH
         if kind != "equal" or (between and sizes[k] < min(sizes[k - 1], sizes[k + 1])):
-            only[0].update(range(first + i1, first + i2))
-            only[1].update(range(first + j1, first + j2))
-    return only
+            differing[0].update(range(first + i1, first + i2))
+            differing[1].update(range(first + j1, first + j2))
+    return differing
 
 
 def _words(cells: list[Cell]) -> list[_Word]:
@@ -71,5 +71,5 @@ def _words(cells: list[Cell]) -> list[_Word]:
 
 
 def _with_marks(cells: list[Cell], words: list[_Word], differing: set[int]) -> list[Cell]:
-    places = {cell for word in differing for cell in range(words[word].first, words[word].stop)}
-    return [replace(cell, differs=True) if index in places else cell for index, cell in enumerate(cells)]
+    indices = {cell for word in differing for cell in range(words[word].first, words[word].stop)}
+    return [replace(cell, differs=True) if index in indices else cell for index, cell in enumerate(cells)]

@@ -15,7 +15,7 @@ from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.errors import DataError
 from mlx_nb.view import theme
 from mlx_nb.view.rows.cells import Cell, checked_loss, grouped, row_cells, summary
-from mlx_nb.view.rows.diff import marked
+from mlx_nb.view.rows.diff import mark_differences
 from mlx_nb.view.rows.html import (
     PAGE_TOKENS,
     QUIET,
@@ -67,7 +67,7 @@ def pair_cells(chosen: Answer, rejected: Answer, tokenizer: Tokenizer) -> PairCe
     start = min(_start_of_message(cells, shared) for cells in sides)
     prompt = [replace(cell, loss=nan, base_loss=nan) for cell in sides[0] if cell.first < start]
     answers = [[cell for cell in cells if cell.first >= start] for cells in sides]
-    return PairCells(prompt, *marked(*answers))
+    return PairCells(prompt, *mark_differences(*answers))
 
 
 def _shared_tokens(chosen: TokenizedConversation, rejected: TokenizedConversation) -> int:
