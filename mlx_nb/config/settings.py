@@ -466,7 +466,11 @@ class DeclaredSettings(Settings):
     )
     sample_tokens: int = setting(64, "Longest answer in tokens.", group="samples", at_least=1, live=True)
     save_every: int = setting(
-        100, "Save the adapter every N updates. -1 = only at the end.", group="saving", at_least=-1, live=True
+        100,
+        "Save the adapter and an exact checkpoint every N updates. -1 = never; both are still written at the end.",
+        group="saving",
+        at_least=-1,
+        live=True,
     )
     autosave_minutes: float | None = setting(
         10.0,
