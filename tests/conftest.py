@@ -120,6 +120,17 @@ def _folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _checks_of_tests(tmp_path_factory):
+    """Results of checks go to a folder of the session: tests replace parts of this package, which no result may see."""
+    from mlx_nb.model import stored_checks
+
+    folder = tmp_path_factory.mktemp("checks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stored_checks, "checks_folder", lambda: folder)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A tiny model folder that `mlx_lm.load` opens."""

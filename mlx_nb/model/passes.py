@@ -8,11 +8,13 @@ shares keys and values only through its cache, another gives the queries of a sh
 from __future__ import annotations
 
 import copy
+import json
 import time
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import mlx.core as mx
@@ -72,10 +74,8 @@ def once_per_model(
                 return of_files[files, *args[1:]]
             name = f"{function.__module__}.{function.__qualname__}"
             stored = None if files is None else stored_file(model, files, name, args[1:])
-            written = None if stored is None else read_result(stored)
-            if written is not None:
-                answer: Result = from_json(written["result"])
-            else:
+            answer: Any = _from_file(stored, good, from_json)
+            if isinstance(answer, _Missing):
                 begun = time.monotonic()
                 with evaluating(model.modules()):
                     answer = function(*args, **kwargs)
@@ -84,11 +84,29 @@ def once_per_model(
             results[key] = (weakref.ref(model, lambda _gone: results.pop(key, None)), answer)
             if files is not None and good(answer):
                 of_files[files, *args[1:]] = answer
-            return answer
+            result: Result = answer
+            return result
 
         return cached
 
     return decorate
+
+
+class _Missing:
+    """No result was stored."""
+
+
+def _from_file(file: Path | None, good: Callable[[Any], bool], from_json: Callable[[Any], Any]) -> Any:
+    """The result in a file, or `_Missing`. A result that is not of the right form, or not good, counts as missing."""
+    written = None if file is None else read_result(file)
+    if written is None:
+        return _Missing()
+    try:
+        answer = from_json(written["result"])
+        is_of_its_form = json.loads(json.dumps(answer)) == written["result"]
+        return answer if is_of_its_form and good(answer) else _Missing()
+    except Exception:  # it may be anything
+        return _Missing()
 
 
 _files: dict[int, tuple[weakref.ref[nn.Module], Hashable]] = {}

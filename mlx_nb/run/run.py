@@ -221,12 +221,15 @@ class Run:
         if self._trainer is not None:
             return
         with self._folder_taken():
-            for progress in loading(self.inputs):
+            inputs, pieces = self.inputs, loading(self.inputs)
+            while (progress := next(pieces, None)) is not None:
                 self._calls.notify(progress)
                 yield progress
                 if Pause in self._inbox:
                     self.home.release()
                     return
+                if self.inputs is not inputs:  # a setting was changed meanwhile
+                    inputs, pieces = self.inputs, loading(self.inputs)
             _ = self.trainer
 
     def _folder_taken(self) -> AbstractContextManager[None]:

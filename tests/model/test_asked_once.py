@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
+import types
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
+from mlx_lm.models import base, cache
 
 from mlx_nb.errors import ModelError
-from mlx_nb.model import passes
+from mlx_nb.model import passes, stored_checks
 from mlx_nb.model.passes import once_per_model, register_files, register_same_files
 from runs import rows_run
 from tiny import tiny_model
+
+CHECKS_FOLDER = stored_checks.checks_folder
 
 
 def test_a_good_answer_is_that_of_every_model_of_the_same_files_and_others_are_asked_anew():
@@ -63,6 +69,7 @@ def test_a_second_run_of_the_same_model_is_the_first_bit_for_bit(tmp_path, tiny_
 def slow_check(tmp_path, monkeypatch):
     """A function that makes a check of a later process, which computes into the list that is given."""
     monkeypatch.setenv("MLX_NB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(stored_checks, "checks_folder", CHECKS_FOLDER)
     monkeypatch.setattr(passes, "_WORTH_STORING_SECONDS", 0.0)
 
     def in_a_new_process(computed):
@@ -93,18 +100,65 @@ def test_a_good_result_is_read_by_later_processes_and_others_are_computed_again(
     assert computed[4:] == ["good", "good"]
 
 
-def test_a_result_is_not_that_of_a_model_whose_code_somebody_replaced(slow_check, monkeypatch):
+def wrapped(function):
+    @functools.wraps(function)
+    def other(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return other
+
+
+def with_other_constant(function):
+    constants = tuple(7 if one == 4 else one for one in (*function.__code__.co_consts, 4))
+    return types.FunctionType(
+        function.__code__.replace(co_consts=constants), function.__globals__, closure=function.__closure__
+    )
+
+
+CHANGES = {
+    "another function": lambda model, patch: patch.setattr(
+        type(model.layers[0].self_attn), "__call__", lambda self, *args, **kwargs: args[0]
+    ),
+    "a wrapper": lambda model, patch: patch.setattr(
+        type(model.layers[0].mlp), "__call__", wrapped(type(model.layers[0].mlp).__call__)
+    ),
+    "a constant": lambda model, patch: patch.setattr(
+        type(model.layers[0].mlp), "__call__", with_other_constant(type(model.layers[0].mlp).__call__)
+    ),
+    "a property": lambda model, patch: patch.setattr(type(model), "layers", property(lambda self: [])),
+    "a base class": lambda model, patch: patch.setattr(nn.Module, "eval", wrapped(nn.Module.eval)),
+    "the cache": lambda model, patch: patch.setattr(
+        cache.KVCache, "update_and_fetch", wrapped(cache.KVCache.update_and_fetch)
+    ),
+    "a mask": lambda model, patch: patch.setattr(base, "create_causal_mask", wrapped(base.create_causal_mask)),
+    "an operation": lambda model, patch: patch.setattr(mx.fast, "rope", wrapped(mx.fast.rope)),
+    "a scale": lambda model, patch: setattr(model.layers[0].self_attn, "scale", 0.5),
+    "the dtype": lambda model, patch: model.set_dtype(mx.float16),
+    "a layer": lambda model, patch: model.model.layers.pop(),
+    "a version": lambda model, patch: patch.setattr(stored_checks.mlx_lm, "__version__", "99"),
+    "a variable": lambda model, patch: patch.setenv("MLX_ENABLE_TF32", "0"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_result_is_not_that_of_a_model_or_code_that_somebody_changed(slow_check, change):
     computed, model = [], of_files("folder", 1)
     slow_check(computed)(model, "good")
-    attention = type(model.layers[0].self_attn)
-    original = attention.__call__
-    monkeypatch.setattr(attention, "__call__", lambda self, *args, **kwargs: original(self, *args, **kwargs))
     slow_check(computed)(model, "good")
-    monkeypatch.undo()
+    assert computed == ["good"]
+    with pytest.MonkeyPatch.context() as patch:
+        CHANGES[change](model, patch)
+        slow_check(computed)(model, "good")
     assert computed == ["good", "good"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"results": 1}'])
+def test_nothing_is_stored_by_a_process_whose_code_was_replaced_on_disk(slow_check, tmp_path, monkeypatch):
+    monkeypatch.setattr(stored_checks, "_package_digest", lambda: "of an update")
+    slow_check([])(of_files("folder", 1), "good")
+    assert not (tmp_path / "cache" / "checks").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"results": 1}', '{"result": null}', '{"result": 5}', "[" * 100_000])
 def test_a_damaged_file_is_computed_again_and_written_anew(slow_check, tmp_path, text):
     computed = []
     slow_check(computed)(of_files("folder", 1), "good")

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -325,6 +326,23 @@ def test_the_data_of_a_long_run_is_small(updates, metrics, branches, record_prop
     record_property("kilobytes", size / 1000)
     assert size < 100_000
     assert max(len(line["step"]) for group in series["groups"] for line in group["lines"]) <= 400
+
+
+@pytest.mark.long
+def test_a_refresh_costs_little_more_after_many_updates():
+    def seconds_of_a_refresh(history: History) -> float:
+        builder = SeriesBuilder(history)
+        builder.series(10**6)
+        seconds = []
+        for step in range(10):
+            history.append(update(200_000 + step))
+            start = time.process_time()
+            builder.series(10**6)
+            seconds.append(time.process_time() - start)
+        return min(seconds)
+
+    # A hundred times the updates, and both already fill the points that a line may have.
+    assert seconds_of_a_refresh(long_history(100_000)) < 20 * seconds_of_a_refresh(long_history(1_000))
 
 
 # In a browser

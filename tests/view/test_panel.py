@@ -164,13 +164,22 @@ def test_work_that_keeps_the_kernel_is_shown_before_it_begins(tmp_path, tiny_fol
     run = rows_run(tmp_path, tiny_folder)
     monkeypatch.setattr(type(run), "active", True)
     panel, pieces = run.panel(), []
-    panel._cost = 3600.0  # so that the time for another refresh does not come
     for progress in run.load():
         if not progress.total:
             pieces.append((panel.activity["words"], progress_words(progress)))
+        panel._cost = 3600.0  # so that the time for another refresh does not come
     assert all(shown == words for shown, words in pieces), pieces
     tried = [words for words, _ in pieces if "tried on a few tokens" in words]
     assert [words.split(",")[0].split()[-1] for words in tried] == ["head", "attention", "rows", "gradient"]
+
+
+def test_work_that_goes_on_without_saying_how_far_it_is_is_not_shown_again(tmp_path, tiny_folder, monkeypatch):
+    panel, drawn = rows_run(tmp_path, tiny_folder).panel(), []
+    monkeypatch.setattr(Panel, "refresh", lambda panel: drawn.append(1))
+    panel._cost, panel._drawn_at = 3600.0, time.monotonic()
+    for _ in range(50):
+        panel._on_event(Progress(0, "loading tokenizer", 0, 0))
+    assert len(drawn) == 1
 
 
 def test_a_page_that_missed_something_is_told_all(tmp_path, tiny_folder):

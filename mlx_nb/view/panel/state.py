@@ -108,11 +108,13 @@ class Activity:
         self._first = 0
         self._progress: Progress | None = None
 
-    def note(self, progress: Progress | None) -> None:
-        """Record the progress of an activity; None while an update is computed."""
-        if progress is not None and (progress.what != self._what or self._progress is None):
+    def note(self, progress: Progress | None) -> bool:
+        """Record the progress of an activity; None while an update is computed. Returns whether an activity begins."""
+        begins = progress is not None and (progress.what != self._what or self._progress is None)
+        if progress is not None and begins:
             self._what, self._begun, self._first = progress.what, time.monotonic(), progress.done
         self._progress = progress
+        return begins
 
     def as_data(self, run: RunHandle, iters: int | None) -> PageData:
         """`words`, `done` of `total` (0: unknown) and seconds `left` (None: unknown); empty while the run is idle."""
