@@ -93,8 +93,8 @@ def _environment() -> tuple[Any, ...]:
     info = mx.device_info(device) if hasattr(mx, "device_info") else {}
     named = str(info.get("device_name") or info.get("architecture") or "")
     return (
-        mx.__version__,
-        getattr(mlx_lm, "__version__", ""),
+        vars(mx).get("__version__"),
+        vars(mlx_lm).get("__version__"),
         platform.machine(),
         sys.platform,
         str(device),

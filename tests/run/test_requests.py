@@ -154,6 +154,18 @@ def test_what_was_asked_while_it_was_loading_is_done(tiny_folder, tmp_path):
     assert run.step_count == 0
 
 
+def test_a_setting_that_is_changed_while_it_is_loading_is_that_of_all_that_follows(tiny_folder, tmp_path, monkeypatch):
+    """`packing: true` is refused for this model, but no longer asked for when it would be tried."""
+    monkeypatch.setattr("mlx_nb.model.training_trial.packing_is_verified", lambda model: False)
+    run, words = make_run(tiny_folder, tmp_path, packing=True), []
+    for progress in run.load():
+        words.append(progress.what)
+        if progress.what.startswith("loading packed rows"):
+            run.set(packing=False)
+    assert words.count("loading packed rows, tried on a few tokens") == 1
+    assert run.trainer.config.packing is False
+
+
 def test_a_second_interrupt_while_the_pause_is_saved_is_answered_by_that_pause(tiny_folder, tmp_path, monkeypatch):
     run = make_run(tiny_folder, tmp_path, val_set_size=0, iters=20, save_every=-1)
     real = CheckpointStore.save

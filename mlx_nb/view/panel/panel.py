@@ -237,6 +237,7 @@ class Panel(anywidget.AnyWidget):
         if (run := self._run()) is None:  # the run is being deleted
             return
         begins = self._activity.note(event if isinstance(event, Progress) else None)
+        is_one_piece = isinstance(event, Progress) and not event.total
         self._stale.update(name for name, kinds in LISTS.items() if isinstance(event, kinds) and name in self._wanted)
         if isinstance(event, CheckpointSaved) and event.kind == "auto":
             return  # frequent, and listed on the page Checkpoints
@@ -245,8 +246,8 @@ class Panel(anywidget.AnyWidget):
             self.say(text, bad=isinstance(event, RequestRefused))
         since = time.monotonic() - self._drawn_at
         wait = max(self.refresh_seconds, self._cost / MAX_TIME_SHARE) - since
-        # Work may block the kernel until it is done, so it is shown before it starts.
-        if isinstance(event, TURNS) or (self._watched and (begins or wait <= 0)):
+        # Work in one piece may block the kernel until it is done, so it is shown before it starts.
+        if isinstance(event, TURNS) or (self._watched and ((begins and is_one_piece) or wait <= 0)):
             self.refresh()
         elif self._watched and self._coming is None and self._loop is not None and not self._loop.is_closed():
             # This may be the last event for a long time.
