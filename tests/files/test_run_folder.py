@@ -680,7 +680,7 @@ for line in sys.stdin:
     os.waitpid(child, 0)
     print("dead", flush=True)
 """
-LIVES = part_of(12)
+LIVES = part_of(51)
 
 
 @pytest.mark.faults
