@@ -281,7 +281,7 @@ def test_watching_completions_with_their_ratios_changes_no_bit_of_a_run(kernel, 
     kernel.run(f"{PANEL}.tab = 'Completions'\n{PANEL}.coloring = True")
     kernel.run("%finetune run --background")
     kernel.wait_for("a.state", "finished")
-    kernel.wait_for(f"'log(policy now' in {PANEL}.completions['html']", "True")
+    kernel.wait_for(f"'log(current policy' in {PANEL}.completions['html']", "True")
     assert kernel.value("digest(a)") == kernel.value("digest(whole)")
     assert kernel.value(f"len({PANEL}.completions['updates'])") == "15"
 
