@@ -20,7 +20,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm
 
 import mlx_nb
 from mlx_nb.files.cache_folder import cache_folder
@@ -94,7 +93,7 @@ def _environment() -> tuple[Any, ...]:
     named = str(info.get("device_name") or info.get("architecture") or "")
     return (
         vars(mx).get("__version__"),
-        vars(mlx_lm).get("__version__"),
+        getattr(sys.modules.get("mlx_lm"), "__version__", None),
         platform.machine(),
         sys.platform,
         str(device),

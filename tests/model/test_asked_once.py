@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import shutil
+import subprocess
+import sys
 import types
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm
 import pytest
 from mlx_lm.models import base, cache
 
@@ -135,7 +138,7 @@ CHANGES = {
     "a scale": lambda model, patch: setattr(model.layers[0].self_attn, "scale", 0.5),
     "the dtype": lambda model, patch: model.set_dtype(mx.float16),
     "a layer": lambda model, patch: model.model.layers.pop(),
-    "a version": lambda model, patch: patch.setattr(stored_checks.mlx_lm, "__version__", "99"),
+    "a version": lambda model, patch: patch.setattr(mlx_lm, "__version__", "99"),
     "a variable": lambda model, patch: patch.setenv("MLX_ENABLE_TF32", "0"),
 }
 
@@ -189,3 +192,10 @@ def test_what_took_no_time_is_not_stored_and_the_oldest_are_removed(slow_check, 
     computed = []
     slow_check(computed)(of_files("folder", 9), "good")
     assert computed == ["good"]
+
+
+def test_stored_checks_import_neither_mlx_lm_nor_transformers():
+    """Their import takes seconds, and is done in pieces when a model is loaded."""
+    code = "import sys, mlx_nb.model.stored_checks; print(*{'mlx_lm', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
