@@ -25,7 +25,7 @@ from mlx_nb.model import backend
 from mlx_nb.model.block_attention import Block, Needed, block_attention, causal_blocks, fast_swiglu, masked_blocks
 from mlx_nb.model.equivalence import gives_the_same
 from mlx_nb.model.mlx_lm_import import import_mlx_lm
-from mlx_nb.model.passes import once_per_model, trained_shapes
+from mlx_nb.model.once_per_model import once_per_model, trained_shapes
 
 _BLOCK = 64  # queries; larger blocks skip less, smaller blocks take longer to build
 _FEWEST_TOKENS = 32  # with fewer, building the graph costs more than is saved

@@ -18,7 +18,8 @@ from mlx.utils import tree_map, tree_unflatten
 from mlx_nb.errors import ModelError
 from mlx_nb.model.equivalence import gives_the_same
 from mlx_nb.model.module_proxy import ModuleProxy
-from mlx_nb.model.passes import family_of, once_per_model, one_line, trained_shapes
+from mlx_nb.model.once_per_model import once_per_model, trained_shapes
+from mlx_nb.model.passes import family_of, one_line
 from mlx_nb.model.randomness import drawing_from, random_key
 from mlx_nb.model.trees import named_arrays
 

@@ -21,7 +21,8 @@ from mlx_nb.model.backend import one_blas_thread
 from mlx_nb.model.cpu_kernels import kernels_are_verified, needed_queries, trial_kernels
 from mlx_nb.model.equivalence import agree
 from mlx_nb.model.module_proxy import ModuleProxy
-from mlx_nb.model.passes import once_per_model, random_tokens, trained_shapes
+from mlx_nb.model.once_per_model import once_per_model, trained_shapes
+from mlx_nb.model.passes import random_tokens
 
 # Attribute names of token mixers. A family with other names fails the verification.
 _ATTENTION = ("self_attn", "attention", "attn", "self_attention", "block_sparse_attn", "linear_attn")

@@ -8,22 +8,17 @@ shares keys and values only through its cache, another gives the queries of a sh
 from __future__ import annotations
 
 import copy
-import json
-import time
-import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
-from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from mlx_nb.errors import ModelError
-from mlx_nb.model.stored_checks import read_result, stored_file, write_result
-from mlx_nb.model.trees import named_arrays, trained_arrays_of
+from mlx_nb.model.once_per_model import once_per_model
+from mlx_nb.model.trees import named_arrays
 
 # Root mean square difference between two passes, in standard deviations of the logits, in single and half precision.
 # Rounding errors are 1e-5 and 1e-2. Batched generation has a tight tolerance: the smallest error seen in a broken
@@ -36,11 +31,7 @@ _DRAWS = 2
 _FEWEST_TOKENS = 8  # an embedding with fewer rows is not a vocabulary
 
 _FEW_TOKENS = 4
-_WORTH_STORING_SECONDS = 0.2
 _MOST_LOGITS = 1 << 26  # 256 MB; larger windows, which few rows exceed, are not tested
-
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
 
 
 class SideBySide(StrEnum):
@@ -49,88 +40,6 @@ class SideBySide(StrEnum):
     ANY_LENGTHS = "any lengths"
     EQUAL_LENGTHS = "equal lengths"
     ONE_BY_ONE = "one by one"
-
-
-def once_per_model(
-    good: Callable[[Any], bool], from_json: Callable[[Any], Any]
-) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
-    """Decorate a function of a model to cache its result by model and arguments, for the lifetime of the model.
-
-    A `good` result also holds for every other model loaded from the same files (`register_files`), in this process
-    and, if it took long to compute, in later ones (`stored_checks`): `from_json` makes it from what JSON gives back.
-    Other results are computed again for such a model, because lack of memory may have caused them.
-    """
-
-    def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-        results: dict[tuple[Any, ...], tuple[weakref.ref[nn.Module], Result]] = {}
-        of_files: dict[tuple[Any, ...], Result] = {}
-
-        def cached(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-            model: Any = args[0]
-            key, files = (id(model), *args[1:]), _files_of(model)
-            if key in results:
-                return results[key][1]
-            if files is not None and (files, *args[1:]) in of_files:
-                return of_files[files, *args[1:]]
-            name = f"{function.__module__}.{function.__qualname__}"
-            stored = None if files is None else stored_file(model, files, name, args[1:])
-            answer: Any = _from_file(stored, good, from_json)
-            if isinstance(answer, _Missing):
-                begun = time.monotonic()
-                with evaluating(model.modules()):
-                    answer = function(*args, **kwargs)
-                if stored is not None and good(answer) and time.monotonic() - begun > _WORTH_STORING_SECONDS:
-                    write_result(stored, answer)
-            results[key] = (weakref.ref(model, lambda _gone: results.pop(key, None)), answer)
-            if files is not None and good(answer):
-                of_files[files, *args[1:]] = answer
-            result: Result = answer
-            return result
-
-        return cached
-
-    return decorate
-
-
-class _Missing:
-    """No result was stored."""
-
-
-def _from_file(file: Path | None, good: Callable[[Any], bool], from_json: Callable[[Any], Any]) -> Any:
-    """The result in a file, or `_Missing`. A result that is not of the right form, or not good, counts as missing."""
-    written = None if file is None else read_result(file)
-    if written is None:
-        return _Missing()
-    try:
-        answer = from_json(written["result"])
-        is_of_its_form = json.loads(json.dumps(answer)) == written["result"]
-        return answer if is_of_its_form and good(answer) else _Missing()
-    except Exception:  # it may be anything
-        return _Missing()
-
-
-_files: dict[int, tuple[weakref.ref[nn.Module], Hashable]] = {}
-
-
-def register_files(model: nn.Module, files: Hashable) -> None:
-    """Register the files that a model was loaded from, and how. Models with equal `files` share cached results."""
-    number = id(model)
-    _files[number] = (weakref.ref(model, lambda _gone: _files.pop(number, None)), files)
-
-
-def register_same_files(model: nn.Module, other: nn.Module) -> None:
-    """Register that a model was loaded from the same files as `other`."""
-    if (files := _files_of(other)) is not None:
-        register_files(model, files)
-
-
-def _files_of(model: nn.Module) -> Hashable | None:
-    return _files[id(model)][1] if id(model) in _files else None
-
-
-def trained_shapes(model: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Name and shape of each trained array."""
-    return tuple((name, tuple(array.shape)) for name, array in trained_arrays_of(model))
 
 
 def cache_mismatch(model: nn.Module, longest: int = 0) -> str | None:
@@ -254,19 +163,6 @@ def unbatchable(caches: Sequence[Any]) -> str | None:
 def merged(caches_of_rows: Sequence[Sequence[Any]]) -> list[Any]:
     """Merge the caches of separate rows into one batch cache per layer."""
     return [layer[0].merge(list(layer)) for layer in zip(*caches_of_rows, strict=True)]
-
-
-@contextmanager
-def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """A context in which modules are in evaluation mode; each module's mode is restored afterwards."""
-    training = [module for module in modules if module.training]
-    for module in training:
-        module._set_training_mode(False)
-    try:
-        yield
-    finally:
-        for module in training:
-            module._set_training_mode(True)
 
 
 class _Alone:

@@ -13,7 +13,7 @@ from mlx_nb.events import Progress
 from mlx_nb.model.adapters import detach_adapter
 from mlx_nb.model.loading import LoadedModel, fetched_folder, load_in_pieces
 from mlx_nb.model.model_source import model_named
-from mlx_nb.model.passes import register_files, register_same_files
+from mlx_nb.model.once_per_model import register_files, register_same_files
 from mlx_nb.model.trees import held_arrays
 from mlx_nb.process.pieces import finished
 

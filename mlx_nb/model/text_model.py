@@ -17,7 +17,8 @@ import numpy as np
 from mlx.utils import tree_map
 
 from mlx_nb.model.module_proxy import ModuleProxy
-from mlx_nb.model.passes import family_of, is_half, once_per_model, random_tokens
+from mlx_nb.model.once_per_model import once_per_model
+from mlx_nb.model.passes import family_of, is_half, random_tokens
 from mlx_nb.model.trees import named_arrays
 
 _ROWS, _TOKENS = 2, 5

@@ -19,8 +19,9 @@ from mlx_nb.model.cpu_kernels import kernels_are_verified
 from mlx_nb.model.layer_checkpoints import refuse_unverified_checkpoints
 from mlx_nb.model.loading import LoadedModel
 from mlx_nb.model.memory import is_out_of_memory
+from mlx_nb.model.once_per_model import once_per_model, trained_shapes
 from mlx_nb.model.packing import packing_is_verified
-from mlx_nb.model.passes import family_of, is_half, once_per_model, one_line, random_tokens, trained_shapes
+from mlx_nb.model.passes import family_of, is_half, one_line, random_tokens
 from mlx_nb.model.randomness import random_stream
 from mlx_nb.model.shared_base import shared_copy
 from mlx_nb.model.trees import named_arrays

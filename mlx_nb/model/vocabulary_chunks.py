@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_nb.model.passes import once_per_model, trained_shapes
+from mlx_nb.model.once_per_model import once_per_model, trained_shapes
 from mlx_nb.model.randomness import random_stream
 from mlx_nb.model.text_model import Place, TextModel
 from mlx_nb.model.trees import trained_arrays_of

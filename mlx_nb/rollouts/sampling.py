@@ -20,7 +20,8 @@ import numpy as np
 from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.errors import DataError, ModelError
 from mlx_nb.model.backend import is_cpu
-from mlx_nb.model.passes import SideBySide, can_share_prefix, evaluating, merged, side_by_side, unbatchable
+from mlx_nb.model.once_per_model import evaluating
+from mlx_nb.model.passes import SideBySide, can_share_prefix, merged, side_by_side, unbatchable
 from mlx_nb.model.randomness import seed_for
 from mlx_nb.rollouts.completion_rows import Completion, Endings, Row, Waiting
 from mlx_nb.rollouts.token_sampling import draw_tokens

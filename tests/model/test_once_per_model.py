@@ -16,8 +16,8 @@ import pytest
 from mlx_lm.models import base, cache
 
 from mlx_nb.errors import ModelError
-from mlx_nb.model import passes, stored_checks
-from mlx_nb.model.passes import once_per_model, register_files, register_same_files
+from mlx_nb.model import stored_checks
+from mlx_nb.model.once_per_model import once_per_model, register_files, register_same_files
 from runs import rows_run
 from tiny import tiny_model
 
@@ -73,7 +73,7 @@ def slow_check(tmp_path, monkeypatch):
     """A function that makes a check of a later process, which computes into the list that is given."""
     monkeypatch.setenv("MLX_NB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(stored_checks, "checks_folder", CHECKS_FOLDER)
-    monkeypatch.setattr(passes, "_WORTH_STORING_SECONDS", 0.0)
+    monkeypatch.setattr("mlx_nb.model.once_per_model._WORTH_STORING_SECONDS", 0.0)
 
     def in_a_new_process(computed):
         @once_per_model(good=lambda answer: answer != "bad", from_json=str)
@@ -187,7 +187,7 @@ def test_what_took_no_time_is_not_stored_and_the_oldest_are_removed(slow_check, 
     for number in range(4):
         slow_check([])(of_files("folder", number), "good")
     assert len(list((tmp_path / "cache" / "checks").iterdir())) == 2
-    monkeypatch.setattr(passes, "_WORTH_STORING_SECONDS", 10.0)
+    monkeypatch.setattr("mlx_nb.model.once_per_model._WORTH_STORING_SECONDS", 10.0)
     slow_check([])(of_files("folder", 9), "good")
     computed = []
     slow_check(computed)(of_files("folder", 9), "good")
