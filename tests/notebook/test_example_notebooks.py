@@ -59,6 +59,7 @@ def mean(name, part):
     "reward": [mean("reward", steps[:6]), mean("reward", steps[-6:])],
     "completion_tokens": [mean("completion_tokens", steps[:6]), mean("completion_tokens", steps[-6:])],
     "largest_kl": round(max(one["kl"] for one in steps), 3),
+    "validation_reward": [round(-one.loss, 3) for one in run.history.evaluations("valid")],
     "updates": run.step_count,
 }"""
 
@@ -145,6 +146,8 @@ def test_a_reward_of_ones_own_is_learned_and_a_failing_one_is_named(tmp_path):
     result = result_of(notebook)
     assert result["updates"] == 12
     assert result["reward"][1] > result["reward"][0] + 0.15
+    # On the same held-out questions; the training reward also depends on which rows were drawn.
+    assert result["validation_reward"][-1] > result["validation_reward"][0] + 0.15
     assert result["completion_tokens"][1] < result["completion_tokens"][0]
     assert result["largest_kl"] < 0.5
     assert "ValueError: no full stop" in text_of(notebook, "%finetune rollouts")
