@@ -59,7 +59,7 @@ def mean(name, part):
     "reward": [mean("reward", steps[:6]), mean("reward", steps[-6:])],
     "completion_tokens": [mean("completion_tokens", steps[:6]), mean("completion_tokens", steps[-6:])],
     "largest_kl": round(max(one["kl"] for one in steps), 3),
-    "validation_reward": [round(-one.loss, 3) for one in run.history.evaluations("valid")],
+    "validation_reward": [round(-one["loss"], 3) for one in run.history.evaluations("valid")],
     "updates": run.step_count,
 }"""
 
