@@ -29,6 +29,7 @@ from mlx_nb.notebook.progress_line import ProgressLine
 from mlx_nb.notebook.text_output import has_rich_display
 from mlx_nb.run.background import hold_interrupts
 from mlx_nb.run.foreground import raise_failure
+from mlx_nb.train.interrupts import raise_lost_interrupt
 from mlx_nb.view import event_text
 from mlx_nb.view.curves.figure import live_svg
 from mlx_nb.view.curves.main_quantity import live_words
@@ -58,6 +59,7 @@ def train(
         wait = session.preferences.wait
     if wait or (wait is None and not has_live_front_end()):
         try:
+            raise_lost_interrupt()
             train_here(run, updates, quiet=session.panel_of(run) is not None)
         finally:
             session.publish(run)
@@ -66,6 +68,7 @@ def train(
     if not is_shown and has_rich_display():
         show_panel(session, run)
     with run.interrupts(print):
+        raise_lost_interrupt()
         run.start(updates)
         if not has_rich_display():
             print(

@@ -5,7 +5,6 @@ A saved, reopened, exported or untrusted notebook has no widgets and shows these
 
 from __future__ import annotations
 
-import asyncio
 import html
 import sys
 from typing import Any
@@ -26,6 +25,7 @@ from mlx_nb.events import (
 )
 from mlx_nb.files.run_folder import RunFolder
 from mlx_nb.notebook.front_end import request_header
+from mlx_nb.process.event_loop import running_loop
 from mlx_nb.run.run import Run
 from mlx_nb.view import event_text
 from mlx_nb.view.panel.static_view import lasting_html
@@ -59,10 +59,7 @@ class Outcome:
         self._shown_to = _page()
         self._settling = False
         self._bundles: dict[int, tuple[Any, dict[str, Any]]] = {}  # the current content of each output
-        try:
-            self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
-        except RuntimeError:
-            self._loop = None
+        self._loop = running_loop()
         self._waiting = f"{run.name}: the result appears here when the run pauses or ends."
         waiting = {"text/html": lasting_html(html.escape(self._waiting)), "text/plain": self._waiting}
         self._summary: Any = display(waiting, raw=True, display_id=True)

@@ -19,6 +19,7 @@ from mlx_nb.notebook.preferences import Finetune
 from mlx_nb.notebook.queued_cells import NOW, QueuedCells
 from mlx_nb.notebook.session import Session
 from mlx_nb.notebook.templating import fill
+from mlx_nb.train.interrupts import interrupts_noted
 
 
 @magics_class
@@ -38,6 +39,7 @@ class FinetuneMagics(Magics):
 
     @no_var_expand
     @line_magic("finetune")  # type: ignore[arg-type]
+    @interrupts_noted()
     def finetune_line(self, line: str) -> Any:
         """Control and use a run: `%finetune step`, `%finetune generate "..."`; `%finetune help` lists all commands."""
         return run_line(self.session, line)
@@ -55,6 +57,10 @@ class FinetuneMagics(Magics):
     @argument("--allow-changed", nargs="+", metavar="WHAT", default=(), help=CELL_OPTIONS["--allow-changed"])
     def finetune_cell(self, line: str, cell: str) -> None:
         """Fine-tune a model: the cell's body is YAML, one setting per line."""
+        with interrupts_noted():
+            self._start(line, cell)
+
+    def _start(self, line: str, cell: str) -> None:
         from mlx_nb.notebook.driver import has_live_front_end, show_panel, train
         from mlx_nb.run.run import Run
 

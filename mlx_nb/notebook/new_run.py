@@ -5,7 +5,6 @@ It trains nothing; its result is the text of a `%%finetune` cell.
 
 from __future__ import annotations
 
-import asyncio
 import weakref
 from collections.abc import Callable, Mapping
 from html import escape
@@ -19,6 +18,7 @@ from mlx_nb.config.yaml_text import read_words
 from mlx_nb.errors import CommandError, MlxNbError
 from mlx_nb.notebook.new_run_cell import cell_text, fields_of
 from mlx_nb.notebook.templating import fill
+from mlx_nb.process.event_loop import in_a_turn_of, running_loop
 from mlx_nb.run.run import Run
 from mlx_nb.view.panel.panel import page_part
 from mlx_nb.view.reports.check import render_html
@@ -91,10 +91,7 @@ class NewRun(anywidget.AnyWidget):
     def __init__(self, given: Mapping[str, str], namespace: Mapping[str, Any]) -> None:
         self._namespace = namespace
         self._run: tuple[str, Run] | None = None  # the cell, and the run whose rows are shown
-        try:
-            self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
-        except RuntimeError:
-            self._loop = None
+        self._loop = running_loop()
         super().__init__(values=dict(given))
         self.refresh()
         me: Any = weakref.proxy(self)
@@ -147,10 +144,7 @@ class NewRun(anywidget.AnyWidget):
             if self.comm is not None:
                 act()
 
-        if self._loop is None or self._loop.is_closed():
-            guarded()
-        else:
-            self._loop.call_soon_threadsafe(guarded)
+        in_a_turn_of(self._loop, guarded)
 
     def close(self) -> None:
         """Close the form."""

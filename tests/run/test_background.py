@@ -173,6 +173,36 @@ def test_an_interrupt_at_any_moment_of_the_cell_that_starts_a_run_is_not_lost(ke
         assert kernel.value("a is None or digest(a)") in ("True", expected), milliseconds
 
 
+INTERRUPTED_IN_A_FINALIZER = """
+import os
+from mlx_nb.notebook.session import Session
+
+class Garbage:
+    def __del__(self):
+        os.kill(os.getpid(), 2)
+        sum(range(1000))
+
+def added(session, run, output, add=Session.add):
+    notes = add(session, run, output)
+    Garbage()
+    return notes
+
+Session.add = added
+"""
+
+
+@pytest.mark.parametrize("how", ["--background", "--wait"])
+def test_an_interrupt_that_a_finalizer_drops_before_the_run_starts_is_not_lost(kernel, tiny_folder, how):
+    expected = whole_digest(kernel, tiny_folder, 60)
+    kernel.run(INTERRUPTED_IN_A_FINALIZER)
+    status, text = kernel.run(cell(tiny_folder, "a", 60, how))
+    assert status == "error"
+    assert "KeyboardInterrupt" in text
+    assert kernel.value("a.state") == "built"
+    kernel.run("a.run()")
+    assert kernel.value("digest(a)") == expected
+
+
 def test_an_interrupt_as_soon_as_a_click_on_run_shows_is_not_lost(kernel, tiny_folder):
     expected = whole_digest(kernel, tiny_folder, 60)
     kernel.run(cell(tiny_folder, "a", 60, "--paused"))
@@ -187,9 +217,9 @@ def test_an_interrupt_as_soon_as_a_click_on_run_shows_is_not_lost(kernel, tiny_f
 
 
 def test_await_waits_without_cancelling_and_two_runs_go_side_by_side(kernel, tiny_folder):
-    expected = whole_digest(kernel, tiny_folder, 60)
-    kernel.run(cell(tiny_folder, "a", 60))
-    kernel.run(cell(tiny_folder, "b", 60))
+    expected = whole_digest(kernel, tiny_folder)
+    kernel.run(cell(tiny_folder, "a"))
+    kernel.run(cell(tiny_folder, "b", options="--now"))
     assert kernel.value("(a.state, b.state)") == "('running', 'running')"
     status, text = kernel.run("_ = await a; _ = await b")
     assert status == "ok", text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import linecache
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +20,8 @@ def _tracing(at_line: Callable[[FrameType], None], where: str) -> Iterator[None]
     """`at_line` is called before each line that this thread runs in files whose path begins with `where`.
 
     Not at the end of a `with`, which is traced as its first line once more: there Python looks for no signal, so that
-    a lock is always given back.
+    a lock is always given back. Garbage of earlier work is collected before, and none is during it: its finalizers
+    would run lines that the next time are not there.
     """
 
     def trace(frame: FrameType, event: str, _: object):
@@ -30,11 +32,14 @@ def _tracing(at_line: Callable[[FrameType], None], where: str) -> Iterator[None]
         return trace
 
     before = sys.gettrace()
+    gc.collect()
+    gc.disable()
     sys.settrace(trace)
     try:
         yield
     finally:
         sys.settrace(before)
+        gc.enable()
 
 
 def _ends_a_with(frame: FrameType) -> bool:

@@ -39,6 +39,7 @@ from mlx_nb.events import (
     StateChanged,
     StepCompleted,
 )
+from mlx_nb.process.event_loop import in_a_turn_of, running_loop
 from mlx_nb.view.curves.curves import SeriesBuilder
 from mlx_nb.view.event_text import describe, remarks
 from mlx_nb.view.panel.chat import Chat
@@ -133,10 +134,7 @@ class Panel(anywidget.AnyWidget):
         self.closed = False
         self._run = weakref.ref(run, lambda _: self._close_later())
         self._name = run.name
-        try:
-            self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
-        except RuntimeError:
-            self._loop = None
+        self._loop = running_loop()
         self._device, self._warning = device, warning
         self.refresh_seconds = SECONDS_BETWEEN_REFRESHES
         self._views, self._drawn_at, self._cost = 0, 0.0, 0.0
@@ -222,10 +220,7 @@ class Panel(anywidget.AnyWidget):
             except MlxNbError as error:
                 self.say(str(error), bad=True)
 
-        if self._loop is None or self._loop.is_closed():
-            guarded()
-        else:
-            self._loop.call_soon_threadsafe(guarded)
+        in_a_turn_of(self._loop, guarded)
 
     def say(self, text: str, *, bad: bool = False) -> None:
         """Show the result of a click."""
@@ -358,11 +353,12 @@ class Panel(anywidget.AnyWidget):
         self.__dict__.pop("_repr_mimebundle_", None)  # so that a closed panel can still display why
 
     def _close_later(self) -> None:
-        """Close after the run was garbage-collected, which may happen on any thread."""
-        if self._loop is None or self._loop.is_closed():
-            self.close()
-        else:
-            self._loop.call_soon_threadsafe(self.close)
+        """Close after the run, or this panel, was garbage-collected."""
+        in_a_turn_of(self._loop, self.close)
+
+    def __del__(self) -> None:
+        if not self.closed:
+            self._close_later()
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
         if (run := self._run()) is None:
