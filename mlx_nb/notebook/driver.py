@@ -25,11 +25,11 @@ from mlx_nb.events import (
     StepCompleted,
 )
 from mlx_nb.notebook.front_end import is_console
+from mlx_nb.notebook.lost_interrupts import raise_lost_interrupt
 from mlx_nb.notebook.progress_line import ProgressLine
 from mlx_nb.notebook.text_output import has_rich_display
 from mlx_nb.run.background import hold_interrupts
 from mlx_nb.run.foreground import raise_failure
-from mlx_nb.train.interrupts import raise_lost_interrupt
 from mlx_nb.view import event_text
 from mlx_nb.view.curves.figure import live_svg
 from mlx_nb.view.curves.main_quantity import live_words

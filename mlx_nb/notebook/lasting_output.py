@@ -25,9 +25,9 @@ from mlx_nb.events import (
 )
 from mlx_nb.files.run_folder import RunFolder
 from mlx_nb.notebook.front_end import request_header
-from mlx_nb.process.event_loop import running_loop
 from mlx_nb.run.run import Run
 from mlx_nb.view import event_text
+from mlx_nb.view.event_loop import running_loop
 from mlx_nb.view.panel.static_view import lasting_html
 from mlx_nb.view.reports.completions import last_rollout_html
 from mlx_nb.view.theme import ORANGE, WRAP, tint

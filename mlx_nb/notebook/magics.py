@@ -15,11 +15,11 @@ from mlx_nb.notebook.command import CELL_OPTIONS, output_name, refuse_shortened,
 from mlx_nb.notebook.commands import run_line
 from mlx_nb.notebook.help_text import cell_help
 from mlx_nb.notebook.interrupt_display import InterruptsInOneLine
+from mlx_nb.notebook.lost_interrupts import interrupts_noted
 from mlx_nb.notebook.preferences import Finetune
 from mlx_nb.notebook.queued_cells import NOW, QueuedCells
 from mlx_nb.notebook.session import Session
 from mlx_nb.notebook.templating import fill
-from mlx_nb.train.interrupts import interrupts_noted
 
 
 @magics_class

@@ -18,8 +18,8 @@ from mlx_nb.config.yaml_text import read_words
 from mlx_nb.errors import CommandError, MlxNbError
 from mlx_nb.notebook.new_run_cell import cell_text, fields_of
 from mlx_nb.notebook.templating import fill
-from mlx_nb.process.event_loop import in_a_turn_of, running_loop
 from mlx_nb.run.run import Run
+from mlx_nb.view.event_loop import in_a_turn_of, running_loop
 from mlx_nb.view.panel.panel import page_part
 from mlx_nb.view.reports.check import render_html
 from mlx_nb.view.rows.display import RowDisplay

@@ -12,6 +12,7 @@ when every run is gone, or has ended and is saved.
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import os
 import signal
@@ -27,7 +28,6 @@ from typing import Any, Protocol
 
 from mlx_nb.errors import MlxNbError
 from mlx_nb.events import Pause, Request
-from mlx_nb.process.event_loop import running_loop
 from mlx_nb.process.ipython import in_ipython
 from mlx_nb.process.signal_watch import SignalWatch
 from mlx_nb.process.turns import Turns
@@ -279,7 +279,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
     elif in_ipython() and not _is_ours(frame):
         _end()
     else:
-        if (loop := running_loop()) is not None:
+        if (loop := _running_loop()) is not None:
             loop.call_soon(_end)  # a cell would catch the SystemExit
         raise SystemExit(128 + number)
 
@@ -316,6 +316,13 @@ def _is_ours(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 def restore_signals() -> None:

@@ -8,7 +8,6 @@ from typing import Protocol
 
 from mlx_nb.errors import CommandError
 from mlx_nb.events import Event, Pause, Request
-from mlx_nb.process.event_loop import running_loop
 from mlx_nb.process.ipython import shell
 from mlx_nb.train.interrupts import Interrupts
 
@@ -102,10 +101,12 @@ class Background:
             return
         if self.active:
             raise CommandError(f"{self._run.name} is running. `%finetune pause` stops it after this update.")
-        if (loop := running_loop()) is None:
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
             raise CommandError(
                 f"{self._run.name} cannot train in the background here: no event loop is running. Use run.run()."
-            )
+            ) from None
         _active.append(self._run)
         _handle_interrupts()
         self._updates, self._ended = updates, ended

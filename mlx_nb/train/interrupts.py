@@ -76,46 +76,6 @@ class Interrupts:
         self._request(Pause("interrupted", at_once=self.count > 1))
 
 
-class _Noted:
-    """Counts the SIGINTs of a context, and hands each one to the handler before it."""
-
-    def __init__(self, before: Callable[[int, FrameType | None], object]) -> None:
-        self._before = before
-        self.count = 0
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        self.count += 1
-        self._before(number, frame)
-
-
-@contextmanager
-def interrupts_noted() -> Iterator[None]:
-    """A context in which `raise_lost_interrupt` knows of each SIGINT. KeyboardInterrupt is raised as before."""
-    before = signal.getsignal(signal.SIGINT)
-    if not callable(before) or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    noted = _Noted(before)
-    signal.signal(signal.SIGINT, noted.handle)
-    try:
-        yield
-    finally:
-        if signal.getsignal(signal.SIGINT) == noted.handle:
-            signal.signal(signal.SIGINT, before)
-
-
-def raise_lost_interrupt() -> None:
-    """Raise KeyboardInterrupt if one was raised in the current `interrupts_noted`, and something has dropped it.
-
-    Python drops what is raised in a finalizer, which may run at any line that creates an object.
-    """
-    owner = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
-    while isinstance(owner, Interrupts):
-        owner = getattr(owner._before, "__self__", None)
-    if isinstance(owner, _Noted) and owner.count:
-        raise KeyboardInterrupt
-
-
 def _kernel() -> Any:
     """The ipykernel, which installs a SIGINT handler for each request and removes it after; None elsewhere."""
     kernel = getattr(shell(), "kernel", None)

@@ -39,8 +39,8 @@ from mlx_nb.events import (
     StateChanged,
     StepCompleted,
 )
-from mlx_nb.process.event_loop import in_a_turn_of, running_loop
 from mlx_nb.view.curves.curves import SeriesBuilder
+from mlx_nb.view.event_loop import in_a_turn_of, running_loop
 from mlx_nb.view.event_text import describe, remarks
 from mlx_nb.view.panel.chat import Chat
 from mlx_nb.view.panel.clicks import Clicks, Message, result_of, useful_clicks

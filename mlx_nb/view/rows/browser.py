@@ -16,7 +16,7 @@ from mlx_nb.data.examples.row_finder import ALL, FILTERS, RowFinder, Search
 from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.data.sources.export import write_rows
 from mlx_nb.errors import CommandError, DataError, MlxNbError
-from mlx_nb.process.event_loop import in_a_turn_of, running_loop
+from mlx_nb.view.event_loop import in_a_turn_of, running_loop
 from mlx_nb.view.rows.display import RowDisplay, TokenLoss, measured_losses
 from mlx_nb.view.rows.editor import RowEditor
 from mlx_nb.view.theme import WRAP, visible_html
