@@ -173,7 +173,7 @@ class WrittenFiles:
         found = _unlisted(self._folder)
         self.begin(run, name, kind)
         for file in found:
-            self.record(file, *_digest(self._folder / file))
+            self.record(file, *digest_of(self._folder / file))
 
     def holds(self, name: str, *, exact: bool = True) -> bool:
         """Whether the file `name` exists and was written by mlx_nb; without `exact`, compares its size only."""
@@ -184,7 +184,7 @@ class WrittenFiles:
         if not known or not path.is_file():
             return False
         size = path.stat().st_size
-        return any(size == one for one, _ in known) and (not exact or _digest(path) in known)
+        return any(size == one for one, _ in known) and (not exact or digest_of(path) in known)
 
     def numbered(self) -> list[str]:
         """The existing numbered adapters that the list names, changed since or not, the newest last."""
@@ -221,7 +221,8 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _digest(path: Path) -> tuple[int, str]:
+def digest_of(path: Path) -> tuple[int, str]:
+    """The size in bytes and the SHA-256 of a file."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return file.tell(), digest

@@ -102,12 +102,13 @@ def _adaptable(module: nn.Module) -> bool:
     return isinstance(module, linear) or hasattr(module, "to_lora") or type(module).__name__.endswith("SwitchLinear")
 
 
-def _wrapped_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def adapter_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(path, module) of every adapter module. Its base module is its `.linear` or `.embedding`."""
     return [(path, module) for path, module in model.named_modules() if "lora_a" in module]
 
 
-def _base_of(module: nn.Module) -> nn.Module:
+def base_of(module: nn.Module) -> nn.Module:
+    """The base module of an adapter module."""
     result: nn.Module = module["linear"] if "linear" in module else module["embedding"]
     return result
 
@@ -117,9 +118,9 @@ def detach_adapter(model: nn.Module) -> None:
 
     Frozen modules, and weights trained by `full`, stay as they are.
     """
-    wrapped = _wrapped_modules(model)
+    wrapped = adapter_modules(model)
     if wrapped:
-        model.update_modules(tree_unflatten([(path, _base_of(module)) for path, module in wrapped]))
+        model.update_modules(tree_unflatten([(path, base_of(module)) for path, module in wrapped]))
 
 
 def adapter_weights(model: nn.Module) -> dict[str, mx.array]:

@@ -174,6 +174,17 @@ def load_skeleton(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     return network, config
 
 
+def load_base_as_stored(folder: Path, load_in_bits: int | None) -> tuple[nn.Module, dict[str, Any]]:
+    """The base model of a run as it is stored, quantized to `load_in_bits` if given, and its config.json.
+
+    Reads no weights yet. Raises ModelError.
+    """
+    network, config = load_skeleton(folder)
+    if load_in_bits is not None:
+        _quantize(network, load_in_bits)
+    return network, config
+
+
 def _quantize(network: nn.Module, bits: int) -> None:
     """Quantize all matrices except embeddings, in groups of 64 columns, or of 32 if 64 does not divide them."""
     if bits not in _BITS:

@@ -1,6 +1,6 @@
 """Dispatches a `%finetune` line: finds the command, parses its arguments and calls it.
 
-The commands are in training_commands, row_commands, result_commands and branch_commands.
+The commands are in training_commands, row_commands, result_commands, branch_commands and export_commands.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from mlx_nb.errors import CommandError, did_you_mean
 from mlx_nb.events import RunState
 from mlx_nb.notebook.branch_commands import BRANCH_COMMANDS
 from mlx_nb.notebook.command import Command, argument, command, refuse_shortened
+from mlx_nb.notebook.export_commands import EXPORT_COMMANDS
 from mlx_nb.notebook.help_text import commands_help, help_of
 from mlx_nb.notebook.result_commands import RESULT_COMMANDS
 from mlx_nb.notebook.row_commands import ROW_COMMANDS
@@ -97,6 +98,7 @@ COMMANDS: dict[str, Command] = {
     **ROW_COMMANDS,
     **RESULT_COMMANDS,
     **BRANCH_COMMANDS,
+    **EXPORT_COMMANDS,
     "help": command(
         "help",
         "show this list, or help for a command or setting",

@@ -20,6 +20,7 @@ _GROUPS = {
     "Model": ("generate", "eval"),
     "Change": ("set", "fork"),
     "Save": ("save", "load", "runs", "use", "delete"),
+    "Export": ("fuse", "gguf"),
 }
 TEN = (
     "model",

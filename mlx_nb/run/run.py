@@ -82,6 +82,7 @@ from mlx_nb.train.inbox import Inbox
 from mlx_nb.train.interrupts import interrupts_wait
 
 if TYPE_CHECKING:
+    from mlx_nb.export.fuse_report import FuseReport
     from mlx_nb.model.loading import LoadedModel
     from mlx_nb.rollouts.generation import Prompt
     from mlx_nb.train.checkpoint import Checkpoint, CheckpointInfo
@@ -845,6 +846,21 @@ class Run:
             export_adapter(self, folder, EXPORT, self._at_rest).release()
         self._loop.blocked = False
         return folder
+
+    @one_at_a_time
+    def fuse(self, path: str | Path | None = None, *, precision: str | None = None) -> FuseReport:
+        """Write the model with its adapter merged to the folder `path`, for `mlx_lm.load`. Returns a report.
+
+        The report has, for each precision, the share of the fine-tune that would be lost by layer, the predicted
+        validation loss, and a recommendation; then the measured loss of what was written. `precision` is `base` (that
+        of the base model), `mixed` (8 bits where `base` would lose more than half of the fine-tune), `16-bit`, or None
+        (the recommended one). Without `path` nothing is written. An earlier export at `path` is replaced. Raises
+        CommandError for an unknown precision, FolderError if the folder has other files or cannot be written.
+        """
+        from mlx_nb.run.model_exports import fuse
+
+        self._calls.refuse_inside("fuse")
+        return fuse(self, path, precision)
 
     @one_at_a_time
     def adapter_bytes(self) -> dict[str, bytes]:

@@ -234,11 +234,18 @@ class Stepper:
 
     def evaluate(self, batch: TokenBatch) -> Evaluation:
         """Evaluate one batch, without dropout and gradients."""
-        self.scorer.refuse_beyond_memory(batch)
-        parts = self._parts(batch)
-        sums = self._sum(parts)
-        _evaluate(parts, sums)
-        return Evaluation(scalar(sums.total), scalar(sums.units), _row_losses(sums), measured(sums))
+        return evaluate_batch(self.objective, self.scorer, batch, self.lanes, self._multiples)
+
+
+def evaluate_batch(
+    objective: Objective, scorer: TargetScorer, batch: TokenBatch, lanes: int = 1, multiples: tuple[int, int] = (1, 1)
+) -> Evaluation:
+    """Evaluate one batch on the scorer's model, which must be in evaluation mode."""
+    scorer.refuse_beyond_memory(batch)
+    parts = tuple(target_inputs(part, *multiples) for part in lanes_of(batch, lanes))
+    sums = joined(in_lanes(lambda inputs: objective(scorer, inputs), parts))
+    _evaluate(parts, sums)
+    return Evaluation(scalar(sums.total), scalar(sums.units), _row_losses(sums), measured(sums))
 
 
 def largest_gradients(gradients: Any) -> list[tuple[str, float]]:
