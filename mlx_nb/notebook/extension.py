@@ -31,6 +31,7 @@ def unload(shell: InteractiveShell) -> None:
         return
     magics.interrupts.close()
     magics.bare_run.close()
+    magics.question_marks.close()
     magics.session.close()
     magics.preferences.close()
     manager = shell.magics_manager

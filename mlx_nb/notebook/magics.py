@@ -17,6 +17,7 @@ from mlx_nb.notebook.help_text import cell_help
 from mlx_nb.notebook.interrupt_display import InterruptsInOneLine
 from mlx_nb.notebook.lost_interrupts import interrupts_noted
 from mlx_nb.notebook.preferences import Finetune
+from mlx_nb.notebook.question_marks import QuestionMarks
 from mlx_nb.notebook.queued_cells import NOW, QueuedCells
 from mlx_nb.notebook.session import Session
 from mlx_nb.notebook.templating import fill
@@ -35,6 +36,7 @@ class FinetuneMagics(Magics):
         self.session = Session(shell.user_ns, self.queued, self.preferences)
         self.interrupts = InterruptsInOneLine(shell)
         self.bare_run = BareRun(shell)
+        self.question_marks = QuestionMarks(shell)
         self.matcher: Any = None
 
     @no_var_expand

@@ -242,12 +242,38 @@ def test_config_finetune_lists_what_holds_for_all_runs_and_cells_follow_it(shell
     assert shell.user_ns["run"].config.snapshot_memory == 9
 
 
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("%finetune generate What is honey?", "generate What is honey?"),
+        ("%finetune generate What's honey??", "generate What's honey??"),
+        ("answer = %finetune generate Why?", "generate Why?"),
+        ("if True:\n    %finetune generate Why?", "generate Why?"),
+        ("%finetune set?", "help set"),
+        ("%finetune ?", "help"),
+    ],
+)
+def test_a_question_mark_belongs_to_the_command(shell, typed, words):
+    assert shell.transform_cell(typed).endswith(f"get_ipython().run_line_magic('finetune', {words!r})\n")
+
+
+@pytest.mark.parametrize("typed", ["text = '''\n%finetune generate Why?\n'''\n", "print(1)\n"])
+def test_other_code_is_left_as_it_is(shell, typed):
+    assert shell.transform_cell(typed) == typed
+
+
+def test_help_on_the_magics_stays(shell):
+    assert "pinfo" in shell.transform_cell("%finetune?")
+    assert "pinfo" in shell.transform_cell("%%finetune?")
+
+
 def test_unloading_removes_every_trace(shell):
     shell.run_line_magic("unload_ext", "mlx_nb")
     assert "finetune" not in shell.magics_manager.magics["line"]
     assert "finetune" not in shell.magics_manager.magics["cell"]
     assert not [configurable for configurable in shell.configurables if "Finetune" in type(configurable).__name__]
     assert "%finetune" not in shell.strdispatchers["complete_command"].strs
+    assert "pinfo" in shell.transform_cell("%finetune generate What is honey?")
     shell.run_line_magic("load_ext", "mlx_nb")
 
 
