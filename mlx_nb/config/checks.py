@@ -65,9 +65,12 @@ def problems_of(config: Any, refused: Collection[str], given: Collection[str]) -
     return problems
 
 
-def warnings_about(config: Any) -> list[str]:
-    """Warnings about settings that are probably a mistake, a sentence or two each; the run trains anyway."""
-    rate, optimizer = config.learning_rate, config.optimizer
+def warnings_about(config: Any, learning_rate: float | None = None) -> list[str]:
+    """Warnings about settings that are probably a mistake, a sentence or two each; the run trains anyway.
+
+    `learning_rate` replaces that of `config`.
+    """
+    rate, optimizer = config.learning_rate if learning_rate is None else learning_rate, config.optimizer
     if optimizer == "sgd" or rate <= _HIGHEST_RATE:
         return []
     mirrored = rate**-1.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -86,6 +86,7 @@ class SampleGenerated(Event):
     prompt: str  # one of the `sample_prompts`
     answer: str  # what the model answers, as it is at this step
     base_answer: str | None  # what the base answers, without the adapter; None when the base itself is trained
+    seconds: float = field(default=0.0, compare=False)  # wall time of the answers
 
 
 @dataclass(frozen=True)

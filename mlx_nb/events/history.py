@@ -17,6 +17,7 @@ from mlx_nb.events import (
     RolloutCompleted,
     RunFinished,
     RunStarted,
+    SampleGenerated,
     SettingChanged,
     StepCompleted,
 )
@@ -54,6 +55,7 @@ class History:
         self._kept: dict[type, list[tuple[int, Any]]] = {kind: [] for kind in kinds}
         self._begun: float | None = None  # on this process's clock; everything before that took `_before` seconds
         self._before = self._latest = 0.0
+        self._spent = {"training": 0.0, "validation": 0.0, "sampling": 0.0}
         for event in events:
             self.append(event)
         self._begun = None
@@ -62,9 +64,16 @@ class History:
         """Add an event; a Rewound removes what it undid from `in_effect`."""
         self._latest = time.monotonic()
         if self._begun is None:
-            self._before, self._begun = sum(self.spent().values()), self._latest
+            self._before, self._begun = sum(self._spent.values()), self._latest
             self._before += getattr(event, "seconds", 0.0)
         self.events.append(event)
+        match event:
+            case StepCompleted():
+                self._spent["training"] += event.seconds
+            case EvaluationCompleted():
+                self._spent["validation"] += event.seconds
+            case RolloutCompleted() | SampleGenerated():
+                self._spent["sampling"] += event.seconds
         if isinstance(event, Rewound):
             self._abandoned.append(self.in_effect[event.kept :])
             del self.in_effect[event.kept :]
@@ -77,22 +86,13 @@ class History:
 
     def spent(self) -> dict[str, float]:
         """Seconds of computing by activity: `training`, `validation` and `sampling`, including what was rewound."""
-        seconds = {"training": 0.0, "validation": 0.0, "sampling": 0.0}
-        for event in self.events:
-            match event:
-                case StepCompleted():
-                    seconds["training"] += event.seconds
-                case EvaluationCompleted():
-                    seconds["validation"] += event.seconds
-                case RolloutCompleted():
-                    seconds["sampling"] += event.seconds
-        return seconds
+        return dict(self._spent)
 
     @property
     def elapsed(self) -> float:
         """Wall-clock seconds from the first event to the newest; for an earlier process, its computing time alone."""
         live = 0.0 if self._begun is None else self._latest - self._begun
-        return max(self._before + live, sum(self.spent().values()))
+        return max(self._before + live, sum(self._spent.values()))
 
     def abandoned(self) -> list[list[dict[str, Any]]]:
         """The steps of each branch that a rewind abandoned, oldest first, as dicts like those of `steps()`."""
@@ -215,6 +215,10 @@ class History:
             ):  # older versions did not report the length
                 return int(length)
         return self.started.iters if self.started else None
+
+    def first_value(self, setting: str, now: Any) -> Any:
+        """The value of a setting before its first change; `now` if it was not changed."""
+        return next((event.old for event in self._of(SettingChanged) if event.name == setting), now)
 
     @property
     def last_step(self) -> StepCompleted | None:

@@ -438,6 +438,7 @@ class Trainer:
 
     def _sample(self, prompt: str) -> Generator[Event, None, SampleGenerated]:
         assert self._sampler is not None
+        begun = time.perf_counter()
         answers: tuple[str, str | None] = ("", None)
         # The answer of the base follows that of the model, unless it is cached.
         model_tokens = total_tokens = self.config.sample_tokens
@@ -447,7 +448,7 @@ class Trainer:
             answers = so_far
             yield Progress(self.state.step, "sample", min(tokens, total_tokens), total_tokens)
             self._poll()
-        return SampleGenerated(self.state.step, prompt, *answers)
+        return SampleGenerated(self.state.step, prompt, *answers, time.perf_counter() - begun)
 
     def _read_requests(self) -> Generator[Event, None, bool]:
         """Handle pending requests. The generator's value is True if training must pause now."""

@@ -576,7 +576,7 @@ def test_the_best_validation_of_a_reward_is_the_highest(opened):
     page = opened(series_of(history, 60, METHODS["grpo"].metrics))
     show(page, group="reward")
     best = max(row["reward"] for row in history.evaluations("valid"))
-    assert page.locator(".mlx-nb-best").text_content() == f"best {best:.5g}"
+    assert page.locator(".mlx-nb-best").text_content() == f"best {best:.4g}"
     show(page, group="kl")
     assert page.locator(".mlx-nb-best").count() == 0
 
@@ -613,7 +613,7 @@ def test_the_chart_draws_what_the_history_holds(told, opened):
     ]
     valid = {row["step"]: row["loss"] for row in told_history().evaluations("valid")}
     best = min(valid, key=valid.get)
-    assert page.locator(".mlx-nb-best").text_content() == f"best {valid[best]:.5g}"
+    assert page.locator(".mlx-nb-best").text_content() == f"best {valid[best]:.4g}"
     marks = [title.evaluate("title => title.textContent") for title in page.locator(".mlx-nb-mark title").all()]
     assert "went back from update 92 to 70" in marks
     assert "update 70: learning_rate changed from 0.0001 to 5e-05" in marks

@@ -44,6 +44,7 @@ from mlx_nb.view.panel.series_changes import series_changes
 from mlx_nb.view.panel.state import Activity, progress_of, samples_of
 from mlx_nb.view.panel.static_view import static_html
 from runs import rows_run
+from tiny import tiny_rows
 
 
 def heard(panel, *messages):
@@ -233,6 +234,21 @@ def test_the_state_of_a_run_is_told_as_it_goes(tmp_path, tiny_folder):
     assert set(panel.clicks) & {"run", "step", "pause"} == set()
 
 
+def test_a_doubtful_rate_and_rows_that_are_left_out_are_in_the_head_as_long_as_they_hold(tmp_path, tiny_folder):
+    rows = [*tiny_rows(12), {"product": "umbrella"}]
+    run = rows_run(tmp_path, tiny_folder, data=rows, val_set_size=4, learning_rate=1e4)
+    panel = run.panel()
+    (doubt,) = panel.head["notes"]
+    assert doubt[0]
+    assert "Was 1e-4 meant?" in doubt[1]
+    run.set(learning_rate=1e-4)
+    run.step()
+    panel.refresh()
+    notes = panel.head["notes"]
+    assert not any(is_warning or "1e-4" in words for is_warning, words in notes)
+    assert any(words.startswith("Left out of train: 1 row.") for _, words in notes)
+
+
 def test_a_run_that_failed_says_why_and_offers_what_makes_sense(tmp_path, tiny_folder):
     run = rows_run(tmp_path, tiny_folder)
 
@@ -366,8 +382,8 @@ def test_what_is_done_is_told_with_how_long_it_takes(monkeypatch):
 
 def test_the_pace_is_that_of_the_last_updates():
     history = History(update(step, seconds=2.0) for step in range(1, 6))
-    assert progress_of(history, 10, 500, 10.0)["pace"] == pytest.approx(2.0)
-    assert progress_of(History(), None, 0, 0.0)["parts"] == ["not loaded yet"]
+    assert progress_of(history, 10, 500)["pace"] == pytest.approx(2.0)
+    assert progress_of(History(), None, 0)["parts"] == ["not loaded yet"]
 
 
 # Clicks

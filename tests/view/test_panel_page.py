@@ -63,7 +63,8 @@ def sent(page):
     ]
 
 
-@pytest.mark.parametrize("width", [700, 1100, 1600])
+# In a window of 700 px JupyterLab leaves 584 px for an output.
+@pytest.mark.parametrize("width", [596, 700, 1100, 1600])
 @pytest.mark.parametrize("theme", [*THEMES, PLAIN])
 def test_every_page_fits_and_has_one_left_edge(theme, width, opened):
     page = opened(theme, width, **RUNNING)
@@ -82,6 +83,35 @@ def test_every_page_fits_and_has_one_left_edge(theme, width, opened):
     assert len(lefts) == 1
     tops = {round(one.bounding_box()["y"]) for one in page.locator(".mlx-nb-toolbar button:visible").all()}
     assert len(tops) == 1  # nothing wraps alone
+
+
+def test_no_tab_moves_when_another_is_chosen(opened):
+    page = opened("light", 700)
+    places = []
+    for name in opened.panel.tabs:
+        page.get_by_role("tab", name=name).click()
+        places.append([one.bounding_box() for one in page.get_by_role("tab").all()])
+    assert all(place == places[0] for place in places)
+
+
+def test_no_time_left_is_said_below_a_second(opened):
+    told = {"words": "loading the model: libraries, 3 of 5", "done": 3, "total": 5, "left": 4.0, "update": 0}
+    page = opened(**{**RUNNING, "activity": told})
+    doing = page.locator(".mlx-nb-doing > span")
+    assert "left" in doing.inner_text()
+    page.evaluate("told => change('activity', told)", {**told, "left": 0.04})
+    page.wait_for_timeout(300)
+    assert "left" not in doing.inner_text()
+
+
+def test_warnings_and_notes_of_the_start_stand_in_the_head(opened):
+    page = opened()
+    notes = [[True, "`learning_rate: 10000` …"], [False, "Left out of train: 1 row. row 3: <b>"]]
+    page.evaluate("notes => change('head', { ...model.get('head'), notes })", notes)
+    shown = page.get_by_role("note").locator("> div")
+    assert shown.all_inner_texts() == ["⚠ `learning_rate: 10000` …", "Left out of train: 1 row. row 3: <b>"]
+    page.evaluate("change('head', { ...model.get('head'), notes: [] })")
+    assert not page.get_by_role("note").is_visible()
 
 
 def test_the_buttons_of_each_checkpoint_are_whole_where_the_notebook_is_narrow(opened):

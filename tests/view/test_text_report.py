@@ -6,9 +6,25 @@ import dataclasses
 
 import pytest
 
-from mlx_nb.events import EvaluationCompleted, Progress, RolloutCompleted, RunFinished, RunStarted, StepCompleted
+from mlx_nb.events import (
+    EvaluationCompleted,
+    Progress,
+    RolloutCompleted,
+    RunFinished,
+    RunStarted,
+    SampleGenerated,
+    StepCompleted,
+)
 from mlx_nb.events.history import History
-from mlx_nb.view.event_text import describe, elapsed_words, progress_line, remarks, rollout_words, summary_rows
+from mlx_nb.view.event_text import (
+    describe,
+    duration,
+    elapsed_words,
+    progress_line,
+    remarks,
+    rollout_words,
+    summary_rows,
+)
 from mlx_nb.view.metric_text import main_metrics, number, reward_of
 from mlx_nb.view.pace import time_left
 from mlx_nb.view.panel.state import progress_of
@@ -130,7 +146,7 @@ def test_the_time_left_is_the_same_wherever_it_is_shown():
     slow, *steady = [dataclasses.replace(update(step), seconds=1.0) for step in range(1, 5)]
     history = History([dataclasses.replace(slow, seconds=10.0), *steady])
     assert "1:36 left" in progress_line(history, 100)
-    assert "1:36 left" in progress_of(history, 100, 0, 0.0)["parts"]
+    assert "1:36 left" in progress_of(history, 100, 0)["parts"]
 
 
 def test_the_time_left_counts_sampling_too():
@@ -149,11 +165,13 @@ def test_elapsed_is_the_wall_clock_and_says_what_it_went_into(monkeypatch):
     clock = iter(range(100, 10_000, 10))
     monkeypatch.setattr("mlx_nb.events.history.time.monotonic", lambda: float(next(clock)))
     history = History()
-    for event in (update(1), evaluation(1, 1.0), rollout(1, [completion()], seconds=4.0), update(2)):
+    answer = SampleGenerated(1, "Hello", "Hi", None, seconds=3.0)
+    for event in (update(1), evaluation(1, 1.0), rollout(1, [completion()], seconds=4.0), answer, update(2)):
         history.append(event)
     spent = history.spent()
-    assert spent["sampling"] == 4.0
-    assert history.elapsed == 30 + update(1).seconds
+    assert spent["sampling"] == 4.0 + 3.0
+    assert history.elapsed == 40 + update(1).seconds
+    assert f"{duration(history.elapsed)} elapsed" in progress_of(history, 9, 0)["parts"]
     waiting = history.elapsed - sum(spent.values())
     assert elapsed_words(history).endswith(f"waiting {waiting:.0f} s")
     again = History(history.events)  # read from a file, in another process

@@ -270,10 +270,10 @@ class Panel(anywidget.AnyWidget):
         begun, self._coming = time.perf_counter(), None
         run, history = self.run, self.run.history
         iters = run.trainer.iters if run.prepared else run.config.iters
-        tokens, seconds = (run.trainer.state.tokens, run.trainer.state.seconds) if run.prepared else (0, 0.0)
+        tokens = run.trainer.state.tokens if run.prepared else 0
         with self.hold_sync():
             self.head = head_of(run, self._device, self._warning)
-            self.progress = progress_of(history, iters, tokens, seconds)
+            self.progress = progress_of(history, iters, tokens)
             doing, kept = self._activity.as_data(run, iters), run.keeps_a_cell
             if doing and kept:
                 doing["words"] += f"  ·  {KEPT}"

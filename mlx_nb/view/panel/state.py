@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx_nb.config.checks import warnings_about
 from mlx_nb.config.run_config import LIVE_SETTINGS, SETTINGS, RunConfig
 from mlx_nb.events import Progress, RunStarted, RunState, SampleGenerated, StepCompleted
 from mlx_nb.events.history import History, losses_by_row
@@ -30,7 +31,10 @@ def visible(text: str) -> str:
 
 
 def head_of(run: RunHandle, device: str, warning: str | None = None) -> PageData:
-    """Name, state and failure; method, model, parameters, device and memory as `facts`; how to continue or resume."""
+    """Name, state and failure; method, model, parameters, device and memory as `facts`; how to continue or resume.
+
+    `notes` are [is a warning, text]: what is known about settings, model and rows. `warning` is that of the device.
+    """
     last = run.history.last_step
     begun = (event for event in reversed(run.history.events) if isinstance(event, RunStarted))
     started = run.history.started or next(begun, None)  # a rewind may have undone its start
@@ -50,11 +54,20 @@ def head_of(run: RunHandle, device: str, warning: str | None = None) -> PageData
         "state": str(run.state),
         "sign": SIGNS[run.state],
         "facts": facts,
-        "warning": warning or "",
+        "notes": _notes_of(run, started, warning),
         "failure": run.let_go or run.failure,
         "next_step": _next_step(run),
         "resume": f"%finetune resume {shown_path(run.folder, run.config)}" if run.step_count else "",
     }
+
+
+def _notes_of(run: RunHandle, started: RunStarted | None, warning: str | None) -> list[tuple[bool, str]]:
+    """Warnings that hold now, and the other notes of the start."""
+    first_rate = run.history.first_value("learning_rate", run.config.learning_rate)
+    warnings = [*([warning] if warning else []), *warnings_about(run.config)]
+    known = {*warnings, *warnings_about(run.config, first_rate)}
+    notes = [note for note in (started.notes if started else ()) if note not in known]
+    return [*((True, words) for words in warnings), *((False, visible(note)) for note in notes)]
 
 
 def _next_step(run: RunHandle) -> str:
@@ -79,10 +92,10 @@ def shown_path(path: str | Path, config: RunConfig) -> str:
     return str(Path(path).relative_to(folder) if folder and Path(path).is_relative_to(folder) else path)
 
 
-def progress_of(history: History, iters: int | None, tokens: int, seconds: float) -> PageData:
+def progress_of(history: History, iters: int | None, tokens: int) -> PageData:
     """`step` of `iters`; loss, tokens, elapsed time and time left as text `parts`; `pace` in seconds per update.
 
-    `tokens` and `seconds` are totals over all updates.
+    `tokens` is the total over all updates.
     """
     last = history.last_step
     step = last.step if last else 0
@@ -92,7 +105,7 @@ def progress_of(history: History, iters: int | None, tokens: int, seconds: float
         parts += [f"reward {last.metrics['reward']:.3f}"] if "reward" in last.metrics else []
         parts += [validation_words(row) for row in history.evaluations("valid")[-1:]]
         parts.append(f"{count(tokens)} tokens, {tokens_per_second(history):.0f} a second")
-        parts.append(f"{duration(seconds)} elapsed")
+        parts.append(f"{duration(history.elapsed)} elapsed")
         left = time_left(history, iters or step)
         parts += [f"{duration(left)} left"] if left > 0.5 else []
     recent = [event.seconds for event in history.last_steps(RECENT_UPDATES)]

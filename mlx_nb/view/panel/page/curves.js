@@ -154,7 +154,7 @@ function layout(series, group, scale, axis, width, shown) {
 
 function keyed(parent, tag, role, text, looks) {
   const entry = add(parent, tag), picture = add(entry, "svg", { width: 24, height: 10, "aria-hidden": "true" });
-  add(picture, "path", { ...looks[role], d: "M2 5H22" });
+  add(picture, "path", { ...looks[role], "stroke-width": Math.max(1.6, looks[role]["stroke-width"]), d: "M2 5H22" });
   if (isValid(role)) add(picture, "circle", { cx: 12, cy: 5, r: 3, fill: looks[role].stroke });
   entry.append(text);
   return entry;
@@ -202,7 +202,7 @@ function paint(chart, view) {
     const saved = line.places[line.step.lastIndexOf(view.bestStep)];
     const best = saved && saved[1] !== null ? saved
       : shown.reduce((found, place) => (sign * place[1] > sign * found[1] ? place : found));
-    const text = `best ${line.value[line.places.indexOf(best)]}`;
+    const text = `best ${Number(line.value[line.places.indexOf(best)].toPrecision(4))}`;
     add(inside, "circle", { cx: best[0], cy: best[1], r: 5.5, fill: "none", stroke: VALID, "stroke-width": 1.5 });
     // Above the plot, where it does not cover a curve.
     write(right, 13, "end", text, { class: "mlx-nb-best" });

@@ -103,12 +103,12 @@ function header(page) {
   const name = h("b", { class: "mlx-nb-name" }), pill = h("span", { role: "status", class: "mlx-nb-pill" });
   const failure = h("div", { class: "mlx-nb-failure" }), facts = h("div", { class: "mlx-nb-facts" });
   const nextStep = h("div", { class: "mlx-nb-note" });
-  const warning = h("div", { class: "mlx-nb-note", role: "note" }), words = h("div", { class: "mlx-nb-words-of-progress" });
+  const notes = h("div", { class: "mlx-nb-note", role: "note" }), words = h("div", { class: "mlx-nb-words-of-progress" });
   const fill = h("div", {}), bar = h("div", { class: "mlx-nb-progress", role: "progressbar", "aria-label": "updates" }, fill);
   const doing = h("span", {}), doingFill = h("div", {}), doingBar = h("div", { class: "mlx-nb-doing-bar", role: "progressbar", "aria-label": "activity" }, doingFill);
   const cancel = page.button("cancel", "Cancel", "cancel the current request", () => page.act({ do: "cancel" }, "canceling …"), "mlx-nb-small");
   const activity = h("div", { class: "mlx-nb-doing" }, doingBar, doing, cancel);
-  const el = h("header", {}, h("div", { class: "mlx-nb-title" }, name, pill), failure, nextStep, facts, warning, bar, words, activity);
+  const el = h("header", {}, h("div", { class: "mlx-nb-title" }, name, pill), failure, nextStep, facts, notes, bar, words, activity);
   let seen = "", since = Date.now(), changedAt = Date.now();
 
   function draw() {
@@ -125,8 +125,8 @@ function header(page) {
     setText(nextStep, store.gone ? "" : head.next_step ?? "");
     nextStep.hidden = !nextStep.textContent;
     facts.replaceChildren(...(head.facts ?? []).map((fact) => h("span", {}, fact)));
-    setText(warning, head.warning ? `⚠ ${head.warning}` : "");
-    warning.hidden = !head.warning;
+    sync(notes, head.notes ?? [], ([, words]) => words, ([isWarning, words]) => h("div", {}, isWarning ? `⚠ ${words}` : words));
+    notes.hidden = !notes.children.length;
     const parts = progress.parts ?? [], share = progress.iters ? Math.min(1, progress.step / progress.iters) : 0;
     if (String(parts) !== String([...words.children].map(({ textContent }) => textContent))) words.replaceChildren(...parts.map((part) => h("span", {}, part)));
     fill.style.width = `${100 * share}%`;
@@ -149,7 +149,7 @@ function header(page) {
     doingFill.style.width = share === null ? "" : `${100 * share}%`;
     share === null ? doingBar.removeAttribute("aria-valuenow") : doingBar.setAttribute("aria-valuenow", Math.round(100 * share));
     const left = now.left === null || now.left === undefined ? null : Math.max(0, now.left - (Date.now() - changedAt) / 1000);
-    const time = left !== null ? `${seconds(left)} left` : now.update && pace ? `${seconds(spent)} of about ${seconds(pace)}` : spent > 0.5 ? seconds(spent) : "";
+    const time = left !== null && left >= 1 ? `${seconds(left)} left` : now.update && pace ? `${seconds(spent)} of about ${seconds(pace)}` : spent > 0.5 ? seconds(spent) : "";
     setText(doing, time && !(now.update && pace < 0.5) ? `${now.words} · ${time}` : now.words);
   }
   return { el, draw, tick };
