@@ -1,4 +1,4 @@
-"""The `mlx-nb` command in a terminal: quickstart, train, check, runs, delete, doctor, settings.
+"""The `mlx-nb` command in a terminal: quickstart, train, evaluate, check, runs, delete, doctor, settings.
 
 A new command is a subparser in `command_line` and the function that it calls.
 """
@@ -147,6 +147,18 @@ def command_line() -> argparse.ArgumentParser:
         help="model: start from an adapter trained on another base",
     )
     train.set_defaults(act=_train)
+    evaluate = commands.add_parser("evaluate", help="measure a saved adapter, and the answers it gives, on a split")
+    evaluate.add_argument("run", help="name of a run, or its adapter folder")
+    evaluate.add_argument("settings", nargs="*", metavar="key=value", help="settings that override those of the run")
+    evaluate.add_argument("--split", default="valid", choices=["train", "valid", "test"], help="rows to measure")
+    evaluate.add_argument("--all", action="store_true", help="all rows of the split, not the fixed set of a validation")
+    evaluate.add_argument("--metrics", help="functions that judge the answers, such as exact_match,my_metric")
+    evaluate.add_argument("--functions", metavar="FILE", help="Python file that defines metric functions")
+    evaluate.add_argument("--max-tokens", type=int, help="longest answer in tokens")
+    evaluate.add_argument("--best", action="store_true", help="the best adapter of the run, not the last")
+    evaluate.add_argument("--base", action="store_true", help="the base model, without the adapter")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON document")
+    evaluate.set_defaults(act=_evaluate)
     check = commands.add_parser("check", help="find problems in the rows, by row number")
     check.add_argument("data", help="folder, file or hub id, as in the setting `data`")
     check.add_argument("settings", nargs="*", metavar="key=value", help="settings, and rows=N (or all) to tokenize")
@@ -198,7 +210,34 @@ def _train(chosen: argparse.Namespace) -> int:
     return exit_status(print_events(run) if chosen.json else train_here(run, way_on=way_on))
 
 
-def _functions_in(path: str | None) -> dict[str, Any]:
+def _evaluate(chosen: argparse.Namespace) -> int:
+    import tempfile
+    from pathlib import Path
+
+    from IPython.lib.pretty import pretty
+
+    from mlx_nb.config.yaml_text import read_list, read_words
+    from mlx_nb.model.backend import prepare_backend
+
+    prepare_backend()
+    from mlx_nb.notebook.progress_line import shown_progress
+    from mlx_nb.run.saved_evaluation import run_to_evaluate
+
+    settings = read_words(chosen.settings, "mlx-nb evaluate", "adapters/run batch_size=8")
+    metrics = None if chosen.metrics is None else read_list(chosen.metrics)
+    functions = _functions_in(chosen.functions, "--functions")
+    with tempfile.TemporaryDirectory(prefix="mlx_nb-") as scratch:
+        run = run_to_evaluate(chosen.run, Path(scratch), settings, functions, best=chosen.best, base=chosen.base)
+        try:
+            with shown_progress(run):
+                result = run.evaluate(chosen.split, all_rows=chosen.all, metrics=metrics, max_tokens=chosen.max_tokens)
+        finally:
+            run.release()
+    print(result.to_json() if chosen.json else pretty(result))
+    return 0
+
+
+def _functions_in(path: str | None, option: str = "--rewards") -> dict[str, Any]:
     """The names that a Python file defines, with their values. Raises ConfigError if it cannot be read or run."""
     import runpy
     from pathlib import Path
@@ -206,11 +245,11 @@ def _functions_in(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
     if not Path(path).is_file():
-        raise ConfigError(f"--rewards {path}: no such file. Give a Python file that defines the functions.")
+        raise ConfigError(f"{option} {path}: no such file. Give a Python file that defines the functions.")
     try:
         return runpy.run_path(path)
     except Exception as error:
-        raise ConfigError(f"--rewards {path}: {type(error).__name__}: {error}") from None
+        raise ConfigError(f"{option} {path}: {type(error).__name__}: {error}") from None
 
 
 def _check(chosen: argparse.Namespace) -> int:

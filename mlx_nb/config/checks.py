@@ -12,9 +12,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import Field, fields
 from typing import Any
 
-from mlx_nb.config.fields import SettingError
+from mlx_nb.config.fields import SettingError, function_name
 from mlx_nb.config.hints import ALL_ADAPTED, is_all_linear
-from mlx_nb.config.methods import METHODS, Loss, is_built_in, method_named, options_of
+from mlx_nb.config.methods import METHODS, Loss, is_built_in, lower_is_better, method_named, options_of
 from mlx_nb.config.optimizers import arguments_of, check_optimizer_config, has_no_decay
 from mlx_nb.config.templates import template_problem
 from mlx_nb.errors import ConfigError, did_you_mean, shown
@@ -361,6 +361,45 @@ def _check_validation(config: CheckedConfig) -> Iterator[SettingError]:
         )
 
 
+def _check_metrics(config: CheckedConfig) -> Iterator[SettingError]:
+    names = metric_names(config.metrics)
+    if config.metrics is not None and not names:
+        yield SettingError(("metrics",), "`metrics` is empty. Name a function, such as exact_match, or remove it.")
+    if names and config.steps_per_eval == -1 and not config.test:
+        yield SettingError(
+            ("metrics",),
+            "`metrics` has no effect with `steps_per_eval: -1`, which never validates, and no `test: true`.",
+        )
+    if not names and any(config.declarations(lambda one: one.name == "metric_tokens")):
+        yield SettingError(("metric_tokens",), "`metric_tokens` has no effect without `metrics`. Remove it.")
+    if config.best_by is None:
+        return
+    method = METHODS.get(config.method)
+    of_method = [
+        name for name in (method.metrics if method else ()) if lower_is_better(config.method, name) is not None
+    ]
+    if config.best_by not in (*names, *of_method):
+        known = ", ".join([*names, *of_method])
+        yield SettingError(
+            ("best_by",),
+            f"`best_by` cannot be {shown(config.best_by)}.{did_you_mean(config.best_by, [*names, *of_method])} "
+            + (f"It takes: {known}." if known else "Name the function in `metrics` too; without it the loss decides."),
+        )
+    elif config.steps_per_eval == -1:
+        yield SettingError(
+            ("best_by",), "`best_by` has no effect with `steps_per_eval: -1`, which never validates. Remove it."
+        )
+
+
+def metric_names(metrics: Any) -> list[str]:
+    """The names of the functions in `metrics`: names, functions, and mappings of one name to its value."""
+    entries = metrics if isinstance(metrics, list | tuple) else () if metrics is None else (metrics,)
+    return [
+        next(iter(one)) if isinstance(one, Mapping) else one if isinstance(one, str) else function_name(one)
+        for one in entries
+    ]
+
+
 def _check_test(config: CheckedConfig) -> Iterator[SettingError]:
     if config.test_batches not in (-1, 0) and not config.test:
         yield SettingError(("test_batches",), "`test_batches` has no effect without `test: true`.")
@@ -444,6 +483,7 @@ EFFECT_CHECKS: tuple[Callable[[CheckedConfig], Iterator[SettingError]], ...] = (
     _check_decay,
     _check_schedule,
     _check_validation,
+    _check_metrics,
     _check_test,
     _check_samples,
     _check_down_weight,

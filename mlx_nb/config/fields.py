@@ -85,6 +85,12 @@ def names_given(values: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(names)
 
 
+def function_name(function: Any) -> str:
+    """The name of a reward or metric function: its own, that of the function in a functools.partial, or its class's."""
+    inner = getattr(function, "func", function)
+    return getattr(inner, "__name__", type(inner).__name__)
+
+
 class SettingError(ConfigError):
     """An error about one setting, with the path of its key."""
 

@@ -209,6 +209,12 @@ def method_named(name: str) -> Method:
     return METHODS[name]
 
 
+def lower_is_better(method: str, metric: str) -> bool | None:
+    """Whether a lower value of a method's metric is better; None if neither is, or it is no metric of the method."""
+    known = METHODS[method].metrics.get(metric)
+    return {"up": False, "down": True}.get(known.healthy) if known is not None else None
+
+
 def is_built_in(name: str) -> bool:
     """Whether the method comes with the package."""
     return name in _BUILT_IN

@@ -16,7 +16,7 @@ import yaml
 
 from mlx_nb.config.checks import problems_of
 from mlx_nb.config.command_lines import read_command
-from mlx_nb.config.fields import SettingError, SettingErrors, coerce, kinds_of, names_given, plain
+from mlx_nb.config.fields import SettingError, SettingErrors, coerce, function_name, kinds_of, names_given, plain
 from mlx_nb.config.hints import foreign_settings, inner_hint, value_hint
 from mlx_nb.config.methods import METHODS
 from mlx_nb.config.mixture_sources import is_mixture, is_source, source_problem
@@ -121,7 +121,7 @@ class RunConfig(DeclaredSettings):
 
     def replace(self, **changes: Any) -> RunConfig:
         """A changed, checked copy with the same working folder. What was given before still counts as given."""
-        kept = {**self.to_dict(), "rewards": self.rewards}
+        kept = {**self.to_dict(), **{name: getattr(self, name) for name in FUNCTIONS}}
         other = changes.get("optimizer")
         if other not in (None, self.optimizer) and (has_no_decay(self.optimizer) or has_no_decay(other)):
             del kept["weight_decay"]  # the new optimizer has none, and the old one's is not a choice for the new one
@@ -162,8 +162,8 @@ class RunConfig(DeclaredSettings):
         """Plain values for YAML or JSON; `from_dict` reads them back."""
         values = {name: getattr(self, name) for name in SETTINGS}
         for name, value in values.items():
-            if name == "rewards" and value is not None:
-                values[name] = [reward_name(reward) if callable(reward) else reward for reward in value]
+            if name in FUNCTIONS and value is not None:
+                values[name] = [function_name(one) if callable(one) else one for one in value]
             elif dataclasses.is_dataclass(value) and not isinstance(value, type):
                 values[name] = {key: _plain(item) for key, item in dataclasses.asdict(value).items()}
             else:
@@ -206,12 +206,6 @@ def located(text: str | None, working_folder: Path | None) -> str | None:
         return text
 
 
-def reward_name(function: Any) -> str:
-    """The name of a reward function: its own, that of the function in a functools.partial, or its class's."""
-    inner = getattr(function, "func", function)
-    return getattr(inner, "__name__", type(inner).__name__)
-
-
 def _names_files(data: Any) -> bool:
     """Whether `data` is a name, or a mixture of names."""
     if isinstance(data, list):
@@ -223,8 +217,8 @@ def _converted(name: str, value: Any, declared: dataclasses.Field[Any], kind: An
     """The value of a setting as it is stored. Raises SettingError or SettingErrors."""
     if name == "data":
         return _data(value)
-    if name == "rewards" and value is not None:
-        return _rewards(value)
+    if name in FUNCTIONS and value is not None:
+        return _functions(name, value)
     return coerce(value, declared, kind)
 
 
@@ -254,18 +248,18 @@ def _data(value: Any) -> Any:
     return sources
 
 
-def _rewards(value: Any) -> Any:
-    """`rewards` as a list or tuple of names, functions and mappings of one name to plain values."""
+def _functions(name: str, value: Any) -> Any:
+    """`rewards` or `metrics` as a list or tuple of names, functions and mappings of one name to plain values."""
     entries = value if isinstance(value, list | tuple) else (value,)
     for entry in entries:
         named = isinstance(entry, str) or (isinstance(entry, Mapping) and len(entry) == 1)
         if not named and not callable(entry):
             raise SettingError(
-                ("rewards",),
-                f"`rewards` cannot hold {shown(entry)}. It takes names, functions, and mappings with one key.",
+                (name,),
+                f"`{name}` cannot hold {shown(entry)}. It takes names, functions, and mappings with one key.",
             )
     return type(entries)(
-        entry if callable(entry) else plain(entry, ("rewards", str(index))) for index, entry in enumerate(entries)
+        entry if callable(entry) else plain(entry, (name, str(index))) for index, entry in enumerate(entries)
     )
 
 
@@ -340,6 +334,7 @@ RunConfig.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         for name, declared in SETTINGS.items()
     ]
 )
+FUNCTIONS = ("rewards", "metrics")  # settings with functions of the notebook
 LENGTHS = ("iters", "epochs")  # a run has one of them
 PATHS = ("data", "model", "resume_adapter_file", "reference_model", "reference_adapter", "chat_template")
 # Live settings that switch something off with null, and the settings that depend on them.

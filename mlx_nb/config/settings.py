@@ -452,6 +452,19 @@ class DeclaredSettings(Settings):
         group="validation",
         at_least=1,
     )
+    metrics: Any = setting(
+        None,
+        "Functions that judge the model's greedy answers to the validation and test rows, by name: exact_match, "
+        "{regex: ...}, or one in the notebook.",
+        group="validation",
+    )
+    metric_tokens: int = setting(128, "Longest answer in tokens that metrics judge.", group="validation", at_least=1)
+    best_by: str | None = setting(
+        None,
+        "What decides the best adapter and early stopping: one of metrics, of which higher is better, or a metric of "
+        "the method. null = the validation loss.",
+        group="validation",
+    )
     test: bool = setting(False, "Measure loss and perplexity on the test split at the end.", group="validation")
     test_batches: int = setting(-1, "Batches of the test split to measure. -1 = all.", group="validation", at_least=-1)
     sample_prompts: tuple[str, ...] | None = setting(

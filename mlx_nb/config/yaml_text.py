@@ -220,6 +220,12 @@ def read_value(text: str) -> Any:
     return None if re.fullmatch(_NULL, text.strip()) else text
 
 
+def read_list(text: str) -> list[Any]:
+    """The elements of a list, with or without its brackets: `exact_match,{regex: ^Yes}`. Raises ConfigError."""
+    value = read_value(text if text.lstrip().startswith("[") else f"[{text}]")
+    return value if isinstance(value, list) else [value]
+
+
 def read_words(words: Sequence[str], command: str, example: str) -> dict[str, Any]:
     """The settings in `key=value` words of a command line. Raises CommandError with one line for each wrong word."""
     values: dict[str, Any] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -74,9 +75,30 @@ class EvaluationCompleted(Event):
     target_tokens: float  # units of the loss: target tokens, pairs, answers or completions
     rows: int  # how many rows were measured
     seconds: float  # wall time of the evaluation
-    best: bool = False  # whether it is the lowest validation loss of the run so far
+    best: bool = False  # whether it is the best validation of the run so far, by the loss or `best_by`
     row_losses: tuple[tuple[int, float], ...] = ()  # (row, its mean loss)
-    metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # what the method measures, by name
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # what the method and `metrics` measure
+    bits_per_byte: float | None = None  # loss in bits per byte of the target text, for `sft`; None for other methods
+    # 95% confidence intervals over the rows, as [low, high], of the loss, perplexity, bits per byte and `metrics`
+    intervals: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    best_by: str = ""  # the metric that decides which validation is best; empty for the loss
+    problems: tuple[str, ...] = ()  # what went wrong in metric functions, in sentences
+
+    @property
+    def answer_metrics(self) -> list[str]:
+        """The names of the `metrics` that judge answers, which are those with an interval."""
+        return [name for name in self.metrics if name in self.intervals]
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """A table with a line for each number, where a notebook or IPython shows it; `repr` has every field."""
+        numbers = {"loss": self.loss, "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
+        lines = [f"{self.split}, {self.rows} rows, update {self.step}"]
+        for name, value in {**numbers, **self.metrics}.items():
+            if value is not None:
+                low, high = self.intervals.get(name, (math.nan, math.nan))
+                interval = "" if math.isnan(low) else f"   95% interval {low:.4f} to {high:.4f}"
+                lines.append(f"  {name.replace('_', ' '):<16} {value:.4f}{interval}")
+        printer.text("\n".join([*lines, *self.problems]))
 
 
 @dataclass(frozen=True)
@@ -192,7 +214,7 @@ class RunFinished(Event):
     seconds: float  # wall time of all updates
     tokens: int  # tokens trained on, without padding
     target_tokens: float  # units of the loss trained on: target tokens, pairs, answers or completions
-    best_loss: float | None  # the lowest validation loss; None without validation
+    best_loss: float | None  # the lowest validation loss, or that of the best by `best_by`; None without validation
     best_step: int | None  # the update that had it
     path: str | None  # the folder with the adapter
     learned: bool = True  # False when no update had anything to learn from: the adapter is what it was before

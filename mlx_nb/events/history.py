@@ -167,6 +167,11 @@ class History:
         return list(dict.fromkeys(name for event in self._of(EvaluationCompleted) for name in event.metrics))
 
     @property
+    def answer_metrics(self) -> list[str]:
+        """The names of the metrics that judge answers in evaluations."""
+        return list(dict.fromkeys(name for event in self._of(EvaluationCompleted) for name in event.answer_metrics))
+
+    @property
     def step_metrics(self) -> list[str]:
         """The names of the metrics of updates, as the method orders them."""
         return list(dict.fromkeys(name for event in self._of(StepCompleted) for name in event.metrics))
@@ -286,6 +291,7 @@ def losses_by_row(event: StepCompleted | EvaluationCompleted) -> list[tuple[int,
 def evaluation_row(event: EvaluationCompleted) -> dict[str, Any]:
     """An evaluation as a dict, the method's own metrics last."""
     row = {name: getattr(event, name) for name in EVALUATION_COLUMNS}
+    row |= {name: value for name in ("bits_per_byte", "best_by") if (value := getattr(event, name))}
     return {**row, **{name: value for name, value in event.metrics.items() if name not in row}}
 
 

@@ -11,7 +11,7 @@ from mlx_nb.config.checks import MESSAGE_ROLES
 from mlx_nb.config.help import choices_of, inner_settings, setting_help, short_help
 from mlx_nb.config.methods import METHODS
 from mlx_nb.config.optimizers import OPTIMIZERS
-from mlx_nb.config.run_config import SETTINGS
+from mlx_nb.config.run_config import FUNCTIONS, SETTINGS
 from mlx_nb.files.written_files import CHECKPOINTS
 from mlx_nb.run.available import available_models, built_in_rewards, row_variables
 
@@ -67,7 +67,7 @@ def values(
         return [*bare, *adapters(), *paths(fragment, lambda path: path.suffix == ".safetensors")]
     if name == "chat_template":
         return paths(fragment, lambda path: path.suffix in (".jinja", ".txt"))
-    if name == "rewards":
+    if name in FUNCTIONS:
         return _rewards(namespace) if lists else [Choice(f"[{one.text}]", one.help) for one in _rewards(namespace)]
     if path in (("target_modules",), ("lora_parameters", "keys")):
         return [Choice(one) for one in _MODULES] if lists else [Choice("[q_proj, v_proj]", "names of modules")]

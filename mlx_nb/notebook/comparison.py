@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mlx_nb.view.event_text import setting_words
-from mlx_nb.view.metric_text import headline
+from mlx_nb.view.metric_text import deciding
 
 if TYPE_CHECKING:
     from mlx_nb.run.run import Run
@@ -39,7 +39,7 @@ def _best(run: Run) -> str:
     best = run.history.best_validation
     if best is None:
         return "-"
-    name, value = headline(best)
+    name, value = deciding(best)
     return f"{'' if name == 'loss' else f'{name} '}{value:.4f} at {best['step']}"
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from mlx_nb.events import Event, Progress, RunState, StateChanged
-from mlx_nb.notebook.text_output import Line
+from mlx_nb.notebook.text_output import SECONDS_BETWEEN_CHANGES, Line, has_rich_display
 from mlx_nb.view import event_text
 
 if TYPE_CHECKING:
@@ -40,3 +44,40 @@ class ProgressLine:
         """Show the final text, and stop following the run."""
         self._run.unlisten(self._on_event)
         self._line.put(words)
+
+
+@contextmanager
+def shown_progress(run: Run) -> Iterator[None]:
+    """A context that shows the progress of what the run does now: in the cell, or on a line of the terminal."""
+    line = Line("") if has_rich_display() else _TerminalLine()
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, Progress) and line.is_due:
+            line.put(event_text.progress_words(event))
+
+    run.listen(on_event)
+    try:
+        yield
+    finally:
+        run.unlisten(on_event)
+        line.put("")
+
+
+class _TerminalLine:
+    """A line on stderr that is written over; nothing where that is not a terminal."""
+
+    def __init__(self) -> None:
+        self._shown_at = 0.0
+        self._width = 0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether enough time has passed to write it again."""
+        return sys.stderr.isatty() and time.monotonic() - self._shown_at >= SECONDS_BETWEEN_CHANGES
+
+    def put(self, text: str) -> None:
+        """Replace the text; an empty one removes the line."""
+        if sys.stderr.isatty() and (text or self._width):
+            end = "" if text else "\r"
+            print(f"\r{text:<{self._width}}", end=end, file=sys.stderr, flush=True)
+            self._shown_at, self._width = time.monotonic(), len(text)

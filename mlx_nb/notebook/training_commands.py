@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from mlx_nb.config.yaml_text import advice_as_words, read_words
+from mlx_nb.config.yaml_text import advice_as_words, read_list, read_words
 from mlx_nb.errors import CommandError
 from mlx_nb.events import Pause, RunState, Stop
 from mlx_nb.notebook.command import (
@@ -20,6 +20,7 @@ from mlx_nb.notebook.command import (
     refuse_finished,
     wait_of,
 )
+from mlx_nb.notebook.progress_line import shown_progress
 from mlx_nb.notebook.session import Session
 from mlx_nb.notebook.text_output import GrowingAnswer, Text, has_rich_display
 from mlx_nb.run.inputs import SPLITS
@@ -98,9 +99,17 @@ def _panel(session: Session, arguments: argparse.Namespace) -> None:
 
 
 def _eval(session: Session, arguments: argparse.Namespace) -> Text:
+    from IPython.lib.pretty import pretty
+
     from mlx_nb.view.event_text import describe
 
-    return Text(describe(session.get(arguments.name).evaluate(arguments.split)))
+    run = session.get(arguments.name)
+    metrics = None if arguments.metrics is None else read_list(arguments.metrics)
+    options = {"all_rows": arguments.all, "metrics": metrics, "max_tokens": arguments.max_tokens}
+    with shown_progress(run):
+        result = run.evaluate(arguments.split, **options)
+    detailed = arguments.all or bool(result.answer_metrics)
+    return Text(pretty(result) if detailed else describe(result))
 
 
 def _generate(session: Session, arguments: argparse.Namespace) -> Text:
@@ -166,6 +175,9 @@ TRAINING_COMMANDS: dict[str, Command] = {
         "measure loss and metrics on a split now",
         _eval,
         argument("split", nargs="?", default="valid", choices=SPLITS),
+        argument("--metrics", help="functions that judge the answers, such as exact_match,my_metric"),
+        argument("--all", action="store_true", help="all rows of the split, not the fixed set of a validation"),
+        argument("--max-tokens", type=int, help="longest answer in tokens (default: metric_tokens)"),
         of_now=True,
     ),
     "generate": command(

@@ -84,15 +84,37 @@ def sample_each(
     room: Sequence[int] = (),
     on_tokens: Callable[[list[list[int]]], None] | None = None,
 ) -> list[Completion]:
+    """One completion of each prompt, as `sampling_each` gives them.
+
+    `on_tokens` is called repeatedly with the tokens of each so far.
+    """
+    sampling = sampling_each(model, tokenizer, prompts, settings, seed, room)
+    while True:
+        try:
+            tokens = next(sampling)
+        except StopIteration as ended:
+            completions: list[Completion] = ended.value
+            return completions
+        if on_tokens is not None:
+            on_tokens(tokens)
+
+
+def sampling_each(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    settings: SamplingSettings,
+    seed: int,
+    room: Sequence[int] = (),
+) -> Generator[list[list[int]], None, list[Completion]]:
     """One completion of each prompt, with any kind of cache, none longer than its `room` if given.
 
-    `on_tokens` is called repeatedly with the tokens of each so far. Raises DataError for a prompt without tokens.
+    Yields the tokens of each so far, and can be closed at any yield. Raises DataError for a prompt without tokens.
     """
     _refuse_empty(prompts)
     rows = _rows_of(prompts, 1, settings, room)
     for _ in _sample(model, tokenizer, prompts, rows, settings, seed, _ROWS_AT_ONCE):
-        if on_tokens is not None:
-            on_tokens([row.tokens for row in rows])
+        yield [row.tokens for row in rows]
     return [row.completion() for row in rows]
 
 

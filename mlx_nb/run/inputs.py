@@ -29,6 +29,7 @@ from mlx_nb.data.sources.row_source import RowSource
 from mlx_nb.data.sources.splits import Splits, is_local, open_splits, refuse_unknown_data
 from mlx_nb.errors import CommandError, DataError, MlxNbError, ModelError, and_more, did_you_mean
 from mlx_nb.events import Progress, Question
+from mlx_nb.events.history import EVALUATION_COLUMNS
 from mlx_nb.process.interruptible import Interruptible
 from mlx_nb.process.own_code import code_digest, is_own
 from mlx_nb.process.pieces import finished
@@ -38,11 +39,13 @@ if TYPE_CHECKING:
     from mlx_nb.model.loading import LoadedModel
     from mlx_nb.model.logprobs import TargetScorer
     from mlx_nb.rollouts.rewards.resolve import Reward
+    from mlx_nb.train.answer_metrics import AnswerMetrics
     from mlx_nb.train.reference_logprobs import ReferenceLogprobs
     from mlx_nb.train.state import TrainerExamples
 
 SECONDS_TO_LOOK = 1.0  # time for checking rows before a cell returns
 SPLITS = ("train", "valid", "test")
+ROWS_TO_TRY = 32  # whose columns metrics are checked against before the training
 
 
 class RunInputs:
@@ -188,9 +191,11 @@ class RunInputs:
             refuse_unreadable(self.splits.train, settings, kind, SECONDS_TO_LOOK)
 
     def check_reward_names(self) -> None:
-        """Raise ConfigError for a reward that is neither a function in the notebook nor a built-in one."""
+        """Raise ConfigError for a reward or metric that is neither a function in the notebook nor a built-in one."""
         from mlx_nb.rollouts.rewards.resolve import resolve_rewards
 
+        if self.config.metrics is not None:
+            self.metric_functions(self.config.metrics)
         if method_named(self.config.method).kind.sampled:
             resolve_rewards(self.config.rewards, self.namespace or {})
 
@@ -321,6 +326,32 @@ class RunInputs:
         check_rewards(rewards, self.config.reward_weights, tuple(columns))
         return rewards
 
+    def metric_functions(self, metrics: Any) -> tuple[Reward, ...]:
+        """The functions that `metrics` names. Raises ConfigError for an unknown one, or one named as another metric."""
+        from mlx_nb.rollouts.rewards.resolve import resolve_rewards
+
+        of_run = ("bits_per_byte", "best_by", "position", *EVALUATION_COLUMNS)
+        taken = (*of_run, *method_named(self.config.method).metrics)
+        return resolve_rewards(metrics, self.namespace or {}, "metrics", taken)
+
+    def answer_metrics(self, metrics: Any, max_tokens: int) -> AnswerMetrics:
+        """The functions that `metrics` names, to judge the answers to rows. Raises ConfigError as `rewards` does."""
+        from mlx_nb.train.answer_metrics import AnswerMetrics
+
+        functions = self.metric_functions(metrics)
+        return AnswerMetrics(functions, lambda split, row: self.split(split).question(row), self.tokenizer, max_tokens)
+
+    @cached_property
+    def metrics(self) -> AnswerMetrics | None:
+        """The metrics of the setting, tried on the columns of a few rows. Raises ConfigError or DataError."""
+        if self.config.metrics is None:
+            return None
+        found = self.answer_metrics(self.config.metrics, self.config.metric_tokens)
+        for split in ("valid", "test"):
+            if rows := [example.row for example in getattr(self.examples, split)[:ROWS_TO_TRY]]:
+                found.check(split, rows)
+        return found
+
     def places_of(self, rows: Sequence[int]) -> str:
         """A sentence with the source locations of training rows if their numbers differ there; otherwise empty."""
         source = self.splits.train
@@ -344,7 +375,11 @@ class RunInputs:
         loss = method.loss(self.config.loss).function()
         found: dict[str, Any] = {"loss function": code_digest(loss)} if is_own(loss) else {}
         own = {reward.name: code_digest(reward.function) for reward in self.rewards if is_own(reward.function)}
-        return {**found, "reward functions": own} if own else found
+        found |= {"reward functions": own} if own else {}
+        # Of the other metrics no number of the training depends on.
+        deciding = [one for one in (self.metrics.metrics if self.metrics else ()) if one.name == self.config.best_by]
+        own = {metric.name: code_digest(metric.function) for metric in deciding if is_own(metric.function)}
+        return {**found, "metric functions": own} if own else found
 
     def token_losses(self, row: RowView, *, base: bool, rejected: bool = False) -> Any:
         """(T,) current loss in nats of each token of a row; NaN for the first. `base` measures without the adapter.

@@ -151,6 +151,7 @@ def make_trainer(
         reference=reference,
         tokenizer=loaded.tokenizer,
         rewards=inputs.rewards,
+        metrics=inputs.metrics,
         base=base_identity(loaded.weights, config.load_in_bits),
         loading_info={"model": loaded_as(config, loaded), "prompt_format": inputs.prompt_rendering.prompt_format or ""},
         from_checkpoint=from_checkpoint,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_nb.config.optimizers import has_no_decay
-from mlx_nb.config.run_config import LENGTHS, PATHS, SETTINGS, RunConfig, located
+from mlx_nb.config.run_config import FUNCTIONS, LENGTHS, PATHS, SETTINGS, RunConfig, located
 from mlx_nb.data.examples.batches import ORDER, Place
 from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.errors import CheckpointError, ConfigError, did_you_mean, listed_problems, shown
@@ -41,6 +41,7 @@ MADE_FROM = (
     "reference",
     "loss function",
     "reward functions",
+    "metric functions",
 )
 
 _READABLE = ("device", "mlx version")  # fingerprints in plain words instead of digests
@@ -213,7 +214,7 @@ def settings_to_resume(checkpoint: Checkpoint, folder: Path, config: RunConfig |
         for event in _live_changes(checkpoint):
             config = config.with_live(**{event.name: event.new})
         config = config.replace(**{name: values[name] for name in LENGTHS})  # see `length_given`
-        values = {**config.to_dict(), "rewards": config.rewards}
+        values = {**config.to_dict(), **{name: getattr(config, name) for name in FUNCTIONS}}
     values["adapter_path"] = str(folder)
     if data is not None:
         values["data"] = data
@@ -224,12 +225,13 @@ def settings_to_resume(checkpoint: Checkpoint, folder: Path, config: RunConfig |
 
 
 def refuse_missing_variables(config: RunConfig, name: str, namespace: Mapping[str, Any] | None) -> None:
-    """Raise CheckpointError if rows or rewards of the run `name` were notebook variables that no longer exist."""
+    """Raise CheckpointError if rows, rewards or metrics of the run `name` were variables that no longer exist."""
     from mlx_nb.rollouts.rewards.builtin import REWARDS
 
     sources = config.data if isinstance(config.data, list) else [config.data]
     rows = [one["path"] if isinstance(one, Mapping) and "path" in one else one for one in sources]
-    rewards = [one for one in config.rewards or () if isinstance(one, str) and one not in REWARDS]
+    functions = (*(config.rewards or ()), *(config.metrics or ()))
+    rewards = [one for one in functions if isinstance(one, str) and one not in REWARDS]
     folder = config.working_folder or Path()
     missing = [
         word

@@ -59,6 +59,7 @@ from mlx_nb.run import foreground
 from mlx_nb.run.adapter_exports import can_write, export_adapter, write_adapter
 from mlx_nb.run.background import Background
 from mlx_nb.run.checkpoints import Checkpoints
+from mlx_nb.run.evaluating import evaluated
 from mlx_nb.run.generation import check_generation, generate_answers
 from mlx_nb.run.inputs import RunInputs
 from mlx_nb.run.preparation import check_template_file, folder_taken, loading, make_trainer, with_start_adapter
@@ -506,8 +507,8 @@ class Run:
     @property
     def stuck(self) -> bool:
         """Whether a user function is still running although it was interrupted: it catches every interrupt."""
-        rollouts = self._trainer.rollouts if self._trainer is not None else None
-        return self.inputs.reading.stuck or (rollouts is not None and rollouts.own_code.stuck)
+        codes = self._trainer.own_code if self._trainer is not None else []
+        return any(code.stuck for code in (self.inputs.reading, *codes))
 
     @one_at_a_time
     def save_unsaved(self) -> bool:
@@ -773,13 +774,39 @@ class Run:
                 self._record(self._trainer.change(name, getattr(checked, name)))
 
     @one_at_a_time
-    def evaluate(self, split: str = "valid", *, all_rows: bool = False) -> EvaluationCompleted:
-        """Measure loss and metrics on a fixed set of rows of `split`, or on all of them."""
+    def evaluate(
+        self,
+        split: str = "valid",
+        *,
+        all_rows: bool = False,
+        metrics: Any = None,
+        max_tokens: int | None = None,
+    ) -> EvaluationCompleted:
+        """Measure loss and metrics on a fixed set of rows of `split`, or on all of them, with 95% intervals.
+
+        `metrics` judge the model's greedy answers, of at most `max_tokens` tokens, to the same rows (None = as in the
+        settings): a list of built-in ones by name, such as `"exact_match"` or `{"regex": "^Yes"}`, and of functions
+        that take by name what they need of `completion`, `reference`, `prompt`, `row` and the row's columns, and return
+        a number or a bool. The answers are kept by a fingerprint of the model, so an evaluation that was interrupted
+        goes on where it was, and one with other metrics generates nothing again. An interrupt is raised as
+        KeyboardInterrupt. Neither the run nor a random stream is changed. Raises ConfigError for a metric that cannot
+        be called, DataError for rows that ask nothing.
+        """
         self._calls.refuse_inside("evaluate")
         trainer = self.trainer
         if split == "test" and not self.config.test and not trainer.examples.test:
             trainer.examples = dataclasses.replace(trainer.examples, test=self.inputs.tokenize("test"))
-        result = trainer.evaluate(split, all_rows=all_rows)
+        with self._calls.calling(USER_FUNCTION):
+            result = evaluated(
+                trainer,
+                self.inputs,
+                self.adapter_bytes,
+                self._calls.notify,
+                split=split,
+                all_rows=all_rows,
+                metrics=metrics,
+                max_tokens=max_tokens,
+            )
         self._record(result)
         return result
 

@@ -101,9 +101,7 @@ def load(folder: str | Path, *, model: str | None = None) -> SavedModel:
     facts = _facts(place)
     ours = facts.get("mlx_nb") if isinstance(facts.get("mlx_nb"), Mapping) else {}
     assert isinstance(ours, Mapping)
-    base = model or _base_named(facts.get("model"), ours.get("model"))
-    if base is None:
-        raise ModelError(f"the base model of {place} is not recorded. Pass it: load({str(folder)!r}, model=...).")
+    base = model or base_of(place)
     settings = ours.get("settings") if isinstance(ours.get("settings"), Mapping) else {}
     assert isinstance(settings, Mapping)
     kept = {name: settings[name] for name in _OF_PROMPTS if name in settings}
@@ -115,6 +113,16 @@ def load(folder: str | Path, *, model: str | None = None) -> SavedModel:
     except ConfigError as error:
         raise ModelError(f"{place / CONFIG_FILE} cannot be used: {error}") from None
     return SavedModel(place, config, update if isinstance(update, int) else None, any_base=model is not None)
+
+
+def base_of(place: Path) -> str:
+    """The base model of the adapter in a folder, by name or path. Raises ModelError if it is not recorded."""
+    facts = _facts(place)
+    ours = facts.get("mlx_nb")
+    base = _base_named(facts.get("model"), ours.get("model") if isinstance(ours, Mapping) else None)
+    if base is None:
+        raise ModelError(f"the base model of {place} is not recorded. Pass it: load({str(place)!r}, model=...).")
+    return base
 
 
 def _facts(place: Path) -> Mapping[str, Any]:

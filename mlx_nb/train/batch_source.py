@@ -21,12 +21,16 @@ from mlx_nb.train.step import Evaluation, add_metrics, mean_metrics
 
 
 class Measured(NamedTuple):
-    """The result of an evaluation: mean loss, units, (row, loss) of each row, and mean metrics."""
+    """The result of an evaluation: mean loss, units, (row, loss) of each row, mean metrics, units of each row.
+
+    The rows are in the order in which they were measured; a split text has one entry for each piece.
+    """
 
     loss: float
     units: float
     row_losses: tuple[tuple[int, float], ...]
     metrics: dict[str, float]
+    row_units: tuple[float, ...]
 
 
 class BatchSource(Protocol):
@@ -74,6 +78,7 @@ class RowBatches:
         kl_estimate = _kl_estimate(sums)
         total = units = 0.0
         row_losses: list[tuple[int, float]] = []
+        row_units: list[float] = []
         metrics: dict[str, tuple[float, float]] = {}
         for number, group in enumerate(groups):
             yield Progress(step, f"{split} loss", number, len(groups))
@@ -82,7 +87,8 @@ class RowBatches:
             total, units = total + measured.total, units + measured.units
             add_metrics(metrics, measured.metrics)
             row_losses += zip(batch.rows, measured.row_losses)
-        return Measured(total / units, units, tuple(row_losses), mean_metrics(metrics))
+            row_units += measured.row_units
+        return Measured(total / units, units, tuple(row_losses), mean_metrics(metrics), tuple(row_units))
 
     def _collate(self, groups: Sequence[Sequence[Any]], kl_estimate: float) -> list[TokenBatch]:
         batches = [self._kind.collate(group, self._width_multiple) for group in groups]

@@ -281,7 +281,8 @@ class Rollouts:
         rewards = sampled.scores.total_N
         losses = [(example.row, -float(reward)) for example, reward in zip(prompts, rewards) if math.isfinite(reward)]
         mean = sum(loss for _, loss in losses) / len(losses)
-        return Measured(mean, float(len(losses)), tuple(losses), self._measured(sampled))
+        units = (1.0,) * len(losses)
+        return Measured(mean, float(len(losses)), tuple(losses), self._measured(sampled), units)
 
     def snapshot(self) -> tuple[dict[str, mx.array], dict[str, Any] | None]:
         """The current rollout as arrays by name and plain values. A changed policy cannot sample it again."""

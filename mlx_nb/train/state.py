@@ -12,6 +12,8 @@ class TrainerState:
     """The counters of a run. `step` is the number of finished updates, `seconds` the time spent in them.
 
     `learned_step` is the last update with a learning signal (0 = none).
+    `best_loss` is the validation loss of `best_step`, the best one by the metric `best_by` (empty = by the loss), whose
+    `best_score` is the metric, negated where higher is better. `scheduled_best` is a score too, or a loss.
     `recent_losses` has (length class, loss) of recent updates, `spikes` the number of consecutive spikes at the end.
     `batches` counts micro-batches of the run's batch size; at the end of an epoch it is a multiple of the batches per
     epoch.
@@ -28,6 +30,8 @@ class TrainerState:
     learned_step: int = 0
     scheduled_best: float | None = None
     evaluations_without_best: int = 0
+    best_by: str = ""
+    best_score: float | None = None
     recent_losses: list[tuple[int, float]] = field(default_factory=list)
     spikes: int = 0
 

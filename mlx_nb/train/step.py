@@ -55,12 +55,13 @@ class Update(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """The evaluation of one batch: loss sum, units, mean loss of each row, and metrics as (sum, divisor)."""
+    """The evaluation of one batch: loss sum, units, mean loss and units of each row, metrics as (sum, divisor)."""
 
     total: float
     units: float
     row_losses: list[float]
     metrics: dict[str, tuple[float, float]]
+    row_units: list[float]
 
 
 class Stepper:
@@ -245,7 +246,7 @@ def evaluate_batch(
     parts = tuple(target_inputs(part, *multiples) for part in lanes_of(batch, lanes))
     sums = joined(in_lanes(lambda inputs: objective(scorer, inputs), parts))
     _evaluate(parts, sums)
-    return Evaluation(scalar(sums.total), scalar(sums.units), _row_losses(sums), measured(sums))
+    return Evaluation(scalar(sums.total), scalar(sums.units), _row_losses(sums), measured(sums), _row_units(sums))
 
 
 def largest_gradients(gradients: Any) -> list[tuple[str, float]]:
@@ -299,6 +300,10 @@ def _unpacked(total: mx.array, packed: mx.array, names: tuple[str, ...]) -> Loss
 
 def _row_losses(sums: LossSum) -> list[float]:
     return (sums.row_total_R / sums.row_units_R).tolist()  # type: ignore[return-value]
+
+
+def _row_units(sums: LossSum) -> list[float]:
+    return sums.row_units_R.tolist()  # type: ignore[return-value]
 
 
 def _shallow(tree: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 import typing
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_nb.config.checks import warnings_about
-from mlx_nb.config.methods import method_named
+from mlx_nb.config.methods import lower_is_better, method_named
 from mlx_nb.config.run_config import LENGTHS, RunConfig
 from mlx_nb.data.examples.batches import Place, TokenBatch
 from mlx_nb.data.masks.tokenizer import Tokenizer
@@ -63,8 +64,10 @@ from mlx_nb.model.randomness import random_stream, seed_for
 from mlx_nb.model.trained import orthogonalized_outside, total_count, trainable_count, trained_summary
 from mlx_nb.model.trees import held_arrays
 from mlx_nb.objectives.build import objective_for
+from mlx_nb.process.interruptible import Interruptible
 from mlx_nb.rollouts.rewards.resolve import Reward
 from mlx_nb.train.adapter_saves import AdapterSaves
+from mlx_nb.train.answer_metrics import Answered, AnswerMetrics, KeptAnswers
 from mlx_nb.train.batch_source import BatchSource, RowBatches
 from mlx_nb.train.checkpoint import Checkpoint
 from mlx_nb.train.evaluation import evaluate_split
@@ -128,6 +131,7 @@ class Trainer:
         reference: ReferenceLogprobs | None = None,
         tokenizer: Tokenizer | None = None,
         rewards: Sequence[Reward] = (),
+        metrics: AnswerMetrics | None = None,
         base: dict[str, Any] | None = None,
         loading_info: Mapping[str, str] | None = None,
         from_checkpoint: bool = False,
@@ -145,7 +149,7 @@ class Trainer:
         self.name = name
         self.places_of = places_of
         self.notes = tuple(notes)
-        self.state = TrainerState()
+        self.state = TrainerState(best_by=config.best_by or "")
         self.finished: RunFinished | None = None
         self._inbox = inbox if inbox is not None else Inbox()
         self.schedule = Schedule()
@@ -157,6 +161,8 @@ class Trainer:
         self._memory_limit = memory_limit
         self._sampler = sampler
         self._reference = reference
+        self._tokenizer = tokenizer
+        self.metrics = metrics
         width_multiple = COMPILED_WIDTHS if compiled else 1
         try:
             with random_stream(seed_for(config.seed, "adapter")):
@@ -216,8 +222,14 @@ class Trainer:
         at_once = at_once or (isinstance(request, Cancel) and self.schedule.first_is_cancellable)
         self._abort = self._abort or at_once
         self._inbox.put(request)
-        if at_once and self.rollouts is not None:
-            self.rollouts.own_code.strike(Aborted())  # interrupts a running reward function
+        if at_once:
+            for own_code in self.own_code:
+                own_code.strike(Aborted())  # interrupts a running reward or metric function
+
+    @property
+    def own_code(self) -> list[Interruptible]:
+        """Where functions of the person run: rewards and metrics."""
+        return [one.own_code for one in (self.rollouts, self.metrics) if one is not None]
 
     def _poll(self) -> None:
         if self._abort:
@@ -380,6 +392,17 @@ class Trainer:
         # JSON has no tuples, and older checkpoints have losses without a length class, which are dropped.
         pairs = [one for one in self.state.recent_losses if isinstance(one, list | tuple)]
         self.state.recent_losses = [(length, loss) for length, loss in pairs]
+        same_best = self.state.best_by == (self.config.best_by or "")
+        if not same_best:  # another metric decides from now on, and how it was until now is not known
+            self.state = replace(
+                self.state,
+                best_by=self.config.best_by or "",
+                best_loss=None,
+                best_step=None,
+                best_score=None,
+                scheduled_best=None,
+                evaluations_without_best=0,
+            )
         if (place := checkpoint.state.get("place")) is not None:
             self.state.batches = self.plan.batches.find(Place(*place))
         if self.rollouts is not None:
@@ -391,9 +414,8 @@ class Trainer:
         self.schedule.only((what, how) for what, how in checkpoint.state["due"])
         self._started = checkpoint.state["started"]
         if self.config.fine_tune_type != "full":
-            self.saves.best = (
-                dict(parameters) if self.state.best_step == checkpoint.step else checkpoint.arrays.get("best")
-            )
+            kept = checkpoint.arrays.get("best") if same_best else None
+            self.saves.best = dict(parameters) if self.state.best_step == checkpoint.step else kept
         self.saves.best_is_stale = self.state.best_step is not None
         self._end_where_due()
         # A pending Skip was meant for the batch after another update.
@@ -613,18 +635,31 @@ class Trainer:
             return []
         return self.source.batches(self.plan.examples(self.state.batches))
 
-    def evaluate(self, split: str = "valid", *, all_rows: bool = False) -> EvaluationCompleted:
+    def evaluate(
+        self,
+        split: str = "valid",
+        *,
+        all_rows: bool = False,
+        metrics: AnswerMetrics | None = None,
+        kept: KeptAnswers | None = None,
+        on_progress: Callable[[Event], None] = lambda event: None,
+    ) -> EvaluationCompleted:
         """Token-weighted loss over a fixed set of rows of `split`, or all. Does not change the run.
 
+        `metrics` judge the answers to these rows (None = those of the run), and `kept` keeps the answers. `on_progress`
+        is called between two pieces of work, and may raise to end the evaluation.
         Raises OutOfMemory if a batch does not fit, ModelChanged, and CommandError if user code inside it requests an
         immediate pause. Other pauses take effect when training continues.
         """
         self.stepper.trainable()  # undoes the user's freezing, or raises ModelChanged
-        evaluating = self._evaluating(split, all_rows)
-        with memory_errors("rows were evaluated", "A lower batch_size or max_seq_length needs less."):
+        evaluating = self._evaluating(split, all_rows, metrics or self.metrics, kept)
+        with (
+            memory_errors("rows were evaluated", "A lower batch_size or max_seq_length needs less."),
+            closing(evaluating),
+        ):
             while True:
                 try:
-                    next(evaluating)
+                    on_progress(next(evaluating))
                 except StopIteration as ended:
                     result: EvaluationCompleted = ended.value
                     return result
@@ -633,7 +668,17 @@ class Trainer:
                         "the evaluation was aborted by an immediate pause. Nothing has changed."
                     ) from None
 
-    def _evaluating(self, split: str, all_rows: bool = False) -> Generator[Event, None, EvaluationCompleted]:
+    def _evaluating(
+        self,
+        split: str,
+        all_rows: bool = False,
+        metrics: AnswerMetrics | None = None,
+        kept: KeptAnswers | None = None,
+    ) -> Generator[Event, None, EvaluationCompleted]:
+        def answering(rows: Sequence[int]) -> Generator[Event, None, Answered]:
+            assert metrics is not None
+            return metrics.measure(self.state.step, split, rows, self.model, kept)
+
         return evaluate_split(
             self.config,
             self.examples,
@@ -642,29 +687,42 @@ class Trainer:
             step=self.state.step,
             split=split,
             all_rows=all_rows,
+            tokenizer=self._tokenizer,
+            answering=answering if metrics is not None else None,
         )
 
     def _validate(self, scheduled: bool) -> Generator[Event, None, tuple[Event, list[Due]]]:
         """Only scheduled validations count for early stopping, so that extra ones never end a run."""
         try:
-            result = yield from self._polled(self._evaluating("valid"))
+            result = yield from self._polled(self._evaluating("valid", metrics=self.metrics))
         except NoReward as error:
             return RequestRefused(self.state.step, f"validation: {error}"), []
         state = self.state = replace(self.state, validated_step=self.state.step)
-        best = state.best_loss is None or result.loss < state.best_loss
+        score = self._score(result)
+        known = state.best_loss if self.config.best_by is None else state.best_score
+        best = score is not None and (known is None or score < known)
         if best:
-            self.state = replace(self.state, best_loss=result.loss, best_step=state.step)
+            by_metric = score if self.config.best_by is not None else None
+            self.state = replace(self.state, best_loss=result.loss, best_step=state.step, best_score=by_metric)
             if self.config.fine_tune_type != "full":
                 self.saves.best = adapters.adapter_weights(self.model)
         follow_up = [SAVE_BEST] if best and state.step > 0 else []
         if scheduled:
-            self._count_for_early_stopping(result.loss)
+            self._count_for_early_stopping(score)
         return replace(result, best=best), follow_up
 
-    def _count_for_early_stopping(self, loss: float) -> None:
+    def _score(self, result: EvaluationCompleted) -> float | None:
+        """What is compared to find the best validation, lower is better; None if no metric function gave a number."""
+        by = self.config.best_by
+        if by is None:
+            return result.loss
+        value = result.metrics.get(by)
+        return value if value is None or lower_is_better(self.config.method, by) else -value
+
+    def _count_for_early_stopping(self, score: float | None) -> None:
         state, patience = self.state, self.config.early_stopping_patience
-        if state.scheduled_best is None or loss < state.scheduled_best:
-            self.state = replace(state, scheduled_best=loss, evaluations_without_best=0)
+        if score is not None and (state.scheduled_best is None or score < state.scheduled_best):
+            self.state = replace(state, scheduled_best=score, evaluations_without_best=0)
             return
         self.state = replace(state, evaluations_without_best=state.evaluations_without_best + 1)
         out_of_patience = patience is not None and self.state.evaluations_without_best >= patience
@@ -673,7 +731,7 @@ class Trainer:
 
     def _test(self) -> Generator[Event, None, Event]:
         try:
-            tested: EvaluationCompleted = yield from self._polled(self._evaluating("test"))
+            tested: EvaluationCompleted = yield from self._polled(self._evaluating("test", metrics=self.metrics))
             return tested
         except NoReward as error:
             return RequestRefused(self.state.step, f"test: {error}")

@@ -34,7 +34,7 @@ from mlx_nb.events import (
     StepCompleted,
 )
 from mlx_nb.events.history import History, evaluation_row
-from mlx_nb.view.metric_text import headline, main_metrics, metric_words, number, side_metrics
+from mlx_nb.view.metric_text import deciding, headline, main_metrics, metric_words, number, side_metrics
 from mlx_nb.view.pace import FEW_UPDATES, time_left, tokens_per_second
 
 # The state of a run, in a sentence that starts with its name.
@@ -75,6 +75,8 @@ def describe(event: Event) -> str:
             described = f"{event.split} {name} {value:.4f}"
             measured = side_metrics(row, event.metrics)
             described += f", {measured}" if measured else ""
+            judged = metric_words({name: event.metrics[name] for name in event.answer_metrics})
+            described += f", {judged}" if judged and judged not in described else ""
             return f"update {event.step}: {described} ({counted(event.rows, 'row')}{best})"
         case SampleGenerated():
             return f"update {event.step}: {event.prompt!r} → {event.answer!r}"
@@ -143,6 +145,10 @@ def progress_words(progress: Progress) -> str:
         return f"sampling completions: {done:,} of at most {total:,} tokens"
     if kind == "reward" and name:
         return f"reward {name}: {done:,} of {total:,} completions"
+    if kind == "metric" and name:
+        return f"metric {name}: {done:,} of {total:,} answers"
+    if name == "answers":
+        return f"answering {kind} rows: {done:,} of {total:,}"
     if kind == "loading":
         return f"loading the model: {name}" + (f", {done:,} of {total:,}" if total else "")
     if kind == "tokenizing":
@@ -255,9 +261,12 @@ def summary_rows(history: History) -> list[tuple[str, str]]:
             change = f"{headline(first)[1]:.4f} → {value:.4f}" if len(evaluations) > 1 else f"{value:.4f}"
             measured = side_metrics(final, history.evaluation_metrics)
             rows.append((f"{label} {name}", f"{change} ({measured})" if measured else change))
+            for judged in history.answer_metrics:
+                known = [row[judged] for row in evaluations if judged in row]
+                rows += [(f"{label} {judged}", " → ".join(map(number, dict.fromkeys(known[:: len(known) - 1 or 1]))))]
     best = history.best_validation
     if best is not None:
-        name, value = headline(best)
+        name, value = deciding(best)
         described = f"{value:.4f}" if name == "loss" else f"{name} {value:.4f}"
         rows.append(("best validation", f"{described} at update {best['step']}"))
         rows += [("overfitting", words)] if (words := overfitting(history)) else []

@@ -34,6 +34,12 @@ def headline(evaluation: Mapping[str, Any]) -> tuple[str, float]:
     return ("loss", evaluation["loss"]) if reward is None else ("reward", reward)
 
 
+def deciding(evaluation: Mapping[str, Any]) -> tuple[str, float]:
+    """The number that decides which evaluation is best, as (name, value): that of `best_by`, else the headline."""
+    by = str(evaluation.get("best_by", ""))
+    return (by, evaluation[by]) if by and by in evaluation else headline(evaluation)
+
+
 def side_metrics(evaluation: Mapping[str, Any], metrics: Iterable[str]) -> str:
     """`perplexity 2.31`, or the main ones of the method's `metrics`, to show after the headline."""
     if evaluation["perplexity"] is not None:

@@ -10,16 +10,21 @@ import numpy as np
 import pytest
 
 from mlx_nb.errors import ConfigError
+from mlx_nb.rollouts.rewards import builtin
 from mlx_nb.rollouts.rewards.builtin import (
     REWARDS,
+    chrf,
     exact_match,
     json_schema,
+    json_valid,
     length,
     number_match,
     regex,
+    rouge_l,
     stated_number,
     xml_tags,
 )
+from mlx_nb.rollouts.rewards.resolve import resolve_rewards
 
 
 def test_exact_match_ignores_space_around_either_and_nothing_else():
@@ -177,3 +182,34 @@ def test_xml_tags_is_the_share_of_tags_once_closed_and_in_order(text, share):
 def test_a_wrong_value_is_an_error_that_names_the_reward(name, value):
     with pytest.raises(ConfigError, match=f"reward {name}"):
         REWARDS[name].function(value)
+
+
+def test_json_valid_takes_any_json_and_nothing_else():
+    assert [json_valid(text) for text in ('{"a": 1}', " [1, 2] ", "3", "NaN", "{'a': 1}", "[" * 9999)] == [
+        1,
+        1,
+        1,
+        0,
+        0,
+        0,
+    ]
+
+
+def test_rouge_l_is_the_f1_of_the_longest_common_subsequence_of_words():
+    pytest.importorskip("rouge_score")
+    # "the cat sat" in common: 3 of 4 and of 6 words.
+    assert rouge_l("The cat sat down", "the cat sat on the mat") == pytest.approx(2 * 0.75 * 0.5 / 1.25)
+    assert rouge_l("", "the cat") == 0.0
+
+
+def test_chrf_is_that_of_sacrebleu_from_0_to_1():
+    pytest.importorskip("sacrebleu")
+    assert chrf("the cat", "the cat") == pytest.approx(1.0)
+    assert chrf("xyz", "the cat") == 0.0
+    assert 0 < chrf("the hat", "the cat") < 1
+
+
+def test_a_function_whose_package_is_missing_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(builtin, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"chrf needs the package sacrebleu\. Run: pip install 'mlx-nb\[metrics\]'"):
+        resolve_rewards(["chrf"], {}, "metrics")

@@ -11,7 +11,11 @@ from mlx_nb.data.rows.imitation import TextRow
 from mlx_nb.data.sources.splits import Splits
 from mlx_nb.errors import DataError
 
-_OF_VALIDATION = ("steps_per_eval", "early_stopping_patience")  # val_batches also limits an evaluation of train
+_OF_VALIDATION = (
+    "steps_per_eval",
+    "early_stopping_patience",
+    "best_by",
+)  # val_batches also limits an evaluation of train
 
 
 def refuse_ineffective(config: RunConfig, splits: Splits) -> None:

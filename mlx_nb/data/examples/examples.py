@@ -13,6 +13,7 @@ import numpy as np
 
 from mlx_nb.data.examples.imitation import TokenizedExample, as_cut
 from mlx_nb.data.examples.kinds import ROW_KINDS, Conversations, Example, Result, recognize
+from mlx_nb.data.examples.prompt import PromptExample, question_of
 from mlx_nb.data.examples.remarks import content_remarks
 from mlx_nb.data.examples.settings import ExampleSettings, LeftOut, TooLong
 from mlx_nb.data.masks.conversation import Span, TokenizedConversation, row_remarks
@@ -191,6 +192,15 @@ class Examples:
         return RowView(
             row, location, content, first, example, error, rejected, dropped_tokens, written_as, tuple(remarks)
         )
+
+    def question(self, row: int) -> PromptExample:
+        """What row `row` asks the model, for metrics of its answers (see `question_of`). Raises DataError."""
+        record, location = self.source[row], self.source.location(row)
+        try:
+            content = recognize(self.kind, record, self.settings.columns, row=row, location=location)
+            return question_of(content, record, row, self.tokenizer, self.settings)
+        except DataError as error:
+            raise DataError(self._row_error(row, error)) from None
 
     def tokenize_all(self) -> Iterator[Result]:
         """Every row in order, as an example (a split text as several) or as left out with the reason.

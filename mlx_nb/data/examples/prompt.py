@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,9 @@ from mlx_nb.data.masks.render import ChatTemplate, Encoded, encode_raw, unwrappe
 from mlx_nb.data.masks.template_facts import RenderFailed
 from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.data.masks.tool_messages import ShownConversation, shown_conversation
+from mlx_nb.data.rows.asked import asked
 from mlx_nb.data.rows.columns import AUTOMATIC, Messages, read_messages, read_tools
+from mlx_nb.data.rows.content import RowContent
 from mlx_nb.data.rows.imitation import refuse_context
 from mlx_nb.data.rows.prompt import PromptRow
 from mlx_nb.errors import DataError
@@ -123,6 +126,25 @@ def prompt_example(
         row,
         length - (kept.stop - kept.start),
     )
+
+
+def question_of(
+    content: RowContent, record: Mapping[str, Any], row: int, tokenizer: Tokenizer, settings: ExampleSettings
+) -> PromptExample:
+    """The question that a row of any kind asks, to be answered and judged: see `asked`.
+
+    Its columns are those of the row, with `reference` (the reference answer) and `row` (all columns as a dict) unless
+    the row has columns of these names. Raises DataError for a row that asks nothing, or whose prompt is too long.
+    """
+    question = asked(content, record)
+    if question.from_texts and not isinstance(question.prompt, str) and settings.rendering.is_raw(tokenizer):
+        refuse_context(question.prompt, question.tools)
+        text = question.prompt[-1]["content"]
+        question = dataclasses.replace(question, prompt=text, as_given=text)
+    example = prompt_example(question, tokenize_prompt(question, tokenizer, settings.rendering), row, settings)
+    settings.limits.require(example.prompt_tokens, more=1)
+    further = {"reference": question.answer, "row": dict(record)}
+    return dataclasses.replace(example, columns={**further, **example.columns})
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,11 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from decimal import Context, Decimal
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from mlx_nb.errors import ConfigError, did_you_mean
+from mlx_nb.rollouts.rewards.overlap import chrf_score, missing, rouge_l_score
 
 RewardFunction = Callable[..., Any]
 
@@ -32,6 +34,7 @@ _MARKED = re.compile(
 )
 _FORTY_DIGITS = Context(prec=40)
 _PARTIAL_CREDIT = 0.5
+_NO_JSON = object()
 
 
 def exact_match(completion: str, answer: Any) -> float:
@@ -93,6 +96,21 @@ def regex(pattern: Any) -> RewardFunction:
     return score
 
 
+def rouge_l(completion: str, answer: Any) -> float:
+    """ROUGE-L F1 with the answer: the words of the longest common subsequence. Needs the package rouge-score."""
+    return rouge_l_score(completion, _answer_text(answer))
+
+
+def chrf(completion: str, answer: Any) -> float:
+    """chrF with the answer: character n-grams in common, from 0 to 1. Needs the package sacrebleu."""
+    return chrf_score(completion, _answer_text(answer))
+
+
+def json_valid(completion: str) -> float:
+    """1 where the completion is JSON."""
+    return float(_json_value(completion) is not _NO_JSON)
+
+
 def json_schema(schema: Any) -> RewardFunction:
     """1 where the completion is JSON and valid against a JSON schema, 0.5 where it is JSON only.
 
@@ -101,9 +119,8 @@ def json_schema(schema: Any) -> RewardFunction:
     validator = _schema_validator(schema)
 
     def score(completion: str) -> float:
-        try:
-            value = json.loads(completion, parse_constant=_refuse_constant)
-        except (ValueError, RecursionError):  # "[[[[..." of a degenerate model
+        value = _json_value(completion)
+        if value is _NO_JSON:
             return 0.0
         return 1.0 if validator.is_valid(value) else _PARTIAL_CREDIT
 
@@ -123,6 +140,13 @@ def _schema_validator(schema: Any) -> Any:
     except SchemaError as error:
         raise ConfigError(f"reward json_schema: not a JSON schema at {error.json_path}: {error.message}.") from None
     return kind(schema)
+
+
+def _json_value(completion: str) -> Any:
+    try:
+        return json.loads(completion, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):  # "[[[[..." of a degenerate model
+        return _NO_JSON
 
 
 def _refuse_constant(word: str) -> None:
@@ -186,15 +210,25 @@ class BuiltIn(NamedTuple):
 
     function  the reward function; or, if there is an example, what makes it from the value
     example   how its value is written in YAML; None = it takes none
+    package   what it imports, and what that is called where it is installed from; None = nothing else
     """
 
     function: RewardFunction
     example: str | None = None
+    package: tuple[str, str] | None = None
+
+    def require(self, name: str) -> None:
+        """Raise ConfigError if its package is not installed."""
+        if self.package is not None and find_spec(self.package[0]) is None:
+            raise missing(name, self.package[1])
 
 
 REWARDS: dict[str, BuiltIn] = {
     "exact_match": BuiltIn(exact_match),
     "number_match": BuiltIn(number_match),
+    "rouge_l": BuiltIn(rouge_l, package=("rouge_score", "rouge-score")),
+    "chrf": BuiltIn(chrf, package=("sacrebleu", "sacrebleu")),
+    "json_valid": BuiltIn(json_valid),
     "regex": BuiltIn(regex, r'"^Answer: \\d+$"'),
     "json_schema": BuiltIn(json_schema, "{type: object, required: [name]}"),
     "length": BuiltIn(length, "{max: 200}"),

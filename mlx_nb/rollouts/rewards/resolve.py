@@ -14,11 +14,11 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from mlx_nb.config.run_config import reward_name
+from mlx_nb.config.fields import function_name
 from mlx_nb.errors import ConfigError, did_you_mean
 from mlx_nb.rollouts.rewards.builtin import REWARDS
 
@@ -108,6 +108,7 @@ def completion_batch(
 class Reward:
     """A reward function and its calling convention, read from its signature.
 
+    word        what errors call it: a reward or a metric
     scores_one  called once per completion, with singular names
     takes       parameters that can be passed by name; needs: those of them without a default
     takes_all   it has **kwargs
@@ -120,6 +121,7 @@ class Reward:
     takes: tuple[str, ...]
     needs: tuple[str, ...]
     takes_all: bool
+    word: str = "reward"
 
     def arguments(self, batch: CompletionBatch) -> dict[str, Any]:
         """The arguments for all completions of a batch: copies, which the function may change."""
@@ -156,19 +158,19 @@ def _copy(value: Any) -> Any:
         return value
 
 
-def read_reward(name: str, function: Any) -> Reward:
+def read_reward(name: str, function: Any, word: str = "reward") -> Reward:
     """The calling convention of a function. Raises ConfigError if it cannot be called by name."""
     if not callable(function) or isinstance(function, type):
-        raise ConfigError(f"reward {name} is a {type(function).__name__}, not a function.")
+        raise ConfigError(f"{word} {name} is a {type(function).__name__}, not a function.")
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         raise ConfigError(
-            f"reward {name} has no signature that can be read. Wrap it in a function with `def`."
+            f"{word} {name} has no signature that can be read. Wrap it in a function with `def`."
         ) from None
     for parameter in parameters:
         if parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty:
-            raise ConfigError(f"reward {name} takes `{parameter.name}` by position only. Remove the `/` after it.")
+            raise ConfigError(f"{word} {name} takes `{parameter.name}` by position only. Remove the `/` after it.")
     named = [one for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
     takes = tuple(one.name for one in named)
     singular = {"prompt", "answer"} & set(takes) and not {"prompts", "completions", "answers"} & set(takes)
@@ -180,65 +182,72 @@ def read_reward(name: str, function: Any) -> Reward:
         takes=takes,
         needs=tuple(one.name for one in named if one.default is one.empty),
         takes_all=any(one.kind is one.VAR_KEYWORD for one in parameters),
+        word=word,
     )
 
 
-def resolve_rewards(names: Iterable[Any], namespace: Mapping[str, Any]) -> tuple[Reward, ...]:
-    """The reward functions that `rewards:` names.
+def resolve_rewards(
+    names: Iterable[Any], namespace: Mapping[str, Any], setting: str = "rewards", reserved: Collection[str] = RESERVED
+) -> tuple[Reward, ...]:
+    """The functions that `rewards:`, or another setting, names.
 
     names      callables, names of functions in the notebook or of built-in ones, and mappings such as `{regex: "^Yes"}`
     namespace  the notebook's variables; its functions take precedence over built-in ones
+    reserved   names of other metrics, which no function may have
 
     Raises ConfigError for one that is unknown, not a function, has a wrong value, or has the name of another.
     """
+    word = setting.removesuffix("s")
     entries = [names] if isinstance(names, (str, Mapping)) or callable(names) else list(names)
     if not entries:
-        raise ConfigError("`rewards` is empty. Name at least one reward function.")
-    rewards = tuple(_resolve(entry, namespace) for entry in entries)
+        raise ConfigError(f"`{setting}` is empty. Name at least one {word} function.")
+    rewards = tuple(_resolve(entry, namespace, setting, word) for entry in entries)
     for k, reward in enumerate(rewards):
-        if reward.name in RESERVED:
-            raise ConfigError(f"`rewards`: reward_{reward.name} is a metric already. Give {reward.name} another name.")
+        if reward.name in reserved:
+            taken = f"reward_{reward.name}" if setting == "rewards" else reward.name
+            raise ConfigError(f"`{setting}`: {taken} is a metric already. Give {reward.name} another name.")
         if reward.name in [earlier.name for earlier in rewards[:k]]:
-            raise ConfigError(f"`rewards` has {reward.name} twice. Give one of them a name of its own, with `def`.")
+            raise ConfigError(f"`{setting}` has {reward.name} twice. Give one of them a name of its own, with `def`.")
     return rewards
 
 
-def _resolve(entry: Any, namespace: Mapping[str, Any]) -> Reward:
+def _resolve(entry: Any, namespace: Mapping[str, Any], setting: str, word: str) -> Reward:
     if isinstance(entry, str):
-        return _named(entry, namespace)
+        return _named(entry, namespace, word)
     if isinstance(entry, Mapping) and len(entry) == 1:
-        return _with_value(*next(iter(entry.items())))
+        return _with_value(*next(iter(entry.items())), word)
     if callable(entry):
-        return read_reward(reward_name(entry), entry)
-    raise ConfigError(f"`rewards` cannot hold {entry!r}. It takes names, functions, and mappings with one key.")
+        return read_reward(function_name(entry), entry, word)
+    raise ConfigError(f"`{setting}` cannot hold {entry!r}. It takes names, functions, and mappings with one key.")
 
 
-def _named(name: str, namespace: Mapping[str, Any]) -> Reward:
+def _named(name: str, namespace: Mapping[str, Any], word: str) -> Reward:
     if callable(namespace.get(name)):
-        return read_reward(name, namespace[name])
+        return read_reward(name, namespace[name], word)
     if name in REWARDS:
         built_in = REWARDS[name]
         if built_in.example is not None:
-            raise ConfigError(f"reward {name} needs a value: `{name}: {built_in.example}`.")
-        return read_reward(name, built_in.function)
+            raise ConfigError(f"{word} {name} needs a value: `{name}: {built_in.example}`.")
+        built_in.require(name)
+        return read_reward(name, built_in.function, word)
     if name in namespace:
-        raise ConfigError(f"reward {name} is a {type(namespace[name]).__name__} in the notebook, not a function.")
+        raise ConfigError(f"{word} {name} is a {type(namespace[name]).__name__} in the notebook, not a function.")
     own = [known for known, value in namespace.items() if callable(value) and not known.startswith("_")]
     near = did_you_mean(name, [*own, *REWARDS])
     again = "" if near else f" If `{name}` is a function of yours, run the cell that defines it first."
     raise ConfigError(
-        f"reward {name!r} is neither a function of yours nor built in.{near}{again} Built in: {', '.join(REWARDS)}."
+        f"{word} {name!r} is neither a function of yours nor built in.{near}{again} Built in: {', '.join(REWARDS)}."
     )
 
 
-def _with_value(name: Any, value: Any) -> Reward:
+def _with_value(name: Any, value: Any, word: str) -> Reward:
     with_value = [known for known, built_in in REWARDS.items() if built_in.example is not None]
     if name in with_value:
-        return read_reward(name, REWARDS[name].function(value))
+        return read_reward(name, REWARDS[name].function(value), word)
     if name in REWARDS:
-        raise ConfigError(f"reward {name} takes no value: write `{name}`.")
+        raise ConfigError(f"{word} {name} takes no value: write `{name}`.")
     raise ConfigError(
-        f"reward {name!r} with a value is not built in.{did_you_mean(str(name), with_value)} "
+        f"{word} {name!r} with a value is not built in.{did_you_mean(str(name), with_value)} "
         f"With a value: {', '.join(with_value)}."
     )
 
@@ -256,8 +265,8 @@ def check_rewards(rewards: Sequence[Reward], weights: Sequence[float] | None, co
             if parameter not in known:
                 how = "scores one completion at a time" if reward.scores_one else "scores all completions at once"
                 raise ConfigError(
-                    f"reward {reward.name} requires parameter `{parameter}`, but no column or argument has that name. "
-                    f"It {how} and can take: "
+                    f"{reward.word} {reward.name} requires parameter `{parameter}`, but no column or argument has that "
+                    f"name. It {how} and can take: "
                     f"{', '.join(known)}.{did_you_mean(parameter, known)}"
                 )
     if weights is None:

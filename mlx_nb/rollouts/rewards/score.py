@@ -227,14 +227,18 @@ def _excerpt(text: str) -> str:
 
 
 def _problems(reward: Reward, reading: _Reading, batch: CompletionBatch) -> list[RewardProblem]:
-    problems = [RewardProblem(reward.name, None, f"reward {reward.name}: {remark}.") for remark in reading.remarks]
+    problems = [
+        RewardProblem(reward.name, None, f"{reward.word} {reward.name}: {remark}.") for remark in reading.remarks
+    ]
     for k in list(reading.failures)[:PROBLEMS_SPELLED_OUT]:
-        error = f"reward {reward.name}: {_named_completion(batch, k)}: {reading.failures[k]}."
+        error = f"{reward.word} {reward.name}: {_named_completion(batch, k)}: {reading.failures[k]}."
         problems.append(RewardProblem(reward.name, k, error))
     more = len(reading.failures) - PROBLEMS_SPELLED_OUT
     if more > 0:
         problems.append(
-            RewardProblem(reward.name, None, f"reward {reward.name}: {_completions(more)} more without a number.")
+            RewardProblem(
+                reward.name, None, f"{reward.word} {reward.name}: {_completions(more)} more without a number."
+            )
         )
     return problems
 

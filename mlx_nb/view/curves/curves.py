@@ -27,7 +27,7 @@ from mlx_nb.view.curves.points import (
     smoothed_at,
 )
 from mlx_nb.view.event_text import describe
-from mlx_nb.view.metric_text import headline, reward_of
+from mlx_nb.view.metric_text import deciding, reward_of
 
 # Limits for runs of any length, so that the browser gets less than 100 KB in total.
 LINE_POINTS, ALL_POINTS = 400, 3200
@@ -63,6 +63,7 @@ class SeriesBuilder:
         self._marked: dict[str, list[tuple[int, dict[str, Any]]]] = {kind: [] for kind in MARKERS.values()}
         self._left: list[Columns] = []
         self._measured: dict[str, None] = {}
+        self._judged: dict[str, None] = {}
         self._in_nats = True
         self._best: dict[str, Any] | None = None
         self._best_is_old = True
@@ -85,7 +86,8 @@ class SeriesBuilder:
             self._add(event)
         updates, valid = self._updates.columns(), self._validations.columns()
         updates["smoothed"] = np.where(np.isfinite(updates[LOSS]), updates["smoothed"], math.nan)
-        groups = groups_of(list(self._measured), valid.keys(), self.metrics, in_nats=self._in_nats and not self.metrics)
+        in_nats = self._in_nats and not self.metrics
+        groups = groups_of(list(self._measured), valid.keys(), self.metrics, in_nats=in_nats, judged=list(self._judged))
         branches = self._left[-max(1, LEFT_LINES // len(groups)) :]
         points = min(LINE_POINTS, ALL_POINTS // sum(len(group.lines) for group in groups))
         left_points = LEFT_POINTS // (sum(len(group.columns) for group in groups) * max(1, len(branches)))
@@ -116,7 +118,7 @@ class SeriesBuilder:
             "groups": charts,
             "shown": shown,
             "markers": markers,
-            "best": best and {"group": headline(best)[0], "step": best["step"]},
+            "best": best and {"group": deciding(best)[0], "step": best["step"]},
             "short": len(updates["step"]) < SHORT_RUN,
         }
 
@@ -146,6 +148,7 @@ class SeriesBuilder:
     def _add_validation(self, event: events.EvaluationCompleted) -> None:
         is_reward = reward_of(evaluation_row(event)) is not None
         self._in_nats = event.perplexity is not None
+        self._judged.update(dict.fromkeys(map(_column, event.answer_metrics)))
         self._validations.append(
             {
                 "position": self._standing,

@@ -16,7 +16,7 @@ from mlx_nb.events import SettingChanged
 from mlx_nb.events.history import History, decimated, smoothed
 from mlx_nb.view.curves.main_quantity import live_quantity, validations_of
 from mlx_nb.view.curves.points import SHORT_RUN
-from mlx_nb.view.metric_text import headline, main_metrics
+from mlx_nb.view.metric_text import deciding, headline, main_metrics
 from mlx_nb.view.theme import INK
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ VALID_COLOR = "#D55E00"
 LEFT_COLOR = "#8A8A8A"
 _LIVE_POINTS = 300
 _NAMED_CHANGES = 3
+_ANSWER_METRICS = 3  # drawn at most
 
 
 def plot_history(
@@ -45,7 +46,10 @@ def plot_history(
 
     large = live_quantity(history)
     measured = [*(name for name in metrics if name in history.step_metrics), *history.step_metrics]
-    small = [name for name in (*main_metrics(measured), *(["loss"] if large != "loss" else [])) if name != large]
+    answers = history.answer_metrics[:_ANSWER_METRICS]
+    small = [
+        name for name in (*answers, *main_metrics(measured), *(["loss"] if large != "loss" else [])) if name != large
+    ]
     heights = (2.2, 1.2, 1) if small else (2.2, 1)
     words = f"{title or 'run'}, {counted(len(history), 'update')}"
     figure = ShownFigure(words, (7.5, 6.2 if small else 4.6), text_chart(history))
@@ -103,7 +107,8 @@ def _draw_updates(axes: Axes, history: History, name: str) -> None:
 
 def _draw_metric(axes: Axes, history: History, name: str, metric: Metric | None) -> None:
     """One metric in updates and validations; its healthy direction is in the title."""
-    _draw_updates(axes, history, name)
+    if name in history.columns:
+        _draw_updates(axes, history, name)
     rows = [row for row in history.evaluations("valid") if name != "loss" or headline(row)[0] == "loss"]
     _draw_validation(axes, [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))])
     healthy = metric.healthy if metric else ""
@@ -131,9 +136,9 @@ def _draw_validation(axes: Axes, valid: list[tuple[int, float]]) -> None:
 def _mark_best(axes: Axes, history: History, name: str) -> None:
     """Mark the best validation, as in the summary, with a ring, and write its value above the axes."""
     best = history.best_validation
-    if best is None or headline(best)[0] != name:
+    if best is None or deciding(best)[0] != name:
         return
-    value = headline(best)[1]
+    value = deciding(best)[1]
     axes.plot([best["step"]], [value], "o", markersize=9, markerfacecolor="none", markeredgecolor=VALID_COLOR)
     axes.annotate(
         f"best {value:.3f}",

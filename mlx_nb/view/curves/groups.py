@@ -50,12 +50,17 @@ class Group(NamedTuple):
 
 
 def groups_of(
-    measured: Sequence[str], validated: Collection[str], metrics: Mapping[str, Metric], *, in_nats: bool
+    measured: Sequence[str],
+    validated: Collection[str],
+    metrics: Mapping[str, Metric],
+    *,
+    in_nats: bool,
+    judged: Sequence[str] = (),
 ) -> list[Group]:
     """The charts for the metrics that were `measured` in updates and `validated`.
 
-    The loss and the declared `metrics` of the method come first, then the quantities of every run, other metrics, and
-    times.
+    `judged` are metrics of answers, which only validations measure. The loss, these and the declared `metrics` of the
+    method come first, then the quantities of every run, other metrics, and times.
     """
     declared = [name for name in metrics if name in measured]
     pairs = {name: pair for name, pair in PAIRS.items() if set(pair) <= set(declared) and name not in measured}
@@ -67,6 +72,7 @@ def groups_of(
     singles = {name: _single(name, name in first, name in validated, metrics) for name in (*alone, *others)}
     return [
         _loss(in_nats),
+        *(_of_answers(name) for name in judged),
         *(singles[name] for name in first),
         *(_pair(name, pair, validated, metrics) for name, pair in pairs.items()),
         *(singles[name] for name in alone if name not in first),
@@ -79,7 +85,13 @@ def groups_of(
 def first_groups(groups: Sequence[Group], metrics: Mapping[str, Metric]) -> list[str]:
     """Names of the most informative charts for a method that declares `metrics`."""
     names = [group.name for group in groups]
-    return [LOSS, *main_metrics(name for name in metrics if name in names), *(name for name in PAIRS if name in names)]
+    answers = [group.name for group in groups if all(line.of_validation for line in group.lines)]
+    return [
+        LOSS,
+        *answers,
+        *main_metrics(name for name in metrics if name in names),
+        *(name for name in PAIRS if name in names),
+    ]
 
 
 def _loss(in_nats: bool) -> Group:
@@ -89,6 +101,11 @@ def _loss(in_nats: bool) -> Group:
         Line("validation", "valid", LOSS, of_validation=True),
     )
     return Group(LOSS, NATS if in_nats else LOSS, "", "low", lines)
+
+
+def _of_answers(name: str) -> Group:
+    line = Line("validation", "valid", name, of_validation=True)
+    return Group(name, name.replace("_", " "), "mean over the answers to the validation rows", "high", (line,))
 
 
 def _single(name: str, main: bool, validated: bool, metrics: Mapping[str, Metric]) -> Group:

@@ -1,0 +1,60 @@
+"""What a row asks the model, and the answer it gives itself: how a row of any kind becomes a test question."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mlx_nb.data.rows.columns import Messages
+from mlx_nb.data.rows.content import RowContent, TextOrMessages
+from mlx_nb.data.rows.imitation import ChatRow, PromptCompletionRow
+from mlx_nb.data.rows.preference import LabeledRow, PreferenceRow
+from mlx_nb.data.rows.prompt import PromptRow
+from mlx_nb.errors import DataError
+
+
+def asked(content: RowContent, record: Mapping[str, Any]) -> PromptRow:
+    """The question in a row, with its reference as the answer and its columns.
+
+    The question of a conversation is everything before its last assistant message, and that message is the reference.
+    The reference of a pair is the chosen answer, that of a labeled answer the answer itself if its label is true, and
+    that of a prompt the row's answer column, if it has one. Raises DataError for a row that asks nothing: plain text, a
+    conversation without a text of the assistant's to compare with, and an answer labeled false.
+    """
+    match content:
+        case PromptRow():
+            return content
+        case ChatRow(messages, tools):
+            prompt, reference = _before_last_answer(messages)
+            return PromptRow(prompt, reference, dict(record), tools, prompt, content.from_texts)
+        case PromptCompletionRow(text, completion):
+            return PromptRow(text, completion, dict(record), None, text)
+        case PreferenceRow(question, chosen, _, tools):
+            return PromptRow(question, _text_of(chosen), dict(record), tools, question, content.from_texts)
+        case LabeledRow(question, answer, True, tools):
+            return PromptRow(question, _text_of(answer), dict(record), tools, question, content.from_texts)
+        case LabeledRow():
+            raise DataError("its answer is labeled false, so there is no reference to compare with.")
+        case _:
+            raise DataError("plain text asks nothing. Metrics of answers need rows with a prompt and an answer.")
+
+
+def _before_last_answer(messages: Messages) -> tuple[Messages, str]:
+    """The messages before the assistant's last one, and its text."""
+    last = max((place for place, one in enumerate(messages) if one["role"] == "assistant"), default=0)
+    text = messages[last].get("content")
+    if not last or not isinstance(text, str) or not text:
+        raise DataError("the conversation has no text of the assistant's to compare an answer with.")
+    return [{name: value for name, value in one.items() if name != "train"} for one in messages[:last]], text
+
+
+def _text_of(answer: TextOrMessages) -> str:
+    text = answer if isinstance(answer, str) else _last_text(answer)
+    if not text:
+        raise DataError("the answer has no text to compare with.")
+    return text
+
+
+def _last_text(messages: Sequence[Mapping[str, Any]]) -> str:
+    text = messages[-1].get("content")
+    return text if isinstance(text, str) else ""
