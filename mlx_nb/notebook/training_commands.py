@@ -112,6 +112,12 @@ def _eval(session: Session, arguments: argparse.Namespace) -> Text:
     return Text(pretty(result) if detailed else describe(result))
 
 
+def _lr_find(session: Session, arguments: argparse.Namespace) -> Any:
+    run = session.get(arguments.name)
+    with shown_progress(run):
+        return run.lr_find(lowest=arguments.lowest, highest=arguments.highest, updates=arguments.updates)
+
+
 def _generate(session: Session, arguments: argparse.Namespace) -> Text:
     run = session.get(arguments.name)
     options = {name: getattr(arguments, name) for name in ("base", "max_tokens", "temperature", "seed")}
@@ -179,6 +185,14 @@ TRAINING_COMMANDS: dict[str, Command] = {
         argument("--all", action="store_true", help="all rows of the split, not the fixed set of a validation"),
         argument("--max-tokens", type=int, help="longest answer in tokens (default: metric_tokens)"),
         of_now=True,
+    ),
+    "lr_find": command(
+        "lr_find",
+        "try rising learning rates on the next rows, suggest one, and undo it all",
+        _lr_find,
+        argument("--lowest", type=float, default=1e-6),
+        argument("--highest", type=float, default=1.0),
+        argument("--updates", type=int, default=60, help="number of rates to try (default: 60)"),
     ),
     "generate": command(
         "generate",

@@ -89,6 +89,7 @@ if TYPE_CHECKING:
     from mlx_nb.train.checkpoint import Checkpoint, CheckpointInfo
     from mlx_nb.train.interrupts import Interrupts
     from mlx_nb.train.trainer import Trainer
+    from mlx_nb.view.curves.rate_range import RateRange
     from mlx_nb.view.curves.shown_figure import ShownFigure
     from mlx_nb.view.panel.panel import Panel
     from mlx_nb.view.reports.completions import CompletionsDisplay
@@ -809,6 +810,24 @@ class Run:
             )
         self._record(result)
         return result
+
+    @one_at_a_time
+    def lr_find(self, *, lowest: float = 1e-6, highest: float = 1.0, updates: int = 60) -> RateRange:
+        """Find a learning rate: `updates` updates from here with rates rising from `lowest` to `highest`, then undone.
+
+        The result displays itself as a plot of how the loss of the same rows changed; its `suggestion` is a rate for
+        `set(learning_rate=...)` or the next run. It ends early where the loss diverges. Afterwards the model, the
+        optimizer and the run are as before, bit for bit, also after an interrupt (KeyboardInterrupt) or an error. It
+        takes the time of `updates` updates and as many evaluations of their rows. Raises CommandError for rates that do
+        not rise, for a running run, and for a method that samples completions.
+        """
+        from mlx_nb.run.rate_search import check_rates, find_rate
+
+        check_rates(lowest, highest, updates)
+        self._calls.refuse_inside("find a learning rate")
+        self._refuse_running("find a learning rate")
+        notify = self._calls.notify
+        return find_rate(self.trainer, notify, lowest=lowest, highest=highest, updates=updates)
 
     def generate(
         self,
