@@ -109,6 +109,21 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(10_000, 10, 10)
 
 
+_FILE = pytest.StashKey[Path]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Keep what the tests of other files left for good, such as modules, out of collections too.
+
+    A test that collects garbage at each line of some code examines its own objects again and again, and no others.
+    """
+    if item.config.stash.get(_FILE, None) != item.path:
+        item.config.stash[_FILE] = item.path
+        gc.collect()
+        gc.freeze()
+
+
 def pytest_sessionfinish() -> None:
     """End what tests shared."""
     forked.close()
