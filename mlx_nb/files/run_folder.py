@@ -33,6 +33,7 @@ from mlx_nb.files.written_files import (
     ADAPTER_FILE,
     ARRIVING_FILE,
     CONFIG_FILE,
+    PEFT_FILE,
     RUN,
     WrittenFiles,
     foreign_marks,
@@ -318,7 +319,7 @@ class RunFolder:
         if written.kind == RUN or any("/" in name for name in own):
             whose = f"the run {written.name!r}" if written.name else "another run"
             raise FolderTaken(f"{self.path} is the folder of {whose}, so nothing was written. Give another folder.")
-        for name in (ADAPTER_FILE, CONFIG_FILE):
+        for name in (ADAPTER_FILE, PEFT_FILE, CONFIG_FILE):
             if name not in own and os.path.lexists(self.path / name):
                 raise FolderError(
                     f"{self.path / name} was not written by mlx_nb, so it is not written over. Give another folder."

@@ -28,6 +28,7 @@ LIST_FILE = "written.jsonl"
 MOVING_FILE, ARRIVING_FILE = "moving", "arriving"
 PREVIOUS = re.compile(r"(?:.+\.)?previous-\d+")  # the name of the folder that they are moved to
 ADAPTER_FILE = "adapters.safetensors"
+PEFT_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 BEST_FOLDER = "best"
 CHECKPOINTS = "checkpoints"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+import mlx.nn as nn
 
 from mlx_nb.config.methods import method_named
 from mlx_nb.config.run_config import RunConfig
@@ -15,21 +16,21 @@ from mlx_nb.errors import ConfigError, ModelError, shown
 from mlx_nb.files.places import path_problem
 from mlx_nb.files.typed_json import WrongJson, json_object, read_as
 from mlx_nb.files.whole_files import near_path
-from mlx_nb.files.written_files import ADAPTER_FILE, CONFIG_FILE
+from mlx_nb.files.written_files import ADAPTER_FILE, CONFIG_FILE, PEFT_FILE
 from mlx_nb.model.fingerprint import base_identity, weights_fingerprint
 from mlx_nb.model.loading import load_skeleton
 from mlx_nb.model.model_source import model_folder, model_named
+from mlx_nb.model.peft_files import RECORD, NotHeld, PeftAdapter, read_peft
+from mlx_nb.model.tensor_names import Header, place, read_header
 
 START, REFERENCE = "resume_adapter_file", "reference_adapter"
 SCALE = "lora_parameters.scale"
-_PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-_MOST_DIGITS = 9  # digits of a layer number
-_HEADER_LIMIT = 100 * 1024**2  # bytes, from the safetensors specification
+_PICKLED = "adapter_model.bin"
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter in mlx-lm's format.
+    """An adapter in mlx-lm's format or in PEFT's.
 
     setting   the setting that names it, for messages
     weights   its safetensors file
@@ -39,6 +40,7 @@ class AdapterFile:
     layers    the number of layers that it changes
     model     the name of the model it was trained on; None if it is not recorded
     base      the `base_identity` of that model; None if it is not recorded
+    peft      its contents if it is in PEFT's format
     """
 
     setting: str
@@ -49,10 +51,18 @@ class AdapterFile:
     layers: int
     model: str | None
     base: dict[str, Any] | None
+    peft: PeftAdapter | None = None
+
+    def shape_on(self, model: nn.Module) -> dict[str, Any]:
+        """Its shape as flat settings on this model."""
+        return self.shape if self.peft is None else self.peft.shape_on(model)
 
 
 def open_adapter(source: str, setting: str) -> AdapterFile:
-    """The adapter in the folder or file `source`. Raises ModelError, in one line, if it is not in mlx-lm's format."""
+    """The adapter in the folder or file `source`. Raises ModelError in one line.
+
+    It is in mlx-lm's format, or in PEFT's.
+    """
     try:
         path = Path(source).expanduser()
         problem = path_problem(path)
@@ -62,11 +72,15 @@ def open_adapter(source: str, setting: str) -> AdapterFile:
         raise ModelError(f"{setting}: {shown(source)} cannot be a file or folder: {problem}.")
     try:
         path = Path(source).expanduser()
-        weights = path / ADAPTER_FILE if path.is_dir() else path
+        weights = adapter_weights_file(path)
         config = weights.parent / CONFIG_FILE
         described = _described(config, setting) if config.is_file() else None
-        _refuse_peft(path, weights, described or {}, setting)
-        if described is None and setting == REFERENCE:
+        if (weights.parent / _PICKLED).is_file() and not weights.is_file():
+            raise ModelError(
+                f"{setting}: {path} is a PEFT adapter in {_PICKLED}, a pickle, which may run any code and is not read. "
+                f"Save it as {PEFT_FILE}, which is PEFT's default."
+            )
+        if described is None and (setting == REFERENCE or weights.name == PEFT_FILE):
             raise ModelError(f"{setting}: {path} has no {CONFIG_FILE}. Give the folder of an adapter, or `none`.")
         if not weights.is_file():
             saved = Path("adapters", source)
@@ -76,11 +90,14 @@ def open_adapter(source: str, setting: str) -> AdapterFile:
             raise ModelError(
                 f"{setting}: no such file: {weights}.{hint} Give an {ADAPTER_FILE} or the folder with one."
             )
-        names = _tensor_names(weights, setting)
+        header = read_header(weights, setting)
     except (OSError, ValueError, RuntimeError) as error:  # ValueError and RuntimeError: not a valid path
         reason = getattr(error, "strerror", None) or error
         raise ModelError(f"{setting}: {shown(source)} cannot be read: {reason}.") from None
-    places = [_place(name) for name in names]
+    if described is not None and (weights.name == PEFT_FILE or described.get("peft_type") is not None):
+        return _peft_adapter(setting, weights, config, described, header)
+    names = list(header.shapes)
+    places = [place(name) for name in names]
     layers = len({layer for layer, _ in places if layer is not None})
     facts = described or {}
     ours = facts.get("mlx_nb") or {}
@@ -96,8 +113,55 @@ def open_adapter(source: str, setting: str) -> AdapterFile:
     )
 
 
+def adapter_weights_file(path: Path) -> Path:
+    """The weights file of the adapter in a folder, in mlx-lm's format or in PEFT's. Any other path is that file."""
+    if not path.is_dir():
+        return path
+    peft_alone = (path / PEFT_FILE).is_file() and not (path / ADAPTER_FILE).is_file()
+    return path / (PEFT_FILE if peft_alone else ADAPTER_FILE)
+
+
+def _peft_adapter(
+    setting: str, weights: Path, config: Path, described: Mapping[str, Any], header: Header
+) -> AdapterFile:
+    try:
+        peft = read_peft(described, header)
+    except NotHeld as error:
+        raise ModelError(f"{setting}: {weights.parent} is a PEFT adapter that MLX cannot hold: {error}.") from None
+    except WrongJson as error:
+        raise ModelError(f"{setting}: {config} cannot be used: {error}.") from None
+    ours = _recorded(header.metadata.get(RECORD))
+    places = [module.place for module in peft.modules]
+    return AdapterFile(
+        setting,
+        weights,
+        config,
+        peft.shape(),
+        tuple(dict.fromkeys(inner for _, inner in places)),
+        len({layer for layer, _ in places if layer is not None}),
+        ours.get("model") or peft.model,
+        ours.get("base"),
+        peft,
+    )
+
+
+def peft_record(folder: Path) -> dict[str, Any]:
+    """What mlx_nb recorded in an adapter in PEFT's format; empty for any other. Raises ModelError."""
+    weights = folder / PEFT_FILE
+    return _recorded(read_header(weights, START).metadata.get(RECORD)) if weights.is_file() else {}
+
+
+def _recorded(record: Any) -> dict[str, Any]:
+    try:
+        read = json_object(record.encode()) if isinstance(record, str) else {}
+        read_as(_Ours, read, others=True)
+    except ValueError:  # only informative
+        return {}
+    return dict(read)
+
+
 def _is_adapter(entry: Path) -> bool:
-    return entry.suffix == ".safetensors" or (entry / ADAPTER_FILE).is_file()
+    return entry.suffix == ".safetensors" or adapter_weights_file(entry).is_file()
 
 
 @dataclass(frozen=True)
@@ -145,47 +209,6 @@ def _described(config: Path, setting: str) -> dict[str, Any]:
     return content
 
 
-def _refuse_peft(path: Path, weights: Path, described: Mapping[str, Any], setting: str) -> None:
-    kind = described.get("peft_type")
-    if kind is None and path.name not in _PEFT_FILES:
-        there = [name for name in _PEFT_FILES if (weights.parent / name).is_file()]
-        if weights.is_file() or not there:
-            return
-    raise ModelError(
-        f"{setting}: {path} is a PEFT adapter{f' ({kind})' if kind else ''}, which is not supported yet. Give an "
-        f"adapter in mlx-lm's format: {ADAPTER_FILE} with its {CONFIG_FILE}."
-    )
-
-
-def _tensor_names(weights: Path, setting: str) -> list[str]:
-    """The names of the tensors in a safetensors file. Reads only the header."""
-    try:
-        with weights.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(_HEADER_LIMIT, weights.stat().st_size):
-                raise ValueError("its header is cut off")
-            header = read_as(dict[str, Any], json_object(file.read(length)))
-        names = [name for name in header if name != "__metadata__"]
-    except (ValueError, TypeError, struct.error, RecursionError) as error:
-        raise ModelError(f"{setting}: {weights} is not a readable safetensors file ({error}).") from None
-    if not names:
-        raise ModelError(f"{setting}: {weights} holds no tensors.")
-    return names
-
-
-def _place(name: str) -> tuple[int | None, str]:
-    """(layer number, path inside the layer) of a tensor; (None, path) outside the layers."""
-    parts = name.split(".")
-    for index in range(1, len(parts)):
-        if (
-            parts[index].isdecimal()
-            and len(parts[index]) <= _MOST_DIGITS
-            and parts[index - 1] in ("layers", "h", "blocks")
-        ):
-            return int(parts[index]), ".".join(parts[index + 1 :])
-    return None, name
-
-
 def _shape(facts: Mapping[str, Any], names: Sequence[str], layers: int, only_layers: bool) -> dict[str, Any]:
     """The shape in adapter_config.json, interpreted like mlx-lm, under the names of our settings."""
     kind = facts.get("fine_tune_type") or facts.get("train_type")  # mlx-lm, mlx-lm-lora
@@ -215,6 +238,8 @@ def with_adapter_settings(config: RunConfig) -> RunConfig:
         return config
     adapter = open_adapter(str(config.located(START)), START)
     shape = dict(adapter.shape)
+    if adapter.peft is not None and adapter.peft.depends_on_model:
+        shape = adapter.shape_on(load_skeleton(model_folder(model_named(config)))[0])
     if method_named(config.method).kind.sampled:
         shape.pop("lora_parameters.dropout", None)  # completions are sampled without dropout
     low_rank = shape.get("fine_tune_type", config.fine_tune_type) != "full"
@@ -253,11 +278,14 @@ def filled(config: RunConfig, shape: Mapping[str, Any]) -> RunConfig:
     return config.replace(**changes).with_given(config.given) if changes else config
 
 
-def shape_of(adapter: AdapterFile) -> RunConfig:
-    """A configuration with the adapter's own shape, to attach it. Raises ModelError if its scale is not recorded."""
+def shape_of(adapter: AdapterFile, model: nn.Module) -> RunConfig:
+    """A configuration with the adapter's own shape, to attach it to `model`.
+
+    Raises ModelError if its scale is not recorded.
+    """
     if adapter.shape.get("fine_tune_type") != "full" and SCALE not in adapter.shape:
         raise _no_scale(adapter, "")
-    return _as_settings(adapter, adapter.shape)
+    return _as_settings(adapter, adapter.shape_on(model))
 
 
 def _as_settings(adapter: AdapterFile, shape: Mapping[str, Any]) -> RunConfig:

@@ -22,6 +22,7 @@ from mlx_nb.files.written_files import ADAPTER_FILE, CONFIG_FILE
 from mlx_nb.model.adapter_files import START, AdapterFile, open_adapter
 from mlx_nb.model.finite import not_finite
 from mlx_nb.model.mlx_lm_import import import_mlx_lm
+from mlx_nb.model.peft_files import NotHeld
 from mlx_nb.model.trees import named_arrays
 
 # Writes a file completely or not at all: (path, function that writes to the open file).
@@ -128,32 +129,25 @@ def adapter_weights(model: nn.Module) -> dict[str, mx.array]:
     return dict(named_arrays(model.trainable_parameters()))
 
 
-def save_adapter(
-    model: nn.Module,
+def adapter_description(
     config: RunConfig,
     keys: tuple[str, ...],
-    folder: Path,
-    file_name: str = ADAPTER_FILE,
     *,
     base: dict[str, Any] | None = None,
     loading_info: Mapping[str, str] | None = None,
     update: int | None = None,
-    write: Write = write_whole,
-    weights: dict[str, mx.array] | None = None,
-) -> Path:
-    """Write the adapter in mlx-lm's format, each file completely or not at all. Returns the path of the weights.
+) -> dict[str, Any]:
+    """The contents of adapter_config.json: what mlx-lm reads, and under `mlx_nb` what a run records.
 
-    `mlx_lm.load(model, adapter_path=folder)` reads it. `base` is the `base_identity` of the base model. `loading_info`
-    has the `model` name for mlx-lm and the `prompt_format`. `update` is the number of updates done; `weights` are given
-    for an update other than the model's current one.
+    `base` is the `base_identity` of the base model. `loading_info` has the `model` name for mlx-lm and the
+    `prompt_format`. `update` is the number of updates done.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     parameters = config.lora_parameters
     lora: dict[str, Any] = {"rank": parameters.rank, "scale": parameters.scale, "dropout": parameters.dropout}
     if keys:
         lora["keys"] = list(keys)
     loading_info = loading_info or {}
-    description = {
+    return {
         "model": loading_info.get("model", config.model),
         "fine_tune_type": config.fine_tune_type,
         "num_layers": config.num_layers,
@@ -166,6 +160,23 @@ def save_adapter(
             "update": update,
         },
     }
+
+
+def save_adapter(
+    model: nn.Module,
+    description: Mapping[str, Any],
+    folder: Path,
+    file_name: str = ADAPTER_FILE,
+    *,
+    write: Write = write_whole,
+    weights: dict[str, mx.array] | None = None,
+) -> Path:
+    """Write the adapter in mlx-lm's format, each file completely or not at all. Returns the path of the weights.
+
+    `mlx_lm.load(model, adapter_path=folder)` reads it. `description` is an `adapter_description`; `weights` are given
+    for an update other than the model's current one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(description, indent=2, default=str).encode()
     write(folder / CONFIG_FILE, lambda file: file.write(text))
     weights = adapter_weights(model) if weights is None else weights
@@ -188,6 +199,11 @@ def load_adapter_weights(model: nn.Module, source: AdapterFile | str | Path) -> 
         reason = " ".join(str(error).split())
         raise ModelError(f"{what}: {path} is not a readable safetensors file ({reason}).") from None
     expected = adapter_weights(model)
+    if adapter.peft is not None:
+        try:
+            weights = adapter.peft.weights(weights, expected, model)
+        except NotHeld as error:
+            raise ModelError(f"{what}: {path} does not fit this model: {error}.") from None
     trained_on = f" (it was trained on {adapter.model})" if adapter.model else ""
     hint = f"It belongs to another base{trained_on}, or its {CONFIG_FILE} belongs to another adapter."
     if adapter.config is None:

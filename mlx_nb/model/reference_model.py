@@ -16,9 +16,9 @@ from mlx_nb.config.methods import method_named
 from mlx_nb.config.run_config import RunConfig
 from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.errors import ConfigError, ModelError
-from mlx_nb.files.written_files import ADAPTER_FILE, CONFIG_FILE
+from mlx_nb.files.written_files import CONFIG_FILE
 from mlx_nb.model import adapters
-from mlx_nb.model.adapter_files import REFERENCE, START, AdapterFile, open_adapter, shape_of
+from mlx_nb.model.adapter_files import REFERENCE, START, AdapterFile, adapter_weights_file, open_adapter, shape_of
 from mlx_nb.model.fingerprint import weights_fingerprint
 from mlx_nb.model.limits import limits_of
 from mlx_nb.model.loading import LoadedModel
@@ -43,7 +43,7 @@ def reference_scorer(config: RunConfig, loaded: LoadedModel, start: nn.Module | 
         model = start if start is not None else shared_copy(loaded).model
     if config.reference_adapter not in (None, BARE):
         adapter = open_adapter(str(config.located(REFERENCE)), REFERENCE)
-        _attach(model, shape_of(adapter), adapter)
+        _attach(model, shape_of(adapter, model), adapter)
     elif config.reference_adapter is None and config.reference_model is None and config.resume_adapter_file:
         _attach(model, config, open_adapter(str(config.located(START)), START))
     model.freeze()
@@ -71,8 +71,7 @@ def _adapter_digest(adapter: str | None) -> list[str] | None:
     """Digests of the weights and of the configuration beside them, which has the scale."""
     if adapter in (None, BARE):
         return None
-    path = Path(str(adapter)).expanduser()
-    weights = path / ADAPTER_FILE if path.is_dir() else path
+    weights = adapter_weights_file(Path(str(adapter)).expanduser())
     files = [weights, weights.parent / CONFIG_FILE]
     return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
 

@@ -20,14 +20,16 @@ from mlx_nb.notebook.command import (
 )
 from mlx_nb.notebook.session import Session
 from mlx_nb.notebook.text_output import Text
+from mlx_nb.run.adapter_exports import FORMATS, MLX_LM
 from mlx_nb.run.saved_model import how_to_use
 from mlx_nb.view.metric_text import headline
 
 
 def _save(session: Session, arguments: argparse.Namespace) -> Text:
     run = session.get(arguments.name)
-    folder = run.save(arguments.path)
-    return Text("\n".join([f"saved to {folder}", *how_to_use(run.config, run.loaded, folder)]))
+    folder = run.save(arguments.path, format=arguments.format)
+    lines = how_to_use(run.config, run.loaded, folder, peft=arguments.format != MLX_LM)
+    return Text("\n".join([f"saved to {folder}", *lines]))
 
 
 def _runs(session: Session, arguments: argparse.Namespace) -> Text:
@@ -108,9 +110,10 @@ RESULT_COMMANDS: dict[str, Command] = {
     ),
     "save": command(
         "save",
-        "save the adapter in mlx-lm's format",
+        "save the adapter in the format of mlx-lm or PEFT",
         _save,
         argument("path", nargs="?", help="folder (default: the run's own)"),
+        argument("--format", choices=FORMATS, default=MLX_LM, help="mlx-lm (default), peft, or peft-rslora"),
         of_now=True,
     ),
     "runs": command(

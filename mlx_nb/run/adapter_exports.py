@@ -6,11 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from mlx_nb.errors import CheckpointError, FolderError
+from mlx_nb.errors import CheckpointError, CommandError, FolderError, did_you_mean, shown
 from mlx_nb.files.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from mlx_nb.train.trainer import Trainer
+
+
+MLX_LM, PEFT, PEFT_RSLORA = "mlx-lm", "peft", "peft-rslora"
+FORMATS = (MLX_LM, PEFT, PEFT_RSLORA)
 
 
 class ExportingRun(Protocol):
@@ -39,8 +43,17 @@ def can_write(folder: RunFolder) -> bool:
         return False
 
 
-def export_adapter(run: ExportingRun, path: Path, kind: str, at_rest: Callable[[], bool]) -> RunFolder:
-    """Lock the folder at `path`, write the adapter there, and return the folder.
+def check_format(name: str) -> None:
+    """Raise CommandError for a format that no adapter is saved in."""
+    if name not in FORMATS:
+        hint = did_you_mean(name, FORMATS) if isinstance(name, str) else ""
+        raise CommandError(f"no adapter format is called {shown(name)}.{hint} There are {', '.join(FORMATS)}.")
+
+
+def export_adapter(
+    run: ExportingRun, path: Path, kind: str, at_rest: Callable[[], bool], name: str = MLX_LM
+) -> RunFolder:
+    """Lock the folder at `path`, write the adapter there in the format `name`, and return the folder.
 
     Raises FolderError if the folder belongs to another run or has files that mlx_nb did not write, CheckpointError if
     it cannot be written.
@@ -48,16 +61,35 @@ def export_adapter(run: ExportingRun, path: Path, kind: str, at_rest: Callable[[
     folder = RunFolder(path, run.name, run.home.run_id, kind=kind, at_rest=at_rest, let_go=run.release)
     try:
         folder.take_for_adapter()
-        write_adapter(run, folder)
+        write_adapter(run, folder, name)
     except BaseException:
         folder.release()
         raise
     return folder
 
 
-def write_adapter(run: ExportingRun, folder: RunFolder) -> None:
+def write_adapter(run: ExportingRun, folder: RunFolder, name: str = MLX_LM) -> None:
     """Write the adapter to a folder that the run holds. Raises CheckpointError if it cannot be written."""
     try:
-        run.trainer.save_adapter(folder.path, write=folder.write)
+        if name == MLX_LM:
+            run.trainer.save_adapter(folder.path, write=folder.write)
+        else:
+            _write_peft(run.trainer, folder, use_rslora=name == PEFT_RSLORA)
     except OSError as error:
         raise CheckpointError(f"{folder.path} cannot be written: {error.strerror}. Give another folder.") from None
+
+
+def _write_peft(trainer: Trainer, folder: RunFolder, *, use_rslora: bool) -> None:
+    from mlx_nb.export.peft import write_peft
+
+    trainer.stepper.trainable()
+    described = trainer.saves.description(trainer.config, trainer.state.step)
+    write_peft(
+        trainer.model,
+        trainer.config,
+        folder.path,
+        base_name=described["model"],
+        record=described["mlx_nb"],
+        use_rslora=use_rslora,
+        write=folder.write,
+    )

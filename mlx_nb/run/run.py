@@ -56,7 +56,7 @@ from mlx_nb.files.written_files import CHECKPOINTS, EXPORT, RUN
 from mlx_nb.process import exits
 from mlx_nb.process.turns import Turns, one_at_a_time
 from mlx_nb.run import foreground
-from mlx_nb.run.adapter_exports import can_write, export_adapter, write_adapter
+from mlx_nb.run.adapter_exports import MLX_LM, can_write, check_format, export_adapter, write_adapter
 from mlx_nb.run.background import Background
 from mlx_nb.run.checkpoints import Checkpoints
 from mlx_nb.run.evaluating import evaluated
@@ -866,18 +866,27 @@ class Run:
 
     @one_at_a_time
     @interrupts_wait()
-    def save(self, path: str | Path | None = None) -> Path:
-        """Write the adapter in mlx-lm's format to `path` (default: the run's folder). Returns the folder.
+    def save(self, path: str | Path | None = None, *, format: str = MLX_LM) -> Path:
+        """Write the adapter to `path` (default: the run's folder). Returns the folder.
+
+        `format` is `mlx-lm`, `peft`, or `peft-rslora`, which differs in how PEFT's lora_alpha is written. An adapter
+        in PEFT's format needs a folder of its own.
 
         If the run's own folder cannot be written or was taken over by another run, this run moves to `path`: later
         saves and checkpoints go there. An adapter of an earlier run at `path` is moved to `path.previous-1`. Raises
         FolderError if the folder belongs to another run or has files that mlx_nb did not write, CheckpointError if it
         cannot be written.
         """
+        check_format(format)
         folder = self.folder if path is None else folder_of(str(path), working_folder())
         if not same_folder(folder, self.folder):
             refuse_among_files(folder, self.folder)
+        elif format != MLX_LM:
+            raise CommandError(f"{folder} has the adapter in mlx-lm's format. Give another folder for `{format}`.")
         trainer = self.trainer
+        if format != MLX_LM:
+            export_adapter(self, folder, EXPORT, self._at_rest, format).release()
+            return folder
         if same_folder(folder, self.folder):
             with self.home.writing():
                 write_adapter(self, self.home)

@@ -92,15 +92,13 @@ class SavedModel:
 
 
 def load(folder: str | Path, *, model: str | None = None) -> SavedModel:
-    """A model with the adapter in `folder`, as a run or mlx-lm saved it: `mlx_nb.load("adapters/bees")`.
+    """A model with the adapter in `folder`, as a run, mlx-lm or PEFT saved it: `mlx_nb.load("adapters/bees")`.
 
     `model` is the base model, if the adapter does not record it or it has moved. Raises ModelError, in one line, for a
     folder without an adapter and for a base other than the one it was trained on.
     """
     place = folder_of(str(folder), working_folder())
-    facts = _facts(place)
-    ours = facts.get("mlx_nb") if isinstance(facts.get("mlx_nb"), Mapping) else {}
-    assert isinstance(ours, Mapping)
+    ours = _recorded(place, _facts(place))
     base = model or base_of(place)
     settings = ours.get("settings") if isinstance(ours.get("settings"), Mapping) else {}
     assert isinstance(settings, Mapping)
@@ -118,11 +116,19 @@ def load(folder: str | Path, *, model: str | None = None) -> SavedModel:
 def base_of(place: Path) -> str:
     """The base model of the adapter in a folder, by name or path. Raises ModelError if it is not recorded."""
     facts = _facts(place)
-    ours = facts.get("mlx_nb")
-    base = _base_named(facts.get("model"), ours.get("model") if isinstance(ours, Mapping) else None)
+    ours = _recorded(place, facts)
+    base = _base_named(facts.get("model"), facts.get("base_model_name_or_path"), ours.get("model"))
     if base is None:
         raise ModelError(f"the base model of {place} is not recorded. Pass it: load({str(place)!r}, model=...).")
     return base
+
+
+def _recorded(place: Path, facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the run recorded in its adapter; empty if another program wrote it."""
+    from mlx_nb.model.adapter_files import peft_record
+
+    ours = facts.get("mlx_nb")
+    return ours if isinstance(ours, Mapping) else peft_record(place)
 
 
 def _facts(place: Path) -> Mapping[str, Any]:
@@ -152,8 +158,8 @@ def _base_named(*names: Any) -> str | None:
     return texts[0] if texts else None
 
 
-def how_to_use(config: RunConfig, loaded: LoadedModel, folder: Path) -> list[str]:
-    """Instructions for using the adapter in `folder`, in Python and in a terminal."""
+def how_to_use(config: RunConfig, loaded: LoadedModel, folder: Path, *, peft: bool = False) -> list[str]:
+    """Instructions for using the adapter in `folder`: with mlx_nb, and with mlx-lm or, if it is in its format, PEFT."""
     from mlx_nb.model.backend import is_cpu
     from mlx_nb.model.loading import loaded_as
 
@@ -162,6 +168,14 @@ def how_to_use(config: RunConfig, loaded: LoadedModel, folder: Path) -> list[str
     lines = [
         "In a notebook, this one or another:",
         f"  import mlx_nb; mlx_nb.load({place!r}).generate('Hello')",
+    ]
+    if peft:
+        return [
+            *lines,
+            "With PEFT, where `base` is this model in transformers:",
+            f"  peft.PeftModel.from_pretrained(base, {place!r})",
+        ]
+    lines += [
         "In a terminal, with mlx-lm:",
         f"  mlx_lm.generate --model {shlex.quote(model)} --adapter-path {shlex.quote(place)} --prompt Hello",
     ]

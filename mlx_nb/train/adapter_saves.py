@@ -59,15 +59,17 @@ class AdapterSaves:
         """Write the current adapter, or `weights` of an earlier update, to any folder. Returns the path of the file."""
         return adapters.save_adapter(
             self._model,
-            config,
-            self._keys,
+            self.description(config, update),
             folder,
             file_name,
-            base=self._base,
-            loading_info=self._loading_info,
-            update=update,
             write=write or self.write_file,
             weights=weights,
+        )
+
+    def description(self, config: RunConfig, update: int | None) -> dict[str, Any]:
+        """The contents of adapter_config.json for the adapter of `update`."""
+        return adapters.adapter_description(
+            config, self._keys, base=self._base, loading_info=self._loading_info, update=update
         )
 
     def restore_best(self, config: RunConfig, best_step: int | None) -> None:

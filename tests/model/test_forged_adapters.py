@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 import struct
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ from mlx_nb.model.adapter_files import REFERENCE, START, check_base, open_adapte
 from odd_values import nested
 from tiny import tiny_rows
 
+PEFT_ADAPTER = Path(__file__).parent.parent / "export" / "goldens" / "lora"
 VALUES = [None, 7, -1, "x", "~nobody/x", "\0", "\ud800", [], ["a"], {}, {"x": 1}, float("nan"), 10**30, True]
 VALUES += [nested(900), 1e308]
 
@@ -77,6 +79,21 @@ def test_any_key_of_the_description_changed_is_taken_or_said_in_one_line(copied,
             reason = read(copied, tiny_folder)
             if where in (("lora_parameters",), ("mlx_nb",), ("mlx_nb", "base")) and value is not None and value != {}:
                 assert reason is not None or isinstance(value, dict), (where, value)
+
+
+@pytest.mark.long
+def test_any_key_of_a_description_of_peft_changed_is_taken_or_said_in_one_line(tiny_folder, tmp_path):
+    folder = tmp_path / "peft"
+    shutil.copytree(PEFT_ADAPTER, folder)
+    path = folder / "adapter_config.json"
+    content = json.loads(path.read_bytes())
+    assert "another base" in read(folder, tiny_folder)
+    for key in content:
+        for value in VALUES:
+            path.write_text(json.dumps({**content, key: value}))
+            reason = read(folder, tiny_folder)
+            if key in ("r", "lora_alpha") and not (value is True or isinstance(value, int | float)):
+                assert reason is not None, (key, value)
 
 
 FILES = {

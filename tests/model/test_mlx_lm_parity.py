@@ -116,7 +116,7 @@ def test_mlx_lm_loads_what_we_save(fine_tune_type, keys, tmp_path):
     config, resolved = attach(model, fine_tune_type, keys)
     changed = [(name, 1.5 * array + 0.01) for name, array in adapters.adapter_weights(model).items()]
     model.load_weights(changed, strict=False)
-    adapters.save_adapter(model, config, resolved, tmp_path)
+    adapters.save_adapter(model, adapters.adapter_description(config, resolved), tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["fine_tune_type"] == fine_tune_type
     theirs = load_adapters(tiny_model(), str(tmp_path))
     theirs.eval()
