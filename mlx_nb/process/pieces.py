@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
+from mlx_nb.process.thread_streams import end_streams_with_thread
+
 SECONDS_BETWEEN_PIECES = 0.04  # other cells of a notebook wait at most a few times this long
 
 Result = TypeVar("Result")
@@ -30,6 +32,7 @@ def on_thread(function: Callable[[], Result]) -> Generator[None, None, Result]:
     outcome: list[Callable[[], Result]] = []
 
     def call() -> None:
+        end_streams_with_thread()
         try:
             result = function()
         except BaseException as error:

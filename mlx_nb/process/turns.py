@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
+from mlx_nb.process.thread_streams import end_streams_with_thread
+
 PAUSE = 0.0005  # seconds in which a waiting thread takes its turn
 LONGEST_PAUSE = 0.1  # most seconds that the training thread waits, so that nobody can block it for ever
 
@@ -27,6 +29,7 @@ class Turns:
     def turn(self) -> Iterator[None]:
         """A context in which no other thread has a turn."""
         me = threading.get_ident()
+        end_streams_with_thread()
         try:
             self._waiting.add(me)
             with self._lock:  # an interrupt cannot leave it locked, as it could between `acquire` and a `try`
@@ -38,6 +41,7 @@ class Turns:
     def take(self, seconds: float) -> bool:
         """Take a turn, waiting at most `seconds`; end it with `give_back`. Returns whether it was taken."""
         self._waiting.add(threading.get_ident())
+        end_streams_with_thread()
         try:
             return self._lock.acquire(timeout=seconds)
         finally:

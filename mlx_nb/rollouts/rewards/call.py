@@ -9,6 +9,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from mlx_nb.process.thread_streams import end_streams_with_thread
 from mlx_nb.rollouts.rewards.resolve import Reward
 
 TICK = 0.05  # seconds between two progress reports
@@ -93,6 +94,7 @@ def _await_together(
                 _, waiting = await asyncio.wait(waiting, timeout=min(TICK, left))
 
     def work() -> None:
+        end_streams_with_thread()
         try:
             asyncio.run(await_all())
         except Exception as error:  # no event loop is available
