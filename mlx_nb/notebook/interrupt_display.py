@@ -11,6 +11,7 @@ from typing import Any
 from IPython.core.interactiveshell import InteractiveShell
 
 from mlx_nb.notebook import bare_run
+from mlx_nb.notebook.lost_interrupts import NotingHandler
 
 LINE = (
     "KeyboardInterrupt: interrupted. No completed update is lost; `%finetune status` shows the progress, and "
@@ -59,7 +60,11 @@ class InterruptsInOneLine:
 def _passes_through_us(trace: TracebackType | None) -> bool:
     while trace is not None:
         file = Path(trace.tb_frame.f_code.co_filename)
-        if _PACKAGE in file.parents and file != _BARE_RUN:
+        if (
+            _PACKAGE in file.parents
+            and file != _BARE_RUN
+            and trace.tb_frame.f_code is not NotingHandler.__call__.__code__
+        ):
             return True
         trace = trace.tb_next
     return False

@@ -4,38 +4,59 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
-_came = False  # whether an interrupt came in the current context
+
+class NotingHandler:
+    """Notes that a SIGINT came, and hands it to the handler before.
+
+    in_place_of  that handler, once the context has ended: what began in the context gives that one back.
+    """
+
+    def __init__(self, before: Callable[[int, FrameType | None], Any]) -> None:
+        self._before = before
+        self.in_place_of: Callable[[int, FrameType | None], Any] | None = None
+        self.came = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Take a signal."""
+        self.came = True
+        if self.in_place_of is not None:  # another interrupt came in the middle of `end`
+            self.end()
+        self._before(number, frame)
+
+    def end(self) -> None:
+        """End the context: the handler before is in force again, now or once the handler above this one has ended."""
+        self.in_place_of = self._before
+        in_force = signal.getsignal(signal.SIGINT) is self
+        if in_force:
+            signal.signal(signal.SIGINT, self._before)
+
+
+_current: NotingHandler | None = None
 
 
 @contextmanager
 def interrupts_noted() -> Iterator[None]:
-    """A context in which `raise_lost_interrupt` knows of each SIGINT, which goes to the handler before it as well."""
-    global _came
+    """A context in which `raise_lost_interrupt` knows of each SIGINT. Nothing else changes."""
+    global _current
     before = signal.getsignal(signal.SIGINT)
     if not callable(before) or threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def note(number: int, frame: FrameType | None) -> None:
-        global _came
-        _came = True
-        before(number, frame)
-
-    _came = False
-    signal.signal(signal.SIGINT, note)
+    outer, _current = _current, NotingHandler(before)
+    signal.signal(signal.SIGINT, _current)
     try:
         yield
     finally:
-        _came = False
-        if signal.getsignal(signal.SIGINT) is note:
-            signal.signal(signal.SIGINT, before)
+        _current.end()
+        _current = outer
 
 
 def raise_lost_interrupt() -> None:
     """Raise KeyboardInterrupt if an interrupt came in the current `interrupts_noted` and did not end it."""
-    if _came:
+    if _current is not None and _current.came:
         raise KeyboardInterrupt

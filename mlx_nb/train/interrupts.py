@@ -58,11 +58,11 @@ class Interrupts:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._before is not None:
-            kernel = _kernel()
+            kernel, before = _kernel(), _in_force(self._before)
             if kernel is not None and kernel.saved_sigint_handler == self._handle:
-                kernel.saved_sigint_handler = self._before
+                kernel.saved_sigint_handler = before
             if signal.getsignal(signal.SIGINT) == self._handle:
-                signal.signal(signal.SIGINT, self._before)
+                signal.signal(signal.SIGINT, before)
             self._before = None
 
     def _handle(self, _signal: int, _frame: FrameType | None) -> None:
@@ -74,6 +74,13 @@ class Interrupts:
             if self.count == 1:
                 self._announce()
         self._request(Pause("interrupted", at_once=self.count > 1))
+
+
+def _in_force(handler: Any) -> Any:
+    """The handler, or the one that is `in_place_of` it because the context that installed it has ended."""
+    while (other := getattr(handler, "in_place_of", None)) is not None:
+        handler = other
+    return handler
 
 
 def _kernel() -> Any:
