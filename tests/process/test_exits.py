@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import traceback
 import weakref
 from pathlib import Path
 
@@ -580,6 +581,9 @@ def test_an_interrupt_at_any_line_of_a_command_is_one_line(shell, tiny_folder, c
         shown = capsys.readouterr()
         text = shown.out + shown.err
         assert "Traceback" not in text, text
+        if result is None:
+            assert line < 40
+            continue
         assert PACKAGE not in text, text
         if isinstance(result.error_in_exec, KeyboardInterrupt):
             assert LINE in text
@@ -588,9 +592,14 @@ def test_an_interrupt_at_any_line_of_a_command_is_one_line(shell, tiny_folder, c
 
 
 def interrupted(shell, code, line):
+    """The result of a cell interrupted at that line; None if IPython was still reading the text of the cell."""
     results = []
-    at_line(line, lambda: os.kill(os.getpid(), signal.SIGINT), lambda: results.append(shell.run_cell(code)))
-    return results[0]
+    try:
+        at_line(line, lambda: os.kill(os.getpid(), signal.SIGINT), lambda: results.append(shell.run_cell(code)))
+    except KeyboardInterrupt as error:
+        if "transform_cell" not in [frame.name for frame in traceback.extract_tb(error.__traceback__)]:
+            raise
+    return results[0] if results else None
 
 
 def test_an_interrupt_of_a_persons_own_code_is_shown_as_ever_and_the_hook_is_given_back(shell, capsys):
