@@ -23,6 +23,18 @@ def _fuse(session: Session, arguments: argparse.Namespace) -> Text:
     return Text(f"{report}\n\n{report.how_to_use}")
 
 
+def _gguf(session: Session, arguments: argparse.Namespace) -> Text:
+    run = session.get(arguments.name)
+    written = run.gguf(
+        arguments.path,
+        type=arguments.type,
+        adapter=arguments.adapter,
+        base=arguments.base,
+        lm_studio_name=arguments.lm_studio,
+    )
+    return Text(str(written))
+
+
 EXPORT_COMMANDS: dict[str, Command] = {
     "fuse": command(
         "fuse",
@@ -31,6 +43,19 @@ EXPORT_COMMANDS: dict[str, Command] = {
         argument("path", nargs="?", help="new folder; without it, only tell what each precision would lose"),
         argument("--precision", help="base, mixed or 16-bit (default: the recommended one)"),
         argument("--dequantize", action="store_true", help="the same as --precision 16-bit"),
+        of_now=True,
+    ),
+    "gguf": command(
+        "gguf",
+        "write the model for llama.cpp, Ollama and LM Studio",
+        _gguf,
+        argument("path", nargs="?", help="new folder"),
+        argument(
+            "--type", default="f16", help="f16 (default), bf16, f32, q8_0, or one that llama.cpp makes: q4_k_m, ..."
+        ),
+        argument("--adapter", action="store_true", help="only the LoRA adapter"),
+        argument("--base", metavar="FILE", help="with --adapter: the base as GGUF, to check the adapter on"),
+        argument("--lm-studio", metavar="NAME", help="write to LM Studio's folder, under this name"),
         of_now=True,
     ),
 }

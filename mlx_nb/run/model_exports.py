@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from mlx_nb.errors import CommandError
 from mlx_nb.files.places import folder_of, refuse_among_files, working_folder
 from mlx_nb.files.run_folder import RunFolder
 from mlx_nb.run.inputs import RunInputs
@@ -12,6 +13,7 @@ from mlx_nb.run.inputs import RunInputs
 if TYPE_CHECKING:
     from mlx_nb.export.fuse import FuseInputs
     from mlx_nb.export.fuse_report import FuseReport
+    from mlx_nb.export.gguf import GgufExport
     from mlx_nb.train.trainer import Trainer
 
 
@@ -53,3 +55,35 @@ def _place(run: ExportedRun, path: str | Path) -> Path:
     place = folder_of(str(path), working_folder())
     refuse_among_files(place, run.folder)
     return place
+
+
+def gguf(
+    run: ExportedRun,
+    path: str | Path | None,
+    *,
+    type: str,
+    adapter: bool,
+    base: str | Path | None,
+    lm_studio_name: str | None,
+) -> GgufExport:
+    """Write the model of a run, or its adapter alone, as GGUF to `path`, or to LM Studio's folder."""
+    from mlx_nb.export.gguf import lm_studio_folder, write_adapter, write_gguf
+
+    if (path is None) == (lm_studio_name is None):
+        raise CommandError("give a folder to write to, or lm_studio_name for a folder that LM Studio finds.")
+    if adapter and lm_studio_name is not None:
+        raise CommandError("LM Studio has no place for an adapter alone. Write the whole model for it.")
+    if path is not None and str(path).endswith(".gguf"):
+        raise CommandError(f"{path} would be a folder: name the folder, such as {str(path).removesuffix('.gguf')}.")
+    target: str | Path = path if path is not None else lm_studio_folder(str(lm_studio_name))
+    place, inputs = _place(run, target), _inputs(run)
+    if not adapter:
+        return write_gguf(inputs, place, type.lower())
+    return write_adapter(inputs, place, None if base is None else _base_file(base))
+
+
+def _base_file(path: str | Path) -> Path:
+    file = working_folder() / Path(path).expanduser()
+    if not file.is_file():
+        raise CommandError(f"there is no base model {str(path)!r}. Give the GGUF file of the base.")
+    return file

@@ -84,6 +84,7 @@ from mlx_nb.train.interrupts import interrupts_wait
 
 if TYPE_CHECKING:
     from mlx_nb.export.fuse_report import FuseReport
+    from mlx_nb.export.gguf import GgufExport
     from mlx_nb.model.loading import LoadedModel
     from mlx_nb.rollouts.generation import Prompt
     from mlx_nb.train.checkpoint import Checkpoint, CheckpointInfo
@@ -916,6 +917,29 @@ class Run:
 
         self._calls.refuse_inside("fuse")
         return fuse(self, path, precision)
+
+    @one_at_a_time
+    def gguf(
+        self,
+        path: str | Path | None = None,
+        *,
+        type: str = "f16",
+        adapter: bool = False,
+        base: str | Path | None = None,
+        lm_studio_name: str | None = None,
+    ) -> GgufExport:
+        """Write the model with its adapter merged as a GGUF file to the folder `path`, with a Modelfile for Ollama.
+
+        `type` is `f16`, `bf16`, `f32`, `q8_0`, or one of those that llama.cpp makes, such as `q4_k_m`. `adapter` writes
+        the LoRA adapter alone, for the base model as a GGUF file (`base`, to check it on that one). `lm_studio_name`
+        writes to LM Studio's own folder instead. Every tensor is read back, and if llama.cpp is installed it must give
+        the same tokens and logits. Raises ModelError if it does not, or if llama.cpp does not have the model;
+        CommandError, FolderError. An earlier export at `path` is replaced.
+        """
+        from mlx_nb.run.model_exports import gguf
+
+        self._calls.refuse_inside("write a GGUF file")
+        return gguf(self, path, type=type, adapter=adapter, base=base, lm_studio_name=lm_studio_name)
 
     @one_at_a_time
     def adapter_bytes(self) -> dict[str, bytes]:

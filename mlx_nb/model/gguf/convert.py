@@ -214,12 +214,12 @@ def _rope_scaling(
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    if not np.allclose(_llama3_factors(scaling, config), factors, rtol=1e-3):
+    if not np.allclose(llama3_factors(scaling, config), factors, rtol=1e-3):
         raise ModelError("the rope frequency factors are not those of Llama 3; others are not supported.")
     return scaling
 
 
-def _llama3_factors(scaling: Mapping[str, Any], config: Mapping[str, Any]) -> np.ndarray:
+def llama3_factors(scaling: Mapping[str, Any], config: Mapping[str, Any]) -> np.ndarray:
     """The divisor of each frequency in llama3 rope scaling, to verify the factors in a file."""
     exponents = np.arange(0, config["head_dim"], 2) / config["head_dim"]
     wavelengths = 2 * math.pi * config["rope_theta"] ** exponents
@@ -245,7 +245,7 @@ def _weights(
         value = decode_tensor(tensor)
         if architecture.rope_interleaved and module.endswith(("q_proj", "k_proj")):
             heads = config["num_attention_heads" if module.endswith("q_proj") else "num_key_value_heads"]
-            value = _map_rows(value, partial(_half_by_half, heads=heads))
+            value = _map_rows(value, partial(half_by_half, heads=heads))
         if isinstance(value, Packed):
             bits[module] = value.bits
             weights[f"{module}.weight"] = mx.array(value.weight)
@@ -345,7 +345,7 @@ def _map_rows(value: Packed | np.ndarray, change: Callable[[np.ndarray], np.ndar
     return change(value)
 
 
-def _half_by_half(rows: np.ndarray, heads: int) -> np.ndarray:
+def half_by_half(rows: np.ndarray, heads: int) -> np.ndarray:
     """Reorder the rows of each head from pairs (x0 y0 x1 y1 ...) to halves (x0 x1 ... y0 y1 ...) for mlx's rope."""
     pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(rows.shape))

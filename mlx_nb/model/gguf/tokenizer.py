@@ -12,19 +12,19 @@ if TYPE_CHECKING:
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 _END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
-_LLAMA3_WORDS = (
+LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
-_QWEN2_WORDS = _LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
+QWEN2_WORDS = LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
 # Pre-tokenization of each kind of byte-level BPE: (regular expression or None, whether digits are split first).
 _PRE_TOKENIZERS: dict[str, tuple[str | None, bool]] = {
     "default": (None, False),
     "gpt-2": (None, False),
     "smollm": (None, True),
-    **dict.fromkeys(_LLAMA3, (_LLAMA3_WORDS, False)),
-    "qwen2": (_QWEN2_WORDS, False),
+    **dict.fromkeys(_LLAMA3, (LLAMA3_WORDS, False)),
+    "qwen2": (QWEN2_WORDS, False),
 }
 
 
