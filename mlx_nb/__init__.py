@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from mlx_nb.config.methods import register_objective
     from mlx_nb.config.run_config import RunConfig
+    from mlx_nb.experiments.compare import compare
     from mlx_nb.notebook.new_run import new
     from mlx_nb.objectives.conformance import check_objective
     from mlx_nb.run.rows import rows
@@ -26,6 +27,7 @@ __all__ = [
     "RunConfig",
     "__version__",
     "check_objective",
+    "compare",
     "load",
     "load_ipython_extension",
     "new",
@@ -38,12 +40,13 @@ _PUBLIC = {
     "Run": "mlx_nb.run.run",
     "RunConfig": "mlx_nb.config.run_config",
     "check_objective": "mlx_nb.objectives.conformance",
+    "compare": "mlx_nb.experiments.compare",
     "load": "mlx_nb.run.saved_model",
     "new": "mlx_nb.notebook.new_run",
     "register_objective": "mlx_nb.config.methods",
     "rows": "mlx_nb.run.rows",
 }
-_COMPUTING = ("Run", "check_objective", "load", "new", "rows")
+_COMPUTING = ("Run", "check_objective", "compare", "load", "new", "rows")
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -49,17 +49,26 @@ class ProgressLine:
 @contextmanager
 def shown_progress(run: Run) -> Iterator[None]:
     """A context that shows the progress of what the run does now: in the cell, or on a line of the terminal."""
+    with progress_shown() as show:
+        run.listen(show)
+        try:
+            yield
+        finally:
+            run.unlisten(show)
+
+
+@contextmanager
+def progress_shown() -> Iterator[Callable[[Event], None]]:
+    """A context with a function that shows Progress, in the cell or on a line of the terminal, until its end."""
     line = Line("") if has_rich_display() else _TerminalLine()
 
-    def on_event(event: Event) -> None:
+    def show(event: Event) -> None:
         if isinstance(event, Progress) and line.is_due:
             line.put(event_text.progress_words(event))
 
-    run.listen(on_event)
     try:
-        yield
+        yield show
     finally:
-        run.unlisten(on_event)
         line.put("")
 
 

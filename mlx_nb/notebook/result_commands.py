@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from mlx_nb.config.yaml_text import read_list
 from mlx_nb.errors import CommandError
 from mlx_nb.files.places import run_folder, working_folder
 from mlx_nb.notebook.command import (
@@ -21,6 +22,7 @@ from mlx_nb.notebook.command import (
 from mlx_nb.notebook.session import Session
 from mlx_nb.notebook.text_output import Text
 from mlx_nb.run.adapter_exports import FORMATS, MLX_LM
+from mlx_nb.run.inputs import SPLITS
 from mlx_nb.run.saved_model import how_to_use
 from mlx_nb.view.metric_text import headline
 
@@ -68,18 +70,28 @@ def _config(session: Session, arguments: argparse.Namespace) -> Text:
     return Text(run.config.to_yaml().rstrip() or "# every setting is at its default")
 
 
-def _compare(session: Session, arguments: argparse.Namespace) -> Text:
+def _compare(session: Session, arguments: argparse.Namespace) -> Any:
+    from mlx_nb.experiments.compare import compare
     from mlx_nb.notebook.comparison import compared
+    from mlx_nb.notebook.progress_line import progress_shown
 
-    names = list(dict.fromkeys(arguments.runs))
-    runs = [session.get(name) for name in names]
-    if len(runs) == 1 and not session.is_current(runs[0]):
+    base = "base" in arguments.runs and "base" not in session.runs
+    runs = [session.get(name) for name in arguments.runs if not (base and name == "base")]
+    if len(runs) == 1 and not base and not session.is_current(runs[0]):
         runs.insert(0, session.get())
     if not runs:
-        runs = list(session.runs.values())
-    if len(runs) < 2:
-        raise CommandError("%finetune compare: name at least two runs. `%finetune runs` lists them.")
-    return Text(compared(runs))
+        runs = [session.get()] if base else list(session.runs.values())
+    if len(runs) + base < 2:
+        raise CommandError("%finetune compare: name two runs, or a run and base. `%finetune runs` lists them.")
+    if len(runs) > 2 or not all(run.prepared for run in runs):
+        return Text(compared(runs))
+    metrics = None if arguments.metrics is None else read_list(arguments.metrics)
+    options = {"metrics": metrics, "max_tokens": arguments.max_tokens, "answers": arguments.answers}
+    with progress_shown() as show:
+        found = compare(*runs, base=base, split=arguments.split, on_progress=show, **options)
+    if session.namespace is not None and (output := output_name(arguments.output)):
+        session.namespace[output] = found
+    return found.blind() if arguments.blind else found
 
 
 def _load(session: Session, arguments: argparse.Namespace) -> Text:
@@ -133,11 +145,20 @@ RESULT_COMMANDS: dict[str, Command] = {
     ),
     "compare": command(
         "compare",
-        "compare losses and settings of several runs",
+        "compare two runs, or a run and its base, row by row; of more runs, losses and settings",
         _compare,
         argument(
-            "runs", nargs="*", metavar="run", help="names (default: all; a single one is compared with the current run)"
+            "runs",
+            nargs="*",
+            metavar="run",
+            help="names, or base (default: all; a single one is compared with the current run)",
         ),
+        argument("--metrics", help="functions that judge the answers, such as exact_match,my_metric"),
+        argument("--split", default="valid", choices=SPLITS, help="rows to compare on (default: valid)"),
+        argument("--answers", type=int, default=3, help="rows to answer that became worse, and better (default: 3)"),
+        argument("--max-tokens", type=int, default=128, help="longest answer in tokens"),
+        argument("--blind", action="store_true", help="vote on the answers without knowing whose they are"),
+        OUTPUT,
     ),
     "load": command(
         "load",
