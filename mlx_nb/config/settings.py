@@ -222,8 +222,8 @@ class DeclaredSettings(Settings):
     )
     data: Any = setting(
         "data",
-        "A folder with train/valid/test files, a jsonl, json, parquet or csv file, a hub id, the name of a variable "
-        "in the notebook (list of dicts, DataFrame, datasets.Dataset), or a list of {path, weight} to mix.",
+        "A variable of the notebook, a folder with train/valid/test files, a jsonl, json, parquet or csv file, or a "
+        "hub id. A variable is a list of dicts, a DataFrame or a Dataset. A list of {path, weight} mixes several.",
         group="rows",
     )
     subset: str | None = setting(None, "Subset (configuration name) of a hub dataset.", group="rows")

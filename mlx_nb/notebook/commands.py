@@ -20,7 +20,7 @@ from mlx_nb.notebook.help_text import commands_help, help_of
 from mlx_nb.notebook.result_commands import RESULT_COMMANDS
 from mlx_nb.notebook.row_commands import ROW_COMMANDS
 from mlx_nb.notebook.session import Session
-from mlx_nb.notebook.text_output import Text
+from mlx_nb.notebook.text_output import Text, say
 from mlx_nb.notebook.training_commands import TRAINING_COMMANDS
 
 
@@ -54,7 +54,7 @@ def run_line(session: Session, line: str) -> Any:
     if stamp is not None and isinstance(answer, Text):
         return answer.stamped(stamp)
     if stamp is not None:
-        print(stamp)
+        say(stamp)
     return answer
 
 

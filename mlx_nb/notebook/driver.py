@@ -27,7 +27,7 @@ from mlx_nb.events import (
 from mlx_nb.notebook.front_end import is_console
 from mlx_nb.notebook.lost_interrupts import raise_lost_interrupt
 from mlx_nb.notebook.progress_line import ProgressLine
-from mlx_nb.notebook.text_output import has_rich_display
+from mlx_nb.notebook.text_output import has_rich_display, say
 from mlx_nb.run.background import hold_interrupts
 from mlx_nb.run.foreground import raise_failure
 from mlx_nb.view import event_text
@@ -115,7 +115,7 @@ def train_here(
     raise_failure(ended)
     if isinstance(ended, RunPaused):
         reason = "" if ended.reason == "interrupted" else f" ({ended.reason})"
-        print(f"{run.name} is paused after update {ended.step}{reason}. Nothing is lost: {way_on}.")
+        say(f"{run.name} is paused after update {ended.step}{reason}. Nothing is lost: {way_on}.")
     return ended
 
 

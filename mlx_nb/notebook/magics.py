@@ -21,6 +21,7 @@ from mlx_nb.notebook.question_marks import QuestionMarks
 from mlx_nb.notebook.queued_cells import NOW, QueuedCells
 from mlx_nb.notebook.session import Session
 from mlx_nb.notebook.templating import fill
+from mlx_nb.notebook.text_output import say
 
 
 @magics_class
@@ -83,13 +84,13 @@ class FinetuneMagics(Magics):
             run.inputs.check_local_data()
         if arguments.resume and run.has_checkpoint:
             run = Run.resume(run.folder, config=run.config, namespace=namespace, allow_changed=allowed)
-            print(f"{run.name} continues from update {run.step_count}.", *run.trainer.notes, sep="\n")
+            say("\n".join([f"{run.name} continues from update {run.step_count}.", *run.trainer.notes]))
         for note in self.session.add(run, output):
-            print(note)
+            say(note)
         if arguments.paused:
             if has_live_front_end():
                 show_panel(self.session, run)
-            print(f"{run.name} is created. `%finetune step` does one update, `%finetune run` all of them.")
+            say(f"{run.name} is created. `%finetune step` does one update, `%finetune run` all of them.")
             return
         if not run.over:
             train(self.session, run, wait=wait, ends_cell=True)

@@ -18,6 +18,7 @@ NAME = "name"
 # Settings that a method needs, or that are often changed with it, besides the ten of every method.
 _OF_METHODS = ("loss", "beta", "rewards", "group_size", "max_completion_length")
 _ONE_A_LINE = "sample_prompts"
+LONGEST_HELP = 200
 
 
 class Field(NamedTuple):
@@ -44,7 +45,7 @@ def fields_of(given: Mapping[str, str], namespace: Mapping[str, Any]) -> list[Fi
         choices = [list(one) for one in values(tuple(name.split(".")), "", namespace, {"method": method.name})]
         only_these = bool(choices_of(name, method.name))
         default = "" if line.default == "null" else line.default
-        fields.append(Field(name, default, short_help(line.help, 90), choices, only_these))
+        fields.append(Field(name, default, short_help(line.help, LONGEST_HELP), choices, only_these))
     return fields
 
 

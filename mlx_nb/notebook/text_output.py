@@ -32,6 +32,16 @@ def bundle_of(text: str, *, quiet: bool = False) -> dict[str, str]:
     return {"text/html": f'<{tag} style="{style}">{html.escape(text)}</{tag}>', "text/plain": text}
 
 
+def say(text: str) -> None:
+    """Show a permanent line. In a notebook it breaks between words, where printed text breaks anywhere."""
+    if not has_rich_display():
+        print(text)
+        return
+    from IPython.display import display
+
+    display(bundle_of(text), raw=True)
+
+
 class Text(str):
     """Text that displays without quotes, with an optional stamp below that is not part of the string."""
 

@@ -22,7 +22,7 @@ from mlx_nb.notebook.command import (
 )
 from mlx_nb.notebook.progress_line import shown_progress
 from mlx_nb.notebook.session import Session
-from mlx_nb.notebook.text_output import GrowingAnswer, Text, has_rich_display
+from mlx_nb.notebook.text_output import GrowingAnswer, Text, has_rich_display, say
 from mlx_nb.run.inputs import SPLITS
 from mlx_nb.view.event_text import AT_NO_UPDATE, STATES, progress_words
 
@@ -68,7 +68,7 @@ def _run(session: Session, arguments: argparse.Namespace) -> None:
     known = len(run.history.events)
     updates = run.more(arguments.n)
     for note in notes_since(run, known):
-        print(note)
+        say(note)
     train(session, run, updates, wait=wait_of(arguments))
 
 

@@ -8,6 +8,11 @@ import pytest
 
 pytestmark = pytest.mark.browser
 ROW_SHOWN = "(row) => document.querySelector('.mlx-nb-tokens b')?.textContent.includes(`row ${row} `)"
+# The left edges of what comes first in each line of the browser.
+FIRST_OF_LINES = """() => [...document.querySelectorAll('.mlx-nb-rows > .widget-box')].flatMap((line) => {
+    const shown = [...line.children].filter((one) => one.offsetWidth > 0 && one.innerText.trim() !== '');
+    return shown.length ? [shown[0].getBoundingClientRect().left] : [];
+})"""
 ROWS_READ = r"() => Number(/found in (\d+) of 300 rows/.exec(document.body.innerText)?.[1] ?? 0)"
 
 
@@ -43,3 +48,14 @@ def test_the_row_browser_is_worked_by_hand(lab, tiny_folder, tmp_path):
     page.wait_for_selector("text=, hidden")
     assert page.get_by_text("regex").is_visible()
     assert page.get_by_text("one cell per token").is_visible()
+    # One left edge, and boxes level with their words, in a narrow window too.
+    page.set_viewport_size({"width": 700, "height": 900})
+    page.evaluate("() => window.jupyterapp.commands.execute('application:toggle-left-area')")
+    page.wait_for_timeout(500)
+    first = page.evaluate(FIRST_OF_LINES)
+    assert len(first) >= 6
+    assert max(first) - min(first) <= 1, first
+    for name in ("regex", "one cell per token", "leave out", "down-weight"):
+        box = page.locator(".widget-checkbox label", has_text=name)
+        words, check = box.bounding_box(), box.locator("input").bounding_box()
+        assert abs(words["y"] + words["height"] / 2 - check["y"] - check["height"] / 2) <= 2, name

@@ -27,6 +27,19 @@ SECONDS_PER_CLICK = 1.0
 ROLES = ("system", "user", "assistant", "tool", "template")
 COLORS = {"mask": "mask", "loss now": "loss", "change against the base": "compare", "nothing": "none"}
 
+# The widgets get one left edge, boxes level with their words, and switches that look different from buttons.
+_STYLE = """<style>
+.mlx-nb-rows { padding-left: 2px; }
+.mlx-nb-rows .jupyter-widgets { margin-left: 0; }
+.mlx-nb-rows .widget-label { width: auto !important; min-width: 0; margin-right: 6px; }
+.mlx-nb-rows .widget-checkbox { display: flex; align-items: center; }
+.mlx-nb-rows .widget-checkbox label { display: flex; align-items: center; gap: 5px; margin: 0; }
+.mlx-nb-rows .widget-checkbox input { margin: 0; }
+.mlx-nb-rows .jupyter-button { box-shadow: none; }
+.mlx-nb-rows .widget-toggle-button { background: none; border-bottom: 2px solid transparent; }
+.mlx-nb-rows .widget-toggle-button.mod-active { border-bottom-color: #0072b2; background: rgba(128, 128, 128, 0.18); }
+</style>"""
+
 
 class RowBrowser:
     """The widgets of `%finetune browse`, displayed as `widget`, or as the current row if there are no widgets.
@@ -135,13 +148,13 @@ class RowBrowser:
         self.split = widgets.Dropdown(options=list(self._splits), description="split", layout=_width("11em"))
         self.filter = widgets.Dropdown(options=FILTERS, description="show", layout=_width("14em"))
         self.text = widgets.Text(
-            placeholder="containing…", continuous_update=False, layout=_width("13em"), tooltip="press Enter to search"
+            placeholder="containing…", continuous_update=False, layout=_width("11em"), tooltip="press Enter to search"
         )
         self.regex = widgets.Checkbox(description="regex", indent=False, layout=_width("auto"))
         self.previous = widgets.Button(description="◀ Previous", tooltip="previous row", layout=_width("auto"))
         self.next = widgets.Button(description="Next ▶", tooltip="next row", layout=_width("auto"))
-        self.jump = widgets.BoundedIntText(description="row", min=0, max=0, layout=_width("12em"))
-        self.color = widgets.Dropdown(options=list(COLORS), description="color", layout=_width("17em"))
+        self.jump = widgets.BoundedIntText(description="row", min=0, max=0, layout=_width("8em"))
+        self.color = widgets.Dropdown(options=list(COLORS), description="color", layout=_width("14em"))
         self.tokens = widgets.Checkbox(description="one cell per token", indent=False, layout=_width("auto"))
         self.roles = {role: _toggle(role) for role in ROLES}
         self.more = widgets.Button(
@@ -163,7 +176,7 @@ class RowBrowser:
         self.status = widgets.HTML()
         self.view = widgets.HTML()
         for box in (self.split, self.filter, self.jump, self.color):
-            box.style.description_width = "3.2em"
+            box.style.description_width = "initial"
         me = weakref.proxy(self)  # ipywidgets keeps the widgets alive; their callbacks must not keep this object alive
         self.editor = RowEditor(self._tokenizer, lambda: me._edited())
         self.leave.observe(lambda change: me._mark({"leave": change["new"]}), "value")
@@ -179,9 +192,10 @@ class RowBrowser:
         self.jump.observe(lambda change: me._jump(change["new"]), "value")
         for box in (self.color, self.tokens, *self.roles.values()):
             box.observe(lambda _: me._show(), "value")
-        wrap = widgets.Layout(flex_flow="row wrap", align_items="center")
+        wrap = widgets.Layout(flex_flow="row wrap", align_items="center", grid_gap="2px 8px")
         self.widget = widgets.VBox(
             [
+                widgets.HTML(_STYLE, layout=widgets.Layout(height="0", margin="0")),
                 widgets.Box([self.split, self.filter, self.text, self.regex], layout=wrap),
                 widgets.Box([self.previous, self.next, self.jump, self.color, self.tokens], layout=wrap),
                 widgets.Box([widgets.Label("roles"), *self.roles.values()], layout=wrap),
@@ -192,6 +206,7 @@ class RowBrowser:
                 self.editor.widget,
             ]
         )
+        self.widget.add_class("mlx-nb-rows")
         weakref.finalize(self, in_a_turn_of, running_loop(), partial(close_widgets, self.widget)).atexit = False
 
     def _search(self) -> None:
