@@ -32,6 +32,7 @@ def unload(shell: InteractiveShell) -> None:
     magics.interrupts.close()
     magics.bare_run.close()
     magics.question_marks.close()
+    magics.console_pictures.close()
     magics.session.close()
     magics.preferences.close()
     manager = shell.magics_manager

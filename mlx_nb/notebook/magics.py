@@ -13,6 +13,7 @@ from mlx_nb.errors import CommandError
 from mlx_nb.notebook.bare_run import BareRun
 from mlx_nb.notebook.command import CELL_OPTIONS, output_name, refuse_shortened, wait_of
 from mlx_nb.notebook.commands import run_line
+from mlx_nb.notebook.console_pictures import ConsolePictures
 from mlx_nb.notebook.help_text import cell_help
 from mlx_nb.notebook.interrupt_display import InterruptsInOneLine
 from mlx_nb.notebook.lost_interrupts import interrupts_noted
@@ -38,6 +39,7 @@ class FinetuneMagics(Magics):
         self.interrupts = InterruptsInOneLine(shell)
         self.bare_run = BareRun(shell)
         self.question_marks = QuestionMarks(shell)
+        self.console_pictures = ConsolePictures(shell)
         self.matcher: Any = None
 
     @no_var_expand

@@ -17,6 +17,7 @@ from mlx_nb.notebook.commands import COMMANDS
 from mlx_nb.notebook.lasting_output import Outcome
 from mlx_nb.notebook.magics import FinetuneMagics
 from mlx_nb.notebook.templating import fill
+from mlx_nb.view.curves.shown_figure import ShownFigure
 from tiny import tiny_rows
 
 
@@ -268,7 +269,12 @@ def test_help_on_the_magics_stays(shell):
 
 
 def test_unloading_removes_every_trace(shell):
+    figure = ShownFigure("curves", (4, 3))
+    before = shell.display_formatter.format(figure)[0]
     shell.run_line_magic("unload_ext", "mlx_nb")
+    for formatter in (shell.display_formatter.mimebundle_formatter, shell.display_formatter.formatters["image/png"]):
+        assert ShownFigure not in formatter
+    assert shell.display_formatter.format(figure)[0].keys() == before.keys() >= {"image/png", "text/plain"}
     assert "finetune" not in shell.magics_manager.magics["line"]
     assert "finetune" not in shell.magics_manager.magics["cell"]
     assert not [configurable for configurable in shell.configurables if "Finetune" in type(configurable).__name__]

@@ -73,6 +73,13 @@ def test_a_console_on_a_kernel_trains_in_the_foreground_and_shows_the_answer(tmp
         answered = kernel.run("%finetune generate --max-tokens 3 say red")[1]
         assert "answers" not in answered
         assert answered == kernel.value("run.generate('say red', max_tokens=3)") or answered.strip()
+        for plot in ("%finetune plot", "run.plot()"):
+            (bundle,) = kernel.bundles(plot)
+            assert set(bundle) == {"text/plain"}, plot
+            assert "o validation" in bundle["text/plain"]
+        kernel.client.session.metadata = {"cellId": "cell"}
+        assert set(kernel.bundles("run.plot()")[0]) == {"text/plain", "image/png"}
+        kernel.client.session.metadata = {}
         begun = kernel.run(body.replace("%%finetune", "%%finetune --background --name later"))[1]
         assert "later trains in the background" in begun
         assert "no update done yet" not in begun

@@ -1,4 +1,4 @@
-"""A real JupyterLab with an empty folder, in Chromium."""
+"""A real JupyterLab or Notebook 7 with an empty folder, in Chromium."""
 
 from __future__ import annotations
 
@@ -10,21 +10,24 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+IDLE = "() => window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'"
 PATIENCE = 180_000  # ms that a page may take for anything, on a machine with much else to do
 
 
 class Lab:
-    """A running JupyterLab and pages of notebooks in it."""
+    """A running JupyterLab, or Notebook 7, and pages of notebooks in it."""
 
-    def __init__(self, folder: Path, port: int, browser) -> None:
+    def __init__(self, folder: Path, port: int, browser, address: str) -> None:
         self.folder = folder
         self.port = port
         self._browser = browser
+        self._address = address
 
     def open(self, cells: list[str], width: int = 1200):
         """Open a new notebook with these code cells, and wait for its kernel."""
@@ -42,10 +45,10 @@ class Lab:
         """Open an existing notebook, and wait for its kernel."""
         page = self._browser.new_page(viewport={"width": width, "height": 900})
         page.set_default_timeout(PATIENCE)
-        page.goto(f"http://localhost:{self.port}/lab/tree/{name}")
+        page.goto(f"http://localhost:{self.port}/{self._address}/{name}")
         page.wait_for_selector(".jp-Notebook")
         page.evaluate("async () => { await window.jupyterapp.shell.currentWidget.sessionContext.ready; }")
-        page.wait_for_selector("text=| Idle")
+        page.wait_for_function(IDLE)
         return page
 
     @staticmethod
@@ -61,6 +64,20 @@ class Lab:
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
+    with served(tmp_path_factory, "jupyterlab", "LabApp", "lab/tree") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def notebook_7(tmp_path_factory):
+    pytest.importorskip("notebook")
+    with served(tmp_path_factory, "notebook", "JupyterNotebookApp", "notebooks") as running:
+        yield running
+
+
+@contextmanager
+def served(tmp_path_factory, module, application, address):
+    """A server of its own home and folder, as a Lab."""
     from playwright.sync_api import sync_playwright
 
     assert CHROMIUM, "Chromium is needed: apt-get install chromium"
@@ -79,8 +96,8 @@ def lab(tmp_path_factory):
         "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
         "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
     }
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}"]
-    command += ["--ServerApp.token=", "--ServerApp.password=", "--LabApp.expose_app_in_browser=True"]
+    command = [sys.executable, "-m", module, "--no-browser", "--allow-root", f"--port={port}"]
+    command += ["--ServerApp.token=", "--ServerApp.password=", f"--{application}.expose_app_in_browser=True"]
     command += [f"--ServerApp.root_dir={folder}"]
     with (home / "log").open("w") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
@@ -95,7 +112,7 @@ def lab(tmp_path_factory):
             browser = playwright.chromium.launch(
                 executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"]
             )
-            yield Lab(folder, port, browser)
+            yield Lab(folder, port, browser, address)
             browser.close()
     finally:
         server.terminate()

@@ -43,6 +43,17 @@ class Kernel:
                 break
         return self.reply_to(message_id)["content"]["status"], text
 
+    def bundles(self, code, timeout=300):
+        """The MIME bundles that a cell displays."""
+        found = []
+
+        def collect(message):
+            if message["msg_type"] in ("display_data", "execute_result"):
+                found.append(message["content"]["data"])
+
+        self.client.execute_interactive(code, output_hook=collect, timeout=timeout)
+        return found
+
     def reply_to(self, message_id, timeout=300):
         """The output of a request after its execution."""
         reply = self.client.get_shell_msg(timeout=timeout)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 import time
+
+from tiny import tiny_rows
 
 STATE = "(state) => document.querySelector('[role=status]')?.textContent.includes(state)"
 
@@ -27,3 +31,27 @@ def cell_answers(page, lab, index, text, timeout=180):
         assert time.monotonic() - begun < timeout
         time.sleep(0.02)
     return time.monotonic() - begun
+
+
+def write_rows(folder):
+    """Write `rows.jsonl`."""
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(40)))
+
+
+def assert_the_panel_is_worked(page):
+    """Run, pause, step and the list of all rows, in the panel of a run of 400 updates that is loaded or not."""
+    panel = page.locator(".mlx-nb-panel")  # which may be in a shadow root
+    paused = panel.locator("[role=status]", has_text="paused")
+    panel.get_by_role("button", name="▶ Run").click()
+    panel.get_by_text(re.compile(r"^update [1-9]\d* of 400")).wait_for()
+    panel.get_by_role("button", name="Pause").click()
+    paused.wait_for()
+    done = panel.get_by_text(re.compile(r"^update \d+ of 400"))
+    at = int(done.inner_text().split()[1])
+    panel.get_by_role("button", name="Step", exact=True).click()
+    panel.get_by_text(f"update {at + 1} of 400", exact=True).wait_for()
+    paused.wait_for()
+    panel.get_by_role("tab", name="Rows").click()
+    panel.get_by_role("button", name="All rows").click()
+    panel.locator(".mlx-nb-entry", has_text="row 0").click()
+    panel.locator(".mlx-nb-tokens").first.wait_for()
