@@ -24,6 +24,7 @@ CELL_OPTIONS = {
     "--wait": "wait until the run pauses or ends",
     "--background": "train in the background; queued cells do not wait",
     NOW: "do not wait for the run of an earlier cell",
+    "--from": "start from the adapter of this run or folder, on the same base",
     "--resume": "continue from the newest checkpoint, if any",
     "--allow-changed": "continue although this has changed (with --resume: a setting, data, template, model, ...; "
     "with resume_adapter_file or reference_adapter: model)",

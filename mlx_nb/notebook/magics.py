@@ -21,6 +21,7 @@ from mlx_nb.notebook.preferences import Finetune
 from mlx_nb.notebook.question_marks import QuestionMarks
 from mlx_nb.notebook.queued_cells import NOW, QueuedCells
 from mlx_nb.notebook.session import Session
+from mlx_nb.notebook.stage_start import start_settings
 from mlx_nb.notebook.templating import fill
 from mlx_nb.notebook.text_output import say
 
@@ -58,6 +59,7 @@ class FinetuneMagics(Magics):
     @argument("--wait", action="store_true", help=CELL_OPTIONS["--wait"])
     @argument("--background", action="store_true", help=CELL_OPTIONS["--background"])
     @argument(NOW, action="store_true", help=CELL_OPTIONS[NOW])
+    @argument("--from", dest="start", default=None, metavar="RUN", help=CELL_OPTIONS["--from"])
     @argument("--resume", action="store_true", help=CELL_OPTIONS["--resume"])
     @argument("--allow-changed", nargs="+", metavar="WHAT", default=(), help=CELL_OPTIONS["--allow-changed"])
     def finetune_cell(self, line: str, cell: str) -> None:
@@ -79,7 +81,10 @@ class FinetuneMagics(Magics):
         namespace = shell.user_ns
         allowed = tuple(arguments.allow_changed)
         body, memory = fill(cell, namespace) + "\n", self.preferences.snapshot_memory
-        usual = {} if memory is None or "snapshot_memory" in load_mapping(body).values else {"snapshot_memory": memory}
+        given = load_mapping(body).values
+        usual: dict[str, Any] = {} if memory is None or "snapshot_memory" in given else {"snapshot_memory": memory}
+        if arguments.start is not None:
+            usual |= start_settings(self.session, arguments.start, arguments.name, given)
         run = Run.from_yaml(body, name=arguments.name, namespace=namespace, allow_changed=allowed, **usual)
         run.inputs.check_names()
         if not arguments.paused:  # the cell fails if its run cannot start

@@ -506,6 +506,20 @@ class Run:
 
         return forked(self, name, changes, lambda config, name: Run(config, name=name, _from_checkpoint=True))
 
+    @one_at_a_time
+    def next_stage(self, name: str, /, **settings: Any) -> Run:
+        """A new run that starts from this one's adapter: `run.next_stage("dpo", method="dpo", data=pairs)`.
+
+        Model and rendering are those of this run, and the base model is not loaded again. The adapter as it is now is
+        copied to a folder beside this run's; it is also the reference, unless `reference_adapter` says otherwise.
+        Raises CommandError for the name of this run, or if this run has no update yet.
+        """
+        from mlx_nb.run.stages import settings_from
+
+        self._calls.refuse_inside("start a stage")
+        config = RunConfig.from_dict({**settings_from(self, name, settings), **settings})
+        return Run(config, name=name, namespace=self.inputs.namespace)
+
     @property
     def stuck(self) -> bool:
         """Whether a user function is still running although it was interrupted: it catches every interrupt."""

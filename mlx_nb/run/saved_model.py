@@ -14,13 +14,11 @@ from mlx_nb.files.typed_json import json_object
 from mlx_nb.files.written_files import ADAPTER_FILE, CONFIG_FILE
 from mlx_nb.run.generation import check_generation, generate_answers
 from mlx_nb.run.inputs import RunInputs
+from mlx_nb.run.stages import TAKEN_OVER
 
 if TYPE_CHECKING:
     from mlx_nb.model.loading import LoadedModel
     from mlx_nb.rollouts.generation import Prompt
-
-# The settings of the run that determine how a prompt is rendered.
-_OF_PROMPTS = ("load_in_bits", "chat_template", "prompt_format", "special_tokens_in_text", "roles")
 
 
 class SavedModel:
@@ -98,19 +96,26 @@ def load(folder: str | Path, *, model: str | None = None) -> SavedModel:
     folder without an adapter and for a base other than the one it was trained on.
     """
     place = folder_of(str(folder), working_folder())
-    ours = _recorded(place, _facts(place))
-    base = model or base_of(place)
-    settings = ours.get("settings") if isinstance(ours.get("settings"), Mapping) else {}
-    assert isinstance(settings, Mapping)
-    kept = {name: settings[name] for name in _OF_PROMPTS if name in settings}
-    if ours.get("prompt_format"):
-        kept["prompt_format"] = ours["prompt_format"]
-    update = ours.get("update")
     try:
-        config = RunConfig.from_dict({**kept, "model": base, "resume_adapter_file": str(place)}).at(working_folder())
+        config = RunConfig.from_dict(settings_of_saved(place, model)).at(working_folder())
     except ConfigError as error:
         raise ModelError(f"{place / CONFIG_FILE} cannot be used: {error}") from None
+    update = _recorded(place, _facts(place)).get("update")
     return SavedModel(place, config, update if isinstance(update, int) else None, any_base=model is not None)
+
+
+def settings_of_saved(place: Path, model: str | None = None) -> dict[str, Any]:
+    """The settings to start from the adapter in a folder: it, its base (or `model`), and how prompts are written.
+
+    Raises ModelError for a folder without an adapter, or if its base is not recorded.
+    """
+    ours = _recorded(place, _facts(place))
+    settings = ours.get("settings") if isinstance(ours.get("settings"), Mapping) else {}
+    assert isinstance(settings, Mapping)
+    kept = {name: settings[name] for name in TAKEN_OVER if name in settings}
+    if ours.get("prompt_format"):
+        kept["prompt_format"] = ours["prompt_format"]
+    return {**kept, "model": model or base_of(place), "resume_adapter_file": str(place)}
 
 
 def base_of(place: Path) -> str:

@@ -8,7 +8,7 @@ from mlx_nb.config.methods import METHODS
 
 pytestmark = pytest.mark.browser
 
-OPTIONS = ["--name", "--output", "--paused", "--wait", "--background", "--resume", "--allow-changed"]
+OPTIONS = ["--name", "--output", "--paused", "--wait", "--background", "--from", "--resume", "--allow-changed"]
 
 
 def listed(page, index: int, screenshot) -> list[str]:
