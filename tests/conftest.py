@@ -11,21 +11,21 @@ import tempfile
 from importlib import import_module
 from pathlib import Path
 
-import hypothesis
 import pytest
 
 import forked
 from matrix import part
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # There is a process for each core already. Two that share the cores wait for each other's threads, by spinning.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 if sys.dont_write_bytecode:
-    # Tests would be rewritten and compiled anew in every process, and the package in every child: kept out of the tree.
+    # Tests and hypothesis would be rewritten and compiled anew in every process, and the package in every child: kept
+    # out of the tree.
     kept = Path(tempfile.gettempdir()) / f"mlx_nb-bytecode-{os.getuid()}"
     sys.dont_write_bytecode, sys.pycache_prefix = False, str(kept)
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ["PYTHONPYCACHEPREFIX"] = str(kept)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # There is a process for each core already. Two that share the cores wait for each other's threads, by spinning.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # jsonschema looks at addresses of a kind that no notebook has with it, and importing it takes seconds of each process.
 sys.modules.setdefault("rfc3987_syntax", None)
 import_module("mlx_nb.model")  # which loads OpenBLAS, before any test imports mlx
@@ -33,6 +33,7 @@ import_module("mlx_nb.model")  # which loads OpenBLAS, before any test imports m
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+hypothesis = import_module("hypothesis")
 # How long an example takes is a matter of how busy the machine is, and says nothing about the law.
 hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("busy")

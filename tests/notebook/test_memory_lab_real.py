@@ -14,5 +14,5 @@ pytestmark = [pytest.mark.browser, pytest.mark.real_model]
 
 def test_the_quickstart_run_five_times_takes_the_memory_of_one_run(lab):
     shutil.copytree(NOTEBOOKS / "home_requests", lab.folder / "home_requests", dirs_exist_ok=True)
-    body = "model: smollm2-135m\ndata: home_requests\niters: 5\nbatch_size: 4\nlearning_rate: 5e-4\nval_batches: 1"
+    body = "model: smollm2-135m\ndata: home_requests\niters: 3\nbatch_size: 1\nlearning_rate: 5e-4\nval_batches: 1"
     assert_one_run(measure_runs(lab, body))

@@ -292,7 +292,7 @@ def test_the_rewind_command(tmp_path, tiny_folder):
 @pytest.mark.real_model
 def test_the_real_model_resumed_at_five_steps_is_the_run_that_was_never_stopped(tmp_path):
 
-    settings = {"model": "smollm2-135m", "data": str(NOTEBOOKS / "home_requests"), "iters": 6, "batch_size": 2}
+    settings = {"model": "smollm2-135m", "data": str(NOTEBOOKS / "home_requests"), "iters": 6, "batch_size": 1}
     settings |= {"learning_rate": 5e-4, "steps_per_eval": 3, "val_batches": 1, "save_every": 1, "keep": 10}
     settings |= {"lora_parameters": {"dropout": 0.1}, "grad_accumulation_steps": 2, "warmup": 2}
     whole = Run(RunConfig.from_dict({**settings, "adapter_path": str(tmp_path / "whole")}))
