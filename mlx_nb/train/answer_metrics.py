@@ -14,6 +14,7 @@ import numpy as np
 
 from mlx_nb.data.examples.prompt import PromptExample
 from mlx_nb.data.masks.tokenizer import Tokenizer
+from mlx_nb.data.rows.asked import NoReference
 from mlx_nb.errors import DataError
 from mlx_nb.events import Event, Progress
 from mlx_nb.model.limits import limits_of
@@ -88,6 +89,7 @@ class AnswerMetrics:
         self._ask = ask
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
+        self._asked: dict[tuple[str, int], PromptExample] = {}  # read once, though the data may change later
 
     def check(self, split: str, rows: Sequence[int]) -> None:
         """Raise ConfigError or DataError as `measure` does, without answering."""
@@ -104,8 +106,8 @@ class AnswerMetrics:
     ) -> Generator[Event, None, Answered]:
         """Answer and score `rows` of `split`, yielding Progress.
 
-        Rows that ask nothing are left out and named. Raises DataError if that is all of them, ConfigError if a function
-        needs a column that the rows do not have.
+        Rows that ask nothing are left out and named, except answers labeled false. Raises DataError if that is all of
+        them, ConfigError if a function needs a column that the rows do not have.
         """
         questions, refusals = self._questions(split, list(dict.fromkeys(rows)))
         check_rewards(self.metrics, None, _columns(questions))
@@ -130,7 +132,11 @@ class AnswerMetrics:
         questions, refusals = [], []
         for row in rows:
             try:
-                questions.append(self._ask(split, row))
+                if (split, row) not in self._asked:
+                    self._asked[split, row] = self._ask(split, row)
+                questions.append(self._asked[split, row])
+            except NoReference:
+                continue
             except DataError as error:
                 refusals.append(f"not asked: {error}")
         if not questions:

@@ -695,7 +695,7 @@ class Trainer:
         """Only scheduled validations count for early stopping, so that extra ones never end a run."""
         try:
             result = yield from self._polled(self._evaluating("valid", metrics=self.metrics))
-        except NoReward as error:
+        except DataError as error:  # no completion has a reward, or no row asks anything any more
             return RequestRefused(self.state.step, f"validation: {error}"), []
         state = self.state = replace(self.state, validated_step=self.state.step)
         score = self._score(result)
@@ -733,7 +733,7 @@ class Trainer:
         try:
             tested: EvaluationCompleted = yield from self._polled(self._evaluating("test", metrics=self.metrics))
             return tested
-        except NoReward as error:
+        except DataError as error:
             return RequestRefused(self.state.step, f"test: {error}")
 
     def _save(self, kind: str) -> AdapterSaved:

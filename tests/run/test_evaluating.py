@@ -79,8 +79,9 @@ def test_rows_of_every_kind_are_asked_for_their_own_good_answer(tmp_path, tiny_f
 
     rewards = {"rewards": ["exact_match"], "max_completion_length": 4} if method == "grpo" else {}
     run = run_of(tmp_path, tiny_folder, method=method, data=rows(24), **rewards)
-    run.evaluate("train", metrics=[note], max_tokens=3)
+    result = run.evaluate("train", metrics=[note], max_tokens=3)
     assert seen
+    assert not [problem for problem in result.problems if "not asked" in problem]
     for answer, row in seen:
         assert answer == row[reference]
         assert row.get("label", True)
@@ -198,6 +199,16 @@ def test_a_fork_by_another_metric_finds_its_best_anew(tmp_path, tiny_folder):
     assert fork.history.finished.best_step > 4
 
 
+def test_a_data_file_that_is_emptied_later_changes_no_metric(tmp_path, tiny_folder):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in tiny_rows()))
+    run = run_of(tmp_path, tiny_folder, {"length": length}, data=str(rows), metrics=["length"], metric_tokens=3)
+    run.step()
+    rows.write_text("")
+    run.run()
+    assert [list(one.metrics) for one in evaluations(run)] == [["length"]] * 3
+
+
 def test_answers_are_kept_by_the_state_of_the_model(tmp_path, tiny_folder, monkeypatch):
     generated = []
     original = answer_metrics.sampling_each
@@ -247,6 +258,24 @@ def test_an_interrupt_ends_a_metric_function_that_never_returns(tmp_path, tiny_f
 
     with pytest.raises(KeyboardInterrupt):
         run_of(tmp_path, tiny_folder).evaluate(metrics=[endless], max_tokens=2)
+
+
+def test_a_second_interrupt_ends_a_metric_function_in_a_validation_and_pauses_the_run(tmp_path, tiny_folder):
+    calls = []
+
+    def endless(completion):
+        calls.append(1)
+        while len(calls) < 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return 1.0
+
+    run = run_of(tmp_path, tiny_folder, {"endless": endless}, metrics=["endless"], metric_tokens=2)
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    assert run.state == "paused"
+    assert run.step_count == 0
+    run.run()
+    assert [one.metrics for one in evaluations(run)] == [{"endless": 1.0}] * 3
 
 
 def test_a_file_of_answers_that_cannot_be_read_is_made_again(tmp_path, tiny_folder, cache):

@@ -18,6 +18,7 @@ from mlx_nb.data.examples.remarks import content_remarks
 from mlx_nb.data.examples.settings import ExampleSettings, LeftOut, TooLong
 from mlx_nb.data.masks.conversation import Span, TokenizedConversation, row_remarks
 from mlx_nb.data.masks.tokenizer import Tokenizer
+from mlx_nb.data.rows.asked import NoReference
 from mlx_nb.data.rows.content import RowContent
 from mlx_nb.data.rows.imitation import TextRow
 from mlx_nb.data.rows.turns import format_of
@@ -194,13 +195,14 @@ class Examples:
         )
 
     def question(self, row: int) -> PromptExample:
-        """What row `row` asks the model, for metrics of its answers (see `question_of`). Raises DataError."""
+        """What row `row` asks the model, for metrics of its answers: see `question_of`. Raises DataError."""
         record, location = self.source[row], self.source.location(row)
         try:
             content = recognize(self.kind, record, self.settings.columns, row=row, location=location)
             return question_of(content, record, row, self.tokenizer, self.settings)
         except DataError as error:
-            raise DataError(self._row_error(row, error)) from None
+            kind = NoReference if isinstance(error, NoReference) else DataError
+            raise kind(self._row_error(row, error)) from None
 
     def tokenize_all(self) -> Iterator[Result]:
         """Every row in order, as an example (a split text as several) or as left out with the reason.

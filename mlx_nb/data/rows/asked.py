@@ -13,6 +13,10 @@ from mlx_nb.data.rows.prompt import PromptRow
 from mlx_nb.errors import DataError
 
 
+class NoReference(DataError):
+    """A row whose answer is labeled false, so that no answer of the model's can be compared with it."""
+
+
 def asked(content: RowContent, record: Mapping[str, Any]) -> PromptRow:
     """The question in a row, with its reference as the answer and its columns.
 
@@ -34,7 +38,7 @@ def asked(content: RowContent, record: Mapping[str, Any]) -> PromptRow:
         case LabeledRow(question, answer, True, tools):
             return PromptRow(question, _text_of(answer), dict(record), tools, question, content.from_texts)
         case LabeledRow():
-            raise DataError("its answer is labeled false, so there is no reference to compare with.")
+            raise NoReference("its answer is labeled false, so there is no reference to compare with.")
         case _:
             raise DataError("plain text asks nothing. Metrics of answers need rows with a prompt and an answer.")
 
