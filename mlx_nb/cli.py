@@ -312,7 +312,7 @@ def _delete(chosen: argparse.Namespace) -> int:
 
 
 def _doctor(_chosen: argparse.Namespace) -> int:
-    from mlx_nb.model.backend import format_doctor_report
+    from mlx_nb.model.doctor import format_doctor_report
 
     print(format_doctor_report())
     return 0
