@@ -165,6 +165,20 @@ def test_best_by_metric_keeps_another_adapter_than_best_by_loss(tmp_path, tiny_f
     assert "second 1.0000 at update 2" in by_metric.status()
 
 
+@pytest.mark.long
+def test_exact_match_grows_at_validation_on_rows_that_are_held_out(tmp_path, tiny_folder):
+    settings = {"data": tiny_rows(120), "iters": 120, "batch_size": 12, "val_set_size": 24, "steps_per_eval": 30}
+    judged = {"metrics": ["exact_match"], "metric_tokens": 12, "best_by": "exact_match"}
+    run = run_of(tmp_path, tiny_folder, fine_tune_type="full", learning_rate=1e-2, **settings, **judged)
+    run.run()
+    matches = [one.metrics["exact_match"] for one in evaluations(run)]
+    assert matches[0] == 0.0
+    assert matches[1] > 0.2
+    assert matches[-1] > 0.9
+    # The first of those that match most, not the one with the lowest loss, which still falls.
+    assert run.history.best_validation["step"] == 30 * matches.index(max(matches))
+
+
 def test_early_stopping_counts_the_metric(tmp_path, tiny_folder):
     settings = {"iters": 8, "steps_per_eval": 1, "early_stopping_patience": 2, "metric_tokens": 2}
     run = run_of(tmp_path, tiny_folder, metrics=["json_valid"], best_by="json_valid", **settings)
@@ -364,7 +378,7 @@ def test_the_panel_draws_metrics_of_answers_as_curves_of_their_own(tmp_path, tin
     assert "length" in titles
 
 
-def test_a_saved_adapter_is_evaluated_in_a_terminal_and_left_as_it_is(tmp_path, tiny_folder, capsys):
+def test_a_saved_adapter_is_evaluated_in_a_terminal_and_left_as_it_is(tmp_path, tiny_folder, capsys, cache):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in tiny_rows()))
     run = run_of(tmp_path, tiny_folder, data=str(rows), learning_rate=1e-2)
@@ -378,6 +392,7 @@ def test_a_saved_adapter_is_evaluated_in_a_terminal_and_left_as_it_is(tmp_path, 
     found = json.loads(capsys.readouterr().out)
     assert found["loss"] == pytest.approx(expected.loss, rel=1e-5)
     assert found["metrics"] == expected.metrics
+    assert len(list(cache.glob("*.json"))) == 1  # the answers of the run itself were found again
     assert {file: file.read_bytes() for file in run.folder.rglob("*") if file.is_file()} == before
     assert main(["evaluate", str(run.folder), "--base", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(base.loss, rel=1e-6)
