@@ -13,6 +13,7 @@ from typing import Any
 
 from mlx_nb.errors import CommandError, did_you_mean
 from mlx_nb.events import RunState
+from mlx_nb.notebook.adapter_commands import ADAPTER_COMMANDS
 from mlx_nb.notebook.branch_commands import BRANCH_COMMANDS
 from mlx_nb.notebook.command import Command, argument, command, refuse_shortened
 from mlx_nb.notebook.export_commands import EXPORT_COMMANDS
@@ -43,7 +44,7 @@ def run_line(session: Session, line: str) -> Any:
         )
     chosen = COMMANDS[name]
     refuse_shortened(rest, chosen.parser, f"%finetune {name}")
-    arguments = chosen.parser.parse_args(rest)
+    arguments = chosen.parser.parse_intermixed_args(rest)
     if session.queued is not None and not chosen.steers and not arguments.now:
         session.queued.before_command()
     stamp = _running_at(session, arguments.name) if chosen.of_now and _is_of_a_run(arguments) else None
@@ -98,6 +99,7 @@ COMMANDS: dict[str, Command] = {
     **ROW_COMMANDS,
     **RESULT_COMMANDS,
     **BRANCH_COMMANDS,
+    **ADAPTER_COMMANDS,
     **EXPORT_COMMANDS,
     "help": command(
         "help",

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mlx_nb.errors import CheckpointError, CommandError, FolderError, did_you_mean, shown
 from mlx_nb.files.run_folder import RunFolder
+from mlx_nb.files.written_files import EXPORT
 
 if TYPE_CHECKING:
+    import mlx.nn as nn
+
+    from mlx_nb.config.run_config import RunConfig
     from mlx_nb.train.trainer import Trainer
 
 
@@ -70,26 +74,42 @@ def export_adapter(
 
 def write_adapter(run: ExportingRun, folder: RunFolder, name: str = MLX_LM) -> None:
     """Write the adapter to a folder that the run holds. Raises CheckpointError if it cannot be written."""
+    trainer = run.trainer
+    trainer.stepper.trainable()
+    description = trainer.saves.description(trainer.config, trainer.state.step)
+    _write(folder, trainer.model, trainer.config, description, name)
+
+
+def export_files(path: Path, model: nn.Module, config: RunConfig, description: Mapping[str, Any], name: str) -> None:
+    """Write the adapter attached to `model` to the folder at `path`, in the format `name`.
+
+    Raises FolderError if the folder belongs to a run or has files that mlx_nb did not write, CheckpointError if it
+    cannot be written.
+    """
+    folder = RunFolder(path, path.name, kind=EXPORT)
+    folder.take_for_adapter()
+    try:
+        _write(folder, model, config, description, name)
+    finally:
+        folder.release()
+
+
+def _write(folder: RunFolder, model: nn.Module, config: RunConfig, description: Mapping[str, Any], name: str) -> None:
+    from mlx_nb.export.peft import write_peft
+    from mlx_nb.model.adapters import save_adapter
+
     try:
         if name == MLX_LM:
-            run.trainer.save_adapter(folder.path, write=folder.write)
-        else:
-            _write_peft(run.trainer, folder, use_rslora=name == PEFT_RSLORA)
+            save_adapter(model, description, folder.path, write=folder.write)
+            return
+        write_peft(
+            model,
+            config,
+            folder.path,
+            base_name=description["model"],
+            record=description["mlx_nb"],
+            use_rslora=name == PEFT_RSLORA,
+            write=folder.write,
+        )
     except OSError as error:
         raise CheckpointError(f"{folder.path} cannot be written: {error.strerror}. Give another folder.") from None
-
-
-def _write_peft(trainer: Trainer, folder: RunFolder, *, use_rslora: bool) -> None:
-    from mlx_nb.export.peft import write_peft
-
-    trainer.stepper.trainable()
-    described = trainer.saves.description(trainer.config, trainer.state.step)
-    write_peft(
-        trainer.model,
-        trainer.config,
-        folder.path,
-        base_name=described["model"],
-        record=described["mlx_nb"],
-        use_rslora=use_rslora,
-        write=folder.write,
-    )

@@ -87,6 +87,8 @@ if TYPE_CHECKING:
     from mlx_nb.export.gguf import GgufExport
     from mlx_nb.model.loading import LoadedModel
     from mlx_nb.rollouts.generation import Prompt
+    from mlx_nb.run.adapters import Adapters
+    from mlx_nb.run.saved_model import SavedModel
     from mlx_nb.train.checkpoint import Checkpoint, CheckpointInfo
     from mlx_nb.train.interrupts import Interrupts
     from mlx_nb.train.trainer import Trainer
@@ -145,6 +147,7 @@ class Run:
         self._loop = TrainingLoop(self, self._inbox, self._checkpoints, self._rewinding, self._calls, self._record)
         self.turns = Turns()
         self._trainer: Trainer | None = None
+        self._adapters: dict[str, SavedModel] = {}
         self._panel: weakref.ref[Panel] | None = None
         self._browsers: list[RowBrowser] = []  # they live as long as the run, displayed or not
         exits.register(self)
@@ -519,6 +522,17 @@ class Run:
         self._calls.refuse_inside("start a stage")
         config = RunConfig.from_dict({**settings_from(self, name, settings), **settings})
         return Run(config, name=name, namespace=self.inputs.namespace)
+
+    @property
+    def adapters(self) -> Adapters[SavedModel]:
+        """This run's adapter and others on the same base, by name: load, compare and merge them.
+
+        `run.adapters.load("adapters/bees")` loads one without loading the base again, then
+        `run.adapters["bees"].generate("Hello")` asks it. The adapter of the run is there once training is prepared.
+        """
+        from mlx_nb.run.saved_model import adapters_on
+
+        return adapters_on(self.name, self, self.inputs, self._adapters, ready=self.prepared)
 
     @property
     def stuck(self) -> bool:

@@ -12,6 +12,8 @@ from mlx_nb.errors import CommandError, ConfigError, MlxNbError, ModelError
 from mlx_nb.files.places import folder_of, working_folder
 from mlx_nb.files.typed_json import json_object
 from mlx_nb.files.written_files import ADAPTER_FILE, CONFIG_FILE
+from mlx_nb.run.adapter_exports import MLX_LM, check_format, export_files
+from mlx_nb.run.adapters import Adapted, AdapterMakers, Adapters
 from mlx_nb.run.generation import check_generation, generate_answers
 from mlx_nb.run.inputs import RunInputs
 from mlx_nb.run.stages import TAKEN_OVER
@@ -29,24 +31,27 @@ class SavedModel:
     config     the settings for `model`, the shape of the adapter and the rendering of prompts
     """
 
-    def __init__(self, folder: Path, config: RunConfig, update: int | None, *, any_base: bool = False) -> None:
-        from mlx_nb.model import adapters
-        from mlx_nb.model.adapter_files import START, check_base, open_adapter, with_adapter_settings
-        from mlx_nb.model.randomness import random_stream
-
+    def __init__(self, inputs: RunInputs, keys: tuple[str, ...], folder: Path | None, update: int | None) -> None:
         self.folder = folder
-        self.config = with_adapter_settings(config)
+        self.config = inputs.config
         self.update = update
-        self._inputs = RunInputs(self.config)
-        loaded = self._inputs.loaded
-        adapter = open_adapter(str(folder), START)
-        # If the adapter does not record its base, the `model` argument is trusted.
-        allowed = ("model",) if any_base and adapter.base is None else ()
-        check_base(adapter, config.model, loaded.folder, config.load_in_bits, allowed)
-        with random_stream(0):
-            adapters.attach_adapter(loaded.model, self.config)
-        adapters.load_adapter_weights(loaded.model, adapter)
-        loaded.model.eval()
+        self._inputs = inputs
+        self._keys = keys
+        self._others: dict[str, SavedModel] = {}
+
+    @classmethod
+    def holding(cls, config: RunConfig, weights: Mapping[str, Any]) -> SavedModel:
+        """The base of `config` with an adapter of its shape that has these weights, and zeros where there are none."""
+        import mlx.core as mx
+
+        from mlx_nb.model import adapters
+
+        inputs, keys = _attached(config)
+        model = inputs.loaded.model
+        there = adapters.adapter_weights(model)
+        model.load_weights([(name, weights.get(name, mx.zeros_like(array))) for name, array in there.items()], False)
+        mx.eval(model.parameters())
+        return cls(inputs, keys, None, None)
 
     @property
     def model(self) -> Any:
@@ -84,9 +89,53 @@ class SavedModel:
             on_text=on_text,
         )
 
+    @property
+    def adapters(self) -> Adapters[SavedModel]:
+        """This adapter and others on the same base, by name: `model.adapters.load(FOLDER)`."""
+        name = "merged" if self.folder is None else self.folder.name
+        return adapters_on(name, self, self._inputs, self._others)
+
+    def save(self, path: str | Path, *, format: str = MLX_LM) -> Path:
+        """Write the adapter to a folder, in the format `mlx-lm`, `peft` or `peft-rslora`. Returns the folder.
+
+        Raises FolderError if the folder is a run's or has files that mlx_nb did not write, CheckpointError if it cannot
+        be written.
+        """
+        from mlx_nb.model.adapters import adapter_description
+        from mlx_nb.model.fingerprint import base_identity
+        from mlx_nb.model.loading import loaded_as
+
+        check_format(format)
+        config, loaded, folder = self.config, self._inputs.loaded, folder_of(str(path), working_folder())
+        description = adapter_description(
+            config,
+            self._keys,
+            base=base_identity(loaded.weights, config.load_in_bits),
+            loading_info={
+                "model": loaded_as(config, loaded),
+                "prompt_format": self._inputs.prompt_rendering.prompt_format or "",
+            },
+            update=self.update,
+        )
+        export_files(folder, loaded.model, config, description, format)
+        return folder
+
     def __repr__(self) -> str:
+        if self.folder is None:
+            return f"SavedModel({self.config.model!r} with a merged adapter)"
         at = "" if self.update is None else f" of update {self.update}"
         return f"SavedModel({self.config.model!r} with the adapter{at} in {str(self.folder)!r})"
+
+
+def adapters_on(
+    name: str, own: Adapted, inputs: RunInputs, others: dict[str, SavedModel], *, ready: bool = True
+) -> Adapters[SavedModel]:
+    """The adapters on the base of `own`, which is called `name`, and others that are loaded beside it."""
+
+    def opened(place: Path, base: Mapping[str, Any]) -> SavedModel:
+        return opened_adapter(place, {**settings_of_saved(place, base["model"]), **base}, any_base=True)
+
+    return Adapters(name, own, inputs, others, AdapterMakers(opened, SavedModel.holding), ready=ready)
 
 
 def load(folder: str | Path, *, model: str | None = None) -> SavedModel:
@@ -96,12 +145,40 @@ def load(folder: str | Path, *, model: str | None = None) -> SavedModel:
     folder without an adapter and for a base other than the one it was trained on.
     """
     place = folder_of(str(folder), working_folder())
+    return opened_adapter(place, settings_of_saved(place, model), any_base=model is not None)
+
+
+def opened_adapter(place: Path, settings: Mapping[str, Any], *, any_base: bool) -> SavedModel:
+    """A model with the adapter in the folder `place`, which is the start adapter of `settings`.
+
+    With `any_base`, an adapter that does not record its base is taken. Raises ModelError in one line.
+    """
+    from mlx_nb.model import adapters
+    from mlx_nb.model.adapter_files import START, check_base, open_adapter, with_adapter_settings
+
     try:
-        config = RunConfig.from_dict(settings_of_saved(place, model)).at(working_folder())
+        config = RunConfig.from_dict(settings).at(working_folder())
     except ConfigError as error:
         raise ModelError(f"{place / CONFIG_FILE} cannot be used: {error}") from None
+    config, adapter = with_adapter_settings(config), open_adapter(str(place), START)
+    inputs, keys = _attached(config)
+    allowed = ("model",) if any_base and adapter.base is None else ()
+    check_base(adapter, config.model, inputs.loaded.folder, config.load_in_bits, allowed)
+    adapters.load_adapter_weights(inputs.loaded.model, adapter)
     update = _recorded(place, _facts(place)).get("update")
-    return SavedModel(place, config, update if isinstance(update, int) else None, any_base=model is not None)
+    return SavedModel(inputs, keys, place, update if isinstance(update, int) else None)
+
+
+def _attached(config: RunConfig) -> tuple[RunInputs, tuple[str, ...]]:
+    """The base of `config` with a new adapter attached, and the keys of that."""
+    from mlx_nb.model import adapters
+    from mlx_nb.model.randomness import random_stream
+
+    inputs = RunInputs(config)
+    with random_stream(0):
+        keys = adapters.attach_adapter(inputs.loaded.model, config)
+    inputs.loaded.model.eval()
+    return inputs, keys
 
 
 def settings_of_saved(place: Path, model: str | None = None) -> dict[str, Any]:

@@ -751,11 +751,6 @@ class Trainer:
         """
         self.saves.restore_best(self.config, self.state.best_step)
 
-    def save_adapter(self, folder: Path, write: adapters.Write) -> Path:
-        """Write the current adapter to another folder. Returns the path of its weights."""
-        self.stepper.trainable()
-        return self.saves.save_to(folder, self.config, self.state.step, write=write)
-
     def _finish(self, reason: str) -> RunFinished:
         state = self.state
         self.finished = RunFinished(
