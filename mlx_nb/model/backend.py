@@ -179,6 +179,15 @@ def one_blas_thread() -> Iterator[None]:
                 blas.library.openblas_set_num_threads(blas.threads)
 
 
+def scheduling_width() -> int:
+    """How many operations mlx schedules breadth first in this process."""
+    blas = prepare_backend()
+    if blas.sets_order:
+        return blas.threads * _AT_ONCE_IN_A_LANE
+    given = os.environ.get(ORDER_VARIABLE, "")
+    return int(given) if given.isdigit() and int(given) else _AT_ONCE_IN_MLX
+
+
 def unset_scheduling_variable() -> None:
     """Remove the scheduling variable from the environment of child processes. Call it once mlx has read it."""
     blas = prepare_backend()

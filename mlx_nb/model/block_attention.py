@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mlx_nb.model.custom_functions import custom_function
 from mlx_nb.model.powers import power_of_2
 
 _LOG2E = math.log2(math.e)
@@ -87,7 +88,7 @@ def block_attention(
     """
     stream = mx.default_stream(mx.default_device())
 
-    @mx.custom_function
+    @custom_function
     def attention(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
         grouped = _grouped(q, k.shape[1])
         results: list[tuple[mx.array, mx.array]] = []
@@ -212,7 +213,7 @@ def fast_swiglu(gate: mx.array, x: mx.array) -> mx.array:
     """silu(gate) * x of float32 arrays of one shape."""
     home = mx.default_stream(mx.default_device())
 
-    @mx.custom_function
+    @custom_function
     def swiglu(gate: mx.array, x: mx.array) -> mx.array:
         return gate * _sigmoid(gate) * x
 

@@ -16,6 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map, tree_unflatten
 
 from mlx_nb.errors import ModelError
+from mlx_nb.model.custom_functions import custom_function
 from mlx_nb.model.equivalence import gives_the_same
 from mlx_nb.model.module_proxy import ModuleProxy
 from mlx_nb.model.once_per_model import once_per_model, trained_shapes
@@ -37,7 +38,7 @@ def checkpointed_layers(model: nn.Module, inside: Inside, called: Callable[[], N
     Values and gradients are unchanged, also with dropout. `called` is called for each layer. Call
     `refuse_unverified_checkpoints` first.
     """
-    lists = _lists_of_layers(model)
+    lists = lists_of_layers(model)
     shadowed: list[tuple[dict[str, Any], str]] = []
     try:
         for holder, name in lists:
@@ -78,7 +79,7 @@ def _doubt(model: nn.Module, _trained: tuple[Any, ...]) -> str | None:
     return None if same else "the gradient with it is not that of the model"
 
 
-def _lists_of_layers(model: nn.Module) -> list[tuple[nn.Module, str]]:
+def lists_of_layers(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """(module, attribute name) of each list that holds layers of the model."""
     layers = {id(layer) for layer in getattr(model, "layers", ())}
     return [
@@ -127,7 +128,7 @@ def _computed_again(
     """The results of `of`, which is called again for the gradient with the same arrays and random `key`."""
     stream = mx.default_stream(mx.default_device())
 
-    @mx.custom_function
+    @custom_function
     def once(*arrays: mx.array) -> Any:
         return of(*arrays)
 

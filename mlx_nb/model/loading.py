@@ -91,7 +91,7 @@ def load_in_pieces(
                 raise ModelError(
                     f"load_in_bits: {load_in_bits}: {model} is already quantized to {bits} bits. Remove load_in_bits."
                 )
-            _quantize(network, load_in_bits)
+            quantize(network, load_in_bits)
             bits = load_in_bits
         if chat_template is not None:
             _set_chat_template(tokenizer, chat_template)
@@ -181,11 +181,11 @@ def load_base_as_stored(folder: Path, load_in_bits: int | None) -> tuple[nn.Modu
     """
     network, config = load_skeleton(folder)
     if load_in_bits is not None:
-        _quantize(network, load_in_bits)
+        quantize(network, load_in_bits)
     return network, config
 
 
-def _quantize(network: nn.Module, bits: int) -> None:
+def quantize(network: nn.Module, bits: int) -> None:
     """Quantize all matrices except embeddings, in groups of 64 columns, or of 32 if 64 does not divide them."""
     if bits not in _BITS:
         raise ModelError(f"load_in_bits: {bits} is not supported; supported are {', '.join(map(str, _BITS))}.")

@@ -23,11 +23,12 @@ from mlx_nb.errors import DataError
 from mlx_nb.model import backend
 from mlx_nb.model.batch_memory import ModelSizes, refuse_beyond_memory
 from mlx_nb.model.cpu_kernels import kernels, kernels_are_verified
+from mlx_nb.model.custom_functions import custom_function
 from mlx_nb.model.lanes import in_lanes
 from mlx_nb.model.layer_checkpoints import checkpointed_layers, refuse_unverified_checkpoints
 from mlx_nb.model.packing import Layout, layout_of, mixing_lines, packing_is_verified
 from mlx_nb.model.passes import refuse_cache_mismatch
-from mlx_nb.model.text_model import text_model
+from mlx_nb.model.text_model import TextModel, text_model
 from mlx_nb.model.vocabulary_chunks import TargetFunction, head_arrays, over_chunks, targets_at_once
 
 _SUMMED_AT_ONCE = 512
@@ -139,7 +140,19 @@ class TargetScorer:
         self._keeps_layers = not grad_checkpoint
         self._text = text_model(model)
         self._has_kernels = kernels_are_verified(model)
-        self._head_arrays = head_arrays(self._text, self.sizes.hidden) if self._text is not None else []
+        self.trained_head = head_arrays(self._text, self.sizes.hidden) if self._text is not None else []
+
+    @classmethod
+    def assuming(
+        cls, model: nn.Module, text: TextModel | None, *, has_kernels: bool, grad_checkpoint: bool
+    ) -> TargetScorer:
+        """A scorer of a model without weights, on which nothing can be tested, with a frozen head."""
+        scorer = cls.__new__(cls)
+        scorer.model, scorer._text, scorer._has_kernels = model, text, has_kernels
+        scorer._keeps_layers = not grad_checkpoint
+        scorer.trained_head = []
+        scorer.can_pack = True
+        return scorer
 
     @property
     def projects_targets_only(self) -> bool:
@@ -197,7 +210,7 @@ class TargetScorer:
         if self._text is not None and len(inputs.target_S) > size:
             hidden = self._text.hidden(inputs.tokens_BT, inputs.position_S)
             if isinstance(hidden, mx.array):
-                own, at_once = self._head_arrays, self.model.training
+                own, at_once = self.trained_head, self.model.training
                 return over_chunks(self._text, function, hidden, targets, own, size=size, at_once=at_once)
         first, *others = function(self.logits(inputs), *targets)
         return first, *(mx.stop_gradient(other) for other in others)
@@ -250,7 +263,7 @@ def _logsumexp(logits: mx.array) -> mx.array:
         return mx.logsumexp(logits, axis=-1)
     lane = mx.default_stream(mx.cpu)
 
-    @mx.custom_function
+    @custom_function
     def sums(logits: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         largest = logits.max(axis=-1, keepdims=True)
         largest = mx.where(mx.isfinite(largest), largest, 0.0)

@@ -19,6 +19,7 @@ import numpy as np
 from mlx_nb.data.examples.packing import PackedLines, pack_lines
 from mlx_nb.model.backend import one_blas_thread
 from mlx_nb.model.cpu_kernels import kernels_are_verified, needed_queries, trial_kernels
+from mlx_nb.model.custom_functions import custom_function
 from mlx_nb.model.equivalence import agree
 from mlx_nb.model.module_proxy import ModuleProxy
 from mlx_nb.model.once_per_model import once_per_model, trained_shapes
@@ -87,7 +88,7 @@ def laid_out(rows: mx.array, layout: Layout) -> mx.array:
     home = mx.default_stream(mx.default_device())
     lines, longest = layout.position_RL.shape
 
-    @mx.custom_function
+    @custom_function
     def lay_out(row: mx.array) -> mx.array:
         return row[0][layout.position_RL.reshape(-1)].reshape(lines, longest, row.shape[-1])
 
@@ -113,7 +114,7 @@ def packed_again(lines: mx.array, layout: Layout) -> mx.array:
     home = mx.default_stream(mx.default_device())
     shape = lines.shape
 
-    @mx.custom_function
+    @custom_function
     def pack(lines: mx.array) -> mx.array:
         return lines.reshape(-1, lines.shape[-1])[layout.place_CN[0]][None]
 

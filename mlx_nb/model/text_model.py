@@ -124,6 +124,25 @@ def text_model(model: nn.Module) -> TextModel | None:
     return None if place is None else TextModel(model, place)
 
 
+def likely_text_model(model: nn.Module) -> TextModel | None:
+    """The first split of a model without weights that gives logits of the right shape; None if there is none."""
+    tokens_BT, position_S = mx.zeros((_ROWS, _TOKENS), mx.int32), mx.array(_PROBED)
+    try:
+        vocabulary = model(tokens_BT).shape[-1]
+    except Exception:  # model code may raise anything
+        return None
+    for place in _places(model):
+        text = TextModel(model, place)
+        try:
+            hidden = named_arrays(text.hidden(tokens_BT, position_S))
+            shapes = {array.shape for _, array in hidden} | {text.logits_at(tokens_BT, position_S).shape}
+        except Exception:
+            continue
+        if (1, len(_PROBED), vocabulary) not in shapes and (len(_PROBED), vocabulary) in shapes:
+            return text
+    return None
+
+
 def full_logits_note(model: nn.Module) -> str | None:
     """A note for a model that cannot be split; None for others."""
     if _proved_place(model) is not None:

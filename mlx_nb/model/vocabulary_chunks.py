@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from mlx_nb.model.custom_functions import custom_function
 from mlx_nb.model.once_per_model import once_per_model, trained_shapes
 from mlx_nb.model.randomness import random_stream
 from mlx_nb.model.text_model import Place, TextModel
@@ -50,7 +51,7 @@ def _reached_by_the_head(model: nn.Module, place: Place, width: int, _forms: tup
         perturbed = [array + (0.02 * mx.random.normal(array.shape)).astype(array.dtype) for array in arrays]
 
         def reached(arrays: list[mx.array]) -> mx.array:
-            with _in_place(model, names, arrays):
+            with with_arrays(model, names, arrays):
                 return mx.square(text.logits(hidden).astype(mx.float32)).sum()
 
         gradients = mx.grad(reached)(perturbed)
@@ -84,13 +85,13 @@ def over_chunks(
 
     def chunk(chosen: slice) -> Callable[..., tuple[mx.array, ...]]:
         def of(hidden: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
-            with _in_place(text.model, own, arrays):
+            with with_arrays(text.model, own, arrays):
                 first, *others = function(text.logits(hidden), *(value[chosen] for value in values))
             return first, *(mx.stop_gradient(other) for other in others)
 
         return of
 
-    @mx.custom_function
+    @custom_function
     def all_targets(hidden: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
         found: list[list[mx.array]] = []
         for chosen in chunks:
@@ -143,7 +144,7 @@ def _with_slopes(
 
 
 @contextmanager
-def _in_place(model: nn.Module, names: Sequence[str], arrays: Sequence[mx.array]) -> Iterator[None]:
+def with_arrays(model: nn.Module, names: Sequence[str], arrays: Sequence[mx.array]) -> Iterator[None]:
     """A context in which the named arrays of the model are replaced by `arrays`."""
     there = dict(zip(*_trained(model))) if names else {}
     try:

@@ -153,13 +153,12 @@ class Stepper:
         return joined(in_lanes(lambda inputs: self.objective(self.scorer, inputs), parts))
 
     def _sum_and_gradients(self, parameters: Any, parts: tuple[TargetInputs, ...]) -> tuple[Any, Any]:
-        def total(parameters: Any) -> tuple[mx.array, mx.array]:
-            self.model.update(parameters)
-            sums = self._sum(parts)
-            self._metric_names = tuple(sums.metrics)
-            return sums.total, _packed(sums)
+        def sums() -> LossSum:
+            found = self._sum(parts)
+            self._metric_names = tuple(found.metrics)
+            return found
 
-        return mx.value_and_grad(total)(parameters)
+        return sum_and_gradients(self.model, parameters, sums)
 
     def gradients(self, micro_batches: Sequence[TokenBatch], seed: int) -> Gradients:
         """Gradients of the mean loss over all micro-batches as a tree, with the measurements."""
@@ -247,6 +246,17 @@ def evaluate_batch(
     sums = joined(in_lanes(lambda inputs: objective(scorer, inputs), parts))
     _evaluate(parts, sums)
     return Evaluation(scalar(sums.total), scalar(sums.units), _row_losses(sums), measured(sums), _row_units(sums))
+
+
+def sum_and_gradients(model: nn.Module, parameters: Any, sums: Callable[[], LossSum]) -> tuple[Any, Any]:
+    """((total, the other sums as one vector), gradients) of the `sums` of a model with these trained parameters."""
+
+    def total(parameters: Any) -> tuple[mx.array, mx.array]:
+        model.update(parameters)
+        found = sums()
+        return found.total, _packed(found)
+
+    return mx.value_and_grad(total)(parameters)
 
 
 def largest_gradients(gradients: Any) -> list[tuple[str, float]]:

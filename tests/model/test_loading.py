@@ -127,7 +127,7 @@ def test_load_in_bits_quantizes_all_matrices_but_the_embedding(tiny_folder):
 
 def test_load_in_bits_groups_by_64_where_columns_allow(tiny_folder):
     network, _ = mlx_lm.load(str(tiny_folder))
-    loading._quantize(network, 8)
+    loading.quantize(network, 8)
     mlp = network.layers[0].mlp
     assert (mlp.up_proj.group_size, mlp.down_proj.group_size) == (32, 64)
     assert isinstance(network.model.embed_tokens, nn.Embedding)

@@ -128,10 +128,10 @@ def test_the_trained_arrays_of_a_head_are_found_and_left_as_they_were():
     model = attached(tiny_model(tied=False), lora_parameters={"keys": ["lm_head", "q_proj"]})
     before = {name: np.array(array) for name, array in tree_flatten(model.parameters())}
     scorer = TargetScorer(model)
-    assert set(scorer._head_arrays) == {"lm_head.lora_a", "lm_head.lora_b"}
+    assert set(scorer.trained_head) == {"lm_head.lora_a", "lm_head.lora_b"}
     after = dict(tree_flatten(model.parameters()))
     assert all(np.array_equal(before[name], np.array(after[name])) for name in before)
-    assert TargetScorer(attached(tiny_model()))._head_arrays == []
+    assert TargetScorer(attached(tiny_model())).trained_head == []
 
 
 @pytest.mark.long
