@@ -1,4 +1,4 @@
-"""The `mlx-nb` command in a terminal: quickstart, train, evaluate, check, runs, delete, doctor, settings.
+"""The `mlx-nb` command in a terminal: quickstart, train, evaluate, check, plan, runs, delete, doctor, settings.
 
 A new command is a subparser in `command_line` and the function that it calls.
 """
@@ -167,6 +167,11 @@ def command_line() -> argparse.ArgumentParser:
     check.add_argument("--rows", action="store_true", help="print one JSON line per row, with tokens and loss mask")
     check.add_argument("--split", default="train", choices=["train", "valid", "test"], help="split for --rows")
     check.set_defaults(act=_check)
+    plan = commands.add_parser("plan", help="plan the memory of a run, without loading weights")
+    plan.add_argument("model", help="model (alias, folder, .gguf file or hub id), or a YAML file with settings")
+    plan.add_argument("settings", nargs="*", metavar="key=value", help="settings, such as max_seq_length=1024")
+    plan.add_argument("--memory", metavar="SIZE", help="memory to fit into, such as 16GB; default: what is available")
+    plan.set_defaults(act=_plan)
     runs = commands.add_parser("runs", help="list the runs in adapters/")
     runs.add_argument("--disk", action="store_true", help="with their size on disk")
     runs.set_defaults(act=_runs)
@@ -280,6 +285,24 @@ def _config_for_check(chosen: argparse.Namespace, settings: Mapping[str, Any]) -
     if method is not None and method.kind.sampled:
         values.setdefault("rewards", ["number_match"])  # a run needs some, and they do not affect how rows are read
     return RunConfig.from_dict({**values, **given})
+
+
+def _plan(chosen: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from mlx_nb.config.yaml_text import advice_as_words, read_words
+    from mlx_nb.run.run import Run
+
+    settings = read_words(chosen.settings, "mlx-nb plan", "smollm2-135m max_seq_length=1024")
+    if chosen.model.endswith((".yaml", ".yml")):
+        run = Run.from_yaml(Path(chosen.model), **settings)
+    else:
+        with advice_as_words():
+            data = settings.pop("data", [{"text": "any row"}])  # rows are not read
+            run = Run(_config_for_check(argparse.Namespace(data=data, model=chosen.model), settings))
+    plan = run.plan(chosen.memory)
+    print(plan)
+    return 0 if plan.fits else 1
 
 
 def _print_rows(run: Run, split: str, wanted: int | str | None) -> int:

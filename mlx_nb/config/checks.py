@@ -14,6 +14,7 @@ from typing import Any
 
 from mlx_nb.config.fields import SettingError, function_name
 from mlx_nb.config.hints import ALL_ADAPTED, is_all_linear
+from mlx_nb.config.memory_limit import problem_with_limit
 from mlx_nb.config.methods import METHODS, Loss, is_built_in, lower_is_better, method_named, options_of
 from mlx_nb.config.optimizers import arguments_of, check_optimizer_config, has_no_decay
 from mlx_nb.config.templates import template_problem
@@ -429,6 +430,11 @@ def _check_spikes(config: CheckedConfig) -> Iterator[SettingError]:
         yield SettingError(("spike_patience",), "`spike_patience` has no effect with `loss_spike: null`. Remove it.")
 
 
+def _check_memory_limit(config: CheckedConfig) -> Iterator[SettingError]:
+    if (problem := problem_with_limit(config.memory_limit)) is not None:
+        yield SettingError(("memory_limit",), problem)
+
+
 def _check_zeros(config: CheckedConfig) -> Iterator[SettingError]:
     for declared in config.declarations(lambda one: one.name in _NEVER_0):
         if getattr(config, declared.name) == 0:
@@ -488,5 +494,6 @@ EFFECT_CHECKS: tuple[Callable[[CheckedConfig], Iterator[SettingError]], ...] = (
     _check_samples,
     _check_down_weight,
     _check_spikes,
+    _check_memory_limit,
     _check_zeros,
 )

@@ -430,6 +430,13 @@ class DeclaredSettings(Settings):
         "common once: the same numbers to rounding. auto = where that saves enough.",
         group="training",
     )
+    memory_limit: str = setting(
+        "auto",
+        "Memory that the run may use, such as 12GB: a run whose plan exceeds it is refused before the model is loaded, "
+        "and an update before it is computed. auto = what is available, off = no check.",
+        group="training",
+        live=True,
+    )
     seed: int = setting(
         0, "Decides row order, adapter start and dropout.", group="training", at_least=0, at_most=2**63 - 1
     )

@@ -10,9 +10,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
+
+Gradient = Callable[..., Any]
 
 _mine = threading.local()
 
@@ -57,10 +59,23 @@ def recording_custom_functions() -> Iterator[list[Mark]]:
         _mine.recording = before
 
 
-def custom_function(function: Callable[..., Any]) -> Any:
-    """`mx.custom_function`; marked while this thread records a graph. The gradient must be set with `.vjp`."""
+class CustomFunction(Protocol):
+    """A function with its own gradient, which is set with `vjp`."""
+
+    def vjp(self, gradient: Gradient, /) -> Gradient:
+        """Set the gradient: (inputs, gradients of the outputs, outputs) -> gradients of the inputs."""
+
+    def __call__(self, *inputs: mx.array) -> Any:
+        """Apply the function."""
+
+
+def custom_function(function: Callable[..., Any]) -> CustomFunction:
+    """`mx.custom_function`; marked while this thread records a graph."""
     recording = getattr(_mine, "recording", None)
-    return mx.custom_function(function) if recording is None else _Marked(function, recording)
+    if recording is not None:
+        return _Marked(function, recording)
+    made: CustomFunction = mx.custom_function(function)
+    return made
 
 
 class _Marked:
@@ -70,8 +85,8 @@ class _Marked:
         self._function = function
         self._recording = recording
 
-    def vjp(self, gradient: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
-        """Set the gradient, as in `mx.custom_function`."""
+    def vjp(self, gradient: Gradient, /) -> Gradient:
+        """Set the gradient."""
         self._gradient = gradient
         return gradient
 

@@ -21,26 +21,57 @@ _MOST_IN_FLIGHT = 100
 _TO_SCHEDULE, _TO_START = 4e-6, 1e-6
 _PER_ELEMENT, _PER_PRODUCT = 1e-9, 2.5e-11
 
-_ELEMENTWISE = frozenset(
-    "Abs ArcTan ArcTan2 AsType BitwiseBinary BitwiseInvert Ceil Compiled Cos Cosh Add Divide Equal Erf ErfInv Exp Expm1 "
-    "Floor Greater GreaterEqual Less LessEqual Log Log1p LogAddExp LogicalAnd LogicalNot LogicalOr Maximum Minimum "
-    "Multiply Negative NotEqual Power Remainder Round Rsqrt Scan Select Sigmoid Sign Sin Sinh Softmax Sqrt Square "
-    "Subtract Tan Tanh".split()
+_ARITHMETIC = (
+    "Add",
+    "Divide",
+    "LogAddExp",
+    "Maximum",
+    "Minimum",
+    "Multiply",
+    "Negative",
+    "Power",
+    "Remainder",
+    "Subtract",
 )
+_FUNCTIONS = ("Abs", "Erf", "ErfInv", "Exp", "Expm1", "Log", "Log1p", "Rsqrt", "Sigmoid", "Sign", "Sqrt", "Square")
+_TRIGONOMETRY = ("ArcTan", "ArcTan2", "Cos", "Cosh", "Sin", "Sinh", "Tan", "Tanh")
+_COMPARISONS = (
+    "Equal",
+    "Greater",
+    "GreaterEqual",
+    "Less",
+    "LessEqual",
+    "LogicalAnd",
+    "LogicalNot",
+    "LogicalOr",
+    "NotEqual",
+)
+_OTHERS = (
+    "AsType",
+    "BitwiseBinary",
+    "BitwiseInvert",
+    "Ceil",
+    "Compiled",
+    "Floor",
+    "Round",
+    "Scan",
+    "Select",
+    "Softmax",
+)
+_ELEMENTWISE = frozenset((*_ARITHMETIC, *_FUNCTIONS, *_TRIGONOMETRY, *_COMPARISONS, *_OTHERS))
 # Operations whose first result begins as a copy of the first input, or takes its memory.
-_IN_PLACE = frozenset("AddMM DynamicSliceUpdate MaskedScatter Partition Scatter ScatterAxis SliceUpdate Sort".split())
-_VIEWS = frozenset(
-    "AsStrided Broadcast Contiguous Copy CustomTransforms Depends DynamicSlice ExpandDims Flatten Reshape Slice Split "
-    "Squeeze StopGradient Transpose Unflatten View".split()
-)
-_COPIES_INPUTS = frozenset(
-    "BlockMaskedMM GatherMM GatherQMM LayerNorm LogSumExp QuantizedMatmul RMSNorm RMSNormVJP RoPE "
-    "ScaledDotProductAttention".split()
-)
+_SCATTERS = ("MaskedScatter", "Scatter", "ScatterAxis", "SliceUpdate", "DynamicSliceUpdate")
+_IN_PLACE = frozenset((*_SCATTERS, "AddMM", "Partition", "Sort"))
+_RESHAPES = frozenset(("ExpandDims", "Flatten", "Reshape", "Squeeze", "Unflatten"))
+_SAME_PLACE = ("Copy", "CustomTransforms", "Depends", "StopGradient", "View")
+_PARTS = ("AsStrided", "Broadcast", "Contiguous", "DynamicSlice", "Slice", "Split", "Transpose")
+_VIEWS = frozenset((*_RESHAPES, *_SAME_PLACE, *_PARTS))
+_FUSED = ("LayerNorm", "LogSumExp", "RMSNorm", "RMSNormVJP", "RoPE", "ScaledDotProductAttention")
+_COPIES_INPUTS = frozenset((*_FUSED, "BlockMaskedMM", "GatherMM", "GatherQMM", "QuantizedMatmul"))
 
 
 class Layout(NamedTuple):
-    """Where an array is: its buffer, its strides, and the number of elements in the part of the buffer that it covers."""
+    """Where an array is: its buffer, its strides, and the number of elements that it covers in the buffer."""
 
     buffer: int
     strides: tuple[int, ...]
@@ -261,8 +292,7 @@ class _Replay:
     def _is_row_major(self, name: str) -> bool:
         shape = self.forms[name].shape
         return all(
-            size == 1 or one == other
-            for size, one, other in zip(shape, self.layouts[name].strides, row_major(shape))
+            size == 1 or one == other for size, one, other in zip(shape, self.layouts[name].strides, row_major(shape))
         )
 
     def _can_be_multiplied(self, name: str) -> bool:
@@ -289,7 +319,7 @@ class _Replay:
                 strides = tuple(stride * step for stride, step in zip(layout.strides, steps))
             case "Contiguous":
                 strides = layout.strides if self._is_row_major(source) else None
-            case "ExpandDims" | "Flatten" | "Reshape" | "Squeeze" | "Unflatten":
+            case kind if kind in _RESHAPES:
                 strides = reshaped(before, layout.strides, after)
             case _ if len(before) != len(after):
                 strides = row_major(after)

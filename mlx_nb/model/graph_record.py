@@ -67,7 +67,7 @@ def recorded(function: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.ar
             return found + [array for mark in marks for group in mark for array in group]
 
         mx.export_function(events.append, marked, *arrays)
-    operations, forms = [], {}
+    operations, forms = list[Operation](), dict[str, Form]()
     names: dict[str, list[str]] = {}
     for event in events:
         match event["type"]:
@@ -102,16 +102,16 @@ def _same_arrays(operations: list[Operation], marks: list[Mark], names: list[str
         if operation.name == "Multiply":
             for name in operation.inputs:
                 products.setdefault(name, []).append(operation)
-    same, left = {}, iter(names)
+    same, left = dict[str, str](), iter(names)
     for mark in marks:
-        named = Mark(*([next(left) for _ in group] for group in mark))  # type: ignore[arg-type]
-        for array, tag, slope in zip(named.inputs, named.input_tags, named.slopes):
+        inputs, outputs, slopes, cotangents, input_tags, output_tags, stand_ins = (
+            [next(left) for _ in group] for group in mark
+        )
+        for array, tag, slope in zip(inputs, input_tags, slopes):
             for product in products.get(tag, ()):
                 if array not in product.inputs:
                     same[product.outputs[0]] = slope
-        for output, tag, cotangent, stand_in in zip(
-            named.outputs, named.output_tags, named.cotangents, named.stand_ins
-        ):
+        for output, tag, cotangent, stand_in in zip(outputs, output_tags, cotangents, stand_ins):
             for product in products.get(tag, ()):
                 if stand_in not in product.outputs:
                     [same[cotangent]] = [name for name in product.inputs if name != tag]

@@ -16,7 +16,7 @@ WIDTH = 66  # characters that fit in a notebook 700 px wide
 _GROUPS = {
     "Train": ("new", "step", "run", "pause", "stop", "rewind", "skip", "resume"),
     "Watch": ("panel", "status", "plot", "report", "config", "compare"),
-    "Rows": ("rows", "row", "browse", "check", "batch", "rollouts"),
+    "Rows": ("rows", "row", "browse", "check", "batch", "rollouts", "plan"),
     "Model": ("generate", "eval"),
     "Change": ("set", "fork"),
     "Save": ("save", "load", "runs", "use", "delete"),

@@ -1,4 +1,4 @@
-"""The `%finetune` commands that show and check rows: row, rows, browse, batch, rollouts, check.
+"""The `%finetune` commands that show and check rows: row, rows, browse, batch, rollouts, check, plan.
 
 A new command of this group is a function here and its entry in the table at the end.
 """
@@ -128,6 +128,10 @@ def _check(session: Session, arguments: argparse.Namespace) -> Any:
     return Text(json.dumps(check.to_dict(), ensure_ascii=False)) if arguments.json else CheckDisplay(check)
 
 
+def _plan(session: Session, arguments: argparse.Namespace) -> Any:
+    return Text(str(session.get(arguments.name).plan(arguments.memory)))
+
+
 ROW_COMMANDS: dict[str, Command] = {
     "row": command(
         "row",
@@ -177,5 +181,12 @@ ROW_COMMANDS: dict[str, Command] = {
             help="how many rows of each split to tokenize, or all",
         ),
         argument("--json", action="store_true", help="print one JSON document"),
+    ),
+    "plan": command(
+        "plan",
+        "plan the memory of an update, and what fits",
+        _plan,
+        argument("--memory", metavar="SIZE", help="memory to fit into, such as 16GB; default: memory_limit"),
+        of_now=True,
     ),
 }

@@ -144,6 +144,14 @@ class RunInputs:
         return dataclasses.replace(rendering, prompt_format=RAW if raw else CHAT)
 
     @cached_property
+    def description(self) -> dict[str, Any]:
+        """The config.json of the model. Reads no weights. Raises ModelError."""
+        from mlx_nb.model.model_source import model_named
+        from mlx_nb.model.unloaded import description_of
+
+        return description_of(model_named(self.config))
+
+    @cached_property
     def splits(self) -> Splits:
         """The rows of each split."""
         config = self.config

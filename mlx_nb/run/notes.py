@@ -11,6 +11,7 @@ from mlx_nb.data.examples.settings import ExampleSettings
 from mlx_nb.data.masks.prompt_format import has_chat_template
 from mlx_nb.errors import counted
 from mlx_nb.run.inputs import RunInputs
+from mlx_nb.run.planning import plan_notes
 
 
 def start_notes(inputs: RunInputs) -> list[str]:
@@ -45,7 +46,7 @@ def start_notes(inputs: RunInputs) -> list[str]:
                     f"{counted(cut, 'training row')} {were} cut to max_seq_length={inputs.config.max_seq_length}."
                 )
             notes += _context_notes(inputs, examples.train)
-    return notes
+    return notes + plan_notes(inputs)
 
 
 def adapter_notes(inputs: RunInputs, allow_changed: Collection[str]) -> list[str]:

@@ -14,8 +14,10 @@ from mlx_nb.errors import ConfigError, ModelError
 from mlx_nb.events import Progress
 from mlx_nb.files.places import working_folder
 from mlx_nb.files.run_folder import RunFolder
+from mlx_nb.process.pieces import finished
 from mlx_nb.run.inputs import RunInputs
 from mlx_nb.run.notes import adapter_notes, start_notes
+from mlx_nb.run.planning import description_if_known, refusing_what_cannot_fit, tokenizing
 from mlx_nb.train.inbox import Inbox
 
 if TYPE_CHECKING:
@@ -44,18 +46,13 @@ def loading(inputs: RunInputs) -> Iterator[Progress]:
     """Load model and rows, yielding Progress. Raises as soon as it is known that something cannot be trained."""
     with inputs.reading:
         inputs.check()
+    yield from refusing_what_cannot_fit(inputs)
     yield from inputs.loading()
     yield Progress(0, "loading a pass over a few tokens", 0, 0)
     refuse_model(inputs)
     yield Progress(0, "loading the head, tried on a few tokens", 0, 0)
     _ = inputs.loaded.notes
-    tokenizing = inputs.tokenizing()
-    while True:
-        with inputs.reading:
-            progress = next(tokenizing, None)
-        if progress is None:
-            break
-        yield progress
+    yield from tokenizing(inputs)
     yield from inputs.trying()
 
 
@@ -129,9 +126,11 @@ def make_trainer(
     from mlx_nb.model.backend import is_cpu, memory_limit
     from mlx_nb.model.fingerprint import base_identity
     from mlx_nb.model.loading import loaded_as
+    from mlx_nb.train.memory_guard import MemoryGuard
     from mlx_nb.train.trainer import Trainer
 
     inputs.check()
+    finished(refusing_what_cannot_fit(inputs))
     refuse_model(inputs)
     config, loaded = inputs.config, inputs.loaded
     notes = start_notes(inputs)
@@ -147,6 +146,7 @@ def make_trainer(
         notes=notes,
         compiled=not is_cpu(),
         memory_limit=memory_limit(),
+        guard=MemoryGuard(description_if_known(inputs)),
         sampler=inputs.answers,
         reference=reference,
         tokenizer=loaded.tokenizer,

@@ -91,6 +91,7 @@ if TYPE_CHECKING:
     from mlx_nb.run.saved_model import SavedModel
     from mlx_nb.train.checkpoint import Checkpoint, CheckpointInfo
     from mlx_nb.train.interrupts import Interrupts
+    from mlx_nb.train.memory_plan import MemoryPlan
     from mlx_nb.train.trainer import Trainer
     from mlx_nb.view.curves.rate_range import RateRange
     from mlx_nb.view.curves.shown_figure import ShownFigure
@@ -276,6 +277,18 @@ class Run:
     def _refuse_base(self, base: bool) -> None:
         if base and self.config.fine_tune_type == "full" and self.step_count:
             raise CommandError("full fine-tuning changes the base model itself, so it is no longer available.")
+
+    def plan(self, memory: str | None = None) -> MemoryPlan:
+        """The memory of an update by part, what fits into it, and which settings need less. Loads no weights.
+
+        `memory`, such as `16GB`, replaces `memory_limit`; `auto` is what is available. The largest batch is that
+        of the rows if they are tokenized already, otherwise the largest that the settings allow. After updates it has
+        their mean time.
+        """
+        from mlx_nb.run.planning import plan_of
+
+        done = [event.seconds for event in self.history.events if isinstance(event, StepCompleted)]
+        return plan_of(self.inputs, memory, seconds=sum(done) / len(done) if done else None)
 
     def check(self, *, rows: int | str | None = SAMPLED_ROWS) -> DataCheck:
         """Check the rows for errors and oddities, reported by row number. Loads only the tokenizer.

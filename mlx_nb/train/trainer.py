@@ -73,6 +73,7 @@ from mlx_nb.train.checkpoint import Checkpoint
 from mlx_nb.train.evaluation import evaluate_split
 from mlx_nb.train.inbox import Inbox
 from mlx_nb.train.length import refuse_shorter_than_done, updates_left
+from mlx_nb.train.memory_guard import MemoryGuard
 from mlx_nb.train.optimizer import build_optimizer, learning_rate_at, rate_note, refuse_beyond_memory, stretch_note
 from mlx_nb.train.reference_logprobs import ReferenceLogprobs
 from mlx_nb.train.rollout import NoReward, Rollouts
@@ -127,6 +128,7 @@ class Trainer:
         notes: Sequence[str] = (),
         compiled: bool = False,
         memory_limit: int | None = None,
+        guard: MemoryGuard | None = None,
         sampler: Sampler | None = None,
         reference: ReferenceLogprobs | None = None,
         tokenizer: Tokenizer | None = None,
@@ -159,6 +161,7 @@ class Trainer:
         self._abort = False
         self._work = SharedWork()
         self._memory_limit = memory_limit
+        self._guard = guard
         self._sampler = sampler
         self._reference = reference
         self._tokenizer = tokenizer
@@ -570,6 +573,8 @@ class Trainer:
         started = time.perf_counter()
         batches = self.next_batches()
         rows = tuple(row for batch in batches for row in batch.rows)
+        if self._guard is not None:
+            self._guard.refuse(batches, config)
         learning_rate = learning_rate_at(config, self.iters, state.step)
         tokens = sum(sum(batch.lengths) for batch in batches)
         length = length_class(tokens, len(rows))

@@ -69,7 +69,9 @@ class UpdateMemory:
         """The peak of loss and gradients of one micro-batch, besides weights and optimizer state."""
         named = named_arrays(self.model.parameters())
         trained = {name for name, _ in named_arrays(self.model.trainable_parameters())}
-        batch = packed_as_set(planned_batch(self.config, self.scorer.sizes.vocabulary, shape), self.config.packing, self.scorer)
+        batch = packed_as_set(
+            planned_batch(self.config, self.scorer.sizes.vocabulary, shape), self.config.packing, self.scorer
+        )
         parts = tuple(target_inputs(part) for part in lanes_of(batch, lane_count()))
 
         def gradients(*arrays: mx.array) -> list[mx.array]:
@@ -80,8 +82,9 @@ class UpdateMemory:
                 tree_unflatten([(name, array) for name, array in given if name in trained]),
                 lambda: joined(in_lanes(lambda inputs: self.objective(self.scorer, inputs), parts)),
             )
-            slopes = self.form.join(one_by_one(slopes) if len(parts) > 1 else slopes)
-            return [*(array for _, array in named_arrays(slopes)), total, packed]
+            slopes = one_by_one(slopes) if len(parts) > 1 else slopes
+            # The update holds the gradients in both forms until they are evaluated.
+            return [*_arrays(self.form.join(slopes)), *_arrays(slopes), total, packed]
 
         try:
             with random_stream(0), training_mode(self.model):
@@ -136,7 +139,16 @@ class UpdateMemory:
                 return GRADIENTS
             return STATE if name in slots else NEW if name in results else ACTIVATIONS
 
-        return peak_of(graph, kind_of, width=self._width, evaluations=evaluations, used_up=sorted(used_up))
+        peak = peak_of(graph, kind_of, width=self._width, evaluations=evaluations, used_up=sorted(used_up))
+        if not together:
+            return peak
+        # Depending on timing, the sum of the gradients is still in memory when their mean is computed.
+        return with_more(peak, GRADIENTS, self.trained_bytes)
+
+
+def with_more(peak: Peak, kind: str, size: int) -> Peak:
+    """A peak with `size` more bytes of one kind."""
+    return Peak(peak.total + size, {**peak.by_kind, kind: peak.by_kind.get(kind, 0) + size})
 
 
 def planned_batch(config: RunConfig, vocabulary: int, shape: BatchShape) -> TokenBatch:

@@ -1,0 +1,110 @@
+"""Plans the memory of a run from its settings and the model's config.json, and refuses one that cannot fit."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING, Any
+
+from mlx_nb.config.memory_limit import AUTO, OFF
+from mlx_nb.errors import ModelError
+from mlx_nb.events import Progress
+from mlx_nb.run.inputs import RunInputs
+
+if TYPE_CHECKING:
+    from mlx_nb.train.memory_plan import MemoryPlan
+
+_WORTH_A_NOTE = 10**9  # bytes; below, a plan takes longer than it is worth
+
+
+def plan_of(
+    inputs: RunInputs, memory: str | None = None, max_seq_length: int | None = None, seconds: float | None = None
+) -> MemoryPlan:
+    """The whole plan of a run. `memory` replaces `memory_limit`. Loads no weights.
+
+    The largest batch is that of the rows if they are tokenized already, otherwise the largest that the settings allow.
+    """
+    from mlx_nb.train.memory_plan import completed, full_shape, planned, shape_of
+
+    config = inputs.config if max_seq_length is None else inputs.config.replace(max_seq_length=max_seq_length)
+    known = inputs.examples.train if "examples" in inputs.__dict__ and max_seq_length is None else []
+    shape = shape_of(config, known) if known else full_shape(config)
+    description = inputs.description
+    plan = planned(config.model, description, config, shape, _budget(inputs, memory), seconds=seconds)
+    return completed(plan, description, config)
+
+
+def _budget(inputs: RunInputs, memory: str | None = None) -> int | None:
+    from mlx_nb.train.memory_guard import memory_in_reach
+    from mlx_nb.train.memory_plan import budget_of
+
+    limit = inputs.config.memory_limit if memory is None else memory
+    return budget_of(AUTO if limit == OFF and memory is not None else limit, memory_in_reach)
+
+
+def refusing_what_cannot_fit(inputs: RunInputs) -> Generator[Progress, None, None]:
+    """Raise OutOfMemory if the plan of the run exceeds `memory_limit`, before any weight is read. Yields Progress.
+
+    A rough estimate comes first; rows are tokenized only if it leaves a doubt, and then the plan is made for them.
+    """
+    from mlx_nb.model.loading import fetched_folder
+    from mlx_nb.model.model_source import model_named
+    from mlx_nb.train.memory_plan import full_shape, planned, refuse_beyond_budget, rough_peak, shape_of
+
+    config, budget = inputs.config, _budget(inputs)
+    if budget is None or "loaded" in inputs.__dict__:
+        return
+    rough = rough_peak(inputs.description, config, full_shape(config))
+    if rough is not None and rough <= budget:
+        return
+    yield from fetched_folder(model_named(config))
+    yield from tokenizing(inputs)
+    shape = shape_of(config, inputs.examples.train)
+    rough = rough_peak(inputs.description, config, shape)
+    if rough is not None and rough <= budget:
+        return
+    yield Progress(0, "loading a plan of the memory", 0, 0)
+    plan = planned(config.model, inputs.description, config, shape, budget)
+    refuse_beyond_budget(plan, inputs.description, config)
+
+
+def tokenizing(inputs: RunInputs) -> Iterator[Progress]:
+    """Tokenize the rows, yielding Progress. Their source may run user code, which a pause interrupts."""
+    pieces = inputs.tokenizing()
+    while True:
+        with inputs.reading:
+            progress = next(pieces, None)
+        if progress is None:
+            return
+        yield progress
+
+
+def description_if_known(inputs: RunInputs) -> dict[str, Any] | None:
+    """The config.json of the model; None if it cannot be read."""
+    try:
+        return inputs.description
+    except ModelError:
+        return None
+
+
+def plan_notes(inputs: RunInputs) -> list[str]:
+    """A line about the planned memory; none for a run that needs little, or whose model cannot be planned."""
+    from mlx_nb.train.memory_plan import planned, rough_peak, shape_of
+
+    config, rows = inputs.config, inputs.examples.train
+    if config.memory_limit == OFF or not rows:
+        return []
+    try:
+        shape = shape_of(config, rows)
+        rough = rough_peak(inputs.description, config, shape)
+        if rough is not None and rough < _WORTH_A_NOTE:
+            return []
+        plan = planned(config.model, inputs.description, config, shape, _budget(inputs))
+    except Exception as error:  # the plan is only information, and model code may raise anything
+        return [f"The memory of this run could not be planned ({_one_line(error)})."]
+    return [plan.note]
+
+
+def _one_line(error: Any) -> str:
+    from mlx_nb.model.model_source import one_line
+
+    return one_line(error)
