@@ -17,8 +17,7 @@ from mlx.utils import tree_unflatten
 
 from mlx_nb.data.examples.limits import ModelLimits
 from mlx_nb.errors import ModelError
-from mlx_nb.model.loading import load_skeleton
-from mlx_nb.model.model_source import model_folder
+from mlx_nb.model.unloaded import description_of, unloaded_model
 
 _PROBE = (5, 2, 7, 3, 1)
 
@@ -64,9 +63,10 @@ def limits_of(model: nn.Module, description: Mapping[str, Any] | None = None) ->
 
 
 def limits_by_name(model: str) -> ModelLimits:
-    """The limits of the model that `model_folder` finds; all None for one that cannot be opened."""
+    """The limits of a model, from its config.json; all None for one that cannot be opened. Reads no weights."""
     try:
-        return limits_of(*load_skeleton(model_folder(model)))
+        description = description_of(model)
+        return limits_of(unloaded_model(description), description)
     except ModelError:
         return ModelLimits()
 

@@ -16,21 +16,18 @@ if TYPE_CHECKING:
 _WORTH_A_NOTE = 10**9  # bytes; below, a plan takes longer than it is worth
 
 
-def plan_of(
-    inputs: RunInputs, memory: str | None = None, max_seq_length: int | None = None, seconds: float | None = None
-) -> MemoryPlan:
+def plan_of(inputs: RunInputs, memory: str | None, seconds: float | None) -> MemoryPlan:
     """The whole plan of a run. `memory` replaces `memory_limit`. Loads no weights.
 
     The largest batch is that of the rows if they are tokenized already, otherwise the largest that the settings allow.
     """
-    from mlx_nb.train.memory_plan import completed, full_shape, planned, shape_of
+    from mlx_nb.train.memory_plan import MemoryPlanner, completed, full_shape, planned, shape_of
 
-    config = inputs.config if max_seq_length is None else inputs.config.replace(max_seq_length=max_seq_length)
-    known = inputs.examples.train if "examples" in inputs.__dict__ and max_seq_length is None else []
+    config = inputs.config
+    known = inputs.examples.train if "examples" in inputs.__dict__ else []
     shape = shape_of(config, known) if known else full_shape(config)
-    description = inputs.description
-    plan = planned(config.model, description, config, shape, _budget(inputs, memory), seconds=seconds)
-    return completed(plan, description, config)
+    planner = MemoryPlanner(inputs.description, config)
+    return completed(planned(config.model, planner, shape, _budget(inputs, memory), seconds), planner)
 
 
 def _budget(inputs: RunInputs, memory: str | None = None) -> int | None:
@@ -48,7 +45,7 @@ def refusing_what_cannot_fit(inputs: RunInputs) -> Generator[Progress, None, Non
     """
     from mlx_nb.model.loading import fetched_folder
     from mlx_nb.model.model_source import model_named
-    from mlx_nb.train.memory_plan import full_shape, planned, refuse_beyond_budget, rough_peak, shape_of
+    from mlx_nb.train.memory_plan import MemoryPlanner, full_shape, planned, refuse_beyond_budget, rough_peak, shape_of
 
     config, budget = inputs.config, _budget(inputs)
     if budget is None or "loaded" in inputs.__dict__:
@@ -63,8 +60,8 @@ def refusing_what_cannot_fit(inputs: RunInputs) -> Generator[Progress, None, Non
     if rough is not None and rough <= budget:
         return
     yield Progress(0, "loading a plan of the memory", 0, 0)
-    plan = planned(config.model, inputs.description, config, shape, budget)
-    refuse_beyond_budget(plan, inputs.description, config)
+    planner = MemoryPlanner(inputs.description, config)
+    refuse_beyond_budget(planned(config.model, planner, shape, budget), planner)
 
 
 def tokenizing(inputs: RunInputs) -> Iterator[Progress]:
@@ -88,7 +85,7 @@ def description_if_known(inputs: RunInputs) -> dict[str, Any] | None:
 
 def plan_notes(inputs: RunInputs) -> list[str]:
     """A line about the planned memory; none for a run that needs little, or whose model cannot be planned."""
-    from mlx_nb.train.memory_plan import planned, rough_peak, shape_of
+    from mlx_nb.train.memory_plan import MemoryPlanner, planned, rough_peak, shape_of
 
     config, rows = inputs.config, inputs.examples.train
     if config.memory_limit == OFF or not rows:
@@ -98,7 +95,7 @@ def plan_notes(inputs: RunInputs) -> list[str]:
         rough = rough_peak(inputs.description, config, shape)
         if rough is not None and rough < _WORTH_A_NOTE:
             return []
-        plan = planned(config.model, inputs.description, config, shape, _budget(inputs))
+        plan = planned(config.model, MemoryPlanner(inputs.description, config), shape, _budget(inputs))
     except Exception as error:  # the plan is only information, and model code may raise anything
         return [f"The memory of this run could not be planned ({_one_line(error)})."]
     return [plan.note]

@@ -10,12 +10,14 @@ from typing import Any
 from mlx_nb.config.memory_limit import AUTO, OFF, bytes_of
 from mlx_nb.config.methods import method_named
 from mlx_nb.config.run_config import RunConfig
-from mlx_nb.errors import ConfigError, OutOfMemory
+from mlx_nb.errors import ConfigError, ModelError, OutOfMemory
 from mlx_nb.model.backend import is_cpu
 from mlx_nb.model.graph_memory import Peak
 from mlx_nb.model.limits import context_of
 from mlx_nb.model.memory import gigabytes
+from mlx_nb.model.trees import named_arrays
 from mlx_nb.model.unloaded import keep_layers, layers_are_alike, unloaded_model
+from mlx_nb.model.vocabulary_chunks import targets_at_once
 from mlx_nb.train.update_memory import (
     ACTIVATIONS,
     GRADIENTS,
@@ -29,8 +31,9 @@ from mlx_nb.train.update_memory import (
 
 WEIGHTS, TRAINED, SNAPSHOTS = "weights", "trained weights", "snapshots"
 PARTS = (WEIGHTS, TRAINED, GRADIENTS, STATE, NEW, ACTIVATIONS, LOGITS, SNAPSHOTS)
-_RECORDED_LAYERS = (4, 6)  # of a model with more layers, which are all alike
-_RECORDED_TOKENS = (512, 768, 1024)  # longer rows are extrapolated from these
+_RECORDED_LAYERS = (2, 3)  # of a model with more layers, which are all alike
+# Longer rows are extrapolated from these: enough tokens for logits in chunks with most vocabularies.
+_RECORDED_TOKENS = (384, 640, 1024)
 _STEP = 64  # tokens: the longest row that fits is found in these steps
 _MOST_ROWS = 1024
 _WORTH_SUGGESTING = 0.03  # share of the peak
@@ -139,11 +142,15 @@ class MemoryPlanner:
         """The memory of the whole model."""
         return UpdateMemory(unloaded_model(self.description, self.config.load_in_bits), self.config)
 
-    def peak(self, shape: BatchShape) -> dict[str, int]:
-        """The peak memory of an update with micro-batches of this shape, by part."""
+    def peak(self, shape: BatchShape, *, accumulates: bool | None = None, rough: bool = False) -> dict[str, int]:
+        """The peak memory of an update with micro-batches of this shape, by part.
+
+        `accumulates` says whether it has several micro-batches; None = as in the settings. A `rough` peak is
+        interpolated from those of a few shapes.
+        """
         whole, config = self.whole, self.config
-        backward = self._backward(shape)
-        if config.grad_accumulation_steps > 1:
+        backward = self._interpolated(shape) if rough else self._backward(shape)
+        if config.grad_accumulation_steps > 1 if accumulates is None else accumulates:
             backward = with_more(backward, GRADIENTS, whole.trained_bytes)
         highest = max(backward, self._step, key=lambda peak: peak.total)
         snapshot = whole.trained_bytes + whole.state_bytes
@@ -153,6 +160,20 @@ class MemoryPlanner:
         parts[SNAPSHOTS] = min(config.snapshot_memory * 1024**2, snapshot * updates)
         return {name: parts[name] for name in PARTS if parts.get(name)}
 
+    def _interpolated(self, shape: BatchShape) -> Peak:
+        """The peak from those of one and two sequences, linear in their number, and of the recorded lengths."""
+        share, points = self._share(shape), []
+        each = sequences_in(self.config, 1)
+        for sequences in (each, 2 * each):
+            of_lengths = [self._of_layers(_shape(sequences, tokens, share)) for tokens in _RECORDED_TOKENS]
+            points.append(_combined(of_lengths, lambda sizes: _along(_RECORDED_TOKENS, sizes, shape.tokens)))
+        return _combined(points, lambda sizes: sizes[0] + (sizes[1] - sizes[0]) * (shape.sequences / each - 1))
+
+    def _share(self, shape: BatchShape) -> float:
+        """The share of trained tokens of the recorded shapes; 1 if logits are in chunks, so that theirs are too."""
+        in_chunks = shape.sequences * shape.trained > targets_at_once(self.whole.scorer.sizes.vocabulary)
+        return 1.0 if in_chunks else shape.trained / shape.tokens
+
     @cached_property
     def _step(self) -> Peak:
         return self.whole.step()
@@ -160,12 +181,8 @@ class MemoryPlanner:
     def _backward(self, shape: BatchShape) -> Peak:
         if shape.tokens <= _RECORDED_TOKENS[-1]:
             return self._of_layers(shape)
-        share = shape.trained / shape.tokens
-        points = [
-            self._of_layers(BatchShape(shape.sequences, tokens, max(1, round(share * tokens))))
-            for tokens in _RECORDED_TOKENS
-        ]
-        return _combined(points, lambda sizes: _quadratic(_RECORDED_TOKENS, sizes, shape.tokens))
+        points = [self._of_layers(_shape(shape.sequences, tokens, self._share(shape))) for tokens in _RECORDED_TOKENS]
+        return _combined(points, lambda sizes: _along(_RECORDED_TOKENS, sizes, shape.tokens))
 
     def _of_layers(self, shape: BatchShape) -> Peak:
         """The peak for all layers, from that of a few if all are alike."""
@@ -204,8 +221,16 @@ def _combined(points: Sequence[Peak], value: Callable[[list[float]], float]) -> 
     return Peak(sum(sizes.values()), sizes)
 
 
-def _quadratic(at: Sequence[int], values: Sequence[float], x: float) -> float:
-    """The parabola through three points."""
+def _shape(sequences: int, tokens: int, share: float) -> BatchShape:
+    return BatchShape(sequences, tokens, max(1, round(share * tokens)))
+
+
+def _along(at: Sequence[int], values: Sequence[float], x: float) -> float:
+    """The value at x: on the lines between the points, and beyond the last one on the parabola through three."""
+    for place in range(1, len(at)):
+        if x <= at[place]:
+            (low, high), (one, other) = at[place - 1 : place + 1], values[place - 1 : place + 1]
+            return one + (other - one) * (x - low) / (high - low)
     total = 0.0
     for place, one in enumerate(at):
         term = values[place]
@@ -229,44 +254,30 @@ def full_shape(config: RunConfig) -> BatchShape:
 
 
 def planned(
-    name: str,
-    description: Mapping[str, Any],
-    config: RunConfig,
-    shape: BatchShape,
-    budget: int | None,
-    *,
-    seconds: float | None = None,
+    name: str, planner: MemoryPlanner, shape: BatchShape, budget: int | None, seconds: float | None = None
 ) -> MemoryPlan:
     """The plan of a run with batches of this shape, without limits and suggestions (see `completed`)."""
-    planner = MemoryPlanner(description, config)
-    parts = planner.peak(shape)
-    whole = planner.whole
-    counts = [sum(array.size for _, array in named) for named in (_named(whole, False), _named(whole, True))]
-    return MemoryPlan(name, counts[0], counts[1], parts, shape, budget, seconds=seconds)
+    model = planner.whole.model
+    counts = [
+        sum(array.size for _, array in named_arrays(tree))
+        for tree in (model.parameters(), model.trainable_parameters())
+    ]
+    return MemoryPlan(name, counts[0], counts[1], planner.peak(shape), shape, budget, seconds=seconds)
 
 
-def _named(memory: UpdateMemory, trained: bool) -> list[tuple[str, Any]]:
-    from mlx_nb.model.trees import named_arrays
-
-    model = memory.model
-    return named_arrays(model.trainable_parameters() if trained else model.parameters())
-
-
-def completed(plan: MemoryPlan, description: Mapping[str, Any], config: RunConfig) -> MemoryPlan:
+def completed(plan: MemoryPlan, planner: MemoryPlanner) -> MemoryPlan:
     """The plan with the longest rows and largest batches that fit, and suggestions."""
-    planner = MemoryPlanner(description, config)
-    plan = replace(plan, suggestions=suggestions_for(plan, description, config))
+    plan = replace(plan, suggestions=suggestions_for(plan, planner))
     if plan.budget is None:
         return plan
-    budget, shape = plan.budget, plan.shape
-    share = shape.trained / shape.tokens
+    budget, shape, share = plan.budget, plan.shape, plan.shape.trained / plan.shape.tokens
 
     def fits(sequences: int, tokens: int) -> bool:
-        return sum(planner.peak(BatchShape(sequences, tokens, max(1, round(share * tokens)))).values()) <= budget
+        return sum(planner.peak(_shape(sequences, tokens, share), rough=True).values()) <= budget
 
-    most = context_of(description) or 2**17
+    most = context_of(planner.description) or 2**17
     steps = _largest(lambda count: fits(shape.sequences, count * _STEP), max(1, most // _STEP))
-    each = sequences_in(config, 1)
+    each = sequences_in(planner.config, 1)
     rows = _largest(lambda count: fits(count * each, shape.tokens), _MOST_ROWS)
     return replace(plan, longest=None if steps is None else steps * _STEP, most_rows=rows)
 
@@ -276,52 +287,48 @@ def _largest(fits: Callable[[int], bool], most: int) -> int | None:
     if fits(most):
         return None
     low, high = 0, most
-    while high - low > max(1, low // 16):
-        middle = (low + high) // 2 if low else max(1, min(high // 2, 4))
-        if fits(middle):
-            low = middle
-        else:
-            high = middle
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 
 
-def suggestions_for(plan: MemoryPlan, description: Mapping[str, Any], config: RunConfig) -> tuple[Suggestion, ...]:
+def suggestions_for(plan: MemoryPlan, planner: MemoryPlanner) -> tuple[Suggestion, ...]:
     """The changes that save most, most first."""
     found = []
-    for line, changes, shape in _changes(plan, config):
+    for line, peak in _changes(plan, planner):
         try:
-            parts = MemoryPlanner(description, config.replace(**changes)).peak(shape)
-        except (ConfigError, ValueError):  # settings that do not go together, or a graph that cannot be recorded
+            saves = plan.peak - sum(peak().values())
+        except (ConfigError, ModelError, ValueError):  # settings that do not go together, or no graph can be recorded
             continue
-        if (saves := plan.peak - sum(parts.values())) > _WORTH_SUGGESTING * plan.peak:
+        if saves > _WORTH_SUGGESTING * plan.peak:
             found.append(Suggestion(line, saves))
     return tuple(sorted(found, key=lambda one: -one.saves)[:_MOST_SUGGESTIONS])
 
 
-def _changes(plan: MemoryPlan, config: RunConfig) -> Iterator[tuple[str, dict[str, Any], BatchShape]]:
-    shape, rows = plan.shape, config.batch_size
+def _changes(plan: MemoryPlan, planner: MemoryPlanner) -> Iterator[tuple[str, Callable[[], dict[str, int]]]]:
+    """Lines to type, with functions that plan the peak after that change."""
+    config, shape, rows = planner.config, plan.shape, planner.config.batch_size
+
+    def changed(**changes: Any) -> Callable[[], dict[str, int]]:
+        return lambda: MemoryPlanner(planner.description, config.replace(**changes)).peak(shape)
+
     if not config.grad_checkpoint:
-        yield "grad_checkpoint: true", {"grad_checkpoint": True}, shape
+        yield "grad_checkpoint: true", changed(grad_checkpoint=True)
     if rows > 1 and not method_named(config.method).kind.sampled:
         steps = config.grad_accumulation_steps * rows
-        yield (
-            f"batch_size: 1, grad_accumulation_steps: {steps}",
-            {"batch_size": 1, "grad_accumulation_steps": steps},
-            replace(shape, sequences=max(1, shape.sequences // rows)),
-        )
+        alone = replace(shape, sequences=max(1, shape.sequences // rows))
+        line = f"batch_size: 1, grad_accumulation_steps: {steps}"
+        yield line, lambda: planner.peak(alone, accumulates=True)
     if shape.tokens >= 2 * _STEP:
-        half = shape.tokens // 2
-        yield (
-            f"max_seq_length: {half}",
-            {"max_seq_length": half},
-            BatchShape(shape.sequences, half, max(1, shape.trained // 2)),
-        )
+        half = replace(shape, tokens=shape.tokens // 2, trained=max(1, shape.trained // 2))
+        yield f"max_seq_length: {half.tokens}", lambda: planner.peak(half)
     if config.fine_tune_type == "full":
-        yield "fine_tune_type: lora", {"fine_tune_type": "lora"}, shape
+        yield "fine_tune_type: lora", changed(fine_tune_type="lora")
     if config.load_in_bits is None and not is_cpu() and config.fine_tune_type != "full":
-        yield "load_in_bits: 4", {"load_in_bits": 4}, shape
-    if plan.parts.get(SNAPSHOTS, 0):
-        yield "snapshot_memory: 0", {"snapshot_memory": 0}, shape
+        yield "load_in_bits: 4", changed(load_in_bits=4)
+    if snapshots := plan.parts.get(SNAPSHOTS, 0):
+        yield "snapshot_memory: 0", lambda: {"peak": plan.peak - snapshots}
 
 
 def budget_of(limit: str, available: Callable[[], int]) -> int | None:
@@ -358,8 +365,7 @@ def shape_of(config: RunConfig, examples: Sequence[Any]) -> BatchShape:
     return BatchShape(sequences_in(config, rows), max(len(one.tokens) for one in sequences), trained)
 
 
-def refuse_beyond_budget(plan: MemoryPlan, description: Mapping[str, Any], config: RunConfig) -> None:
+def refuse_beyond_budget(plan: MemoryPlan, planner: MemoryPlanner) -> None:
     """Raise OutOfMemory in one line, with suggestions, if the plan exceeds its budget."""
     if not plan.fits:
-        found = replace(plan, suggestions=suggestions_for(plan, description, config))
-        raise OutOfMemory(found.refusal)
+        raise OutOfMemory(replace(plan, suggestions=suggestions_for(plan, planner)).refusal)
