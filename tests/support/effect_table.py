@@ -177,5 +177,6 @@ TABLE = {
 
 
 # Settings whose effect needs a hub dataset, and is refused below out of it; or is of memory or time alone, and tried
-# where that is measured: tests/model/test_layer_checkpoints.py, tests/train/test_packed_runs.py, tests/run/test_memory_limit.py.
+# where that is measured: tests/model/test_layer_checkpoints.py, tests/train/test_packed_runs.py,
+# tests/run/test_memory_limit.py.
 ELSEWHERE = ("subset", "grad_checkpoint", "packing", "memory_limit")
