@@ -82,6 +82,7 @@ def test_keys_have_one_line_of_help_and_are_those_of_the_method_that_are_not_giv
         ("target_modules: [q_proj, v", ["v_proj"]),
         ("rewards:\n  - exact", ["exact_match"]),
         ("rewards:\n- exact", ["exact_match"]),
+        ("metrics:\n  - exact", ["exact_match"]),
         ("data: bees\nprompt_feature: ", ["question", "reply"]),
         ("data:\n  - path: bee", ["bees"]),
         ("model: smoll", ["smollm2-135m"]),
