@@ -49,7 +49,7 @@ def examine(family: str, kind: str, method: str, folder: Path, models: Path, tok
                 raise AssertionError("not refused in one line before anything was written") from refused
             return {"refused": str(refused), "seconds": time.perf_counter() - started}
         base = None if kind == "full" else run.generate("say red", max_tokens=4, base=True)
-        facts = {"gradient": _gradient_difference(run), "padding": _padding_difference(run)}
+        facts = _differences(run)
         run.save()
         losses += [run.step().loss for _ in range(UPDATES - _AT)]
         straight = _bytes(run)
@@ -110,28 +110,35 @@ def _gradients(run: Run, batch: TokenBatch) -> dict[str, np.ndarray]:
     return {name: np.array(array) for name, array in tree_flatten(found.gradients)}
 
 
-def _gradient_difference(run: Run) -> float:
-    """From the gradient of the model run whole, without anything that makes a step faster, as part of the largest."""
-    batch, scorer = _batch(run, 1), run.trainer.scorer
-    ours, text = _gradients(run, batch), scorer._text
-    scorer._text = None
+def _differences(run: Run) -> dict[str, Any]:
+    """Between the gradient of a batch, that of the whole model, and that with padding, as part of the largest."""
+    batch = _batch(run, 1)
+    ours = _gradients(run, batch)
+    return {
+        "gradient": _largest_difference(ours, _gradients_of_whole_model(run, batch)),
+        "padding": _largest_difference(_gradients_with_padding(run, batch), ours),
+    }
+
+
+def _gradients_of_whole_model(run: Run, batch: TokenBatch) -> dict[str, np.ndarray]:
+    """Those of the model run whole, without anything that makes a step faster."""
+    scorer = run.trainer.scorer
+    text, scorer._text = scorer._text, None
     try:
-        whole = _gradients(run, batch)
+        return _gradients(run, batch)
     finally:
         scorer._text = text
-    return _largest_difference(ours, whole)
 
 
-def _padding_difference(run: Run) -> float:
-    narrow, wide = _batch(run, 1), _batch(run, 32)
+def _gradients_with_padding(run: Run, narrow: TokenBatch) -> dict[str, np.ndarray]:
+    wide = _batch(run, 32)
     is_padding = np.arange(wide.tokens_BT.shape[1])[None] >= np.array(wide.lengths)[:, None]
     junk = wide._replace(tokens_BT=np.where(is_padding, 7, wide.tokens_BT).astype(np.int32))
     assert target_inputs(junk, 1, 32).tokens_BT.shape[1] > target_inputs(narrow).tokens_BT.shape[1]
     stepper, multiples = run.trainer.stepper, run.trainer.stepper._multiples
-    plain = _gradients(run, narrow)
     stepper._multiples = (1, 32)
     try:
-        return _largest_difference(_gradients(run, junk), plain)
+        return _gradients(run, junk)
     finally:
         stepper._multiples = multiples
 
