@@ -82,7 +82,10 @@ def _compare(session: Session, arguments: argparse.Namespace) -> Any:
     if not runs:
         runs = [session.get()] if base else list(session.runs.values())
     if len(runs) + base < 2:
-        raise CommandError("%finetune compare: name two runs, or a run and base. `%finetune runs` lists them.")
+        raise CommandError(
+            f"%finetune compare: name two runs, or a run and base, as in `%finetune compare {runs[0].name} base`. "
+            "`%finetune runs` lists them."
+        )
     if len(runs) > 2 or not all(run.prepared for run in runs):
         return Text(compared(runs))
     metrics = None if arguments.metrics is None else read_list(arguments.metrics)

@@ -34,7 +34,7 @@ from mlx_nb.events import (
     StepCompleted,
 )
 from mlx_nb.events.history import History, evaluation_row
-from mlx_nb.view.metric_text import deciding, headline, main_metrics, metric_words, number, side_metrics
+from mlx_nb.view.metric_text import deciding, decimals, headline, main_metrics, metric_words, number, side_metrics
 from mlx_nb.view.pace import FEW_UPDATES, time_left, tokens_per_second
 
 # The state of a run, in a sentence that starts with its name.
@@ -212,7 +212,7 @@ def progress_line(history: History, iters: int) -> str:
     left = time_left(history, iters)
     parts = [
         f"update {last.step} of {iters}",
-        f"loss {last.loss:.3f}",
+        f"loss {decimals(last.loss)}",
         f"{tokens_per_second(history):.0f} tokens/s"
         + (f" (of {counted(len(history), 'update')})" if len(history) < FEW_UPDATES else ""),
         f"memory {last.peak_memory / 1e9:.1f} GB",
@@ -221,7 +221,7 @@ def progress_line(history: History, iters: int) -> str:
     if valid:
         parts.insert(2, validation_words(valid[-1]))
     if "reward" in last.metrics:
-        parts.insert(2, f"reward {last.metrics['reward']:.3f}")
+        parts.insert(2, f"reward {decimals(last.metrics['reward'])}")
     parts.append(f"{duration(left)} left" if left > 0.5 else duration(history.elapsed))
     return "  ·  ".join(parts)
 
@@ -229,7 +229,7 @@ def progress_line(history: History, iters: int) -> str:
 def validation_words(evaluation: dict[str, Any]) -> str:
     """The newest validation in two or three words."""
     name, value = headline(evaluation)
-    return f"validation {value:.3f}" if name == "loss" else f"validation {name} {value:.3f}"
+    return f"validation {decimals(value)}" if name == "loss" else f"validation {name} {decimals(value)}"
 
 
 def summary_rows(history: History) -> list[tuple[str, str]]:

@@ -28,6 +28,11 @@ def reward_of(evaluation: Mapping[str, Any]) -> float | None:
     return reward if math.isclose(reward, -evaluation["loss"], rel_tol=1e-5, abs_tol=1e-9) else None
 
 
+def decimals(value: float) -> str:
+    """Three decimals, or two digits of a small number, which would otherwise read as 0: `1.234`, `0.00046`."""
+    return f"{value:.3f}" if abs(value) >= 0.01 or not value else f"{value:.2g}"
+
+
 def headline(evaluation: Mapping[str, Any]) -> tuple[str, float]:
     """The main number of an evaluation, as (`loss` or `reward`, value)."""
     reward = reward_of(evaluation)

@@ -335,6 +335,7 @@ BAD_DATA = [
     ),
     ("dada/pirates.jsonl", {}, "There is no folder dada. Did you mean 'data'?"),
     ("./nothing", {}, "no such file or folder: ./nothing."),
+    ("./nothing", {}, "The variable `my_rows` may hold rows: `data: my_rows`."),
     ("my_row", {}, "no file, folder or variable 'my_row'. Did you mean 'my_rows'?"),
     ("dat", {}, "no file, folder or variable 'dat'. Did you mean 'data'?"),
     ("", {}, "`data` is empty."),

@@ -61,7 +61,7 @@ def test_compare_of_three_runs_or_of_one_that_has_not_begun_is_a_table(trained, 
 def test_compare_of_one_run_says_what_to_name(trained):
     error = trained.run_cell("%finetune compare fast").error_in_exec
     assert isinstance(error, CommandError)
-    assert "name two runs, or a run and base" in str(error)
+    assert "name two runs, or a run and base, as in `%finetune compare fast base`" in str(error)
 
 
 def test_lr_find_shows_a_suggestion_and_leaves_the_run(trained):

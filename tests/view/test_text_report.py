@@ -25,7 +25,7 @@ from mlx_nb.view.event_text import (
     rollout_words,
     summary_rows,
 )
-from mlx_nb.view.metric_text import main_metrics, number, reward_of
+from mlx_nb.view.metric_text import decimals, main_metrics, number, reward_of
 from mlx_nb.view.pace import time_left
 from mlx_nb.view.panel.state import progress_of
 
@@ -66,6 +66,20 @@ def test_the_metrics_that_say_most_come_first_and_times_never():
 )
 def test_a_number_is_told_with_three_digits_and_rounding_errors_as_zero(value, said):
     assert number(value) == said
+
+
+def test_a_small_loss_never_reads_as_zero():
+    assert [decimals(value) for value in (2.71828, 0.01, 0.00045778, 0.0, -0.0021)] == [
+        "2.718",
+        "0.010",
+        "0.00046",
+        "0.000",
+        "-0.0021",
+    ]
+    history = History([update(1, loss=0.00045778), evaluation(1, 0.00031)])
+    for text in (progress_line(history, 2), " · ".join(progress_of(history, 2, 40)["parts"])):
+        assert "loss 0.00046" in text
+        assert "validation 0.00031" in text
 
 
 def test_an_evaluation_says_perplexity_or_what_the_method_measures():

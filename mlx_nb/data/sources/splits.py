@@ -199,7 +199,9 @@ def _not_found(text: str, path: Path, variables: Mapping[str, object], folder: P
             f"{shown(text)} is not a file or folder, and text alone is not a row. A row is a dict, such as "
             '{"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}.'
         )
-    return f"no such file or folder: {text}.{near} Working folder: {Path.cwd() / folder}."
+    there = [name for name in variables if not name.startswith("_") and could_be_rows(variables[name])]
+    another = f" The variable `{there[0]}` may hold rows: `data: {there[0]}`." if there and not near else ""
+    return f"no such file or folder: {text}.{near} Working folder: {Path.cwd() / folder}.{another}"
 
 
 def _open(found: object, label: str, words: SplitWords, known: _Known) -> Splits:

@@ -16,7 +16,7 @@ from mlx_nb.events import SettingChanged
 from mlx_nb.events.history import History, decimated, smoothed
 from mlx_nb.view.curves.main_quantity import live_quantity, validations_of
 from mlx_nb.view.curves.points import SHORT_RUN
-from mlx_nb.view.metric_text import deciding, headline, main_metrics
+from mlx_nb.view.metric_text import deciding, decimals, headline, main_metrics
 from mlx_nb.view.theme import INK
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _mark_best(axes: Axes, history: History, name: str) -> None:
     value = deciding(best)[1]
     axes.plot([best["step"]], [value], "o", markersize=9, markerfacecolor="none", markeredgecolor=VALID_COLOR)
     axes.annotate(
-        f"best {value:.3f}",
+        f"best {decimals(value)}",
         (1, 1),
         xycoords="axes fraction",
         textcoords="offset points",

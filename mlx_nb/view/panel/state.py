@@ -13,6 +13,7 @@ from mlx_nb.config.run_config import LIVE_SETTINGS, SETTINGS, RunConfig
 from mlx_nb.events import Progress, RunStarted, RunState, SampleGenerated, StepCompleted
 from mlx_nb.events.history import History, losses_by_row
 from mlx_nb.view.event_text import count, duration, progress_words, validation_words
+from mlx_nb.view.metric_text import decimals
 from mlx_nb.view.pace import RECENT_UPDATES, time_left, tokens_per_second
 from mlx_nb.view.panel.run_handle import RunHandle
 from mlx_nb.view.theme import visible_parts
@@ -101,8 +102,8 @@ def progress_of(history: History, iters: int | None, tokens: int) -> PageData:
     step = last.step if last else 0
     parts = [f"update {step} of {iters}" if iters else "not loaded yet"]
     if last:
-        parts.append(f"loss {last.loss:.3f}")
-        parts += [f"reward {last.metrics['reward']:.3f}"] if "reward" in last.metrics else []
+        parts.append(f"loss {decimals(last.loss)}")
+        parts += [f"reward {decimals(last.metrics['reward'])}"] if "reward" in last.metrics else []
         parts += [validation_words(row) for row in history.evaluations("valid")[-1:]]
         parts.append(f"{count(tokens)} tokens, {tokens_per_second(history):.0f} a second")
         parts.append(f"{duration(history.elapsed)} elapsed")
