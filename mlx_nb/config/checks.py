@@ -303,6 +303,11 @@ def _check_full(config: CheckedConfig) -> Iterator[SettingError]:
             (name,),
             f"`{name}` has no effect with `fine_tune_type: full`. Remove it, or use lora or dora.",
         )
+    if config.fine_tune_type == "full" and config.loraplus_lr_ratio is not None:
+        yield SettingError(
+            ("loraplus_lr_ratio",),
+            "`loraplus_lr_ratio` has no effect with `fine_tune_type: full`, which has no B matrices. Remove it.",
+        )
 
 
 def _check_optimizer(config: CheckedConfig) -> Iterator[SettingError]:

@@ -273,7 +273,6 @@ UNSUPPORTED = {
     "train_unembed": "switch for the output layer",
     "bias": "training of biases",
     "init_lora_weights": "other start of the adapter",
-    "loraplus_lr_ratio": "rate of its own for the B matrices",
     "neftune_noise_alpha": "noise on embeddings",
     "judge": "judge model",
     "judge_config": "judge model",

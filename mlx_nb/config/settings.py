@@ -355,6 +355,13 @@ class DeclaredSettings(Settings):
         },
     )
     learning_rate: float = setting(1e-4, "Peak learning rate.", group="optimizer", above=0, live=True)
+    loraplus_lr_ratio: float | None = setting(
+        None,
+        "LoRA+: the B matrices of the adapter learn at this many times the learning rate, often 16. null = as the "
+        "others.",
+        group="optimizer",
+        above=0,
+    )
     lr_schedule: LrSchedule = setting(
         LrSchedule(),
         "cosine, linear, constant, or {name, arguments, warmup, warmup_init} as in mlx-lm.",

@@ -68,7 +68,8 @@ class Stepper:
     """Updates the trainable parameters of a model with an optimizer and an objective.
 
     `poll` is called before each forward pass and before an update is applied, and may raise to abort. A batch of enough
-    tokens is computed in up to `lanes` parallel parts (model/lanes.py).
+    tokens is computed in up to `lanes` parallel parts (model/lanes.py). Each update moves the B matrices of an adapter
+    `b_ratio` times as far as the optimizer says: LoRA+, https://arxiv.org/abs/2402.12354, section 4.
     """
 
     def __init__(
@@ -81,8 +82,10 @@ class Stepper:
         compiled: bool,
         lanes: int = 1,
         poll: Callable[[], None] = lambda: None,
+        b_ratio: float = 1.0,
     ) -> None:
         self.model = model
+        self.b_ratio = b_ratio
         self.poll = poll
         self.optimizer = optimizer
         self.objective = objective
@@ -223,6 +226,8 @@ class Stepper:
             self.optimizer.learning_rate = learning_rate
             before = self._form.join(self.model.trainable_parameters())
             parameters = self._form.split(self.optimizer.apply_gradients(gradients, before))
+            if self.b_ratio != 1.0:
+                parameters = _further(parameters, self.model.trainable_parameters(), self.b_ratio)
             self._form.evaluate(parameters)
             mx.eval(self.optimizer.state)
             self.poll()
@@ -257,6 +262,19 @@ def sum_and_gradients(model: nn.Module, parameters: Any, sums: Callable[[], Loss
         return found.total, _packed(found)
 
     return mx.value_and_grad(total)(parameters)
+
+
+def _further(parameters: Any, before: Any, ratio: float) -> Any:
+    """`parameters` with the B matrices moved `ratio` times as far from `before`, which is a rate of `ratio` times.
+
+    True of every optimizer whose step is proportional to the rate; decoupled weight decay is part of the step.
+    """
+    old = dict(named_arrays(before))
+    moved = [
+        (name, old[name] + ratio * (array - old[name]) if name.endswith(".lora_b") else array)
+        for name, array in named_arrays(parameters)
+    ]
+    return tree_unflatten(moved)
 
 
 def largest_gradients(gradients: Any) -> list[tuple[str, float]]:

@@ -188,6 +188,7 @@ class Trainer:
                 compiled=compiled,
                 lanes=lane_count(),
                 poll=self._poll,
+                b_ratio=config.loraplus_lr_ratio or 1.0,
             )
         except BaseException:
             self.close()

@@ -120,6 +120,7 @@ TABLE = {
     "optimizer": (SFT, ["adamw", "lion"]),
     "optimizer_config": (SFT, [{}, {"betas": [0.5, 0.6]}]),
     "learning_rate": (SFT, [1e-2, 1e-3]),
+    "loraplus_lr_ratio": (SFT, [None, 4.0]),
     "lr_schedule.name": (SFT, ["cosine", "linear"]),
     "lr_schedule.arguments": ({**SFT, "learning_rate": None}, [[1e-2, 10], [1e-2, 2]]),
     "lr_schedule.warmup": (SFT, [None, 2]),
