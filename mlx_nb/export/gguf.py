@@ -121,14 +121,14 @@ def write_adapter(inputs: FuseInputs, folder: Path, base: Path | None = None) ->
     refuse_foreign(folder)
     live, tokenizer = inputs.trainer.model, inputs.loaded.tokenizer
     layout, _, _ = _described(inputs)
-    matrices = list(_named(inputs, adapter_tensors(live, layout)))
+    alpha = float(config.lora_parameters.scale * config.lora_parameters.rank)
+    matrices = list(_named(inputs, adapter_tensors(live, layout, alpha)))
     name = f"{inputs.name}-lora.gguf"
     with replacing_folder(folder, inputs.run_id, inputs.name) as work:
         writer = gguf.GGUFWriter(str(work / name), layout.family.architecture)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_name(inputs.name)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        alpha = config.lora_parameters.scale * config.lora_parameters.rank
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
         for tensor_name, matrix in matrices:
             writer.add_tensor(tensor_name, matrix)
@@ -251,8 +251,8 @@ def _prove_adapter(path: Path, inputs: FuseInputs, layout: Layout, matrices: Seq
     for module_path, module in adapter_modules(inputs.trainer.model):
         name = layout.name(f"{module_path}.weight")
         a, b = there[f"{name}.lora_a"], layout.to_mlx(name, there[f"{name}.lora_b"])
-        live_a, live_b = (np.array(array.astype(mx.float32)).T for array in (module.lora_a, module.lora_b))
-        same = np.array_equal(a, live_a) and np.array_equal(b, live_b) and np.isclose(alpha / len(a), module.scale)
+        change = module.scale * np.array((module.lora_a @ module.lora_b).astype(mx.float32)).T
+        same = np.allclose(alpha / len(a) * (b @ a), change, rtol=1e-4, atol=1e-6 * (1 + np.abs(change).max()))
         if not same:
             raise ModelError(f"{path.name}: {name} does not hold the adapter of {module_path}.")
 

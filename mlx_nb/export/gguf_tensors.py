@@ -105,8 +105,10 @@ def _value(wrapper: nn.Module | None, source: nn.Module, key: str) -> Callable[[
     return (lambda: values_of(source)) if wrapper is None else (lambda: fused_values(wrapper))
 
 
-def adapter_tensors(live: nn.Module, layout: Layout) -> Iterator[tuple[str, np.ndarray]]:
+def adapter_tensors(live: nn.Module, layout: Layout, alpha: float) -> Iterator[tuple[str, np.ndarray]]:
     """The matrices of a LoRA adapter under llama.cpp's names: `.lora_a` (rank, in) and `.lora_b` (out, rank) float32.
+
+    llama.cpp scales each by alpha / rank, so where a module has another scale, the rest of it is in `.lora_b`.
 
     Raises Unwritable for DoRA, embeddings and experts, which llama.cpp does not apply.
     """
@@ -115,11 +117,16 @@ def adapter_tensors(live: nn.Module, layout: Layout) -> Iterator[tuple[str, np.n
         if kind != "LoRALinear":
             raise Unwritable(f"{path} has an adapter of the kind {kind}, which llama.cpp cannot apply")
         name = layout.name(f"{path}.weight")
-        yield f"{name}.lora_a", np.ascontiguousarray(np.array(module.lora_a.astype(mx.float32)).T)
-        yield (
-            f"{name}.lora_b",
-            layout.to_llama(name, np.ascontiguousarray(np.array(module.lora_b.astype(mx.float32)).T)),
-        )
+        a, b = lora_matrices(module, alpha)
+        yield f"{name}.lora_a", a
+        yield f"{name}.lora_b", layout.to_llama(name, b)
+
+
+def lora_matrices(module: nn.Module, alpha: float) -> tuple[np.ndarray, np.ndarray]:
+    """A (rank, in) and B (out, rank) of a LoRA module, float32: its change is alpha / rank * B @ A."""
+    a, b = (np.ascontiguousarray(np.array(array.astype(mx.float32)).T) for array in (module.lora_a, module.lora_b))
+    rest = module.scale * len(a) / alpha if alpha else 1.0
+    return a, b if rest == 1 else b * np.float32(rest)
 
 
 def encoded(rows: np.ndarray, wanted: str) -> tuple[np.ndarray, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 import gguf
 import mlx.core as mx
 import numpy as np
@@ -16,10 +14,11 @@ from mlx_nb.export import gguf_tensors
 from mlx_nb.export.gguf import TYPES, lm_studio_folder
 from mlx_nb.export.gguf_families import Unwritable
 from mlx_nb.export.gguf_tokenizer import tokenizer_metadata
-from mlx_nb.model.gguf.convert import write_model
+from mlx_nb.model.gguf.convert import half_by_half, write_model
 from mlx_nb.model.gguf.tokenizer import build_tokenizer
 from mlx_nb.model.loading import load_model, load_tokenizer
 from runs import rows_run
+from tiny import tiny_rows
 
 READABLE = (
     "llama",
@@ -137,6 +136,18 @@ def test_an_adapter_alone_has_its_matrices_and_scale(tmp_path, no_llama_cpp):
     assert "ADAPTER ./tiny-lora.gguf" in written.modelfile.read_text()
 
 
+def test_modules_with_other_scales_keep_them(tmp_path, no_llama_cpp):
+    run = family_run(tmp_path, "llama")
+    module = run.model.layers[1].self_attn.q_proj
+    module.scale *= 3
+    written = run.gguf(tmp_path / "out", adapter=True)
+    there = {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(str(written.path)).tensors}
+    name = "blk.1.attn_q.weight"
+    alpha, rank = run.config.lora_parameters.scale * run.config.lora_parameters.rank, module.lora_a.shape[1]
+    change = alpha / rank * half_by_half(there[f"{name}.lora_b"], 4) @ there[f"{name}.lora_a"]
+    assert np.allclose(change, module.scale * np.array(module.lora_a @ module.lora_b).T, atol=1e-5)
+
+
 def test_what_cannot_be_written_is_refused_by_name(tmp_path, no_llama_cpp):
     refusals = {
         "dora": ({"fine_tune_type": "dora"}, "not dora"),
@@ -213,75 +224,28 @@ def test_a_sentencepiece_tokenizer_keeps_its_merges(tmp_path):
         assert again.encode(text) == original.encode(text)
 
 
-@pytest.mark.real_model
-@pytest.mark.parametrize("kind", ["f16", "q8_0", "adapter"])
-def test_smollm2_answers_in_llama_cpp_as_in_mlx(kind, tmp_path, real_llama_cpp):
-    run = pirate(tmp_path)
-    if kind == "adapter":
-        base = pirate(tmp_path / "base", iters=1, learning_rate=0.0).gguf(tmp_path / "base.out", type="f16").path
-        job = {"model": str(base), "adapter": str(run.gguf(tmp_path / "out", adapter=True, base=base).path)}
-    else:
-        job = {"model": str(run.gguf(tmp_path / "out", type=kind).path)}
-    answers, theirs = both_answers(run, job)
-    flips = [(mlx, llama) for mlx, llama in zip(answers, theirs) if mlx != llama]
-    print(kind, flips)
-    assert len(flips) <= 1
-    shutil.rmtree(tmp_path / "out")
+def test_the_command_writes_a_file_and_says_how_to_run_it(shell, tiny_folder, tmp_path, no_llama_cpp):
+    shell.user_ns["rows"] = tiny_rows()
+    shell.run_cell_magic("finetune", "--wait --name bees", f"model: {tiny_folder}\ndata: rows\niters: 1")
+    told = str(shell.run_line_magic("finetune", "gguf out --type q8_0"))
+    assert "all 20 tensors were read back" in told
+    assert "ollama create bees-q8_0 -f out/Modelfile && ollama run bees-q8_0" in told
+    assert "lms import --user-repo mlx_nb/bees-q8_0 -y -c out/bees-q8_0.gguf" in told
+    assert "FROM ./bees-q8_0.gguf" in (tmp_path / "out" / "Modelfile").read_text()
+    told = str(shell.run_line_magic("finetune", "gguf out --adapter"))  # an earlier export is replaced
+    assert "llama-cli -m BASE.gguf --lora out/bees-lora.gguf" in told
+    assert [path.name for path in (tmp_path / "out").glob("*.gguf")] == ["bees-lora.gguf"]
 
 
-SUBJECTS = [
-    "cat",
-    "dog",
-    "cow",
-    "hen",
-    "pig",
-    "duck",
-    "goat",
-    "owl",
-    "bee",
-    "fox",
-    "wolf",
-    "bear",
-    "crow",
-    "frog",
-    "hare",
-    "lion",
-    "mouse",
-    "seal",
-    "swan",
-    "toad",
-]
-QUESTIONS = [f"What does a {subject} say?" for subject in SUBJECTS]
+def test_an_interrupt_leaves_the_earlier_file(tmp_path, no_llama_cpp, monkeypatch):
+    run = family_run(tmp_path, "qwen2")
+    before = run.gguf(tmp_path / "out").path.read_bytes()
 
+    def interrupted(*_arguments):
+        raise KeyboardInterrupt
 
-def pirate(folder, **settings):
-    from mlx_nb import Run, RunConfig
-
-    rows = [{"prompt": f"What does a {one} say?", "completion": f"Arr, the {one} says nothing!"} for one in SUBJECTS]
-    values = {
-        "model": "smollm2-135m",
-        "data": rows,
-        "iters": 6,
-        "batch_size": 4,
-        "learning_rate": 2e-4,
-        "num_layers": 8,
-    }
-    values |= {"val_set_size": 0, "adapter_path": str(folder / "run"), **settings}
-    run = Run(RunConfig.from_dict(values), name="pirate")
-    run.run()
-    return run
-
-
-def both_answers(run, job, most=16):
-    """The greedy answers of mlx and of llama.cpp to 20 prompts, as tokens up to the end token."""
-    from mlx_nb.export.llama_cpp import run_llama_cpp
-
-    fast, ends = run.tokenizer._tokenizer, set(run.tokenizer.eos_token_ids)
-    prompts = [
-        fast.apply_chat_template([{"role": "user", "content": one}], add_generation_prompt=True, return_dict=False)
-        for one in QUESTIONS
-    ]
-    found = run_llama_cpp({**job, "prompts": prompts, "most": most})
-    theirs = [found[f"answer-{number}"].tolist() for number in range(len(prompts))]
-    texts = [fast.decode([token for token in answer if token not in ends]) for answer in theirs]
-    return run.generate(QUESTIONS, max_tokens=most), texts
+    monkeypatch.setattr(gguf_module, "prove", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.gguf(tmp_path / "out", type="q8_0")
+    assert (tmp_path / "out" / "tiny-f16.gguf").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "run"]

@@ -63,6 +63,13 @@ def mean(name, part):
     "updates": run.step_count,
 }"""
 
+SHIPPED = """{
+    "lost": {one.precision: round(one.lost, 2) for one in report.candidates},
+    "predicted": {one.precision: round(one.predicted, 2) for one in report.candidates},
+    "base": report.base_loss,
+    "recommended": report.recommended,
+}"""
+
 
 def executed(folder: Path, name: str, asked: str) -> nbformat.NotebookNode:
     from nbclient import NotebookClient
@@ -151,3 +158,14 @@ def test_a_reward_of_ones_own_is_learned_and_a_failing_one_is_named(tmp_path):
     assert result["completion_tokens"][1] < result["completion_tokens"][0]
     assert result["largest_kl"] < 0.5
     assert "ValueError: no full stop" in text_of(notebook, "%finetune rollouts")
+
+
+def test_a_fine_tune_is_shipped_with_what_it_learned(tmp_path):
+    notebook = executed(tmp_path, "07_ship_it.ipynb", SHIPPED)
+    result = result_of(notebook)
+    assert result["lost"]["base"] > 0.5 > result["lost"]["16-bit"]
+    assert result["predicted"]["base"] > result["predicted"]["mixed"]
+    assert result["recommended"] != "base"
+    assert "with the adapter" in text_of(notebook, "%finetune fuse home_fused")
+    assert "all 272 tensors were read back" in text_of(notebook, "%finetune gguf home_gguf")
+    assert "home-lora.gguf" in text_of(notebook, "%finetune gguf home_adapter")
