@@ -176,13 +176,21 @@ def test_what_cannot_be_written_is_refused_by_name(tmp_path, no_llama_cpp):
     assert set(TYPES) >= {"f16", "q8_0", "q4_k_m"}
 
 
-def test_a_family_or_setting_that_llama_cpp_lacks_is_named(tmp_path, tiny_folder, no_llama_cpp):
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("mamba", "'mamba' is not among the families that can be written: llama, mistral"),
+        ("llama", r"llama\.cpp has no llama with sliding windows"),
+    ],
+)
+def test_a_family_or_setting_that_llama_cpp_lacks_is_named(family, reason, tmp_path, tiny_folder, no_llama_cpp):
     from families import save_family
 
-    run = rows_run(tmp_path, save_family("qwen3_moe", tmp_path / "moe", tiny_folder), iters=1, save_every=-1)
+    run = rows_run(tmp_path, save_family(family, tmp_path / "model", tiny_folder), iters=1, save_every=-1)
     run.run()
-    with pytest.raises(ModelError, match="'qwen3_moe' is not among the families that can be written: llama"):
+    with pytest.raises(ModelError, match=reason):
         run.gguf(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_for_lm_studio_is_in_its_folder(tmp_path, no_llama_cpp, monkeypatch):
