@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from mlx_nb.errors import ModelError
 from mlx_nb.model.custom_functions import Mark, recording_custom_functions
 
 _BYTES = {"bool": 1, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2, "float16": 2, "bfloat16": 2}
@@ -55,7 +56,10 @@ class Graph(NamedTuple):
 
 
 def recorded(function: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.array]) -> Graph:
-    """The operations of `function(*arrays)`. Neither the arrays nor the results are evaluated."""
+    """The operations of `function(*arrays)`. Neither the arrays nor the results are evaluated.
+
+    Raises ModelError for an operation that mlx cannot record.
+    """
     events: list[dict[str, Any]] = []
     results = 0
     with recording_custom_functions() as marks:
@@ -66,7 +70,10 @@ def recorded(function: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.ar
             results = len(found)
             return found + [array for mark in marks for group in mark for array in group]
 
-        mx.export_function(events.append, marked, *arrays)
+        try:
+            mx.export_function(events.append, marked, *arrays)
+        except ValueError as error:
+            raise ModelError(f"the memory of this model cannot be planned: {' '.join(str(error).split())}.") from None
     operations, forms = list[Operation](), dict[str, Form]()
     names: dict[str, list[str]] = {}
     for event in events:

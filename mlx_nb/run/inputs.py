@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from mlx_nb.model.logprobs import TargetScorer
     from mlx_nb.rollouts.rewards.resolve import Reward
     from mlx_nb.train.answer_metrics import AnswerMetrics
+    from mlx_nb.train.memory_plan import MemoryPlan
     from mlx_nb.train.reference_logprobs import ReferenceLogprobs
     from mlx_nb.train.state import TrainerExamples
 
@@ -59,6 +60,7 @@ class RunInputs:
         self.namespace = namespace
         self.left_out: dict[str, list[LeftOut]] = {}
         self.reading = Interruptible()  # rows; their source may run user code
+        self.memory_plan: MemoryPlan | None = None  # if it was made before the model was loaded
         self._tokenizing: dict[str, Generator[tuple[int, float], None, Outcome]] = {}
         self._base_answers: dict[tuple[str, int], str] = {}
         self._named_as_changed: set[str] = set()

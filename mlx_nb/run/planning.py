@@ -60,8 +60,12 @@ def refusing_what_cannot_fit(inputs: RunInputs) -> Generator[Progress, None, Non
     if rough is not None and rough <= budget:
         return
     yield Progress(0, "loading a plan of the memory", 0, 0)
-    planner = MemoryPlanner(inputs.description, config)
-    refuse_beyond_budget(planned(config.model, planner, shape, budget), planner)
+    try:
+        planner = MemoryPlanner(inputs.description, config)
+        inputs.memory_plan = planned(config.model, planner, shape, budget)
+    except Exception:  # model code may raise anything; a note will say so, and other checks of memory remain
+        return
+    refuse_beyond_budget(inputs.memory_plan, planner)
 
 
 def tokenizing(inputs: RunInputs) -> Iterator[Progress]:
@@ -95,7 +99,9 @@ def plan_notes(inputs: RunInputs) -> list[str]:
         rough = rough_peak(inputs.description, config, shape)
         if rough is not None and rough < _WORTH_A_NOTE:
             return []
-        plan = planned(config.model, MemoryPlanner(inputs.description, config), shape, _budget(inputs))
+        plan = inputs.memory_plan
+        if plan is None or plan.shape != shape:
+            plan = planned(config.model, MemoryPlanner(inputs.description, config), shape, _budget(inputs))
     except Exception as error:  # the plan is only information, and model code may raise anything
         return [f"The memory of this run could not be planned ({_one_line(error)})."]
     return [plan.note]

@@ -339,15 +339,27 @@ def budget_of(limit: str, available: Callable[[], int]) -> int | None:
 
 
 def rough_peak(description: Mapping[str, Any], config: RunConfig, shape: BatchShape) -> int | None:
-    """A fast estimate, usually about twice the peak; None for a model whose sizes config.json does not give plainly."""
+    """A fast estimate, usually about twice the peak; None for a model whose sizes cannot be found."""
     sizes = [size for name in _ROUGH_SIZES if isinstance(size := description.get(name), int)]
     if len(sizes) < len(_ROUGH_SIZES) or any("expert" in name for name in description):
-        return None
+        return _rough_peak_from_modules(description, config, shape)
     width, inner, layers, heads, vocabulary = sizes
     numbers = layers * (4 * width + 3 * inner) * width + 2 * vocabulary * width
     trained = numbers if config.fine_tune_type == "full" else 0.03 * numbers * max(1, config.lora_parameters.rank / 8)
     of_token = layers * (30 * width + 12 * inner + 3 * heads * shape.tokens) + 8 * vocabulary
     return int(4 * (numbers + 10 * trained + shape.sequences * shape.tokens * of_token))
+
+
+def _rough_peak_from_modules(description: Mapping[str, Any], config: RunConfig, shape: BatchShape) -> int | None:
+    try:
+        whole = MemoryPlanner(description, config).whole
+        sizes = whole.scorer.sizes
+    except Exception:  # mlx-lm's model code may raise anything
+        return None
+    of_layer = 150 * sizes.hidden + 3 * -(-sizes.hidden // 32) * shape.tokens
+    of_token = sizes.layers * of_layer + 8 * sizes.vocabulary
+    fixed = whole.weight_bytes + 8 * (whole.trained_bytes + whole.state_bytes)
+    return int(fixed + 4 * shape.sequences * shape.tokens * of_token)
 
 
 _ROUGH_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_nb import Run, cli
-from mlx_nb.errors import OutOfMemory
+from mlx_nb.errors import ModelError, OutOfMemory
 from mlx_nb.events import RunFailed, RunState
 from runs import rows_run
 
@@ -88,3 +88,16 @@ def test_a_plan_needs_only_config_json(tmp_path, tiny_folder, capsys):
     assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
     assert cli.main(["plan", str(folder), "max_seq_length=64"]) == 0
     assert "parameters" in capsys.readouterr().out
+
+
+def test_a_model_that_cannot_be_planned_is_trained_and_named(tmp_path, tiny_folder, monkeypatch):
+    from mlx_nb.train.update_memory import UpdateMemory
+
+    def fails(*_arguments):
+        raise ModelError("the memory of this model cannot be planned: no such operation.")
+
+    monkeypatch.setattr(UpdateMemory, "backward", fails)
+    run = rows_run(tmp_path, tiny_folder, memory_limit="10KB")
+    assert run.step().step == 1
+    with pytest.raises(ModelError, match="cannot be planned"):
+        run.plan()

@@ -99,6 +99,8 @@ def test_the_rough_estimate_is_above_the_plan():
             made = config(**settings)
             assert rough_peak(LLAMA, made, shape) > sum(MemoryPlanner(LLAMA, made).peak(shape).values())
     assert rough_peak({"model_type": "odd"}, config(), BatchShape(1, 64, 64)) is None
+    from_modules = rough_peak({**LLAMA, "num_experts": 0}, config(), BatchShape(4, 512, 512))
+    assert from_modules > sum(MemoryPlanner(LLAMA, config()).peak(BatchShape(4, 512, 512)).values())
 
 
 @pytest.mark.parametrize(("text", "size"), [("12GB", 12 * 10**9), ("800 MB", 8 * 10**8), ("1.5gb", 15 * 10**8)])
