@@ -311,7 +311,8 @@ class Trainer:
             self.finished = replace(self.finished, path=str(folder))
 
     def _failed(self, error: TrainingError) -> RunFailed:
-        what = advice(type(error), self.state.step, self.config.learning_rate)
+        doubtful = bool(warnings_about(self.config))
+        what = advice(type(error), self.state.step, self.config.learning_rate, doubtful=doubtful)
         places = self.places_of(error.rows)
         text = " ".join(filter(None, (str(error), places, what)))
         return RunFailed(self.state.step, error.reason, text, error.rows, error.largest_gradients)

@@ -89,15 +89,21 @@ class SpikeWatch:
         return 0 if len(self.comparable_losses) >= FEWEST_LOSSES else self.before
 
 
-def advice(kind: type[TrainingError], step: int = FIRST_UPDATES, learning_rate: float = 0.0) -> str:
-    """Advice about an update that was not applied, after `step` updates at `learning_rate`."""
+def advice(
+    kind: type[TrainingError], step: int = FIRST_UPDATES, learning_rate: float = 0.0, *, doubtful: bool = False
+) -> str:
+    """Advice about an update that was not applied, after `step` updates at `learning_rate`.
+
+    `doubtful` says that there is a warning about this rate.
+    """
     if kind is LossRaised:
         return "The update was not applied. Correct the function, run its cell again, and then `%finetune resume`."
     if kind is ModelChanged:
         return "The update was not applied."
-    if kind is NonFiniteLoss and step < FIRST_UPDATES:
+    if kind is NonFiniteLoss and (doubtful or step < FIRST_UPDATES):
+        when = "This early in a run the" if step < FIRST_UPDATES else "The"
         return (
-            f"The update was not applied. This early in a run the likely cause is the learning rate "
+            f"The update was not applied. {when} likely cause is the learning rate "
             f"({learning_rate:.3g}) or the base model, not the rows: check `%finetune generate hello --base`, and "
             "try a tenth of the rate with `%finetune rewind --to 0` and `%finetune set learning_rate=...`. "
             "`%finetune skip` skips this batch; then `%finetune run`."

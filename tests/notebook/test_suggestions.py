@@ -74,6 +74,23 @@ def test_early_nan_suspects_rate_and_base_before_the_rows():
     assert early.index("1e+04") < early.index("--base") < early.index("skip")
     assert "likely cause" in early
     assert "likely cause" not in late
+    doubted = advice(NonFiniteLoss, FIRST_UPDATES, 1e4, doubtful=True)
+    assert doubted.index("likely cause") < doubted.index("1e+04") < doubted.index("skip")
+    assert "early" not in doubted
+
+
+def test_nan_at_a_doubted_rate_suspects_it_at_any_update(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = Run(
+        RunConfig(model=str(tiny_folder), data="rows", iters=20, learning_rate=1.0, steps_per_eval=-1),
+        namespace={"rows": tiny_rows()},
+    )
+    run.step(6)
+    told = run.trainer._failed(NonFiniteLoss("loss is nan")).error
+    assert "The likely cause is the learning rate (1)" in told
+    run.set(learning_rate=1e-4)
+    run.step()
+    assert "likely cause" not in run.trainer._failed(NonFiniteLoss("loss is nan")).error
 
 
 def test_rows_are_named_by_their_place_in_the_data_where_some_are_held_out(tiny_folder, tmp_path, monkeypatch):
