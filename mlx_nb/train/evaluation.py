@@ -84,14 +84,21 @@ def _estimates(measured: Measured, target_bytes: dict[int, int], in_nats: bool) 
         sums[row] = sums.get(row, 0.0) + loss * unit
         units[row] = units.get(row, 0.0) + unit
     mean = ratio(list(sums.values()), list(units.values()))
+    if in_nats:
+        mean = _not_negative(mean)
     found = {"loss": mean}
     if in_nats:
         ends = [perplexity_of(one) for one in (mean.value, mean.low, mean.high)]
         found["perplexity"] = Estimate(ends[0], ends[1], ends[2], mean.rows)
         if sum(target_bytes.values()):
             bits = [total / math.log(2) for total in sums.values()]
-            found["bits_per_byte"] = ratio(bits, [target_bytes[row] for row in sums])
+            found["bits_per_byte"] = _not_negative(ratio(bits, [target_bytes[row] for row in sums]))
     return found
+
+
+def _not_negative(one: Estimate) -> Estimate:
+    """The estimate of a quantity that is never below 0, such as a negative log-likelihood."""
+    return one if math.isnan(one.low) else one._replace(low=max(0.0, one.low))
 
 
 def _bytes_of(examples: Sequence[Any], measured: Measured, tokenizer: Tokenizer) -> dict[int, int]:

@@ -175,6 +175,8 @@ def test_exact_match_grows_at_validation_on_rows_that_are_held_out(tmp_path, tin
     assert matches[0] == 0.0
     assert matches[1] > 0.2
     assert matches[-1] > 0.9
+    lows = [one.intervals["loss"][0] for one in evaluations(run)]
+    assert min(lows) >= 0.0
     # The first of those that match most, not the one with the lowest loss, which still falls.
     assert run.history.best_validation["step"] == 30 * matches.index(max(matches))
 
