@@ -55,6 +55,7 @@ def logits_of(model, tokens):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.matrix(every=3)
 def test_mlx_lm_loads_a_fused_model_and_computes_the_same(kind, tmp_path, tiny_folder):
     from mlx_lm import load
     from mlx_lm.generate import generate

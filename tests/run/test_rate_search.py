@@ -64,6 +64,7 @@ def test_the_run_is_as_it_was_and_goes_on_with_the_same_bits(tmp_path, tiny_fold
 
 
 @pytest.mark.parametrize("moment", range(10))
+@pytest.mark.matrix(every=3)
 def test_an_interrupt_at_any_moment_restores_everything(tmp_path, tiny_folder, moment):
     run = run_of(tmp_path, tiny_folder)
     run.step()
