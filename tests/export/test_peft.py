@@ -396,7 +396,7 @@ def test_peft_reads_adapters_of_smollm2(smollm2, tmp_path):
         model = smollm2().model
         config = randomized(model, 0.01, **OURS[name])
         ours = np.array(model(mx.array([tokens]))[0])
-        assert np.abs(ours - np.array(loaded.model(mx.array([tokens]))[0])).max() > 1
+        assert np.abs(ours - np.array(loaded.model(mx.array([tokens]))[0])).max() > 0.1
         expected[written(model, config, tmp_path / name, use_rslora=name == "rslora")] = ours
     for (folder, ours), theirs in zip(expected.items(), logits_of_peft(base, tokens, *expected), strict=True):
         assert np.abs(ours - theirs).max() < 1e-4, folder
