@@ -15,7 +15,7 @@ import numpy as np
 from mlx_nb.data.examples.prompt import PromptExample
 from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.data.rows.asked import NoReference
-from mlx_nb.errors import DataError
+from mlx_nb.errors import DataError, counted
 from mlx_nb.events import Event, Progress
 from mlx_nb.model.limits import limits_of
 from mlx_nb.process.interruptible import Interruptible
@@ -142,7 +142,8 @@ class AnswerMetrics:
         if not questions:
             raise DataError(refusals[0] if refusals else f"there are no rows in the {split} split to ask.")
         more = len(refusals) - _REFUSALS
-        return questions, [*refusals[:_REFUSALS], *([f"{more} more rows were not asked."] if more > 0 else [])]
+        rest = [f"Not asked: {counted(more, 'more row')}."] if more > 0 else []
+        return questions, [*refusals[:_REFUSALS], *rest]
 
     def _answer(
         self, model: nn.Module, prompts: Sequence[Sequence[int]], positions: int | None

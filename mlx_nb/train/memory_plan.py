@@ -10,6 +10,7 @@ from typing import Any
 from mlx_nb.config.memory_limit import AUTO, OFF, bytes_of
 from mlx_nb.config.methods import method_named
 from mlx_nb.config.run_config import RunConfig
+from mlx_nb.config.settings import LoraParameters
 from mlx_nb.errors import ConfigError, ModelError, OutOfMemory
 from mlx_nb.model.backend import is_cpu
 from mlx_nb.model.graph_memory import Peak
@@ -325,6 +326,9 @@ def _changes(plan: MemoryPlan, planner: MemoryPlanner) -> Iterator[tuple[str, Ca
         yield f"max_seq_length: {half.tokens}", lambda: planner.peak(half)
     if config.fine_tune_type == "full":
         yield "fine_tune_type: lora", changed(fine_tune_type="lora")
+    elif config.lora_parameters.rank > (usual := LoraParameters().rank):
+        lower = replace(config.lora_parameters, rank=usual)
+        yield f"lora_parameters: {{rank: {usual}}}", changed(lora_parameters=lower)
     if config.load_in_bits is None and not is_cpu() and config.fine_tune_type != "full":
         yield "load_in_bits: 4", changed(load_in_bits=4)
     if snapshots := plan.parts.get(SNAPSHOTS, 0):

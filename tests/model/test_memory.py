@@ -121,6 +121,11 @@ def test_available_memory_minds_a_limit_of_the_address_space(tmp_path):
 )
 def test_an_adapter_beyond_memory_is_refused_before_it_is_made(tmp_path, tiny_folder, settings):
     run = run_of("sft", tmp_path, tiny_folder, **settings)
+    with pytest.raises(
+        OutOfMemory, match=r"needs .* GB at its peak .* GB may be used.*`lora_parameters: {rank: 8}` saves"
+    ):
+        run.step()
+    run = run_of("sft", tmp_path, tiny_folder, **settings, memory_limit="off")
     with pytest.raises(OutOfMemory, match=r"rank 10*0 .* needs at least .* GB, and .* GB are available.*lora_param"):
         run.step()
 
