@@ -399,4 +399,5 @@ def test_peft_reads_adapters_of_smollm2(smollm2, tmp_path):
         assert np.abs(ours - np.array(loaded.model(mx.array([tokens]))[0])).max() > 0.1
         expected[written(model, config, tmp_path / name, use_rslora=name == "rslora")] = ours
     for (folder, ours), theirs in zip(expected.items(), logits_of_peft(base, tokens, *expected), strict=True):
-        assert np.abs(ours - theirs).max() < 1e-4, folder
+        # Logits of up to 29 in float32: the base alone differs by 7e-5, and PEFT's own are 1e-4 from float64.
+        assert np.abs(ours - theirs).max() < 1e-5 * np.abs(ours).max(), folder
