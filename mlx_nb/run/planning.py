@@ -13,7 +13,7 @@ from mlx_nb.run.inputs import RunInputs
 if TYPE_CHECKING:
     from mlx_nb.train.memory_plan import MemoryPlan
 
-_WORTH_A_NOTE = 10**9  # bytes; below, a plan takes longer than it is worth
+_WORTH_A_NOTE = 10**9  # bytes; below, or below a quarter of the limit, a plan takes longer than it is worth
 
 
 def plan_of(inputs: RunInputs, memory: str | None, seconds: float | None) -> MemoryPlan:
@@ -97,7 +97,7 @@ def plan_notes(inputs: RunInputs) -> list[str]:
     try:
         shape = shape_of(config, rows)
         rough = rough_peak(inputs.description, config, shape)
-        if rough is not None and rough < _WORTH_A_NOTE:
+        if rough is not None and rough < max(_WORTH_A_NOTE, (_budget(inputs) or 0) // 4):
             return []
         plan = inputs.memory_plan
         if plan is None or plan.shape != shape:
