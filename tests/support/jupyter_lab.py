@@ -70,7 +70,7 @@ def lab(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def notebook_7(tmp_path_factory):
-    pytest.importorskip("notebook")
+    pytest.importorskip("notebook.app")
     with served(tmp_path_factory, "notebook", "JupyterNotebookApp", "notebooks") as running:
         yield running
 
