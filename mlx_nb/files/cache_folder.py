@@ -193,8 +193,27 @@ def _remove(entry: Path) -> None:
         entry.unlink(missing_ok=True)
 
 
+_intact: dict[Path, list[tuple[str, int, int]]] = {}  # name, size and time of the files of folders found intact
+
+
 def damage(folder: Path) -> str | None:
-    """What is wrong with the files of a model folder, by name; None if they are intact. Reads no weights."""
+    """What is wrong with the files of a model folder, by name; None if they are intact. Reads no weights.
+
+    Files that were intact and have not changed since are not read again: a tokenizer is megabytes of JSON.
+    """
+    try:
+        files = sorted((one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in folder.iterdir())
+    except OSError as error:
+        return f"{Path(str(error.filename or folder)).name}: {error.strerror or error}"
+    if _intact.get(folder) == files:
+        return None
+    found = _damage(folder)
+    if found is None:
+        _intact[folder] = files
+    return found
+
+
+def _damage(folder: Path) -> str | None:
     try:
         sizes = _json_of(folder / SIZES_FILE) if (folder / SIZES_FILE).exists() else {}
         for name, size in sizes.items():
