@@ -203,37 +203,34 @@ def damage(folder: Path) -> str | None:
     """
     try:
         files = sorted((one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in folder.iterdir())
+        if _intact.get(folder) == files:
+            return None
+        found = _damage(folder)
     except OSError as error:
         return f"{Path(str(error.filename or folder)).name}: {error.strerror or error}"
-    if _intact.get(folder) == files:
-        return None
-    found = _damage(folder)
+    except ValueError as error:
+        return str(error)
     if found is None:
         _intact[folder] = files
     return found
 
 
 def _damage(folder: Path) -> str | None:
-    try:
-        sizes = _json_of(folder / SIZES_FILE) if (folder / SIZES_FILE).exists() else {}
-        for name, size in sizes.items():
-            if not (folder / name).is_file():
-                return f"{name} is missing"
-            if (there := (folder / name).stat().st_size) != size:
-                return f"{name} has {there:,} bytes of {size:,}"
-        for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"):
-            if name == "config.json" or (folder / name).exists():
-                _json_of(folder / name)
-        shards = sorted(folder.glob("model*.safetensors"))
-        if not shards:
-            return "it has no model*.safetensors weights"
-        for shard in shards:
-            _check_safetensors(shard)
-        return _missing_shard(folder)
-    except OSError as error:
-        return f"{Path(str(error.filename or folder)).name}: {error.strerror or error}"
-    except ValueError as error:
-        return str(error)
+    sizes = _json_of(folder / SIZES_FILE) if (folder / SIZES_FILE).exists() else {}
+    for name, size in sizes.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if (there := (folder / name).stat().st_size) != size:
+            return f"{name} has {there:,} bytes of {size:,}"
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"):
+        if name == "config.json" or (folder / name).exists():
+            _json_of(folder / name)
+    shards = sorted(folder.glob("model*.safetensors"))
+    if not shards:
+        return "it has no model*.safetensors weights"
+    for shard in shards:
+        _check_safetensors(shard)
+    return _missing_shard(folder)
 
 
 def _json_of(path: Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from mlx_nb.model.passes import cache_mismatch_note
 from mlx_nb.model.randomness import random_stream
 from mlx_nb.model.text_model import full_logits_note
 from mlx_nb.model.trees import held_arrays, named_arrays
-from mlx_nb.process.pieces import SECONDS_BETWEEN_PIECES, finished, on_thread
+from mlx_nb.process.pieces import SECONDS_BETWEEN_PIECES, finished, on_thread, relayed
 
 _Result = TypeVar("_Result")
 
@@ -116,14 +116,12 @@ def fetched_folder(model: str) -> Generator[Progress, None, Path]:
 
 def _meanwhile(what: str, function: Callable[[], _Result]) -> Generator[Progress, None, _Result]:
     """Call `function` on a thread, yielding Progress until it returns."""
-    work, begun = on_thread(function), time.monotonic()
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            result: _Result = end.value
-            return result
-        yield Progress(0, f"loading {what}", 0, 0, time.monotonic() - begun)
+    begun = time.monotonic()
+    return (
+        yield from relayed(
+            on_thread(function), lambda _: Progress(0, f"loading {what}", 0, 0, time.monotonic() - begun)
+        )
+    )
 
 
 def _evaluated(network: nn.Module, what: str) -> Generator[Progress, None, None]:

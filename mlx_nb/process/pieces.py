@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 from mlx_nb.process.thread_streams import end_streams_with_thread
 
 SECONDS_BETWEEN_PIECES = 0.04  # other cells of a notebook wait at most a few times this long
 
+Piece = TypeVar("Piece")
+Shown = TypeVar("Shown")
 Result = TypeVar("Result")
 
 
@@ -21,6 +24,24 @@ def finished(work: Generator[Any, None, Result]) -> Result:
         except StopIteration as end:
             result: Result = end.value
             return result
+
+
+def relayed(
+    work: Generator[Piece, None, Result],
+    convert: Callable[[Piece], Shown],
+    within: AbstractContextManager[object] | None = None,
+) -> Generator[Shown, None, Result]:
+    """Do `work`, each piece inside `within`, yielding what `convert` makes of what it yields; returns its result."""
+    try:
+        while True:
+            with within or nullcontext():
+                piece = next(work)
+            yield convert(piece)
+    except StopIteration as end:
+        result: Result = end.value
+        return result
+    finally:
+        work.close()
 
 
 def on_thread(function: Callable[[], Result]) -> Generator[None, None, Result]:

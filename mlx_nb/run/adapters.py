@@ -39,18 +39,18 @@ class Adapted(Protocol):
         """Write the adapter to a folder."""
 
 
-SavedModel = TypeVar("SavedModel", bound=Adapted)
+Loaded = TypeVar("Loaded", bound=Adapted)
 
 
 @dataclass(frozen=True)
-class AdapterMakers(Generic[SavedModel]):
+class AdapterMakers(Generic[Loaded]):
     """Opens the adapter in a folder on a given base, and makes one that has given matrices."""
 
-    opened: Callable[[Path, Mapping[str, Any]], SavedModel]
-    holding: Callable[[RunConfig, Mapping[str, Any]], SavedModel]
+    opened: Callable[[Path, Mapping[str, Any]], Loaded]
+    holding: Callable[[RunConfig, Mapping[str, Any]], Loaded]
 
 
-class Adapters(Generic[SavedModel]):
+class Adapters(Generic[Loaded]):
     """The adapters on the base of a run or a loaded adapter, by name, that one first.
 
     All of them share the arrays of the base, so each takes only the memory of its own matrices, and none changes what
@@ -62,8 +62,8 @@ class Adapters(Generic[SavedModel]):
         name: str,
         own: Adapted,
         inputs: RunInputs,
-        loaded: MutableMapping[str, SavedModel],
-        makers: AdapterMakers[SavedModel],
+        loaded: MutableMapping[str, Loaded],
+        makers: AdapterMakers[Loaded],
         *,
         ready: bool,
     ) -> None:
@@ -74,7 +74,7 @@ class Adapters(Generic[SavedModel]):
         self._makers = makers
         self._ready = ready  # whether `own` has an adapter already
 
-    def load(self, folder: str | Path, name: str | None = None) -> SavedModel:
+    def load(self, folder: str | Path, name: str | None = None) -> Loaded:
         """Load the adapter in `folder`, in the format of mlx-lm or PEFT, as `name` (default: that of the folder).
 
         Raises ModelError for an adapter of another base, CommandError for a name that is taken.
@@ -88,7 +88,7 @@ class Adapters(Generic[SavedModel]):
         self._loaded[name] = self._makers.opened(place, {**base, "model": model_named(ours)})
         return self._loaded[name]
 
-    def merge(self, name: str, weights: Mapping[str, float], *, how: str = "cat") -> SavedModel:
+    def merge(self, name: str, weights: Mapping[str, float], *, how: str = "cat") -> Loaded:
         """A new adapter `name`, the weighted sum of others: `merge("both", {"bees": 0.7, "pirate": 0.3})`.
 
         `cat` adds up their changes exactly, and their ranks; `linear` adds up their matrices, which keeps the rank (see
@@ -141,7 +141,7 @@ class Adapters(Generic[SavedModel]):
         _ = self[name]
         del self._loaded[name]
 
-    def __getitem__(self, name: str) -> Adapted | SavedModel:
+    def __getitem__(self, name: str) -> Adapted | Loaded:
         if name not in self:
             raise CommandError(
                 f"no adapter is called {shown(name)}.{did_you_mean(str(name), self.names)} {self._listed()}"

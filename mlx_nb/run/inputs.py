@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from functools import cached_property
 from inspect import GEN_CLOSED, getgeneratorstate
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from mlx_nb.config.methods import method_named
 from mlx_nb.config.run_config import SETTINGS, RunConfig
 from mlx_nb.data.examples.effects import refuse_ineffective, refuse_loss_on
 from mlx_nb.data.examples.examples import (
     Examples,
-    RowView,
     exclude_rows,
     refuse_no_such_row,
     refuse_unreadable,
@@ -28,7 +25,7 @@ from mlx_nb.data.masks.prompt_format import CHAT, RAW, Rendering
 from mlx_nb.data.sources.row_source import RowSource
 from mlx_nb.data.sources.splits import Splits, is_local, open_splits, refuse_unknown_data
 from mlx_nb.errors import CommandError, DataError, MlxNbError, ModelError, and_more, did_you_mean
-from mlx_nb.events import Progress, Question
+from mlx_nb.events import Progress
 from mlx_nb.events.history import EVALUATION_COLUMNS
 from mlx_nb.process.interruptible import Interruptible
 from mlx_nb.process.own_code import code_digest, is_own
@@ -62,7 +59,6 @@ class RunInputs:
         self.reading = Interruptible()  # rows; their source may run user code
         self.memory_plan: MemoryPlan | None = None  # if it was made before the model was loaded
         self._tokenizing: dict[str, Generator[tuple[int, float], None, Outcome]] = {}
-        self._base_answers: dict[tuple[str, int], str] = {}
         self._named_as_changed: set[str] = set()
 
     def for_fork(self, config: RunConfig) -> RunInputs:
@@ -390,46 +386,3 @@ class RunInputs:
         deciding = [one for one in (self.metrics.metrics if self.metrics else ()) if one.name == self.config.best_by]
         own = {metric.name: code_digest(metric.function) for metric in deciding if is_own(metric.function)}
         return {**found, "metric functions": own} if own else found
-
-    def token_losses(self, row: RowView, *, base: bool, rejected: bool = False) -> Any:
-        """(T,) current loss in nats of each token of a row; NaN for the first. `base` measures without the adapter.
-
-        Of a pair it measures the prompt with the chosen answer, or with the rejected one.
-        """
-        from mlx_nb.model.logprobs import TargetScorer
-
-        conversation = row.rejected if rejected else row.conversation
-        if conversation is None:
-            raise DataError(f"{row.error or f'row {row.row} is not a pair.'} It has no tokens to measure.")
-        self.limits.require(conversation.tokens, np.ones(len(conversation.tokens)), name=f"row {row.row}")
-        model = self.base_model if base else self.loaded.model
-        model.eval()
-        return TargetScorer(model).token_losses(conversation.tokens)
-
-    def answers(self, prompt: str, max_tokens: int) -> Iterator[tuple[str, str | None]]:
-        """Stream the greedy answers of the model and of its base to a sample prompt, as (answer, base answer)."""
-        from mlx_nb.rollouts.generation import stream_text
-
-        key, answer = (prompt, max_tokens), ""
-        for answer in stream_text(self.loaded.model, self.tokenizer, *key, self.prompt_rendering):
-            yield answer, None
-        if self.config.fine_tune_type == "full":
-            return
-        if key not in self._base_answers:
-            base_answer = ""
-            for base_answer in stream_text(self.base_model, self.tokenizer, *key, self.prompt_rendering):
-                yield answer, base_answer
-            self._base_answers[key] = base_answer
-        yield answer, self._base_answers[key]
-
-    def stream(self, question: Question) -> Iterator[str]:
-        """Stream the answer to a question: the text so far, first empty, then after each token."""
-        from mlx_nb.rollouts.generation import stream_text
-
-        model = self.base_model if question.base else self.loaded.model
-        yield ""
-        messages = question.messages
-        if not isinstance(messages, str) and self.prompt_rendering.is_raw(self.tokenizer):
-            # Raw text has no turns: the model continues the whole conversation.
-            messages = "".join(message["content"] for message in messages)
-        yield from stream_text(model, self.tokenizer, messages, question.max_tokens, self.prompt_rendering)

@@ -51,7 +51,7 @@ def refusing_what_cannot_fit(inputs: RunInputs) -> Generator[Progress, None, Non
     if budget is None or "loaded" in inputs.__dict__:
         return
     rough = rough_peak(inputs.description, config, full_shape(config))
-    if rough is not None and rough <= 1.5 * budget:  # of rows as long as the settings allow; few are
+    if rough is not None and rough <= budget:
         return
     yield from fetched_folder(model_named(config))
     yield from tokenizing(inputs)

@@ -16,6 +16,7 @@ from mlx_nb.files.places import working_folder
 from mlx_nb.files.run_folder import RunFolder
 from mlx_nb.process.pieces import finished
 from mlx_nb.run.inputs import RunInputs
+from mlx_nb.run.live_model import SampleAnswers
 from mlx_nb.run.notes import adapter_notes, start_notes
 from mlx_nb.run.planning import description_if_known, refusing_what_cannot_fit, tokenizing
 from mlx_nb.train.inbox import Inbox
@@ -147,7 +148,7 @@ def make_trainer(
         compiled=not is_cpu(),
         memory_limit=memory_limit(),
         guard=MemoryGuard(description_if_known(inputs)),
-        sampler=inputs.answers,
+        sampler=SampleAnswers(inputs),
         reference=reference,
         tokenizer=loaded.tokenizer,
         rewards=inputs.rewards,

@@ -62,6 +62,7 @@ from mlx_nb.run.checkpoints import Checkpoints
 from mlx_nb.run.evaluating import evaluated
 from mlx_nb.run.generation import check_generation, generate_answers
 from mlx_nb.run.inputs import RunInputs
+from mlx_nb.run.live_model import token_losses
 from mlx_nb.run.preparation import check_template_file, folder_taken, loading, make_trainer, with_start_adapter
 from mlx_nb.run.resume import folder_to_resume, restore_requests
 from mlx_nb.run.resume_checks import (
@@ -272,7 +273,7 @@ class Run:
         """
         self._refuse_base(base)
         with self._turn("measure losses"):
-            return self.inputs.token_losses(row, base=base, rejected=rejected)
+            return token_losses(self.inputs, row, base=base, rejected=rejected)
 
     def _refuse_base(self, base: bool) -> None:
         if base and self.config.fine_tune_type == "full" and self.step_count:

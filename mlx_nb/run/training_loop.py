@@ -31,6 +31,7 @@ from mlx_nb.events import (
 from mlx_nb.files.run_folder import RunFolder
 from mlx_nb.run.checkpoints import Checkpoints
 from mlx_nb.run.inputs import RunInputs
+from mlx_nb.run.live_model import stream_answer
 from mlx_nb.run.rewinding import Rewinding
 from mlx_nb.run.user_calls import UserCalls
 from mlx_nb.train.inbox import Inbox
@@ -220,7 +221,7 @@ class TrainingLoop:
     def _answer(self, question: Question) -> Iterator[Event]:
         step, text = self._run.step_count, ""
         try:
-            for tokens, text in enumerate(self._run.inputs.stream(question)):
+            for tokens, text in enumerate(stream_answer(self._run.inputs, question)):
                 if self._calls.send_text(question, text, False):
                     break
                 yield Progress(step, "answer", tokens, question.max_tokens)

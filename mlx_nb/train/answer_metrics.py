@@ -19,9 +19,10 @@ from mlx_nb.errors import DataError, counted
 from mlx_nb.events import Event, Progress
 from mlx_nb.model.limits import limits_of
 from mlx_nb.process.interruptible import Interruptible
+from mlx_nb.process.pieces import relayed
 from mlx_nb.rollouts.intervals import Estimate, estimate
 from mlx_nb.rollouts.rewards.resolve import Reward, check_rewards, completion_batch
-from mlx_nb.rollouts.rewards.score import Scores, score_completions
+from mlx_nb.rollouts.rewards.score import score_completions
 from mlx_nb.rollouts.sampling import SamplingSettings, sampling_each
 
 # Rows answered side by side. Which rows share a batch is a function of the rows alone, so that answers that were
@@ -119,8 +120,10 @@ class AnswerMetrics:
             key = hashlib.sha256(json.dumps([self._max_tokens, prompts]).encode()).hexdigest()
             batch = None if kept is None else kept.read(key)
             if batch is None:
-                growing = self._answer(model, prompts, positions)
-                batch = yield from _progress(growing, step, f"{split} answers", start, len(questions))
+                batch = yield from relayed(
+                    self._answer(model, prompts, positions),
+                    _progress(step, f"{split} answers", start, len(questions)),
+                )
                 if kept is not None:
                     kept.write(key, batch)
             answers += batch
@@ -148,17 +151,12 @@ class AnswerMetrics:
     def _answer(
         self, model: nn.Module, prompts: Sequence[Sequence[int]], positions: int | None
     ) -> Generator[float, None, list[Answer]]:
-        """Answer some prompts side by side, yielding the share of the tokens that may be needed."""
+        """Answer some prompts side by side, yielding how many of them are done, by the tokens that may be needed."""
         most = self._max_tokens
         room = [most if positions is None else positions - len(prompt) for prompt in prompts]
         sampling = sampling_each(model, self._tokenizer, prompts, SamplingSettings(most, 0.0), 0, room)
-        try:
-            while True:
-                yield sum(map(len, next(sampling))) / (len(prompts) * most)
-        except StopIteration as ended:
-            return [Answer(one.text, one.tokens.tolist(), one.finished) for one in ended.value]
-        finally:
-            sampling.close()
+        completions = yield from relayed(sampling, lambda tokens: sum(map(len, tokens)) / most)
+        return [Answer(one.text, one.tokens.tolist(), one.finished) for one in completions]
 
     def _score(
         self, step: int, questions: Sequence[PromptExample], answers: Sequence[Answer]
@@ -166,31 +164,15 @@ class AnswerMetrics:
         texts, tokens = [answer.text for answer in answers], [answer.tokens for answer in answers]
         batch = completion_batch(questions, texts, tokens, _columns(questions))
         scoring = score_completions(self.metrics, None, batch, timeout=SECONDS_FOR_A_BATCH)
-        try:
-            while True:
-                with self.own_code:
-                    progress = next(scoring)
-                yield Progress(step, f"metric {progress.function}", progress.done, progress.total)
-        except StopIteration as ended:
-            scores: Scores = ended.value
-        finally:
-            scoring.close()
+        scores = yield from relayed(
+            scoring, lambda at: Progress(step, f"metric {at.function}", at.done, at.total), within=self.own_code
+        )
         return scores.rewards_NF, [problem.error for problem in scores.problems]
 
 
-def _progress(
-    growing: Generator[float, None, list[Answer]], step: int, what: str, done: int, total: int
-) -> Generator[Event, None, list[Answer]]:
-    """Run `growing`, yielding Progress: the rows before this batch, and its share of them."""
-    try:
-        while True:
-            share = next(growing)
-            yield Progress(step, what, done + int(share * min(ROWS_AT_ONCE, total - done)), total)
-    except StopIteration as ended:
-        answers: list[Answer] = ended.value
-        return answers
-    finally:
-        growing.close()
+def _progress(step: int, what: str, before: int, total: int) -> Callable[[float], Event]:
+    """The Progress of a batch that comes after `before` rows, from how many of its rows are done."""
+    return lambda done: Progress(step, what, before + int(done), total)
 
 
 def _columns(questions: Sequence[PromptExample]) -> tuple[str, ...]:

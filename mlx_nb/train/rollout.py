@@ -24,6 +24,7 @@ from mlx_nb.model.logprobs import TargetInputs, TargetScorer, accurate_target_lo
 from mlx_nb.model.randomness import seed_for
 from mlx_nb.objectives.build import options_for
 from mlx_nb.process.interruptible import Interruptible
+from mlx_nb.process.pieces import relayed
 from mlx_nb.rollouts.advantages import Advantages, group_advantages
 from mlx_nb.rollouts.completion_rows import Completion
 from mlx_nb.rollouts.rewards.resolve import Reward, completion_batch
@@ -128,14 +129,17 @@ class Rollouts:
         started = time.perf_counter()
         tokens = [example.prompt_tokens.tolist() for example in prompts]
         sampling = sample_groups(self._scorer.model, self._tokenizer, tokens, group_size, settings, seed)
-        completions = yield from _progress(sampling, step, len(prompts) * group_size * config.max_completion_length)
+        most = len(prompts) * group_size * config.max_completion_length
+        completions = yield from relayed(sampling, lambda done: Progress(step, "completions", done, most))
         seconds = time.perf_counter() - started
         examples = [prompts[completion.prompt_index] for completion in completions]
         batch = completion_batch(
             examples, [one.text for one in completions], [one.tokens.tolist() for one in completions], self._columns
         )
         scoring = score_completions(self._rewards, config.reward_weights, batch, timeout=config.reward_timeout)
-        scores = yield from self._scoring(scoring, step)
+        scores = yield from relayed(
+            scoring, lambda at: Progress(step, f"reward {at.function}", at.done, at.total), within=self.own_code
+        )
         return Sampled(examples, completions, scores, seconds)
 
     def _require_reward(self, scores: Scores) -> None:
@@ -145,18 +149,6 @@ class Rollouts:
         silent = [reward.name for reward, none in zip(self._rewards, np.isnan(scores.rewards_NF).all(axis=0)) if none]
         problem = next(one for one in scores.problems if not silent or one.function in silent)
         raise NoReward(f"no completion got a reward. {problem.error}")
-
-    def _scoring(self, scoring: Generator[Any, None, Scores], step: int) -> Generator[Event, None, Scores]:
-        try:
-            while True:
-                with self.own_code:
-                    progress = next(scoring)
-                yield Progress(step, f"reward {progress.function}", progress.done, progress.total)
-        except StopIteration as ended:
-            result: Scores = ended.value
-            return result
-        finally:
-            scoring.close()
 
     def _batch(self, sampled: Sampled, advantages: Advantages, chosen: slice) -> TokenBatch:
         completions, examples = sampled.completions[chosen], sampled.examples[chosen]
@@ -307,19 +299,6 @@ class Rollouts:
             _batch_of({name: np.array(arrays[f"{number}.{name}"]) for name in _names(arrays, number)}, shape)
             for number, shape in enumerate(state["batches"])
         ]
-
-
-def _progress(
-    sampling: Generator[int, None, list[Completion]], step: int, total: int
-) -> Generator[Event, None, list[Completion]]:
-    try:
-        while True:
-            yield Progress(step, "completions", next(sampling), total)
-    except StopIteration as ended:
-        result: list[Completion] = ended.value
-        return result
-    finally:
-        sampling.close()
 
 
 def _as_example(prompt: PromptExample, completion: Completion) -> TokenizedExample:

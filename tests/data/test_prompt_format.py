@@ -16,6 +16,7 @@ from mlx_nb.data.sources.splits import open_splits
 from mlx_nb.errors import ConfigError, DataError
 from mlx_nb.events import Question, SampleGenerated
 from mlx_nb.rollouts.generation import generate_texts
+from mlx_nb.run.live_model import SampleAnswers, stream_answer
 from mlx_nb.run.notes import start_notes
 from mlx_nb.run.run import Run
 from mlx_nb.view.rows.display import ShownRow
@@ -213,9 +214,9 @@ def test_every_way_of_asking_writes_a_text_as_the_rows_are_written(rows, setting
     assert expected != answer(run, Rendering("raw" if asked == "chat" else "chat"))
     assert run.generate(PROMPT, max_tokens=6) == expected
     assert run.generate([PROMPT, PROMPT], max_tokens=6) == [expected, expected]
-    assert [*run.inputs.answers(PROMPT, 6)][-1][0] == expected
+    assert [*SampleAnswers(run.inputs)(PROMPT, 6)][-1][0] == expected
     for question in (PROMPT, [{"role": "user", "content": PROMPT}]):
-        said = [*run.inputs.stream(Question(question, lambda text, done: None, max_tokens=6))]
+        said = [*stream_answer(run.inputs, Question(question, lambda text, done: None, max_tokens=6))]
         assert said[-1] == expected
     # Messages are a chat whatever the rows are.
     assert run.generate([{"role": "user", "content": PROMPT}], max_tokens=6) == answer(run, Rendering("chat"))

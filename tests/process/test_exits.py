@@ -291,7 +291,8 @@ WHERE = {
         run.step(5)
         def stream(*_arguments, **_options):
             os.kill(os.getpid(), number)
-        run.inputs.token_losses = stream
+        import mlx_nb.run.run
+        mlx_nb.run.run.token_losses = stream
         run.token_losses(run.rows()[0], base=True)
     """,
 }
