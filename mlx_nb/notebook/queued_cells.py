@@ -6,7 +6,6 @@ So a notebook gives the same results as under nbconvert and papermill, where a r
 from __future__ import annotations
 
 import ast
-import asyncio
 import shlex
 import signal
 import threading
@@ -42,18 +41,11 @@ class CellNotRun(InputRejected):
 
 @dataclass
 class _Started:
-    """A run that the cell of `request` started in the background, and the time when that cell ended.
-
-    None while the cell is executed, and until the next turn of the event loop: requests that arrive until then were
-    already queued.
-    """
+    """A run that the cell of `request` started in the background, and when that cell ended (None until then)."""
 
     run: Run
     request: str
     ended: float | None = None
-
-    def note_end(self) -> None:
-        self.ended = time.time()
 
 
 class QueuedCells:
@@ -65,13 +57,17 @@ class QueuedCells:
     """
 
     def __init__(self, shell: InteractiveShell) -> None:
+        self._events = shell.events
         self._transformers: list[Any] = shell.ast_transformers  # objects with a method `visit`
         self._started: list[_Started] = []
         self._lag: float | None = None  # shortest time from sending to executing a request, plus the clock difference
         self.note_request()
+        # Before the reply is sent, and so before a front end can send a cell that is not queued.
+        self._events.register("post_execute", self._note_end)
 
     def close(self) -> None:
         """Stop making cells wait."""
+        self._events.unregister("post_execute", self._note_end)
         self._started.clear()
         if self in self._transformers:
             self._transformers.remove(self)
@@ -80,12 +76,14 @@ class QueuedCells:
         """Register that this cell has started `run` in the background, so cells queued behind it wait."""
         if (request := self._request()) is None:
             return
-        started = _Started(run, request[0])
         self._started = [one for one in self._started if one.run is not run and one.run.background.active]
-        self._started.append(started)
+        self._started.append(_Started(run, request[0]))
         if self not in self._transformers:
             self._transformers.append(self)
-        asyncio.get_running_loop().call_soon(started.note_end)
+
+    def _note_end(self) -> None:
+        for one in self._started:
+            one.ended = one.ended or time.time()
 
     def note_request(self) -> None:
         """Record how long the request of the current cell took to arrive."""

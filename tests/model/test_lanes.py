@@ -123,6 +123,7 @@ def test_each_part_is_on_a_stream_of_its_own_and_evaluated_with_one_thread(libra
 def test_an_update_evaluates_its_parts_with_one_thread_and_a_whole_batch_with_all(library, tmp_path, tiny_folder):
     run = run_of("sft", tmp_path, tiny_folder, batch_size=8, val_set_size=0, steps_per_eval=-1)
     (batch, *_), stepper = run.trainer.next_batches(), run.trainer.stepper
+    lanes.in_lanes(str, ["a", "b"])  # the first lanes of a process make their streams, with an evaluation of their own
     threads, real = [], mx.eval
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lanes, "_TOKENS_IN_A_LANE", 1)

@@ -76,6 +76,14 @@ def test_run_all_gives_what_nbconvert_gives(kernel, tiny_folder, tmp_path):
     assert saved[0] == saved[1]
 
 
+def test_a_cell_sent_after_the_reply_is_not_queued_even_if_the_kernel_is_busy_between_the_two(kernel, tiny_folder):
+    assert kernel.run(cell(tiny_folder, "a", 3000, "--paused"))[0] == "ok"
+    busy = "import asyncio, time\nasyncio.get_running_loop().call_soon(time.sleep, 1)"
+    assert kernel.run(f"{busy}\n%finetune run")[0] == "ok"
+    status, text = kernel.run("print(a.finished)")
+    assert (status, text.strip()) == ("ok", "False")
+
+
 @pytest.mark.parametrize("clock", [-3600.0, 3600.0])
 def test_the_clock_of_the_browser_may_be_another_one(tmp_path, tiny_folder, clock):
     kernel = Kernel(tmp_path)
