@@ -42,6 +42,7 @@ LAYERS = [
     "experiments",
     "notebook",
     "cli",
+    "mlx_nb",  # the package itself, which hands on the public names
 ]
 IN_ONE_PROCESS = pytest.mark.xdist_group("layers")  # which parses the files of the package once
 HEAVY = ("mlx_lm", "transformers", "datasets", "matplotlib", "pandas", "torch")
@@ -55,20 +56,22 @@ def modules_of(package: Path) -> dict[str, Path]:
 
 @cache
 def imported(text: str) -> list[tuple[str, str]]:
-    """(module, name) of every `from module import name` in a file of this text, wherever in it."""
-    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom) and node.module]
-    return [(node.module, alias.name) for node in nodes for alias in node.names]
+    """(module, name) of every import in a file of this text, wherever in it; the name of `import module` is empty."""
+    nodes = list(ast.walk(ast.parse(text)))
+    from_modules = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    found = [(node.module, alias.name) for node in from_modules for alias in node.names]
+    return found + [(alias.name, "") for node in nodes if isinstance(node, ast.Import) for alias in node.names]
 
 
 def imports(path: Path, modules: dict[str, Path]) -> set[str]:
-    """Names of the package's modules that a file imports, wherever in it."""
+    """Names of the package's modules that a file imports, wherever in it; `mlx_nb` is the package itself."""
     found = set()
     for module, name in imported(path.read_text()):
         if module.split(".")[0] == "mlx_nb":
             inner = module.removeprefix("mlx_nb").lstrip(".")
             full = f"{inner}.{name}".strip(".")
-            found.add(full if full in modules else inner)
-    return found - {""}
+            found.add(full if full in modules else inner or "mlx_nb")
+    return found
 
 
 def room_of(module: str, modules: dict[str, Path]) -> str:
@@ -128,9 +131,10 @@ def test_an_upward_import_a_circle_and_a_room_without_a_layer_are_named(tmp_path
     write("low/a.py", "from mlx_nb.high import b\n")
     write("high/b.py", "def later():\n    from mlx_nb.high.c import x\n")
     write("high/c.py", "from mlx_nb.high.b import y\n")
-    write("high/new.py", "from mlx_nb.low.a import z\n")
-    upward, circle = faults(tmp_path, ["low", "high"])
+    write("high/new.py", "from mlx_nb.low.a import z\nimport mlx_nb\n")
+    face, upward, circle = faults(tmp_path, ["low", "high", "mlx_nb"])
     assert upward == "low.a imports high.b, of a later room"
+    assert face == "high.new imports mlx_nb, of a later room"
     assert circle in ("circle: high.b -> high.c -> high.b", "circle: high.c -> high.b -> high.c")
     assert faults(tmp_path, ["low"])[0] == "high has no layer"
 

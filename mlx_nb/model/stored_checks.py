@@ -21,7 +21,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-import mlx_nb
 from mlx_nb.files.cache_folder import cache_folder
 from mlx_nb.files.whole_files import write_whole
 from mlx_nb.model.trees import named_arrays
@@ -77,7 +76,7 @@ def write_result(file: Path, result: Any) -> None:
 
 def _package_digest() -> str:
     digest = hashlib.sha256()
-    for file in sorted(Path(mlx_nb.__file__).parent.rglob("*.py")):
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 

@@ -12,8 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from mlx_nb import events
 from mlx_nb.config.methods import Metric
+from mlx_nb.events import (
+    AdapterSaved,
+    BatchSkipped,
+    EvaluationCompleted,
+    Event,
+    Rewound,
+    RunPaused,
+    SettingChanged,
+    StepCompleted,
+)
 from mlx_nb.events.history import History, decimated, evaluation_row
 from mlx_nb.view.curves.groups import LOSS, QUANTITIES, Group, first_groups, groups_of
 from mlx_nb.view.curves.points import (
@@ -35,12 +44,12 @@ LEFT_POINTS, LEFT_LINES = 600, 60
 RUN_KNOTS, LEFT_KNOTS = 300, 16
 MARKERS_OF_A_KIND, MARKER_LETTERS = 16, 90
 
-MARKERS: dict[type[events.Event], str] = {
-    events.AdapterSaved: "save",
-    events.Rewound: "rewind",
-    events.SettingChanged: "setting",
-    events.RunPaused: "pause",
-    events.BatchSkipped: "skip",
+MARKERS: dict[type[Event], str] = {
+    AdapterSaved: "save",
+    Rewound: "rewind",
+    SettingChanged: "setting",
+    RunPaused: "pause",
+    BatchSkipped: "skip",
 }
 UPDATE_COLUMNS = ("position", "step", "tokens", "seconds", "weight", "smoothed", LOSS, *QUANTITIES)
 Metrics = Mapping[str, Metric]
@@ -122,10 +131,10 @@ class SeriesBuilder:
             "short": len(updates["step"]) < SHORT_RUN,
         }
 
-    def _add(self, event: events.Event) -> None:
+    def _add(self, event: Event) -> None:
         self._read += 1
-        self._best_is_old |= isinstance(event, events.EvaluationCompleted | events.Rewound)
-        if isinstance(event, events.Rewound):
+        self._best_is_old |= isinstance(event, EvaluationCompleted | Rewound)
+        if isinstance(event, Rewound):
             left = self._updates.truncate(event.kept)
             if len(left["step"]):
                 self._left.append(left)
@@ -134,9 +143,9 @@ class SeriesBuilder:
                 del marked[bisect_left(marked, event.kept, key=itemgetter(0)) :]
             self._standing = min(self._standing, event.kept)
         match event:
-            case events.StepCompleted():
+            case StepCompleted():
                 self._add_update(event)
-            case events.EvaluationCompleted(split="valid"):
+            case EvaluationCompleted(split="valid"):
                 self._add_validation(event)
             case _ if type(event) in MARKERS:
                 # Truncate first, because a text may list a thousand rows and `shorten` reads every word.
@@ -145,7 +154,7 @@ class SeriesBuilder:
                 self._marked[kind].append((self._standing, {"step": event.step, "kind": kind, "text": text}))
         self._standing += 1
 
-    def _add_validation(self, event: events.EvaluationCompleted) -> None:
+    def _add_validation(self, event: EvaluationCompleted) -> None:
         is_reward = reward_of(evaluation_row(event)) is not None
         self._in_nats = event.perplexity is not None
         self._judged.update(dict.fromkeys(map(_column, event.answer_metrics)))
@@ -159,7 +168,7 @@ class SeriesBuilder:
             }
         )
 
-    def _add_update(self, event: events.StepCompleted) -> None:
+    def _add_update(self, event: StepCompleted) -> None:
         last = self._updates.last
         weight, smoothed = last("weight"), last("smoothed")
         if math.isfinite(event.loss):
