@@ -43,8 +43,9 @@ MEMORY_DISK, FREE_BYTES = "/dev/shm", 4 * 1024**3
 if os.access(MEMORY_DISK, os.W_OK) and shutil.disk_usage(MEMORY_DISK).free > FREE_BYTES:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", MEMORY_DISK)
 
-# In the order in which they are run: what takes long alone comes first, so that short ones fill up the other process.
-SLOW_MARKERS = ("real_model", "faults", "kernel", "browser", "families", "whole", "long")
+# In the order in which they are run, before the quick tests: what takes long alone comes first, so that many short ones
+# keep all processes busy to the end.
+SLOW_MARKERS = ("real_model", "faults", "kernel", "browser", "long", "families", "whole")
 
 
 def _slowness(item: pytest.Item) -> int | None:
@@ -74,27 +75,32 @@ def _mark_what_is_left_of_matrices(items: list[pytest.Item]) -> None:
                 case.add_marker("whole")
 
 
+def _is_left_out(item: pytest.Item, config: pytest.Config) -> bool:
+    asked, expression = os.environ.get("MLX_NB_SLOW"), config.getoption("-m")
+    if item.get_closest_marker("beyond_pairs"):
+        return asked != "all" and "families" not in expression
+    return asked not in ("1", "all") and not expression and _slowness(item) is not None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the slow tests out unless MLX_NB_SLOW=1 or a marker expression asks for them; they come last then.
+    """Leave the slow tests out unless MLX_NB_SLOW=1 or a marker expression asks for them; they come first then.
 
     Tests that share a fixture of their file are run by one process, all others by whichever is free.
     """
     _mark_what_is_left_of_matrices(items)
-    slow = [item for item in items if _slowness(item) is not None]
-    quick = [item for item in items if _slowness(item) is None]
-    if os.environ.get("MLX_NB_SLOW") == "1" or config.getoption("-m"):
-        items[:] = [*quick, *sorted(slow, key=_slowness)]
-    elif slow:
-        config.hook.pytest_deselected(items=slow)
-        items[:] = quick
+    left_out = [item for item in items if _is_left_out(item, config)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not _is_left_out(item, config)]
+    items.sort(key=lambda item: len(SLOW_MARKERS) if (place := _slowness(item)) is None else place)
     for item in items:
         if _shares_with_its_file(item):
             item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make all interrupts and kills where they are asked for by their marker."""
-    if "faults" in config.getoption("-m"):
+    """Make all interrupts and kills where they are asked for."""
+    if "faults" in config.getoption("-m") or os.environ.get("MLX_NB_SLOW") == "all":
         os.environ.setdefault("MLX_NB_FAULTS", "all")
 
 

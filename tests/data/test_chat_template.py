@@ -126,7 +126,7 @@ def conversations(draw: st.DrawFn) -> Messages:
     return [{"role": role, "content": draw(TEXTS)} for role in roles]
 
 
-@settings(max_examples=200 if os.environ.get("MLX_NB_SLOW") == "1" else 60, deadline=None)
+@settings(max_examples=200 if os.environ.get("MLX_NB_SLOW") in ("1", "all") else 60, deadline=None)
 @given(st.sampled_from(list(TEMPLATES)), conversations())
 def test_trained_tokens_give_back_the_assistants_words_or_the_row_is_refused(name: str, messages: Messages) -> None:
     tokenizer = tokenizer_of(name)
