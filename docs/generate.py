@@ -92,14 +92,14 @@ def _prose(text: str) -> str:
 def event_pages() -> Iterator[str]:
     """Every event and every request with its fields."""
     found = [one for one in vars(events).values() if inspect.isclass(one) and one.__module__ == events.__name__]
-    told = [one for one in found if issubclass(one, events.Event) and one is not events.Event]
-    asked = [one for one in found if issubclass(one, events.Request) and one is not events.Request]
+    event_types = [one for one in found if issubclass(one, events.Event) and one is not events.Event]
+    request_types = [one for one in found if issubclass(one, events.Request) and one is not events.Request]
     yield "# Events and requests\n"
     yield "What a run yields from `run.events()` and gives its listeners; each has the `step` it belongs to.\n"
     yield "## Events\n"
-    yield from _records(told)
+    yield from _records(event_types)
     yield "## Requests\n\nWhat `run.request(...)` takes, from any thread; read at step boundaries.\n"
-    yield from _records(asked)
+    yield from _records(request_types)
 
 
 def metrics() -> Iterator[str]:

@@ -211,8 +211,8 @@ def _train(chosen: argparse.Namespace) -> int:
     if chosen.resume and run.has_checkpoint:
         run = Run.resume(run.folder, config=run.config, **made)
         print(f"{run.name} continues from update {run.step_count}.", *run.trainer.notes, sep="\n", file=sys.stderr)
-    way_on = "the same command with --resume continues"
-    return exit_status(print_events(run) if chosen.json else train_here(run, way_on=way_on))
+    continue_hint = "the same command with --resume continues"
+    return exit_status(print_events(run) if chosen.json else train_here(run, continue_hint=continue_hint))
 
 
 def _evaluate(chosen: argparse.Namespace) -> int:

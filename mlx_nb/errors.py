@@ -7,12 +7,12 @@ MlxNbError
 ├── ModelError          a model, tokenizer or adapter cannot be found, read or converted
 ├── TrainingError       an update was not applied; names the rows; nothing was changed
 │   ├── NonFiniteLoss   loss or gradient became NaN or infinite
-│   ├── LossSpike       the loss is far above that of the updates before
+│   ├── LossSpike       the loss is far above that of the previous updates
 │   ├── OutOfMemory     the update does not fit into memory
-│   ├── LossRaised      the person's own loss function raised an error
-│   └── ModelChanged    the arrays that the run trains are not in the model any more
+│   ├── LossRaised      a user-defined loss function raised an error
+│   └── ModelChanged    the model no longer has the arrays that the run trains
 ├── CheckpointError     a checkpoint cannot be written or read
-│   └── FolderError     a run's folder cannot be written, or holds a file in the way
+│   └── FolderError     a run's folder cannot be written, or holds a file that mlx_nb did not write
 │       └── FolderTaken another run has the folder
 └── CommandError        a notebook command or command line was not understood
 """
@@ -72,7 +72,7 @@ class NonFiniteLoss(TrainingError):
 
 
 class LossSpike(TrainingError):
-    """The loss is far above that of the updates before it."""
+    """The loss is far above that of the previous updates."""
 
     reason = "loss spike"
 
@@ -84,13 +84,13 @@ class OutOfMemory(TrainingError):
 
 
 class LossRaised(TrainingError):
-    """A loss function of the person's own raised an error."""
+    """A user-defined loss function raised an error."""
 
     reason = "loss raised"
 
 
 class ModelChanged(TrainingError):
-    """The model's parameters were exchanged from outside: what the run trains no longer exists."""
+    """Other code replaced the parameters that the run trains."""
 
     reason = "model changed"
 
@@ -99,15 +99,15 @@ TRAINING_ERRORS = {kind.reason: kind for kind in (NonFiniteLoss, LossSpike, OutO
 
 
 class CheckpointError(MlxNbError):
-    """A checkpoint cannot be written or read. What is in memory, and the older ones on disk, are as they were."""
+    """A checkpoint cannot be written or read. The run in memory and older checkpoints are unchanged."""
 
 
 class FolderError(CheckpointError):
-    """A run's folder cannot be written, or holds files of somebody else in the way."""
+    """A run's folder cannot be written, or mlx_nb would have to replace a file that it did not write."""
 
 
 class FolderTaken(FolderError):
-    """Another run has the folder: one that lives, or one that was started there since."""
+    """Another run uses the folder: it is still alive, or was started there later."""
 
 
 class CommandError(MlxNbError):
@@ -115,40 +115,40 @@ class CommandError(MlxNbError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the nearest known word, or an empty string when none is near."""
+    """` Did you mean 'x'?` for the most similar known word; an empty string if none is similar."""
     near = nearest(word, known)
     return f" Did you mean {near!r}?" if near else ""
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that `word` is a misspelling of, whatever the case of its letters; None when there is none.
+    """The known word that `word` is probably a misspelling of, ignoring case; None if there is none.
 
-    A letter too many, too few, another one, or two swapped is a slip. A word of 6 letters may have two of them and one
-    of 9 three, a shorter one one; another letter makes another word of one with three letters or fewer: `ppo`, `cpo`.
-    Of words that are equally near the first one counts. Failing that, the only one that begins so is meant.
+    A typo is a letter that is added, omitted, replaced or swapped with the next. One typo is allowed for every three
+    letters, and a replaced letter counts as two in words of up to three letters: `ppo` is not a misspelling of `cpo`.
+    Of equally similar words the first is returned. If none is similar, the only word that begins with `word` is.
     """
     word, names = word.lower(), list(known)
-    near = [(slips, at) for at, name in enumerate(names) if (slips := _slips(word, name.lower())) <= len(word) // 3]
+    near = [(typos, at) for at, name in enumerate(names) if (typos := _typos(word, name.lower())) <= len(word) // 3]
     if near:
         return names[min(near)[1]]
     begun = [name for name in names if len(word) >= 3 and name.lower().startswith(word)]
     return begun[0] if len(begun) == 1 else None
 
 
-def _slips(one: str, other: str) -> int:
-    """Letters to put in, take out, exchange or swap with their neighbor to make one word the other.
+def _typos(one: str, other: str) -> int:
+    """The number of letters to insert, delete, replace or swap with the next to turn one word into the other.
 
-    The same letters behind the same first one, in another order, are one slip.
+    Words with the same first letter whose other letters are only in another order differ by one typo.
     """
     if one[:1] == other[:1] and sorted(one) == sorted(other):
         return int(one != other)
-    exchange = 1 if max(len(one), len(other)) > 3 else 2
+    replacing = 1 if max(len(one), len(other)) > 3 else 2
     rows = [list(range(len(other) + 1))]
     for i, letter in enumerate(one, start=1):
         row = [i]
         for j, its in enumerate(other, start=1):
             same = letter == its
-            fewest = min(rows[-1][j] + 1, row[-1] + 1, rows[-1][j - 1] + (0 if same else exchange))
+            fewest = min(rows[-1][j] + 1, row[-1] + 1, rows[-1][j - 1] + (0 if same else replacing))
             if i > 1 and j > 1 and letter == other[j - 2] and one[i - 2] == its:
                 fewest = min(fewest, rows[-2][j - 2] + (0 if same else 1))
             row.append(fewest)
@@ -162,7 +162,7 @@ def on_one_line(text: str) -> str:
 
 
 def shortened(text: str, size: int = 80) -> str:
-    """At most `size` characters of a text, the last of them an ellipsis where it was longer."""
+    """At most `size` characters of a text, the last of them an ellipsis if it was longer."""
     return text if len(text) <= size else text[: size - 1].rstrip() + "…"
 
 
@@ -170,13 +170,13 @@ def shown(value: Any) -> str:
     """`repr` of a value on one line of at most 80 characters, whatever the value is."""
     try:
         text = " ".join(repr(value).split())
-    except Exception:  # of an int of more than 4,300 digits, or of an object of somebody else's
+    except Exception:  # of an int of more than 4,300 digits, or of an object with a broken __repr__
         text = f"a huge {type(value).__name__}" if isinstance(value, int) else f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def and_more(names: Sequence[str], most: int) -> str:
-    """The first `most` of some names, and how many more there are where there are more."""
+    """The first `most` of some names, followed by how many more there are, if any."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
 
@@ -190,6 +190,6 @@ MOST_PROBLEMS = 200
 
 
 def listed_problems(lines: Sequence[str]) -> str:
-    """The lines about everything that is wrong, those after the first 200 as their number."""
+    """The first 200 lines about problems, followed by how many more there are, if any."""
     more = len(lines) - MOST_PROBLEMS
     return "\n".join([*lines[:MOST_PROBLEMS], *([f"and {counted(more, 'more problem')}."] if more > 0 else [])])

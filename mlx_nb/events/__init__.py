@@ -28,7 +28,7 @@ class Event:
 
 @dataclass(frozen=True)
 class RunStarted(Event):
-    """Training begins or goes on."""
+    """Training starts or continues."""
 
     name: str  # name of the run
     iters: int  # updates in the whole run
@@ -189,7 +189,7 @@ class SettingChanged(Event):
 
 @dataclass(frozen=True)
 class RunPaused(Event):
-    """Training stopped at a step boundary and can go on."""
+    """Training stopped at a step boundary and can continue."""
 
     reason: str  # why, in words
 
@@ -222,7 +222,7 @@ class RunFinished(Event):
 
 @dataclass(frozen=True)
 class RunFailed(Event):
-    """An update was not applied. Parameters and optimizer are those of `step`, and the run can go on from there."""
+    """An update was not applied. Parameters and optimizer are those of `step`, and the run can continue from there."""
 
     reason: str  # `not finite`, `loss spike`, `out of memory`, `loss raised`, `model changed` or `error`
     error: str  # what happened and what can be done, in words
@@ -317,7 +317,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Pause(Request):
-    """Stop at the next step boundary; the run can go on."""
+    """Stop at the next step boundary; the run can continue."""
 
     reason: str = "pause requested"  # the reason that `RunPaused` will give
     at_once: bool = False  # drop the update or evaluation in progress, as if it had never begun
@@ -325,7 +325,7 @@ class Pause(Request):
 
 @dataclass(frozen=True)
 class Cancel(Request):
-    """Skip the answers to kept prompts that are due now, and a requested validation."""
+    """Skip the answers to `sample_prompts` that are due now, and a requested validation."""
 
 
 @dataclass(frozen=True)
@@ -350,7 +350,7 @@ class Evaluate(Request):
 
 @dataclass(frozen=True)
 class Sample(Request):
-    """Answer the kept prompts now."""
+    """Answer the `sample_prompts` now."""
 
 
 @dataclass(frozen=True)

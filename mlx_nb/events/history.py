@@ -296,7 +296,7 @@ def evaluation_row(event: EvaluationCompleted) -> dict[str, Any]:
 
 
 def smoothed(values: Sequence[float], factor: float = 0.9) -> list[float]:
-    """Exponential moving average with Adam's bias correction, so that its start is not pulled towards zero.
+    """Exponential moving average with Adam's bias correction, so that its start is not pulled toward zero.
 
     Values that are not finite are skipped; their own entries are NaN.
     """

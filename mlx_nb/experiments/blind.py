@@ -20,8 +20,8 @@ EQUAL = 0
 class BlindVote:
     """Pairs of answers to vote on: `vote(1)`, `vote(2)` or `vote(0)` for equal, or the buttons where it is displayed.
 
-    Rows and sides are in an order given by the seed. Rows with the same answer of both are left out. Whose answer was
-    which is not said; only the score counts by name.
+    The seed determines the order of rows and sides. Rows to which both gave the same answer are left out. Which answer
+    is whose is never shown; only the score has names.
     """
 
     def __init__(self, found: Comparison, seed: int = 0) -> None:

@@ -72,8 +72,8 @@ def run_llama_cpp(job: Mapping[str, Any]) -> dict[str, np.ndarray]:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (place, os.environ.get("PYTHONPATH"))))}
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
         if done.returncode != 0:
-            said = done.stderr.strip().splitlines()[-1:] or [f"it ended with status {done.returncode}"]
-            raise ModelError(f"llama.cpp did not accept {Path(str(job['model'])).name}: {said[0]}.")
+            last_line = done.stderr.strip().splitlines()[-1:] or [f"it ended with status {done.returncode}"]
+            raise ModelError(f"llama.cpp did not accept {Path(str(job['model'])).name}: {last_line[0]}.")
         if not result.exists():
             return {}
         with np.load(result) as arrays:

@@ -26,7 +26,7 @@ _OF_MODELS = {".safetensors", ".json", ".jinja", ".gguf", ".whl"}
 _TRIES = 1000
 _HEADER_BYTES, _LARGEST_HEADER = 8, 100 * 1024**2
 
-_mended: dict[Path, str] = {}
+_remade: dict[Path, str] = {}
 
 
 def cache_folder() -> Path:
@@ -72,7 +72,7 @@ def make_once(folder: Path, make: Callable[[Path], Path]) -> Path:
         if reason is not None:
             damaged = work / "damaged"
             os.rename(folder, damaged)
-            _mended[folder] = reason
+            _remade[folder] = reason
         os.rename(made, folder)
         if reason is not None:
             _keep_foreign(damaged, folder)
@@ -89,7 +89,7 @@ def _keep_foreign(damaged: Path, folder: Path) -> None:
 
 def repair_note(folder: Path) -> str | None:
     """A note that the model in `folder` was damaged and remade by this process; None otherwise."""
-    reason = _mended.get(folder)
+    reason = _remade.get(folder)
     return None if reason is None else f"The cached model in {folder} was damaged ({reason}) and was made again."
 
 

@@ -1,11 +1,12 @@
-"""Where mlx_nb may write: paths that can exist, and that are not inside the files of another run."""
+"""Checks paths: whether they can exist, whether a run may write there, and which path was probably meant."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from mlx_nb.errors import ConfigError, FolderError, FolderTaken, shortened, shown
+from mlx_nb.errors import ConfigError, FolderError, FolderTaken, nearest, shortened, shown
 from mlx_nb.files.folder_lock import MARK, holder_of, is_locked
 from mlx_nb.files.written_files import (
     ADAPTER_FILE,
@@ -164,3 +165,22 @@ def _folders_in(folder: Path) -> list[Path]:
         return [path for path in sorted(folder.iterdir()) if os.path.isdir(path)]
     except OSError:
         return []
+
+
+def suggest_path(given: str, wanted: Callable[[Path], bool], names: Iterable[str] = ()) -> str:
+    """` Did you mean 'x'?` for a path that does not exist; an empty string if nothing has a similar name.
+
+    Suggests the `wanted` entry of its folder with the most similar name, or one of `names`. If the folder does not
+    exist, suggests one with a similar name. Raises OSError for a folder that cannot be listed.
+    """
+    path = Path(given).expanduser()
+    names = list(names)
+    beside = [entry.name for entry in sorted(path.parent.iterdir()) if wanted(entry)] if path.parent.is_dir() else []
+    if near := nearest(path.name, [*names, *beside]):
+        return f" Did you mean {near if near in names else str(Path(given).with_name(near))!r}?"
+    above = path.parent.parent
+    if path.parent.is_dir() or not above.is_dir():
+        return ""
+    folder = nearest(path.parent.name, [entry.name for entry in sorted(above.iterdir()) if entry.is_dir()])
+    here = Path(given).parent
+    return f" There is no folder {str(here)!r}. Did you mean {str(here.with_name(folder))!r}?" if folder else ""

@@ -185,8 +185,8 @@ class RunFolder:
         way_back = resume_command(place) if place is not None else ""
         saved = " What it had saved was removed since." if self._saved else ""
         if way_back:
-            saved = f" It is saved, and {way_back} goes on with it."
-        return f"{self._given_up}.{saved} This run writes there no more; `run.save(FOLDER)` keeps it elsewhere."
+            saved = f" It is saved, and {way_back} continues with it."
+        return f"{self._given_up}.{saved} This run no longer writes there; `run.save(FOLDER)` saves it elsewhere."
 
     @_locked
     def check(self) -> None:
@@ -253,7 +253,7 @@ class RunFolder:
             return []
         moved = f"The adapter that was in {self.path} is now in {target}, with all of its run: {megabytes(kept.bytes)}."
         way_back = resume_command(kept.folder)
-        ways = [f"{way_back} goes on with it"] if way_back else []
+        ways = [f"{way_back} continues with it"] if way_back else []
         return [f"{moved} {', '.join([*ways, f'{delete_command(kept.folder)} removes it'])}."]
 
     @_locked
@@ -284,8 +284,8 @@ class RunFolder:
         written = self._written
         if path.is_symlink() or (_stamp(path) not in (None, self._seen.get(path)) and not written.holds(name)):
             raise FolderError(
-                f"{path} was changed by somebody else, so it is not written over. Move it away and go on, or "
-                "`run.save(FOLDER)` and go on there."
+                f"{path} was changed by another program, so it is not overwritten. Move it away and continue, "
+                "or `run.save(FOLDER)` and continue there."
             )
         write_whole(path, write, partial(written.record, name))
         self._seen[path] = stamp if (stamp := _stamp(path)) else (0, 0, 0)

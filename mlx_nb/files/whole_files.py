@@ -1,4 +1,4 @@
-"""Atomic file writes: a file is complete or absent, even after a power cut; and cleanup after killed processes."""
+"""Atomic file writes: a file is complete or absent, even after a power cut or when its writer is killed."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import errno
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from mlx_nb.errors import nearest
 
 # Called with the finished file, its size in bytes and its SHA-256, before it replaces the target.
 BeforeReplacing = Callable[[int, str], None]
@@ -27,25 +25,6 @@ class HashedFile(io.BufferedWriter):
         """Write, and add to the digest."""
         self.sha256.update(data)
         return super().write(data)
-
-
-def near_path(given: str, wanted: Callable[[Path], bool], names: Iterable[str] = ()) -> str:
-    """` Did you mean 'x'?` for a path that does not exist: the nearest spelling of what is `wanted` in its folder.
-
-    If its folder does not exist, the nearest spelling of that. `names` are further candidates. Raises OSError for a
-    folder that cannot be listed.
-    """
-    path = Path(given).expanduser()
-    names = list(names)
-    beside = [entry.name for entry in sorted(path.parent.iterdir()) if wanted(entry)] if path.parent.is_dir() else []
-    if near := nearest(path.name, [*names, *beside]):
-        return f" Did you mean {near if near in names else str(Path(given).with_name(near))!r}?"
-    above = path.parent.parent
-    if path.parent.is_dir() or not above.is_dir():
-        return ""
-    folder = nearest(path.parent.name, [entry.name for entry in sorted(above.iterdir()) if entry.is_dir()])
-    here = Path(given).parent
-    return f" There is no folder {str(here)!r}. Did you mean {str(here.with_name(folder))!r}?" if folder else ""
 
 
 def write_whole(path: Path, write: Callable[[Any], Any], before_replacing: BeforeReplacing | None = None) -> None:

@@ -13,9 +13,8 @@ from mlx_nb.config.methods import method_named
 from mlx_nb.config.run_config import RunConfig
 from mlx_nb.config.settings import LoraParameters
 from mlx_nb.errors import ConfigError, ModelError, shown
-from mlx_nb.files.places import path_problem
+from mlx_nb.files.places import path_problem, suggest_path
 from mlx_nb.files.typed_json import WrongJson, json_object, read_as
-from mlx_nb.files.whole_files import near_path
 from mlx_nb.files.written_files import ADAPTER_FILE, CONFIG_FILE, PEFT_FILE
 from mlx_nb.model.fingerprint import base_identity, weights_fingerprint
 from mlx_nb.model.loading import load_skeleton
@@ -85,7 +84,9 @@ def open_adapter(source: str, setting: str) -> AdapterFile:
         if not weights.is_file():
             saved = Path("adapters", source)
             hint = (
-                f" Did you mean {str(saved)!r}?" if (saved / ADAPTER_FILE).is_file() else near_path(source, _is_adapter)
+                f" Did you mean {str(saved)!r}?"
+                if (saved / ADAPTER_FILE).is_file()
+                else suggest_path(source, _is_adapter)
             )
             raise ModelError(
                 f"{setting}: no such file: {weights}.{hint} Give an {ADAPTER_FILE} or the folder with one."

@@ -17,7 +17,7 @@ from mlx.utils import tree_unflatten
 
 from mlx_nb.data.examples.limits import ModelLimits
 from mlx_nb.errors import ModelError
-from mlx_nb.model.unloaded import description_of, unloaded_model
+from mlx_nb.model.unloaded import config_json_of, unloaded_model
 
 _PROBE = (5, 2, 7, 3, 1)
 
@@ -65,7 +65,7 @@ def limits_of(model: nn.Module, description: Mapping[str, Any] | None = None) ->
 def limits_by_name(model: str) -> ModelLimits:
     """The limits of a model, from its config.json; all None for one that cannot be opened. Reads no weights."""
     try:
-        description = description_of(model)
+        description = config_json_of(model)
         return limits_of(unloaded_model(description), description)
     except ModelError:
         return ModelLimits()

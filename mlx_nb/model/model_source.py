@@ -14,7 +14,7 @@ from pathlib import Path
 from mlx_nb.config.run_config import RunConfig
 from mlx_nb.errors import ModelError, nearest
 from mlx_nb.files.cache_folder import cache_folder, damage, make_once
-from mlx_nb.files.whole_files import near_path
+from mlx_nb.files.places import suggest_path
 from mlx_nb.model.gguf.convert import convert_gguf, write_model
 from mlx_nb.model.mlx_lm_import import import_mlx_lm
 
@@ -67,7 +67,7 @@ def refuse_unknown_model(model: str) -> str:
         path = Path(model).expanduser()
         if model and (path.is_dir() or path.is_file()):
             return ""
-        hint = near_path(model, _is_model, ALIASES)
+        hint = suggest_path(model, _is_model, ALIASES)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"model {shown_name(model)} cannot be read: {one_line(error)}") from None
     if model.startswith((".", "/", "~")) or (hint and _meant_gguf(path)) or path.suffix == ".gguf":

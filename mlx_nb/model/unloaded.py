@@ -1,4 +1,4 @@
-"""A model from its config.json alone: the modules and shapes of the real one, without weights.
+"""Builds a model from its config.json alone: the modules and shapes of the real one, without weights.
 
 Its arrays are never evaluated, so it takes no memory and cannot compute. A `TargetScorer` for it assumes what is tested
 on a real model: that the head can be split off, and that the kernels, packing and checkpointing are verified.
@@ -33,7 +33,7 @@ from mlx_nb.model.vocabulary_chunks import with_arrays
 _DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
-def description_of(model: str) -> dict[str, Any]:
+def config_json_of(model: str) -> dict[str, Any]:
     """The config.json of a model. Of a hub id that is not in the local cache only this file is downloaded.
 
     Raises ModelError.

@@ -32,7 +32,7 @@ from mlx_nb.run.background import hold_interrupts
 from mlx_nb.run.foreground import raise_failure
 from mlx_nb.view import event_text
 from mlx_nb.view.curves.figure import live_svg
-from mlx_nb.view.curves.main_quantity import live_words
+from mlx_nb.view.curves.main_quantity import curve_legend
 from mlx_nb.view.reports.completions import last_rollout_html
 
 if TYPE_CHECKING:
@@ -94,28 +94,28 @@ def show_panel(session: Session, run: Run) -> None:
         return
     panel = session.panel_of(run)
     if panel is not None:
-        session.show_further(run, panel)
+        session.show_panel_again(run, panel)
         session.show_again(run)
         return
     panel = run.panel()
     panel.refresh_seconds = session.preferences.refresh_seconds
     display(panel)
-    session.keep_shown(run, panel, Outcome(run))
+    session.register_panel(run, panel, Outcome(run))
 
 
 def train_here(
-    run: Run, updates: int | None = None, *, quiet: bool = False, way_on: str = "`%finetune run` continues"
+    run: Run, updates: int | None = None, *, quiet: bool = False, continue_hint: str = "`%finetune run` continues"
 ) -> Event | None:
     """Train in the foreground of the cell. `quiet` shows one line, for a run whose panel is open elsewhere.
 
     The first interrupt pauses at the next step boundary. A second one drops the current update, as if it had never
-    started. Returns the last event. After a pause, `way_on` says how to continue.
+    started. Returns the last event. After a pause, `continue_hint` says how to continue.
     """
     ended = _train_with_line(run, updates) if quiet and has_rich_display() else _train_with_display(run, updates)
     raise_failure(ended)
     if isinstance(ended, RunPaused):
         reason = "" if ended.reason == "interrupted" else f" ({ended.reason})"
-        say(f"{run.name} is paused after update {ended.step}{reason}. Nothing is lost: {way_on}.")
+        say(f"{run.name} is paused after update {ended.step}{reason}. Nothing is lost: {continue_hint}.")
     return ended
 
 
@@ -281,7 +281,7 @@ class _LiveDisplay:
         head = f"<b>{html.escape(self._run.name)}</b>&ensp;{html.escape(line)}"
         legend = (
             '<div style="font-size:11px;opacity:0.75"><span style="color:#0072B2">━</span> '
-            f'{live_words(history)}&ensp;<span style="color:#D55E00">╍●</span> validation</div>'
+            f'{curve_legend(history)}&ensp;<span style="color:#D55E00">╍●</span> validation</div>'
         )
         curve = live_svg(history, self._iters)
         self._put(

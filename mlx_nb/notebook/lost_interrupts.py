@@ -11,9 +11,9 @@ from typing import Any
 
 
 class NotingHandler:
-    """Notes that a SIGINT came, and hands it to the handler before.
+    """Records that a SIGINT arrived, and passes it to the previous handler.
 
-    in_place_of  that handler, once the context has ended: what began in the context gives that one back.
+    in_place_of  the previous handler, once the context has ended: code that started inside it restores that one.
     """
 
     def __init__(self, before: Callable[[int, FrameType | None], Any]) -> None:
@@ -22,14 +22,14 @@ class NotingHandler:
         self.came = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Take a signal."""
+        """Handle a signal."""
         self.came = True
         if self.in_place_of is not None:  # another interrupt came in the middle of `end`
             self.end()
         self._before(number, frame)
 
     def end(self) -> None:
-        """End the context: the handler before is in force again, now or once the handler above this one has ended."""
+        """End the context: restore the previous handler, now or once a handler installed after this one has ended."""
         self.in_place_of = self._before
         in_force = signal.getsignal(signal.SIGINT) is self
         if in_force:

@@ -19,7 +19,7 @@ from mlx_nb.errors import CommandError, MlxNbError
 from mlx_nb.notebook.new_run_cell import cell_text, fields_of
 from mlx_nb.notebook.templating import fill
 from mlx_nb.run.run import Run
-from mlx_nb.view.event_loop import in_a_turn_of, running_loop
+from mlx_nb.view.event_loop import call_in_loop, running_loop
 from mlx_nb.view.panel.panel import page_part
 from mlx_nb.view.reports.check import render_html
 from mlx_nb.view.rows.display import RowDisplay
@@ -144,7 +144,7 @@ class NewRun(anywidget.AnyWidget):
             if self.comm is not None:
                 act()
 
-        in_a_turn_of(self._loop, guarded)
+        call_in_loop(self._loop, guarded)
 
     def close(self) -> None:
         """Close the form."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mlx_nb.run.run import Run
 
 
-def how_far(run: Run, activity: str = "") -> str:
+def progress_summary(run: Run, activity: str = "") -> str:
     """`update 12 of 60  ·  loss 1.23  ...` with the current activity; only the activity while the run loads."""
     if not run.prepared:
         return activity or "loading model and rows"
@@ -29,16 +29,16 @@ class ProgressLine:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._in_background = run.background.active
-        self._line = Line(f"{run.name}  ·  {how_far(run)}")
+        self._line = Line(f"{run.name}  ·  {progress_summary(run)}")
         run.listen(self._on_event)
 
     def _on_event(self, event: Event) -> None:
         if self._in_background and isinstance(event, StateChanged) and event.state != RunState.RUNNING:
             ended = f"{self._run.name} {event_text.STATES[self._run.state]} at update {event.step}"
-            self.end(f"{ended}  ·  {how_far(self._run)}" if self._run.prepared else ended)
+            self.end(f"{ended}  ·  {progress_summary(self._run)}" if self._run.prepared else ended)
         elif self._line.is_due:
             activity = event_text.progress_words(event) if isinstance(event, Progress) else ""
-            self._line.put(f"{self._run.name}  ·  {how_far(self._run, activity)}")
+            self._line.put(f"{self._run.name}  ·  {progress_summary(self._run, activity)}")
 
     def end(self, words: str) -> None:
         """Show the final text, and stop following the run."""

@@ -20,7 +20,7 @@ from IPython.core.error import InputRejected
 from mlx_nb.errors import CommandError
 from mlx_nb.events import Event, Progress, RunFailed, RunPaused, RunState
 from mlx_nb.notebook.front_end import request_header
-from mlx_nb.notebook.progress_line import how_far
+from mlx_nb.notebook.progress_line import progress_summary
 from mlx_nb.notebook.text_output import Line
 from mlx_nb.view import event_text
 
@@ -212,6 +212,6 @@ class _WaitingLine:
 
     def _line(self, run: Run) -> str:
         if run.state != RunState.RUNNING:
-            return f"waited for {run.name}, which {event_text.STATES[run.state]}  ·  {how_far(run)}"
+            return f"waited for {run.name}, which {event_text.STATES[run.state]}  ·  {progress_summary(run)}"
         hint = f"interrupt to pause it; {NOW} does not wait"
-        return f"waiting for {run.name}  ·  {how_far(run, self._activity.get(id(run), ''))}  ·  {hint}"
+        return f"waiting for {run.name}  ·  {progress_summary(run, self._activity.get(id(run), ''))}  ·  {hint}"

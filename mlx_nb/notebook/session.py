@@ -83,15 +83,15 @@ class Session:
         shown = self._shown.get(run.name)
         return shown[0] if shown and shown[0].run is run and shown[0].is_open else None
 
-    def keep_shown(self, run: Run, panel: Panel, outcome: Outcome) -> None:
-        """Register the panel and the lasting output of a run; the previous ones are closed."""
+    def register_panel(self, run: Run, panel: Panel, outcome: Outcome) -> None:
+        """Register the panel of a run and the summary and figure below it; the previous ones are closed."""
         for one in self._shown.pop(run.name, ()):
             if one is not panel:
                 one.close()
         self._shown[run.name] = (panel, outcome)
 
-    def show_further(self, run: Run, panel: Panel) -> None:
-        """Show the panel once more in the current cell, with an output below it for when the panel is closed."""
+    def show_panel_again(self, run: Run, panel: Panel) -> None:
+        """Show the panel in the current cell as well, with an output below it that explains when it is closed."""
         from IPython.display import display
 
         display(panel)
@@ -118,13 +118,13 @@ class Session:
         run.listen(show_location)
 
     def publish(self, run: Run) -> None:
-        """Update the lasting output of this run, also on a page that was opened later."""
+        """Update the summary and figure of this run below its panel, also on a page that was opened later."""
         if (shown := self._shown.get(run.name)) and shown[0].run is run:
             shown[1].publish()
             shown[1].show_again()
 
     def show_again(self, run: Run) -> None:
-        """Show the lasting output of this run in the current cell, if the page was opened later."""
+        """Show the summary and figure of this run in the current cell, if the page was opened later."""
         if (shown := self._shown.get(run.name)) and shown[0].run is run:
             shown[1].show_again()
 

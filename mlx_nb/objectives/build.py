@@ -11,14 +11,14 @@ from mlx_nb.config.run_config import RunConfig
 from mlx_nb.errors import LossRaised
 from mlx_nb.objectives.base import Objective
 from mlx_nb.objectives.kinds import LOSS_KINDS
-from mlx_nb.process.own_code import describe_error, is_own
+from mlx_nb.process.user_code import describe_error, is_user_defined
 
 
 def objective_for(config: RunConfig) -> Objective:
     """The objective that `config` names, with its options bound."""
     method = method_named(config.method)
     loss = method.loss(config.loss).function()
-    if is_own(loss):
+    if is_user_defined(loss):
         loss = _named_when_it_raises(loss, config.method)
     options = options_for(config)
     return LOSS_KINDS[method.rows].wrap(partial(loss, **options), float(options.get("beta") or 1.0), config)

@@ -89,11 +89,11 @@ def register(run: Unsaved) -> None:
     """Register a new run. It is held by a weak reference."""
     _runs.add(run)
     weakref.finalize(run, restore_signals).atexit = False
-    _take_signals()
+    _install_handlers()
 
 
-def _take_signals(anew: bool = False) -> None:
-    """Install our handlers for signals that have no user handler now; with `anew`, for all of them.
+def _install_handlers(reinstall: bool = False) -> None:
+    """Install our handlers for signals that have no user handler now; with `reinstall`, for all of them.
 
     Ignored ones stay ignored.
     """
@@ -103,7 +103,7 @@ def _take_signals(anew: bool = False) -> None:
         now = signal.getsignal(number)
         # asyncio restores the default handler when it releases a signal, whoever had it before.
         others = now not in (signal.SIG_IGN, None, _handle)
-        if now is signal.SIG_DFL or (others and (anew or number not in _before)):
+        if now is signal.SIG_DFL or (others and (reinstall or number not in _before)):
             _before[number] = signal.signal(number, _handle)
     if _before and not _watches:
         _watches.append(SignalWatch(_save_meanwhile))
@@ -120,7 +120,7 @@ def live_runs() -> list[Any]:
 def driving(run: Unsaved) -> Iterator[None]:
     """A context in which this thread drives the run, or has control between two of its steps."""
     end_if_requested()
-    _take_signals(anew=True)
+    _install_handlers(reinstall=True)
     entry = (threading.get_ident(), run)
     _driving.append(entry)
     if threading.current_thread() is not threading.main_thread():
@@ -137,7 +137,7 @@ def driving(run: Unsaved) -> Iterator[None]:
 @contextmanager
 def computing(run: Unsaved) -> Iterator[None]:
     """A context in which the run is between two boundaries; a signal then makes it pause at the next one."""
-    _take_signals()
+    _install_handlers()
     _computing.append(run)
     try:
         yield

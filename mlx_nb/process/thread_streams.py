@@ -1,4 +1,4 @@
-"""Ends the mlx streams of a thread with it. Otherwise mlx may abort the process when that exits."""
+"""Destroys the mlx streams of a thread when the thread ends. Otherwise mlx may abort the process at exit."""
 
 from __future__ import annotations
 

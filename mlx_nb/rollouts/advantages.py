@@ -46,15 +46,15 @@ def group_advantages(total_N: np.ndarray, group_size: int, *, scale: str) -> Adv
     rewards_PG = np.asarray(total_N, np.float64).reshape(-1, group_size)
     valid_PG = np.isfinite(rewards_PG)
     known_PG = np.where(valid_PG, rewards_PG, 0.0)
-    centred_PG = np.where(valid_PG, known_PG - _mean(known_PG, valid_PG), 0.0)
-    spread_P = np.max(centred_PG, axis=1, initial=-np.inf, where=valid_PG)
-    spread_P = spread_P - np.min(centred_PG, axis=1, initial=np.inf, where=valid_PG)
-    tells_P = spread_P > EQUAL_WITHIN
-    advantage_PG = np.where(tells_P[:, None], centred_PG / SCALES[scale](known_PG, valid_PG), 0.0)
+    centered_PG = np.where(valid_PG, known_PG - _mean(known_PG, valid_PG), 0.0)
+    spread_P = np.max(centered_PG, axis=1, initial=-np.inf, where=valid_PG)
+    spread_P = spread_P - np.min(centered_PG, axis=1, initial=np.inf, where=valid_PG)
+    informative_P = spread_P > EQUAL_WITHIN
+    advantage_PG = np.where(informative_P[:, None], centered_PG / SCALES[scale](known_PG, valid_PG), 0.0)
     return Advantages(
         advantage_N=advantage_PG.reshape(-1).astype(np.float32),
         valid_N=valid_PG.reshape(-1),
-        zero_variance_share=float(1 - tells_P.mean()) if len(tells_P) else 0.0,
+        zero_variance_share=float(1 - informative_P.mean()) if len(informative_P) else 0.0,
     )
 
 

@@ -1,4 +1,4 @@
-"""Evaluates a run when asked to: progress for whoever listens, and an interrupt at any moment changes nothing."""
+"""Evaluates a run on request, reporting progress. An interrupt at any moment changes nothing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def evaluated(
 
     def interrupt(pause: Pause) -> None:
         if pause.at_once and judged is not None:
-            judged.own_code.strike(KeyboardInterrupt())
+            judged.user_code.strike(KeyboardInterrupt())
 
     with Interrupts(interrupt) as interrupts:
 

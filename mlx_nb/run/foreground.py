@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mlx_nb.train.interrupts import Interrupts
     from mlx_nb.train.trainer import Trainer
 
-WAY_ON = "`%finetune run 20` or `run.set(iters=...)` continues it."
+CONTINUE_HINT = "`%finetune run 20` or `run.set(iters=...)` continues it."
 
 
 class ForegroundRun(Protocol):
@@ -67,7 +67,7 @@ def step(run: ForegroundRun, updates: int) -> StepCompleted:
     if not isinstance(updates, int) or updates < 1:
         raise CommandError(f"cannot do {updates!r} updates. Give a whole number of 1 or more.")
     if run.over:
-        raise CommandError(f"{run.name} is finished: all {run.trainer.iters} updates are done. {WAY_ON}")
+        raise CommandError(f"{run.name} is finished: all {run.trainer.iters} updates are done. {CONTINUE_HINT}")
     last = failed = paused = None
     with run.interrupts() as interrupts:
         for event in run.events(updates):

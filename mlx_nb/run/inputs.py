@@ -28,8 +28,8 @@ from mlx_nb.errors import CommandError, DataError, MlxNbError, ModelError, and_m
 from mlx_nb.events import Progress
 from mlx_nb.events.history import EVALUATION_COLUMNS
 from mlx_nb.process.interruptible import Interruptible
-from mlx_nb.process.own_code import code_digest, is_own
 from mlx_nb.process.pieces import finished
+from mlx_nb.process.user_code import code_digest, is_user_defined
 from mlx_nb.run.resume_checks import fingerprints
 
 if TYPE_CHECKING:
@@ -145,9 +145,9 @@ class RunInputs:
     def description(self) -> dict[str, Any]:
         """The config.json of the model. Reads no weights. Raises ModelError."""
         from mlx_nb.model.model_source import model_named
-        from mlx_nb.model.unloaded import description_of
+        from mlx_nb.model.unloaded import config_json_of
 
-        return description_of(model_named(self.config))
+        return config_json_of(model_named(self.config))
 
     @cached_property
     def splits(self) -> Splits:
@@ -379,10 +379,10 @@ class RunInputs:
         """Digests of user-defined losses and rewards. The settings have only their names."""
         method = method_named(self.config.method)
         loss = method.loss(self.config.loss).function()
-        found: dict[str, Any] = {"loss function": code_digest(loss)} if is_own(loss) else {}
-        own = {reward.name: code_digest(reward.function) for reward in self.rewards if is_own(reward.function)}
+        found: dict[str, Any] = {"loss function": code_digest(loss)} if is_user_defined(loss) else {}
+        own = {reward.name: code_digest(reward.function) for reward in self.rewards if is_user_defined(reward.function)}
         found |= {"reward functions": own} if own else {}
         # Of the other metrics no number of the training depends on.
         deciding = [one for one in (self.metrics.metrics if self.metrics else ()) if one.name == self.config.best_by]
-        own = {metric.name: code_digest(metric.function) for metric in deciding if is_own(metric.function)}
+        own = {metric.name: code_digest(metric.function) for metric in deciding if is_user_defined(metric.function)}
         return {**found, "metric functions": own} if own else found

@@ -1,4 +1,4 @@
-"""Exports the model of a run with its adapter, to the folders that a person names."""
+"""Exports the model of a run with its adapter, to the folders that the user names."""
 
 from __future__ import annotations
 

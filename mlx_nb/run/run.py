@@ -551,7 +551,7 @@ class Run:
     @property
     def stuck(self) -> bool:
         """Whether a user function is still running although it was interrupted: it catches every interrupt."""
-        codes = self._trainer.own_code if self._trainer is not None else []
+        codes = self._trainer.user_code if self._trainer is not None else []
         return any(code.stuck for code in (self.inputs.reading, *codes))
 
     @one_at_a_time
@@ -832,9 +832,9 @@ class Run:
         settings): a list of built-in ones by name, such as `"exact_match"` or `{"regex": "^Yes"}`, and of functions
         that take by name what they need of `completion`, `reference`, `prompt`, `row` and the row's columns, and return
         a number or a bool. The answers are kept by a fingerprint of the model, so an evaluation that was interrupted
-        goes on where it was, and one with other metrics generates nothing again. An interrupt is raised as
+        continues where it was, and one with other metrics generates nothing again. An interrupt is raised as
         KeyboardInterrupt. Neither the run nor a random stream is changed. Raises ConfigError for a metric that cannot
-        be called, DataError for rows that ask nothing.
+        be called, DataError for rows without a question.
         """
         self._calls.refuse_inside("evaluate")
         trainer = self.trainer

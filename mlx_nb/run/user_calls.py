@@ -84,7 +84,7 @@ class UserCalls:
         where = traceback.extract_tb(error.__traceback__)[-1]
         print(
             f"{self._name}: the listener {getattr(listener, '__qualname__', repr(listener))} raised "
-            f"{type(error).__name__}: {error} (line {where.lineno} of {where.name}). Training goes on, and the "
+            f"{type(error).__name__}: {error} (line {where.lineno} of {where.name}). Training continues, and the "
             "listener is called again at the next event; further errors of it are not printed.",
             file=sys.stderr,
         )

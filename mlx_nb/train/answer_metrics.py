@@ -1,4 +1,4 @@
-"""Metrics of what the model answers: greedy answers to rows, and what functions of the person give them."""
+"""Metrics of what the model answers: greedy answers to rows, and the scores that metric functions give them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from mlx_nb.data.examples.prompt import PromptExample
 from mlx_nb.data.masks.tokenizer import Tokenizer
-from mlx_nb.data.rows.asked import NoReference
+from mlx_nb.data.rows.questions import NoReference
 from mlx_nb.errors import DataError, counted
 from mlx_nb.events import Event, Progress
 from mlx_nb.model.limits import limits_of
@@ -80,13 +80,13 @@ class Answered:
 class AnswerMetrics:
     """Answers rows greedily and scores the answers with `metrics`. Uses no random numbers and changes no state.
 
-    `ask` gives the question of a row. `own_code` is entered while a metric function runs, so that it can be
+    `ask` gives the question of a row. `user_code` is entered while a metric function runs, so that it can be
     interrupted.
     """
 
     def __init__(self, metrics: Sequence[Reward], ask: Ask, tokenizer: Tokenizer, max_tokens: int) -> None:
         self.metrics = tuple(metrics)
-        self.own_code = Interruptible()
+        self.user_code = Interruptible()
         self._ask = ask
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
@@ -107,7 +107,7 @@ class AnswerMetrics:
     ) -> Generator[Event, None, Answered]:
         """Answer and score `rows` of `split`, yielding Progress.
 
-        Rows that ask nothing are left out and named, except answers labeled false. Raises DataError if that is all of
+        Rows without a question are left out and named, except answers labeled false. Raises DataError if that is all of
         them, ConfigError if a function needs a column that the rows do not have.
         """
         questions, refusals = self._questions(split, list(dict.fromkeys(rows)))
@@ -141,11 +141,11 @@ class AnswerMetrics:
             except NoReference:
                 continue
             except DataError as error:
-                refusals.append(f"not asked: {error}")
+                refusals.append(f"not evaluated: {error}")
         if not questions:
             raise DataError(refusals[0] if refusals else f"there are no rows in the {split} split to ask.")
         more = len(refusals) - _REFUSALS
-        rest = [f"Not asked: {counted(more, 'more row')}."] if more > 0 else []
+        rest = [f"Not evaluated: {counted(more, 'more row')}."] if more > 0 else []
         return questions, [*refusals[:_REFUSALS], *rest]
 
     def _answer(
@@ -165,7 +165,7 @@ class AnswerMetrics:
         batch = completion_batch(questions, texts, tokens, _columns(questions))
         scoring = score_completions(self.metrics, None, batch, timeout=SECONDS_FOR_A_BATCH)
         scores = yield from relayed(
-            scoring, lambda at: Progress(step, f"metric {at.function}", at.done, at.total), within=self.own_code
+            scoring, lambda at: Progress(step, f"metric {at.function}", at.done, at.total), within=self.user_code
         )
         return scores.rewards_NF, [problem.error for problem in scores.problems]
 

@@ -53,7 +53,7 @@ class Sampled:
 class Rollouts:
     """Samples rollouts: `group_size` completions of every prompt of an update, used for `updates_per_rollout` updates.
 
-    `columns` are the columns of the rows that reward functions get. `own_code` is entered while a reward function
+    `columns` are the columns of the rows that reward functions get. `user_code` is entered while a reward function
     runs, so that it can be interrupted.
     """
 
@@ -79,7 +79,7 @@ class Rollouts:
         self._batches: list[TokenBatch] = []
         self._updates_left = 0
         self.metrics: dict[str, float] = {}  # mean rewards and lengths of the completions
-        self.own_code = Interruptible()
+        self.user_code = Interruptible()
 
     @property
     def ready(self) -> bool:
@@ -138,7 +138,7 @@ class Rollouts:
         )
         scoring = score_completions(self._rewards, config.reward_weights, batch, timeout=config.reward_timeout)
         scores = yield from relayed(
-            scoring, lambda at: Progress(step, f"reward {at.function}", at.done, at.total), within=self.own_code
+            scoring, lambda at: Progress(step, f"reward {at.function}", at.done, at.total), within=self.user_code
         )
         return Sampled(examples, completions, scores, seconds)
 

@@ -227,13 +227,13 @@ class Trainer:
         self._abort = self._abort or at_once
         self._inbox.put(request)
         if at_once:
-            for own_code in self.own_code:
-                own_code.strike(Aborted())  # interrupts a running reward or metric function
+            for user_code in self.user_code:
+                user_code.strike(Aborted())  # interrupts a running reward or metric function
 
     @property
-    def own_code(self) -> list[Interruptible]:
-        """Where functions of the person run: rewards and metrics."""
-        return [one.own_code for one in (self.rollouts, self.metrics) if one is not None]
+    def user_code(self) -> list[Interruptible]:
+        """The contexts in which user-defined rewards and metrics run, to interrupt them."""
+        return [one.user_code for one in (self.rollouts, self.metrics) if one is not None]
 
     def _poll(self) -> None:
         if self._abort:

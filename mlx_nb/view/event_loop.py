@@ -1,4 +1,4 @@
-"""The event loop of the kernel, for work that must not be done at the line where it becomes due."""
+"""Defers work to the next iteration of the kernel's event loop."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
         return None
 
 
-def in_a_turn_of(loop: asyncio.AbstractEventLoop | None, act: Callable[[], object]) -> None:
-    """Do `act` in the next turn of `loop`, from any thread; now if there is no loop.
+def call_in_loop(loop: asyncio.AbstractEventLoop | None, act: Callable[[], object]) -> None:
+    """Call `act` in the next iteration of `loop`, from any thread; call it now if there is no loop.
 
-    For finalizers. One may run in the middle of any line, such as one that sends a message, and Python drops a
+    Finalizers need this: one may run in the middle of any line, such as one that sends a message, and Python drops a
     KeyboardInterrupt that is raised in it.
     """
     if loop is None or loop.is_closed():

@@ -44,7 +44,7 @@ def walked(examples, tokenizer):
     check = check_data(Splits(examples.source, None, None), tokenizer, RunConfig(), kind=examples.kind)
     json.dumps(check.to_dict())
     search = RowFinder(examples, dict).search("left out", "a")
-    while not search.read_on(9):
+    while not search.examine(9):
         pass
     unreadable = dict(check.splits[0].unreadable.rows)
     for row in range(len(examples)):

@@ -50,7 +50,7 @@ print("done", flush=True)
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_NB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(cache_folder, "_mended", {})
+    monkeypatch.setattr(cache_folder, "_remade", {})
 
 
 @pytest.fixture(scope="module")

@@ -383,7 +383,7 @@ def test_a_file_that_was_changed_since_is_neither_written_over_nor_moved(here, t
     mine.write_bytes(b"a person's own")
     ended = run.run()
     assert isinstance(ended, RunPaused)
-    assert "adapters.safetensors was changed by somebody else" in ended.reason
+    assert "adapters.safetensors was changed by another program" in ended.reason
     assert mine.read_bytes() == b"a person's own"
     with pytest.raises(FolderError, match=r"adapters\.safetensors"):
         make(tiny_folder, seed=2, adapter_path="adapters/run").run()

@@ -33,7 +33,7 @@ def test_the_way_back_to_a_replaced_run_is_true_after_each_rerun(times, shell, t
     with capture_output() as captured:
         outcome = Outcome(first)
         outcome._error = "the loss spiked"
-        session.keep_shown(first, first.panel(), outcome)
+        session.register_panel(first, first.panel(), outcome)
         for seed in range(2, 2 + times):
             session.add(make(seed))
             session.get("a run").run()

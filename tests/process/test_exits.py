@@ -148,7 +148,7 @@ def test_a_replaced_run_its_model_trainer_and_panel_leave_memory_and_the_widgets
             run = rows_run(tmp_path, tiny_folder, iters=3)
             session.add(run)
             panel = run.panel()
-            session.keep_shown(run, panel, Outcome(run))
+            session.register_panel(run, panel, Outcome(run))
             run.start()
             await run
             gone.append([weakref.ref(one) for one in (run, run.model, run.trainer, panel)])

@@ -81,7 +81,7 @@ def test_rows_of_every_kind_are_asked_for_their_own_good_answer(tmp_path, tiny_f
     run = run_of(tmp_path, tiny_folder, method=method, data=rows(24), **rewards)
     result = run.evaluate("train", metrics=[note], max_tokens=3)
     assert seen
-    assert not [problem for problem in result.problems if "not asked" in problem]
+    assert not [problem for problem in result.problems if "not evaluated" in problem]
     for answer, row in seen:
         assert answer == row[reference]
         assert row.get("label", True)
@@ -89,7 +89,7 @@ def test_rows_of_every_kind_are_asked_for_their_own_good_answer(tmp_path, tiny_f
 
 def test_plain_text_asks_nothing_and_says_so(tmp_path, tiny_folder):
     run = run_of(tmp_path, tiny_folder, data=[{"text": f"say {word}"} for word in "abcdefgh"], val_set_size=2)
-    with pytest.raises(DataError, match="plain text asks nothing"):
+    with pytest.raises(DataError, match="plain text has no question"):
         run.evaluate(metrics=["exact_match"])
 
 

@@ -18,7 +18,7 @@ from mlx_nb.events import Rewound, SettingChanged
 from mlx_nb.events.history import History, smoothed
 from mlx_nb.view.curves.curves import SeriesBuilder
 from mlx_nb.view.curves.figure import live_svg, plot_history
-from mlx_nb.view.curves.main_quantity import live_words
+from mlx_nb.view.curves.main_quantity import curve_legend
 from mlx_nb.view.curves.shown_figure import drawable
 from mlx_nb.view.curves.text_chart import text_chart
 from mlx_nb.view.event_text import summary_rows
@@ -161,8 +161,8 @@ def test_what_is_smoothed_is_the_heavier_line_only_where_there_are_many_updates(
     )
     assert few["train, each update"] > few["train, smoothed"]
     assert many["train, smoothed"] > many["train, each update"]
-    assert live_words(History(update(step, 1.0) for step in range(1, 13))) == "training loss"
-    assert live_words(History(update(step, 1.0) for step in range(1, 199))) == "training loss, smoothed"
+    assert curve_legend(History(update(step, 1.0) for step in range(1, 13))) == "training loss"
+    assert curve_legend(History(update(step, 1.0) for step in range(1, 199))) == "training loss, smoothed"
 
 
 def test_an_average_passes_over_what_is_not_finite():

@@ -37,7 +37,7 @@ def run(tiny_folder, tmp_path):
 
 def found(run, *arguments, **options):
     search = RowFinder(run.rows().examples, lambda: run.row_losses()).search(*arguments, **options)
-    assert search.read_on(60)
+    assert search.examine(60)
     return list(search.found)
 
 
@@ -76,7 +76,7 @@ def test_a_pattern_that_is_none_and_a_filter_that_is_none_are_said(run):
 
 def test_a_search_reads_on_from_where_it_was(run):
     search = RowFinder(run.rows().examples, dict).search("longest")
-    while not search.read_on(0):
+    while not search.examine(0):
         assert search.read < search.total
         assert len(search.found) <= search.read
     assert list(search.found) == found(run, "longest")
@@ -88,10 +88,10 @@ def test_nothing_is_tokenized_until_it_is_shown(run):
     view = examples.view
     examples.view = lambda row: tokenized.append(row) or view(row)
     finder = RowFinder(examples, dict)
-    assert finder.search("all rows", "hello").read_on(60)
+    assert finder.search("all rows", "hello").examine(60)
     assert tokenized == []
-    assert finder.search("longest").read_on(60)
-    assert finder.search("shortest").read_on(60)
+    assert finder.search("longest").examine(60)
+    assert finder.search("shortest").examine(60)
     assert tokenized == list(range(len(ROWS)))
 
 

@@ -16,9 +16,9 @@ from mlx_nb.data.masks.tool_messages import shown_conversation
 from mlx_nb.errors import MaskRefused
 
 # Words that no template writes or looks for.
-_SYSTEM, _ASKED, _REPLY, _THOUGHT = "quillon", "marvet", "tressic", "oblenar"
+_SYSTEM, _QUESTION, _REPLY, _THOUGHT = "quillon", "marvet", "tressic", "oblenar"
 _TOOL, _CITY, _RESULT = "dorvane", "lisbrook", "pelvorn"
-_USER = {"role": "user", "content": _ASKED}
+_USER = {"role": "user", "content": _QUESTION}
 _ASSISTANT = {"role": "assistant", "content": _REPLY}
 _TOOLS = [
     {

@@ -18,9 +18,9 @@ from mlx_nb.data.examples.remarks import content_remarks
 from mlx_nb.data.examples.settings import ExampleSettings, LeftOut, TooLong
 from mlx_nb.data.masks.conversation import Span, TokenizedConversation, row_remarks
 from mlx_nb.data.masks.tokenizer import Tokenizer
-from mlx_nb.data.rows.asked import NoReference
 from mlx_nb.data.rows.content import RowContent
 from mlx_nb.data.rows.imitation import TextRow
+from mlx_nb.data.rows.questions import NoReference
 from mlx_nb.data.rows.turns import format_of
 from mlx_nb.data.sources.row_source import RowSource
 from mlx_nb.errors import DataError
@@ -122,7 +122,7 @@ def refuse_no_such_row(setting: str, rows: Iterable[int], source: RowSource) -> 
 def exclude_rows(
     rows: Sequence[int], kept: Sequence[Any], left_out: Sequence[LeftOut], source: RowSource
 ) -> tuple[list[Any], list[LeftOut]]:
-    """Examples, and what is left out, once the person leaves out `rows` too. Raises DataError for no such row."""
+    """Examples, and what is left out, without the `rows` that the user leaves out. Raises DataError for no such row."""
     refuse_no_such_row("leave_out", rows, source)
     chosen, known = set(rows), {one.row for one in left_out}
     excluded = [LeftOut(row, f"{source.named(row)}: left out by `leave_out`.") for row in sorted(chosen - known)]

@@ -17,11 +17,11 @@ from mlx_nb.data.masks.render import ChatTemplate, Encoded, encode_raw, unwrappe
 from mlx_nb.data.masks.template_facts import RenderFailed
 from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.data.masks.tool_messages import ShownConversation, shown_conversation
-from mlx_nb.data.rows.asked import asked
 from mlx_nb.data.rows.columns import AUTOMATIC, Messages, read_messages, read_tools
 from mlx_nb.data.rows.content import RowContent
 from mlx_nb.data.rows.imitation import refuse_context
 from mlx_nb.data.rows.prompt import PromptRow
+from mlx_nb.data.rows.questions import question_in
 from mlx_nb.errors import DataError
 
 
@@ -131,12 +131,12 @@ def prompt_example(
 def question_of(
     content: RowContent, record: Mapping[str, Any], row: int, tokenizer: Tokenizer, settings: ExampleSettings
 ) -> PromptExample:
-    """The question that a row of any kind asks, to be answered and judged: see `asked`.
+    """The question in a row of any kind, tokenized, for the model to answer: see `question_in`.
 
     Its columns are those of the row, with `reference` (the reference answer) and `row` (all columns as a dict) unless
-    the row has columns of these names. Raises DataError for a row that asks nothing, or whose prompt is too long.
+    the row has columns of these names. Raises DataError for a row without a question, or whose prompt is too long.
     """
-    question = asked(content, record)
+    question = question_in(content, record)
     if question.from_texts and not isinstance(question.prompt, str) and settings.rendering.is_raw(tokenizer):
         refuse_context(question.prompt, question.tools)
         text = question.prompt[-1]["content"]

@@ -117,7 +117,7 @@ class Search:
             self._found = [row for _, _, row in self._keyed]
         return self._found
 
-    def read_on(self, seconds: float) -> bool:
+    def examine(self, seconds: float) -> bool:
         """Examine more rows for about this many seconds, at least one row. Returns whether all were examined."""
         until = time.monotonic() + seconds
         while self._key is not None and not self.done:

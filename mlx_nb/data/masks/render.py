@@ -92,8 +92,8 @@ class ChatTemplate:
             raise RenderFailed("the template changes the assistant's last message, so it cannot be continued")
         if not self._render(messages, False, tools).startswith(start):
             raise RenderFailed(
-                "the template cuts white space at the end of the assistant's last message, or writes it otherwise "
-                "than one that goes on, so it cannot be continued"
+                "the template cuts white space at the end of the assistant's last message, or writes it "
+                "differently from one with more text, so it cannot be continued"
             )
         return start
 

@@ -16,7 +16,7 @@ from mlx_nb.errors import DataError
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
 # Alpaca, Dolly and ms-swift: the columns of the question, of its input, and of earlier turns.
 ASKING_COLUMNS = ("instruction", "query")
-_ASKED_ABOUT = ("input", "context")
+_CONTEXT_COLUMNS = ("input", "context")
 ANSWERING_COLUMNS = ("output", "response")
 # Columns of pairs and labels that may hold the question, besides `prompt`.
 _QUESTION_COLUMNS = ("question", "problem", "input")
@@ -93,7 +93,7 @@ def _is_message(item: Mapping[str, Any]) -> bool:
 def question(record: Mapping[str, Any], column: str, roles: Mapping[str, str]) -> Any:
     """The question in a text column, followed by `input` or `context`; with a `history`, the messages up to it."""
     prompt = read_text(record[column], f"`{column}`")
-    about = next((name for name in _ASKED_ABOUT if name != column and record.get(name)), None)
+    about = next((name for name in _CONTEXT_COLUMNS if name != column and record.get(name)), None)
     if about and column in ASKING_COLUMNS:
         prompt = f"{prompt}\n\n{read_text(record[about], f'`{about}`')}"
     before = _history(record, roles)

@@ -216,7 +216,7 @@ class _JsonLines:
         if same:
             self.state = state
         else:
-            raise DataError(f"{self.path} was changed while it was open. Open the data again to read it anew.")
+            raise DataError(f"{self.path} was changed while it was open. Open the data again to read the new content.")
 
 
 def _json_problem(row: int, line: bytes, error: json.JSONDecodeError) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mlx_nb.errors import DataError, shown
-from mlx_nb.process.own_code import code_digest
+from mlx_nb.process.user_code import code_digest
 
 DEEPEST = 64  # levels of lists and objects inside a column
 MOST_DIGITS = 4300  # of an integer: Python's limit for writing one

@@ -38,12 +38,12 @@ _NO_JSON = object()
 
 
 def exact_match(completion: str, answer: Any) -> float:
-    """1 where the completion is the answer, but for space around either."""
+    """1 if the completion equals the answer, apart from leading and trailing white space."""
     return float(completion.strip() == _answer_text(answer).strip())
 
 
 def number_match(completion: str, answer: Any) -> float:
-    """1 where the number that the completion ends on equals the number in the answer; see `stated_number`."""
+    """1 if the last or marked number in the completion equals that in the answer; see `stated_number`."""
     expected = stated_number(_answer_text(answer))
     if expected is None:
         raise ValueError(f"the answer {answer!r} holds no number")
@@ -77,12 +77,12 @@ def _answer_text(answer: Any) -> str:
     if answer is None:
         raise ValueError("the row has no answer")
     if isinstance(answer, (list, tuple, Mapping)):
-        raise ValueError(f"the answer is a {type(answer).__name__}, where text or a number belongs")
+        raise ValueError(f"the answer is a {type(answer).__name__}, but it must be text or a number")
     return str(answer)
 
 
 def regex(pattern: Any) -> RewardFunction:
-    """1 where the pattern is found anywhere in the completion, as in `re.search`."""
+    """1 if the pattern is found anywhere in the completion, as with `re.search`."""
     if not isinstance(pattern, str):
         raise ConfigError(f"reward regex takes a pattern as text, not {pattern!r}.")
     try:
@@ -107,12 +107,12 @@ def chrf(completion: str, answer: Any) -> float:
 
 
 def json_valid(completion: str) -> float:
-    """1 where the completion is JSON."""
+    """1 if the completion is JSON."""
     return float(_json_value(completion) is not _NO_JSON)
 
 
 def json_schema(schema: Any) -> RewardFunction:
-    """1 where the completion is JSON and valid against a JSON schema, 0.5 where it is JSON only.
+    """1 if the completion is JSON that is valid against a JSON schema, 0.5 if it is only JSON.
 
     Needs the package jsonschema, which comes with Jupyter.
     """
@@ -184,7 +184,7 @@ def _read_limits(limits: Any) -> tuple[str, float, str]:
 
 
 def xml_tags(tags: Any) -> RewardFunction:
-    """The share of the tags of which `<tag>` and `</tag>` each stand there once, after the tag before it is closed."""
+    """The share of the tags that are opened and closed exactly once, each after the previous one is closed."""
     names = [tags] if isinstance(tags, str) else tags
     if not isinstance(names, (list, tuple)) or not names or len(set(map(str, names))) < len(names):
         raise ConfigError(f"reward xml_tags takes a list of different tags, such as [think, answer], not {tags!r}.")
@@ -208,9 +208,9 @@ def xml_tags(tags: Any) -> RewardFunction:
 class BuiltIn(NamedTuple):
     """A built-in reward.
 
-    function  the reward function; or, if there is an example, what makes it from the value
+    function  the reward function; if there is an example, a function that makes it from the value
     example   how its value is written in YAML; None = it takes none
-    package   what it imports, and what that is called where it is installed from; None = nothing else
+    package   the package that it imports, and its name on PyPI; None = none
     """
 
     function: RewardFunction

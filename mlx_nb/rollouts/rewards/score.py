@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mlx_nb.errors import shortened
-from mlx_nb.process.own_code import describe_error
+from mlx_nb.process.user_code import describe_error
 from mlx_nb.rollouts.rewards.call import Outcome, Progress, call_reward
 from mlx_nb.rollouts.rewards.resolve import CompletionBatch, Reward, check_rewards
 

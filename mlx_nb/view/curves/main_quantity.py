@@ -14,7 +14,7 @@ def live_quantity(history: History) -> str:
     return "reward" if history.last_step is not None and "reward" in history.last_step.metrics else "loss"
 
 
-def live_words(history: History) -> str:
+def curve_legend(history: History) -> str:
     """The legend of the main curve, such as `training loss, smoothed`."""
     return f"training {live_quantity(history)}" + ("" if len(history) < SHORT_RUN else ", smoothed")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from mlx_nb.events.history import History, smoothed
-from mlx_nb.view.curves.main_quantity import live_quantity, live_words, validations_of
+from mlx_nb.view.curves.main_quantity import curve_legend, live_quantity, validations_of
 from mlx_nb.view.curves.points import SHORT_RUN
 
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # bits of a braille character, by row and column
@@ -46,7 +46,7 @@ def text_chart(history: History, width: int = 60, height: int = 10) -> str:
     lines = [f"{label:>{margin}} │{''.join(line).rstrip()}" for label, line in zip(labels, drawn)]
     lines.append(f"{'':{margin}} └{'─' * width}")
     lines.append(f"{'':{margin}}  0{f'update {last}':>{width - 1}}")
-    legend = f"⠒ {live_words(history)}" + (f"   {_VALIDATION} validation" if valid else "")
+    legend = f"⠒ {curve_legend(history)}" + (f"   {_VALIDATION} validation" if valid else "")
     return "\n".join([*lines, f"{'':{margin}}  {legend}"])
 
 

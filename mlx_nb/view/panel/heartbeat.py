@@ -26,7 +26,7 @@ _thread: threading.Thread | None = None
 
 
 def start_beats(receiver: Receiver) -> None:
-    """Send it `{"kind": "beat"}` every few seconds, until it is garbage-collected or `stop_beats`."""
+    """Send `{"kind": "beat"}` to the receiver every few seconds, until it is garbage-collected or `stop_beats`."""
     global _thread
     with _lock:
         _receivers.add(receiver)
@@ -36,7 +36,7 @@ def start_beats(receiver: Receiver) -> None:
 
 
 def stop_beats(receiver: Receiver) -> None:
-    """Stop sending it heartbeats."""
+    """Stop sending heartbeats to the receiver."""
     with _lock:
         _receivers.discard(receiver)
 
@@ -53,7 +53,7 @@ def _run() -> None:
 
 
 def _beat() -> None:
-    """Send one heartbeat to each. A separate function, so that no receiver is kept alive while the loop sleeps."""
+    """Send one heartbeat to each receiver. A function of its own, so the sleeping loop keeps no receiver alive."""
     with _lock:
         receivers = list(_receivers)
     for receiver in receivers:

@@ -40,7 +40,7 @@ from mlx_nb.events import (
     StepCompleted,
 )
 from mlx_nb.view.curves.curves import SeriesBuilder
-from mlx_nb.view.event_loop import in_a_turn_of, running_loop
+from mlx_nb.view.event_loop import call_in_loop, running_loop
 from mlx_nb.view.event_text import describe, remarks
 from mlx_nb.view.panel.chat import Chat
 from mlx_nb.view.panel.clicks import Clicks, Message, result_of, useful_clicks
@@ -220,7 +220,7 @@ class Panel(anywidget.AnyWidget):
             except MlxNbError as error:
                 self.say(str(error), bad=True)
 
-        in_a_turn_of(self._loop, guarded)
+        call_in_loop(self._loop, guarded)
 
     def say(self, text: str, *, bad: bool = False) -> None:
         """Show the result of a click."""
@@ -354,7 +354,7 @@ class Panel(anywidget.AnyWidget):
 
     def _close_later(self) -> None:
         """Close after the run, or this panel, was garbage-collected."""
-        in_a_turn_of(self._loop, self.close)
+        call_in_loop(self._loop, self.close)
 
     def __del__(self) -> None:
         if not self.closed:

@@ -16,7 +16,7 @@ from mlx_nb.data.examples.row_finder import ALL, FILTERS, RowFinder, Search
 from mlx_nb.data.masks.tokenizer import Tokenizer
 from mlx_nb.data.sources.export import write_rows
 from mlx_nb.errors import CommandError, DataError, MlxNbError
-from mlx_nb.view.event_loop import in_a_turn_of, running_loop
+from mlx_nb.view.event_loop import call_in_loop, running_loop
 from mlx_nb.view.rows.display import RowDisplay, TokenLoss, measured_losses
 from mlx_nb.view.rows.editor import RowEditor
 from mlx_nb.view.theme import WRAP, visible_html
@@ -207,7 +207,7 @@ class RowBrowser:
             ]
         )
         self.widget.add_class("mlx-nb-rows")
-        weakref.finalize(self, in_a_turn_of, running_loop(), partial(close_widgets, self.widget)).atexit = False
+        weakref.finalize(self, call_in_loop, running_loop(), partial(close_widgets, self.widget)).atexit = False
 
     def _search(self) -> None:
         if self._updating:
@@ -223,7 +223,7 @@ class RowBrowser:
     def _search_more(self) -> None:
         """Search more rows. Keeps the current row selected, except that the first result stays the first."""
         kept = self.row if self.position else None
-        self.search.read_on(SECONDS_PER_CLICK)
+        self.search.examine(SECONDS_PER_CLICK)
         self._choose(0 if kept is None else self.search.found.index(kept))
 
     def _jump(self, row: int) -> None:

@@ -1,4 +1,4 @@
-// The pages Samples (answers to kept prompts at several updates, side by side) and Chat.
+// The pages Samples (answers to sample prompts at several updates, side by side) and Chat.
 
 const COLUMNS = 4; // answers side by side, including the base's
 

@@ -40,7 +40,7 @@ def _is_ours(variables: dict[str, Any]) -> bool:
     return str(variables.get("__name__", "")).startswith("mlx_nb.")
 
 
-def is_own(function: Callable[..., Any]) -> bool:
+def is_user_defined(function: Callable[..., Any]) -> bool:
     """Whether the function is user-defined, that is not part of this package."""
     return not str(getattr(inspect.unwrap(function), "__module__", "")).startswith("mlx_nb.")
 

@@ -1,4 +1,4 @@
-"""What a row asks the model, and the answer it gives itself: how a row of any kind becomes a test question."""
+"""Converts a row of any kind to a prompt with a reference answer, for metrics of the model's answers."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from mlx_nb.errors import DataError
 
 
 class NoReference(DataError):
-    """A row whose answer is labeled false, so that no answer of the model's can be compared with it."""
+    """A row whose answer is labeled false, so the model's answer cannot be compared with it."""
 
 
-def asked(content: RowContent, record: Mapping[str, Any]) -> PromptRow:
-    """The question in a row, with its reference as the answer and its columns.
+def question_in(content: RowContent, record: Mapping[str, Any]) -> PromptRow:
+    """The question in a row: its prompt, the reference answer, and the row's columns.
 
     The question of a conversation is everything before its last assistant message, and that message is the reference.
     The reference of a pair is the chosen answer, that of a labeled answer the answer itself if its label is true, and
-    that of a prompt the row's answer column, if it has one. Raises DataError for a row that asks nothing: plain text, a
-    conversation without a text of the assistant's to compare with, and an answer labeled false.
+    that of a prompt the row's answer column, if it has one. Raises DataError for a row without a question: plain
+    text, a conversation without assistant text to compare with, and an answer labeled false.
     """
     match content:
         case PromptRow():
@@ -40,7 +40,7 @@ def asked(content: RowContent, record: Mapping[str, Any]) -> PromptRow:
         case LabeledRow():
             raise NoReference("its answer is labeled false, so there is no reference to compare with.")
         case _:
-            raise DataError("plain text asks nothing. Metrics of answers need rows with a prompt and an answer.")
+            raise DataError("plain text has no question. Metrics of answers need rows with a prompt and an answer.")
 
 
 def _before_last_answer(messages: Messages) -> tuple[Messages, str]:
@@ -48,7 +48,7 @@ def _before_last_answer(messages: Messages) -> tuple[Messages, str]:
     last = max((place for place, one in enumerate(messages) if one["role"] == "assistant"), default=0)
     text = messages[last].get("content")
     if not last or not isinstance(text, str) or not text:
-        raise DataError("the conversation has no text of the assistant's to compare an answer with.")
+        raise DataError("the conversation has no assistant text to compare an answer with.")
     return [{name: value for name, value in one.items() if name != "train"} for one in messages[:last]], text
 
 

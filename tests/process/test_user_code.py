@@ -12,7 +12,7 @@ from mlx_nb import Run, RunConfig
 from mlx_nb.config.methods import METHODS
 from mlx_nb.errors import CheckpointError, LossRaised, ModelChanged
 from mlx_nb.process import exits
-from mlx_nb.process.own_code import code_digest
+from mlx_nb.process.user_code import code_digest
 from tiny import tiny_pairs, tiny_prompts, tiny_rows
 
 
