@@ -50,14 +50,14 @@ class Loss:
 class Method:
     """One training method.
 
-    rows        kind of row it takes: `tokens`, `pairs`, `labels` or `prompts`
+    row_kind    kind of row it takes: `tokens`, `pairs`, `labels` or `prompts`
     losses      its variants by name, the default first
     metrics     what it measures besides the loss
     reference   whether it needs log-probabilities of a reference model
     """
 
     name: str
-    rows: str
+    row_kind: str
     losses: Mapping[str, Loss]
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     reference: bool = False
@@ -65,7 +65,7 @@ class Method:
     @property
     def kind(self) -> KindFacts:
         """The facts about the kind of rows that it takes."""
-        return ROW_KINDS[self.rows]
+        return ROW_KINDS[self.row_kind]
 
     def uses(self, name: str, only_for: str | tuple[str, ...] | None, options: Collection[str] | None = None) -> bool:
         """Whether a setting declared with `only_for` has an effect with a loss that has these `options`.
@@ -73,7 +73,7 @@ class Method:
         None = with any loss of the method.
         """
         kinds = only_for if isinstance(only_for, tuple) else (only_for,)
-        effective = {None, self.rows, "reference"} if self.reference else {None, self.rows}
+        effective = {None, self.row_kind, "reference"} if self.reference else {None, self.row_kind}
         some = {option for loss in self.losses.values() for option in loss.options} if options is None else options
         return not effective.isdisjoint(kinds) or name in some
 

@@ -10,7 +10,7 @@ class KindFacts:
     """What all methods with one kind of rows have in common.
 
     judged       rows rate answers: without `beta` nothing is left to learn, and prompts are not trained
-    pairs        two answers are compared, which is possible without a reference
+    pairs        a row has two answers, each a sequence of its own; they can be compared without a reference
     sampled      rows are prompts only, and the model's own answers are trained
     words        what is learned from
     pieces       a long text may be trained in pieces (`truncate: split`)

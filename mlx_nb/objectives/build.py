@@ -21,7 +21,7 @@ def objective_for(config: RunConfig) -> Objective:
     if is_user_defined(loss):
         loss = _named_when_it_raises(loss, config.method)
     options = options_for(config)
-    return LOSS_KINDS[method.rows].wrap(partial(loss, **options), float(options.get("beta") or 1.0), config)
+    return LOSS_KINDS[method.row_kind].wrap(partial(loss, **options), float(options.get("beta") or 1.0), config)
 
 
 def _named_when_it_raises(loss: Callable[..., Any], method: str) -> Callable[..., Any]:

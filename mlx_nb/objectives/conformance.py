@@ -55,7 +55,9 @@ def check_objective(name: str, loss: str | None = None, **settings: Any) -> tupl
     method = method_named(name)
     with random_stream(0):
         scorer = TargetScorer(_model())
-    trial = Trial(config, objective_for(config), scorer, LOSS_KINDS[method.rows].trial_batch, method, method.loss(loss))
+    trial = Trial(
+        config, objective_for(config), scorer, LOSS_KINDS[method.row_kind].trial_batch, method, method.loss(loss)
+    )
     tried = []
     for law in _LAWS:
         try:
@@ -190,7 +192,7 @@ def _metrics_are_documented(trial: Trial) -> str:
     """Every metric is described in the method, finite, and over units above 0 or left out."""
     method, sums = trial.method, trial.objective(trial.scorer, trial.inputs())
     for metric, (total, divisor) in sums.metrics.items():
-        if metric not in method.metrics and metric not in LOSS_KINDS[method.rows].metrics:
+        if metric not in method.metrics and metric not in LOSS_KINDS[method.row_kind].metrics:
             return f"the metric {metric!r} is not described. Name it in `metrics` of register_objective."
         if not (mx.isfinite(total).item() and mx.isfinite(divisor).item()):
             return f"the metric {metric!r} is not finite."

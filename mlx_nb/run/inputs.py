@@ -191,7 +191,7 @@ class RunInputs:
             return
         with self.reading:
             refuse_ineffective(config, self.splits)
-            settings, kind = ExampleSettings.of(config), method_named(config.method).rows
+            settings, kind = ExampleSettings.of(config), method_named(config.method).row_kind
             refuse_no_such_row("leave_out", config.leave_out or (), self.splits.train)
             refuse_no_such_row("down_weight", config.down_weight or (), self.splits.train)
             refuse_unreadable(self.splits.train, settings, kind, SECONDS_TO_LOOK)
@@ -212,7 +212,7 @@ class RunInputs:
         source = getattr(self.splits, split)
         if source is None:
             raise DataError(f"the data have no {split} split.")
-        kind = method_named(self.config.method).rows
+        kind = method_named(self.config.method).row_kind
         settings = ExampleSettings.of(self.config, self.limits)
         if split == "train" and self.config.down_weight is not None:
             refuse_no_such_row("down_weight", self.config.down_weight, source)

@@ -298,7 +298,7 @@ class Run:
         """
         from mlx_nb.view.reports.check import ShownCheck
 
-        kind = method_named(self.config.method).rows
+        kind = method_named(self.config.method).row_kind
         limits = self.inputs.limits
         return ShownCheck.of(check_data(self.splits, self.tokenizer, self.config, rows=rows, kind=kind, limits=limits))
 

@@ -52,7 +52,7 @@ class RowBatches:
         self, config: RunConfig, *, scorer: TargetScorer, reference: ReferenceLogprobs | None, width_multiple: int
     ) -> None:
         self._config = config
-        self._kind = LOSS_KINDS[method_named(config.method).rows]
+        self._kind = LOSS_KINDS[method_named(config.method).row_kind]
         self._scorer = scorer
         self._reference = reference
         self._kl_reference = reference if self._kind.mismatched else None

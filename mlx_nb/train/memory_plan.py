@@ -244,7 +244,7 @@ def _along(at: Sequence[int], values: Sequence[float], x: float) -> float:
 
 def sequences_in(config: RunConfig, rows: int) -> int:
     """The number of sequences that the model reads for `rows` rows of a micro-batch."""
-    return rows * (2 if method_named(config.method).rows == "pairs" else 1)
+    return rows * (2 if method_named(config.method).kind.pairs else 1)
 
 
 def full_shape(config: RunConfig) -> BatchShape:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,6 @@ from mlx_nb.config.methods import method_named
 from mlx_nb.config.run_config import RunConfig
 from mlx_nb.data.examples.batches import TokenBatch
 from mlx_nb.data.examples.imitation import TokenizedExample
-from mlx_nb.data.examples.preference import LabeledExample, PreferenceExample
 from mlx_nb.model import backend
 from mlx_nb.model.adapters import attach_adapter
 from mlx_nb.model.graph_memory import Peak, peak_of
@@ -160,23 +158,13 @@ def planned_batch(config: RunConfig, vocabulary: int, shape: BatchShape) -> Toke
         loss_mask[max(1, shape.tokens - shape.trained) :] = 1
         return TokenizedExample(random.integers(0, vocabulary, shape.tokens).astype(np.int32), loss_mask, row)
 
-    rows: Sequence[Any]
-    match method.rows:
-        case "pairs":
-            rows = [PreferenceExample(example(row), example(row), 0, row) for row in range(-(-shape.sequences // 2))]
-        case "labels":
-            rows = [LabeledExample(example(row), row % 2 == 0, 0, row) for row in range(shape.sequences)]
-        case _:
-            rows = [example(row) for row in range(shape.sequences)]
-    batch = LOSS_KINDS[method.rows].collate(rows, 1)
+    kind = LOSS_KINDS[method.row_kind]
+    batch = kind.collate(kind.planned(example, shape.sequences), 1)
     named = ["behavior"] if method.kind.sampled else []
     named += ["reference"] if method.reference and not config.reference_free else []
     values = {name: np.zeros(batch.tokens_BT.shape, np.float32) for name in named}
-    of_rows = {name: np.zeros(len(batch.tokens_BT), np.float32) for name in _ROW_VALUES.get(method.rows, ())}
+    of_rows = {name: np.zeros(len(batch.tokens_BT), np.float32) for name in kind.row_values}
     return batch._replace(token_values=values, row_values={**batch.row_values, **of_rows})
-
-
-_ROW_VALUES = {"labels": ("kl_estimate",), "prompts": ("advantage", "counts")}
 
 
 def _arrays(tree: Any) -> list[mx.array]:

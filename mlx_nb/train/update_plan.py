@@ -18,7 +18,7 @@ class UpdatePlan:
     """
 
     def __init__(self, config: RunConfig, examples: Sequence[Any]) -> None:
-        spread = LOSS_KINDS[method_named(config.method).rows].spread
+        spread = LOSS_KINDS[method_named(config.method).row_kind].spread
         labels = None if spread is None else [spread(example) for example in examples]
         self.batches = BatchPlan([example.length for example in examples], config.batch_size, config.seed, labels)
         self._accumulated = config.grad_accumulation_steps

@@ -16,6 +16,8 @@ from mlx_nb.data.examples.kinds import ROW_KINDS, RowKind
 from mlx_nb.data.rows.imitation import PromptCompletionRow
 from mlx_nb.errors import DataError
 from mlx_nb.objectives.kinds import LOSS_KINDS
+from mlx_nb.train.memory_plan import sequences_in
+from mlx_nb.train.update_memory import BatchShape, planned_batch
 from tiny import tiny_rows
 
 
@@ -103,6 +105,22 @@ def test_it_shows_its_stars_and_the_check_names_a_bad_row(tmp_path, tiny_folder)
 
 def test_every_kind_has_its_three_entries():
     assert list(FACTS) == list(ROW_KINDS) == list(LOSS_KINDS)
+
+
+@pytest.mark.parametrize("like", ["tokens", "pairs", "labels"])
+def test_the_memory_of_a_new_kind_is_planned_like_that_of_the_kind_with_the_same_entries(like, monkeypatch):
+    for table in (FACTS, ROW_KINDS, LOSS_KINDS):
+        monkeypatch.setitem(table, "new", table[like])
+    known = next(method for method in METHODS.values() if method.row_kind == like)
+    monkeypatch.setitem(METHODS, "new", dataclasses.replace(known, name="new", row_kind="new"))
+    config = {"model": "smollm2-135m", "data": [{"text": "any row"}]}
+    batches = [
+        planned_batch(RunConfig.from_dict({**config, "method": name}), 100, BatchShape(4, 8, 3))
+        for name in (known.name, "new")
+    ]
+    assert batches[0].tokens_BT.tolist() == batches[1].tokens_BT.tolist()
+    assert set(batches[0].row_values) == set(batches[1].row_values)
+    assert len({sequences_in(RunConfig.from_dict({**config, "method": name}), 3) for name in (known.name, "new")}) == 1
 
 
 def test_its_losses_obey_the_laws():

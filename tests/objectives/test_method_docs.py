@@ -103,7 +103,7 @@ def words_in_code(cell: str) -> list[str]:
 
 def accepting(method: Method, name: str) -> list[str]:
     """The variants of a method with which a setting may be given."""
-    needed = {"rewards": ["number_match"], "updates_per_rollout": 2} if method.rows == "prompts" else {}
+    needed = {"rewards": ["number_match"], "updates_per_rollout": 2} if method.row_kind == "prompts" else {}
     taking = []
     for variant in method.losses:
         try:
@@ -157,7 +157,7 @@ def test_every_row_on_a_page_is_read_as_that_method_reads_it(name):
     examples = [line for block in blocks(page(name), "json", "jsonl") for line in block.splitlines()]
     assert examples
     for line in examples:
-        recognize(METHODS[name].rows, json.loads(line))
+        recognize(METHODS[name].row_kind, json.loads(line))
 
 
 @pytest.mark.parametrize("name", NAMES)
