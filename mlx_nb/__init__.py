@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mlx_nb.config.methods import register_objective
     from mlx_nb.config.run_config import RunConfig
     from mlx_nb.experiments.compare import compare
+    from mlx_nb.experiments.sweep import sweep
     from mlx_nb.notebook.new_run import new
     from mlx_nb.objectives.conformance import check_objective
     from mlx_nb.run.rows import rows
@@ -33,6 +34,7 @@ __all__ = [
     "new",
     "register_objective",
     "rows",
+    "sweep",
     "unload_ipython_extension",
 ]
 
@@ -45,8 +47,9 @@ _PUBLIC = {
     "new": "mlx_nb.notebook.new_run",
     "register_objective": "mlx_nb.config.methods",
     "rows": "mlx_nb.run.rows",
+    "sweep": "mlx_nb.experiments.sweep",
 }
-_COMPUTING = ("Run", "check_objective", "compare", "load", "new", "rows")
+_COMPUTING = ("Run", "check_objective", "compare", "load", "new", "rows", "sweep")
 
 
 def __getattr__(name: str) -> Any:

@@ -43,7 +43,7 @@ class RunConfig(DeclaredSettings):
 
     def __init__(self, **values: Any) -> None:
         kinds = kinds_of(RunConfig)
-        foreign = list(foreign_settings(values, SETTINGS, _GROUPS, _fits))
+        foreign = list(foreign_settings(values, SETTINGS, _GROUPS, takes_value))
         errors, refused = [], set()
         # A setting given under another program's name is checked together with the others.
         meant = {one.meant: one.value for one in foreign if one.meant and one.meant not in values}
@@ -53,16 +53,16 @@ class RunConfig(DeclaredSettings):
         for name, declared in SETTINGS.items():
             value, default = values.get(name, _MISSING), _default_of(declared)
             if name in meant:
-                fits = meant[name] is not None and _fits(name, meant[name])
+                fits = meant[name] is not None and takes_value(name, meant[name])
                 value = meant[name] if fits else _MISSING
                 refused |= set() if fits else {name}
             try:
                 taken = default if value is _MISSING else _converted(name, value, declared, kinds[name])
             except SettingErrors as several:
-                errors += [inner_hint(one, values, SETTINGS, _fits) for one in several.errors]
+                errors += [inner_hint(one, values, SETTINGS, takes_value) for one in several.errors]
             except SettingError as error:
                 error = SettingError(error.path, f"{error}{value_hint(name, value)}")
-                errors.append(inner_hint(error, values, SETTINGS, _fits))
+                errors.append(inner_hint(error, values, SETTINGS, takes_value))
             else:
                 object.__setattr__(self, name, taken)
                 continue
@@ -263,8 +263,8 @@ def _functions(name: str, value: Any) -> Any:
     )
 
 
-def _fits(name: str, value: Any) -> bool:
-    """Whether the setting `name` takes `value`."""
+def takes_value(name: str, value: Any) -> bool:
+    """Whether the setting `name`, which must exist, takes `value`."""
     try:
         _converted(name, value, SETTINGS[name], kinds_of(RunConfig)[name])
     except ConfigError:
@@ -274,7 +274,7 @@ def _fits(name: str, value: Any) -> bool:
 
 def unknown_settings(values: Mapping[str, Any]) -> list[SettingError]:
     """One error for each name in `values` that is not a setting."""
-    return [one.error for one in foreign_settings(values, SETTINGS, _GROUPS, _fits)]
+    return [one.error for one in foreign_settings(values, SETTINGS, _GROUPS, takes_value)]
 
 
 def _default_of(declared: dataclasses.Field[Any]) -> Any:

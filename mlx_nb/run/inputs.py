@@ -43,7 +43,18 @@ if TYPE_CHECKING:
 
 SECONDS_TO_LOOK = 1.0  # time for checking rows before a cell returns
 SPLITS = ("train", "valid", "test")
+# The settings that tokenized rows depend on: the model's own, how rows are read, and what a method makes of them.
+_OF_ROWS = (
+    *(name for name, declared in SETTINGS.items() if declared.metadata["group"] in ("model", "rows", "rollouts")),
+    *("method", "method_options", "reference_model", "seed", "test"),
+)
+_COMPARABLE = (str, int, float, tuple, dict, type(None))
 ROWS_TO_TRY = 32  # whose columns metrics are checked against before the training
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two settings are the same; rows in memory only if they are the same object."""
+    return one is other or (isinstance(one, _COMPARABLE) and bool(one == other))
 
 
 class RunInputs:
@@ -72,6 +83,17 @@ class RunInputs:
         other.examples = self.examples
         if config.test and not self.config.test:
             other.examples = dataclasses.replace(self.examples, test=other.tokenize("test"))
+        return other
+
+    def sharing_rows(self, config: RunConfig) -> RunInputs:
+        """The inputs of another new run: tokenized rows are shared if these settings give the same ones.
+
+        The base model is shared in any case, where its arrays can be.
+        """
+        other = RunInputs(config, self.namespace)
+        if "examples" in vars(self) and all(_same(getattr(self.config, one), getattr(config, one)) for one in _OF_ROWS):
+            other.splits, other.limits, other.left_out = self.splits, self.limits, self.left_out
+            other.examples = self.examples
         return other
 
     def for_settings(self, config: RunConfig) -> RunInputs:
