@@ -25,6 +25,9 @@ CELL_OPTIONS = {
     "--background": "train in the background; queued cells do not wait",
     NOW: "do not wait for the run of an earlier cell",
     "--from": "start from the adapter of this run or folder, on the same base",
+    "--sweep": "train a run for each combination of the settings that have a list of values",
+    "--halving": "with --sweep: the worse half of the runs ends early, several times",
+    "--trials": "with --sweep: only so many of the combinations, at random",
     "--resume": "continue from the newest checkpoint, if any",
     "--allow-changed": "continue although this has changed (with --resume: a setting, data, template, model, ...; "
     "with resume_adapter_file or reference_adapter: model)",
@@ -90,7 +93,7 @@ def command(
     for flags, options in arguments:
         parser.add_argument(*flags, **options)
     usage = _usage(parser)
-    if name not in ("new", "runs", "help", "use", "delete", "compare", "load"):
+    if name not in ("new", "runs", "help", "use", "delete", "compare", "load", "sweep"):
         parser.add_argument("--name", "-n", default=None, help="a run other than the current one")
     parser.add_argument(NOW, action="store_true", help="do not wait for the run of an earlier cell")
     return Command(usage, help, act, parser, of_now, steers)

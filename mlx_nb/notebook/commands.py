@@ -1,6 +1,7 @@
 """Dispatches a `%finetune` line: finds the command, parses its arguments and calls it.
 
-The commands are in training_commands, row_commands, result_commands, branch_commands and export_commands.
+The commands are in training_commands, row_commands, result_commands, branch_commands, export_commands and
+sweep_cell.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from mlx_nb.notebook.help_text import commands_help, help_of
 from mlx_nb.notebook.result_commands import RESULT_COMMANDS
 from mlx_nb.notebook.row_commands import ROW_COMMANDS
 from mlx_nb.notebook.session import Session
+from mlx_nb.notebook.sweep_cell import SWEEP_COMMANDS
 from mlx_nb.notebook.text_output import Text, say
 from mlx_nb.notebook.training_commands import TRAINING_COMMANDS
 
@@ -101,6 +103,7 @@ COMMANDS: dict[str, Command] = {
     **BRANCH_COMMANDS,
     **ADAPTER_COMMANDS,
     **EXPORT_COMMANDS,
+    **SWEEP_COMMANDS,
     "help": command(
         "help",
         "show this list, or help for a command or setting",

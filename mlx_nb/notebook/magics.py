@@ -22,6 +22,7 @@ from mlx_nb.notebook.question_marks import QuestionMarks
 from mlx_nb.notebook.queued_cells import NOW, QueuedCells
 from mlx_nb.notebook.session import Session
 from mlx_nb.notebook.stage_start import start_settings
+from mlx_nb.notebook.sweep_cell import start_sweep
 from mlx_nb.notebook.templating import fill
 from mlx_nb.notebook.text_output import say
 
@@ -60,6 +61,9 @@ class FinetuneMagics(Magics):
     @argument("--background", action="store_true", help=CELL_OPTIONS["--background"])
     @argument(NOW, action="store_true", help=CELL_OPTIONS[NOW])
     @argument("--from", dest="start", default=None, metavar="RUN", help=CELL_OPTIONS["--from"])
+    @argument("--sweep", action="store_true", help=CELL_OPTIONS["--sweep"])
+    @argument("--halving", action="store_true", help=CELL_OPTIONS["--halving"])
+    @argument("--trials", type=int, default=None, metavar="N", help=CELL_OPTIONS["--trials"])
     @argument("--resume", action="store_true", help=CELL_OPTIONS["--resume"])
     @argument("--allow-changed", nargs="+", metavar="WHAT", default=(), help=CELL_OPTIONS["--allow-changed"])
     def finetune_cell(self, line: str, cell: str) -> None:
@@ -75,6 +79,11 @@ class FinetuneMagics(Magics):
         arguments = _parse(self.finetune_cell, line)
         if not arguments.name.replace("-", "").replace("_", "").replace(".", "").isalnum():
             raise CommandError(f"--name {arguments.name!r}: use letters, digits, - and _ only; it names a folder.")
+        if arguments.sweep:
+            start_sweep(self.session, cell, arguments)
+            return
+        if arguments.halving or arguments.trials is not None:
+            raise CommandError("--halving and --trials are for --sweep.")
         output = output_name(arguments.output)
         wait = wait_of(arguments)
         shell: Any = self.shell

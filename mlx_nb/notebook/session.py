@@ -12,6 +12,7 @@ from mlx_nb.view.panel.static_view import lasting_html
 
 if TYPE_CHECKING:
     from mlx_nb.events import Event
+    from mlx_nb.experiments.sweep import Sweep
     from mlx_nb.notebook.lasting_output import Outcome
     from mlx_nb.notebook.new_run import NewRun
     from mlx_nb.notebook.queued_cells import QueuedCells
@@ -38,6 +39,7 @@ class Session:
         self.runs: dict[str, Run] = {}
         self.row_preview: Run | None = None  # the run of `%finetune rows data=...`, which is never trained
         self.form: NewRun | None = None  # the open form for a new run
+        self.sweep: Sweep | None = None  # the last one
         self._current: str | None = None
         self._shown: dict[str, tuple[Panel, Outcome]] = {}
         self._further: dict[str, list[Any]] = {}  # outputs below further views of a panel, filled when it is closed

@@ -117,6 +117,7 @@ def test_they_train_in_turns_and_the_best_by_validation_comes_first(tiny_folder)
     assert found.best.config.learning_rate == 1e-2
 
 
+@pytest.mark.long
 def test_a_run_of_another_rendering_reads_its_own_rows(tiny_folder):
     settings = settings_of(tiny_folder, loss_on=["final", "assistant"], metrics=["exact_match"], metric_tokens=2)
     del settings["lora_parameters.rank"], settings["learning_rate"]
@@ -163,6 +164,7 @@ def interrupting(found, at):
     return listen
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("at", [1, 6, 13])
 def test_an_interrupt_saves_every_run_and_it_goes_on_here_or_from_the_folders(tiny_folder, at):
     settings = settings_of(tiny_folder)
@@ -185,6 +187,7 @@ def test_an_interrupt_saves_every_run_and_it_goes_on_here_or_from_the_folders(ti
     assert [trial.best() for trial in found.trials] == [trial.best() for trial in whole.trials]
 
 
+@pytest.mark.long
 def test_a_resumed_halving_drops_the_same_runs(tiny_folder):
     settings = settings_of(tiny_folder, iters=8, learning_rate=[1e-5, 1e-4, 1e-3, 1e-2])
     del settings["lora_parameters.rank"]
@@ -198,6 +201,7 @@ def test_a_resumed_halving_drops_the_same_runs(tiny_folder):
     assert [run.step_count for run in found.runs] == [2, 2, 4, 8]
 
 
+@pytest.mark.long
 def test_a_sweep_with_other_values_does_not_continue_the_runs_of_another(tiny_folder):
     for run in sweep(settings_of(tiny_folder), name="rates").run().runs:
         run.release()
@@ -205,6 +209,7 @@ def test_a_sweep_with_other_values_does_not_continue_the_runs_of_another(tiny_fo
         sweep(settings_of(tiny_folder, learning_rate=[1e-3, 1e-2]), name="rates", resume=True)
 
 
+@pytest.mark.long
 def test_seeds_repeat_each_point_and_the_mean_decides(tiny_folder):
     settings = settings_of(tiny_folder, seed=[0, 1], learning_rate=[1e-4, 1e-2])
     del settings["lora_parameters.rank"]
@@ -222,6 +227,7 @@ def test_without_validation_rows_nothing_is_trained(tiny_folder):
         found.run()
 
 
+@pytest.mark.long
 def test_it_shows_a_table_curves_a_heat_map_and_the_winner_as_a_cell(tiny_folder):
     found = sweep(settings_of(tiny_folder), name="rates")
     assert repr(found).splitlines()[0].split() == [
