@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
+    from mlx_nb.config.dialects.exported import export_settings
+    from mlx_nb.config.dialects.imported import import_settings
     from mlx_nb.config.methods import register_objective
     from mlx_nb.config.run_config import RunConfig
     from mlx_nb.experiments.compare import compare
@@ -29,6 +31,8 @@ __all__ = [
     "__version__",
     "check_objective",
     "compare",
+    "export_settings",
+    "import_settings",
     "load",
     "load_ipython_extension",
     "new",
@@ -43,6 +47,8 @@ _PUBLIC = {
     "RunConfig": "mlx_nb.config.run_config",
     "check_objective": "mlx_nb.objectives.conformance",
     "compare": "mlx_nb.experiments.compare",
+    "export_settings": "mlx_nb.config.dialects.exported",
+    "import_settings": "mlx_nb.config.dialects.imported",
     "load": "mlx_nb.run.saved_model",
     "new": "mlx_nb.notebook.new_run",
     "register_objective": "mlx_nb.config.methods",

@@ -1,4 +1,4 @@
-"""The `mlx-nb` command in a terminal: quickstart, train, evaluate, check, plan, runs, delete, doctor, settings.
+"""The `mlx-nb` command in a terminal: quickstart, train, import, evaluate, check, plan, runs, delete, doctor, settings.
 
 A new command is a subparser in `command_line` and the function that it calls.
 """
@@ -130,7 +130,7 @@ def command_line() -> argparse.ArgumentParser:
     quickstart.add_argument("--json", action="store_true", help="print the results as one line of JSON at the end")
     quickstart.set_defaults(act=_quickstart)
     train = commands.add_parser("train", help="train with the settings of a YAML file")
-    train.add_argument("config", help="YAML file with the settings of a %%%%finetune cell")
+    train.add_argument("config", help="YAML file with the settings of a %%%%finetune cell, or of another program")
     train.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file")
     train.add_argument("--name", default="run", help="name of the run")
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="the same, as an option")
@@ -147,6 +147,10 @@ def command_line() -> argparse.ArgumentParser:
         help="model: start from an adapter trained on another base",
     )
     train.set_defaults(act=_train)
+    importing = commands.add_parser("import", help="translate the settings of another program")
+    importing.add_argument("source", help='YAML or JSON file, or a command in quotes: "mlx_lm.lora --model ..."')
+    importing.add_argument("--dialect", help="mlx-lm, mlx-lm-lora, ... (default: recognized by its words)")
+    importing.set_defaults(act=_import)
     evaluate = commands.add_parser("evaluate", help="measure a saved adapter, and the answers it gives, on a split")
     evaluate.add_argument("run", help="name of a run, or its adapter folder")
     evaluate.add_argument("settings", nargs="*", metavar="key=value", help="settings that override those of the run")
@@ -208,11 +212,23 @@ def _train(chosen: argparse.Namespace) -> int:
     settings = read_words([*chosen.settings, *chosen.set], "mlx-nb train", "run.yaml iters=100")
     made = {"namespace": _functions_in(chosen.rewards), "allow_changed": chosen.allow_changed}
     run = Run.from_yaml(Path(chosen.config), name=chosen.name, **made, **settings)
+    if run.imported is not None:
+        print(run.imported, file=sys.stderr)
     if chosen.resume and run.has_checkpoint:
         run = Run.resume(run.folder, config=run.config, **made)
         print(f"{run.name} continues from update {run.step_count}.", *run.trainer.notes, sep="\n", file=sys.stderr)
     continue_hint = "the same command with --resume continues"
     return exit_status(print_events(run) if chosen.json else train_here(run, continue_hint=continue_hint))
+
+
+def _import(chosen: argparse.Namespace) -> int:
+    """Print the report on stderr and the settings on stdout; status 1 if something would change what is trained."""
+    from mlx_nb.config.dialects.imported import import_settings
+
+    imported = import_settings(chosen.source, chosen.dialect)
+    print(imported, file=sys.stderr)
+    print(imported.yaml, end="")
+    return 1 if imported.missing else 0
 
 
 def _evaluate(chosen: argparse.Namespace) -> int:
@@ -294,7 +310,7 @@ def _plan(chosen: argparse.Namespace) -> int:
     from mlx_nb.run.run import Run
 
     settings = read_words(chosen.settings, "mlx-nb plan", "smollm2-135m max_seq_length=1024")
-    if chosen.model.endswith((".yaml", ".yml")):
+    if chosen.model.endswith((".yaml", ".yml", ".json")):
         run = Run.from_yaml(Path(chosen.model), **settings)
     else:
         with advice_as_words():

@@ -19,6 +19,7 @@ LAYERS = [
     "errors",
     "events",
     "config",
+    "config.dialects",
     "process",
     "files",
     "data.sources",

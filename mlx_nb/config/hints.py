@@ -10,6 +10,7 @@ from typing import Any
 from mlx_nb.config.fields import SettingError, typo_of
 from mlx_nb.config.methods import METHODS
 from mlx_nb.config.neighbor_words import (
+    AFTERWARDS,
     ALL_LINEAR,
     ALPHAS,
     INSTEAD,
@@ -57,19 +58,33 @@ def foreign_settings(
     """
     unknown = 0
     for key, value in values.items():
-        section = SECTIONS.get(key)
         if key in known:
             continue
         unknown += 1
         if unknown > MOST_PROBLEMS:  # nobody reads so many suggestions
             yield UnknownSetting(SettingError((key,), f"unknown setting `{shortened(key)}`."))
             continue
-        if section is None or not isinstance(value, Mapping) or not value:
-            yield _foreign((key,), key, value, values, known, groups, fits)
+        around = {**values, **value} if _is_section(key, value) else values
+        for path, word, item in unsectioned({key: value}):
+            yield _foreign(path, word, item, around, known, groups, fits)
+
+
+def unsectioned(values: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], str, Any]]:
+    """(path, word, value) of each setting, also of those inside LoRA-Studio's sections."""
+    for key, value in values.items():
+        if not _is_section(key, value):
+            yield (key,), _plain(key), value
             continue
         for inner, item in value.items():
-            word = section.get(str(inner), str(inner))
-            yield _foreign((key, str(inner)), word, item, {**values, **value}, known, groups, fits)
+            yield (key, str(inner)), SECTIONS[key].get(str(inner), _plain(inner)), item
+
+
+def _is_section(key: Any, value: Any) -> bool:
+    return key in SECTIONS and isinstance(value, Mapping) and bool(value)
+
+
+def _plain(word: Any) -> str:
+    return str(word).lstrip("-").lower().replace("-", "_")
 
 
 def _foreign(
@@ -82,7 +97,6 @@ def _foreign(
     fits: Callable[..., bool],
 ) -> UnknownSetting:
     head = f"unknown setting `{shortened('.'.join(path))}`."
-    word = word.lstrip("-").lower().replace("-", "_")
     outer, _, inner = word.partition(".")
     if (len(path) > 1 and word in known) or inner in groups.get(outer, ()):
         return _renamed(path, head, word, value, siblings, known, fits)
@@ -105,6 +119,8 @@ def _foreign(
         return UnknownSetting(SettingError(path, f"{head} {hint}"), meant)
     if word in UNNECESSARY:
         return UnknownSetting(SettingError(path, f"{head} {UNNECESSARY[word]} Remove it."))
+    if word in AFTERWARDS:
+        return UnknownSetting(SettingError(path, f"{head} {AFTERWARDS[word]} Remove it."))
     if word in UNSUPPORTED:
         return UnknownSetting(SettingError(path, f"{head} mlx_nb has no {UNSUPPORTED[word]} yet. Remove it."))
     near = typo_of(word, known)
@@ -120,10 +136,12 @@ def inner_hint(
     group = values.get(path[0])
     if len(path) != 2 or not isinstance(group, Mapping) or not str(error).startswith("unknown setting"):
         return error
-    word = path[1].lstrip("-").lower().replace("-", "_")
-    if not any(word in table for table in (known, ALPHAS, SAME, SWITCHES, INSTEAD, UNNECESSARY, UNSUPPORTED)):
+    word = _plain(path[1])
+    if not any(
+        word in table for table in (known, ALPHAS, SAME, SWITCHES, INSTEAD, UNNECESSARY, AFTERWARDS, UNSUPPORTED)
+    ):
         return error
-    return _foreign(path, path[1], group.get(path[1]), {**values, **group}, known, {}, fits).error
+    return _foreign(path, word, group.get(path[1]), {**values, **group}, known, {}, fits).error
 
 
 def _switched(path: tuple[str, ...], head: str, word: str, value: Any) -> UnknownSetting:
@@ -135,7 +153,7 @@ def _switched(path: tuple[str, ...], head: str, word: str, value: Any) -> Unknow
     return UnknownSetting(SettingError(path, f"{head} Here it is `{name}: {written}`."), name)
 
 
-def _method_lines(value: str) -> dict[str, str]:
+def method_lines(value: str) -> dict[str, str]:
     """The settings that select another program's method here, the method first; empty if there is none."""
     if value in METHODS:
         return {"method": value}
@@ -149,7 +167,7 @@ def _method_around(siblings: Mapping[Any, Any]) -> str:
     """The method that the settings name, in our word or another program's; "" if none of them does."""
     for word, value in siblings.items():
         if word == "method" or SAME.get(word) == "method":
-            return _method_lines(str(value)).get("method", "")
+            return method_lines(str(value)).get("method", "")
     return ""
 
 
@@ -157,7 +175,7 @@ def _of_method(
     path: tuple[str, ...], head: str, outer: str, value: str, siblings: Mapping[Any, Any]
 ) -> UnknownSetting | None:
     """The error about the name of a method or loss that means other settings here; None if it means `outer`."""
-    lines = _method_lines(value)
+    lines = method_lines(value)
     if outer == "method" and not lines:
         hint = f"Here it is `method`, and mlx_nb has no {value} yet. It has: {', '.join(METHODS)}."
         return UnknownSetting(SettingError(path, f"{head} {hint}"), outer)

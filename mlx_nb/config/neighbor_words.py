@@ -249,12 +249,6 @@ UNSUPPORTED = {
     "wandb": "reports to other services",
     "wandb_project": "reports to other services",
     "wandb_run_name": "reports to other services",
-    "fuse": "fusing of the adapter into the model",
-    "de_quantize": "fusing of the adapter into the model",
-    "dequantize": "fusing of the adapter into the model",
-    "export_gguf": "export to GGUF",
-    "gguf_path": "export to GGUF",
-    "lm_studio_name": "export to LM Studio",
     "upload_repo": "upload to the hub",
     "push_to_hub": "upload to the hub",
     "hub_model_id": "upload to the hub",
@@ -289,6 +283,30 @@ UNSUPPORTED = {
     "trust_remote_code": "code from model folders",
     "deepspeed": "training on several machines",
     "fsdp": "training on several machines",
+}
+
+# What is a command here, not a setting.
+AFTERWARDS = {
+    **dict.fromkeys(("fuse", "de_quantize", "dequantize"), "After training, `%finetune fuse FOLDER` writes the model."),
+    **dict.fromkeys(("export_gguf", "gguf_path"), "After training, `%finetune gguf FOLDER` writes the file."),
+    "lm_studio_name": "After training, `%finetune gguf --lm-studio NAME` writes the model there.",
+}
+
+# Of the words in the other tables: those that change nothing that is trained, and what to know about them.
+HARMLESS = {
+    "efficient_long_context": "it saves memory: see `grad_checkpoint` and `%finetune plan`",
+    "seq_step_size": "it saves memory: see `grad_checkpoint` and `%finetune plan`",
+    "clear_cache_threshold": "memory is cleared as needed",
+    **dict.fromkeys(("report_to", "project_name", "wandb", "wandb_project", "wandb_run_name"), "nothing is sent"),
+    **dict.fromkeys(("upload_repo", "push_to_hub", "hub_model_id"), "nothing is sent"),
+    "trust_remote_code": "code from model folders is never run",
+    "use_vllm": "mlx_nb samples itself",
+    "eval_on_start": "the first validation is always made",
+    "save_checkpoints": "exact checkpoints are always kept",
+    **dict.fromkeys(("run_name", "name"), "the name is an option: `--name`"),
+    "train_unembed": "see `target_modules`",
+    "reward_functions_file": "define the functions in the notebook, or name the file in `mlx-nb train --rewards FILE`",
+    **dict.fromkeys(("evals_per_epoch", "saves_per_epoch"), "intervals count updates here"),
 }
 
 # Mappings in which LoRA-Studio groups its settings, with the top-level name of each key; other keys are SAME or

@@ -19,6 +19,7 @@ from mlx_nb.view.event_text import remarks
 
 CELL_OPTIONS = {
     "--name": "name of the run (default: run); also its folder in adapters/",
+    "-c": "settings from a file, ours or of another program; lines of the cell replace its settings",
     "-o": "store the Run in this variable",
     "--paused": "create the run, but do not load or train",
     "--wait": "wait until the run pauses or ends",
@@ -93,7 +94,7 @@ def command(
     for flags, options in arguments:
         parser.add_argument(*flags, **options)
     usage = _usage(parser)
-    if name not in ("new", "runs", "help", "use", "delete", "compare", "load", "sweep"):
+    if name not in ("new", "runs", "help", "use", "delete", "compare", "load", "sweep", "import"):
         parser.add_argument("--name", "-n", default=None, help="a run other than the current one")
     parser.add_argument(NOW, action="store_true", help="do not wait for the run of an earlier cell")
     return Command(usage, help, act, parser, of_now, steers)

@@ -32,3 +32,12 @@ def request_header() -> dict[str, Any] | None:
         return header if header else None
     except (AttributeError, KeyError, TypeError):
         return None
+
+
+def insert_cell(text: str) -> None:
+    """Make the front end insert a cell below the current one, or at the next prompt; nothing outside of IPython."""
+    from IPython.core.getipython import get_ipython
+
+    shell: Any = get_ipython()
+    if shell is not None:
+        shell.set_next_input(text)

@@ -14,7 +14,7 @@ from mlx_nb.notebook.queued_cells import NOW
 
 WIDTH = 66  # characters that fit in a notebook 700 px wide
 _GROUPS = {
-    "Train": ("new", "step", "run", "pause", "stop", "rewind", "skip", "resume"),
+    "Train": ("new", "import", "step", "run", "pause", "stop", "rewind", "skip", "resume"),
     "Watch": ("panel", "status", "plot", "report", "config", "compare"),
     "Rows": ("rows", "row", "browse", "check", "batch", "rollouts", "plan"),
     "Model": ("generate", "eval", "lr_find", "sweep"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from IPython.core.interactiveshell import InteractiveShell
@@ -55,6 +56,7 @@ class FinetuneMagics(Magics):
     @cell_magic("finetune")
     @magic_arguments()
     @argument("--name", default="run", help=CELL_OPTIONS["--name"])
+    @argument("-c", "--config", default=None, metavar="FILE", help=CELL_OPTIONS["-c"])
     @argument("-o", "--output", default=None, metavar="VARIABLE", help=CELL_OPTIONS["-o"])
     @argument("--paused", action="store_true", help=CELL_OPTIONS["--paused"])
     @argument("--wait", action="store_true", help=CELL_OPTIONS["--wait"])
@@ -94,7 +96,12 @@ class FinetuneMagics(Magics):
         usual: dict[str, Any] = {} if memory is None or "snapshot_memory" in given else {"snapshot_memory": memory}
         if arguments.start is not None:
             usual |= start_settings(self.session, arguments.start, arguments.name, given)
-        run = Run.from_yaml(body, name=arguments.name, namespace=namespace, allow_changed=allowed, **usual)
+        source: str | Path = body
+        if arguments.config is not None:
+            source, usual = Path(arguments.config), {**usual, **given}
+        run = Run.from_yaml(source, name=arguments.name, namespace=namespace, allow_changed=allowed, **usual)
+        if run.imported is not None:
+            say(str(run.imported))
         run.inputs.check_names()
         if not arguments.paused:  # the cell fails if its run cannot start
             run.inputs.check_local_data()

@@ -65,14 +65,6 @@ def checked_run(given: Mapping[str, str], namespace: Mapping[str, Any]) -> Run:
     return run
 
 
-def write_next_cell(given: Mapping[str, str]) -> None:
-    """Make the front end insert the cell below the current one, or at the next prompt."""
-    from IPython.core.getipython import get_ipython
-
-    shell: Any = get_ipython()
-    shell.set_next_input(cell_text(given))
-
-
 class NewRun(anywidget.AnyWidget):
     """The form as a widget. `values` has the typed texts, `cell` the resulting cell.
 

@@ -9,6 +9,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from mlx_nb.config.dialects.exported import EXPORTED, export_settings
+from mlx_nb.config.dialects.imported import import_settings
+from mlx_nb.config.dialects.programs import DIALECTS
 from mlx_nb.config.yaml_text import read_list
 from mlx_nb.errors import CommandError
 from mlx_nb.files.places import run_folder, working_folder
@@ -19,6 +22,7 @@ from mlx_nb.notebook.command import (
     command,
     output_name,
 )
+from mlx_nb.notebook.front_end import insert_cell
 from mlx_nb.notebook.session import Session
 from mlx_nb.notebook.text_output import Text
 from mlx_nb.run.adapter_exports import FORMATS, MLX_LM
@@ -67,7 +71,20 @@ def _headline_text(evaluation: dict[str, Any]) -> str:
 
 def _config(session: Session, arguments: argparse.Namespace) -> Text:
     run = session.get(arguments.name)
-    return Text(run.config.to_yaml().rstrip() or "# every setting is at its default")
+    if arguments.export is None:
+        return Text(run.config.to_yaml().rstrip() or "# every setting is at its default")
+    iters = run.trainer.iters if run.prepared else None
+    written = export_settings(run.config, arguments.export, iters=iters)
+    if arguments.path is None:
+        return Text(f"{written}\n\n{written.yaml}".rstrip())
+    path = written.save(arguments.path)
+    return Text(f"{written}\n`{written.command} {path}` trains with it.")
+
+
+def _import(session: Session, arguments: argparse.Namespace) -> Text:
+    imported = import_settings(arguments.source, arguments.dialect)
+    insert_cell(imported.cell())
+    return Text(str(imported))
 
 
 def _compare(session: Session, arguments: argparse.Namespace) -> Any:
@@ -138,7 +155,21 @@ RESULT_COMMANDS: dict[str, Command] = {
         argument("--disk", action="store_true", help="include the runs in adapters/, with their size on disk"),
         steers=True,
     ),
-    "config": command("config", "print the settings that differ from the defaults", _config),
+    "config": command(
+        "config",
+        "print the settings that differ from the defaults, or write them for another program",
+        _config,
+        argument("path", nargs="?", help="with --export: new file"),
+        argument("--export", choices=EXPORTED, help="as the settings of this program"),
+    ),
+    "import": command(
+        "import",
+        "translate the settings of another program into a cell",
+        _import,
+        argument("source", help='file (YAML or JSON), or a command in quotes: "mlx_lm.lora --model ..."'),
+        argument("--dialect", choices=sorted(DIALECTS), help="the program (default: recognized by its words)"),
+        steers=True,
+    ),
     "report": command(
         "report",
         "write one HTML page with everything about the run",

@@ -20,6 +20,7 @@ from mlx_nb.notebook.command import (
     refuse_finished,
     wait_of,
 )
+from mlx_nb.notebook.front_end import insert_cell
 from mlx_nb.notebook.progress_line import shown_progress
 from mlx_nb.notebook.session import Session
 from mlx_nb.notebook.text_output import GrowingAnswer, Text, has_rich_display, say
@@ -39,7 +40,7 @@ def _new(session: Session, arguments: argparse.Namespace) -> Any:
             given = dict(form.values)
         with advice_as_words():
             new_run.checked_run(given, namespace)
-        new_run.write_next_cell(given)
+        insert_cell(cell_text(given))
         return None if has_rich_display() else Text(cell_text(given))
     if form is not None:
         form.close()

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from mlx_nb.config.dialects.imported import Imported, read_settings
 from mlx_nb.config.methods import method_named
 from mlx_nb.config.run_config import LENGTHS, LIVE_SETTINGS, SETTINGS, RunConfig, unknown_settings
 from mlx_nb.data.check.check import SAMPLED_ROWS, DataCheck, check_data
@@ -136,6 +137,7 @@ class Run:
             check_template_file(config)
         self.config = config if _from_checkpoint else with_start_adapter(config)
         self.name = name
+        self.imported: Imported | None = None  # the settings that another program's file gave
         self.history = History()
         self.inputs = RunInputs(self.config, namespace)
         self._resumed = False
@@ -164,9 +166,15 @@ class Run:
         allow_changed: Collection[str] = (),
         **overrides: Any,
     ) -> Run:
-        """A run from YAML text or a YAML file. `overrides` are settings that take precedence."""
-        config = RunConfig.from_yaml(source, **overrides)
+        """A run from YAML text or a YAML file. `overrides` are settings that take precedence.
+
+        A file of mlx-lm, mlx-lm-lora, LoRA-Studio, mlx-bun, TRL, axolotl or LLaMA-Factory is read as what it means
+        here, which `run.imported` reports; so is a text that names one of them, as `dialect: mlx-lm`. Raises
+        ConfigError if it has settings that would change what is trained, and that mlx_nb does not have.
+        """
+        config, imported = read_settings(source, **overrides)
         run = cls(config, name=name, namespace=namespace, allow_changed=allow_changed)
+        run.imported = imported
         run.inputs.check_reward_names()
         return run
 

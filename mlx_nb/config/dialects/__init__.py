@@ -1,0 +1,1 @@
+"""Settings of other programs, read as what they mean here, and ours written as theirs."""
