@@ -50,6 +50,8 @@ class FinetuneMagics(Magics):
     @interrupts_noted()
     def finetune_line(self, line: str) -> Any:
         """Control and use a run: `%finetune step`, `%finetune generate "..."`; `%finetune help` lists all commands."""
+        if line.split()[:1] in (["-c"], ["--config"]):  # IPython has no cell magic without a body
+            return self._start(line, "")
         return run_line(self.session, line)
 
     @no_var_expand

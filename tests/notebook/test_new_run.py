@@ -155,3 +155,22 @@ def test_the_page_gives_what_was_typed_and_shows_what_the_kernel_says(
     page.close()
     form.close()
     assert wrong == []
+
+
+def test_a_cell_or_a_line_takes_the_settings_of_a_file_and_the_lines_of_the_cell_replace_them(
+    shell, tmp_path, tiny_folder, capsys
+):
+    import json
+
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, tiny_rows())))
+    (tmp_path / "lora.yaml").write_text(f"model: {tiny_folder}\ntrain: true\ndata: rows.jsonl\niters: 3\n")
+    session = shell.magics_manager.registry["FinetuneMagics"].session
+    shell.run_cell_magic("finetune", "-c lora.yaml --paused", "batch_size: 2\nnum_layers: 1\n")
+    config = session.get().config
+    assert (config.iters, config.batch_size, config.num_layers, config.optimizer) == (3, 2, 1, "adam")
+    assert "default              optimizer: adam. ours is adamw" in capsys.readouterr().out
+    shell.run_line_magic("finetune", "-c lora.yaml --paused --name line")
+    assert (session.get().name, session.get().config.num_layers) == ("line", 16)
+    exported = str(run_line(session, "config --export mlx-lm ours.yaml"))
+    assert exported.endswith("`mlx_lm.lora --config ours.yaml` trains with it.")
+    assert (tmp_path / "ours.yaml").read_text().startswith(f"model: {tiny_folder}\ntrain: true\n")
