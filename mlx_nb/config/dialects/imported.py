@@ -190,7 +190,7 @@ def _applies(name: str, method: Method, settings: Mapping[str, Any]) -> bool:
     if not method.uses(name, SETTINGS[name].metadata["only_for"]):
         return False
     if name == "loss_on":
-        return method.rows == "tokens"
+        return method.row_kind == "tokens"
     if name in LENGTHS:
         return not any(settings.get(other) for other in LENGTHS)
     return name != "optimizer_config" or settings.get("optimizer", "adam") in ("adam", "adamw")
