@@ -89,6 +89,7 @@ def test_rewards_come_from_a_file(config, tmp_path, tiny_folder, capsys):
     assert missing in capsys.readouterr().err
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("output", ["full", "closed"])
 @pytest.mark.parametrize("words", [["train", "run.yaml"], ["train", "run.yaml", "--json"]], ids=" ".join)
 @pytest.mark.matrix(every=4)

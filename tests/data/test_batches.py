@@ -35,6 +35,7 @@ def test_every_row_comes_once_an_epoch(lengths, batch_size, seed, epoch):
     assert sorted(seen) == list(range(len(lengths)))
 
 
+@pytest.mark.long
 def test_the_order_of_an_epoch_takes_time_in_proportion_to_its_rows():
     def seconds(count):
         plan, begun = BatchPlan([7] * count, 1, seed=0), time.process_time()

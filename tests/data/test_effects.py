@@ -260,6 +260,7 @@ def test_turns_are_not_asked_of_plain_text(tmp_path, monkeypatch, places):
     assert Run(RunConfig.from_dict(mixed)).run().step == 3
 
 
+@pytest.mark.long
 def test_without_validation_samples_come_at_the_start_and_the_end(tmp_path, monkeypatch, places):
     monkeypatch.chdir(tmp_path)
     run = Run(RunConfig.from_dict({**SFT, "model": places["MODEL"], "sample_prompts": ["a"], "steps_per_eval": -1}))

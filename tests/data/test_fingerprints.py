@@ -93,6 +93,7 @@ def test_a_row_in_memory_that_changes_before_the_first_checkpoint_is_refused_by_
     assert Run.resume(tmp_path / "a", data=tiny_rows()).step_count == 1
 
 
+@pytest.mark.long
 def test_a_base_that_is_replaced_before_the_first_checkpoint_is_refused_by_a_resume(tmp_path, tiny_folder):
     model = shutil.copytree(tiny_folder, tmp_path / "model")
     run = new_run(tmp_path, model, tiny_rows())

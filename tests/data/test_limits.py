@@ -219,6 +219,7 @@ def test_nothing_but_such_rows_is_one_line(tmp_path, foreign_folder):
     assert {one.kind for one in run.check().findings} >= {"outside_vocabulary", "nothing_to_train"}
 
 
+@pytest.mark.long
 def test_a_smaller_reference_model_limits_the_rows(tmp_path, tiny_folder, foreign_folder):
     """The policy has an embedding for the token, the reference with the same tokenizer has none."""
     larger = tmp_path / "larger"
@@ -289,6 +290,7 @@ def test_rows_longer_than_the_model_was_made_for_are_trained_and_pointed_out(tmp
 # Generation
 
 
+@pytest.mark.long
 def test_prompts_that_the_model_cannot_read_are_refused_in_one_line(tmp_path, foreign_folder):
     run = run_of("sft", tmp_path, foreign_folder, tiny_rows(8), sample_prompts=[f"say {EXTRA}", "say red"])
     with pytest.raises(DataError, match=r"the prompt: token .* has ids 0 to 299"):

@@ -524,6 +524,7 @@ def test_each_source_has_its_own_columns_and_splits(here):
 # Fingerprints
 
 
+@pytest.mark.long
 def test_a_fingerprint_is_the_same_in_every_process_and_for_every_object(here):
     write_jsonl(here / "train.jsonl", rows(30))
     code = (

@@ -138,6 +138,7 @@ def test_a_pause_leaves_after_the_row_and_going_on_repeats_none(tmp_path, tiny_f
     assert run.adapter_bytes() == whole.adapter_bytes()
 
 
+@pytest.mark.long
 def test_the_same_rows_are_tokenized_once_and_others_again(tmp_path, tiny_folder):
     def signs_of(number, **settings):
         settings = {"data": rows_of("kept"), "iters": 1, **settings}

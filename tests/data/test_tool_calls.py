@@ -196,6 +196,7 @@ def test_every_turn_is_trained_to_its_end_whatever_the_form():
             assert (trained.count("<|im_end|>"), "Rome" in trained, "done" in trained) == (2, True, False)
 
 
+@pytest.mark.long
 @settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
 @given(
     st.dictionaries(

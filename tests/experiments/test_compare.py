@@ -31,12 +31,16 @@ def run_of(folder, tiny_folder, name="run", **settings):
     return Run(RunConfig.from_dict({**values, **settings}), name=name)
 
 
-@pytest.fixture
-def pair(tmp_path, tiny_folder):
-    one = run_of(tmp_path, tiny_folder, "slow", learning_rate=1e-4)
-    other = run_of(tmp_path, tiny_folder, "fast", learning_rate=1e-2)
-    one.run()
-    other.run()
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory, tiny_folder):
+    """Two trained runs, which no comparison changes."""
+    folder = tmp_path_factory.mktemp("pair")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLX_NB_CACHE", str(folder / "cache"))
+        one = run_of(folder, tiny_folder, "slow", learning_rate=1e-4)
+        other = run_of(folder, tiny_folder, "fast", learning_rate=1e-2)
+        one.run()
+        other.run()
     return one, other
 
 
@@ -134,6 +138,7 @@ def test_settings_that_differ_and_curves_are_shown(pair):
     assert {"slow", "fast", "slow, validation", "fast, validation"} <= set(labels)
 
 
+@pytest.mark.long
 def test_pairs_are_compared_by_their_chosen_answer_and_prompts_by_a_metric(tmp_path, tiny_folder):
     dpo = run_of(tmp_path, tiny_folder, "dpo", method="dpo", data=tiny_pairs(24))
     dpo.step()

@@ -55,7 +55,7 @@ def logits_of(model, tokens):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.matrix(every=3)
+@pytest.mark.matrix(every=5)
 def test_mlx_lm_loads_a_fused_model_and_computes_the_same(kind, tmp_path, tiny_folder):
     from mlx_lm import load
     from mlx_lm.generate import generate
@@ -77,6 +77,7 @@ def test_mlx_lm_loads_a_fused_model_and_computes_the_same(kind, tmp_path, tiny_f
 
 
 @pytest.mark.parametrize("precision", ["base", "mixed"])
+@pytest.mark.matrix(every=2)
 def test_a_quantized_fuse_loses_what_was_predicted(precision, tmp_path, tiny_folder):
     from mlx_lm import load
 
@@ -94,6 +95,7 @@ def test_a_quantized_fuse_loses_what_was_predicted(precision, tmp_path, tiny_fol
     assert run.adapter_bytes() == before
 
 
+@pytest.mark.long
 def test_the_chat_template_and_end_tokens_of_the_training_are_in_it(tmp_path, tiny_folder):
     from mlx_lm import load
 
@@ -122,6 +124,7 @@ def test_without_a_folder_nothing_is_written(tmp_path, tiny_folder, monkeypatch)
         run.fuse(precision="mixd")
 
 
+@pytest.mark.long
 def test_a_folder_with_other_files_is_refused_and_an_earlier_export_is_replaced(tmp_path, tiny_folder):
     run = trained_run(tmp_path / "run", tiny_folder)
     target = tmp_path / "fused"
@@ -219,6 +222,7 @@ def test_the_smallest_precision_that_keeps_the_gain_is_recommended(predicted, lo
     assert recommended(candidates(*predicted), *losses)[0] == wanted
 
 
+@pytest.mark.long
 def test_the_command_reports_writes_and_says_how_to_use_it(shell, tiny_folder, tmp_path):
     (tmp_path / "rows.jsonl").write_text(
         "".join(json.dumps({"prompt": f"say {n}", "completion": "red"}) + "\n" for n in range(8))

@@ -36,7 +36,7 @@ def logits_of(model, tokens):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.matrix(every=3)
+@pytest.mark.matrix(every=5)
 def test_every_tensor_is_read_back_and_our_own_reader_computes_the_same(name, tmp_path, no_llama_cpp):
     run = family_run(tmp_path, name)
     written = run.gguf(tmp_path / "out", type="f32")

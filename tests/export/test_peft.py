@@ -257,7 +257,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("format", ["peft", "peft-rslora"])
-@pytest.mark.matrix(every=2)
+@pytest.mark.matrix(every=4)
 def test_a_run_saves_for_peft_and_continues_from_it(kind, format, tiny_folder, tmp_path):
     run = tiny_run(tiny_folder, tmp_path / "a", **KINDS[kind])
     run.run()
@@ -277,6 +277,7 @@ def test_a_run_saves_for_peft_and_continues_from_it(kind, format, tiny_folder, t
     assert other.step().step == 1
 
 
+@pytest.mark.long
 def test_a_peft_adapter_is_the_reference_and_resume_checks_it(tiny_folder, tmp_path):
     run = tiny_run(tiny_folder, tmp_path / "a", **KINDS["lora"])
     run.run()

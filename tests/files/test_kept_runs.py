@@ -139,6 +139,7 @@ def test_every_file_of_a_run_is_known_as_its_own(here, tiny_folder):
 # By hand
 
 
+@pytest.mark.long
 def test_runs_on_disk_are_listed_with_their_bytes(here, tiny_folder, capsys):
     run_seeds(tiny_folder, 1, 2)
     elsewhere = make(tiny_folder, "elsewhere", adapter_path="out/here")

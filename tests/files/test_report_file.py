@@ -21,6 +21,7 @@ def new_run(folder, model, data, name="run"):
     return Run(RunConfig.from_dict(values), name=name)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "kind", [list, pandas.DataFrame, lambda rows: {"train": rows}], ids=["list", "frame", "splits"]
 )

@@ -75,6 +75,7 @@ def test_an_interrupt_at_any_moment_leaves_a_folder_that_can_be_taken_again(here
 # Numbered adapters
 
 
+@pytest.mark.long
 def test_of_numbered_adapters_the_newest_stay_and_every_one_that_this_run_did_not_write(here, tiny_folder):
     run = make(tiny_folder, iters=9, save_every=1, keep=2)
 
@@ -204,6 +205,7 @@ def test_on_a_disk_without_locks_a_living_process_counts_and_a_dead_or_renumbere
         make(tiny_folder).run()
 
 
+@pytest.mark.long
 def test_a_second_run_of_the_process_is_refused_while_the_first_has_something_to_lose(here, tiny_folder):
     first = make(tiny_folder, iters=6)
     first.step(1)
@@ -248,6 +250,7 @@ def test_a_run_replaced_in_the_notebook_is_saved_and_writes_no_more(here, tiny_f
     assert Run.resume("adapters/run.previous-1", data=tiny_rows()).step_count == 3
 
 
+@pytest.mark.long
 def test_a_folder_replaced_under_a_live_run_is_not_written_and_the_run_goes_on_elsewhere(here, tiny_folder):
     run = make(tiny_folder, iters=6)
     run.step(1)
@@ -314,6 +317,7 @@ PLACES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.matrix(every=11)
 def test_no_file_of_a_person_is_moved_or_changed_by_runs_in_any_folder(place, here, tiny_folder, monkeypatch):
@@ -391,6 +395,7 @@ def test_a_file_that_was_changed_since_is_neither_written_over_nor_moved(here, t
     assert isinstance(run.run(), RunFinished)
 
 
+@pytest.mark.long
 def test_a_run_whose_adapter_was_changed_goes_on_in_the_folder_that_it_is_saved_to(here, tiny_folder):
     whole = make(tiny_folder, iters=6, adapter_path="whole")
     whole.run()

@@ -48,6 +48,7 @@ def facts_of(code):
     return json.loads(done.stdout)
 
 
+@pytest.mark.long
 @in_openblas
 def test_products_are_those_of_the_fast_blas_whoever_imported_mlx_first():
     mlx_nb_first, mlx_first, alone = (

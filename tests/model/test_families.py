@@ -97,6 +97,7 @@ def test_rows_side_by_side_have_the_logprobs_of_each_alone(family, tokenizer, le
         np.testing.assert_allclose(completion.logprobs, alone.logprobs, atol=2e-5, rtol=0)
 
 
+@pytest.mark.long
 def test_the_adapter_is_on_or_off_for_a_list_as_for_one(folders):
     run = run_of(folders("lfm2"), learning_rate=0.05)
     base = run.generate(PROMPTS, max_tokens=10)
@@ -289,6 +290,7 @@ def test_a_family_that_computes_otherwise_without_a_cache_is_refused_before_anyt
     assert [entry.name for entry in tmp_path.iterdir()] == ["adapter"]
 
 
+@pytest.mark.long
 def test_a_family_that_computes_otherwise_past_its_window_is_refused_for_rows_that_go_there(folders, tmp_path):
     assert cache_mismatch(family_model("plamo3")) is None
     assert cache_mismatch(family_model("plamo3"), 6) is None

@@ -58,6 +58,7 @@ def test_a_run_of_files_that_were_changed_since_is_tried_again(tmp_path, tiny_fo
         rows_run(tmp_path, model, adapter_path=str(tmp_path / "b")).step()
 
 
+@pytest.mark.long
 def test_a_second_run_of_the_same_model_is_the_first_bit_for_bit(tmp_path, tiny_folder):
     model = tmp_path / "model"
     shutil.copytree(tiny_folder, model)

@@ -78,6 +78,7 @@ def test_generate_takes_text_without_quotation_marks(shell, run, text):
     assert asked == [text.strip('"')]
 
 
+@pytest.mark.long
 def test_config_report_compare_and_load_are_commands_too(shell, run, tmp_path):
     session = shell.magics_manager.registry["FinetuneMagics"].session
     session.add(run)

@@ -26,6 +26,7 @@ def answer(shell, source):
     return result.result
 
 
+@pytest.mark.long
 def test_eval_takes_metrics_of_the_notebook_and_built_in_ones_with_values(trained):
     text = str(answer(trained, "%finetune eval --metrics exact_match,polite --max-tokens 3"))
     assert text.startswith("valid, 6 rows, update 4\n")
@@ -38,6 +39,7 @@ def test_eval_takes_metrics_of_the_notebook_and_built_in_ones_with_values(traine
     assert "Did you mean 'polite'?" in str(error)
 
 
+@pytest.mark.long
 def test_compare_shows_two_runs_row_by_row_and_the_base(trained):
     text = repr(answer(trained, "%finetune compare slow fast --answers 0"))
     assert "learning_rate: 0.0001 → 0.01" in text
@@ -58,12 +60,14 @@ def test_compare_of_three_runs_or_of_one_that_has_not_begun_is_a_table(trained, 
         assert "not started" in text
 
 
+@pytest.mark.long
 def test_compare_of_one_run_says_what_to_name(trained):
     error = trained.run_cell("%finetune compare fast").error_in_exec
     assert isinstance(error, CommandError)
     assert "name two runs, or a run and base, as in `%finetune compare fast base`" in str(error)
 
 
+@pytest.mark.long
 def test_lr_find_shows_a_suggestion_and_leaves_the_run(trained):
     before = trained.run_cell("%finetune status").result
     found = answer(trained, "%finetune lr_find --updates 20 --lowest 1e-5")

@@ -90,6 +90,7 @@ def rows_without_an_answer():
     return [*tiny_rows(), {"messages": [{"role": "user", "content": "hi"}]}]
 
 
+@pytest.mark.long
 def test_the_outcome_of_a_background_run_names_the_rows_that_are_left_out(shell, tiny_folder):
     run = mlx_nb.Run(
         mlx_nb.RunConfig(model=str(tiny_folder), data="rows", iters=2, val_set_size=0),

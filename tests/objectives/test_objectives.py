@@ -108,6 +108,7 @@ def test_padding_whose_token_is_all_but_impossible_changes_nothing(settings, own
     assert not padded_slope[counted:].any()
 
 
+@pytest.mark.long
 def test_a_method_of_ones_own_trains_under_its_name(own_methods):
     @register_objective("mine", rows="pairs", reference=True, metrics={"gap": "difference of log-ratios"})
     def mine(pairs, *, slope=1.0):

@@ -47,6 +47,7 @@ def logits(model):
     return [np.array(model(mx.array([tokens]))[0]) for tokens in PROMPTS]
 
 
+@pytest.mark.long
 def test_adapters_share_the_base_that_is_loaded_once_and_off_is_the_base_to_the_bit(runs, tiny_folder, monkeypatch):
     run, bees, peft = runs
     alone = [mlx_nb.load(folder).generate("say red", max_tokens=8) for folder in (bees, peft)]
@@ -81,6 +82,7 @@ def delta(model, path):
     return found[0].scale * np.array(found[0]["lora_a"], np.float64) @ np.array(found[0]["lora_b"], np.float64)
 
 
+@pytest.mark.long
 def test_cat_is_exactly_the_weighted_sum_of_the_changes(runs, tmp_path):
     run, bees, peft = runs
     run.adapters.load(bees)
@@ -96,6 +98,7 @@ def test_cat_is_exactly_the_weighted_sum_of_the_changes(runs, tmp_path):
     assert mlx_nb.load(folder).generate("say red", max_tokens=8) == both.generate("say red", max_tokens=8)
 
 
+@pytest.mark.long
 def test_one_adapter_is_converted_between_formats_to_the_bit(runs, tmp_path):
     _, bees, _ = runs
     there = mlx_nb.load(bees).save(tmp_path / "there", format="peft")
@@ -126,6 +129,7 @@ def test_a_merge_has_the_logits_of_the_merge_that_peft_makes(how, tmp_path):
     assert np.abs(np.array(model(mx.array([TOKENS]))[0]) - expected).max() < 1e-5
 
 
+@pytest.mark.long
 def test_what_cannot_be_loaded_or_merged_is_said_in_one_line(runs, tmp_path):
     run, bees, _ = runs
     run.adapters.load(bees)

@@ -140,6 +140,7 @@ def test_metrics_at_validation_change_no_bit_of_the_training(tmp_path, tiny_fold
     assert [list(one.metrics) for one in evaluations(judged)] == [["exact_match", "noisy"]] * 3
 
 
+@pytest.mark.long
 def test_best_by_metric_keeps_another_adapter_than_best_by_loss(tmp_path, tiny_folder):
     """A metric that is best where it is measured second, whatever the loss, which falls until the end."""
     calls = []
@@ -189,6 +190,7 @@ def test_early_stopping_counts_the_metric(tmp_path, tiny_folder):
 
 
 @pytest.mark.parametrize("kill_at", [1, 3])
+@pytest.mark.matrix(every=2)
 def test_a_run_that_is_resumed_keeps_its_best_by_metric(tmp_path, tiny_folder, kill_at):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in tiny_rows()))

@@ -189,7 +189,7 @@ def test_without_a_seal_any_key_changed_is_refused_by_kind_or_goes_on_without_a_
         ("due", [["evil", ""]]),
     ],
 )
-@pytest.mark.matrix(every=6)
+@pytest.mark.matrix(every=12)
 def test_a_forged_newest_is_named_with_its_key_and_the_one_before_is_used(run, copied, key, value):
     store, good = stored(copied)
     forged = store.save(dataclasses.replace(good, state={**good.state, key: value}), kind="step")
@@ -341,6 +341,7 @@ def test_another_spelling_of_the_same_state_goes_on_bit_for_bit(run, copied, tmp
     assert one.adapter_bytes() == other.adapter_bytes()
 
 
+@pytest.mark.long
 @pytest.mark.matrix(every=2)
 def test_any_key_of_the_manifest_changed_is_passed_over(run, copied):
     from mlx_nb.train.checkpoint import manifest_bytes

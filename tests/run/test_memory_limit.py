@@ -59,6 +59,7 @@ def test_without_a_limit_nothing_is_planned(tmp_path, tiny_folder, monkeypatch):
     assert rows_run(tmp_path, tiny_folder, memory_limit="off").step().step == 1
 
 
+@pytest.mark.long
 def test_a_run_has_a_plan(tmp_path, tiny_folder):
     run = rows_run(tmp_path, tiny_folder)
     plan = run.plan("16GB")
@@ -72,6 +73,7 @@ def test_a_run_has_a_plan(tmp_path, tiny_folder):
     assert "it fits" in str(after)
 
 
+@pytest.mark.long
 def test_the_terminal_prints_a_plan(tmp_path, tiny_folder, capsys):
     assert cli.main(["plan", str(tiny_folder), "max_seq_length=64", "--memory", "16GB"]) == 0
     assert "largest batch_size that fits" in capsys.readouterr().out
@@ -81,6 +83,7 @@ def test_the_terminal_prints_a_plan(tmp_path, tiny_folder, capsys):
     assert "is not a size of memory" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_plan_needs_only_config_json(tmp_path, tiny_folder, capsys):
     folder = tmp_path / "model"
     folder.mkdir()

@@ -48,6 +48,7 @@ def rest_of(run):
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.matrix(every=2)
 def test_the_run_is_as_it_was_and_goes_on_with_the_same_bits(tmp_path, tiny_folder, kind):
     settings = {"fine_tune_type": kind} | ({"lora_parameters": {}} if kind == "full" else {})
     plain = run_of(tmp_path / "plain", tiny_folder, **settings)
@@ -64,7 +65,7 @@ def test_the_run_is_as_it_was_and_goes_on_with_the_same_bits(tmp_path, tiny_fold
 
 
 @pytest.mark.parametrize("moment", range(10))
-@pytest.mark.matrix(every=3)
+@pytest.mark.matrix(every=5)
 def test_an_interrupt_at_any_moment_restores_everything(tmp_path, tiny_folder, moment):
     run = run_of(tmp_path, tiny_folder)
     run.step()
@@ -110,6 +111,7 @@ def test_an_error_inside_the_ramp_restores_everything(tmp_path, tiny_folder, mon
     assert everything(run) == before
 
 
+@pytest.mark.long
 def test_a_rate_far_too_high_ends_the_ramp(tmp_path, tiny_folder):
     found = run_of(tmp_path, tiny_folder).lr_find(lowest=1e-3, highest=1e6, updates=40)
     assert found.diverged
@@ -117,12 +119,14 @@ def test_a_rate_far_too_high_ends_the_ramp(tmp_path, tiny_folder):
     assert "where the loss diverged" in found.words
 
 
+@pytest.mark.long
 def test_pairs_have_a_rate_too(tmp_path, tiny_folder):
     found = run_of(tmp_path, tiny_folder, method="dpo", data=tiny_pairs(24)).lr_find(updates=12, lowest=1e-4)
     assert len(found.changes) <= 12
     assert found.changes[0] == pytest.approx(0.0, abs=0.05)
 
 
+@pytest.mark.long
 def test_the_suggested_rate_trains_better_than_one_far_below_it(tmp_path, tiny_folder):
     run = run_of(tmp_path / "a", tiny_folder, lora_parameters={"rank": 4})
     rate = run.lr_find().suggestion

@@ -166,6 +166,7 @@ def test_a_setting_that_is_changed_while_it_is_loading_is_that_of_all_that_follo
     assert run.trainer.config.packing is False
 
 
+@pytest.mark.long
 def test_a_second_interrupt_while_the_pause_is_saved_is_answered_by_that_pause(tiny_folder, tmp_path, monkeypatch):
     run = make_run(tiny_folder, tmp_path, val_set_size=0, iters=20, save_every=-1)
     real = CheckpointStore.save

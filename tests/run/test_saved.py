@@ -25,6 +25,7 @@ def saved(tmp_path, tiny_folder, monkeypatch):
     return run, run.save("mine")
 
 
+@pytest.mark.long
 def test_a_saved_adapter_answers_as_its_run_does(saved, tmp_path, monkeypatch):
     run, folder = saved
     monkeypatch.chdir(tmp_path / "models")

@@ -37,6 +37,7 @@ def reward(prompts, completions, **_):
     return [float(len(completion) % 3) for completion in completions]
 
 
+@pytest.mark.long
 def test_sft_then_dpo_then_grpo_on_one_base_that_is_loaded_once(sft, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("the base is loaded again")

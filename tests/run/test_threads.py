@@ -171,6 +171,7 @@ def test_what_one_loop_was_doing_when_another_took_it_up_is_done_once(tmp_path, 
     assert run.adapter_bytes() == whole.adapter_bytes()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("kind", ["rows", "rollouts"])
 @pytest.mark.matrix(every=4)

@@ -111,6 +111,7 @@ def scratch(tmp_path_factory):
     return CheckpointStore(tmp_path_factory.mktemp("scratch") / "checkpoints", keep=1)
 
 
+@pytest.mark.long
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_arrays_of_every_dtype_and_shape_come_back_bit_for_bit(scratch, data):

@@ -73,6 +73,7 @@ def test_half_epochs_are_rounded_up_to_an_update(tmp_path):
     assert events[-1].epoch == 2.5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ALL_METHODS)
 @pytest.mark.parametrize(
     "changes",

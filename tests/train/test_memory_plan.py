@@ -42,6 +42,7 @@ def ratio(case):
     return float(done.stdout.split()[-1])
 
 
+@pytest.mark.long
 def test_the_planned_peak_is_the_measured_one():
     assert 0.95 <= ratio("lora") <= 1.15
 
@@ -52,6 +53,7 @@ def test_the_planned_peak_is_the_measured_one_with_every_technique(case):
     assert 0.95 <= ratio(case) <= 1.15
 
 
+@pytest.mark.long
 def test_a_plan_takes_no_memory_and_names_what_saves_most():
     import mlx.core as mx
 
@@ -74,6 +76,7 @@ def test_a_plan_takes_no_memory_and_names_what_saves_most():
     assert gigabytes(plan.peak) in plan.refusal
 
 
+@pytest.mark.long
 def test_limits_are_consistent_with_the_plan():
     planner = MemoryPlanner(LLAMA, config(batch_size=2))
     budget = 2 * 10**8
@@ -93,6 +96,7 @@ def test_layers_are_extrapolated_from_a_few():
     assert of_few == pytest.approx(sum(all_layers.peak(shape).values()), rel=0.03)
 
 
+@pytest.mark.long
 def test_the_rough_estimate_is_above_the_plan():
     for settings in ({}, {"fine_tune_type": "full"}):
         for shape in (BatchShape(1, 64, 64), BatchShape(4, 512, 512)):

@@ -11,6 +11,7 @@ from mlx_nb.events import NothingLearned, RunFinished, RunPaused
 from mlx_nb.view.event_text import describe, summary_rows
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("nothing", [None, math.nan, math.inf, "text", KeyError("score")])
 @pytest.mark.parametrize("later", [0, 3])
 @pytest.mark.matrix(every=10)
@@ -43,12 +44,14 @@ def test_a_rollout_without_any_reward_pauses_and_goes_on_once_there_is_one(nothi
     assert ended.step == 8
 
 
+@pytest.mark.long
 def test_a_reward_that_weighs_nothing_may_stay_silent(tmp_path, tiny_folder):
     rewards = {"rewards": [e_share, lambda completion: None], "reward_weights": [1.0, 0.0]}
     run = run_of("grpo", tmp_path, tiny_folder, steps_per_eval=-1, **rewards)
     assert run.run().step == 8
 
 
+@pytest.mark.long
 def test_a_run_in_which_nothing_was_learned_says_so(tmp_path, tiny_folder):
     run = run_of("grpo", tmp_path, tiny_folder, rewards=[lambda completion: 1.0], steps_per_eval=-1, iters=24)
     ended = run.run()

@@ -358,6 +358,7 @@ def test_validation_is_weighted_by_token_and_changes_nothing(tmp_path):
     assert_same_weights(before, weights(trainer))
 
 
+@pytest.mark.long
 def test_early_stopping_keeps_the_best_adapter(tmp_path):
     # Training rows that contradict the validation rows: validation gets worse from the first update on.
     trainer = make_trainer(

@@ -86,6 +86,7 @@ def test_ordinary_mixed_rows_stop_no_run(tmp_path, tiny_folder):
     assert all("rows of about this length" in event.words for event in named)
 
 
+@pytest.mark.long
 def test_a_run_that_diverges_stops_within_a_few_updates(tmp_path, tiny_folder):
     run = mixed_run(tmp_path, tiny_folder, lr_schedule="constant", learning_rate=2e-3)
     run.step(60)
@@ -162,6 +163,7 @@ def test_memory_that_runs_out_is_one_clear_line_and_changes_nothing(tmp_path):
     assert [event.loss for event in trainer.events() if isinstance(event, StepCompleted)] == expected
 
 
+@pytest.mark.long
 def test_memory_close_to_its_limit_is_said_once(tmp_path):
     trainer = make_trainer(tmp_path, memory_limit=1)
     low = [event for event in trainer.events() if isinstance(event, MemoryLow)]

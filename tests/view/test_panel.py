@@ -124,6 +124,7 @@ def instructions_of(work):
     return counted
 
 
+@pytest.mark.long
 def test_a_refresh_of_a_long_run_sends_and_costs_no_more_than_one_of_a_short_run(tmp_path, tiny_folder):
     def refreshed(updates):
         """Bytes of the first state, bytes of each of 20 refreshes, and the instructions of the last."""
@@ -389,6 +390,7 @@ def test_the_pace_is_that_of_the_last_updates():
 # Clicks
 
 
+@pytest.mark.long
 def test_clicks_do_what_they_say_and_their_result_is_said(tmp_path, tiny_folder):
     run = rows_run(tmp_path, tiny_folder, val_set_size=4, iters=20)
 
