@@ -12,7 +12,7 @@ from mlx_nb.errors import CommandError
 from mlx_nb.events import Event
 from mlx_nb.experiments.blind import BlindVote
 from mlx_nb.experiments.comparison import LOSS, Comparison, Difference, RowChange
-from mlx_nb.experiments.contestants import Contestant, compared_examples, contestants, differing_rows
+from mlx_nb.experiments.contestants import Contestant, contestants, differing_rows, other_rows, rows_of_split
 from mlx_nb.experiments.display import RowComparison, comparison_html, comparison_text, curves_figure
 from mlx_nb.rollouts.intervals import paired, ratio
 from mlx_nb.run.run import Run
@@ -51,6 +51,7 @@ def compare(
     *runs: Run,
     base: bool = False,
     split: str = "valid",
+    rows: Any = None,
     metrics: Any = None,
     max_tokens: int = 128,
     answers: int = 3,
@@ -60,8 +61,10 @@ def compare(
 
     The loss of every row is measured for each, and `metrics` judge their greedy answers to all of the rows, as in
     `Run.evaluate`. Without metrics, the `answers` rows that became worse most, and as many that became better, are
-    answered. The rows are those of the first run. `on_progress` takes the progress. Nothing is changed. Raises
-    CommandError for runs that train at the moment or have different tokenizers.
+    answered. The rows are those of the first run, or `rows`: anything that the setting `data` takes, or `"general"`,
+    48 rows of the package that show what a run forgot; a column `group` gives each group a number of its own.
+    `on_progress` takes the progress. Nothing is changed. Raises CommandError for runs that train at the moment or have
+    different tokenizers, DataError for rows that cannot be measured.
     """
     if not runs or len(runs) + base < 2:
         raise CommandError("compare takes two runs, or one run with base=True.")
@@ -69,7 +72,7 @@ def compare(
     if len({id(run) for run in runs}) > 1 and len(set(names)) < len(names):
         raise CommandError(f"two of the runs are called {names[0]}. Give one of them another name.")
     with Interrupts(lambda pause: None) as interrupts:
-        work = _comparing(list(runs), base, split, metrics, max_tokens, answers)
+        work = _comparing(list(runs), base, split, rows, metrics, max_tokens, answers)
         try:
             while not interrupts.count:
                 event = next(work)
@@ -84,11 +87,13 @@ def compare(
 
 
 def _comparing(
-    runs: list[Run], base: bool, split: str, metrics: Any, max_tokens: int, answers: int
+    runs: list[Run], base: bool, split: str, others: Any, metrics: Any, max_tokens: int, answers: int
 ) -> Generator[Event, None, ShownComparison]:
     first = runs[0]
-    judged = first.inputs.answer_metrics(metrics, max_tokens) if metrics is not None else None
-    rows = compared_examples(first, split)
+    chosen = rows_of_split(first, split) if others is None else other_rows(first, others)
+    asking = (chosen.ask, first.tokenizer, max_tokens)
+    judged = AnswerMetrics(first.inputs.metric_functions(metrics), *asking) if metrics is not None else None
+    rows = chosen.examples
     there = contestants(runs, base)
     losses: dict[str, dict[int, np.ndarray]] = {}
     for one in there:
@@ -96,22 +101,18 @@ def _comparing(
             measured = yield from one.row_losses(rows)
             losses[one.name] = {example.row: loss for example, loss in zip(rows, measured)}
     examples = {example.row: example for example in rows}
-    found = ShownComparison(
-        runs, [one.name for one in there], split, examples, losses, [], notes=differing_rows(runs, split)
-    )
+    notes = differing_rows(runs, split) if others is None else []
+    names, words = [one.name for one in there], split if others is None else chosen.words
+    found = ShownComparison(runs, names, words, examples, losses, [], notes=notes, groups=chosen.groups)
     pairs = [(one.name, other.name) for k, one in enumerate(there) for other in there[k + 1 :]]
     if judged is not None:
         yield from _answer(found, there, judged, list(examples))
     found.differences = [_difference(found, before, after) for before, after in pairs]
     if judged is None and answers:
         changed = found.differences[-1].rows
-        chosen = list(dict.fromkeys(row.row for row in (*changed[:answers], *changed[-answers:])))
-        yield from _answer(found, there, AnswerMetrics((), *_asking(first, max_tokens)), chosen)
+        ends = list(dict.fromkeys(row.row for row in (*changed[:answers], *changed[-answers:])))
+        yield from _answer(found, there, AnswerMetrics((), *asking), ends)
     return found
-
-
-def _asking(run: Run, max_tokens: int) -> tuple[Any, Any, int]:
-    return lambda split, row: run.inputs.split(split).question(row), run.tokenizer, max_tokens
 
 
 def _answer(
@@ -132,6 +133,7 @@ def _answer(
 
 def _difference(found: Comparison, before: str, after: str) -> Difference:
     changes, sums, units = [], [], []
+    in_groups: dict[str, tuple[list[float], list[float]]] = {}
     for row, example in found.examples.items():
         weight = example.loss_mask
         total = float(weight[1:].sum())
@@ -143,7 +145,12 @@ def _difference(found: Comparison, before: str, after: str) -> Difference:
         if total:
             sums.append((other - one) * total)
             units.append(total)
+            if row in found.groups:
+                of_group = in_groups.setdefault(found.groups[row], ([], []))
+                of_group[0].append(sums[-1])
+                of_group[1].append(total)
     estimates = {LOSS: ratio(sums, units)} if units else {}
+    estimates |= {f"{LOSS}, {group}": ratio(*numbers) for group, numbers in in_groups.items()}
     for name, by_name in found.scores.items():
         rows = list(by_name[before])
         values = ([by_name[who].get(row, math.nan) for row in rows] for who in (before, after))

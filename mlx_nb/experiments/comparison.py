@@ -67,11 +67,12 @@ class Comparison:
     references   {row: the row's own answer}, prompts {row: what was asked}, of the same rows
     scores       {metric: {name: {row: value}}}
     notes        what to keep in mind
+    groups       {row: its group}, of rows that are in groups; each has an estimate of its own
     """
 
     runs: list[Run]
     names: list[str]
-    split: str
+    split: str  # or what the rows are
     examples: dict[int, TokenizedExample]
     token_losses: dict[str, dict[int, np.ndarray]]
     differences: list[Difference]
@@ -80,6 +81,7 @@ class Comparison:
     prompts: dict[int, Any] = field(default_factory=dict)
     scores: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    groups: dict[int, str] = field(default_factory=dict)
 
     def difference(self, before: str, after: str) -> Difference:
         """The difference of two names. Raises CommandError for a pair that was not compared."""

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mlx_nb.config.methods import METHODS, method_named
+from mlx_nb.config.run_config import RunConfig
 from mlx_nb.data.examples.batches import evaluation_batches
+from mlx_nb.data.examples.examples import Examples
 from mlx_nb.data.examples.imitation import TokenizedExample
+from mlx_nb.data.examples.settings import ExampleSettings
+from mlx_nb.data.examples.tokenizing import tokenize_split
+from mlx_nb.data.sources.splits import open_splits
 from mlx_nb.errors import CommandError, DataError
 from mlx_nb.events import Progress
 from mlx_nb.model.logprobs import TargetScorer
+from mlx_nb.process.pieces import finished
 from mlx_nb.run.kept_answers import AnswerFiles, model_key
 from mlx_nb.run.run import Run
-from mlx_nb.train.answer_metrics import Answered, AnswerMetrics
+from mlx_nb.train.answer_metrics import Answered, AnswerMetrics, Ask
 
 BASE = "base"
+GENERAL = "general"  # the name of the package's own rows
+_GENERAL_ROWS = Path(__file__).with_name("general_rows.jsonl")
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +95,56 @@ def compared_examples(run: Run, split: str) -> list[TokenizedExample]:
     for place in sorted(place for places in chosen for place in places):
         rows.setdefault(examples[place].row, examples[place].sequences[0])
     return [rows[row] for row in sorted(rows)]
+
+
+@dataclass(frozen=True, eq=False)
+class ComparedRows:
+    """The rows that a comparison measures: of a split, or others.
+
+    words     what they are
+    examples  the tokenized rows
+    ask       (split, row) -> what a row asks
+    groups    {row: the value of its column `group`}, of rows that have one
+    """
+
+    words: str
+    examples: list[TokenizedExample]
+    ask: Ask
+    groups: dict[int, str]
+
+
+def rows_of_split(run: Run, split: str) -> ComparedRows:
+    """The fixed rows of a split that `run` is evaluated on. Raises DataError without any."""
+    return ComparedRows(
+        split, compared_examples(run, split), lambda of, row: run.inputs.split(of).question(row), groups={}
+    )
+
+
+def other_rows(run: Run, rows: Any) -> ComparedRows:
+    """Rows of the package (`general`), or any that the setting `data` takes, rendered as `run` renders its own.
+
+    Raises DataError for rows that cannot be read, or of which none can be measured.
+    """
+    config, general = run.config, isinstance(rows, str) and rows == GENERAL
+    if general:
+        own = RunConfig.from_dict({"prompt_format": config.prompt_format})
+        settings, kind = ExampleSettings.of(own, run.inputs.limits), METHODS["sft"].row_kind
+    else:
+        settings, kind = ExampleSettings.of(config, run.inputs.limits), method_named(config.method).row_kind
+    source = open_splits(
+        str(_GENERAL_ROWS) if general else rows,
+        namespace=run.inputs.namespace,
+        working_folder=config.working_folder,
+        val_set_size=0,
+    ).train
+    examples = Examples(source, run.tokenizer, settings, kind)
+    kept, left_out = finished(tokenize_split(examples))
+    if not kept:
+        raise DataError(f"none of these rows can be measured. The first: {left_out[0].reason}")
+    there = {example.row: example.sequences[0] for example in reversed(kept)}
+    groups = {row: str(source[row]["group"]) for row in there if "group" in source[row]}
+    words = "the general set" if general else "the given rows"
+    return ComparedRows(words, [there[row] for row in sorted(there)], lambda _, row: examples.question(row), groups)
 
 
 def differing_rows(runs: Sequence[Run], split: str) -> list[str]:

@@ -42,9 +42,10 @@ def difference_lines(found: Difference) -> list[str]:
         return [f"{title}: 0 on every row. They are the same."]
     worse, better = found.counts
     lines = [f"{title}:"]
+    width = max(14, *map(len, found.estimates))
     for name, one in found.estimates.items():
         counts = f"; {worse} rows worse, {better} better" if name == "loss" else ""
-        lines.append(f"  {name:<14} {_estimate_words(one)}{counts}")
+        lines.append(f"  {name:<{width}} {_estimate_words(one)}{counts}")
     return lines
 
 

@@ -107,6 +107,7 @@ def _compare(session: Session, arguments: argparse.Namespace) -> Any:
         return Text(compared(runs))
     metrics = None if arguments.metrics is None else read_list(arguments.metrics)
     options = {"metrics": metrics, "max_tokens": arguments.max_tokens, "answers": arguments.answers}
+    options["rows"] = arguments.rows
     with progress_shown() as show:
         found = compare(*runs, base=base, split=arguments.split, on_progress=show, **options)
     if session.namespace is not None and (output := output_name(arguments.output)):
@@ -189,6 +190,7 @@ RESULT_COMMANDS: dict[str, Command] = {
         ),
         argument("--metrics", help="functions that judge the answers, such as exact_match,my_metric"),
         argument("--split", default="valid", choices=SPLITS, help="rows to compare on (default: valid)"),
+        argument("--rows", help="other rows: general (what was forgotten), or a variable, file, folder or hub id"),
         argument("--answers", type=int, default=3, help="rows to answer that became worse, and better (default: 3)"),
         argument("--max-tokens", type=int, default=128, help="longest answer in tokens"),
         argument("--blind", action="store_true", help="vote on the answers without knowing whose they are"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlx_nb import Run, RunConfig, compare
-from mlx_nb.errors import CommandError
+from mlx_nb.errors import CommandError, DataError
 from mlx_nb.events import Progress
 from mlx_nb.experiments.blind import BlindVote
 from tiny import tiny_pairs, tiny_prompts, tiny_rows
@@ -215,3 +215,33 @@ def test_other_rows_are_named(pair, tmp_path, tiny_folder):
     assert compare(pair[0], other, answers=0).notes == [
         "these are the valid rows of slow. other has others, and may have trained on some of these."
     ]
+
+
+def test_what_was_forgotten_is_the_loss_of_general_rows_before_and_after_in_groups(pair):
+    one, other = pair
+    found = compare(other, base=True, rows="general", answers=0)
+    assert len(found.examples) == 48
+    assert "base and fast on 48 rows of the general set" in repr(found)
+    (difference,) = found.differences
+    groups = [name for name in difference.estimates if name != "loss"]
+    assert groups == [f"loss, {name}" for name in ("facts", "arithmetic", "code", "prose", "instructions", "languages")]
+    assert all(difference.estimates[name].rows == 8 for name in groups)
+    targets = {row: float(example.loss_mask[1:].sum()) for row, example in found.examples.items()}
+    changes = {row.row: row.change * targets[row.row] for row in difference.rows}
+    code = [row for row, group in found.groups.items() if group == "code"]
+    expected = sum(changes[row] for row in code) / sum(targets[row] for row in code)
+    assert difference.estimates["loss, code"].value == pytest.approx(expected)
+    assert difference.estimates["loss"].value == pytest.approx(sum(changes.values()) / sum(targets.values()))
+    same = compare(one, one, rows="general", answers=0)
+    assert same.differences[0].same
+
+
+def test_rows_of_ones_own_are_compared_and_answered_too(pair):
+    one, other = pair
+    own = [*tiny_rows(3), {"messages": [{"role": "user", "content": "no answer"}]}]
+    found = compare(one, other, rows=own, metrics=["exact_match"], max_tokens=2)
+    assert list(found.examples) == [0, 1, 2]
+    assert found.references == {0: "redred", 1: "greengreen", 2: "blueblue"}
+    assert found.differences[0].estimates["exact_match"].rows == 3
+    with pytest.raises(DataError, match="none of these rows can be measured"):
+        compare(one, other, rows=own[3:])

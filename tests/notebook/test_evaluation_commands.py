@@ -47,6 +47,8 @@ def test_compare_shows_two_runs_row_by_row_and_the_base(trained):
     text = repr(answer(trained, "%finetune compare fast base --metrics polite --max-tokens 3 -o found"))
     assert "fast minus base:" in text
     assert trained.user_ns["found"].names == ["base", "fast"]
+    text = repr(answer(trained, "%finetune compare fast base --rows general --answers 0"))
+    assert "loss, arithmetic" in text
     assert "0 on every row" in repr(answer(trained, "%finetune compare fast fast --answers 0"))
     assert "equal" in repr(answer(trained, "%finetune compare slow fast --blind --metrics polite --max-tokens 8"))
 
