@@ -9,6 +9,11 @@ a process of its own, with the BLAS variables that choose a slow kernel taken aw
     chunks             and targets a few hundred at a time
     blocks             and attention in blocks: what mlx_nb does by itself
     grad_checkpoint    and each layer computed again
+    segments           and kept is what goes into every fifth layer (segment_size: 5, grad_checkpoint: true)
+    long_context       grad_checkpoint, and MLPs 512 tokens at a time (efficient_long_context: true)
+    smallest           all of it
+    segments_alone     segment_size: 5 without grad_checkpoint
+    chunks_of_mlps     efficient_long_context alone
     mlx_lm             mlx_lm's loss with its grad_checkpoint, on the same base with the same BLAS
 
 Printed are the peak of mlx's arrays (base included), the peak of the process (resident), and the seconds of the second
@@ -30,7 +35,16 @@ from pathlib import Path
 
 import numpy as np
 
-WAYS = ("plain", "chunks", "blocks", "grad_checkpoint", "mlx_lm")
+BEFORE_LAYERS = ("plain", "chunks", "blocks")
+SETTINGS = {
+    "grad_checkpoint": {"grad_checkpoint": True},
+    "segments": {"grad_checkpoint": True, "segment_size": 5},
+    "long_context": {"grad_checkpoint": True, "efficient_long_context": True},
+    "smallest": {"grad_checkpoint": True, "segment_size": 5, "efficient_long_context": True},
+    "segments_alone": {"segment_size": 5},
+    "chunks_of_mlps": {"efficient_long_context": True},
+}
+WAYS = (*BEFORE_LAYERS, *SETTINGS, "mlx_lm")
 ADAPTER = {"rank": 8, "scale": 20.0, "dropout": 0.0}
 SLOW_BLAS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
 
@@ -107,14 +121,14 @@ def our_update(chosen: argparse.Namespace, length: int, folder: str):
     from mlx_nb import Run, RunConfig
     from mlx_nb.model import vocabulary_chunks
 
-    place = WAYS.index(chosen.child)
+    way = chosen.child
     settings = {"model": chosen.model, "data": [{"text": "A row."}] * 2, "val_set_size": 0, "iters": 1}
-    own = {"lora_parameters": ADAPTER, "grad_checkpoint": place >= 3, "adapter_path": folder}
+    own = {"lora_parameters": ADAPTER, "adapter_path": folder, **SETTINGS.get(way, {})}
     run = Run(RunConfig.from_dict({**settings, **own}))
     stepper = run.trainer.stepper
-    if place < 2:
+    if way in ("plain", "chunks"):
         stepper.scorer._has_kernels = False
-    if place < 1:
+    if way == "plain":
         vocabulary_chunks._CHUNK_BYTES = 1 << 40
     loss_mask_BT = np.ones((1, length), np.float32)
     loss_mask_BT[:, : length // 2] = 0

@@ -112,6 +112,7 @@ def measured(description: dict[str, Any], sizes: tuple[int, int, int], settings:
     from mlx_nb.model.adapters import attach_adapter
     from mlx_nb.model.lanes import lane_count
     from mlx_nb.model.logprobs import TargetScorer
+    from mlx_nb.model.recomputing import recomputed_by
     from mlx_nb.model.trees import held_arrays
     from mlx_nb.model.unloaded import unloaded_model
     from mlx_nb.objectives.build import objective_for
@@ -129,7 +130,7 @@ def measured(description: dict[str, Any], sizes: tuple[int, int, int], settings:
     attach_adapter(model, config)
     mx.eval(held_arrays(model))
     model.eval()
-    scorer = TargetScorer(model, grad_checkpoint=config.grad_checkpoint)
+    scorer = TargetScorer(model, recomputed_by(config))
     objective, optimizer = objective_for(config), build_optimizer(config)
     stepper = Stepper(model, optimizer, objective, scorer, compiled=False, lanes=lane_count())
     batch = packed_as_set(planned_batch(config, scorer.sizes.vocabulary, shape), config.packing, scorer)

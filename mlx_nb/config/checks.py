@@ -435,6 +435,12 @@ def _check_spikes(config: CheckedConfig) -> Iterator[SettingError]:
         yield SettingError(("spike_patience",), "`spike_patience` has no effect with `loss_spike: null`. Remove it.")
 
 
+def _check_long_context(config: CheckedConfig) -> Iterator[SettingError]:
+    if not config.efficient_long_context and any(config.declarations(lambda one: one.name == "seq_step_size")):
+        message = "`seq_step_size` has no effect without `efficient_long_context: true`. Set that, or remove it."
+        yield SettingError(("seq_step_size",), message)
+
+
 def _check_memory_limit(config: CheckedConfig) -> Iterator[SettingError]:
     if (problem := problem_with_limit(config.memory_limit)) is not None:
         yield SettingError(("memory_limit",), problem)
@@ -499,6 +505,7 @@ EFFECT_CHECKS: tuple[Callable[[CheckedConfig], Iterator[SettingError]], ...] = (
     _check_samples,
     _check_down_weight,
     _check_spikes,
+    _check_long_context,
     _check_memory_limit,
     _check_zeros,
 )

@@ -240,9 +240,6 @@ UNNECESSARY = {
 
 # What mlx_nb does not support.
 UNSUPPORTED = {
-    "segment_size": "segmented backward pass",
-    "efficient_long_context": "chunked pass over long rows",
-    "seq_step_size": "chunked pass over long rows",
     "clear_cache_threshold": "limit on the memory cache",
     "report_to": "reports to other services",
     "project_name": "reports to other services",

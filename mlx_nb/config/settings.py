@@ -431,6 +431,22 @@ class DeclaredSettings(Settings):
         "fraction of the memory, for more time.",
         group="training",
     )
+    segment_size: int = setting(
+        0,
+        "Keep only what goes into every N-th layer, and compute N layers again together for the gradient. With "
+        "grad_checkpoint each of them is then computed again by itself, for the least memory. 0 = off.",
+        group="training",
+        at_least=0,
+    )
+    efficient_long_context: bool = setting(
+        False,
+        "For long rows: compute MLPs and experts seq_step_size tokens at a time, and again for the gradient: the same "
+        "numbers to rounding in less memory. Attention sees the whole row.",
+        group="training",
+    )
+    seq_step_size: int = setting(
+        512, "Tokens that efficient_long_context computes at a time.", group="training", at_least=1
+    )
     packing: Literal["auto", True, False] = setting(
         "auto",
         "Compute the rows of a batch one after the other in one row, without padding, and what they begin with in "

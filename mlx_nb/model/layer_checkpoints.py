@@ -1,77 +1,88 @@
-"""Gradient checkpointing: only the inputs of a layer are kept for the gradient; the rest is recomputed.
+"""Gradient checkpointing: only the inputs of every few layers are kept for the gradient; the rest is recomputed.
 
 While a graph is built, proxies shadow the layers in the model's list of layers; no class, parameter or name is changed.
-Layers are recomputed one at a time: each starts when the gradient of its outputs is ready, and the previous layer
-starts only when the gradient of this layer's parameters is ready.
+Layers that are called one after the other form segments. A segment is recomputed when the gradient of its results is
+ready, and the one before it only when the gradient of this segment's parameters is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map, tree_unflatten
 
 from mlx_nb.errors import ModelError
-from mlx_nb.model.custom_functions import custom_function
 from mlx_nb.model.equivalence import gives_the_same
 from mlx_nb.model.module_proxy import ModuleProxy
 from mlx_nb.model.once_per_model import once_per_model, trained_shapes
 from mlx_nb.model.passes import family_of, one_line
 from mlx_nb.model.randomness import drawing_from, random_key
+from mlx_nb.model.recomputing import (
+    Inside,
+    Recomputed,
+    computed_again,
+    in_place,
+    named_and_arrays,
+    with_floats,
+    without_floats,
+)
 from mlx_nb.model.trees import named_arrays
 
 _PROBED_TOKENS = 8
 _PLAIN = (mx.array, bool, int, float, str, type(None))
-
-# The context in which a layer is computed, and recomputed.
-Inside = Callable[[nn.Module], AbstractContextManager[object]]
+_ONE_LAYER = Recomputed(segment=1)
 
 
 @contextmanager
-def checkpointed_layers(model: nn.Module, inside: Inside, called: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """A context in which graphs of `model` keep only the inputs of each layer and recompute the rest.
+def checkpointed_layers(
+    model: nn.Module,
+    inside: Inside,
+    recomputed: Recomputed = _ONE_LAYER,
+    called: Callable[[], None] = lambda: None,
+) -> Iterator[None]:
+    """A context in which graphs of `model` keep only the inputs of each segment of layers and recompute the rest.
 
     Values and gradients are unchanged, also with dropout. `called` is called for each layer. Call
     `refuse_unverified_checkpoints` first.
     """
-    lists = lists_of_layers(model)
+    segments = _Segments(inside, recomputed)
     shadowed: list[tuple[dict[str, Any], str]] = []
     try:
-        for holder, name in lists:
-            stand_ins = [layer and _Checkpointed(layer, inside, called) for layer in holder[name]]
+        for holder, name in lists_of_layers(model):
+            stand_ins = [layer and _Checkpointed(layer, segments, called) for layer in holder[name]]
             vars(holder)[name] = stand_ins
             shadowed.append((vars(holder), name))
         yield
     finally:
+        segments.end()
         for attributes, name in shadowed:
             attributes.pop(name, None)
 
 
-def refuse_unverified_checkpoints(model: nn.Module) -> None:
+def refuse_unverified_checkpoints(model: nn.Module, recomputed: Recomputed = _ONE_LAYER) -> None:
     """Raises ModelError for a model family whose loss or gradient changes with checkpointed layers."""
-    doubt = _doubt(model, trained_shapes(model))
+    doubt = _doubt(model, trained_shapes(model), recomputed.segment, recomputed.each_layer)
     if doubt is not None:
-        raise ModelError(
-            f"grad_checkpoint cannot be used with {family_of(model)}: {doubt}. Set grad_checkpoint: false."
-        )
+        name, off = ("grad_checkpoint", "false") if recomputed == _ONE_LAYER else ("segment_size", "0")
+        raise ModelError(f"{name} cannot be used with {family_of(model)}: {doubt}. Set {name}: {off}.")
 
 
 @once_per_model(good=lambda doubt: doubt is None, from_json=lambda _null: None)
-def _doubt(model: nn.Module, _trained: tuple[Any, ...]) -> str | None:
+def _doubt(model: nn.Module, _trained: tuple[Any, ...], segment: int, each_layer: bool) -> str | None:
     calls = 0
 
     def count() -> None:
         nonlocal calls
         calls += 1
 
+    def way() -> Any:
+        return checkpointed_layers(model, lambda _layer: nullcontext(), Recomputed(segment, each_layer), count)
+
     try:
-        same = gives_the_same(
-            model, lambda: checkpointed_layers(model, lambda _layer: nullcontext(), count), _PROBED_TOKENS
-        )
+        same = gives_the_same(model, way, _PROBED_TOKENS)
     except Exception as error:  # model code may raise anything
         return f"a gradient with it fails ({one_line(error).rstrip('.')})"
     if not calls:
@@ -90,93 +101,109 @@ def lists_of_layers(model: nn.Module) -> list[tuple[nn.Module, str]]:
     ]
 
 
+class _Call(NamedTuple):
+    """A call of a layer in a segment.
+
+    given       its (args, kwargs) without float arrays
+    inputs      where each float array is from: a place among the arrays that come into the segment, or the number of an
+                earlier call and of its result
+    parameters  places of the layer's trained parameters, which have these `names`
+    """
+
+    layer: nn.Module
+    given: Any
+    inputs: tuple[int | tuple[int, int], ...]
+    names: list[str]
+    parameters: tuple[int, ...]
+    key: mx.array
+
+
+class _Segments:
+    """Sorts the calls of layers into segments: a call that takes a result of the segment continues it."""
+
+    def __init__(self, inside: Inside, recomputed: Recomputed) -> None:
+        self._inside, self._recomputed = inside, recomputed
+        self.end()
+
+    def end(self) -> None:
+        """The next call begins a new segment."""
+        self._calls: list[_Call] = []
+        self._arrays: list[mx.array] = []
+        self._owned: set[int] = set()
+        self._results: dict[int, tuple[mx.array, tuple[int, int]]] = {}
+
+    def called(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
+        """The result of a layer, whose segment up to this call is computed again for its gradient."""
+        given, inputs = without_floats((args, kwargs))
+        continues = any(id(array) in self._results for array in inputs)
+        if not continues or len(self._calls) == self._recomputed.segment:
+            self.end()
+        names, parameters = named_and_arrays(layer.trainable_parameters())
+        places = tuple(self._place(array) for array in parameters)
+        self._owned.update(places)
+        origins = tuple(
+            self._results[id(array)][1] if id(array) in self._results else self._place(array) for array in inputs
+        )
+        self._calls.append(_Call(layer, given, origins, names, places, random_key()))
+        form, now = without_floats(layer(*args, **kwargs))
+        of = _again(tuple(self._calls), self._inside, each_layer=self._recomputed.each_layer)
+        results = computed_again(now, of, list(self._arrays), frozenset(self._owned))
+        for number, array in enumerate(results):
+            self._results[id(array)] = (array, (len(self._calls) - 1, number))
+        return with_floats(form, results)
+
+    def _place(self, array: mx.array) -> int:
+        for place, known in enumerate(self._arrays):
+            if known is array:
+                return place
+        self._arrays.append(array)
+        return len(self._arrays) - 1
+
+
+def _again(calls: Sequence[_Call], inside: Inside, *, each_layer: bool) -> Callable[..., list[mx.array]]:
+    """A function that computes a segment from its arrays and gives the results of the last call."""
+
+    def of(*arrays: mx.array) -> list[mx.array]:
+        results: list[list[mx.array]] = []
+        for call in calls:
+            parameters = [arrays[place] for place in call.parameters]
+            inputs = [arrays[at] if isinstance(at, int) else results[at[0]][at[1]] for at in call.inputs]
+            found = _layer_again(call, inside)(*parameters, *inputs)
+            if each_layer:
+                own = [*parameters, *inputs]
+                found = computed_again(found, _layer_again(call, inside), own, range(len(parameters)))
+            results.append(found)
+        return results[-1]
+
+    return of
+
+
+def _layer_again(call: _Call, inside: Inside) -> Callable[..., list[mx.array]]:
+    """A function that computes one layer from its trained parameters and inputs, with the draws of its first call."""
+    count = len(call.names)
+
+    def of(*arrays: mx.array) -> list[mx.array]:
+        args, kwargs = with_floats(call.given, arrays[count:])
+        layer = call.layer
+        with drawing_from(call.key), in_place(layer, call.names, arrays[:count]), inside(layer):
+            return without_floats(layer(*args, **kwargs))[1]
+
+    return of
+
+
 class _Checkpointed(ModuleProxy):
     """A proxy for a layer, which is recomputed for its gradient.
 
     A layer whose arguments are mutable, such as a cache that other layers read, is called directly.
     """
 
-    def __init__(self, layer: nn.Module, inside: Inside, called: Callable[[], None]) -> None:
+    def __init__(self, layer: nn.Module, segments: _Segments, called: Callable[[], None]) -> None:
         super().__init__(layer)
-        self._inside, self._called = inside, called
+        self._segments, self._called = segments, called
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not all(isinstance(value, _PLAIN) for _, value in named_arrays((args, kwargs))):
+            self._segments.end()
             return self._module(*args, **kwargs)
         self._called()
-        names, parameters = _split(self._module.trainable_parameters())
-        given, inputs = _floats((args, kwargs))
-        key = random_key()
-        form: list[Any] = []
-
-        def of(*arrays: mx.array) -> list[mx.array]:
-            args, kwargs = given(arrays[len(names) :])
-            with _in_place(self._module, names, arrays[: len(names)], parameters), self._inside(self._module):
-                result = self._module(*args, **kwargs)
-            rebuild, outputs = _floats(result)
-            form[:] = [rebuild]
-            return outputs
-
-        outputs = _computed_again(of, parameters, inputs, key)
-        [rebuild] = form
-        return rebuild(outputs)
-
-
-def _computed_again(
-    of: Callable[..., list[mx.array]], parameters: list[mx.array], inputs: list[mx.array], key: Any
-) -> list[mx.array]:
-    """The results of `of`, which is called again for the gradient with the same arrays and random `key`."""
-    stream = mx.default_stream(mx.default_device())
-
-    @custom_function
-    def once(*arrays: mx.array) -> Any:
-        return of(*arrays)
-
-    @once.vjp
-    def _gradient(primals: Any, cotangents: Any, _results: Any) -> Any:
-        primals, cotangents = _listed(primals), _listed(cotangents)
-        with mx.stream(stream), drawing_from(key):
-            _, slopes = mx.vjp(of, mx.depends(primals, cotangents), cotangents)
-            own = slopes[: len(parameters)]
-            # The previous layer starts after these are computed, so that their inputs are freed first.
-            return [*own, *(mx.depends(slope, own) if own else slope for slope in slopes[len(own) :])]
-
-    return _listed(once(*parameters, *inputs))
-
-
-def _listed(arrays: Any) -> list[mx.array]:
-    return list(arrays) if isinstance(arrays, (list, tuple)) else [arrays]
-
-
-def _split(tree: Any) -> tuple[list[str], list[mx.array]]:
-    named = named_arrays(tree)
-    return [name for name, _ in named], [array for _, array in named]
-
-
-def _floats(tree: Any) -> tuple[Callable[[Any], Any], list[mx.array]]:
-    """The float arrays in a tree, and a function that rebuilds the tree with other arrays in their place."""
-    found: list[mx.array] = []
-
-    def is_float(value: Any) -> bool:
-        return isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)
-
-    tree_map(lambda value: found.append(value) if is_float(value) else None, tree)
-
-    def rebuild(arrays: Any) -> Any:
-        left = iter(arrays)
-        return tree_map(lambda value: next(left) if is_float(value) else value, tree)
-
-    return rebuild, found
-
-
-@contextmanager
-def _in_place(layer: nn.Module, names: list[str], arrays: Any, before: list[mx.array]) -> Iterator[None]:
-    """A context in which the trained arrays of the layer are replaced by `arrays`."""
-    if not names:
-        yield
-        return
-    try:
-        layer.update(tree_unflatten(list(zip(names, arrays))))
-        yield
-    finally:
-        layer.update(tree_unflatten(list(zip(names, before))))
+        return self._segments.called(self._module, args, kwargs)

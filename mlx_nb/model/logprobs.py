@@ -28,7 +28,9 @@ from mlx_nb.model.lanes import in_lanes
 from mlx_nb.model.layer_checkpoints import checkpointed_layers, refuse_unverified_checkpoints
 from mlx_nb.model.packing import Layout, layout_of, mixing_lines, packing_is_verified
 from mlx_nb.model.passes import refuse_cache_mismatch
+from mlx_nb.model.recomputing import NOTHING, Recomputed
 from mlx_nb.model.text_model import TextModel, text_model
+from mlx_nb.model.token_chunks import layers_of, refuse_unverified_chunks, token_chunks
 from mlx_nb.model.vocabulary_chunks import TargetFunction, head_arrays, over_chunks, targets_at_once
 
 _SUMMED_AT_ONCE = 512
@@ -128,28 +130,30 @@ class TargetScorer:
     """Computes log-probabilities of targets under a model, with its current parameters at each call.
 
     The head is computed only at targets if a test on a few tokens gives the model's own logits; otherwise the whole
-    model is run. `grad_checkpoint` enables gradient checkpointing in training mode. Raises ModelError for a family with
-    a cache mismatch (see passes), or whose layers cannot be recomputed.
+    model is run. `recomputed` is what is computed again for the gradient in training mode. Raises ModelError for a
+    family with a cache mismatch (see passes), or whose parts cannot be recomputed.
     """
 
-    def __init__(self, model: nn.Module, *, grad_checkpoint: bool = False) -> None:
+    def __init__(self, model: nn.Module, recomputed: Recomputed = NOTHING) -> None:
         refuse_cache_mismatch(model)
-        if grad_checkpoint:
-            refuse_unverified_checkpoints(model)
+        if recomputed.segment:
+            refuse_unverified_checkpoints(model, recomputed)
+        if recomputed.tokens:
+            refuse_unverified_chunks(model)
         self.model = model
-        self._keeps_layers = not grad_checkpoint
+        self._recomputed = recomputed
         self._text = text_model(model)
         self._has_kernels = kernels_are_verified(model)
         self.trained_head = head_arrays(self._text, self.sizes.hidden) if self._text is not None else []
 
     @classmethod
     def assuming(
-        cls, model: nn.Module, text: TextModel | None, *, has_kernels: bool, grad_checkpoint: bool
+        cls, model: nn.Module, text: TextModel | None, *, has_kernels: bool, recomputed: Recomputed
     ) -> TargetScorer:
         """A scorer of a model without weights, on which nothing can be tested, with a frozen head."""
         scorer = cls.__new__(cls)
         scorer.model, scorer._text, scorer._has_kernels = model, text, has_kernels
-        scorer._keeps_layers = not grad_checkpoint
+        scorer._recomputed = recomputed
         scorer.trained_head = []
         scorer.can_pack = True
         return scorer
@@ -186,22 +190,27 @@ class TargetScorer:
         """
         targets = (inputs.target_S, *values_S)
         layout = inputs.layout
-        with self._fast(self.model), self._checkpoints(layout), mixing_lines(self.model, layout):
+        with self._fast(self.model), self._recomputing(layout), mixing_lines(self.model, layout):
             return self._at_targets(inputs, function, targets)
 
     def _fast(self, module: nn.Module) -> AbstractContextManager[None]:
         return kernels(module) if self._has_kernels else nullcontext()
 
-    def _checkpoints(self, layout: Layout | None) -> AbstractContextManager[None]:
-        if self._keeps_layers or not self.model.training:
-            return nullcontext()
+    @contextmanager
+    def _recomputing(self, layout: Layout | None) -> Iterator[None]:
+        segment, _, tokens = self._recomputed
+        if not self.model.training or not segment + tokens:
+            yield
+            return
 
         @contextmanager
         def again(layer: nn.Module) -> Iterator[None]:
-            with self._fast(layer), mixing_lines(layer, layout):
+            with self._fast(layer), token_chunks([layer], tokens, self._fast), mixing_lines(layer, layout):
                 yield
 
-        return checkpointed_layers(self.model, again)
+        layers = checkpointed_layers(self.model, again, self._recomputed) if segment else nullcontext()
+        with token_chunks(layers_of(self.model), tokens, self._fast), layers:
+            yield
 
     def _at_targets(
         self, inputs: TargetInputs, function: TargetFunction, targets: tuple[mx.array, ...]

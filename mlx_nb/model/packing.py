@@ -27,7 +27,7 @@ from mlx_nb.model.passes import random_tokens
 
 # Attribute names of token mixers. A family with other names fails the verification.
 _ATTENTION = ("self_attn", "attention", "attn", "self_attention", "block_sparse_attn", "linear_attn")
-_MIXERS = frozenset((*_ATTENTION, "mamba", "mixer", "conv", "temporal_block", "token_mixer"))
+MIXERS = frozenset((*_ATTENTION, "mamba", "mixer", "conv", "temporal_block", "token_mixer"))
 
 
 # Matrix products over other numbers of rows round differently: 2e-4 in the gradient of random tokens over 30 layers.
@@ -166,7 +166,7 @@ def _mixers(module: nn.Module) -> list[tuple[nn.Module, str]]:
         (holder, name)
         for holder in module.modules()
         for name, part in holder.items()
-        if name in _MIXERS and all(isinstance(one, nn.Module) for one in (part if isinstance(part, list) else [part]))
+        if name in MIXERS and all(isinstance(one, nn.Module) for one in (part if isinstance(part, list) else [part]))
     ]
 
 

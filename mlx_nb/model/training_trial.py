@@ -23,7 +23,9 @@ from mlx_nb.model.once_per_model import once_per_model, trained_shapes
 from mlx_nb.model.packing import packing_is_verified
 from mlx_nb.model.passes import family_of, is_half, one_line, random_tokens
 from mlx_nb.model.randomness import random_stream
+from mlx_nb.model.recomputing import recomputed_by
 from mlx_nb.model.shared_base import shared_copy
+from mlx_nb.model.token_chunks import refuse_unverified_chunks
 from mlx_nb.model.trees import named_arrays
 from mlx_nb.process.pieces import finished
 
@@ -77,8 +79,11 @@ def training_notes_in_pieces(
     yield _trying("a gradient")
     with _trial(refuse):
         idle = _without_gradient(model, trained_shapes(model))
-        if config.grad_checkpoint:
-            refuse_unverified_checkpoints(model)
+        recomputed = recomputed_by(config)
+        if recomputed.segment:
+            refuse_unverified_checkpoints(model, recomputed)
+        if recomputed.tokens:
+            refuse_unverified_chunks(model)
         if config.fine_tune_type == "full" and _keeps_weights(model, trained_shapes(model)):
             raise refuse("in evaluation it uses weights that it cached before an update")
     names = [name for name, _ in named_arrays(model.trainable_parameters())]

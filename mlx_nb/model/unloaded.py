@@ -26,6 +26,7 @@ from mlx_nb.model.logprobs import TargetScorer
 from mlx_nb.model.mlx_lm_import import import_mlx_lm
 from mlx_nb.model.model_source import model_folder, one_line, refuse_unknown_model
 from mlx_nb.model.randomness import random_stream
+from mlx_nb.model.recomputing import NOTHING, Recomputed
 from mlx_nb.model.text_model import TextModel, likely_text_model
 from mlx_nb.model.trees import trained_arrays_of
 from mlx_nb.model.vocabulary_chunks import with_arrays
@@ -112,11 +113,11 @@ def _signature(layer: nn.Module) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def unloaded_scorer(model: nn.Module, *, grad_checkpoint: bool = False) -> TargetScorer:
+def unloaded_scorer(model: nn.Module, recomputed: Recomputed = NOTHING) -> TargetScorer:
     """A scorer whose graphs can be recorded but not evaluated."""
     has_kernels = backend.is_cpu() and platform.machine() in ("x86_64", "AMD64")
     text = likely_text_model(model)
-    scorer = TargetScorer.assuming(model, text, has_kernels=has_kernels, grad_checkpoint=grad_checkpoint)
+    scorer = TargetScorer.assuming(model, text, has_kernels=has_kernels, recomputed=recomputed)
     if text is not None:
         scorer.trained_head = _arrays_of_the_head(text, scorer.sizes.hidden)
     return scorer

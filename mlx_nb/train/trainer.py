@@ -61,6 +61,7 @@ from mlx_nb.model.logprobs import TargetScorer
 from mlx_nb.model.memory import memory_errors
 from mlx_nb.model.passes import refuse_cache_mismatch
 from mlx_nb.model.randomness import random_stream, seed_for
+from mlx_nb.model.recomputing import recomputed_by
 from mlx_nb.model.trained import orthogonalized_outside, total_count, trainable_count, trained_summary
 from mlx_nb.model.trees import held_arrays
 from mlx_nb.objectives.build import objective_for
@@ -179,7 +180,7 @@ class Trainer:
                 mx.eval(held_arrays(model))
             self.notes += orthogonalized_outside(model, config)
             model.eval()
-            self.scorer = TargetScorer(model, grad_checkpoint=config.grad_checkpoint)
+            self.scorer = TargetScorer(model, recomputed_by(config))
             self.stepper = Stepper(
                 model,
                 build_optimizer(config),

@@ -21,6 +21,7 @@ from mlx_nb.model.graph_record import Form, Graph, recorded
 from mlx_nb.model.lanes import in_lanes, lane_count, lanes_of, one_by_one
 from mlx_nb.model.logprobs import target_inputs
 from mlx_nb.model.randomness import random_stream
+from mlx_nb.model.recomputing import recomputed_by
 from mlx_nb.model.trees import named_arrays
 from mlx_nb.model.unloaded import unloaded_scorer
 from mlx_nb.objectives.base import joined
@@ -52,7 +53,7 @@ class UpdateMemory:
         with random_stream(0):
             attach_adapter(model, config)
             model.eval()
-            self.scorer = unloaded_scorer(model, grad_checkpoint=config.grad_checkpoint)
+            self.scorer = unloaded_scorer(model, recomputed_by(config))
             self.optimizer = build_optimizer(config)
             self.objective = objective_for(config)
             parameters = model.trainable_parameters()

@@ -20,6 +20,7 @@ from mlx_nb.model.adapters import attach_adapter
 from mlx_nb.model.block_attention import block_attention, causal_blocks, masked_blocks
 from mlx_nb.model.logprobs import TargetScorer, target_inputs
 from mlx_nb.model.packing import mixing_lines, packing_is_verified
+from mlx_nb.model.recomputing import Recomputed
 from mlx_nb.objectives.build import objective_for
 from mlx_nb.train.optimizer import build_optimizer
 from mlx_nb.train.step import Stepper
@@ -57,7 +58,7 @@ def pairs(count=2, prompt=11):
 def gradients(model, batch, *, lanes=1, compiled=False, checkpoints=False, **settings):
     """Loss, losses of rows and gradient of a batch as it is, and packed."""
     config, found = RunConfig.from_dict(settings), []
-    scorer = TargetScorer(model, grad_checkpoint=checkpoints)
+    scorer = TargetScorer(model, Recomputed(segment=int(checkpoints)))
     stepper = Stepper(model, build_optimizer(config), objective_for(config), scorer, compiled=compiled, lanes=lanes)
     for packed in (False, True):
         measured = stepper.gradients([batch._replace(packed=packed)], 3)

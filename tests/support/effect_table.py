@@ -178,6 +178,7 @@ TABLE = {
 
 
 # Settings whose effect needs a hub dataset, and is refused below out of it; or is of memory or time alone, and tried
-# where that is measured: tests/model/test_layer_checkpoints.py, tests/train/test_packed_runs.py,
-# tests/run/test_memory_limit.py.
-ELSEWHERE = ("subset", "grad_checkpoint", "packing", "memory_limit")
+# where that is measured: tests/model/test_layer_checkpoints.py, tests/model/test_token_chunks.py,
+# tests/train/test_packed_runs.py, tests/run/test_memory_limit.py.
+OF_MEMORY = ("grad_checkpoint", "segment_size", "efficient_long_context", "seq_step_size", "packing", "memory_limit")
+ELSEWHERE = ("subset", *OF_MEMORY)
