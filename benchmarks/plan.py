@@ -51,6 +51,10 @@ SMOLLM2 = {
     "num_key_value_heads": 3,
     "vocab_size": 49152,
 }
+LONG_CONTEXT = {"efficient_long_context": True, "seq_step_size": 128}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True}
+QWEN3_MOE = {**QWEN3, **EXPERTS, "model_type": "qwen3_moe", "decoder_sparse_step": 1, "mlp_only_layers": []}
+MIXTRAL = {**LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "rope_theta": 1e4}
 WIDE = {**LLAMA, "hidden_size": 512, "intermediate_size": 1408}
 
 # name: (config.json, (sequences, tokens, trained tokens), settings)
@@ -70,6 +74,16 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, int, int], dict[str, Any]]] = 
     "grad_checkpoint": (LLAMA, (2, 512, 512), {"grad_checkpoint": True}),
     "grad_checkpoint, dora": (LLAMA, (2, 512, 200), {"grad_checkpoint": True, "fine_tune_type": "dora"}),
     "grad_checkpoint, full": (LLAMA, (2, 512, 512), {"grad_checkpoint": True, "fine_tune_type": "full"}),
+    "segments": (LLAMA, (2, 512, 512), {"segment_size": 3}),
+    "segments, grad_checkpoint": (LLAMA, (2, 512, 512), {"segment_size": 3, "grad_checkpoint": True}),
+    "long context": (LLAMA, (2, 512, 512), {"efficient_long_context": True, "seq_step_size": 128}),
+    "long context, grad_checkpoint": (LLAMA, (1, 1000, 512), {**LONG_CONTEXT, "grad_checkpoint": True}),
+    "muon": (LLAMA, (1, 128, 128), {"optimizer": "muon"}),
+    "full, muon": (LLAMA, (1, 128, 128), {"fine_tune_type": "full", "optimizer": "muon"}),
+    "full, muon, wide": (WIDE, (1, 64, 64), {"fine_tune_type": "full", "optimizer": "muon"}),
+    "experts": (QWEN3_MOE, (2, 256, 256), {}),
+    "experts, full": (QWEN3_MOE, (1, 128, 128), {"fine_tune_type": "full"}),
+    "experts, mixtral": (MIXTRAL, (2, 256, 256), {"lora_parameters": {"rank": 8, "keys": ["self_attn.q_proj"]}}),
     "qwen3": (QWEN3, (2, 256, 256), {}),
     "olmo2": (OLMO2, (2, 512, 512), {}),
     "gemma3": (GEMMA3, (1, 512, 512), {}),

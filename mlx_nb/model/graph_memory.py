@@ -280,7 +280,9 @@ class _Replay:
         for read in alike:
             if self.forms[read].itemsize == form.itemsize and self._is_last_use(read):
                 return self.layouts[read]
-        same_order = len(alike) == len(one.inputs) and len({self.layouts[read].strides for read in alike}) == 1
+        scalars = [read for read in one.inputs if self.layouts[read].covered == 1 and read not in alike]
+        in_order = len(alike) + len(scalars) == len(one.inputs)
+        same_order = in_order and len({self.layouts[read].strides for read in alike}) == 1
         return self._new(name, alike[0] if same_order and one.name != "Softmax" else None)
 
     def _is_last_use(self, name: str) -> bool:

@@ -32,7 +32,7 @@ from mlx_nb.train.update_memory import (
 
 WEIGHTS, TRAINED, SNAPSHOTS = "weights", "trained weights", "snapshots"
 PARTS = (WEIGHTS, TRAINED, GRADIENTS, STATE, NEW, ACTIVATIONS, LOGITS, SNAPSHOTS)
-_RECORDED_LAYERS = (2, 3)  # of a model with more layers, which are all alike
+_RECORDED_LAYERS = (2, 3)  # of a model with more layers, which are all alike; or as many segments of layers
 # Longer rows are extrapolated from these: enough tokens for logits in chunks with most vocabularies.
 _RECORDED_TOKENS = (384, 640, 1024)
 _STEP = 64  # tokens: the longest row that fits is found in these steps
@@ -190,7 +190,7 @@ class MemoryPlanner:
         model, config = self.whole.model, self.config
         layers = len(model.layers)
         adapted = layers if config.num_layers == -1 else config.num_layers
-        one, other = _RECORDED_LAYERS
+        one, other = (count * max(1, config.segment_size) for count in _RECORDED_LAYERS)
         if adapted <= other or not self._layers_are_alike:
             return self._recorded(shape, None)
         frozen = min(1, layers - adapted)
@@ -316,6 +316,8 @@ def _changes(plan: MemoryPlan, planner: MemoryPlanner) -> Iterator[tuple[str, Ca
 
     if not config.grad_checkpoint:
         yield "grad_checkpoint: true", changed(grad_checkpoint=True)
+    elif not config.efficient_long_context:
+        yield "efficient_long_context: true", changed(efficient_long_context=True)
     if rows > 1 and not method_named(config.method).kind.sampled:
         steps = config.grad_accumulation_steps * rows
         alone = replace(shape, sequences=max(1, shape.sequences // rows))

@@ -13,7 +13,7 @@ from mlx_nb.config.memory_limit import bytes_of
 from mlx_nb.config.run_config import RunConfig
 from mlx_nb.errors import ConfigError
 from mlx_nb.model.memory import gigabytes
-from mlx_nb.train.memory_plan import MemoryPlanner, completed, planned, rough_peak
+from mlx_nb.train.memory_plan import MemoryPlanner, _changes, completed, planned, rough_peak
 from mlx_nb.train.update_memory import BatchShape
 
 HOUSE = Path(__file__).parents[2]
@@ -28,6 +28,9 @@ LLAMA = {
     "vocab_size": 8000,
     "tie_word_embeddings": True,
 }
+
+
+WITH_LAYERS = ("grad_checkpoint", "segments", "long context, grad_checkpoint")
 
 
 def config(**settings):
@@ -48,7 +51,7 @@ def test_the_planned_peak_is_the_measured_one():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", ["dora", "full", "dpo", "grad_checkpoint", "packing", "long"])
+@pytest.mark.parametrize("case", [*WITH_LAYERS, "dora", "full", "full, muon", "dpo", "packing", "long"])
 def test_the_planned_peak_is_the_measured_one_with_every_technique(case):
     assert 0.95 <= ratio(case) <= 1.15
 
@@ -94,6 +97,22 @@ def test_layers_are_extrapolated_from_a_few():
     of_few = sum(all_layers.peak(shape).values())
     all_layers._layers_are_alike = False
     assert of_few == pytest.approx(sum(all_layers.peak(shape).values()), rel=0.03)
+
+
+@pytest.mark.long
+def test_segments_of_layers_are_extrapolated_from_whole_segments():
+    shape, settings = BatchShape(1, 128, 128), config(segment_size=2)
+    all_layers = MemoryPlanner({**LLAMA, "num_hidden_layers": 8}, settings)
+    of_few = sum(all_layers.peak(shape).values())
+    all_layers._layers_are_alike = False
+    assert of_few == pytest.approx(sum(all_layers.peak(shape).values()), rel=0.03)
+
+
+def test_chunks_of_tokens_are_suggested_where_layers_are_computed_again_already():
+    for settings, line in (({}, "grad_checkpoint: true"), ({"grad_checkpoint": True}, "efficient_long_context: true")):
+        planner = MemoryPlanner({**LLAMA, "num_hidden_layers": 1}, config(**settings))
+        plan = planned("any", planner, BatchShape(1, 64, 64), None)
+        assert line in [changed for changed, _ in _changes(plan, planner)]
 
 
 @pytest.mark.long
