@@ -45,7 +45,7 @@ def test_it_goes_with_every_method_adapter_and_checkpoint(method, settings, kind
 
 
 @pytest.mark.parametrize("recomputed", CHUNKS)
-@pytest.mark.matrix(every=3)
+@pytest.mark.long
 def test_it_goes_with_packing_and_attention_in_blocks(recomputed, monkeypatch):
     monkeypatch.setattr(cpu_kernels, "_BLOCK", 4)
     monkeypatch.setattr(cpu_kernels, "_FEWEST_TOKENS", 5)
@@ -103,6 +103,7 @@ def test_memory_of_the_mlps_is_that_of_a_chunk():
     assert one_layer - both > 2 * of_mlps
 
 
+@pytest.mark.long
 def test_a_run_with_it_learns_the_same_and_resumes_the_same(tiny_folder, tmp_path):
     losses = {}
     for on in (False, True):
