@@ -1,4 +1,4 @@
-"""The `mlx-nb` command in a terminal: quickstart, train, import, evaluate, check, plan, runs, delete, doctor, settings.
+"""The `mlx-nb` command in a terminal; `command_line` lists its commands.
 
 A new command is a subparser in `command_line` and the function that it calls.
 """
@@ -17,6 +17,7 @@ from mlx_nb.errors import ConfigError, DataError, MlxNbError
 if TYPE_CHECKING:
     from mlx_nb.config.run_config import RunConfig
     from mlx_nb.run.run import Run
+    from mlx_nb.run.saved_model import SavedModel
 
 _CLOSED_PIPE = 141  # a shell's status for a program that was ended by SIGPIPE
 
@@ -163,6 +164,19 @@ def command_line() -> argparse.ArgumentParser:
     evaluate.add_argument("--base", action="store_true", help="the base model, without the adapter")
     evaluate.add_argument("--json", action="store_true", help="print one JSON document")
     evaluate.set_defaults(act=_evaluate)
+    fusing = commands.add_parser("fuse", help="merge a saved adapter into its base, for mlx-lm")
+    fusing.add_argument("adapter", help="name of a run, or a folder in the format of mlx-lm or PEFT")
+    fusing.add_argument("path", nargs="?", help="new folder; without it, only tell what each precision would lose")
+    fusing.add_argument("--precision", help="base, mixed or 16-bit (default: the recommended one)")
+    fusing.set_defaults(act=_fuse)
+    gguf = commands.add_parser("gguf", help="write a model with a saved adapter for llama.cpp, Ollama and LM Studio")
+    gguf.add_argument("adapter", help="name of a run, or a folder in the format of mlx-lm or PEFT")
+    gguf.add_argument("path", nargs="?", help="new folder")
+    gguf.add_argument("--type", default="f16", help="f16 (default), bf16, f32, q8_0, or one that llama.cpp makes")
+    gguf.add_argument("--adapter-only", action="store_true", help="only the LoRA adapter")
+    gguf.add_argument("--base", metavar="FILE", help="with --adapter-only: the base as GGUF, to check the adapter on")
+    gguf.add_argument("--lm-studio", metavar="NAME", help="write to LM Studio's folder, under this name")
+    gguf.set_defaults(act=_gguf)
     check = commands.add_parser("check", help="find problems in the rows, by row number")
     check.add_argument("data", help="folder, file or hub id, as in the setting `data`")
     check.add_argument("settings", nargs="*", metavar="key=value", help="settings, and rows=N (or all) to tokenize")
@@ -255,6 +269,29 @@ def _evaluate(chosen: argparse.Namespace) -> int:
         finally:
             run.release()
     print(result.to_json() if chosen.json else pretty(result))
+    return 0
+
+
+def _saved(folder: str) -> SavedModel:
+    """The model with the adapter in a folder, or in that of a run."""
+    from mlx_nb.files.places import run_folder, working_folder
+    from mlx_nb.model.backend import prepare_backend
+
+    prepare_backend()
+    from mlx_nb.run.saved_model import load
+
+    return load(run_folder(folder, working_folder()))
+
+
+def _fuse(chosen: argparse.Namespace) -> int:
+    report = _saved(chosen.adapter).fuse(chosen.path, precision=chosen.precision)
+    print(report, "" if report.path is None else f"\n{report.how_to_use}", sep="\n")
+    return 0
+
+
+def _gguf(chosen: argparse.Namespace) -> int:
+    options = {"type": chosen.type, "adapter": chosen.adapter_only, "base": chosen.base}
+    print(_saved(chosen.adapter).gguf(chosen.path, lm_studio_name=chosen.lm_studio, **options))
     return 0
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,9 +29,6 @@ from mlx_nb.train.batch_source import RowBatches
 from mlx_nb.train.reference_logprobs import ReferenceLogprobs
 from mlx_nb.train.step import evaluate_batch
 
-if TYPE_CHECKING:
-    from mlx_nb.train.trainer import Trainer
-
 PRECISIONS = (BASE, MIXED, HALF)
 PREDICTED_BATCHES = 8  # of validation rows, at most, for a prediction
 _SHARD_BYTES = 5 << 30
@@ -40,18 +37,18 @@ _KEPT_FILES = ("*.py", "generation_config.json", "LICENSE*", "NOTICE*", "tokeniz
 
 @dataclass(frozen=True, eq=False)
 class FuseInputs:
-    """What is fused: the trainer with the live model, its base as it was loaded, and whose export it is."""
+    """What is fused: the model with its adapter, the settings, its base as it was loaded, and whose export it is.
 
-    trainer: Trainer
+    `valid` are the validation rows, None = none; `reference` is for methods that have one.
+    """
+
+    model: nn.Module
+    config: RunConfig
     loaded: LoadedModel
-    reference: ReferenceLogprobs | None
     run_id: str
     name: str
-
-    @property
-    def config(self) -> RunConfig:
-        """The settings of the run."""
-        return self.trainer.config
+    valid: Sequence[Any] | None = None
+    reference: ReferenceLogprobs | None = None
 
 
 def fuse(inputs: FuseInputs, folder: Path | None, precision: str | None) -> FuseReport:
@@ -88,7 +85,7 @@ def precisions_of(inputs: FuseInputs) -> tuple[str, ...]:
 def predicted_report(inputs: FuseInputs, precisions: tuple[str, ...]) -> FuseReport:
     """What each precision would lose, with the loss on some validation rows of the model as it would be stored."""
     batches = min(PREDICTED_BATCHES, inputs.config.val_batches) if inputs.config.val_batches > 0 else PREDICTED_BATCHES
-    live = inputs.trainer.model
+    live = inputs.model
     adapter_loss = _loss(inputs, live, batches)
     full = inputs.config.fine_tune_type == "full"
     base_loss = None if full or adapter_loss is None else _loss(inputs, shared_copy(inputs.loaded).model, batches)
@@ -105,12 +102,12 @@ def predicted_report(inputs: FuseInputs, precisions: tuple[str, ...]) -> FuseRep
 
 
 def _fused(inputs: FuseInputs, precision: str) -> Fused:
-    return fused_model(inputs.trainer.model, inputs.loaded.folder, inputs.config.load_in_bits, precision)
+    return fused_model(inputs.model, inputs.loaded.folder, inputs.config.load_in_bits, precision)
 
 
 def _loss(inputs: FuseInputs, model: nn.Module, batches: int) -> float | None:
     """The mean loss on `batches` batches of validation rows (-1: all); None without rows, or if they are prompts."""
-    config, examples = inputs.config, inputs.trainer.examples.valid
+    config, examples = inputs.config, inputs.valid
     if not examples or method_named(config.method).kind.sampled:
         return None
     scorer, objective, lanes = TargetScorer(model), objective_for(config), lane_count()
@@ -124,7 +121,7 @@ def _loss(inputs: FuseInputs, model: nn.Module, batches: int) -> float | None:
 def _measured(report: FuseReport, inputs: FuseInputs) -> FuseReport:
     """The report with the losses of the written model and of the adapter on the run's validation rows."""
     batches = inputs.config.val_batches
-    adapter_loss = _loss(inputs, inputs.trainer.model, batches)
+    adapter_loss = _loss(inputs, inputs.model, batches)
     if adapter_loss is None:
         return report
     written = load_model(str(report.path)).model

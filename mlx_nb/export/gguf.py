@@ -83,7 +83,7 @@ def write_gguf(inputs: FuseInputs, folder: Path, type: str) -> GgufExport:
     if type not in WRITTEN_TYPES and llama_cpp_folder() is None:
         raise CommandError(f"{type} is made by llama.cpp, which is not installed. {HOW_TO_INSTALL}. Or use q8_0.")
     refuse_foreign(folder)
-    live, tokenizer = inputs.trainer.model, inputs.loaded.tokenizer
+    live, tokenizer = inputs.model, inputs.loaded.tokenizer
     layout, arguments, metadata = _described(inputs)
     tensors = list(_named(inputs, trained_tensors(live, layout)))
     written = type if type in WRITTEN_TYPES else "f16"
@@ -119,7 +119,7 @@ def write_adapter(inputs: FuseInputs, folder: Path, base: Path | None = None) ->
             f"llama.cpp applies adapters of the type lora, not {config.fine_tune_type}. Write the whole model instead."
         )
     refuse_foreign(folder)
-    live, tokenizer = inputs.trainer.model, inputs.loaded.tokenizer
+    live, tokenizer = inputs.model, inputs.loaded.tokenizer
     layout, _, _ = _described(inputs)
     alpha = float(config.lora_parameters.scale * config.lora_parameters.rank)
     matrices = list(_named(inputs, adapter_tensors(live, layout, alpha)))
@@ -160,7 +160,7 @@ def _write_base(inputs: FuseInputs, path: Path) -> None:
 def _described(inputs: FuseInputs) -> tuple[Layout, dict[str, Any], dict[str, Any]]:
     """The layout of a model in llama.cpp, its arguments, and the metadata of its file."""
     _, config = load_base_as_stored(inputs.loaded.folder, None)
-    live: Any = inputs.trainer.model
+    live: Any = inputs.model
     network = live.language_model if "language_model" in live else live
     arguments = dict(vars(network.args)) if hasattr(network, "args") else {}
     try:
@@ -248,7 +248,7 @@ def _prove_adapter(path: Path, inputs: FuseInputs, layout: Layout, matrices: Seq
     alpha = reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents()
     if there.keys() != {name for name, _ in matrices}:
         raise ModelError(f"{path.name} does not have the matrices of the adapter.")
-    for module_path, module in adapter_modules(inputs.trainer.model):
+    for module_path, module in adapter_modules(inputs.model):
         name = layout.name(f"{module_path}.weight")
         a, b = there[f"{name}.lora_a"], layout.to_mlx(name, there[f"{name}.lora_b"])
         change = module.scale * np.array((module.lora_a @ module.lora_b).astype(mx.float32)).T

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from mlx_nb.errors import CommandError
-from mlx_nb.files.places import folder_of, refuse_among_files, working_folder
+from mlx_nb.config.run_config import RunConfig
+from mlx_nb.errors import CommandError, FolderError
+from mlx_nb.files.places import folder_of, refuse_among_files, same_folder, working_folder
 from mlx_nb.files.run_folder import RunFolder
 from mlx_nb.run.inputs import RunInputs
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from mlx_nb.export.fuse import FuseInputs
     from mlx_nb.export.fuse_report import FuseReport
     from mlx_nb.export.gguf import GgufExport
+    from mlx_nb.model.loading import LoadedModel
     from mlx_nb.train.trainer import Trainer
 
 
@@ -24,10 +26,6 @@ class ExportedRun(Protocol):
     inputs: RunInputs
 
     @property
-    def folder(self) -> Path:
-        """Where its adapters are saved."""
-
-    @property
     def home(self) -> RunFolder:
         """Its folder, with the lock and the list of written files."""
 
@@ -36,29 +34,44 @@ class ExportedRun(Protocol):
         """Its trainer."""
 
 
-def fuse(run: ExportedRun, path: str | Path | None, precision: str | None) -> FuseReport:
-    """Fuse the adapter of a run with its base, and write the model to `path`, if given."""
-    from mlx_nb.export.fuse import fuse as fuse_model
-
-    return fuse_model(_inputs(run), None if path is None else _place(run, path), precision)
-
-
-def _inputs(run: ExportedRun) -> FuseInputs:
+def inputs_of_run(run: ExportedRun) -> FuseInputs:
+    """What is exported of a run: its live model."""
     from mlx_nb.export.fuse import FuseInputs
 
     trainer = run.trainer
     trainer.stepper.trainable()  # undoes the user's freezing, or raises ModelChanged
-    return FuseInputs(trainer, run.inputs.loaded, run.inputs.reference, run.home.run_id, run.name)
+    valid, reference = trainer.examples.valid, run.inputs.reference
+    return FuseInputs(
+        trainer.model, trainer.config, run.inputs.loaded, run.home.run_id, run.name, valid=valid, reference=reference
+    )
 
 
-def _place(run: ExportedRun, path: str | Path) -> Path:
+def inputs_of_saved(config: RunConfig, loaded: LoadedModel, name: str) -> FuseInputs:
+    """What is exported of a model with a saved adapter, which has no rows."""
+    from mlx_nb.export.fuse import FuseInputs
+
+    return FuseInputs(loaded.model, config, loaded, name, name)
+
+
+def fuse(inputs: FuseInputs, own: Path | None, path: str | Path | None, precision: str | None) -> FuseReport:
+    """Fuse an adapter with its base, and write the model to `path`, if given, which is not `own`, its own folder."""
+    from mlx_nb.export.fuse import fuse as fuse_model
+
+    return fuse_model(inputs, None if path is None else _place(own, path), precision)
+
+
+def _place(own: Path | None, path: str | Path) -> Path:
     place = folder_of(str(path), working_folder())
-    refuse_among_files(place, run.folder)
+    if own is not None:
+        refuse_among_files(place, own)
+        if same_folder(place, own):
+            raise FolderError(f"{place} has the adapter that is exported. Give another folder.")
     return place
 
 
 def gguf(
-    run: ExportedRun,
+    inputs: FuseInputs,
+    own: Path | None,
     path: str | Path | None,
     *,
     type: str,
@@ -66,7 +79,10 @@ def gguf(
     base: str | Path | None,
     lm_studio_name: str | None,
 ) -> GgufExport:
-    """Write the model of a run, or its adapter alone, as GGUF to `path`, or to LM Studio's folder."""
+    """Write a model with its adapter, or the adapter alone, as GGUF to `path`, or to LM Studio's folder.
+
+    `own` is the folder of the adapter, which is left as it is.
+    """
     from mlx_nb.export.gguf import lm_studio_folder, write_adapter, write_gguf
 
     if (path is None) == (lm_studio_name is None):
@@ -76,7 +92,7 @@ def gguf(
     if path is not None and str(path).endswith(".gguf"):
         raise CommandError(f"{path} would be a folder: name the folder, such as {str(path).removesuffix('.gguf')}.")
     target: str | Path = path if path is not None else lm_studio_folder(str(lm_studio_name))
-    place, inputs = _place(run, target), _inputs(run)
+    place = _place(own, target)
     if not adapter:
         return write_gguf(inputs, place, type.lower())
     return write_adapter(inputs, place, None if base is None else _base_file(base))

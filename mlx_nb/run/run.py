@@ -963,10 +963,10 @@ class Run:
         (the recommended one). Without `path` nothing is written. An earlier export at `path` is replaced. Raises
         CommandError for an unknown precision, FolderError if the folder has other files or cannot be written.
         """
-        from mlx_nb.run.model_exports import fuse
+        from mlx_nb.run.model_exports import fuse, inputs_of_run
 
         self._calls.refuse_inside("fuse")
-        return fuse(self, path, precision)
+        return fuse(inputs_of_run(self), self.folder, path, precision)
 
     @one_at_a_time
     def gguf(
@@ -986,10 +986,11 @@ class Run:
         the same tokens and logits. Raises ModelError if it does not, or if llama.cpp does not have the model;
         CommandError, FolderError. An earlier export at `path` is replaced.
         """
-        from mlx_nb.run.model_exports import gguf
+        from mlx_nb.run.model_exports import gguf, inputs_of_run
 
         self._calls.refuse_inside("write a GGUF file")
-        return gguf(self, path, type=type, adapter=adapter, base=base, lm_studio_name=lm_studio_name)
+        options: dict[str, Any] = {"type": type, "adapter": adapter, "base": base, "lm_studio_name": lm_studio_name}
+        return gguf(inputs_of_run(self), self.folder, path, **options)
 
     @one_at_a_time
     def adapter_bytes(self) -> dict[str, bytes]:

@@ -19,6 +19,9 @@ from mlx_nb.run.inputs import RunInputs
 from mlx_nb.run.stages import TAKEN_OVER
 
 if TYPE_CHECKING:
+    from mlx_nb.export.fuse import FuseInputs
+    from mlx_nb.export.fuse_report import FuseReport
+    from mlx_nb.export.gguf import GgufExport
     from mlx_nb.model.loading import LoadedModel
     from mlx_nb.rollouts.generation import Prompt
 
@@ -119,6 +122,36 @@ class SavedModel:
         )
         export_files(folder, loaded.model, config, description, format)
         return folder
+
+    def fuse(self, path: str | Path | None = None, *, precision: str | None = None) -> FuseReport:
+        """Write the model with its adapter merged to the folder `path`, like `Run.fuse`, but without validation rows.
+
+        So the report has what each precision loses of the fine-tune, and recommends by that; no loss is measured.
+        """
+        from mlx_nb.run.model_exports import fuse
+
+        return fuse(self._exported(), self.folder, path, precision)
+
+    def gguf(
+        self,
+        path: str | Path | None = None,
+        *,
+        type: str = "f16",
+        adapter: bool = False,
+        base: str | Path | None = None,
+        lm_studio_name: str | None = None,
+    ) -> GgufExport:
+        """Write the model with its adapter merged, or the adapter alone, as a GGUF file, like `Run.gguf`."""
+        from mlx_nb.run.model_exports import gguf
+
+        options: dict[str, Any] = {"type": type, "adapter": adapter, "base": base, "lm_studio_name": lm_studio_name}
+        return gguf(self._exported(), self.folder, path, **options)
+
+    def _exported(self) -> FuseInputs:
+        from mlx_nb.run.model_exports import inputs_of_saved
+
+        name = "merged" if self.folder is None else self.folder.name
+        return inputs_of_saved(self.config, self._inputs.loaded, name)
 
     def __repr__(self) -> str:
         if self.folder is None:
