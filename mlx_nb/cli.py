@@ -274,13 +274,12 @@ def _evaluate(chosen: argparse.Namespace) -> int:
 
 def _saved(folder: str) -> SavedModel:
     """The model with the adapter in a folder, or in that of a run."""
-    from mlx_nb.files.places import run_folder, working_folder
     from mlx_nb.model.backend import prepare_backend
 
     prepare_backend()
-    from mlx_nb.run.saved_model import load
+    from mlx_nb.run.saved_model import load_named
 
-    return load(run_folder(folder, working_folder()))
+    return load_named(folder)
 
 
 def _fuse(chosen: argparse.Namespace) -> int:

@@ -8,12 +8,11 @@ from __future__ import annotations
 import argparse
 
 from mlx_nb.errors import CommandError
-from mlx_nb.files.places import run_folder, working_folder
 from mlx_nb.notebook.command import Command, argument, command
 from mlx_nb.notebook.session import Session
 from mlx_nb.notebook.text_output import Text
 from mlx_nb.run.run import Run
-from mlx_nb.run.saved_model import SavedModel, load
+from mlx_nb.run.saved_model import SavedModel, load_named
 
 
 def _source(session: Session, arguments: argparse.Namespace) -> Run | SavedModel:
@@ -22,7 +21,7 @@ def _source(session: Session, arguments: argparse.Namespace) -> Run | SavedModel
         return session.get(arguments.name)
     if arguments.name is not None:
         raise CommandError("--from and --name cannot be combined: one is a saved adapter, the other a run.")
-    return load(run_folder(arguments.start, working_folder()))
+    return load_named(arguments.start)
 
 
 def _fuse(session: Session, arguments: argparse.Namespace) -> Text:

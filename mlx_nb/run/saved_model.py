@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_nb.config.run_config import RunConfig
 from mlx_nb.errors import CommandError, ConfigError, MlxNbError, ModelError
-from mlx_nb.files.places import folder_of, working_folder
+from mlx_nb.files.places import folder_of, run_folder, working_folder
 from mlx_nb.files.typed_json import json_object
 from mlx_nb.files.written_files import ADAPTER_FILE, CONFIG_FILE
 from mlx_nb.run.adapter_exports import MLX_LM, check_format, export_files
@@ -179,6 +179,11 @@ def load(folder: str | Path, *, model: str | None = None) -> SavedModel:
     """
     place = folder_of(str(folder), working_folder())
     return opened_adapter(place, settings_of_saved(place, model), any_base=model is not None)
+
+
+def load_named(name: str) -> SavedModel:
+    """A model with the adapter of the run `name`, or in the folder `name`. Raises ModelError as `load` does."""
+    return load(run_folder(name, working_folder()))
 
 
 def opened_adapter(place: Path, settings: Mapping[str, Any], *, any_base: bool) -> SavedModel:

@@ -119,9 +119,9 @@ def test_a_file_that_does_not_hold_the_model_is_named(fault, tmp_path, no_llama_
 
 
 def gguf_inputs(run):
-    from mlx_nb.run.model_exports import _inputs
+    from mlx_nb.run.model_exports import inputs_of_run
 
-    return _inputs(run)
+    return inputs_of_run(run)
 
 
 def test_an_adapter_alone_has_its_matrices_and_scale(tmp_path, no_llama_cpp):
