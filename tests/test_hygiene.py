@@ -27,7 +27,7 @@ from tiny import tiny_rows
 
 @pytest.mark.parametrize("settings", [{}, {"fine_tune_type": "dora"}, {"fine_tune_type": "full"}], ids=str)
 @pytest.mark.matrix(every=3)
-def test_a_fork_without_changes_goes_the_same_way_and_neither_touches_the_other(tmp_path, tiny_folder, settings):
+def test_a_fork_without_changes_gives_the_same_results_and_neither_affects_the_other(tmp_path, tiny_folder, settings):
     run = rows_run(tmp_path, tiny_folder, **settings)
     run.run(until=3)
     fork = run.fork(adapter_path=str(tmp_path / "fork"))
@@ -121,7 +121,7 @@ def test_at_the_end_of_the_kernel_every_run_is_saved_that_did_something_since(tm
     assert "could not be saved" in capsys.readouterr().err
 
 
-def test_a_rewind_that_cannot_be_saved_is_said_and_the_run_goes_on(tmp_path, tiny_folder):
+def test_a_rewind_that_cannot_be_saved_is_reported_and_the_run_continues(tmp_path, tiny_folder):
     run = rows_run(tmp_path, tiny_folder, save_every=-1, steps_per_eval=-1)
     run.run(until=4)
     blocked_folder(tmp_path / "a")

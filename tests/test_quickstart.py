@@ -78,7 +78,7 @@ def test_a_file_in_the_way_stays(tmp_path):
     assert (tmp_path / "q").read_text() == "mine"
 
 
-def test_a_folder_that_cannot_be_written_is_said_in_one_line(tmp_path):
+def test_a_folder_that_cannot_be_written_is_a_one_line_error(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(MlxNbError, match=r"cannot be written: .*Give another folder with --folder\.") as raised:
         _copy_example(tmp_path / "file" / "q")
@@ -98,7 +98,7 @@ def test_a_notebook_that_is_edited_while_it_executes_is_not_overwritten(tmp_path
     assert str(kept) in capsys.readouterr().out
 
 
-def test_a_step_is_told_in_words_and_not_by_the_number_of_its_cell():
+def test_a_step_is_described_in_words_and_not_by_the_number_of_its_cell():
     cells = [
         nbformat.v4.new_markdown_cell("# Title\n\nwords\n\n## Train it"),
         nbformat.v4.new_code_cell("\n%%finetune --name home\nmodel: x"),

@@ -36,14 +36,14 @@ def signal_at(monkeypatch, step, number):
     monkeypatch.setattr(Trainer, "_update", update)
 
 
-def test_an_interrupted_run_is_status_130_and_resume_goes_on(config, capsys, monkeypatch):
+def test_an_interrupted_run_is_status_130_and_resume_continues(config, capsys, monkeypatch):
     signal_at(monkeypatch, 2, signal.SIGINT)
     assert main(["train", config]) == 130
     assert "--resume continues" in capsys.readouterr().out
     monkeypatch.undo()
 
 
-def test_resume_goes_on_and_settings_may_be_options(config, capsys, monkeypatch):
+def test_resume_continues_and_settings_may_be_options(config, capsys, monkeypatch):
     with monkeypatch.context() as patched:
         signal_at(patched, 2, signal.SIGINT)
         assert main(["train", config, "--set", "seed=3"]) == 130
@@ -69,7 +69,7 @@ sys.exit(main(["train", "run.yaml"]))
 
 
 @pytest.mark.long
-def test_a_run_that_is_told_to_end_is_saved_and_is_status_143(config, tmp_path):
+def test_a_run_that_receives_a_signal_to_end_is_saved_and_is_status_143(config, tmp_path):
     ended = subprocess.run([sys.executable, "-c", TERMINATED], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 143, ended.stderr
     assert "Traceback" not in ended.stderr
@@ -124,7 +124,7 @@ def test_a_log_that_cannot_be_written_ends_no_training(words, output, config, tm
     ids=" ".join,
 )
 @pytest.mark.matrix(every=11)
-def test_where_nobody_reads_the_output_a_command_ends_without_a_word(words, config, tiny_folder):
+def test_a_command_whose_output_is_closed_ends_silently(words, config, tiny_folder):
     model = ["--model", str(tiny_folder)] if words[:1] == ["check"] else []
     reading, writing = os.pipe()
     os.close(reading)

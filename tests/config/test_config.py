@@ -190,7 +190,7 @@ GRPO = {"method": "grpo", "rewards": ["a"]}
         ({"lora_parameters": {"scale": math.inf}}, "`lora_parameters.scale` cannot be inf. It takes a finite number."),
     ],
 )
-def test_what_a_setting_takes_is_said_in_one_line(settings, words):
+def test_what_a_setting_accepts_is_explained_in_one_line(settings, words):
     with pytest.raises(ConfigError, match=re.escape(words)) as caught:
         RunConfig.from_dict(settings)
     assert "\n" not in str(caught.value)

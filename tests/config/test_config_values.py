@@ -473,7 +473,7 @@ CROWDS = {
 
 
 @pytest.mark.parametrize("case", CROWDS)
-def test_a_crowd_of_wrong_settings_is_answered_shortly_and_at_once(case):
+def test_many_wrong_settings_are_reported_briefly_and_quickly(case):
     began = time.process_time()
     with pytest.raises(ConfigError) as error:
         RunConfig.from_dict(CROWDS[case])
@@ -561,7 +561,7 @@ def test_what_is_no_text_and_no_path_is_one_clear_error(source):
         ([3], "allow_changed is a list of names"),
     ],
 )
-def test_what_may_have_changed_goes_by_known_names(given, words, tmp_path):
+def test_allow_changed_takes_only_known_names(given, words, tmp_path):
     for make in (
         lambda: Run(RunConfig(), allow_changed=given),
         lambda: Run.from_yaml("iters: 3", allow_changed=given),

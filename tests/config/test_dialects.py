@@ -309,7 +309,7 @@ def test_the_command_of_the_terminal_prints_the_settings_alone_on_stdout(tmp_pat
 # Our settings for other programs
 
 
-def test_what_another_program_cannot_do_is_said_by_setting_or_refused():
+def test_what_another_program_cannot_do_is_reported_by_setting_or_refused():
     config = RunConfig.from_dict(
         {"iters": 60, "learning_rate": 1e-4, "loraplus_lr_ratio": 16, "grad_accumulation_steps": 2, "down_weight": [3]}
     )

@@ -358,7 +358,7 @@ def test_the_values_of_other_programs_are_values_here():
                 RunConfig.from_dict({name: foreign})
 
 
-def test_a_method_that_does_not_exist_is_said_plainly():
+def test_a_method_that_does_not_exist_is_a_plain_error():
     with pytest.raises(ConfigError) as caught:
         RunConfig.from_dict({"train_mode": "online_dpo"})
     assert str(caught.value) == (

@@ -159,7 +159,7 @@ def test_a_line_that_is_nearly_a_setting_is_the_one_that_is_named(text, line, la
         ("data: a: b\nmodel: c", "A value with a colon is put in quotes: write `data: 'a: b'`."),
     ],
 )
-def test_what_yaml_takes_for_a_mapping_in_a_value_is_said_in_words(text, advice):
+def test_what_yaml_takes_for_a_mapping_in_a_value_is_explained(text, advice):
     with pytest.raises(ConfigError) as error:
         load_mapping(text)
     assert str(error.value).endswith(advice)

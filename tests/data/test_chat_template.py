@@ -172,7 +172,7 @@ def test_a_tool_call_and_reasoning_are_trained_and_the_tool_answer_is_not() -> N
     assert row.problems == ()
 
 
-def test_a_text_that_the_template_leaves_out_is_told() -> None:
+def test_a_text_that_the_template_leaves_out_is_reported() -> None:
     messages = [{"role": "user", "content": "Weather?"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
     row = tokenize_conversation(messages, tokenizer_of("chatml"))
     assert "message 1 (assistant): its tool_calls is left out by the chat template." in row.problems
@@ -247,33 +247,33 @@ def test_a_weight_that_is_no_weight_is_refused(weight: object) -> None:
 # --- what a person should know ----------------------------------------------------------------------------------------
 
 
-def test_a_turn_without_an_end_is_told() -> None:
+def test_a_turn_without_an_end_is_reported() -> None:
     row = tokenize_conversation(CONVERSATIONS["three turns"], tokenizer_of("eos only at the end"))
     told = [p for p in row.problems if "no end-of-turn" in p]
     assert [p.split(" has")[0] for p in told] == ["message 1 (assistant)", "message 3 (assistant)"]
 
 
-def test_a_context_that_differs_from_inference_is_told() -> None:
+def test_a_context_that_differs_from_inference_is_reported() -> None:
     row = tokenize_conversation(chat("2+2?", "4"), tokenizer_of("forgets earlier thinking"))
     assert any("message 1 (assistant): its context differs from inference" in problem for problem in row.problems)
     assert tokenize_conversation(chat("2+2?", "4"), tokenizer_of("chatml")).problems == ()
 
 
-def test_a_blank_answer_trains_its_end_and_is_told() -> None:
+def test_a_blank_answer_trains_its_end_and_is_reported() -> None:
     tokenizer = tokenizer_of("chatml")
     row = tokenize_conversation(chat("Say nothing.", ""), tokenizer)
     assert trained_texts(row, tokenizer) == ["<|im_end|>"]
     assert "message 1 (assistant) is blank: only its end is trained." in row.problems
 
 
-def test_a_doubled_beginning_of_sequence_is_told_and_never_trained() -> None:
+def test_a_doubled_beginning_of_sequence_is_reported_and_never_trained() -> None:
     tokenizer = new_tokenizer("{{ bos_token + bos_token }}" + CHATML)
     row = tokenize_conversation(chat("a", "b"), tokenizer, loss_on="all")
     assert row.loss_mask[:3].tolist() == [0, 0, 1]
     assert "the text starts with '<s>' twice." in row.problems
 
 
-def test_a_token_across_the_edge_is_trained_and_told() -> None:
+def test_a_token_across_the_edge_is_trained_and_reported() -> None:
     row = tokenize_conversation(chat("a", "\n\nb"), tokenizer_of("chatml"))
     start = row.text.index("assistant\n") + len("assistant\n")
     across = (row.offsets[:, 0] < start) & (row.offsets[:, 1] > start)
@@ -353,7 +353,7 @@ def test_prompt_and_completion_are_tokenized_as_one_text_and_split_by_character(
     assert row.problems == ()
 
 
-def test_a_token_across_the_boundary_of_a_completion_is_trained_and_told() -> None:
+def test_a_token_across_the_boundary_of_a_completion_is_trained_and_reported() -> None:
     tokenizer = new_tokenizer(None)
     row = tokenize_prompt_completion("say: hel", "lo world", tokenizer)
     assert row.text == "say: hello world"

@@ -327,7 +327,7 @@ def test_rows_that_share_only_a_long_instruction_are_not_alike(tokenizer):
     assert len(common_sequences(row["messages"][0]["content"] for row in rows)) > 0
 
 
-def test_a_crowd_of_alike_rows_is_one_group(tokenizer):
+def test_many_similar_rows_are_one_group(tokenizer):
     words = [f"w{i}" for i in range(60)]
     rows = [chat("tell", " ".join([*words[:k], "x", *words[k:]])) for k in range(1, 60, 3)]
     result = check(tokenizer, [*tiny_rows(60), *rows])
@@ -504,7 +504,7 @@ def test_a_template_without_end_of_turn_is_a_warning(tokenizer):
     assert found(result, "no_end_of_turn", None).severity == "warning"
 
 
-def test_an_end_of_turn_at_which_generation_goes_on_is_a_warning(tokenizer):
+def test_an_end_of_turn_at_which_generation_continues_is_a_warning(tokenizer):
     result = check(with_template(tokenizer, CHAT_TEMPLATE.replace("<|end|>", "<|system|>")), tiny_rows())
     assert "<|system|>" in found(result, "end_does_not_stop", None).what
 
@@ -711,7 +711,7 @@ OF_SEVERAL_ROWS = (
 
 @pytest.mark.parametrize("method", ODD)
 @pytest.mark.parametrize("prompt_format", ["raw", "chat"])
-def test_what_the_check_says_about_a_row_is_said_where_the_row_is_shown(method, prompt_format, tiny_folder):
+def test_what_the_check_says_about_a_row_is_reported_where_the_row_is_shown(method, prompt_format, tiny_folder):
     settings = {"rewards": ["number_match"]} if method == "grpo" else {}
     config = RunConfig(
         method=method,

@@ -45,7 +45,7 @@ FILES = {"jsonl": "rows.jsonl", "json": "rows.json", "splits": "rows.json", "gz"
 
 @pytest.mark.parametrize("kind", FILES)
 @pytest.mark.matrix(every=2)
-def test_a_file_that_changes_after_it_was_read_is_said_once_and_refused_by_a_resume(tmp_path, tiny_folder, kind):
+def test_a_file_that_changes_after_it_was_read_is_reported_once_and_refused_by_a_resume(tmp_path, tiny_folder, kind):
     file = tmp_path / FILES[kind]
     write(file, kind, tiny_rows())
     run = new_run(tmp_path, tiny_folder, str(file))

@@ -164,7 +164,7 @@ def test_a_template_that_numbers_its_turns_is_asked_with_the_whole_conversation(
     assert [row.text[s.start : s.end] for s in row.spans if s.role == "assistant"] == expected
 
 
-def test_a_context_that_differs_only_far_into_a_conversation_is_told_there() -> None:
+def test_a_context_that_differs_only_far_into_a_conversation_is_reported_there() -> None:
     forgets = tokenizer_of("forgets earlier thinking")
     plain = chat(*("How many?" if i % 2 == 0 else "Four." for i in range(120)))
     thinking = [{**m, "content": "<think>two</think>Four."} if i == 101 else m for i, m in enumerate(plain)]
@@ -181,7 +181,7 @@ def test_more_messages_than_there_are_characters_of_private_use_can_be_told_apar
     assert trained == [f"{i}<|im_end|>" for i in range(1, 44_000, 2)]
 
 
-def test_a_long_text_without_control_tokens_is_asked_for_its_end_only() -> None:
+def test_only_the_end_of_a_long_text_without_control_tokens_is_tokenized() -> None:
     tokenizer = shaped_tokenizer("llama3")
     template = ChatTemplate(tokenizer, None)
     for before in ("Answer: ", "Answer:\n\n", "Answer:  "):

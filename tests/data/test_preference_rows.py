@@ -392,7 +392,7 @@ def test_the_mismatched_answer_is_that_of_the_next_row_with_another_prompt(token
         assert other.row == example.row
 
 
-def test_rows_that_are_left_out_lend_no_answer(tokenizer):
+def test_rows_that_are_left_out_give_no_mismatched_answer(tokenizer):
     rows = [*labeled(("one", "yes")), {"prompt": "x", "completion": "y"}, *labeled(("two", "no"))]
     kept, left_out = made(rows, tokenizer, "labels")
     assert [row.row for row in left_out] == [1]

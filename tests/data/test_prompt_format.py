@@ -239,7 +239,7 @@ def test_the_notes_of_a_run_on_plain_text_say_how_it_is_asked(tiny_folder, tmp_p
         assert not any(text.startswith(note) for text in notes)
 
 
-def test_a_question_that_cannot_be_written_is_answered_with_the_reason_and_the_run_goes_on(tiny_folder, tmp_path):
+def test_a_question_that_cannot_be_written_is_answered_with_the_reason_and_the_run_continues(tiny_folder, tmp_path):
     picky = (
         "{% for m in messages %}{% if 'boom' in m.content %}{{ raise_exception('no boom') }}{% endif %}"
         "<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"

@@ -164,7 +164,7 @@ def test_a_prompt_that_is_read_in_other_tokens_before_an_answer_is_named(tmp_pat
         assert any("before it has other tokens when the model is asked" in text for text in view.conversation.problems)
 
 
-def test_a_prompt_that_generation_writes_otherwise_is_named(tmp_path):
+def test_a_prompt_that_generation_writes_differently_is_named(tmp_path):
     tokenizer = saved_tokenizer("deepseek", tmp_path)
     tokenizer.chat_template = SHAPES["deepseek"].source.replace(
         "<｜Assistant｜>{% endif %}", "<｜Assistant｜><think>\n{% endif %}"
@@ -218,7 +218,7 @@ def test_what_a_template_does_not_continue_exactly_is_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_generate_goes_on_with_an_answer_that_was_begun(tiny_folder):
+def test_generate_continues_with_an_answer_that_was_begun(tiny_folder):
     from mlx_lm import generate
 
     run = Run(RunConfig(model=str(tiny_folder), data=[{"messages": [USER, ANSWER]}] * 4, val_set_size=0))

@@ -79,7 +79,7 @@ def test_others_have_their_turn_while_the_model_is_fetched_and_loaded(tmp_path, 
     assert run.step_count == 1
 
 
-def test_a_pause_while_the_model_is_loaded_is_heard_and_going_on_loads_it(tmp_path, tiny_folder, monkeypatch):
+def test_a_pause_while_the_model_is_loaded_takes_effect_and_continuing_loads_it(tmp_path, tiny_folder, monkeypatch):
     real = loading.load_tokenizer
     monkeypatch.setattr(loading, "load_tokenizer", lambda folder: time.sleep(0.3) or real(folder))
     run = rows_run(tmp_path, tiny_folder, data=rows_of("paused"), iters=1)
@@ -168,7 +168,7 @@ def test_what_is_kept_is_bounded(tmp_path, tiny_folder, monkeypatch):
 
 @pytest.mark.parametrize("caller", ["trainer", "rows", "evaluate"])
 @pytest.mark.matrix(every=3)
-def test_who_asks_for_rows_while_they_are_tokenized_gets_them_and_the_run_goes_on(tmp_path, tiny_folder, caller):
+def test_who_asks_for_rows_while_they_are_tokenized_gets_them_and_the_run_continues(tmp_path, tiny_folder, caller):
     run = rows_run(tmp_path, tiny_folder, data=rows_of(f"between {caller}"), iters=2, val_set_size=8)
     events = run.events()
     assert isinstance(next(events), Progress)

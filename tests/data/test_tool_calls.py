@@ -152,7 +152,7 @@ def test_json_text_inside_arguments_stays_text_and_keys_keep_their_order():
         ('{"a": ' + "[" * 300 + "]" * 300 + "}", "it is nested more than 64 deep"),
     ],
 )
-def test_a_text_that_is_no_object_is_refused_where_objects_are_written_and_told_where_texts_are(text, why):
+def test_a_text_that_is_no_object_is_refused_where_objects_are_written_and_reported_where_texts_are(text, why):
     for template in ("tojson", "whole call", "items", "only with an answer"):
         with pytest.raises(MaskRefused, match=r"the arguments of a tool call in message 1 \(assistant\)") as error:
             said(template, text)
@@ -175,7 +175,7 @@ def test_an_empty_text_and_missing_arguments_are_no_arguments():
         assert_same(said(template, None), said(template, {}))
 
 
-def test_what_a_text_loses_on_its_way_is_told():
+def test_what_a_text_loses_on_its_way_is_reported():
     row = said("tojson", '{"to": "Rome", "to": "Ostia", "n": 0.10000000000000000001}')
     assert '{"to": "Ostia", "n": 0.1}' in row.text
     assert any("a key comes twice in one object, such as at 'to'" in problem for problem in row.problems)
@@ -382,7 +382,7 @@ def test_a_bad_call_or_role_is_one_line_with_the_cure(message, expected):
     assert "\n" not in str(error.value)
 
 
-def test_words_of_ones_own_for_roles_come_first():
+def test_custom_role_words_come_first():
     roles = {"speaker_a": "user", "speaker_b": "assistant", "api": "function_call", "function": "function"}
     columns = ExampleSettings.of(RunConfig(roles=roles)).columns
     talk = [
@@ -485,7 +485,7 @@ def test_a_table_gives_the_tokens_of_its_rows_in_every_form(template, tmp_path):
             assert_same(made, one)
 
 
-def test_nulls_and_whole_numbers_are_one_rule_and_told():
+def test_nulls_and_whole_numbers_are_one_rule_and_reported():
     tools = [tool("sail", to={"type": "string", "default": None})]
     row = said("tojson", {"to": None, "n": 1.0, "list": [None, 2.0]}, tools=tools)
     assert_same(row, said("tojson", {"n": 1, "list": [None, 2]}, tools=[tool("sail", to={"type": "string"})]))
@@ -502,7 +502,7 @@ def test_nulls_and_whole_numbers_are_one_rule_and_told():
     assert kept.notes == (row.notes[2].replace("2 in", "1 in"),)
 
 
-def test_a_time_that_a_table_made_of_a_text_is_text_again_and_told():
+def test_a_time_that_a_table_made_of_a_text_is_text_again_and_reported():
     import datetime
 
     import pandas

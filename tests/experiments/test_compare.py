@@ -91,7 +91,7 @@ def test_the_paired_interval_is_narrower_than_the_two_apart(pair):
     assert change.high - change.low < apart
 
 
-def test_the_base_takes_part_as_the_first(pair):
+def test_the_base_is_compared_first(pair):
     _, other = pair
     found = compare(other, base=True, answers=1, max_tokens=4)
     assert found.names == ["base", "fast"]

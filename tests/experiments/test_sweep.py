@@ -166,7 +166,7 @@ def interrupting(found, at):
 
 @pytest.mark.long
 @pytest.mark.parametrize("at", [1, 6, 13])
-def test_an_interrupt_saves_every_run_and_it_goes_on_here_or_from_the_folders(tiny_folder, at):
+def test_an_interrupt_saves_every_run_and_it_continues_here_or_from_the_folders(tiny_folder, at):
     settings = settings_of(tiny_folder)
     whole = sweep(settings, name="whole").run()
     found = sweep(settings, name="rates")

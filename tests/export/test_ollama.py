@@ -83,7 +83,7 @@ def test_a_default_system_message_comes_without_one_only(tiny_folder):
     assert template.render([("system", "y"), ("user", "x")]) == "<s>y</s>user:x</s>assistant:"
 
 
-def test_a_template_that_is_not_turn_by_turn_is_left_to_ollama_and_said(tiny_folder):
+def test_a_template_that_is_not_turn_by_turn_is_left_to_ollama_and_reported(tiny_folder):
     counting = "{% for m in messages %}{{ loop.index }}{{ m['role'] }}{{ m['content'] }}{% endfor %}"
     text = modelfile(with_template(tiny_folder, counting), "./bees.gguf", "./bees-lora.gguf")
     assert "TEMPLATE" not in text

@@ -102,7 +102,7 @@ class Mixed(llama.Model):
         return super().__call__(inputs, cache)[:, ::-1]
 
 
-def test_a_model_whose_logits_are_mixed_after_its_head_is_run_whole_and_said_so():
+def test_a_model_whose_logits_are_mixed_after_its_head_is_run_whole_and_reported():
     model = Mixed(tiny_model().args)
     assert text_model(model) is None
     assert "llama" in full_logits_note(model)

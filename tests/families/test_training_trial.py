@@ -55,7 +55,7 @@ def test_trained_tensors_without_any_gradient_are_named(tmp_path):
     assert notes_of(small_model("qwen3_moe")) == []
 
 
-def test_an_adapter_that_mlx_lm_will_not_read_is_said():
+def test_an_adapter_that_mlx_lm_will_not_read_is_reported():
     _, note = notes_of(small_model("afm7"), packing=False)
     assert note.startswith("mlx_lm.load cannot read this adapter")
     assert "qkv_proj.lora_a.0" in note

@@ -245,7 +245,7 @@ def test_a_damaged_alias_that_cannot_be_fetched_again_is_named_and_left(packaged
 
 
 @pytest.mark.parametrize(("name", "spoil"), [("model.safetensors", cut), ("config.json", garbled)])
-def test_a_damaged_folder_of_a_person_is_named_and_left_alone(tmp_path, name, spoil):
+def test_a_damaged_folder_of_the_user_is_named_and_left_alone(tmp_path, name, spoil):
     folder = save_tiny_model(tmp_path / "mine")
     spoil(folder / name)
     before = {file.name: file.read_bytes() for file in folder.iterdir()}

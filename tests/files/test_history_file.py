@@ -154,7 +154,7 @@ def test_a_damaged_history_is_named_and_costs_no_training(tmp_path, tiny_folder,
     assert not any("history-" in note for note in again.trainer.notes)
 
 
-def test_a_history_that_is_damaged_while_the_run_lives_is_written_anew(tmp_path, tiny_folder):
+def test_a_history_that_is_damaged_while_the_run_lives_is_written_again(tmp_path, tiny_folder):
     run = new_run(tmp_path / "a", tiny_folder)
     run.step(2)
     run.checkpoint()

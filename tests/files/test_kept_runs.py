@@ -53,7 +53,7 @@ def test_a_rerun_says_how_large_the_kept_folder_is_and_the_command_it_names_remo
 
 
 @pytest.mark.long
-def test_of_the_earlier_runs_of_a_folder_the_newest_are_kept_and_what_was_removed_is_said(here, tiny_folder):
+def test_of_the_earlier_runs_of_a_folder_the_newest_are_kept_and_removals_are_reported(here, tiny_folder):
     notes = run_seeds(tiny_folder, 1, 2, 3, 4, 5)
     assert kept_seeds(here) == {"run": {5}, "run.previous-3": {3}, "run.previous-4": {4}}
     assert not (here / "adapters/run.previous-2").exists()

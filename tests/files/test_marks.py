@@ -49,7 +49,7 @@ def refused(call):
 @pytest.mark.parametrize("what", MINE)
 @pytest.mark.parametrize("how", ["file", "link", "folder link"])
 @pytest.mark.matrix(every=8)
-def test_a_persons_file_of_that_name_is_neither_written_over_nor_removed(what, how, here, tiny_folder, monkeypatch):
+def test_a_users_file_of_that_name_is_neither_overwritten_nor_removed(what, how, here, tiny_folder, monkeypatch):
     base = make(tiny_folder, "base", iters=1)
     base.run()
     name = what.partition(",")[0].partition(" ")[0]
@@ -90,7 +90,7 @@ def test_a_file_in_the_place_of_the_marks_or_a_link_that_leads_nowhere_stays(her
     assert not list(here.glob("nowhere*"))
 
 
-def test_a_list_that_is_exchanged_while_a_run_goes_on_is_not_written_over(here, tiny_folder):
+def test_a_list_that_is_replaced_while_a_run_continues_is_not_overwritten(here, tiny_folder):
     run = make(tiny_folder, iters=6)
     run.step(1)
     path = here / "adapters/run/.mlx_nb/written.jsonl"
@@ -124,7 +124,7 @@ def test_the_quickstart_replaces_no_link(here):
     assert (here / "second" / _example_files()[0]).is_symlink()
 
 
-def test_a_folder_of_a_persons_beside_cached_models_is_not_swept_away(here):
+def test_a_folder_of_the_user_beside_cached_models_is_not_swept_away(here):
     source = save_tiny_model(here / "source")
 
     def make_model(work):

@@ -98,7 +98,7 @@ def test_a_path_among_the_files_of_another_run_is_refused_before_anything_is_loa
     assert {name: it for name, it in contents(here).items() if name in before} == before
 
 
-def test_nor_among_the_files_of_the_run_itself(here, tiny_folder, nothing_loads):
+def test_a_save_or_report_among_the_files_of_the_run_itself_is_refused(here, tiny_folder, nothing_loads):
     run = make(tiny_folder)
     for path in ("adapters/run/best", "adapters/run/checkpoints", "adapters/run/checkpoints/x", "adapters/run/.mlx_nb"):
         refused(lambda path=path: run.save(path), FolderTaken, "among the files of the run 'run'")
@@ -170,7 +170,7 @@ def test_a_link_in_the_place_of_its_own_folders_leads_into_no_other_run(here, ti
 
 
 @pytest.mark.long
-def test_a_folder_that_holds_runs_and_one_inside_a_run_under_a_name_of_a_persons_stay_allowed(here, tiny_folder):
+def test_a_folder_that_holds_runs_and_one_inside_a_run_under_a_name_of_the_user_stay_allowed(here, tiny_folder):
     for name in ("one", "two"):
         make(tiny_folder, name).run()
     before = contents(here / "adapters")
@@ -206,7 +206,7 @@ CANNOT_BE = "cannot be|bytes in it, which no folder|no checkpoint|is a link|is n
 
 @pytest.mark.parametrize("what", IMPOSSIBLE)
 @pytest.mark.matrix(every=7)
-def test_a_path_where_nothing_can_be_is_said_in_one_line_wherever_it_is_given(
+def test_a_path_where_nothing_can_be_is_a_one_line_error_wherever_it_is_given(
     what, here, tiny_folder, monkeypatch, capsys
 ):
     (here / "file").write_text("a file")

@@ -225,7 +225,7 @@ def test_a_second_run_of_the_process_is_refused_while_the_first_has_something_to
     assert (here / "first/adapters.safetensors").read_bytes() == kept
 
 
-def test_a_run_resumed_in_the_same_process_goes_on_where_the_first_was_saved_at_once(here, tiny_folder):
+def test_a_run_resumed_in_the_same_process_continues_where_the_first_was_saved_at_once(here, tiny_folder):
     first = make(tiny_folder, iters=6)
     first.step(3)
     second = Run.resume("adapters/run", data=tiny_rows())
@@ -251,7 +251,7 @@ def test_a_run_replaced_in_the_notebook_is_saved_and_writes_no_more(here, tiny_f
 
 
 @pytest.mark.long
-def test_a_folder_replaced_under_a_live_run_is_not_written_and_the_run_goes_on_elsewhere(here, tiny_folder):
+def test_a_folder_replaced_under_a_live_run_is_not_written_and_the_run_continues_elsewhere(here, tiny_folder):
     run = make(tiny_folder, iters=6)
     run.step(1)
     shutil.rmtree(here / "adapters/run")
@@ -320,7 +320,7 @@ PLACES = {
 @pytest.mark.long
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.matrix(every=11)
-def test_no_file_of_a_person_is_moved_or_changed_by_runs_in_any_folder(place, here, tiny_folder, monkeypatch):
+def test_no_file_of_the_user_is_moved_or_changed_by_runs_in_any_folder(place, here, tiny_folder, monkeypatch):
     foreign_files(here)
     monkeypatch.setenv("HOME", str(here / "disk"))
     make(tiny_folder, "one").run()
@@ -396,7 +396,7 @@ def test_a_file_that_was_changed_since_is_neither_written_over_nor_moved(here, t
 
 
 @pytest.mark.long
-def test_a_run_whose_adapter_was_changed_goes_on_in_the_folder_that_it_is_saved_to(here, tiny_folder):
+def test_a_run_whose_adapter_was_changed_continues_in_the_folder_that_it_is_saved_to(here, tiny_folder):
     whole = make(tiny_folder, iters=6, adapter_path="whole")
     whole.run()
     run = make(tiny_folder, iters=6)
@@ -478,7 +478,7 @@ def test_save_writes_over_nothing_but_what_this_run_saved_there(here, tiny_folde
     assert (here / "out/notes.md").read_text() == "mine"
 
 
-def test_what_a_person_puts_into_a_checkpoint_keeps_it(here, tiny_folder):
+def test_what_the_user_puts_into_a_checkpoint_keeps_it(here, tiny_folder):
     run = make(tiny_folder, iters=8, keep=1)
     run.run(until=2)
     first = CheckpointStore(run.folder / "checkpoints").list()[0]
@@ -503,7 +503,7 @@ def test_what_a_person_puts_into_a_checkpoint_keeps_it(here, tiny_folder):
         ({"adapter_path": "~nobody-of-that-name/run"}, r"cannot be a folder: [^.]+\. Give another adapter_path\."),
     ],
 )
-def test_a_folder_that_cannot_be_is_said_before_anything_is_loaded(settings, what, here, tiny_folder, monkeypatch):
+def test_an_impossible_folder_is_reported_before_anything_is_loaded(settings, what, here, tiny_folder, monkeypatch):
     (here / "loop").symlink_to("loop")
     (here / "file").write_text("a file")
     before = digests(here)
@@ -616,7 +616,7 @@ def test_rows_are_found_from_where_the_run_was_made(data, here, tiny_folder, mon
 
 @pytest.mark.parametrize("left", ["copied", "moved"])
 @pytest.mark.matrix(every=2)
-def test_a_project_that_was_copied_goes_on_with_its_own_files(left, here, tiny_folder, monkeypatch):
+def test_a_project_that_was_copied_continues_with_its_own_files(left, here, tiny_folder, monkeypatch):
     project = here / "project"
     project.mkdir()
     shutil.copytree(tiny_folder, project / "m")
@@ -633,7 +633,7 @@ def test_a_project_that_was_copied_goes_on_with_its_own_files(left, here, tiny_f
     assert resumed.folder == here / "copy/adapters/run"
 
 
-def test_a_working_folder_that_is_gone_is_said(here, tiny_folder, monkeypatch):
+def test_a_working_folder_that_is_gone_is_reported(here, tiny_folder, monkeypatch):
     (here / "gone").mkdir()
     monkeypatch.chdir(here / "gone")
     (here / "gone").rmdir()

@@ -127,7 +127,7 @@ CONFLICTS = {
 
 
 @pytest.mark.parametrize("case", CONFLICTS)
-def test_a_given_setting_that_says_otherwise_is_refused_with_both_values(case, adapter, tiny_folder, tmp_path):
+def test_a_conflicting_setting_is_refused_with_both_values(case, adapter, tiny_folder, tmp_path):
     settings, name, theirs, ours = CONFLICTS[case]
     message = refusal(
         lambda: run_of(tmp_path / "own", tiny_folder, resume_adapter_file=str(adapter[0]), **settings).step()
@@ -179,7 +179,7 @@ def test_a_setting_changed_before_the_start_takes_the_shape_too(adapter, tiny_fo
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "full", "full of one layer"])
 @pytest.mark.matrix(every=4)
-def test_every_kind_of_adapter_goes_on_where_it_was(kind, tiny_folder, tmp_path):
+def test_every_kind_of_adapter_continues_where_it_was(kind, tiny_folder, tmp_path):
     settings = {"fine_tune_type": kind.split()[0], **({"num_layers": 1} if "one" in kind else {})}
     first = trained(tmp_path / "a", tiny_folder, **settings)
     second = run_of(tmp_path / "b", tiny_folder, resume_adapter_file=str(tmp_path / "a"))
@@ -229,7 +229,7 @@ def test_a_resume_and_a_fork_do_not_need_the_adapter_again(adapter, tiny_folder,
 # What its adapter_config.json may hold
 
 
-def test_an_adapter_of_mlx_lm_is_taken_at_its_word(tiny_folder, tmp_path):
+def test_an_adapter_of_mlx_lm_keeps_the_settings_in_its_file(tiny_folder, tmp_path):
     made = trained(tmp_path / "a", tiny_folder, lora_parameters={"rank": 4, "scale": 10.0})
     path = tmp_path / "a" / "adapter_config.json"
     of_mlx_lm = {

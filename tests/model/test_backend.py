@@ -60,7 +60,7 @@ def test_products_are_those_of_the_fast_blas_whoever_imported_mlx_first():
 
 
 @in_openblas
-def test_an_mlx_that_cannot_be_redirected_is_left_as_it_was_and_reason_and_cure_are_said(monkeypatch):
+def test_an_mlx_that_cannot_be_redirected_is_left_as_it_was_and_reason_and_cure_are_reported(monkeypatch):
     def locked(mlx, library):
         assert mlx is mx
         raise OSError("its function table is locked")
@@ -85,7 +85,7 @@ def test_a_machine_without_openblas_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.parametrize(("platform", "package"), [("darwin", "mlx-cpu"), ("linux", "mlx-cuda-12"), ("linux", "none")])
-def test_where_mlx_does_not_need_it_nothing_is_loaded_and_nothing_said(monkeypatch, platform, package):
+def test_where_mlx_does_not_need_it_nothing_is_loaded_and_nothing_reported(monkeypatch, platform, package):
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(backend, "_candidates", list)
     monkeypatch.setattr(backend, "_installed", lambda name: name == package)

@@ -6,7 +6,7 @@ from mlx_nb.model import doctor
 from mlx_nb.model.backend import Blas
 
 
-def test_a_busy_machine_is_said_to_be_busy_before_anything_is_advised(monkeypatch):
+def test_a_busy_machine_is_reported_before_any_advice(monkeypatch):
     monkeypatch.setattr(doctor.os, "getloadavg", lambda: (1.9, 1.0, 1.0))
     monkeypatch.setattr(doctor, "is_cpu", lambda: True)
     slow, quick = {"float32": 11.0}, {"float32": 400.0}

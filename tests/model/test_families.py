@@ -210,7 +210,7 @@ def test_rows_of_other_length_never_grow_beside_each_other_where_that_is_not_pro
 
 
 @pytest.mark.matrix(every=3)
-def test_what_a_family_bears_is_proved(family):
+def test_what_a_family_supports_is_tested(family):
     model = family_model(family)
     assert side_by_side(model) is (SideBySide.EQUAL_LENGTHS if family in EQUAL else SideBySide.ANY_LENGTHS)
     assert (cache_mismatch(model) is None) == (family != "gemma3n")
@@ -271,7 +271,7 @@ def test_a_tie_that_rounding_turns_once_is_no_fault(monkeypatch):
 
 
 @pytest.mark.long
-def test_a_family_that_computes_otherwise_without_a_cache_is_refused_before_anything_is_moved(folders, tmp_path):
+def test_a_family_that_computes_differently_without_a_cache_is_refused_before_anything_is_moved(folders, tmp_path):
     folder = tmp_path / "adapter"
     earlier = run_of(folders("llama"), data=tiny_rows(8), adapter_path=str(folder))
     earlier.step()
@@ -291,7 +291,7 @@ def test_a_family_that_computes_otherwise_without_a_cache_is_refused_before_anyt
 
 
 @pytest.mark.long
-def test_a_family_that_computes_otherwise_past_its_window_is_refused_for_rows_that_go_there(folders, tmp_path):
+def test_a_family_that_computes_differently_beyond_its_window_is_refused_for_rows_that_long(folders, tmp_path):
     assert cache_mismatch(family_model("plamo3")) is None
     assert cache_mismatch(family_model("plamo3"), 6) is None
     assert cache_mismatch(family_model("llama"), 100) is None
@@ -308,7 +308,7 @@ def test_a_family_that_computes_otherwise_past_its_window_is_refused_for_rows_th
     run.trainer.close()
 
 
-def test_it_is_named_among_the_notes_and_to_who_asks_it(folders):
+def test_it_is_named_in_the_notes_and_still_generates(folders):
     loaded = load_model(folders("gemma3n"))
     [note] = [note for note in loaded.notes if "gemma3n" in note]
     assert "without a cache" in note
@@ -318,14 +318,14 @@ def test_it_is_named_among_the_notes_and_to_who_asks_it(folders):
     assert not any("llama" in note for note in load_model(folders("llama")).notes)
 
 
-def test_neither_is_it_a_reference(folders):
+def test_it_is_refused_as_a_reference_too(folders):
     loaded = load_model(folders("llama"))
     config = RunConfig.from_dict({"model": folders("llama"), "method": "dpo", "reference_model": folders("gemma3n")})
     with pytest.raises(ModelError, match="gemma3n cannot be trained"):
         reference_scorer(config, loaded)
 
 
-def test_a_model_that_takes_no_cache_is_not_doubted():
+def test_a_model_without_a_cache_is_not_refused():
     class Plain(llama.Model):
         def __call__(self, inputs):
             return super().__call__(inputs)

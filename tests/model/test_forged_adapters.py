@@ -107,7 +107,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("content", FILES.values(), ids=FILES)
-def test_a_description_that_is_none_is_said_in_one_line(content, copied, tiny_folder):
+def test_an_invalid_description_is_a_one_line_error(content, copied, tiny_folder):
     (copied / "adapter_config.json").write_bytes(content)
     assert "adapter_config.json" in read(copied, tiny_folder)
 
@@ -143,7 +143,7 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize("content", WEIGHTS.values(), ids=WEIGHTS)
-def test_weights_that_are_none_are_said_in_one_line(content, copied, tiny_folder, tmp_path):
+def test_invalid_weights_are_one_line_errors(content, copied, tiny_folder, tmp_path):
     (copied / "adapters.safetensors").write_bytes(content)
     values = {"model": str(tiny_folder), "data": tiny_rows(8), "iters": 1, "val_set_size": 0}
     with pytest.raises(ModelError) as caught:
@@ -155,13 +155,13 @@ def test_weights_that_are_none_are_said_in_one_line(content, copied, tiny_folder
 
 
 @pytest.mark.parametrize("source", ["~nobody-of-that-name/x", "x/" * 1200, "a\0b"])
-def test_what_cannot_be_a_path_is_said_in_one_line(source):
+def test_an_impossible_path_is_a_one_line_error(source):
     with pytest.raises(ModelError) as caught:
         open_adapter(source, START)
     assert "\n" not in str(caught.value)
 
 
-def test_a_link_to_itself_is_said_in_one_line(tmp_path):
+def test_a_link_to_itself_is_a_one_line_error(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(ModelError) as caught:
         open_adapter(str(tmp_path / "loop"), START)

@@ -95,7 +95,7 @@ WORDS = {
 
 
 @pytest.mark.parametrize("case", WORDS)
-def test_what_is_trained_and_frozen_is_said_in_words(case):
+def test_what_is_trained_and_frozen_is_explained(case):
     settings, words = WORDS[case]
     model, config = tiny_model(tied=False), RunConfig.from_dict(settings)
     assert trained_summary(model, config, adapters.attach_adapter(model, config)) == words

@@ -233,7 +233,7 @@ def test_limits_of_a_gpu_are_given_back_by_the_last_run(monkeypatch):
     assert device.cleared == 1
 
 
-def test_a_lower_cache_limit_of_a_person_stays(monkeypatch):
+def test_a_lower_cache_limit_of_the_user_stays(monkeypatch):
     device = Device(monkeypatch)
     device.cache = 5
     with memory.device_limits():
@@ -297,7 +297,7 @@ def test_on_a_cpu_freed_arrays_are_kept_for_the_next_ones_and_given_back_in_the_
 
 
 @pytest.mark.parametrize("name", memory._USER_VARIABLES)
-def test_what_a_person_set_in_the_environment_stays(name, monkeypatch):
+def test_what_the_user_set_in_the_environment_stays(name, monkeypatch):
     class Libc:
         def mallopt(self, name, value):
             pytest.fail("set")

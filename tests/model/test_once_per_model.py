@@ -24,7 +24,7 @@ from tiny import tiny_model
 CHECKS_FOLDER = stored_checks.checks_folder
 
 
-def test_a_good_answer_is_that_of_every_model_of_the_same_files_and_others_are_asked_anew():
+def test_a_good_result_is_shared_by_models_of_the_same_files_and_computed_again_for_others():
     asked = []
 
     @once_per_model(good=lambda answer: answer == "good", from_json=str)
@@ -163,7 +163,7 @@ def test_nothing_is_stored_by_a_process_whose_code_was_replaced_on_disk(slow_che
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"results": 1}', '{"result": null}', '{"result": 5}', "[" * 100_000])
-def test_a_damaged_file_is_computed_again_and_written_anew(slow_check, tmp_path, text):
+def test_a_damaged_file_is_computed_and_written_again(slow_check, tmp_path, text):
     computed = []
     slow_check(computed)(of_files("folder", 1), "good")
     (file,) = (tmp_path / "cache" / "checks").iterdir()

@@ -102,7 +102,7 @@ def test_config_report_compare_and_load_are_commands_too(shell, run, tmp_path):
     assert shell.user_ns["mine"].generate("say red", max_tokens=5) == run.generate("say red", max_tokens=5)
 
 
-def test_a_row_has_what_one_asks_it_for(run):
+def test_a_row_has_its_text_tokens_mask_spans_messages_and_problems(run):
     row = run.rows("train")[3]
     assert [one["role"] for one in row.messages] == ["user", "assistant"]
     assert row.text == row.conversation.text

@@ -148,7 +148,7 @@ def test_preferences_are_told_apart_and_orpo_answers_in_a_word(tmp_path):
     assert "padding" in text_of(notebook, "import mlx.core")
 
 
-def test_a_reward_of_ones_own_is_learned_and_a_failing_one_is_named(tmp_path):
+def test_a_user_defined_reward_is_learned_and_a_failing_one_is_named(tmp_path):
     notebook = executed(tmp_path, "06_grpo_with_your_own_reward.ipynb", REWARDED)
     result = result_of(notebook)
     assert result["updates"] == 12

@@ -30,7 +30,7 @@ def cell(tiny_folder, name, iters=400, options="--wait"):
     )
 
 
-def test_an_interrupt_pauses_at_a_step_boundary_and_the_run_goes_on_as_if_nothing_had_happened(kernel, tiny_folder):
+def test_an_interrupt_pauses_at_a_step_boundary_and_the_run_continues_as_if_nothing_had_happened(kernel, tiny_folder):
     kernel.run(cell(tiny_folder, "a", options="--paused"))
     kernel.run("%finetune step")
     timer = threading.Timer(0.3, kernel.manager.interrupt_kernel)

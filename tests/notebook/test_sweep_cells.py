@@ -56,7 +56,7 @@ def test_what_belongs_to_a_single_run_is_refused(ready):
 
 
 @pytest.mark.long
-def test_an_interrupted_sweep_goes_on_by_command_or_with_resume(ready, capsys, monkeypatch):
+def test_an_interrupted_sweep_continues_by_command_or_with_resume(ready, capsys, monkeypatch):
     shell, body = ready
     from mlx_nb.notebook.sweep_cell import _LiveTable
 

@@ -65,7 +65,7 @@ def test_a_setting_of_a_run_that_is_over_does_not_act_on_a_next_update(asked):
         (3, "rewind --to 7", "is at update 3 and cannot go back to 7."),
     ],
 )
-def test_going_back_too_far_is_said_in_the_numbers_that_were_given(asked, updates, command, said):
+def test_going_back_too_far_is_reported_in_the_numbers_that_were_given(asked, updates, command, said):
     ask, run = asked
     run.run(until=updates)
     answer = ask(command)

@@ -281,7 +281,7 @@ def test_clipped_completions_count_by_their_tokens_where_trl_counts_completions_
     )
 
 
-def test_these_defaults_are_otherwise_than_in_trl():
+def test_these_defaults_differ_from_those_of_trl():
     differ = {}
     for method, theirs in GOLDENS["defaults"].items():
         for variant, loss in METHODS[method].losses.items():

@@ -75,7 +75,7 @@ def test_going_back_and_on_again_changes_nothing(method, kind, tmp_path, tiny_fo
 
 @pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
-def test_a_fork_with_nothing_changed_goes_the_same_way(method, tmp_path, tiny_folder):
+def test_a_fork_without_changes_gives_the_same_results(method, tmp_path, tiny_folder):
     run = run_of(method, tmp_path / "run", tiny_folder)
     run.step(3)
     fork = run.fork(adapter_path=str(tmp_path / "fork"))
@@ -360,7 +360,7 @@ def test_rewards_are_found_in_the_notebook_and_unknown_ones_are_named(tmp_path, 
 
 
 @pytest.mark.long
-def test_dropping_a_rollout_in_hand_changes_nothing(tmp_path, tiny_folder):
+def test_dropping_the_current_rollout_changes_nothing(tmp_path, tiny_folder):
     straight = run_of("grpo", tmp_path / "straight", tiny_folder)
     straight.run()
     run = run_of("grpo", tmp_path / "run", tiny_folder)
@@ -596,7 +596,7 @@ def test_the_own_folder_is_moved_only_by_a_run_that_can_start(tmp_path, tiny_fol
 
 
 @pytest.mark.parametrize("where", ["sample", "batches"])
-def test_memory_that_runs_out_beside_an_update_is_said_and_changes_nothing(where, tmp_path, tiny_folder, monkeypatch):
+def test_out_of_memory_outside_an_update_is_reported_and_changes_nothing(where, tmp_path, tiny_folder, monkeypatch):
     run = run_of("grpo", tmp_path, tiny_folder, steps_per_eval=-1)
 
     def full(*arguments):

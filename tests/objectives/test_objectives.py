@@ -31,7 +31,7 @@ def own_methods():
 
 @pytest.mark.parametrize(("method", "loss"), VARIANTS)
 @pytest.mark.matrix(every=17)
-def test_every_objective_passes_the_battery(method, loss):
+def test_every_objective_passes_every_check(method, loss):
     laws = check_objective(method, loss)
     untried = METHODS[method].reference + METHODS[method].losses[loss].stops_gradient
     assert len(laws) == 9 - untried
@@ -55,12 +55,12 @@ def test_settings_reach_the_loss_and_unset_ones_leave_its_default():
     "options", [{"label_smoothing": 0.2}, {"z_loss": 1e-3}, {"label_smoothing": 0.1, "z_loss": 0.1}]
 )
 @pytest.mark.matrix(every=3)
-def test_options_of_sft_pass_the_battery(options):
+def test_options_of_sft_pass_every_check(options):
     check_objective("sft", **options)
 
 
 @pytest.mark.long
-def test_sequence_ratios_pass_the_battery():
+def test_sequence_ratios_pass_every_check():
     check_objective("grpo", importance_sampling_level="sequence", epsilon=0.05)
 
 
@@ -109,7 +109,7 @@ def test_padding_whose_token_is_all_but_impossible_changes_nothing(settings, own
 
 
 @pytest.mark.long
-def test_a_method_of_ones_own_trains_under_its_name(own_methods):
+def test_a_user_defined_method_trains_under_its_name(own_methods):
     @register_objective("mine", rows="pairs", reference=True, metrics={"gap": "difference of log-ratios"})
     def mine(pairs, *, slope=1.0):
         gap = pairs.chosen_P - pairs.rejected_P
@@ -125,7 +125,7 @@ def test_a_method_of_ones_own_trains_under_its_name(own_methods):
         RunConfig(method="mine", beta=0.1)
 
 
-def test_dropout_is_refused_by_a_method_of_ones_own_that_draws_completions(own_methods):
+def test_dropout_is_refused_by_a_user_defined_method_that_draws_completions(own_methods):
     @register_objective("drawn", rows="prompts")
     def drawn(completions):
         return -completions.logprob_S * completions.advantage_S
@@ -165,7 +165,7 @@ def test_the_name_of_a_built_in_method_is_taken():
 
 
 @pytest.mark.long
-def test_the_battery_catches_what_breaks_a_law(own_methods):
+def test_the_checks_catch_what_breaks_a_law(own_methods):
     calls, sizes = [], set()
 
     @register_objective("remembers")
@@ -285,7 +285,7 @@ def test_options_must_be_keyword_only(own_methods):
 
 
 @pytest.mark.long
-def test_what_a_method_of_ones_own_may_leave_out_or_add(own_methods, tmp_path, tiny_folder):
+def test_what_a_user_defined_method_may_leave_out_or_add(own_methods, tmp_path, tiny_folder):
     @register_objective("labels_alone", rows="labels")
     def labels_alone(answers):
         return -answers.logprob_B * (2 * answers.label_B - 1) / 100

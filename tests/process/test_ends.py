@@ -210,7 +210,7 @@ class Lives(threading.Thread):
         return len(missing), max(0.0, at - missing[0]) if missing else 0.0
 
 
-def test_ends_of_real_kernels_lose_the_update_in_hand_at_most(tmp_path, tiny_folder, request):
+def test_the_end_of_a_real_kernel_loses_at_most_the_current_update(tmp_path, tiny_folder, request):
     kernels = []
     for number, track in enumerate(TRACKS):
         (tmp_path / str(number)).mkdir()

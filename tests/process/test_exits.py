@@ -110,7 +110,7 @@ def test_an_old_run_that_cannot_be_saved_is_not_let_go(tmp_path, tiny_folder, mo
     assert old.step().step == 3
 
 
-def test_a_run_that_nobody_refers_to_any_more_is_saved(tmp_path, tiny_folder):
+def test_a_run_without_references_is_saved(tmp_path, tiny_folder):
     run = rows_run(tmp_path, tiny_folder, **QUIET)
     run.step(2)
     run = rows_run(tmp_path, tiny_folder, **QUIET)
@@ -334,7 +334,7 @@ LONG_WORK = {
 
 @pytest.mark.long
 @pytest.mark.parametrize("work", LONG_WORK)
-def test_an_update_that_does_not_end_in_time_loses_itself_alone(tmp_path, tiny_folder, work):
+def test_an_update_that_does_not_end_in_time_loses_only_itself(tmp_path, tiny_folder, work):
     body = f"""
         import hashlib, time
         run.step(3)
@@ -441,7 +441,7 @@ def test_a_run_that_cannot_be_saved_for_any_reason_does_not_keep_the_others_from
 
 
 @pytest.mark.long
-def test_a_handler_of_the_persons_own_is_called_after_the_save(tmp_path, tiny_folder):
+def test_a_handler_of_the_users_own_is_called_after_the_save(tmp_path, tiny_folder):
     body = """
         signal.signal(signal.SIGTERM, lambda *_: print("mine", os.listdir(run.folder / "checkpoints")))
         run.step(5)
@@ -603,7 +603,7 @@ def interrupted(shell, code, line):
     return results[0] if results else None
 
 
-def test_an_interrupt_of_a_persons_own_code_is_shown_as_ever_and_the_hook_is_given_back(shell, capsys):
+def test_an_interrupt_of_user_code_is_shown_as_usual_and_the_hook_is_restored(shell, capsys):
     shell.run_cell("import os, signal\ndef mine():\n    os.kill(os.getpid(), signal.SIGINT)\n    pass\nmine()")
     text = "".join(capsys.readouterr())
     assert "in mine()" in text.replace("\x1b", "") or "mine" in text

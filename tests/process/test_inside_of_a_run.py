@@ -79,7 +79,7 @@ def test_a_loss_that_moves_or_asks_its_own_run_is_named_in_one_line(tmp_path, ti
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.matrix(every=8)
-def test_a_listener_that_moves_or_asks_the_run_is_told_what_it_may_do_and_training_goes_on(
+def test_a_listener_that_moves_or_asks_the_run_learns_what_it_may_do_and_training_continues(
     tmp_path, tiny_folder, capsys, call
 ):
     run = rows_run(tmp_path, tiny_folder)

@@ -41,7 +41,7 @@ def functions(text):
     ids=lambda error: type(error).__name__,
 )
 @pytest.mark.matrix(every=4)
-def test_what_a_loss_of_ones_own_raises_is_told_as_its_own(tiny_folder, tmp_path, error):
+def test_what_a_user_defined_loss_raises_is_reported_as_its_own(tiny_folder, tmp_path, error):
     calls = []
 
     @mlx_nb.register_objective("mine", rows="tokens")
@@ -178,7 +178,7 @@ def test_what_was_done_before_arrays_were_exchanged_is_saved_from_memory(tiny_fo
 
 
 @pytest.mark.parametrize("call", ["evaluate", "save", "fork", "step", "rewind"])
-def test_whatever_is_done_with_exchanged_arrays_says_how_to_go_on(tiny_folder, tmp_path, call):
+def test_whatever_is_done_with_exchanged_arrays_says_how_to_continue(tiny_folder, tmp_path, call):
     run = make_run(tiny_folder, tmp_path)
     run.step(2)
     run.model.model.layers[0].self_attn.q_proj.lora_a = mx.zeros((2, 2))

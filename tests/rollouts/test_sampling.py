@@ -288,7 +288,7 @@ def test_a_shared_prefix_is_read_once_where_that_saves_more_than_its_proof(tiny)
         assert watched.read == expected
 
 
-def test_a_model_that_cannot_go_on_from_a_prefix_reads_each_prompt_whole(tiny):
+def test_a_model_that_cannot_continue_from_a_prefix_reads_each_prompt_whole(tiny):
     model, tokenizer, _ = tiny
     prompts = [PREFIX + branch for branch in BRANCHES]
     wrong = ForgetsPositions(model)

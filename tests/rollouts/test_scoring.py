@@ -87,7 +87,7 @@ def test_a_wrong_number_of_values_is_traced_to_the_completion():
         (None, "it returned None for 4"),
     ],
 )
-def test_a_shape_that_is_wrong_even_for_one_completion_is_said_once(result, said):
+def test_a_shape_that_is_wrong_even_for_one_completion_is_reported_once(result, said):
     values, problems = column_of(lambda completions: result)
     assert np.isnan(values).all()
     assert len(problems) == 1
@@ -263,7 +263,7 @@ def test_an_asynchronous_function_that_raises_is_called_again_one_at_a_time():
     assert "CancelledError" in scores.problems[1].error
 
 
-def test_the_only_error_of_a_task_group_is_the_one_that_is_told():
+def test_the_only_error_of_a_task_group_is_the_one_that_is_reported():
     async def grouped(completion):
         raise ExceptionGroup("unhandled errors in a TaskGroup", [OSError("no connection")])
 

@@ -130,7 +130,7 @@ def test_a_merge_has_the_logits_of_the_merge_that_peft_makes(how, tmp_path):
 
 
 @pytest.mark.long
-def test_what_cannot_be_loaded_or_merged_is_said_in_one_line(runs, tmp_path):
+def test_what_cannot_be_loaded_or_merged_is_a_one_line_error(runs, tmp_path):
     run, bees, _ = runs
     run.adapters.load(bees)
     with pytest.raises(CommandError, match="an adapter is called bees already"):

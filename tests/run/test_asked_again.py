@@ -45,7 +45,7 @@ def test_a_setting_that_was_to_change_changes_after_the_resume_too(tmp_path, tin
     assert resumed.adapter_bytes() == run.adapter_bytes()
 
 
-def test_a_rewind_that_was_asked_for_is_done_after_a_resume(tmp_path, tiny_folder):
+def test_a_rewind_that_was_requested_is_done_after_a_resume(tmp_path, tiny_folder):
     run = new_run(tmp_path / "a", tiny_folder)
     run.step(2)
     run.checkpoint()

@@ -263,7 +263,7 @@ def test_a_question_and_kept_prompts_are_answered_between_updates(kernel, tiny_f
     assert kernel.value("a.adapter_bytes() == plain.adapter_bytes()") == "True"
 
 
-def test_what_goes_wrong_in_the_background_is_shown_and_the_run_can_go_on(kernel, tiny_folder):
+def test_what_goes_wrong_in_the_background_is_shown_and_the_run_can_continue(kernel, tiny_folder):
     kernel.run(cell(tiny_folder, "a", 5000))
     kernel.run("def bad(*_, **__): raise ValueError('broken on purpose')")
     kernel.run("good = a.trainer.stepper.update; a.trainer.stepper.update = bad")
@@ -316,7 +316,7 @@ def test_watching_completions_with_their_ratios_changes_no_bit_of_a_run(kernel, 
     assert kernel.value(f"len({PANEL}.completions['updates'])") == "15"
 
 
-def test_a_page_hears_signs_of_life_while_a_cell_blocks_the_kernel(kernel, tiny_folder):
+def test_a_page_receives_heartbeats_while_a_cell_blocks_the_kernel(kernel, tiny_folder):
     kernel.run(cell(tiny_folder, "a", 100, "--paused"))
     blocking = kernel.client.execute("import time; time.sleep(8); print('slept')")
     beats = 0

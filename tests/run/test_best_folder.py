@@ -117,7 +117,7 @@ def test_a_checkpoint_from_before_that_holds_no_best_resumes(tmp_path, tiny_fold
 
 @pytest.mark.long
 @pytest.mark.parametrize("gone", [False, True])
-def test_a_copied_run_goes_on_where_it_was_copied(tmp_path, tiny_folder, gone):
+def test_a_copied_run_continues_where_it_was_copied(tmp_path, tiny_folder, gone):
     run, seen = trained(tmp_path / "a", tiny_folder)
     run.set(learning_rate=STANDSTILL)
     run.checkpoint()

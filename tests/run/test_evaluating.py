@@ -70,7 +70,7 @@ def test_a_metric_gets_the_answer_that_generate_gives_and_the_reference_of_the_r
     ("method", "rows", "reference"),
     [("dpo", tiny_pairs, "chosen"), ("kto", tiny_labels, "completion"), ("grpo", tiny_prompts, "answer")],
 )
-def test_rows_of_every_kind_are_asked_for_their_own_good_answer(tmp_path, tiny_folder, method, rows, reference):
+def test_rows_of_every_kind_are_compared_with_their_own_good_answer(tmp_path, tiny_folder, method, rows, reference):
     seen = []
 
     def note(completion, answer, row):
@@ -208,7 +208,7 @@ def test_a_run_that_is_resumed_keeps_its_best_by_metric(tmp_path, tiny_folder, k
     assert [one.metrics for one in evaluations(again)][-3:] == [one.metrics for one in evaluations(whole)][-3:]
 
 
-def test_a_fork_by_another_metric_finds_its_best_anew(tmp_path, tiny_folder):
+def test_a_fork_by_another_metric_finds_its_best_again(tmp_path, tiny_folder):
     run = run_of(tmp_path, tiny_folder, {"length": length}, iters=8, metrics=["length"], metric_tokens=3)
     run.run(until=4)
     fork = run.fork(name="by-length", best_by="length", adapter_path=str(tmp_path / "b"))
@@ -246,7 +246,7 @@ def test_answers_are_kept_by_the_state_of_the_model(tmp_path, tiny_folder, monke
     assert len(generated) == 3
 
 
-def test_an_interrupted_evaluation_changes_nothing_and_goes_on_where_it_was(tmp_path, tiny_folder, monkeypatch, cache):
+def test_an_interrupted_evaluation_changes_nothing_and_continues(tmp_path, tiny_folder, monkeypatch, cache):
     monkeypatch.setattr(answer_metrics, "ROWS_AT_ONCE", 2)
     run = run_of(tmp_path, tiny_folder)
     run.step()

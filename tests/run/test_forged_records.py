@@ -156,7 +156,7 @@ def test_any_key_of_the_state_changed_is_refused(run):
 
 
 @pytest.mark.long
-def test_without_a_seal_any_key_changed_is_refused_by_kind_or_goes_on_without_a_traceback(run, copied):
+def test_without_a_seal_any_key_changed_is_refused_by_kind_or_continues_without_a_traceback(run, copied):
     store, good = stored(copied)
     unsealed = {key: value for key, value in good.state.items() if key != "seal"}
     accepted = [
@@ -329,7 +329,7 @@ def test_a_file_that_was_changed_with_its_manifest_is_passed_over(run, copied, k
 
 @pytest.mark.parametrize("kind", UNIMPORTANT)
 @pytest.mark.matrix(every=6)
-def test_another_spelling_of_the_same_state_goes_on_bit_for_bit(run, copied, tmp_path, kind):
+def test_another_spelling_of_the_same_state_continues_bit_for_bit(run, copied, tmp_path, kind):
     _, good = stored(copied)
     shutil.copytree(copied, tmp_path / "b")
     name, change = UNIMPORTANT[kind]
@@ -418,7 +418,7 @@ def test_a_checkpoint_alone_says_what_is_wrong_with_it(run, copied):
         (dict[str, int | list[str]], {"a": 1.5}, "`a` is 1.5, where a whole number or a list belongs"),
     ],
 )
-def test_what_is_of_another_kind_is_said_with_its_place(kind, value, said):
+def test_what_is_of_another_kind_is_reported_with_its_place(kind, value, said):
     with pytest.raises(WrongJson) as caught:
         read_as(kind, value)
     assert str(caught.value) == said

@@ -56,7 +56,7 @@ def test_a_length_below_what_is_done_is_refused_in_one_line_with_the_smallest_th
         assert run.run().step == (6 if ended else 4)
 
 
-def test_a_length_that_was_asked_for_in_time_and_is_passed_by_now_is_refused_and_training_goes_on(
+def test_a_length_that_was_requested_in_time_and_is_passed_by_now_is_refused_and_training_continues(
     tmp_path, tiny_folder
 ):
     run = rows_run(tmp_path, tiny_folder)
@@ -97,7 +97,7 @@ REOPENED = {
 @pytest.mark.parametrize("how", REOPENED)
 @pytest.mark.parametrize("end", ["the end", "stop", "early stopping"])
 @pytest.mark.matrix(every=18)
-def test_a_run_that_ended_goes_on_however_it_is_made_longer(tmp_path, tiny_folder, how, end):
+def test_a_run_that_ended_continues_however_it_is_made_longer(tmp_path, tiny_folder, how, end):
     early = {"iters": 11, "steps_per_eval": 1, "early_stopping_patience": 1, "learning_rate": 1.0, "loss_spike": None}
     run = rows_run(tmp_path, tiny_folder, **(early if end == "early stopping" else {"iters": 6}))
     if end == "stop":

@@ -49,7 +49,7 @@ def rest_of(run):
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.matrix(every=2)
-def test_the_run_is_as_it_was_and_goes_on_with_the_same_bits(tmp_path, tiny_folder, kind):
+def test_the_run_is_as_it_was_and_continues_with_the_same_bits(tmp_path, tiny_folder, kind):
     settings = {"fine_tune_type": kind} | ({"lora_parameters": {}} if kind == "full" else {})
     plain = run_of(tmp_path / "plain", tiny_folder, **settings)
     plain.step(2)

@@ -47,7 +47,7 @@ def make_run(tiny_folder, tmp_path, name="run", **settings):
     return Run(RunConfig.from_dict(values), name=name, namespace=namespace)
 
 
-def test_every_kind_of_request_has_one_who_answers_it():
+def test_every_kind_of_request_has_a_handler():
     """Within those two, the type checker wants a branch for each kind."""
     assert set(get_args(TrainerRequest)) | set(get_args(RunRequest)) == set(Request.__subclasses__())
     assert not set(get_args(TrainerRequest)) & set(get_args(RunRequest))
@@ -56,7 +56,7 @@ def test_every_kind_of_request_has_one_who_answers_it():
 @pytest.mark.parametrize("when", ["before it is loaded", "afterwards"])
 @pytest.mark.parametrize("what", ["pause", None, Request(), Pause])
 @pytest.mark.matrix(every=8)
-def test_what_no_run_answers_is_refused_in_one_line_when_it_is_asked(tmp_path, tiny_folder, what, when):
+def test_a_request_that_no_run_handles_is_a_one_line_error(tmp_path, tiny_folder, what, when):
     run = make_run(tiny_folder, tmp_path)
     if when == "afterwards":
         run.step()
@@ -203,7 +203,7 @@ def test_looking_more_often_stops_no_run_early(tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize("request_", [Evaluate(), Sample()], ids=["evaluate", "sample"])
-def test_what_cannot_be_done_is_refused_once_and_training_goes_on(tiny_folder, tmp_path, request_):
+def test_what_cannot_be_done_is_refused_once_and_training_continues(tiny_folder, tmp_path, request_):
     run = make_run(tiny_folder, tmp_path, val_set_size=0)
     run.step()
     run.request(request_)
@@ -216,7 +216,7 @@ def test_what_cannot_be_done_is_refused_once_and_training_goes_on(tiny_folder, t
 
 @pytest.mark.parametrize("how", ["run", "step", "set", "fork", "resume"])
 @pytest.mark.matrix(every=3)
-def test_a_stopped_run_can_go_on(tiny_folder, tmp_path, how):
+def test_a_stopped_run_can_continue(tiny_folder, tmp_path, how):
     run = make_run(tiny_folder, tmp_path, iters=8, val_set_size=4, steps_per_eval=4)
     run.step(3)
     run.request(Stop())
@@ -240,7 +240,7 @@ def test_a_stopped_run_can_go_on(tiny_folder, tmp_path, how):
             assert again.step_count == 8
 
 
-def test_a_run_that_stopped_early_goes_on_with_its_patience_anew(tiny_folder, tmp_path):
+def test_a_run_that_stopped_early_continues_with_its_patience_reset(tiny_folder, tmp_path):
     settings = {"iters": 40, "val_set_size": 4, "steps_per_eval": 1, "early_stopping_patience": 2, "learning_rate": 1.0}
     run = make_run(tiny_folder, tmp_path, **settings, loss_spike=None)
     assert run.run().reason == "early stopping"
@@ -347,7 +347,7 @@ def test_other_threads_ask_the_model_and_its_base_while_it_trains(tiny_folder, t
         ("x", {"temperature": "warm"}),
     ],
 )
-def test_what_nothing_can_be_asked_with_is_one_line(tiny_folder, tmp_path, prompt, options):
+def test_invalid_prompts_and_options_are_one_line_errors(tiny_folder, tmp_path, prompt, options):
     run = make_run(tiny_folder, tmp_path)
     with pytest.raises(CommandError, match=r"cannot ask|half a surrogate|max_tokens must|temperature must"):
         run.generate(prompt, **options)

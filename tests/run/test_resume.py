@@ -157,7 +157,7 @@ def test_the_resume_command_takes_a_name_or_a_folder(tmp_path, tiny_folder):
 
 
 @pytest.mark.long
-def test_a_rewound_run_goes_the_same_way_again(tmp_path, tiny_folder):
+def test_a_rewound_run_repeats_the_same_updates(tmp_path, tiny_folder):
     run = rows_run(tmp_path, tiny_folder)
     run.run()
     losses, adapter = run.history["loss"], run.adapter_bytes()
@@ -189,7 +189,7 @@ def test_a_rewind_and_another_rate_leave_the_old_branch_visible(tmp_path, tiny_f
     assert again.history.abandoned() == run.history.abandoned()
 
 
-def test_older_steps_are_fetched_from_disk_and_what_is_gone_is_said(tmp_path, tiny_folder):
+def test_older_steps_are_fetched_from_disk_and_what_is_gone_is_reported(tmp_path, tiny_folder):
     run = rows_run(tmp_path, tiny_folder, snapshot_memory=0)
     run.run()
     losses = run.history["loss"]
@@ -305,7 +305,7 @@ def test_the_real_model_resumed_at_five_steps_is_the_run_that_was_never_stopped(
         assert resumed.adapter_bytes() == whole.adapter_bytes(), step
 
 
-def test_every_exact_checkpoint_is_told_and_an_adapter_is_told_as_one(tmp_path, tiny_folder):
+def test_every_exact_checkpoint_is_reported_and_an_adapter_is_reported_as_one(tmp_path, tiny_folder):
     run = rows_run(tmp_path, tiny_folder, iters=6, save_every=3, steps_per_eval=-1)
     told = []
     run.listen(told.append)

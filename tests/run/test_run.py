@@ -46,7 +46,7 @@ def test_run_until_stops_where_asked(tiny_folder, tmp_path):
     assert run.step_count == 3
 
 
-def test_a_missing_validation_split_is_held_out_and_said(tiny_folder, tmp_path):
+def test_a_missing_validation_split_is_held_out_and_reported(tiny_folder, tmp_path):
     run = make_run(tiny_folder, tmp_path)
     run.step()
     assert any("eld out" in note for note in run.history.started.notes)
@@ -236,7 +236,7 @@ def test_the_adapter_config_says_how_it_was_made(tiny_folder, tmp_path):
     assert written["mlx_nb"]["settings"]["iters"] == 4
 
 
-def test_a_finished_run_can_be_given_more_updates_and_goes_on(tiny_folder, tmp_path):
+def test_a_finished_run_can_be_given_more_updates_and_continues(tiny_folder, tmp_path):
     run = make_run(tiny_folder, tmp_path, iters=3, lr_schedule={"name": "constant", "warmup": 0})
     run.run()
     assert run.finished

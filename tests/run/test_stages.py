@@ -96,7 +96,7 @@ def test_the_start_stays_what_it_was_when_the_source_trains_on(sft):
     assert sft.next_stage("fourth", data=tiny_rows(20), iters=2).config.resume_adapter_file.endswith("a.update-6-2")
 
 
-def test_what_cannot_be_a_next_stage_is_said_in_one_line(sft, tmp_path, tiny_folder):
+def test_what_cannot_be_a_next_stage_is_a_one_line_error(sft, tmp_path, tiny_folder):
     with pytest.raises(CommandError, match="the next stage after run needs another name"):
         sft.next_stage("run", data=tiny_rows(20))
     with pytest.raises(ConfigError, match="`resume_adapter_file` is given, and the run to start from too"):

@@ -196,7 +196,7 @@ def test_threads_that_all_move_one_run_come_to_its_end_together(tmp_path, tiny_f
 
 
 @pytest.mark.long
-def test_a_rollout_that_another_loop_made_anew_is_trained_on_once(tmp_path, tiny_folder):
+def test_a_rollout_that_another_loop_made_again_is_trained_on_once(tmp_path, tiny_folder):
     whole = rollouts_run(tmp_path, tiny_folder, iters=3, adapter_path=str(tmp_path / "whole"))
     whole.run()
     run = rollouts_run(tmp_path, tiny_folder, iters=3)
@@ -237,7 +237,7 @@ def test_a_pause_at_once_from_another_thread_breaks_off_nothing_of_that_thread(t
     assert (isinstance(paused, RunPaused), run.step_count) == (True, 0)
 
 
-def test_nobody_ever_finds_fewer_requests_than_there_are():
+def test_pending_requests_are_never_undercounted():
     inbox, stop, missed = Inbox(), threading.Event(), []
     inbox.put(Save())
 

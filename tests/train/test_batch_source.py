@@ -15,7 +15,7 @@ def members(kind):
     return {name for name in vars(kind) if not name.startswith("_")}
 
 
-def test_rows_are_asked_for_batches_and_measures_and_for_nothing_that_they_have_not():
+def test_a_batch_source_has_two_methods_and_rollouts_have_more():
     assert members(BatchSource) == {"batches", "measure"} == members(RowBatches)
     assert members(BatchSource) < members(Rollouts)
     for name in members(BatchSource):
@@ -33,7 +33,7 @@ def test_only_a_method_that_samples_has_rollouts(method, tmp_path, tiny_folder):
 
 @pytest.mark.parametrize("method", ROWS)
 @pytest.mark.matrix(every=6)
-def test_the_batches_of_an_update_have_the_rows_that_are_said_to_come_next(method, tmp_path, tiny_folder):
+def test_the_batches_of_an_update_have_the_rows_that_are_reported_to_come_next(method, tmp_path, tiny_folder):
     run = run_of(method, tmp_path, tiny_folder, grad_accumulation_steps=5, steps_per_eval=-1)
     for _ in range(3):
         coming = run.trainer.next_rows()

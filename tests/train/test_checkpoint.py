@@ -287,7 +287,7 @@ def test_a_missing_file_is_recognized_and_the_one_before_is_used(two, name):
     assert messages == [f"{newest.name}: {name}: No such file or directory; used save-0001-step-0000001-step instead."]
 
 
-def test_a_missing_or_stale_latest_is_told_and_the_newest_is_used(two):
+def test_a_missing_or_stale_latest_is_reported_and_the_newest_is_used(two):
     store, newest = two
     (store.folder / "latest").unlink()
     loaded, messages = store.load()

@@ -96,7 +96,7 @@ def test_a_fork_with_other_batches_visits_the_rest_of_the_epoch_and_no_more(meth
 
 
 @pytest.mark.long
-def test_a_fork_of_a_fork_resumed_in_the_middle_of_the_epoch_goes_the_same_way(tmp_path, tiny_folder):
+def test_a_fork_of_a_fork_resumed_in_the_middle_of_the_epoch_gives_the_same_results(tmp_path, tiny_folder):
     length = {"iters": None, "epochs": 2, "batch_size": 4, "grad_accumulation_steps": 1}
     run = run_of("sft", tmp_path / "run", tiny_folder, 15, **length)
     run.step(1)
@@ -115,7 +115,7 @@ def test_a_fork_of_a_fork_resumed_in_the_middle_of_the_epoch_goes_the_same_way(t
 
 
 @pytest.mark.long
-def test_a_resume_with_another_batch_size_goes_on_at_the_same_row(tmp_path, tiny_folder):
+def test_a_resume_with_another_batch_size_continues_at_the_same_row(tmp_path, tiny_folder):
     length = {"iters": None, "epochs": 1, "batch_size": 4, "grad_accumulation_steps": 1}
     run = run_of("sft", tmp_path / "run", tiny_folder, 10, **length)
     run.step(1)
@@ -193,7 +193,7 @@ def test_a_run_that_ends_early_is_validated_once_after_its_last_update(tmp_path,
 
 
 @pytest.mark.parametrize("change", [{"iters": 8}, {"epochs": 2}])
-def test_a_run_made_longer_after_its_last_update_goes_on(change, tmp_path, tiny_folder):
+def test_a_run_made_longer_after_its_last_update_continues(change, tmp_path, tiny_folder):
     run = run_of("sft", tmp_path, tiny_folder, 16, iters=4, batch_size=4, grad_accumulation_steps=1)
     for event in run.events():
         if isinstance(event, StepCompleted) and event.step == 4:

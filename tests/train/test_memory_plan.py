@@ -133,6 +133,6 @@ def test_sizes(text, size):
 
 
 @pytest.mark.parametrize("text", ["12", "GB", "-1GB", "0GB", "lots", "12 parsecs", "nanGB", "1e99GB"])
-def test_what_is_no_size_is_refused(text):
+def test_an_invalid_size_is_refused(text):
     with pytest.raises(ConfigError, match="memory_limit"):
         config(memory_limit=text)

@@ -15,7 +15,7 @@ from mlx_nb.view.event_text import describe, summary_rows
 @pytest.mark.parametrize("nothing", [None, math.nan, math.inf, "text", KeyError("score")])
 @pytest.mark.parametrize("later", [0, 3])
 @pytest.mark.matrix(every=10)
-def test_a_rollout_without_any_reward_pauses_and_goes_on_once_there_is_one(nothing, later, tmp_path, tiny_folder):
+def test_a_rollout_without_any_reward_pauses_and_continues_once_there_is_one(nothing, later, tmp_path, tiny_folder):
     """Also where another reward gives numbers: their sum is none."""
     silent, calls = [later == 0], []
 
@@ -45,7 +45,7 @@ def test_a_rollout_without_any_reward_pauses_and_goes_on_once_there_is_one(nothi
 
 
 @pytest.mark.long
-def test_a_reward_that_weighs_nothing_may_stay_silent(tmp_path, tiny_folder):
+def test_a_reward_of_weight_0_may_return_nothing(tmp_path, tiny_folder):
     rewards = {"rewards": [e_share, lambda completion: None], "reward_weights": [1.0, 0.0]}
     run = run_of("grpo", tmp_path, tiny_folder, steps_per_eval=-1, **rewards)
     assert run.run().step == 8

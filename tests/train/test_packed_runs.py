@@ -105,7 +105,7 @@ def learned_positions(tmp_path, tiny_folder):
     return str(save_model(configuration("gpt2", 300), tmp_path / "model", tiny_folder))
 
 
-def test_a_family_that_cannot_be_packed_is_trained_unpacked_and_said_so(learned_positions, tmp_path):
+def test_a_family_that_cannot_be_packed_is_trained_unpacked_and_reported(learned_positions, tmp_path):
     settings = {"model": learned_positions, "data": tiny_rows(6), "iters": 1, "adapter_path": str(tmp_path / "a")}
     run = Run(RunConfig.from_dict(settings))
     run.step()

@@ -164,7 +164,7 @@ def test_memory_that_runs_out_is_one_clear_line_and_changes_nothing(tmp_path):
 
 
 @pytest.mark.long
-def test_memory_close_to_its_limit_is_said_once(tmp_path):
+def test_memory_close_to_its_limit_is_reported_once(tmp_path):
     trainer = make_trainer(tmp_path, memory_limit=1)
     low = [event for event in trainer.events() if isinstance(event, MemoryLow)]
     assert len(low) == 1

@@ -302,7 +302,7 @@ def test_the_pages_of_a_long_row_unfold_and_hold_every_token(tokenizer, opened, 
     assert "tokens 6,000–7,999 of 8,000, page 3 of 0 to 3" in last.inner_text("#output")
 
 
-def test_a_prompt_that_the_template_adds_is_not_said_by_the_user(tiny_folder, opened, screenshot):
+def test_a_prompt_that_the_template_adds_is_not_attributed_to_the_user(tiny_folder, opened, screenshot):
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_folder)

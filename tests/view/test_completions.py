@@ -79,7 +79,7 @@ def test_a_line_has_every_number_of_its_completion():
     assert told[-1] == "⚠ reward short: <b>bad</b>"
 
 
-def test_a_column_s_name_breaks_after_its_underscores_and_nowhere_else_whatever_is_said_around_it():
+def test_a_column_name_breaks_only_after_its_underscores_in_any_message():
     html = completions_html(rollout([completion("red", exact_match=1.0)]))
     heads = re.findall(r'<th scope="col" style="([^"]*)">(.*?)</th>', html)
     assert "exact_<wbr>match" in [name for _, name in heads]
@@ -297,7 +297,7 @@ def test_the_toggle_colors_the_newest_completions_and_measures_once_for_an_updat
     assert chosen(panel, sent, 1)["html"] == plain
 
 
-def test_what_cannot_be_measured_is_said_on_the_page(make_run):
+def test_what_cannot_be_measured_is_reported_on_the_page(make_run):
     run = make_run("grpo")
     run.step()
     panel, _ = opened(run)

@@ -69,7 +69,7 @@ def some_history(seed: int, events: int = 120) -> History:
     return history
 
 
-def test_a_short_history_is_told_number_for_number():
+def test_a_short_history_is_shown_number_for_number():
     losses = [2.0, 1.5, 1.75, 1.25]
     history = History([validation(0, 2.5)])
     for step, loss in enumerate(losses, start=1):
@@ -152,7 +152,7 @@ def test_what_is_not_finite_becomes_null_and_does_not_spoil_what_follows():
     assert lines_of(series, "tokens per second", "train")[0][-1] == (6, None)
 
 
-def test_a_metric_has_a_group_of_its_own_with_only_the_updates_that_told_it():
+def test_a_metric_has_a_group_of_its_own_with_only_the_updates_that_measured_it():
     history = History([update(1), update(2, metrics={"margin": 0.5, "weight": 3.0}), update(3), update(4)])
     history.append(update(5, metrics={"margin": math.nan, "loss": 7.0}))
     series = series_of(history, 5)

@@ -207,7 +207,7 @@ def test_an_empty_row_is_shown():
     assert "0 tokens" in render_text(row, TOKENIZER)
 
 
-def test_known_losses_are_told_with_their_probability():
+def test_known_losses_are_reported_with_their_probability():
     row = conversation()
     losses = np.where(row.loss_mask > 0, 2.0, np.nan)
     tokens = Page(render_html(row, TOKENIZER, token_loss=losses)).tokens()

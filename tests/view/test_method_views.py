@@ -31,7 +31,7 @@ def test_each_line_of_a_batch_of_pairs_says_which_answer_it_is(make_run):
     assert line_names(weighted)[:2] == [f"row {first} chosen, weight 2", f"row {second} chosen, margin 0.5"]
 
 
-def test_the_constants_of_a_batch_are_told_with_the_tokens_that_count(make_run):
+def test_the_constants_of_a_batch_are_reported_with_the_tokens_that_count(make_run):
     run = make_run("dpo")
     (batch,) = run.trainer.next_batches()
     at = int(np.flatnonzero(batch.loss_mask_BT[0])[0])

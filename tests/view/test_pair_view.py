@@ -82,7 +82,7 @@ def test_answers_without_a_common_prompt_are_shown_whole():
     assert cells.rejected[-1].stop == len(other.tokens)
 
 
-def test_a_difference_is_told_by_a_bar_and_a_legend_and_not_by_color_alone():
+def test_a_difference_is_shown_by_a_bar_and_a_legend_and_not_by_color_alone():
     html = render_pair_html(*pair("Arr, Paris.", "It is Paris."), TOKENIZER)
     marked = [(style, title) for title, style, _ in Page(html).tokens() if "differs from the other answer" in title]
     assert marked

@@ -82,7 +82,7 @@ def applied(series, changes):
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.matrix(every=3)
-def test_changes_make_of_what_a_page_has_what_there_is(seed):
+def test_changes_bring_the_data_of_a_page_up_to_date(seed):
     draw, history = random.Random(seed), History()
     builder = SeriesBuilder(history)
     shown = copy.deepcopy(builder.series(3000))
@@ -175,7 +175,7 @@ def test_work_that_keeps_the_kernel_is_shown_before_it_begins(tmp_path, tiny_fol
     assert [words.split(",")[0].split()[-1] for words in tried] == ["head", "attention", "rows", "gradient"]
 
 
-def test_work_that_goes_on_without_saying_how_far_it_is_is_not_shown_again(tmp_path, tiny_folder, monkeypatch):
+def test_work_that_continues_without_reporting_progress_is_not_shown_again(tmp_path, tiny_folder, monkeypatch):
     panel, drawn = rows_run(tmp_path, tiny_folder).panel(), []
     monkeypatch.setattr(Panel, "refresh", lambda panel: drawn.append(1))
     panel._cost, panel._drawn_at = 3600.0, time.monotonic()
@@ -184,7 +184,7 @@ def test_work_that_goes_on_without_saying_how_far_it_is_is_not_shown_again(tmp_p
     assert len(drawn) == 1
 
 
-def test_a_page_that_missed_something_is_told_all(tmp_path, tiny_folder):
+def test_a_page_that_missed_something_gets_everything(tmp_path, tiny_folder):
     run = rows_run(tmp_path, tiny_folder)
     panel = run.panel()
     run.step(3)
@@ -212,7 +212,7 @@ def test_a_run_has_one_panel_whose_selection_is_readable(tmp_path, tiny_folder):
     assert run.panel() is not panel
 
 
-def test_the_state_of_a_run_is_told_as_it_goes(tmp_path, tiny_folder):
+def test_the_state_of_a_run_is_shown_as_it_changes(tmp_path, tiny_folder):
     run = rows_run(tmp_path, tiny_folder, val_set_size=4)
     panel = run.panel()
     assert (panel.head["state"], panel.progress["step"]) == ("built", 0)
@@ -315,7 +315,7 @@ def test_a_prompt_that_is_answered_again_at_the_same_update_has_one_answer_there
 # What is being done
 
 
-def test_a_panel_goes_on_telling_while_a_cell_keeps_the_kernel_and_says_that_clicks_wait(
+def test_a_panel_is_updated_while_a_cell_blocks_the_kernel_and_says_that_clicks_wait(
     tmp_path, tiny_folder, monkeypatch
 ):
     monkeypatch.setattr("mlx_nb.view.panel.panel.SECONDS_BETWEEN_REFRESHES", 0.0)
@@ -356,11 +356,11 @@ def standing(state=RunState.RUNNING, step=0, *, trains=True, prepared=True, acti
         (standing(step=7, trains=False), "carrying out a request"),
     ],
 )
-def test_what_is_being_done_is_said_and_no_update_that_is_not_computed(run, words):
+def test_what_is_being_done_is_reported_and_no_update_that_is_not_computed(run, words):
     assert Activity().as_data(run, 10)["words"] == words
 
 
-def test_what_is_done_is_told_with_how_long_it_takes(monkeypatch):
+def test_what_is_done_is_reported_with_how_long_it_takes(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     activity = Activity()
@@ -391,7 +391,7 @@ def test_the_pace_is_that_of_the_last_updates():
 
 
 @pytest.mark.long
-def test_clicks_do_what_they_say_and_their_result_is_said(tmp_path, tiny_folder):
+def test_clicks_do_what_they_say_and_their_result_is_reported(tmp_path, tiny_folder):
     run = rows_run(tmp_path, tiny_folder, val_set_size=4, iters=20)
 
     async def clicks():
@@ -425,7 +425,7 @@ def test_clicks_do_what_they_say_and_their_result_is_said(tmp_path, tiny_folder)
     asyncio.run(clicks())
 
 
-def test_a_pause_is_asked_for_on_whatever_thread_the_click_arrives(tmp_path, tiny_folder):
+def test_a_pause_is_requested_on_whatever_thread_the_click_arrives(tmp_path, tiny_folder):
     run = rows_run(tmp_path, tiny_folder)
     run.step()
     asked, panel = [], run.panel()
@@ -435,7 +435,7 @@ def test_a_pause_is_asked_for_on_whatever_thread_the_click_arrives(tmp_path, tin
     assert asked == [Pause()]
 
 
-def test_results_are_said_once_where_they_were_asked_for():
+def test_results_are_reported_once_where_they_were_asked_for():
     config, awaited = RunConfig(), {"save"}
     saved, measured = AdapterSaved(4, "adapters/bees", "last"), EvaluationCompleted(4, "valid", 1.5, 4.48, 40.0, 4, 0.2)
     assert result_of(saved, awaited, config) == "saved to adapters/bees"
@@ -448,7 +448,7 @@ def test_results_are_said_once_where_they_were_asked_for():
     assert result_of(ended, awaited, config) == "finished after update 60 (iters reached); saved to adapters/bees"
 
 
-def test_rows_come_in_pages_with_the_persons_own_places(tmp_path, tiny_folder):
+def test_rows_come_in_pages_with_the_users_own_places(tmp_path, tiny_folder):
     run = rows_run(tmp_path, tiny_folder, val_set_size=4)
     run.step(2)
     panel = run.panel()
@@ -615,7 +615,7 @@ def test_the_script_comes_with_the_package_and_needs_nothing_else():
 
 
 @pytest.mark.long
-def test_signs_of_life_come_from_a_thread_and_keep_nobody(monkeypatch):
+def test_heartbeats_come_from_a_thread_and_keep_no_panel_alive(monkeypatch):
     monkeypatch.setattr(heartbeat, "SECONDS_BETWEEN_BEATS", 0.01)
 
     class Page:

@@ -94,7 +94,7 @@ def test_no_tab_moves_when_another_is_chosen(opened):
     assert all(place == places[0] for place in places)
 
 
-def test_no_time_left_is_said_below_a_second(opened):
+def test_no_time_left_is_reported_below_a_second(opened):
     told = {"words": "loading the model: libraries, 3 of 5", "done": 3, "total": 5, "left": 4.0, "update": 0}
     page = opened(**{**RUNNING, "activity": told})
     doing = page.locator(".mlx-nb-doing > span")
@@ -227,7 +227,7 @@ def test_what_cannot_be_undone_is_asked_once_in_place(opened):
     assert len(sent(page)) == 1
 
 
-def test_a_kernel_that_falls_silent_is_said_to_be_gone_and_never_running(opened):
+def test_a_silent_kernel_is_shown_as_gone_and_never_as_running(opened):
     page = opened(**RUNNING)
     assert "running" in page.get_by_role("status").inner_text()
     page.evaluate("() => { const now = Date.now; Date.now = () => now() + 60000; }")
@@ -258,7 +258,7 @@ def test_answers_stand_side_by_side_with_their_differences_marked(opened):
     assert page.locator(".mlx-nb-answers mark").all_inner_texts() == ["light(hall)", "light(hall,", "dim)"]
 
 
-def test_a_row_is_asked_for_once_and_then_answers_in_the_page(opened):
+def test_a_row_is_requested_once_and_then_answers_in_the_page(opened):
     page, panel = opened(), opened.panel
     page.get_by_role("tab", name="Rows").click()
     answer_all(page, panel)

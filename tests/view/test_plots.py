@@ -200,7 +200,7 @@ def test_what_a_rewind_left_is_inside_the_axes_and_squeezes_what_stands_to_a_thi
     assert (high - low) <= 3.1 * (1.9 - 1.0)
 
 
-def test_updates_are_whole_numbers_on_the_axis_and_a_steady_rate_is_told_as_it_is():
+def test_updates_are_whole_numbers_on_the_axis_and_a_steady_rate_is_reported_as_it_is():
     figure = plot_history(History([update(1, 2.0), update(2, 1.0, learning_rate=1e-4 - 1e-15)]))
     figure.draw_without_rendering()
     for axes in figure.axes:

@@ -67,7 +67,7 @@ def test_truncated_rows_are_found(run):
     assert found(run, "truncated") == cut != []
 
 
-def test_a_pattern_that_is_none_and_a_filter_that_is_none_are_said(run):
+def test_an_invalid_pattern_and_an_unknown_filter_are_reported(run):
     with pytest.raises(CommandError, match="not a regular expression"):
         found(run, "all rows", "(", regex=True)
     with pytest.raises(CommandError, match="Did you mean 'longest'"):
@@ -164,7 +164,7 @@ def test_reading_on_shows_the_first_of_all_or_keeps_the_row_that_was_gone_to(run
         assert browser.row == kept == browser.search.found[browser.position]
 
 
-def test_losses_color_the_row_and_earlier_visits_are_told(run):
+def test_losses_color_the_row_and_earlier_visits_are_reported(run):
     browser = run.browse()
     run.run()
     browser.next.click()

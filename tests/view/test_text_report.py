@@ -64,7 +64,7 @@ def test_the_metrics_that_say_most_come_first_and_times_never():
 @pytest.mark.parametrize(
     ("value", "said"), [(2.8e-7, "0"), (0.0, "0"), (-1.54394, "-1.54"), (23.25, "23.2"), (1e-4, "0.0001")]
 )
-def test_a_number_is_told_with_three_digits_and_rounding_errors_as_zero(value, said):
+def test_a_number_is_reported_with_three_digits_and_rounding_errors_as_zero(value, said):
     assert number(value) == said
 
 
@@ -89,7 +89,7 @@ def test_an_evaluation_says_perplexity_or_what_the_method_measures():
     assert describe(evaluation(3, 0.64)) == "update 3: valid loss 0.6400 (4 rows)"
 
 
-def test_a_loss_that_is_minus_a_reward_is_told_as_the_reward():
+def test_a_loss_that_is_minus_a_reward_is_reported_as_the_reward():
     rewards = evaluation(3, -0.5, reward=0.5, completion_tokens=20.0, seconds_sampling=3.0)
     assert describe(rewards) == "update 3: valid reward 0.5000, completion tokens 20 (4 rows)"
     history = History([rewards, update(4, reward=0.4), evaluation(4, -0.75, reward=0.75)])
@@ -132,7 +132,7 @@ def test_a_run_that_is_not_over_tells_its_best_validation_too():
     assert "adapter" not in rows
 
 
-def test_a_rollout_is_counted_in_one_line_and_its_problems_are_told_beside():
+def test_a_rollout_is_counted_in_one_line_and_its_problems_are_reported_beside():
     told = rollout(2, [completion(1.0), completion(0.0, finished=False)], [completion(None)], problems=("right: bad",))
     assert describe(told) == (
         "update 2: 3 completions of 2 prompts, reward 0.5 ± 0.5, 1 cut off, sampled in 3.0 s, 1 problem"
