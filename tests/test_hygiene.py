@@ -125,12 +125,12 @@ def test_a_rewind_that_cannot_be_saved_is_reported_and_the_run_continues(tmp_pat
     run = rows_run(tmp_path, tiny_folder, save_every=-1, steps_per_eval=-1)
     run.run(until=4)
     blocked_folder(tmp_path / "a")
-    told = []
-    run.listen(told.append)
+    reported = []
+    run.listen(reported.append)
     run.request(Rewind(2))
     run.request(Rewind(9))
     run.run(until=5)
-    refused = [event.error for event in told if isinstance(event, RequestRefused)]
+    refused = [event.error for event in reported if isinstance(event, RequestRefused)]
     assert "could not be saved" in refused[0]
     assert "cannot go back to 9" in refused[1]
     assert [event.step for event in run.history.events if isinstance(event, Rewound)] == [2]
@@ -144,11 +144,11 @@ def test_every_update_of_over_5_seconds_is_saved_and_one_slow_save_does_not_put_
     run = rows_run(tmp_path, tiny_folder, save_every=-1, steps_per_eval=-1, iters=20)
     saved, slow = [], {6}
 
-    def told(event):
+    def reported(event):
         if isinstance(event, StepCompleted):
             now[0] += 6.0
 
-    run.listen(told)
+    run.listen(reported)
     real = CheckpointStore.save
 
     def save(store, checkpoint, **options):

@@ -38,16 +38,18 @@ def test_nothing_public_is_missing_or_without_words(generate):
     assert "`%finetune rewind " in pages["commands"]
     assert all(f"## {name}\n" in pages["terminal"] for name in ("quickstart", "train", "check", "doctor", "settings"))
     classes = [one for one in vars(events).values() if inspect.isclass(one) and one.__module__ == events.__name__]
-    told = [one for one in classes if issubclass(one, events.Event | events.Request)]
+    reported = [one for one in classes if issubclass(one, events.Event | events.Request)]
     bases = (events.Event, events.Request)
-    assert [one.__name__ for one in told if one not in bases and f"### {one.__name__}\n" not in pages["events"]] == []
+    assert [
+        one.__name__ for one in reported if one not in bases and f"### {one.__name__}\n" not in pages["events"]
+    ] == []
     measured = {key for name, method in METHODS.items() if is_built_in(name) for key in method.metrics}
     assert [key for key in measured if f"`{key}`" not in pages["metrics"]] == []
     members = [name for name in vars(Run) if not name.startswith("_")]
     assert [name for name in members if f"### {name}\n" not in pages["python"]] == []
     wordless = [name for name in members if not inspect.getdoc(getattr(Run, name))]
     assert wordless == []
-    assert [one.__name__ for one in told if not one.__doc__] == []
+    assert [one.__name__ for one in reported if not one.__doc__] == []
 
 
 def test_every_field_of_an_event_and_of_a_request_says_what_it_is(generate):

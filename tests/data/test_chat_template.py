@@ -249,8 +249,8 @@ def test_a_weight_that_is_no_weight_is_refused(weight: object) -> None:
 
 def test_a_turn_without_an_end_is_reported() -> None:
     row = tokenize_conversation(CONVERSATIONS["three turns"], tokenizer_of("eos only at the end"))
-    told = [p for p in row.problems if "no end-of-turn" in p]
-    assert [p.split(" has")[0] for p in told] == ["message 1 (assistant)", "message 3 (assistant)"]
+    reported = [p for p in row.problems if "no end-of-turn" in p]
+    assert [p.split(" has")[0] for p in reported] == ["message 1 (assistant)", "message 3 (assistant)"]
 
 
 def test_a_context_that_differs_from_inference_is_reported() -> None:

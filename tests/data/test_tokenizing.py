@@ -41,10 +41,10 @@ def tokenizing_signs(events):
 
 def test_every_row_is_counted_and_the_words_have_the_pace(tmp_path, tiny_folder):
     run = rows_run(tmp_path, tiny_folder, data=rows_of("counted"), iters=1)
-    told = tokenizing_signs(run.events())
-    assert [event.done for event in told if event.what == "tokenizing train"] == list(range(1, 41))
-    assert {event.total for event in told} == {40}
-    assert describe(told[0]) == progress_words(told[0])
+    reported = tokenizing_signs(run.events())
+    assert [event.done for event in reported if event.what == "tokenizing train"] == list(range(1, 41))
+    assert {event.total for event in reported} == {40}
+    assert describe(reported[0]) == progress_words(reported[0])
     words = progress_words(Progress(0, "tokenizing train", 12_000, 100_000, 1.5))
     assert words == "tokenizing train rows: 12,000 of 100,000, 8,000 rows a second"
 
@@ -96,13 +96,13 @@ def test_others_have_their_turn_after_every_sign(tmp_path, tiny_folder):
     run = rows_run(tmp_path, tiny_folder, data=rows_of("turns"), iters=1)
     turns, at_signs = 0, []
 
-    def heard(event):
+    def received(event):
         if isinstance(event, Progress) and event.what == "tokenizing train":
             at_signs.append(turns)
 
     async def main():
         nonlocal turns
-        run.listen(heard)
+        run.listen(received)
         run.start()
         while run.background.active:
             turns += 1
@@ -145,13 +145,13 @@ def test_the_same_rows_are_tokenized_once_and_others_again(tmp_path, tiny_folder
         run = rows_run(tmp_path, tiny_folder, adapter_path=str(tmp_path / str(number)), **settings)
         return len(tokenizing_signs(run.events())), run.inputs
 
-    first, material = signs_of(0)
+    first, shared_inputs = signs_of(0)
     again, same = signs_of(1)
     assert (first, again) == (40, 0)
-    for one, other in zip(material.examples.train, same.examples.train, strict=True):
+    for one, other in zip(shared_inputs.examples.train, same.examples.train, strict=True):
         assert np.array_equal(one.tokens, other.tokens)
         assert np.array_equal(one.loss_mask, other.loss_mask)
-    assert material.left_out == same.left_out
+    assert shared_inputs.left_out == same.left_out
     assert signs_of(2, learning_rate=1e-3)[0] == 0
     assert signs_of(3, loss_on="all")[0] == 40
     assert signs_of(4, max_seq_length=30)[0] == 40

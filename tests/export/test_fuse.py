@@ -231,9 +231,9 @@ def test_the_command_reports_writes_and_says_how_to_use_it(shell, tiny_folder, t
     only_told = str(shell.run_line_magic("finetune", "fuse"))
     assert "Nothing was written" in only_told
     assert all(word in only_told for word in ("base", "mixed", "16-bit", "Recommended", "by layer"))
-    told = str(shell.run_line_magic("finetune", "fuse fused --dequantize"))
-    assert "Written in 16-bit" in told
-    assert "mlx_lm.generate --model fused" in told
+    reported = str(shell.run_line_magic("finetune", "fuse fused --dequantize"))
+    assert "Written in 16-bit" in reported
+    assert "mlx_lm.generate --model fused" in reported
     assert (tmp_path / "fused" / "config.json").exists()
     with pytest.raises(CommandError, match="--dequantize is --precision 16-bit"):
         shell.run_line_magic("finetune", "fuse other --dequantize --precision base")

@@ -236,13 +236,13 @@ def test_a_sentencepiece_tokenizer_keeps_its_merges(tmp_path):
 def test_the_command_writes_a_file_and_says_how_to_run_it(shell, tiny_folder, tmp_path, no_llama_cpp):
     shell.user_ns["rows"] = tiny_rows()
     shell.run_cell_magic("finetune", "--wait --name bees", f"model: {tiny_folder}\ndata: rows\niters: 1")
-    told = str(shell.run_line_magic("finetune", "gguf out --type q8_0"))
-    assert "all 20 tensors were read back" in told
-    assert "ollama create bees-q8_0 -f out/Modelfile && ollama run bees-q8_0" in told
-    assert "lms import --user-repo mlx_nb/bees-q8_0 -y -c out/bees-q8_0.gguf" in told
+    reported = str(shell.run_line_magic("finetune", "gguf out --type q8_0"))
+    assert "all 20 tensors were read back" in reported
+    assert "ollama create bees-q8_0 -f out/Modelfile && ollama run bees-q8_0" in reported
+    assert "lms import --user-repo mlx_nb/bees-q8_0 -y -c out/bees-q8_0.gguf" in reported
     assert "FROM ./bees-q8_0.gguf" in (tmp_path / "out" / "Modelfile").read_text()
-    told = str(shell.run_line_magic("finetune", "gguf out --adapter"))  # an earlier export is replaced
-    assert "llama-cli -m BASE.gguf --lora out/bees-lora.gguf" in told
+    reported = str(shell.run_line_magic("finetune", "gguf out --adapter"))  # an earlier export is replaced
+    assert "llama-cli -m BASE.gguf --lora out/bees-lora.gguf" in reported
     assert [path.name for path in (tmp_path / "out").glob("*.gguf")] == ["bees-lora.gguf"]
 
 

@@ -73,11 +73,11 @@ def test_a_fused_model_is_as_good_as_predicted_and_answers_alike_in_mlx_lm(pirat
     assert half.predicted == pytest.approx(report.measured, rel=0.1, abs=0.01)
     assert report.measured == pytest.approx(report.measured_adapter, rel=0.1, abs=0.01)
     model, tokenizer = load(str(tmp_path / "fused"))
-    told = []
+    reported = []
     for question in QUESTIONS[:3]:
         prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
-        told.append(generate(model, tokenizer, prompt, max_tokens=MOST))
-    assert told == answers[:3]
+        reported.append(generate(model, tokenizer, prompt, max_tokens=MOST))
+    assert reported == answers[:3]
 
 
 def test_a_base_of_4_bits_would_lose_what_the_report_says(pirate, tmp_path):

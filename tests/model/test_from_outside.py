@@ -45,13 +45,13 @@ def test_a_converted_model_that_is_damaged_in_the_cache_is_made_again(tmp_path, 
 @pytest.mark.long
 def test_tokenizing_many_rows_gives_way_and_says_how_far_it_is(tmp_path, tiny_folder):
     rows = [{**row, "number": number} for number, row in enumerate(tiny_rows(4000))]
-    told = []
+    reported = []
     for event in run_of(tmp_path, tiny_folder, rows).events():
         if isinstance(event, StepCompleted):
             break
         if isinstance(event, Progress):
-            told.append((event.what, event.done, event.total))
-    done = [done for what, done, total in told if what == "tokenizing train" and total == 4000]
+            reported.append((event.what, event.done, event.total))
+    done = [done for what, done, total in reported if what == "tokenizing train" and total == 4000]
     assert len(done) >= 3
     assert done == sorted(done)
 

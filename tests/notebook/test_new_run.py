@@ -120,8 +120,8 @@ def test_the_page_gives_what_was_typed_and_shows_what_the_kernel_says(
         for message in page.requests:
             form.answer(message)
         page.requests.clear()
-        told = {name: getattr(form, name) for name in ("fields", "cell", "problems")}
-        page.evaluate("told => { for (const [name, value] of Object.entries(told)) change(name, value); }", told)
+        reported = {name: getattr(form, name) for name in ("fields", "cell", "problems")}
+        page.evaluate("told => { for (const [name, value] of Object.entries(told)) change(name, value); }", reported)
 
     page.get_by_label("data", exact=True).fill("bees")
     page.get_by_label("iters").fill("many")

@@ -119,9 +119,9 @@ def test_rows_says_which_are_left_out_or_that_it_is_not_known_yet(shell, tiny_fo
     unknown = "Rows are left out when they are tokenized. `%finetune check` lists these rows now."
     assert unknown in str(run_cell(shell, "%finetune rows"))
     run_cell(shell, "%finetune step")
-    told = str(run_cell(shell, "%finetune rows"))
-    assert unknown not in told
-    assert f"row {len(tiny_rows())}: no token is trained" in told
+    reported = str(run_cell(shell, "%finetune rows"))
+    assert unknown not in reported
+    assert f"row {len(tiny_rows())}: no token is trained" in reported
 
 
 def test_status_says_why_a_run_failed_before_its_first_update(shell, tiny_folder):
@@ -135,8 +135,8 @@ def test_status_says_why_a_run_failed_before_its_first_update(shell, tiny_folder
 
     with pytest.raises(DataError, match="no such file"):
         asyncio.run(in_the_background())
-    told = str(run_cell(shell, "%finetune status"))
-    assert told.startswith("nowhere: failed before its first update. DataError: no such file or folder: ./nowhere")
+    reported = str(run_cell(shell, "%finetune status"))
+    assert reported.startswith("nowhere: failed before its first update. DataError: no such file or folder: ./nowhere")
 
 
 def test_running_a_cell_twice_is_harmless(trained, tiny_folder):
@@ -204,16 +204,16 @@ def test_help_fits_a_narrow_notebook_with_a_line_for_each_command(shell):
     assert all(sum(line.split()[:1] == [name] and line.startswith("  ") for line in lines) == 1 for name in COMMANDS)
     assert len(lines) < len(COMMANDS) + 25
     for name in COMMANDS:
-        told = str(run_cell(shell, f"%finetune help {name}"))
-        assert max(map(len, told.split("\n"))) <= 70, name
-        assert f"%finetune {name}" in told
+        reported = str(run_cell(shell, f"%finetune help {name}"))
+        assert max(map(len, reported.split("\n"))) <= 70, name
+        assert f"%finetune {name}" in reported
     assert "learning_rate" in str(run_cell(shell, "%finetune help set"))
 
 
 def test_help_tells_all_about_a_setting(shell):
-    told = str(run_cell(shell, "%finetune help loss_spike"))
-    assert told.startswith("loss_spike: 10.0\n")
-    assert " ".join(SETTINGS["loss_spike"].metadata["help"].split()) in " ".join(told.split())
+    reported = str(run_cell(shell, "%finetune help loss_spike"))
+    assert reported.startswith("loss_spike: 10.0\n")
+    assert " ".join(SETTINGS["loss_spike"].metadata["help"].split()) in " ".join(reported.split())
 
 
 def test_tab_completes_commands_options_and_settings(trained):

@@ -21,7 +21,7 @@ def error_of(shell, source):
 
 @pytest.mark.parametrize("options", ["", "--paused", "--background"])
 @pytest.mark.parametrize(
-    ("body", "told"),
+    ("body", "reported"),
     [
         ("model: smollm-135m\ndata: rows", "there is no model 'smollm-135m'"),
         ("model: ./nowhere\ndata: rows", "there is no model folder or file './nowhere'"),
@@ -33,9 +33,9 @@ def error_of(shell, source):
         ("method: grpo\nrewards: [mine]\ndata: rows", "run the cell that defines it first"),
     ],
 )
-def test_a_slip_fails_the_cell_in_one_line_and_leaves_the_runs_as_they_were(shell, options, body, told):
+def test_a_slip_fails_the_cell_in_one_line_and_leaves_the_runs_as_they_were(shell, options, body, reported):
     shell.user_ns["rows"] = tiny_rows()
-    assert told in error_of(shell, f"%%finetune {options}\n{body}")
+    assert reported in error_of(shell, f"%%finetune {options}\n{body}")
     assert "no runs yet" in str(shell.run_cell("%finetune runs").result)
 
 
@@ -63,10 +63,10 @@ def test_a_changed_rate_says_that_it_is_the_peak_and_what_the_next_update_has(ti
     run.step(10)
     session = Session({})
     session.add(run)
-    told = str(run_line(session, "set learning_rate=2e-4"))
+    reported = str(run_line(session, "set learning_rate=2e-4"))
     rate = run.step().learning_rate
     assert rate < 1.5e-4
-    assert f"It is the peak of the schedule (cosine_decay): update 11 runs at {rate:.3g}." in told
+    assert f"It is the peak of the schedule (cosine_decay): update 11 runs at {rate:.3g}." in reported
 
 
 def test_early_nan_suspects_rate_and_base_before_the_rows():
@@ -86,8 +86,8 @@ def test_nan_at_a_doubted_rate_suspects_it_at_any_update(tiny_folder, tmp_path, 
         namespace={"rows": tiny_rows()},
     )
     run.step(6)
-    told = run.trainer._failed(NonFiniteLoss("loss is nan")).error
-    assert "The likely cause is the learning rate (1)" in told
+    reported = run.trainer._failed(NonFiniteLoss("loss is nan")).error
+    assert "The likely cause is the learning rate (1)" in reported
     run.set(learning_rate=1e-4)
     run.step()
     assert "likely cause" not in run.trainer._failed(NonFiniteLoss("loss is nan")).error
@@ -105,8 +105,8 @@ def test_rows_are_named_by_their_place_in_the_data_where_some_are_held_out(tiny_
     session.add(run)
     place = run.rows("train").examples.source.location
     numbers = run.trainer.next_rows()
-    told = str(run_line(session, "skip"))
-    assert all(f"row {row} ({place(row)})" in told for row in numbers if place(row) != f"rows[{row}]")
+    reported = str(run_line(session, "skip"))
+    assert all(f"row {row} ({place(row)})" in reported for row in numbers if place(row) != f"rows[{row}]")
     run.step()
     run.step()
     listed = str(run_line(session, "rows --top-loss 3"))
@@ -114,7 +114,7 @@ def test_rows_are_named_by_their_place_in_the_data_where_some_are_held_out(tiny_
 
 
 @pytest.mark.parametrize(
-    ("data", "settings", "told"),
+    ("data", "settings", "reported"),
     [
         (
             [{"product": "umbrella", "slogan": "rain"}] * 4,
@@ -129,13 +129,13 @@ def test_rows_are_named_by_their_place_in_the_data_where_some_are_held_out(tiny_
         ([], "", "rows"),
     ],
 )
-def test_a_cell_whose_run_cannot_begin_fails_and_leaves_no_run(shell, tiny_folder, data, settings, told):
+def test_a_cell_whose_run_cannot_begin_fails_and_leaves_no_run(shell, tiny_folder, data, settings, reported):
     """Also where it would train in the background, long after the cell has returned."""
     shell.user_ns["bees"] = data
     begun = len(shell.user_ns.get("Out", {}))
     result = shell.run_cell(f"%%finetune --background\nmodel: {tiny_folder}\ndata: bees\niters: 3\n{settings}")
     assert result.error_in_exec is not None
-    assert told in str(result.error_in_exec)
+    assert reported in str(result.error_in_exec)
     assert "\n" not in str(result.error_in_exec)
     assert shell.magics_manager.registry["FinetuneMagics"].session.runs == {}
     assert begun == len(shell.user_ns.get("Out", {}))

@@ -39,8 +39,8 @@ class LiveKernel(Kernel):
         """Until the kernel tells a page that the run is `wanted`."""
         while True:
             message = self.client.get_iopub_msg(timeout=timeout)
-            told = message["content"].get("data", {}).get("state", {}).get("head", {})
-            if message["msg_type"] == "comm_msg" and told.get("state") == wanted:
+            reported = message["content"].get("data", {}).get("state", {}).get("head", {})
+            if message["msg_type"] == "comm_msg" and reported.get("state") == wanted:
                 return
 
     def wait_until_idle(self, sent, timeout=60.0):

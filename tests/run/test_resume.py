@@ -307,10 +307,10 @@ def test_the_real_model_resumed_at_five_steps_is_the_run_that_was_never_stopped(
 
 def test_every_exact_checkpoint_is_reported_and_an_adapter_is_reported_as_one(tmp_path, tiny_folder):
     run = rows_run(tmp_path, tiny_folder, iters=6, save_every=3, steps_per_eval=-1)
-    told = []
-    run.listen(told.append)
+    reported = []
+    run.listen(reported.append)
     events = list(run.events())
-    saved = [event for event in told if isinstance(event, CheckpointSaved)]
+    saved = [event for event in reported if isinstance(event, CheckpointSaved)]
     assert [(event.step, event.kind) for event in saved if event.kind != "auto"] == [(3, "step"), (6, "final")]
     assert [Path(event.path) for event in saved] == [info.path for info in run.checkpoints()]
     assert [(event.step, event.kind) for event in events if isinstance(event, AdapterSaved)] == [

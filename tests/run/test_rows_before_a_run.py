@@ -93,7 +93,7 @@ def test_down_weighted_rows_count_as_their_messages_with_that_weight(tmp_path, t
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "reported"),
     [
         ({"down_weight": [99]}, r"`down_weight`: there is no row 99. The training rows are 0 to 23."),
         ({"down_weight": [3], "leave_out": [3]}, "`down_weight` has row 3, which `leave_out` leaves out"),
@@ -102,8 +102,8 @@ def test_down_weighted_rows_count_as_their_messages_with_that_weight(tmp_path, t
         ({"down_weight": [3], "method": "kto"}, "`down_weight` has no effect with `method: kto`"),
     ],
 )
-def test_what_cannot_be_down_weighted_is_one_line(tmp_path, tiny_folder, settings, told):
-    with pytest.raises((ConfigError, DataError), match=told):
+def test_what_cannot_be_down_weighted_is_one_line(tmp_path, tiny_folder, settings, reported):
+    with pytest.raises((ConfigError, DataError), match=reported):
         rows_run(tmp_path, tiny_folder, data=tiny_rows(), val_set_size=0, steps_per_eval=None, **settings).step()
 
 
@@ -169,7 +169,7 @@ def test_the_command_shows_the_rows_of_a_variable(shell, tiny_folder):
     assert plain.startswith("rows of train: 24\n\ntrain row 0 (bees[0])")
     assert "│ <|user|>say red 0<|end|>" in plain
     assert session.runs == {}
-    for line, told in (
+    for line, reported in (
         ("rows model=x", "`data` is missing. Example: %finetune rows data=bees"),
         ("rows data=bess", "Did you mean 'bees'?"),
         ("rows data=bees max_length=3", "`max_seq_length=3`"),
@@ -177,4 +177,4 @@ def test_the_command_shows_the_rows_of_a_variable(shell, tiny_folder):
     ):
         with pytest.raises((CommandError, ConfigError, DataError)) as caught:
             run_line(session, line)
-        assert told in str(caught.value)
+        assert reported in str(caught.value)

@@ -34,9 +34,9 @@ def test_a_saved_adapter_answers_as_its_run_does(saved, tmp_path, monkeypatch):
     for asked in ({}, {"base": True}, {"temperature": 0.8, "seed": 3}):
         answer = run.generate("say red", max_tokens=12, **asked)
         assert model.generate("say red", max_tokens=12, **asked) == answer
-    told = []
-    many = model.generate(["say red", "say blue"], max_tokens=6, on_text=lambda texts: told.append(list(texts)))
-    assert told[-1] == many
+    reported = []
+    many = model.generate(["say red", "say blue"], max_tokens=6, on_text=lambda texts: reported.append(list(texts)))
+    assert reported[-1] == many
     assert model.generate("say red", max_tokens=12) != model.generate("say red", max_tokens=12, base=True)
 
 

@@ -68,11 +68,11 @@ def noted(run, log):
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.write(file, f"resumed {run.step_count} {time.time()}\n".encode())
 
-    def told(event):
+    def reported(event):
         if isinstance(event, StepCompleted):
             os.write(file, f"update {event.step} {time.time()}\n".encode())
 
-    run.listen(told)
+    run.listen(reported)
 
 
 def live(kind, folder, model):

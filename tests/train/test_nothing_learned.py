@@ -64,11 +64,11 @@ def test_a_run_in_which_nothing_was_learned_says_so(tmp_path, tiny_folder):
 
 @pytest.mark.long
 def test_a_run_that_learned_once_is_no_run_that_learned_nothing(tmp_path, tiny_folder):
-    told = []
+    reported = []
 
     def at_first(completions):
-        told.append(1)
-        return [e_share(text) if len(told) == 1 else 1.0 for text in completions]
+        reported.append(1)
+        return [e_share(text) if len(reported) == 1 else 1.0 for text in completions]
 
     shape = {"steps_per_eval": -1, "iters": 14, "updates_per_rollout": 1}
     run = run_of("grpo", tmp_path, tiny_folder, rewards=[at_first], **shape)

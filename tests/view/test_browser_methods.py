@@ -52,10 +52,10 @@ def shown(kind: str, tokenizer) -> str:
             return row_shown("prompts", row, tokenizer)
     texts = (ATTACK, HIDING, SCRIPTS, "")
     said = [completion(text, at - 1.5, tokenizer) for at, text in enumerate(texts)]
-    told = RolloutCompleted(4, ({"row": 7, "prompt": HIDING + SCRIPTS, "completions": said},), 1.0, (ATTACK,))
+    reported = RolloutCompleted(4, ({"row": 7, "prompt": HIDING + SCRIPTS, "completions": said},), 1.0, (ATTACK,))
     ids = [np.array(tokenizer.encode(text, add_special_tokens=False), np.int32) for text in texts]
     ratios = [(7, tokens, np.linspace(-1, 1, len(tokens), dtype=np.float32)) for tokens in ids]
-    return completions_html(told, tokenizer, ratios if kind == "ratios" else ())
+    return completions_html(reported, tokenizer, ratios if kind == "ratios" else ())
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -207,8 +207,8 @@ def test_the_legend_counts_what_the_mask_trains(kind, nasty, tokenizer, opened):
         page = opened(html)
         page.evaluate(OPEN_ALL)
         text = page.inner_text("#output")
-        told = re.findall(r"(\w+) ([\d,]+) of ([\d,]+)", re.search(r"^trained: (.*)$", text, re.MULTILINE)[1])
-        assert {role: (number(trained), number(total)) for role, trained, total in told} == counts_of(nasty)
+        reported = re.findall(r"(\w+) ([\d,]+) of ([\d,]+)", re.search(r"^trained: (.*)$", text, re.MULTILINE)[1])
+        assert {role: (number(trained), number(total)) for role, trained, total in reported} == counts_of(nasty)
         assert f"{len(mask):,} tokens · {np.count_nonzero(mask):,} trained" in text
         if kind in {"runs", "tokens"}:
             assert f"weight 0.3: {np.count_nonzero(np.isclose(mask, 0.3)):,} tokens" in text

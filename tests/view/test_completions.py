@@ -51,8 +51,8 @@ def completion(text="red", advantage=0.5, *, finished=True, tokens=2, **rewards)
 
 
 def rollout(*groups: list[dict], prompt="say red", problems=()) -> RolloutCompleted:
-    told = tuple({"row": 7 + k, "prompt": prompt, "completions": group} for k, group in enumerate(groups))
-    return RolloutCompleted(4, told, 1.25, problems=tuple(problems))
+    reported = tuple({"row": 7 + k, "prompt": prompt, "completions": group} for k, group in enumerate(groups))
+    return RolloutCompleted(4, reported, 1.25, problems=tuple(problems))
 
 
 def test_a_line_has_every_number_of_its_completion():
@@ -71,12 +71,12 @@ def test_a_line_has_every_number_of_its_completion():
     ]
     assert "⚠ reward short: &lt;b&gt;bad&lt;/b&gt;" in html
     text = completions_text(rollout(group, problems=["reward short: <b>bad</b>"]))
-    told = text.splitlines()
-    numbers = [line.split() for line in told if line[:1].isdecimal()]
+    reported = text.splitlines()
+    numbers = [line.split() for line in reported if line[:1].isdecimal()]
     assert numbers[0] == ["0", "+1.25", "1.5", "0.5", "1", "2"]
     assert numbers[1] == ["1", "-1.25", "0.25", "0.25", "no", "number", "1,200", "cut"]
-    assert [line.strip() for line in told if line.startswith("    ")] == ["red red", "green", "nothing"]
-    assert told[-1] == "⚠ reward short: <b>bad</b>"
+    assert [line.strip() for line in reported if line.startswith("    ")] == ["red red", "green", "nothing"]
+    assert reported[-1] == "⚠ reward short: <b>bad</b>"
 
 
 def test_a_column_name_breaks_only_after_its_underscores_in_any_message():
@@ -339,11 +339,11 @@ def test_a_report_and_a_log_keep_completions_and_problems(make_run, tmp_path):
     assert completions_html(rollout) in page
     assert "<th>perplexity</th>" not in page
     assert "<th>reward</th>" in page
-    told = "\n".join(panel.event_log["lines"])
-    assert "completions of 2 prompts" in told
+    reported = "\n".join(panel.event_log["lines"])
+    assert "completions of 2 prompts" in reported
     problems = [problem for one in run.history.last_rollouts(9) for problem in one.problems]
     assert problems
-    assert "it returned None" in told
+    assert "it returned None" in reported
 
 
 def test_a_row_of_an_update_is_listed_once_with_the_mean_of_its_completions(make_run):

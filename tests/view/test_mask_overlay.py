@@ -211,8 +211,8 @@ def test_known_losses_are_reported_with_their_probability():
     row = conversation()
     losses = np.where(row.loss_mask > 0, 2.0, np.nan)
     tokens = Page(render_html(row, TOKENIZER, token_loss=losses)).tokens()
-    told = [title for title, _, _ in tokens if "loss 2.000 nats, probability 0.135" in title]
-    assert len(told) == int((row.loss_mask > 0).sum())
+    reported = [title for title, _, _ in tokens if "loss 2.000 nats, probability 0.135" in title]
+    assert len(reported) == int((row.loss_mask > 0).sum())
     assert not any("loss" in title for title, _, _ in tokens if "not trained" in title)
     assert "mean loss of the trained tokens 2.000 nats" in render_html(row, TOKENIZER, token_loss=losses)
 

@@ -47,7 +47,7 @@ from runs import rows_run
 from tiny import tiny_rows
 
 
-def heard(panel, *messages):
+def received(panel, *messages):
     """What the page is sent when it sends these."""
     sent = []
     panel.send = lambda content, buffers=None: sent.append(copy.deepcopy(content))
@@ -58,7 +58,7 @@ def heard(panel, *messages):
 
 async def done(run, panel, *messages):
     """Click, and wait until the run stands again."""
-    sent = heard(panel, *messages)
+    sent = received(panel, *messages)
     await asyncio.sleep(0.02)
     await run
     await asyncio.sleep(0.02)
@@ -189,7 +189,7 @@ def test_a_page_that_missed_something_gets_everything(tmp_path, tiny_folder):
     panel = run.panel()
     run.step(3)
     panel.refresh()
-    (whole,) = heard(panel, {"do": "whole"})
+    (whole,) = received(panel, {"do": "whole"})
     assert whole["kind"] == "whole"
     assert whole["series"] == panel.series == panel.get_state()["series"]
     assert [line for line in whole["event_log"]["lines"] if "updates" in line]
@@ -308,8 +308,8 @@ def test_a_prompt_that_is_answered_again_at_the_same_update_has_one_answer_there
     history = History()
     for step, answer in ((0, "base"), (4, "a"), (4, "b"), (6, "c")):
         history.append(SampleGenerated(step, "umbrella", answer, "base"))
-    (told,) = samples_of(history, config)
-    assert told["answers"] == [[0, "base"], [4, "b"], [6, "c"]]
+    (reported,) = samples_of(history, config)
+    assert reported["answers"] == [[0, "base"], [4, "b"], [6, "c"]]
 
 
 # What is being done
@@ -326,20 +326,20 @@ def test_a_panel_is_updated_while_a_cell_blocks_the_kernel_and_says_that_clicks_
         run = rows_run(tmp_path, tiny_folder, iters=30, steps_per_eval=-1, save_every=-1)
         panel = run.panel()
         run.start()
-        told = []
+        reported = []
         for event in run.background.drive_in_cell():  # as in a cell that waits
             if isinstance(event, StepCompleted):
-                told.append((event.step - panel.progress["step"], KEPT in panel.activity.get("words", "")))
+                reported.append((event.step - panel.progress["step"], KEPT in panel.activity.get("words", "")))
                 if event.step == 25:
                     assert panel.clicks == []
         assert panel.clicks == []
         await asyncio.sleep(0.05)
         assert {"save", "rewind"} <= set(panel.clicks)
-        return told
+        return reported
 
-    told = asyncio.run(queued())
-    assert {behind for behind, _ in told[15:]} == {0}
-    assert all(said for _, said in told[20:-1])
+    reported = asyncio.run(queued())
+    assert {behind for behind, _ in reported[15:]} == {0}
+    assert all(said for _, said in reported[20:-1])
 
 
 def standing(state=RunState.RUNNING, step=0, *, trains=True, prepared=True, active=True):
@@ -370,9 +370,9 @@ def test_what_is_done_is_reported_with_how_long_it_takes(monkeypatch):
     assert activity.as_data(standing(step=0), 10)["left"] is None
     now[0] = 102.0
     activity.note(Progress(0, "tokenizing train", 100, 400, 2.0))
-    told = activity.as_data(standing(step=0), 10)
-    assert told["words"] == "tokenizing train rows: 100 of 400, 50 rows a second"
-    assert (told["done"], told["total"], told["left"]) == (100, 400, 6.0)
+    reported = activity.as_data(standing(step=0), 10)
+    assert reported["words"] == "tokenizing train rows: 100 of 400, 50 rows a second"
+    assert (reported["done"], reported["total"], reported["left"]) == (100, 400, 6.0)
     activity.note(Progress(0, "reference", 5, 50))
     now[0] = 103.0
     activity.note(Progress(0, "reference", 15, 50))
@@ -431,7 +431,7 @@ def test_a_pause_is_requested_on_whatever_thread_the_click_arrives(tmp_path, tin
     asked, panel = [], run.panel()
     run.request = asked.append
     panel._later = lambda act: pytest.fail("a pause does not wait for the loop")
-    heard(panel, {"do": "pause"})
+    received(panel, {"do": "pause"})
     assert asked == [Pause()]
 
 
@@ -452,7 +452,7 @@ def test_rows_come_in_pages_with_the_users_own_places(tmp_path, tiny_folder):
     run = rows_run(tmp_path, tiny_folder, val_set_size=4)
     run.step(2)
     panel = run.panel()
-    everything, row, batch, worst, missing = heard(
+    everything, row, batch, worst, missing = received(
         panel,
         {"show": "rows", "id": 1, "which": "all"},
         {"show": "row", "id": 2, "split": "train", "row": 3},
@@ -473,14 +473,14 @@ def test_a_chat_grows_word_by_word_and_can_be_ended(tmp_path, tiny_folder):
     run = rows_run(tmp_path, tiny_folder)
 
     async def talks():
-        panel, told = run.panel(), []
+        panel, reported = run.panel(), []
         run.start(1)
         await run
-        panel.observe(lambda change: told.append(change.new), "talk")
-        heard(panel, {"do": "chat", "text": "say red"}, {"do": "chat", "text": "too early"})
+        panel.observe(lambda change: reported.append(change.new), "talk")
+        received(panel, {"do": "chat", "text": "say red"}, {"do": "chat", "text": "too early"})
         await asyncio.sleep(0)
         assert [turn["done"] for turn in panel.talk] == [True, False]
-        heard(panel, {"do": "enough"})
+        received(panel, {"do": "enough"})
         await asyncio.sleep(0.05)
         await run
         (asked, answer) = panel.talk
@@ -488,7 +488,7 @@ def test_a_chat_grows_word_by_word_and_can_be_ended(tmp_path, tiny_folder):
         assert len(answer["content"]) < 100
         await done(run, panel, {"do": "keep last"})
         assert run.config.sample_prompts in (["say red"], ("say red",))
-        heard(panel, {"do": "new chat"})
+        received(panel, {"do": "new chat"})
         await asyncio.sleep(0.01)
         assert panel.talk == []
 
@@ -505,14 +505,14 @@ def test_a_paused_run_that_answers_is_paused_and_can_be_run(tmp_path, tiny_folde
         await run
         panel.observe(lambda change: states.add(change.new["state"]), "head")
         panel.observe(lambda change: doing.add(change.new.get("words", "").rstrip("0123456789 ")), "activity")
-        heard(panel, {"do": "chat", "text": "say red"})
+        received(panel, {"do": "chat", "text": "say red"})
         await asyncio.sleep(0.01)
         panel.refresh()
         assert run.active
         assert (str(run.state), panel.head["state"]) == ("paused", "paused")
         assert {"run", "step"} <= set(panel.clicks)
         assert "pause" not in panel.clicks
-        heard(panel, {"do": "run"})
+        received(panel, {"do": "run"})
         await asyncio.sleep(0.02)
         panel.refresh()
         assert panel.head["state"] == "running"
@@ -534,12 +534,12 @@ def test_answers_to_kept_prompts_can_be_left_out_while_they_are_given(tmp_path, 
         run.start(1)
         await run
         answered = sum(isinstance(event, SampleGenerated) for event in run.history.events)
-        heard(panel, {"do": "sample"})
+        received(panel, {"do": "sample"})
         while "answering" not in panel.activity.get("words", ""):
             await asyncio.sleep(0.005)
             panel.refresh()
         assert "cancel" in panel.clicks
-        heard(panel, {"do": "cancel"})
+        received(panel, {"do": "cancel"})
         await run
         panel.refresh()
         assert "cancel" not in panel.clicks

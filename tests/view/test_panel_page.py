@@ -95,11 +95,11 @@ def test_no_tab_moves_when_another_is_chosen(opened):
 
 
 def test_no_time_left_is_reported_below_a_second(opened):
-    told = {"words": "loading the model: libraries, 3 of 5", "done": 3, "total": 5, "left": 4.0, "update": 0}
-    page = opened(**{**RUNNING, "activity": told})
+    reported = {"words": "loading the model: libraries, 3 of 5", "done": 3, "total": 5, "left": 4.0, "update": 0}
+    page = opened(**{**RUNNING, "activity": reported})
     doing = page.locator(".mlx-nb-doing > span")
     assert "left" in doing.inner_text()
-    page.evaluate("told => change('activity', told)", {**told, "left": 0.04})
+    page.evaluate("told => change('activity', told)", {**reported, "left": 0.04})
     page.wait_for_timeout(300)
     assert "left" not in doing.inner_text()
 
@@ -131,14 +131,14 @@ def test_the_buttons_of_each_checkpoint_are_whole_where_the_notebook_is_narrow(o
 
 
 def test_what_is_being_done_for_a_paused_run_can_be_cancelled_and_the_run_is_not_said_to_run(opened):
-    told = {
+    reported = {
         "words": "answering the sample prompts: 3 of at most 64 tokens",
         "done": 3,
         "total": 64,
         "left": 9,
         "update": 0,
     }
-    page = opened(activity=told)
+    page = opened(activity=reported)
     page.evaluate("change('clicks', ['cancel', 'run', 'step', 'sample'])")
     assert "running" not in page.get_by_role("status").inner_text()
     assert page.locator(".mlx-nb-doing").inner_text().startswith("answering the sample prompts: 3 of at most 64 tokens")

@@ -176,8 +176,8 @@ def test_the_best_mark_is_the_best_of_the_summary_and_covers_no_curve():
     history.append(replace(validation(4, 2.0), best=True))
     history.append(validation(8, 1.5))  # by hand, of other rows: no adapter was kept for it
     axes = plot_history(history).axes[0]
-    told = dict(summary_rows(history))["best validation"]
-    assert told == "2.0000 at update 4"
+    reported = dict(summary_rows(history))["best validation"]
+    assert reported == "2.0000 at update 4"
     (ring,) = (line for line in axes.get_lines() if line.get_markersize() == 9)
     assert (list(ring.get_xdata()), list(ring.get_ydata())) == ([4], [2.0])
     (label,) = (text for text in axes.texts if text.get_text() == "best 2.000")

@@ -48,8 +48,8 @@ def completion(reward: float | None = 1.0, finished: bool = True, **changed) -> 
 
 
 def rollout(step: int, *groups: list[dict], seconds: float = 3.0, problems: tuple[str, ...] = ()) -> RolloutCompleted:
-    told = tuple({"row": row, "prompt": "say red", "completions": group} for row, group in enumerate(groups))
-    return RolloutCompleted(step, told, seconds, problems=problems)
+    reported = tuple({"row": row, "prompt": "say red", "completions": group} for row, group in enumerate(groups))
+    return RolloutCompleted(step, reported, seconds, problems=problems)
 
 
 def test_the_metrics_that_say_most_come_first_and_times_never():
@@ -133,11 +133,13 @@ def test_a_run_that_is_not_over_tells_its_best_validation_too():
 
 
 def test_a_rollout_is_counted_in_one_line_and_its_problems_are_reported_beside():
-    told = rollout(2, [completion(1.0), completion(0.0, finished=False)], [completion(None)], problems=("right: bad",))
-    assert describe(told) == (
+    reported = rollout(
+        2, [completion(1.0), completion(0.0, finished=False)], [completion(None)], problems=("right: bad",)
+    )
+    assert describe(reported) == (
         "update 2: 3 completions of 2 prompts, reward 0.5 ± 0.5, 1 cut off, sampled in 3.0 s, 1 problem"
     )
-    assert remarks(told) == ("right: bad",)
+    assert remarks(reported) == ("right: bad",)
     assert "no reward" in rollout_words(rollout(0, [completion(None)]))
     assert remarks(RunStarted(0, "run", 4, 10, 100, 8, 4, ("a note",))) == ("a note",)
     assert remarks(update(1)) == ()
@@ -196,17 +198,17 @@ def test_elapsed_is_the_wall_clock_and_says_what_it_went_into(monkeypatch):
 
 
 def test_the_end_of_a_run_that_overfits_says_so_and_names_the_best_adapter():
-    def told(last: float) -> dict[str, str]:
+    def reported(last: float) -> dict[str, str]:
         losses = [best(evaluation(0, 3.0)), update(1), best(evaluation(2, 1.0)), update(4), evaluation(4, last)]
         return dict(
             summary_rows(History([*losses, RunFinished(4, "iters reached", 8.0, 1, 1.0, 1.0, 2, "adapters/x")]))
         )
 
-    assert told(1.5)["overfitting"] == (
+    assert reported(1.5)["overfitting"] == (
         "validation loss rose from 1.0000 at update 2 to 1.5000. The adapter of update 2 is in adapters/x/best"
     )
-    assert "overfitting" not in told(1.005)
-    assert "overfitting" not in told(0.9)
+    assert "overfitting" not in reported(1.005)
+    assert "overfitting" not in reported(0.9)
 
 
 def test_a_pace_of_few_updates_says_so():
