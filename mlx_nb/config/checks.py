@@ -110,7 +110,7 @@ def _check_method(config: CheckedConfig) -> Iterator[SettingError]:
                 f"`method_options.{name}` is not an option of {method.name}.{did_you_mean(name, options)} {known}",
             )
         elif name in _declared(config) and is_built_in(method.name):
-            yield SettingError(("method_options", name), f"`{name}` is a setting of its own: write `{name}: ...`.")
+            yield SettingError(("method_options", name), f"`{name}` is a separate setting: write `{name}: ...`.")
     yield from _check_option_kinds(config.method_options, method.loss(config.loss))
 
 

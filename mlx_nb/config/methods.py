@@ -203,8 +203,8 @@ def method_named(name: str) -> Method:
         similar = _OTHER_NAMES.get(name.lower()) if isinstance(name, str) else None
         hint = f" mlx_nb has none of that name; {similar} is the nearest." if similar else did_you_mean(name, METHODS)
         raise ConfigError(
-            f"`method` cannot be {name!r}.{hint} There are: {', '.join(METHODS)}. "
-            "One of your own comes first: run the cell with its `register_objective`."
+            f"`method` cannot be {name!r}.{hint} Known: {', '.join(METHODS)}. "
+            "For a method of your own, first run the cell with its `register_objective`."
         )
     return METHODS[name]
 
@@ -234,9 +234,9 @@ def register_objective(
         def my_dpo(pairs, *, beta=0.1):
             return -mx.log(mx.sigmoid(beta * (pairs.chosen_P - pairs.rejected_P)))
 
-    What the function takes and gives depends on `rows`; `mlx_nb.objectives.base` says it for each kind. Its
+    What the function takes and returns depends on `rows`; `mlx_nb.objectives.base` describes it for each kind. Its
     keyword-only parameters are its options: settings of the same name, or entries of `method_options`. It must be
-    pure; `mlx_nb.check_objective(name)` tries that and more. `metrics` (name: what it says) documents what it adds.
+    pure; `mlx_nb.check_objective(name)` tests that and more. `metrics` ({name: meaning}) documents what it adds.
     Registering a name again replaces it. Raises ConfigError for the name of a built-in method, an unknown kind, or a
     function that takes something else.
     """

@@ -113,7 +113,7 @@ class DeclaredSettings(Settings):
     method_options: dict[str, Any] = field(
         default_factory=dict,
         metadata={
-            "help": "Options of a method of your own: keyword-only parameters of its loss function.",
+            "help": "Options of a user-defined method: keyword-only parameters of its loss function.",
             "group": "method",
             "live": False,
             "bounds": {},
@@ -233,17 +233,17 @@ class DeclaredSettings(Settings):
     )
     test_split: str | None = setting(None, "Name of the test split. null = test.", group="rows")
     leave_out: tuple[int, ...] | None = setting(
-        None, "Training rows that are not trained, by number, as the row views count them. null = none.", group="rows"
+        None, "Numbers of the training rows to leave out, as shown in the row views. null = none.", group="rows"
     )
     down_weight: tuple[int, ...] | None = setting(
         None,
-        "Training rows that count less than the others, by number, as the row views count them. null = none.",
+        "Numbers of the training rows to give less weight, as shown in the row views. null = none.",
         group="rows",
         only_for=("tokens", "pairs"),
     )
     down_weight_factor: float = setting(
         0.5,
-        "What a row of down_weight counts; any other counts 1.",
+        "Weight of the rows in down_weight; other rows have weight 1.",
         group="rows",
         above=0,
         below=1,
@@ -283,7 +283,7 @@ class DeclaredSettings(Settings):
     roles: dict[str, str] = field(
         default_factory=dict,
         metadata={
-            "help": "Your data's own words for who speaks, such as {speaker_a: user, speaker_b: assistant}.",
+            "help": "Role names in your data and what they mean, such as {speaker_a: user, speaker_b: assistant}.",
             "group": "rows",
             "live": False,
             "synonyms": {},
@@ -383,7 +383,7 @@ class DeclaredSettings(Settings):
     )
     loss_spike: float | None = setting(
         10.0,
-        "Name an update whose loss is this many deviations (robust, at least 0.1 nats each) above the median of the "
+        "Report an update whose loss is this many deviations (robust, at least 0.1 nats each) above the median of the "
         "last 32 with rows of about its length; see spike_patience. null = never.",
         group="training",
         above=0,
@@ -412,8 +412,8 @@ class DeclaredSettings(Settings):
     )
     schedule_iters: int | None = setting(
         None,
-        "Updates that lr_schedule is for; the rate of the last of them stays for all after it. null = the whole run: "
-        "the schedule of one that gets longer is stretched.",
+        "Length of lr_schedule in updates; later updates keep its last rate. null = the whole run: if the run gets "
+        "longer, the schedule is stretched.",
         group="optimizer",
         at_least=1,
         live=True,
@@ -427,8 +427,8 @@ class DeclaredSettings(Settings):
     )
     grad_checkpoint: bool = setting(
         False,
-        "Keep of each layer only what goes into it, and compute the rest again for the gradient: the same numbers in a "
-        "fraction of the memory, for more time.",
+        "Keep only the input of each layer, and compute the rest again for the gradient: the same numbers in a "
+        "fraction of the memory, but in more time.",
         group="training",
     )
     segment_size: int = setting(
@@ -449,8 +449,8 @@ class DeclaredSettings(Settings):
     )
     packing: Literal["auto", True, False] = setting(
         "auto",
-        "Compute the rows of a batch one after the other in one row, without padding, and what they begin with in "
-        "common once: the same numbers to rounding. auto = where that saves enough.",
+        "Compute the rows of a batch as one long row, without padding, and a common beginning only once: the same "
+        "numbers to rounding. auto = where that saves enough.",
         group="training",
     )
     memory_limit: str = setting(
@@ -518,7 +518,7 @@ class DeclaredSettings(Settings):
     autosave_minutes: float | None = setting(
         10.0,
         "Write an exact checkpoint when the last one is this old, and sooner where writing takes under 1% of the "
-        "time since. null = only when something else asks for it.",
+        "time since. null = none by time.",
         group="saving",
         above=0,
         live=True,

@@ -58,7 +58,7 @@ def checked_by_llama_cpp(model: nn.Module, tokenizer: Any, job: dict[str, Any], 
     for number, (text, wanted) in enumerate(zip(texts, tokens)):
         if found[f"text-{number}"].tolist() != list(wanted):
             raise ModelError(
-                f"{name}: llama.cpp splits {text[:40]!r} into other tokens than the tokenizer of the model."
+                f"{name}: llama.cpp splits {text[:40]!r} into tokens that differ from those of the model's tokenizer."
             )
     if not found["ends"].all():
         wrong = fast.convert_ids_to_tokens([ends[int(found["ends"].argmin())]])
@@ -71,7 +71,7 @@ def checked_by_llama_cpp(model: nn.Module, tokenizer: Any, job: dict[str, Any], 
         same += agree.tolist()
     checked = Checked(float(np.mean(kls)), float(np.mean(same)), len(kls))
     if not checked.kl <= most_kl:
-        raise ModelError(f"{name}: llama.cpp computes something else than mlx: {checked}. It was not kept.")
+        raise ModelError(f"{name}: llama.cpp does not compute what mlx computes: {checked}. It was not kept.")
     return checked
 
 

@@ -61,7 +61,7 @@ def refuse_foreign(path: Path) -> None:
         return
     free = f"Give another folder, such as {free_name(path)}."
     if os.path.islink(path) or not path.is_dir():
-        raise FolderError(f"{path} is not a folder, so it is not written over. {free}")
+        raise FolderError(f"{path} is not a folder, so it is not overwritten. {free}")
     written = WrittenFiles(path)
     if written.run is not None and written.kind != EXPORT:
         raise FolderTaken(f"{path} is the folder of the run {written.name!r}, so nothing was written. {free}")

@@ -58,11 +58,11 @@ def _is_default(path: Path, folder: Path) -> bool:
 
 def _refuse_taken(path: Path, name: str) -> None:
     if os.path.islink(path):
-        there = "a link, so it is not written over"
+        there = "a link, so it is not overwritten"
     elif path.is_dir():
         there = "a folder"
     elif path.exists() and not _is_report(path, name):
-        there = f"not a report of {name}, so it is not written over"
+        there = f"not a report of {name}, so it is not overwritten"
     else:
         return
     raise CommandError(f"{path} is {there}. Give another name, such as {_free(path)}.")

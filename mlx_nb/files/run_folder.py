@@ -251,7 +251,7 @@ class RunFolder:
                 kept = kept_run(target)
         if kept is None:
             return []
-        moved = f"The adapter that was in {self.path} is now in {target}, with all of its run: {megabytes(kept.bytes)}."
+        moved = f"The adapter from {self.path} is now in {target}, with the rest of its run: {megabytes(kept.bytes)}."
         way_back = resume_command(kept.folder)
         ways = [f"{way_back} continues with it"] if way_back else []
         return [f"{moved} {', '.join([*ways, f'{delete_command(kept.folder)} removes it'])}."]
@@ -322,7 +322,7 @@ class RunFolder:
         for name in (ADAPTER_FILE, PEFT_FILE, CONFIG_FILE):
             if name not in own and os.path.lexists(self.path / name):
                 raise FolderError(
-                    f"{self.path / name} was not written by mlx_nb, so it is not written over. Give another folder."
+                    f"{self.path / name} was not written by mlx_nb, so it is not overwritten. Give another folder."
                 )
         return self.begin()
 

@@ -43,7 +43,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     read = dict(pairs)
     if len(read) < len(pairs):
         raise WrongJson(
-            f"the key {shown(next(key for key, _ in pairs if [k for k, _ in pairs].count(key) > 1))} is twice"
+            f"the key {shown(next(key for key, _ in pairs if [k for k, _ in pairs].count(key) > 1))} occurs twice"
         )
     return read
 

@@ -85,7 +85,7 @@ def run_in(folder: Path) -> tuple[str, str] | None:
 def not_ours_error(files: str) -> FolderError:
     """The error for a file that mlx_nb would write over but did not write itself."""
     return FolderError(
-        f"{files} would be written over, and mlx_nb did not write it, or it was changed since. Nothing was moved. Give "
+        f"{files} would be overwritten, but mlx_nb did not write it, or it was changed since. Nothing was moved. Give "
         "another `--name` or adapter_path."
     )
 

@@ -287,7 +287,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 def end_stuck(number: int = signal.SIGINT) -> None:
     """End the process from inside a function that suppresses every exception, with the last boundary saved."""
     print(
-        "A function of your own catches every interrupt, so this process ends here. What was done until the last "
+        "A user-defined function catches every interrupt, so this process ends here. What was done until the last "
         "update is saved.",
         file=sys.stderr,
     )

@@ -53,7 +53,7 @@ class Interruptible:
         self._strikes, self._struck_at = self._strikes + 1, time.monotonic()
         if self._strikes == STRIKES:
             print(
-                "A function of your own catches every interrupt (`except:` or `except BaseException`), so nothing can "
+                "A user-defined function catches every interrupt (`except:` or `except BaseException`), so nothing can "
                 "end it. One more interrupt saves what was done until the last update and ends this process.",
                 file=sys.stderr,
             )

@@ -1,4 +1,4 @@
-"""Asks the live model of a run, or its base: for the losses of a row, and for streamed answers."""
+"""Computes with the live model of a run, or its base: the losses of a row, and streamed answers."""
 
 from __future__ import annotations
 

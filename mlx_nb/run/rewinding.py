@@ -47,7 +47,7 @@ class Rewinding:
         if isinstance(updates, bool) or not isinstance(updates, int) or updates < 1:
             raise CommandError(f"cannot go back by {updates!r} updates. Give a whole number of 1 or more.")
         if not done:
-            raise CommandError(f"{name} is at update 0: there is no update to take back.")
+            raise CommandError(f"{name} is at update 0: there is no update to undo.")
         if updates > done:
             raise CommandError(
                 f"{name} is at update {done} and cannot go back by {updates}. `%finetune rewind {done}`, or "

@@ -596,7 +596,7 @@ class Run:
             print(f"{self.name}: {error}", file=sys.stderr)
         except CheckpointError as error:
             raise CheckpointError(f"{self.name} is not released, because {error}") from None
-        self.home.give_up(f"{reason or f'{self.name} let go of {self.folder}'} after update {self.step_count}")
+        self.home.give_up(f"{reason or f'{self.name} released {self.folder}'} after update {self.step_count}")
         self._checkpoints.snapshots.forget()
         exits.restore_signals()
 

@@ -80,7 +80,7 @@ class SavedModel:
         """The model's answer, like `Run.generate`: `mlx_nb.load("adapters/bees").generate("umbrella")`."""
         check_generation(prompt, max_tokens, temperature)
         if base and self.config.fine_tune_type == "full":
-            raise CommandError("full fine-tuning changes the base itself, so there is no base left to ask.")
+            raise CommandError("full fine-tuning changes the base itself, so there is no base left to generate with.")
         return generate_answers(
             self._inputs,
             self._inputs.base_model if base else self.model,

@@ -63,7 +63,7 @@ def settings_from(source: Stage, name: str, given: Mapping[str, Any]) -> dict[st
 def refuse_other_start(given: Mapping[str, Any]) -> None:
     """Raise ConfigError if the settings of a stage name an adapter to start from themselves."""
     if given.get(START) is not None:
-        raise ConfigError(f"`{START}` is given, and the run to start from too. Give one.")
+        raise ConfigError(f"both `{START}` and a run to start from are given. Give only one.")
 
 
 def _frozen(source: Stage) -> str:

@@ -161,7 +161,9 @@ def test_a_prompt_that_is_read_in_other_tokens_before_an_answer_is_named(tmp_pat
             tokenizer, [USER] if "messages" in record else record["prompt"], None, Rendering(**rendering)
         )
         assert prompt_of(view) != asked
-        assert any("before it has other tokens when the model is asked" in text for text in view.conversation.problems)
+        assert any(
+            "before it has other tokens when the model is prompted" in text for text in view.conversation.problems
+        )
 
 
 def test_a_prompt_that_generation_writes_differently_is_named(tmp_path):

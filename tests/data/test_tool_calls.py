@@ -178,7 +178,7 @@ def test_an_empty_text_and_missing_arguments_are_no_arguments():
 def test_what_a_text_loses_on_its_way_is_reported():
     row = said("tojson", '{"to": "Rome", "to": "Ostia", "n": 0.10000000000000000001}')
     assert '{"to": "Ostia", "n": 0.1}' in row.text
-    assert any("a key comes twice in one object, such as at 'to'" in problem for problem in row.problems)
+    assert any("a key occurs twice in one object, such as at 'to'" in problem for problem in row.problems)
     assert any("such as at '0.10000000000000000001'" in problem for problem in row.problems)
     with pytest.raises(MaskRefused, match="'a' is infinite"):
         said("tojson", {"a": float("inf")})
@@ -365,7 +365,7 @@ BAD = [
         "is a tool call (role 'function_call'), but its text is not",
     ),
     ({"role": "tool_call", "content": '{"to": "Rome"}'}, "`roles: {tool_call: assistant}` makes it text"),
-    ({"role": "tool_call", "content": '{"name": "a", "name": "b"}'}, "a key comes twice in one object"),
+    ({"role": "tool_call", "content": '{"name": "a", "name": "b"}'}, "a key occurs twice in one object"),
     ({"role": "tool_call", "content": None}, "is a tool call"),
     ({"role": "narrator", "content": "x"}, 'Words of your own: `roles: {"narrator": user}`'),
     ({**CALLING, "function_call": {"name": "x"}}, "has both tool_calls and function_call. Remove one of them."),

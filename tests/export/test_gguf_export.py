@@ -73,7 +73,7 @@ def test_llama_cpp_refuses_a_wrong_layout_and_nothing_is_kept(tmp_path, real_lla
     run = family_run(tmp_path, "llama")
     monkeypatch.setattr(gguf_tensors, "pair_by_pair", lambda rows, _heads: rows)
     monkeypatch.setattr(gguf_tensors, "half_by_half", lambda rows, _heads: rows)  # so that reading back agrees
-    with pytest.raises(ModelError, match=r"llama\.cpp computes something else than mlx: KL divergence"):
+    with pytest.raises(ModelError, match=r"llama\.cpp does not compute what mlx computes: KL divergence"):
         run.gguf(tmp_path / "out", type="f32")
     assert not (tmp_path / "out").exists()
 

@@ -58,7 +58,7 @@ def test_a_forged_lock_keeps_no_run_from_its_folder_and_a_file_that_is_no_lock_i
         lock = folder / ".mlx_nb" / "lock"
         lock.write_text(line)
         if not BEGINNING.startswith(line[: len(BEGINNING)]):
-            with pytest.raises(FolderError, match="lock would be written over, and mlx_nb did not write it") as refused:
+            with pytest.raises(FolderError, match="lock would be overwritten, but mlx_nb did not write it") as refused:
                 Run.resume(folder, data=tiny_rows(8))
             assert "\n" not in str(refused.value)
             assert lock.read_text() == line

@@ -45,7 +45,7 @@ def kept_seeds(here):
 def test_a_rerun_says_how_large_the_kept_folder_is_and_the_command_it_names_removes_it(here, tiny_folder, capsys):
     (note,) = [note for note in run_seeds(tiny_folder, 1, 2) if "is now in" in note]
     kept = here / "adapters/run.previous-1"
-    assert f"is now in {kept}, with all of its run: {sum(sizes_in(kept).values()) / 1e6:,.1f} MB." in note
+    assert f"is now in {kept}, with the rest of its run: {sum(sizes_in(kept).values()) / 1e6:,.1f} MB." in note
     command = re.search(r"`mlx-nb (delete [^`]*)`", note)[1]
     assert main(shlex.split(command)) == 0
     assert not kept.exists()

@@ -58,8 +58,8 @@ def test_a_setting_of_a_run_that_is_over_does_not_act_on_a_next_update(asked):
 @pytest.mark.parametrize(
     ("updates", "command", "said"),
     [
-        (0, "rewind 99", "is at update 0: there is no update to take back."),
-        (0, "rewind", "is at update 0: there is no update to take back."),
+        (0, "rewind 99", "is at update 0: there is no update to undo."),
+        (0, "rewind", "is at update 0: there is no update to undo."),
         (3, "rewind 99", "is at update 3 and cannot go back by 99. `%finetune rewind 3`"),
         (3, "rewind 0", "cannot go back by 0 updates. Give a whole number of 1 or more."),
         (3, "rewind --to 7", "is at update 3 and cannot go back to 7."),

@@ -183,7 +183,7 @@ def test_a_reward_that_catches_everything_cannot_keep_the_process_from_its_end(t
         process.kill()
     assert process.returncode == -number
     assert said.splitlines()[-1].startswith(
-        "A function of your own catches every interrupt, so this process ends here."
+        "A user-defined function catches every interrupt, so this process ends here."
     )
     assert "Traceback" not in said
     saved = CheckpointStore(tmp_path / "a" / "checkpoints").list()

@@ -46,9 +46,7 @@ def test_the_completion_that_a_function_raises_on_is_named_and_the_others_keep_t
 def test_a_problem_counts_completions_within_their_row_and_knows_its_index():
     problem = scores_of(lambda completion: 1 if completion != "four" else None).problems[0]
     assert problem.completion_index == 3
-    assert (
-        problem.error == 'reward <lambda>: completion 1 of row 20 ("four"): it returned None, where a number belongs.'
-    )
+    assert problem.error == 'reward <lambda>: completion 1 of row 20 ("four"): it returned None, not a number.'
 
 
 @pytest.mark.parametrize(
@@ -57,7 +55,7 @@ def test_a_problem_counts_completions_within_their_row_and_knows_its_index():
         (math.nan, "nan, which is not finite"),
         (math.inf, "inf, which is not finite"),
         (10**400, "which is not finite"),
-        (None, "None, where a number belongs"),
+        (None, "None, not a number"),
         ("high", 'the text "high", where'),
         ([0.5], "a list, where"),
         (np.array([0.5]), "a list, where"),

@@ -113,7 +113,7 @@ def test_what_was_chosen_is_written_as_rows_and_nothing_is_written_over(tmp_path
     path = rows.export("good.jsonl", leave_out=[0, 2])
     written = [json.loads(line) for line in path.read_text().splitlines()]
     assert written == [row for number, row in enumerate(tiny_rows()) if number not in (0, 2)]
-    with pytest.raises(CommandError, match="is there already"):
+    with pytest.raises(CommandError, match="already exists"):
         rows.export("good.jsonl")
 
 
@@ -158,7 +158,7 @@ def test_the_row_view_writes_the_rows_that_were_found(tmp_path, tiny_folder, mon
     assert browser.export_note.value == "3 rows were written to selection.jsonl"
     assert [json.loads(line) for line in (tmp_path / "selection.jsonl").read_text().splitlines()] == [data[1]] * 3
     browser.write.click()
-    assert "is there already" in browser.export_note.value
+    assert "already exists" in browser.export_note.value
 
 
 def test_the_command_shows_the_rows_of_a_variable(shell, tiny_folder):

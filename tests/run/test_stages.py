@@ -99,7 +99,7 @@ def test_the_start_stays_what_it_was_when_the_source_trains_on(sft):
 def test_what_cannot_be_a_next_stage_is_a_one_line_error(sft, tmp_path, tiny_folder):
     with pytest.raises(CommandError, match="the next stage after run needs another name"):
         sft.next_stage("run", data=tiny_rows(20))
-    with pytest.raises(ConfigError, match="`resume_adapter_file` is given, and the run to start from too"):
+    with pytest.raises(ConfigError, match="both `resume_adapter_file` and a run to start from are given"):
         sft.next_stage("dpo", resume_adapter_file="x")
     other = rows_run(tmp_path, tiny_folder, adapter_path=str(tmp_path / "other"))
     with pytest.raises(CommandError, match="has no update yet"):

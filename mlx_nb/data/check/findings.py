@@ -71,17 +71,17 @@ KINDS: dict[str, Kind] = {
     "shared_with_train": Kind(
         WARNING,
         "rows that are in the training rows too",
-        "Remove them from one split: the loss on them tells nothing about new rows.",
+        "Remove them from one split: the loss on them says nothing about new rows.",
     ),
     "nearly_shared_with_train": Kind(
-        WARNING, "rows nearly the same as a training row", "Look at the pairs; keep alike rows in one split."
+        WARNING, "rows nearly the same as a training row", "Look at the pairs; keep similar rows in one split."
     ),
     "exact_duplicates": Kind(
         WARNING, "rows that repeat an earlier row exactly", "Remove the copies, unless they are meant to count more."
     ),
     "near_duplicates": Kind(NOTE, "rows nearly the same as another row", "Look at the groups; keep the best of each."),
     "repeated_prompts": Kind(
-        NOTE, "rows that ask what an earlier row asks", "Fine where the answers differ; such a prompt counts more."
+        NOTE, "rows with the same prompt as an earlier row", "Fine if the answers differ; such a prompt counts more."
     ),
     "missing_answers": Kind(
         WARNING,
@@ -114,26 +114,28 @@ KINDS: dict[str, Kind] = {
     "mixed_formats": Kind(
         WARNING,
         "rows written in another format than the first: raw text beside the chat template",
-        "The model learns two formats and is asked in one. Set `prompt_format`, or make the rows alike.",
+        "The model learns two formats but is prompted in one. Set `prompt_format`, or make the rows alike.",
     ),
     "control_tokens": Kind(
         WARNING,
         "rows with a control token in their own text",
-        "It becomes the real token. Remove it, or set `special_tokens_in_text: text`, which makes ordinary text of it.",
+        "It becomes the real token. Remove it, or `special_tokens_in_text: text` turns it into ordinary text.",
     ),
     "markers": Kind(
         NOTE,
         "rows with a marker of the model in their own text",
-        "Fine where it is meant so; `special_tokens_in_text: text` makes ordinary text of it.",
+        "Fine if intended; `special_tokens_in_text: text` turns it into ordinary text.",
     ),
     "empty_turns": Kind(
-        WARNING, "rows with an empty turn", "Fill the turn or drop the row. An empty reply teaches to say nothing."
+        WARNING,
+        "rows with an empty turn",
+        "Fill the turn or drop the row. An empty reply teaches silence.",
     ),
     "long_turns": Kind(
         NOTE, "rows with a very long turn", "See whether something was pasted whole, such as a log or a page."
     ),
     "assistant_first": Kind(
-        WARNING, "conversations that the assistant opens", "Put the user's message in front, or drop the row."
+        WARNING, "conversations that start with the assistant", "Put the user's message in front, or drop the row."
     ),
     "same_role_twice": Kind(
         WARNING,
@@ -154,7 +156,7 @@ KINDS: dict[str, Kind] = {
     "tool_values": Kind(
         NOTE,
         "values in tool calls and tools",
-        "Nothing to do where a table wrote them. Else see what is trained: `%finetune row {row}`.",
+        "Nothing to do if a table wrote them. Otherwise see what is trained: `%finetune row {row}`.",
     ),
     "no_chat_template": Kind(
         ERROR,

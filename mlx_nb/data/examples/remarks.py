@@ -57,7 +57,7 @@ def _unused_columns(
 def _role_remarks(roles: Sequence[str], *, answered: bool) -> Iterator[tuple[str, str]]:
     spoken = [role for role in roles if role != "system"]
     if spoken[:1] == ["assistant"]:
-        yield "assistant_first", "the assistant opens the conversation"
+        yield "assistant_first", "the conversation starts with the assistant"
     again = [a for a, b in pairwise(spoken) if a == b and a in ("user", "assistant")]
     if again:
         yield "same_role_twice", f"two messages in a row from the {again[0]}"

@@ -142,7 +142,7 @@ class Edges:
             own = own[self.offsets.starts[own] >= compared]
             read_tokens = read_tokens[prompt.offsets[:, 0] >= compared - read_from]
         same = np.array_equal(self.tokens[own], read_tokens)
-        return "" if same else f"{before[-8:]!r} before it has other tokens when the model is asked."
+        return "" if same else f"{before[-8:]!r} before it has other tokens when the model is prompted."
 
 
 def _prompt_tokens(before: str, tokenizer: Tokenizer) -> _PromptTokens:

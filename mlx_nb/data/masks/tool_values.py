@@ -35,7 +35,7 @@ _SENTENCES = {
         "Keep it as text there.",
         False,
     ),
-    REPEATED: ("a key comes twice in one object, such as at {where} ({count} in all): the last is written.", False),
+    REPEATED: ("a key occurs twice in one object, such as at {where} ({count} in all): the last is written.", False),
     INEXACT: (
         "a number is too large or too fine to be exact to its last digit, such as at {where} ({count} in all). Write "
         "it as text.",

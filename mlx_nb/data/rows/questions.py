@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_nb.data.rows.columns import Messages
 from mlx_nb.data.rows.content import RowContent, TextOrMessages
-from mlx_nb.data.rows.imitation import ChatRow, PromptCompletionRow
+from mlx_nb.data.rows.imitation import ChatRow, PromptCompletionRow, TextRow
 from mlx_nb.data.rows.preference import LabeledRow, PreferenceRow
 from mlx_nb.data.rows.prompt import PromptRow
 from mlx_nb.errors import DataError
@@ -40,7 +40,8 @@ def question_in(content: RowContent, record: Mapping[str, Any]) -> PromptRow:
         case LabeledRow():
             raise NoReference("its answer is labeled false, so there is no reference to compare with.")
         case _:
-            raise DataError("plain text has no question. Metrics of answers need rows with a prompt and an answer.")
+            what = "plain text" if isinstance(content, TextRow) else f"a {content.shape}"
+            raise DataError(f"{what} has no question. Metrics of answers need rows with a prompt and an answer.")
 
 
 def _before_last_answer(messages: Messages) -> tuple[Messages, str]:

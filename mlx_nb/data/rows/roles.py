@@ -61,7 +61,7 @@ def calls_in_text(value: Any, role: str, where: str) -> list[dict[str, Any]]:
 def _unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     read = dict(pairs)
     if len(read) < len(pairs):
-        raise ValueError("a key comes twice in one object")
+        raise ValueError("a key occurs twice in one object")
     return read
 
 

@@ -22,7 +22,7 @@ def write_rows(source: RowSource, rows: Iterable[int], place: Path) -> int:
                 file.write(json.dumps(source[row], ensure_ascii=False, default=str) + "\n")
                 written += 1
     except FileExistsError:
-        raise CommandError(f"{place} is there already, and is not written over. Name another file.") from None
+        raise CommandError(f"{place} already exists and is not overwritten. Name another file.") from None
     except OSError as error:
         raise CommandError(f"{place} cannot be written: {error.strerror or error}. Name another file.") from None
     return written

@@ -204,7 +204,7 @@ def _take(reading: _Reading, k: int, value: Any, reward: Reward) -> None:
 
 def _number(value: Any) -> float:
     if not isinstance(value, numbers.Real):
-        raise _Unusable(f"it returned {_shown(value)}, where a number belongs")
+        raise _Unusable(f"it returned {_shown(value)}, not a number")
     try:
         number = float(value)
     except Exception:

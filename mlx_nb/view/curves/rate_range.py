@@ -66,7 +66,7 @@ class RateRange:
             return f"tried {tried}{end}. The loss did not fall, so nothing is suggested. Try more updates."
         return (
             f"learning_rate: {self.suggestion:g} is suggested, a tenth of {rates[best]:.1e}, where the loss was "
-            f"lowest ({self.smoothed[best]:+.3f}). Tried {tried}{end}. The run is as it was."
+            f"lowest ({self.smoothed[best]:+.3f}). Tried {tried}{end}. The run is unchanged."
         )
 
     def figure(self) -> ShownFigure:
