@@ -158,7 +158,7 @@ def test_help_names_every_setting():
         ({"method": "dpo", "loss": "dpop", "reference_free": True}, "`reference_free` and `loss: dpop` exclude"),
         ({"method": "dpo", "loss_on": "all"}, "`loss_on: all` trains prompts"),
         ({"method": "dpo", "loss": "robust", "label_smoothing": 0.5}, "below 0.5"),
-        ({"method": "dpo", "method_options": {"beta": 1}}, "`beta` is a setting of its own"),
+        ({"method": "dpo", "method_options": {"beta": 1}}, "`beta` is a separate setting"),
         ({"dpo_cpo_loss_type": "ipo"}, "Here it is `loss`"),
         ({"method": "dpo", "beta": 0}, "leaves nothing of `method: dpo` to learn"),
         ({"method": "dpo", "text_feature": "x"}, "`text_feature` has no effect"),

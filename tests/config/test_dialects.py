@@ -201,7 +201,7 @@ LINES = {
     "train_mode: xpo": "not here   line 1    train_mode: xpo. mlx_nb has no method xpo",
     "model_dir: m\nsegment_size: 4": "converted  line 2    segment_size: 4 -> grad_checkpoint: true. the gradient is "
     "computed one layer at a time",
-    "model_dir: m\nrank_scaling: by_bits": "not here   line 2    rank_scaling: by_bits. mlx_nb has no rank of its own "
+    "model_dir: m\nrank_scaling: by_bits": "not here   line 2    rank_scaling: by_bits. mlx_nb has no separate rank "
     "for each layer",
     "model_name_or_path: m\nmax_steps: 200\nwarmup_ratio: 0.1": (
         "converted  line 3    warmup_ratio: 0.1 -> lr_schedule: {warmup: 20}. of the updates"

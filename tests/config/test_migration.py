@@ -301,8 +301,8 @@ LINES = {
         "default) or `loss_on: all`.",
     ],
     "lora_modules_to_save: [embed_tokens]": [
-        "line 1, column 1: unknown setting `lora_modules_to_save`. mlx_nb has no training of further "
-        "modules in full yet. Remove it.",
+        "line 1, column 1: unknown setting `lora_modules_to_save`. mlx_nb has no full training of more modules yet. "
+        "Remove it."
     ],
     "lr_scheduler_kwargs: {}": [
         "line 1, column 1: unknown setting `lr_scheduler_kwargs`. Here it is `lr_schedule: {name: ..., "

@@ -56,10 +56,10 @@ def test_a_problem_counts_completions_within_their_row_and_knows_its_index():
         (math.inf, "inf, which is not finite"),
         (10**400, "which is not finite"),
         (None, "None, not a number"),
-        ("high", 'the text "high", where'),
-        ([0.5], "a list, where"),
-        (np.array([0.5]), "a list, where"),
-        (1j, "a complex, where"),
+        ("high", 'the text "high", not a number'),
+        ([0.5], "a list, not a number"),
+        (np.array([0.5]), "a list, not a number"),
+        (1j, "a complex, not a number"),
     ],
 )
 def test_what_is_no_finite_number_is_missing(value, said):
