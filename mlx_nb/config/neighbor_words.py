@@ -291,8 +291,6 @@ AFTERWARDS = {
 
 # Of the words in the other tables: those that change nothing that is trained, and what to know about them.
 HARMLESS = {
-    "efficient_long_context": "it saves memory: see `grad_checkpoint` and `%finetune plan`",
-    "seq_step_size": "it saves memory: see `grad_checkpoint` and `%finetune plan`",
     "clear_cache_threshold": "memory is cleared as needed",
     **dict.fromkeys(("report_to", "project_name", "wandb", "wandb_project", "wandb_run_name"), "nothing is sent"),
     **dict.fromkeys(("upload_repo", "push_to_hub", "hub_model_id"), "nothing is sent"),

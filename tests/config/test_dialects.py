@@ -194,13 +194,11 @@ LINES = {
     "training; there it has no effect on a quantized model",
     "train_mode: sft\nqat_enable: false": "ignored    line 2    qat_enable: false. it is off",
     "train_mode: sft\nload_in_mxfp4: true": "not here   line 2    load_in_mxfp4: true. mlx_nb has no mxfp4",
-    "train_mode: sft\nefficient_long_context: true": "ignored    line 2    efficient_long_context: true. it saves "
-    "memory: see `grad_checkpoint` and `%finetune plan`",
+    "train_mode: sft\nefficient_long_context: true": "taken      line 2    efficient_long_context: true",
     "train_mode: sft\nlm_studio_name: bees": "ignored    line 2    lm_studio_name: bees. After training, `%finetune "
     "gguf --lm-studio NAME` writes the model there",
     "train_mode: xpo": "not here   line 1    train_mode: xpo. mlx_nb has no method xpo",
-    "model_dir: m\nsegment_size: 4": "converted  line 2    segment_size: 4 -> grad_checkpoint: true. the gradient is "
-    "computed one layer at a time",
+    "model_dir: m\nsegment_size: 4": "taken      line 2    segment_size: 4",
     "model_dir: m\nrank_scaling: by_bits": "not here   line 2    rank_scaling: by_bits. mlx_nb has no separate rank "
     "for each layer",
     "model_name_or_path: m\nmax_steps: 200\nwarmup_ratio: 0.1": (

@@ -33,6 +33,8 @@ _LOST = {
     "roles": "roles are user, assistant and system there",
     "chat_template": "the template is that of the model there",
     "prompt_format": "prompts and completions get the chat template there",
+    "segment_size": "there is none there; `grad_checkpoint` saves memory",
+    "efficient_long_context": "left out, because there keys and values of earlier chunks get no gradient",
     "label_smoothing": "there is none there",
     "z_loss": "there is none there",
     "loss": "its loss differs there",

@@ -269,12 +269,6 @@ def _layers(given: Given) -> Meaning:
     return Meaning("not here", {}, "only the last N layers can be chosen: `num_layers: N`")
 
 
-def _segments(given: Given) -> Meaning:
-    if not given.is_on or given.value == 0:
-        return Meaning("ignored", {}, "it is off")
-    return Meaning("converted", {"grad_checkpoint": True}, "the gradient is computed one layer at a time")
-
-
 def _max_norm(given: Given) -> Meaning:
     return as_here(given, {"grad_clip": None if is_off(given.value) else given.value})
 
@@ -341,7 +335,6 @@ RULES: dict[str, Rule] = {
     "reward_weights": _reward_weights,
     **dict.fromkeys(("template", "chat_template"), _template),
     "layers_to_transform": _layers,
-    "segment_size": _segments,
     **dict.fromkeys(("max_grad_norm", "gradient_clipping", "clip_grad_norm"), _max_norm),
     **dict.fromkeys(("lora_target", "lora_target_modules"), _modules),
     "use_chat_template": _format,
