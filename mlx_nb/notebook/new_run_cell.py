@@ -32,12 +32,13 @@ class Field(NamedTuple):
 
 
 def fields_of(given: Mapping[str, str], namespace: Mapping[str, Any]) -> list[Field]:
-    """The settings in the form for the method in `given`, with the choices in this notebook."""
+    """The settings in the form for the method in `given`, and others in `given`, with the choices in this notebook."""
     method = METHODS.get(given.get("method") or "sft", METHODS["sft"])
     own = _OF_METHODS if method.name != "sft" else ()
     described = {line.name: line for line in setting_help()}
     fields = []
-    for name in (*TEN, *own):
+    more = [name for name in given if name not in (*TEN, *own, NAME) and name in described and given[name].strip()]
+    for name in (*TEN, *own, *more):
         outer = name.partition(".")[0]
         if not method.uses(outer, SETTINGS[outer].metadata["only_for"]):
             continue

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 from mlx_nb.config.memory_limit import AUTO, OFF
+from mlx_nb.data.sources.splits import is_local
 from mlx_nb.errors import ModelError
 from mlx_nb.events import Progress
+from mlx_nb.process.pieces import on_thread, relayed
 from mlx_nb.run.inputs import RunInputs
 
 if TYPE_CHECKING:
@@ -21,13 +23,49 @@ def plan_of(inputs: RunInputs, memory: str | None, seconds: float | None) -> Mem
 
     The largest batch is that of the rows if they are tokenized already, otherwise the largest that the settings allow.
     """
-    from mlx_nb.train.memory_plan import MemoryPlanner, completed, full_shape, planned, shape_of
+    from mlx_nb.train.memory_advice import completed
+    from mlx_nb.train.memory_plan import MemoryPlanner, full_shape, planned, shape_of
 
     config = inputs.config
     known = inputs.examples.train if "examples" in inputs.__dict__ else []
     shape = shape_of(config, known) if known else full_shape(config)
     planner = MemoryPlanner(inputs.description, config)
     return completed(planned(config.model, planner, shape, _budget(inputs, memory), seconds), planner)
+
+
+def plans_in_pieces(inputs: RunInputs) -> Generator[Progress | MemoryPlan, None, MemoryPlan | None]:
+    """`plan_of` for a notebook that stays responsive: yields Progress and, as soon as possible, incomplete plans.
+
+    Local rows of a local model are tokenized first, because most rows are shorter than `max_seq_length` allows.
+    Downloads at most the config.json of a hub model. The result is None if even that is not here yet.
+    """
+    from mlx_nb.model.mlx_lm_import import import_mlx_lm
+    from mlx_nb.model.model_source import is_at_hand, is_hub_id, model_named
+
+    config, model = inputs.config, model_named(inputs.config)
+    at_hand = is_at_hand(model)
+    if not at_hand and not is_hub_id(model):
+        return None
+    yield from _on_thread("loading mlx_lm", import_mlx_lm)
+    from mlx_nb.train.memory_advice import completing
+    from mlx_nb.train.memory_plan import MemoryPlanner, full_shape, planned, shape_of
+
+    yield from _on_thread("reading config.json", lambda: inputs.description)
+    shape = full_shape(config)
+    if at_hand and is_local(config.data, inputs.namespace, config.working_folder):
+        yield from _on_thread("loading the tokenizer", lambda: inputs.tokenizer)
+        yield from tokenizing(inputs)
+        shape = shape_of(config, inputs.examples.train)
+    planner = MemoryPlanner(inputs.description, config)
+    for _ in planner.recording(shape):
+        yield Progress(0, "planning the memory", 0, 0)
+    plan = planned(config.model, planner, shape, _budget(inputs))
+    yield plan
+    return (yield from completing(plan, planner))
+
+
+def _on_thread(words: str, function: Callable[[], object]) -> Iterator[Progress]:
+    yield from relayed(on_thread(function), lambda _: Progress(0, words, 0, 0))
 
 
 def _budget(inputs: RunInputs, memory: str | None = None) -> int | None:
@@ -45,7 +83,8 @@ def refusing_what_cannot_fit(inputs: RunInputs) -> Generator[Progress, None, Non
     """
     from mlx_nb.model.loading import fetched_folder
     from mlx_nb.model.model_source import model_named
-    from mlx_nb.train.memory_plan import MemoryPlanner, full_shape, planned, refuse_beyond_budget, rough_peak, shape_of
+    from mlx_nb.train.memory_advice import refuse_beyond_budget
+    from mlx_nb.train.memory_plan import MemoryPlanner, full_shape, planned, rough_peak, shape_of
 
     config, budget = inputs.config, _budget(inputs)
     if budget is None or "loaded" in inputs.__dict__:

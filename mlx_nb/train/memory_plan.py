@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from mlx_nb.config.memory_limit import AUTO, OFF, bytes_of
 from mlx_nb.config.methods import method_named
 from mlx_nb.config.run_config import RunConfig
-from mlx_nb.config.settings import LoraParameters
-from mlx_nb.errors import ConfigError, ModelError, OutOfMemory
-from mlx_nb.model.backend import is_cpu
 from mlx_nb.model.graph_memory import Peak
-from mlx_nb.model.limits import context_of
 from mlx_nb.model.memory import gigabytes
 from mlx_nb.model.trees import named_arrays
 from mlx_nb.model.unloaded import keep_layers, layers_are_alike, unloaded_model
@@ -35,10 +31,7 @@ PARTS = (WEIGHTS, TRAINED, GRADIENTS, STATE, NEW, ACTIVATIONS, LOGITS, SNAPSHOTS
 _RECORDED_LAYERS = (2, 3)  # of a model with more layers, which are all alike; or as many segments of layers
 # Longer rows are extrapolated from these: enough tokens for logits in chunks with most vocabularies.
 _RECORDED_TOKENS = (384, 640, 1024)
-_STEP = 64  # tokens: the longest row that fits is found in these steps
-_MOST_ROWS = 1024
-_WORTH_SUGGESTING = 0.03  # share of the peak
-_MOST_SUGGESTIONS = 3
+_MOST_SNAPSHOTS = 1024
 
 
 @dataclass(frozen=True)
@@ -47,6 +40,11 @@ class Suggestion:
 
     line: str
     saves: int
+
+    @property
+    def saving(self) -> str:
+        """`saves` as text."""
+        return gigabytes(self.saves)
 
 
 @dataclass(frozen=True)
@@ -96,27 +94,49 @@ class MemoryPlan:
     def refusal(self) -> str:
         """One line that says why the run does not fit, and what to change."""
         assert self.budget is not None
-        advice = "; ".join(f"`{one.line}` saves {gigabytes(one.saves)}" for one in self.suggestions)
+        advice = "; ".join(f"`{one.line}` saves {one.saving}" for one in self.suggestions)
         return (
             f"this run needs {gigabytes(self.peak)} at its peak ({_sequences(self.shape)}), and "
             f"{gigabytes(self.budget)} may be used (memory_limit). {advice or 'Use a smaller model'}."
         )
 
+    @property
+    def verdict(self) -> str:
+        """Whether an update fits, and what it needs, in one sentence."""
+        needs = f"{gigabytes(self.peak)} at the peak of an update, with {_sequences(self.shape)}"
+        if self.budget is None:
+            return f"It needs {needs}; there is no limit (memory_limit)."
+        if self.fits:
+            return f"It fits: {needs}. {gigabytes(self.budget)} may be used."
+        return f"It does not fit: it needs {needs}, and {gigabytes(self.budget)} may be used (memory_limit)."
+
+    @property
+    def sizes(self) -> list[tuple[str, str]]:
+        """The parts of the peak, with their sizes as text."""
+        return [(name, gigabytes(self.parts[name])) for name in PARTS if self.parts.get(name)]
+
+    @property
+    def limits(self) -> list[tuple[str, str]]:
+        """What fits into the budget: two labels, each with its number as text."""
+        return [
+            ("longest max_seq_length that fits", _limit(self.longest)),
+            ("largest batch_size that fits", _limit(self.most_rows)),
+        ]
+
     def __str__(self) -> str:
         lines = [
             f"{self.model}: {self.parameters:,} parameters, {self.trained:,} trained",
             f"peak of an update, with {_sequences(self.shape)}: {gigabytes(self.peak)}",
-            *(f"  {name:16} {gigabytes(self.parts[name]):>10}" for name in PARTS if self.parts.get(name)),
+            *(f"  {name:16} {size:>10}" for name, size in self.sizes),
         ]
         if self.budget is not None:
             lines.append(f"may use {gigabytes(self.budget)}: {'it fits' if self.fits else 'IT DOES NOT FIT'}")
-            lines.append(f"  longest max_seq_length that fits: {_limit(self.longest)}")
-            lines.append(f"  largest batch_size that fits: {_limit(self.most_rows)}")
+            lines += [f"  {label}: {number}" for label, number in self.limits]
         if self.seconds is not None:
             lines.append(f"an update takes {self.seconds:.3g} s")
         if self.suggestions:
             lines.append("to use less:")
-            lines += [f"  {one.line:48} saves {gigabytes(one.saves)}" for one in self.suggestions]
+            lines += [f"  {one.line:48} saves {one.saving}" for one in self.suggestions]
         return "\n".join(lines)
 
 
@@ -143,59 +163,101 @@ class MemoryPlanner:
         """The memory of the whole model."""
         return UpdateMemory(unloaded_model(self.description, self.config.load_in_bits), self.config)
 
-    def peak(self, shape: BatchShape, *, accumulates: bool | None = None, rough: bool = False) -> dict[str, int]:
+    def peak(
+        self, shape: BatchShape, *, accumulates: bool | None = None, rough_share: float | None = None
+    ) -> dict[str, int]:
         """The peak memory of an update with micro-batches of this shape, by part.
 
-        `accumulates` says whether it has several micro-batches; None = as in the settings. A `rough` peak is
-        interpolated from those of a few shapes.
+        `accumulates` says whether it has several micro-batches; None = as in the settings. With `rough_share`, the
+        share of trained tokens, the peak is interpolated from those of a few shapes.
         """
         whole, config = self.whole, self.config
-        backward = self._interpolated(shape) if rough else self._backward(shape)
+        backward = self._backward(shape) if rough_share is None else self._interpolated(shape, rough_share)
         if config.grad_accumulation_steps > 1 if accumulates is None else accumulates:
             backward = with_more(backward, GRADIENTS, whole.trained_bytes)
         highest = max(backward, self._step, key=lambda peak: peak.total)
         snapshot = whole.trained_bytes + whole.state_bytes
         own = {WEIGHTS: whole.weight_bytes, TRAINED: whole.trained_bytes}
         parts = {**own, **highest.by_kind, STATE: highest.by_kind.get(STATE, 0) + whole.state_bytes}
-        updates = config.iters if config.iters is not None else _MOST_ROWS
+        updates = config.iters if config.iters is not None else _MOST_SNAPSHOTS
         parts[SNAPSHOTS] = min(config.snapshot_memory * 1024**2, snapshot * updates)
         return {name: parts[name] for name in PARTS if parts.get(name)}
 
-    def _interpolated(self, shape: BatchShape) -> Peak:
-        """The peak from those of one and two sequences, linear in their number, and of the recorded lengths."""
-        share, points = self._share(shape), []
+    def recording(self, shape: BatchShape, *, rough_share: float | None = None) -> Iterator[None]:
+        """Record the graphs that `peak` needs, one at a time: the work of planning in pieces.
+
+        With `rough_share` those of every rough peak.
+        """
+        shapes = self._lengths(shape)
+        if rough_share is not None:
+            shapes = [one for share in {rough_share, 1.0} for one in self._interpolation(share)]
+        for one in shapes:
+            for layers in self._layer_counts:
+                self._recorded(one, layers)
+                yield
+        _ = self._step
+        yield
+
+    def _interpolation(self, share: float) -> list[BatchShape]:
         each = sequences_in(self.config, 1)
-        for sequences in (each, 2 * each):
-            of_lengths = [self._of_layers(_shape(sequences, tokens, share)) for tokens in _RECORDED_TOKENS]
-            points.append(_combined(of_lengths, lambda sizes: _along(_RECORDED_TOKENS, sizes, shape.tokens)))
+        return [shape_with_share(count, tokens, share) for count in (each, 2 * each) for tokens in _RECORDED_TOKENS]
+
+    def _interpolated(self, shape: BatchShape, share: float) -> Peak:
+        """The peak from those of one and two sequences, linear in their number, and of the recorded lengths."""
+        share = 1.0 if self._in_chunks(shape) else share
+        peaks, lengths = [*map(self._of_layers, self._interpolation(share))], len(_RECORDED_TOKENS)
+        each = sequences_in(self.config, 1)
+        points = [
+            _combined(some, lambda sizes: _along(_RECORDED_TOKENS, sizes, shape.tokens))
+            for some in (peaks[:lengths], peaks[lengths:])
+        ]
         return _combined(points, lambda sizes: sizes[0] + (sizes[1] - sizes[0]) * (shape.sequences / each - 1))
 
-    def _share(self, shape: BatchShape) -> float:
-        """The share of trained tokens of the recorded shapes; 1 if logits are in chunks, so that theirs are too."""
-        in_chunks = shape.sequences * shape.trained > targets_at_once(self.whole.scorer.sizes.vocabulary)
-        return 1.0 if in_chunks else shape.trained / shape.tokens
+    def _in_chunks(self, shape: BatchShape) -> bool:
+        """Whether logits are computed in chunks, so that all tokens of the recorded shapes are to be trained."""
+        return shape.sequences * shape.trained > targets_at_once(self.whole.scorer.sizes.vocabulary)
 
     @cached_property
     def _step(self) -> Peak:
         return self.whole.step()
 
-    def _backward(self, shape: BatchShape) -> Peak:
+    def _lengths(self, shape: BatchShape) -> list[BatchShape]:
+        """The shape, or those from which a longer one is extrapolated."""
         if shape.tokens <= _RECORDED_TOKENS[-1]:
-            return self._of_layers(shape)
-        points = [self._of_layers(_shape(shape.sequences, tokens, self._share(shape))) for tokens in _RECORDED_TOKENS]
+            return [shape]
+        share = 1.0 if self._in_chunks(shape) else shape.trained / shape.tokens
+        return [shape_with_share(shape.sequences, tokens, share) for tokens in _RECORDED_TOKENS]
+
+    def _backward(self, shape: BatchShape) -> Peak:
+        points = [self._of_layers(one) for one in self._lengths(shape)]
+        if len(points) == 1:
+            return points[0]
         return _combined(points, lambda sizes: _along(_RECORDED_TOKENS, sizes, shape.tokens))
+
+    @property
+    def _adapted(self) -> int:
+        layers = len(self.whole.model.layers)
+        return layers if self.config.num_layers == -1 else self.config.num_layers
+
+    @property
+    def _layer_counts(self) -> list[int | None]:
+        """The numbers of layers to record: a few if all are alike, otherwise all (None)."""
+        if self._adapted <= self._few_layers[-1] or not self._layers_are_alike:
+            return [None]
+        frozen = min(1, len(self.whole.model.layers) - self._adapted)
+        return [frozen + count for count in self._few_layers]
+
+    @property
+    def _few_layers(self) -> list[int]:
+        return [count * max(1, self.config.segment_size) for count in _RECORDED_LAYERS]
 
     def _of_layers(self, shape: BatchShape) -> Peak:
         """The peak for all layers, from that of a few if all are alike."""
-        model, config = self.whole.model, self.config
-        layers = len(model.layers)
-        adapted = layers if config.num_layers == -1 else config.num_layers
-        one, other = (count * max(1, config.segment_size) for count in _RECORDED_LAYERS)
-        if adapted <= other or not self._layers_are_alike:
-            return self._recorded(shape, None)
-        frozen = min(1, layers - adapted)
-        points = [self._recorded(shape, frozen + count) for count in (one, other)]
-        return _combined(points, lambda sizes: sizes[0] + (sizes[1] - sizes[0]) * (adapted - one) / (other - one))
+        one, other = self._few_layers
+        points = [self._recorded(shape, count) for count in self._layer_counts]
+        if len(points) == 1:
+            return points[0]
+        return _combined(points, lambda sizes: sizes[0] + (sizes[1] - sizes[0]) * (self._adapted - one) / (other - one))
 
     @cached_property
     def _layers_are_alike(self) -> bool:
@@ -222,7 +284,8 @@ def _combined(points: Sequence[Peak], value: Callable[[list[float]], float]) -> 
     return Peak(sum(sizes.values()), sizes)
 
 
-def _shape(sequences: int, tokens: int, share: float) -> BatchShape:
+def shape_with_share(sequences: int, tokens: int, share: float) -> BatchShape:
+    """A shape of which this share of the tokens is trained."""
     return BatchShape(sequences, tokens, max(1, round(share * tokens)))
 
 
@@ -257,84 +320,13 @@ def full_shape(config: RunConfig) -> BatchShape:
 def planned(
     name: str, planner: MemoryPlanner, shape: BatchShape, budget: int | None, seconds: float | None = None
 ) -> MemoryPlan:
-    """The plan of a run with batches of this shape, without limits and suggestions (see `completed`)."""
+    """The plan of a run with batches of this shape, without limits and suggestions (see `memory_advice`)."""
     model = planner.whole.model
     counts = [
         sum(array.size for _, array in named_arrays(tree))
         for tree in (model.parameters(), model.trainable_parameters())
     ]
     return MemoryPlan(name, counts[0], counts[1], planner.peak(shape), shape, budget, seconds=seconds)
-
-
-def completed(plan: MemoryPlan, planner: MemoryPlanner) -> MemoryPlan:
-    """The plan with the longest rows and largest batches that fit, and suggestions."""
-    plan = replace(plan, suggestions=suggestions_for(plan, planner))
-    if plan.budget is None:
-        return plan
-    budget, shape, share = plan.budget, plan.shape, plan.shape.trained / plan.shape.tokens
-
-    def fits(sequences: int, tokens: int) -> bool:
-        return sum(planner.peak(_shape(sequences, tokens, share), rough=True).values()) <= budget
-
-    most = context_of(planner.description) or 2**17
-    steps = _largest(lambda count: fits(shape.sequences, count * _STEP), max(1, most // _STEP))
-    each = sequences_in(planner.config, 1)
-    rows = _largest(lambda count: fits(count * each, shape.tokens), _MOST_ROWS)
-    return replace(plan, longest=None if steps is None else steps * _STEP, most_rows=rows)
-
-
-def _largest(fits: Callable[[int], bool], most: int) -> int | None:
-    """The largest number up to `most` that fits, 0 if none does, None if `most` does."""
-    if fits(most):
-        return None
-    low, high = 0, most
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
-def suggestions_for(plan: MemoryPlan, planner: MemoryPlanner) -> tuple[Suggestion, ...]:
-    """The changes that save most, most first."""
-    found = []
-    for line, peak in _changes(plan, planner):
-        try:
-            saves = plan.peak - sum(peak().values())
-        except (ConfigError, ModelError, ValueError):  # settings that do not go together, or no graph can be recorded
-            continue
-        if saves > _WORTH_SUGGESTING * plan.peak:
-            found.append(Suggestion(line, saves))
-    return tuple(sorted(found, key=lambda one: -one.saves)[:_MOST_SUGGESTIONS])
-
-
-def _changes(plan: MemoryPlan, planner: MemoryPlanner) -> Iterator[tuple[str, Callable[[], dict[str, int]]]]:
-    """Lines to type, with functions that plan the peak after that change."""
-    config, shape, rows = planner.config, plan.shape, planner.config.batch_size
-
-    def changed(**changes: Any) -> Callable[[], dict[str, int]]:
-        return lambda: MemoryPlanner(planner.description, config.replace(**changes)).peak(shape)
-
-    if not config.grad_checkpoint:
-        yield "grad_checkpoint: true", changed(grad_checkpoint=True)
-    elif not config.efficient_long_context:
-        yield "efficient_long_context: true", changed(efficient_long_context=True)
-    if rows > 1 and not method_named(config.method).kind.sampled:
-        steps = config.grad_accumulation_steps * rows
-        alone = replace(shape, sequences=max(1, shape.sequences // rows))
-        line = f"batch_size: 1, grad_accumulation_steps: {steps}"
-        yield line, lambda: planner.peak(alone, accumulates=True)
-    if shape.tokens >= 2 * _STEP:
-        half = replace(shape, tokens=shape.tokens // 2, trained=max(1, shape.trained // 2))
-        yield f"max_seq_length: {half.tokens}", lambda: planner.peak(half)
-    if config.fine_tune_type == "full":
-        yield "fine_tune_type: lora", changed(fine_tune_type="lora")
-    elif config.lora_parameters.rank > (usual := LoraParameters().rank):
-        lower = replace(config.lora_parameters, rank=usual)
-        yield f"lora_parameters: {{rank: {usual}}}", changed(lora_parameters=lower)
-    if config.load_in_bits is None and not is_cpu() and config.fine_tune_type != "full":
-        yield "load_in_bits: 4", changed(load_in_bits=4)
-    if snapshots := plan.parts.get(SNAPSHOTS, 0):
-        yield "snapshot_memory: 0", lambda: {"peak": plan.peak - snapshots}
 
 
 def budget_of(limit: str, available: Callable[[], int]) -> int | None:
@@ -381,9 +373,3 @@ def shape_of(config: RunConfig, examples: Sequence[Any]) -> BatchShape:
     trained = max(int(len(one.tokens) - int((one.loss_mask != 0).argmax())) for one in sequences)
     rows = min(config.batch_size, len(examples))
     return BatchShape(sequences_in(config, rows), max(len(one.tokens) for one in sequences), trained)
-
-
-def refuse_beyond_budget(plan: MemoryPlan, planner: MemoryPlanner) -> None:
-    """Raise OutOfMemory in one line, with suggestions, if the plan exceeds its budget."""
-    if not plan.fits:
-        raise OutOfMemory(replace(plan, suggestions=suggestions_for(plan, planner)).refusal)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
+import time
+
 import pytest
 
 import mlx_nb
 from mlx_nb import RunConfig
 from mlx_nb.errors import CommandError, ConfigError, MlxNbError
+from mlx_nb.notebook import new_run, new_run_plan
 from mlx_nb.notebook.commands import run_line
 from mlx_nb.notebook.help_text import TEN
 from mlx_nb.notebook.new_run import NewRun
@@ -80,6 +85,110 @@ def test_a_form_says_what_the_cell_would_say_and_shows_the_rows(tiny_folder):
     form.close()
 
 
+def planned(form):
+    """The last plan of a form in a process without an event loop."""
+    *_, last = form.plans()
+    return last
+
+
+def test_a_form_shows_the_plan_that_the_run_would_be_judged_by(tiny_folder):
+    form = NewRun({"data": "bees", "model": str(tiny_folder)}, {"bees": tiny_rows()})
+    run = form._preview()
+    shown = planned(form)
+    plan = run.plan()  # of the rows, which are tokenized now
+    assert shown["complete"]
+    assert shown["sizes"] == [list(one) for one in plan.sizes]
+    assert [change[0] for change in shown["changes"]] == [one.line for one in plan.suggestions]
+    assert shown["limits"] == [list(one) for one in plan.limits]
+    assert shown["state"] == "fits"
+    assert f"{plan.shape.tokens} tokens" in shown["verdict"]
+    assert plan.shape.tokens < 100  # not what max_seq_length allows
+    form.values = {**form.values, "memory_limit": "1MB"}
+    shown = planned(form)
+    assert shown["state"] == "too large"
+    assert "0.001 GB may be used (memory_limit)" in shown["verdict"]
+    form.close()
+
+
+def test_a_suggestion_fills_the_fields_which_the_form_then_shows(tiny_folder):
+    given = {"batch_size": "16", "snapshot_memory": "0", "lora_parameters.rank": "16"}
+    form = NewRun({"data": "bees", "model": str(tiny_folder), **given}, {"bees": tiny_rows()})
+    changes = {line: typed for line, _, typed in planned(form)["changes"]}
+    batches = "batch_size: 1, grad_accumulation_steps: 16"
+    assert changes[batches] == {"batch_size": "1", "grad_accumulation_steps": "16"}
+    assert new_run_plan._typed("lora_parameters: {rank: 8}") == {"lora_parameters.rank": "8"}
+    form.values = {**form.values, **changes[batches]}
+    assert {"grad_accumulation_steps", "snapshot_memory"} <= {field["name"] for field in form.fields}
+    assert "grad_accumulation_steps: 16" in form.cell.splitlines()
+    assert form.problems == []
+    form.close()
+
+
+def test_without_the_model_nothing_is_downloaded_for_the_plan(tiny_folder, tmp_path, monkeypatch):
+    from mlx_nb.model import model_source
+
+    monkeypatch.setenv("MLX_NB_CACHE", str(tmp_path))
+    monkeypatch.setattr(model_source.subprocess, "run", None)
+    form = NewRun({"data": "bees", "model": "smollm2-135m"}, {"bees": tiny_rows()})
+    assert planned(form)["state"] == "unknown"
+    assert "is downloaded by" in planned(form)["verdict"]
+    form.close()
+
+
+def test_model_code_that_fails_is_one_line_in_the_form(tiny_folder, monkeypatch):
+    from mlx_nb.train import memory_plan
+
+    form = NewRun({"data": "bees", "model": str(tiny_folder)}, {"bees": tiny_rows()})
+    monkeypatch.setattr(memory_plan, "unloaded_model", None)
+    assert planned(form)["verdict"].startswith("The memory could not be planned: 'NoneType'")
+    form.close()
+
+
+def test_a_plan_is_made_between_other_work_and_only_for_changes_that_it_depends_on(tiny_folder, monkeypatch):
+    made = []
+    monkeypatch.setattr(new_run_plan, "SECONDS_OF_REST", 0.05)
+    monkeypatch.setattr(new_run, "shown_plans", lambda run: made.append(run) or new_run_plan.shown_plans(run))
+
+    async def complete(form):
+        turns, end = 0, time.monotonic() + 60
+        while not form.plan.get("complete"):
+            assert time.monotonic() < end
+            await asyncio.sleep(0.001)
+            turns += 1
+        return turns
+
+    async def use():
+        form = NewRun({"model": str(tiny_folder)}, {"bees": tiny_rows()})
+
+        async def put(**typed):
+            form.values = {**form.values, **typed}
+            await asyncio.sleep(0.01)  # a change arrives in the next turn of the loop
+
+        assert form.plan == {}  # there are no data yet
+        await put(data="bees", batch_size="2")
+        await put(batch_size="4")  # before the planning has begun
+        assert form.plan["state"] == "planning"
+        assert await complete(form) > 10
+        assert len(made) == 1
+        assert "4 sequences" in form.plan["verdict"]
+        await put(learning_rate="1e-4", name="hive")
+        assert form.plan["complete"]
+        await put(batch_size="2")
+        assert form.plan["state"] == "planning"
+        await complete(form)
+        assert "2 sequences" in form.plan["verdict"]
+        assert len(made) == 2
+        await put(iters="many")
+        assert form.plan == {}
+        form.close()
+        form = NewRun({"model": str(tiny_folder), "data": "bees"}, {"bees": tiny_rows()})
+        form.close()
+        await asyncio.sleep(0.2)
+        assert len(made) == 2
+
+    asyncio.run(use())
+
+
 def test_the_command_writes_the_cell_below_or_at_the_next_prompt(shell, tiny_folder):
     shell.user_ns["bees"] = tiny_rows()
     session = shell.magics_manager.registry["FinetuneMagics"].session
@@ -120,7 +229,7 @@ def test_the_page_gives_what_was_typed_and_shows_what_the_kernel_says(
         for message in page.requests:
             form.answer(message)
         page.requests.clear()
-        reported = {name: getattr(form, name) for name in ("fields", "cell", "problems")}
+        reported = {name: getattr(form, name) for name in ("fields", "cell", "problems", "plan")}
         page.evaluate("told => { for (const [name, value] of Object.entries(told)) change(name, value); }", reported)
 
     page.get_by_label("data", exact=True).fill("bees")
@@ -136,6 +245,24 @@ def test_the_page_gives_what_was_typed_and_shows_what_the_kernel_says(
     assert not page.get_by_role("alert").is_visible()
     assert page.locator(".mlx-nb-cell").inner_text() == form.cell
     assert form.cell.splitlines()[2:] == ["data: bees", "iters: 60", "learning_rate: 1e-4"]
+    assert page.get_by_role("region", name="plan of the memory").count() == 0
+    form.show_plan({"state": "planning", "verdict": "planning the memory …"})
+    answer()
+    assert page.locator(".mlx-nb-verdict").inner_text() == "planning the memory …"
+    form.values = {**form.values, "memory_limit": "5MB"}
+    form.show_plan(planned(form))
+    answer()
+    plan = page.get_by_role("region", name="plan of the memory")
+    assert plan.locator(".mlx-nb-verdict").inner_text().startswith("✗ It does not fit: it needs")
+    assert re.search(r"^weights\t0\.\d+ GB$", plan.inner_text(), re.MULTILINE)
+    assert "largest batch_size that fits" in plan.inner_text()
+    screenshot(page, f"new_run_plan_{theme}_{width}")
+    plan.get_by_role("button", name="use grad_checkpoint: true").click()
+    answer()
+    assert form.cell.splitlines()[-1] == "grad_checkpoint: true"
+    assert page.get_by_label("grad_checkpoint", exact=True).input_value() == "true"
+    page.get_by_label("grad_checkpoint", exact=True).select_option("")
+    answer()
     page.get_by_role("button", name="Show the rows").click()
     answer()
     page.get_by_role("button", name="Next row").click()

@@ -13,7 +13,8 @@ from mlx_nb.config.memory_limit import bytes_of
 from mlx_nb.config.run_config import RunConfig
 from mlx_nb.errors import ConfigError
 from mlx_nb.model.memory import gigabytes
-from mlx_nb.train.memory_plan import MemoryPlanner, _changes, completed, planned, rough_peak
+from mlx_nb.train.memory_advice import _changes, completed
+from mlx_nb.train.memory_plan import MemoryPlanner, planned, rough_peak
 from mlx_nb.train.update_memory import BatchShape
 
 HOUSE = Path(__file__).parents[2]
@@ -112,7 +113,7 @@ def test_chunks_of_tokens_are_suggested_where_layers_are_computed_again_already(
     for settings, line in (({}, "grad_checkpoint: true"), ({"grad_checkpoint": True}, "efficient_long_context: true")):
         planner = MemoryPlanner({**LLAMA, "num_hidden_layers": 1}, config(**settings))
         plan = planned("any", planner, BatchShape(1, 64, 64), None)
-        assert line in [changed for changed, _ in _changes(plan, planner)]
+        assert line in [change.line for change in _changes(plan, planner)]
 
 
 @pytest.mark.long
@@ -136,3 +137,10 @@ def test_sizes(text, size):
 def test_an_invalid_size_is_refused(text):
     with pytest.raises(ConfigError, match="memory_limit"):
         config(memory_limit=text)
+
+
+def test_the_search_for_what_fits_records_a_few_graphs_whatever_share_of_the_tokens_is_trained():
+    planner = MemoryPlanner(LLAMA, config(batch_size=2))
+    plan = completed(planned("any", planner, BatchShape(2, 90, 61), 2 * 10**8), planner)
+    assert plan.longest > 0
+    assert len(planner._known) <= 2 * (2 * 2 * 3 + 3)  # two numbers of layers; two shares, batches and three lengths

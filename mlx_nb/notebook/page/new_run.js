@@ -15,9 +15,11 @@ function newRunPage({ model, el }) {
   const on = h("button", { type: "button", class: "mlx-nb-small", onclick: () => showRow(row + 1) }, "Next row ▶");
   const where = h("span", { class: "mlx-nb-note" }), leaf = h("span", { class: "mlx-nb-line", hidden: true }, back, where, on);
   const shown = h("div", { class: "mlx-nb-row" }), findings = h("div", { class: "mlx-nb-row" });
+  const verdict = h("div", { class: "mlx-nb-verdict", "aria-live": "polite" }), plan = h("div", { class: "mlx-nb-plan" });
+  const planned = h("section", { "aria-label": "plan of the memory" }, h("h4", {}, "Memory"), verdict, plan);
   const root = h("div", { class: "mlx-nb-panel mlx-nb-new", "data-lm-suppress-shortcuts": "true", role: "region", "aria-label": "new run" },
     h("div", { class: "mlx-nb-note" }, "Empty fields keep their default. The result is the cell below."),
-    grid, problems, h("h4", {}, "The cell"), cell, h("div", { class: "mlx-nb-line" }, copy, status),
+    grid, problems, h("h4", {}, "The cell"), cell, h("div", { class: "mlx-nb-line" }, copy, status), planned,
     h("h4", {}, "Its rows, as the model will see them"), h("div", { class: "mlx-nb-line" }, look, check, leaf), shown, findings);
   const made = new Map(), waiting = new Map();
   let row = 0, number = 0;
@@ -83,6 +85,28 @@ function newRunPage({ model, el }) {
     });
   }
 
+  function drawPlan() {
+    const { state = "", verdict: words = "", sizes = [], changes = [], limits = [], complete } = model.get("plan");
+    planned.hidden = !state;
+    verdict.dataset.state = state;
+    setText(verdict, state === "fits" ? `✓ ${words}` : state === "too large" ? `✗ ${words}` : words);
+    const line = ([name, number]) => h("tr", {}, h("td", {}, name), h("td", { class: "mlx-nb-number" }, number));
+    const change = ([text, saving, values]) => h("tr", {}, h("td", { class: "mlx-nb-setting" }, text), h("td", { class: "mlx-nb-number" }, `saves ${saving}`),
+      h("td", {}, h("button", { type: "button", class: "mlx-nb-small", "aria-label": `use ${text}`, onclick: () => use(values) }, "Use")));
+    const table = (title, lines) => h("table", { class: "mlx-nb-table" }, h("caption", {}, title), h("tbody", {}, lines));
+    const parts = [["the peak of an update", sizes.map(line)], ["to use less", changes.map(change)], ["what fits", limits.map(line)]];
+    plan.style.opacity = state === "planning" ? 0.6 : 1;
+    plan.replaceChildren(...parts.filter(([, lines]) => lines.length).map(([title, lines]) => table(title, lines)),
+      ...(sizes.length && state !== "planning" && !complete ? [h("span", { class: "mlx-nb-note" }, "looking for settings that need less …")] : []));
+  }
+
+  // The settings of a suggestion become typed values.
+  function use(values) {
+    model.set("values", { ...model.get("values"), ...values });
+    model.save_changes();
+    setText(status, "");
+  }
+
   async function showRow(wanted) {
     const reply = await ask({ show: "row", row: wanted }, shown);
     leaf.hidden = !reply.rows;
@@ -113,7 +137,7 @@ function newRunPage({ model, el }) {
     waiting.delete(message.id);
   }
 
-  const listeners = [["change:fields", drawFields], ["change:values", drawFields], ["change:cell", changed], ["change:problems", draw], ["msg:custom", onMessage]];
+  const listeners = [["change:fields", drawFields], ["change:values", drawFields], ["change:cell", changed], ["change:problems", draw], ["change:plan", drawPlan], ["msg:custom", onMessage]];
   for (const [name, listener] of listeners) model.on(name, listener);
   // A notebook has single-key commands: two letters delete a cell.
   root.addEventListener("keydown", (event) => { if (!event.ctrlKey && !event.metaKey && !event.altKey) event.stopPropagation(); });
@@ -121,6 +145,7 @@ function newRunPage({ model, el }) {
   const lightOrDark = followTheme(root);
   drawFields();
   draw();
+  drawPlan();
   return () => {
     for (const [name, listener] of listeners) model.off(name, listener);
     lightOrDark();
