@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mlx_nb.config.methods import register_objective
     from mlx_nb.config.run_config import RunConfig
     from mlx_nb.experiments.compare import compare
+    from mlx_nb.experiments.harness import lm_eval
     from mlx_nb.experiments.sweep import sweep
     from mlx_nb.notebook.new_run import new
     from mlx_nb.objectives.conformance import check_objective
@@ -33,6 +34,7 @@ __all__ = [
     "compare",
     "export_settings",
     "import_settings",
+    "lm_eval",
     "load",
     "load_ipython_extension",
     "new",
@@ -49,13 +51,14 @@ _PUBLIC = {
     "compare": "mlx_nb.experiments.compare",
     "export_settings": "mlx_nb.config.dialects.exported",
     "import_settings": "mlx_nb.config.dialects.imported",
+    "lm_eval": "mlx_nb.experiments.harness",
     "load": "mlx_nb.run.saved_model",
     "new": "mlx_nb.notebook.new_run",
     "register_objective": "mlx_nb.config.methods",
     "rows": "mlx_nb.run.rows",
     "sweep": "mlx_nb.experiments.sweep",
 }
-_COMPUTING = ("Run", "check_objective", "compare", "load", "new", "rows", "sweep")
+_COMPUTING = ("Run", "check_objective", "compare", "lm_eval", "load", "new", "rows", "sweep")
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ _GROUPS = {
     "Train": ("new", "import", "step", "run", "pause", "stop", "rewind", "skip", "resume"),
     "Watch": ("panel", "status", "plot", "report", "config", "compare"),
     "Rows": ("rows", "row", "browse", "check", "batch", "rollouts", "plan"),
-    "Model": ("generate", "eval", "lr_find", "sweep"),
+    "Model": ("generate", "eval", "lm_eval", "lr_find", "sweep"),
     "Change": ("set", "fork"),
     "Save": ("save", "load", "runs", "use", "delete"),
     "Export": ("fuse", "gguf"),

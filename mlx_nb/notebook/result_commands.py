@@ -115,6 +115,18 @@ def _compare(session: Session, arguments: argparse.Namespace) -> Any:
     return found.blind() if arguments.blind else found
 
 
+def _lm_eval(session: Session, arguments: argparse.Namespace) -> Any:
+    from mlx_nb.experiments.harness import lm_eval
+
+    run = session.get(arguments.name)
+    options = {"base": arguments.base, "limit": arguments.limit, "num_fewshot": arguments.shots}
+    tasks = [name for name in arguments.tasks.split(",") if name]
+    found = lm_eval(run, tasks, include_path=arguments.include_path, **options)
+    if session.namespace is not None and (output := output_name(arguments.output)):
+        session.namespace[output] = found
+    return found
+
+
 def _load(session: Session, arguments: argparse.Namespace) -> Text:
     from mlx_nb.run.saved_model import load
 
@@ -194,6 +206,17 @@ RESULT_COMMANDS: dict[str, Command] = {
         argument("--answers", type=int, default=3, help="rows to answer that became worse, and better (default: 3)"),
         argument("--max-tokens", type=int, default=128, help="longest answer in tokens"),
         argument("--blind", action="store_true", help="vote on the answers without knowing whose they are"),
+        OUTPUT,
+    ),
+    "lm_eval": command(
+        "lm_eval",
+        "measure tasks of lm-evaluation-harness, if that is installed",
+        _lm_eval,
+        argument("tasks", help="names of tasks, such as arc_easy,hellaswag"),
+        argument("--base", action="store_true", help="the base model, without the adapter"),
+        argument("--limit", type=int, help="only the first rows of each task"),
+        argument("--shots", type=int, help="examples in each prompt (default: those of the task)"),
+        argument("--include-path", metavar="FOLDER", help="a folder with tasks of your own"),
         OUTPUT,
     ),
     "load": command(

@@ -31,6 +31,7 @@ class SavedModel:
 
     model      the mlx model, adapter included
     tokenizer  the tokenizer, with its chat template
+    inputs     its base model and tokenizer, and how prompts are written
     config     the settings for `model`, the shape of the adapter and the rendering of prompts
     """
 
@@ -38,7 +39,7 @@ class SavedModel:
         self.folder = folder
         self.config = inputs.config
         self.update = update
-        self._inputs = inputs
+        self.inputs = inputs
         self._keys = keys
         self._others: dict[str, SavedModel] = {}
 
@@ -59,12 +60,12 @@ class SavedModel:
     @property
     def model(self) -> Any:
         """The mlx model, adapter included."""
-        return self._inputs.loaded.model
+        return self.inputs.loaded.model
 
     @property
     def tokenizer(self) -> Any:
         """The tokenizer, with its chat template."""
-        return self._inputs.tokenizer
+        return self.inputs.tokenizer
 
     def generate(
         self,
@@ -82,8 +83,8 @@ class SavedModel:
         if base and self.config.fine_tune_type == "full":
             raise CommandError("full fine-tuning changes the base itself, so there is no base left to generate with.")
         return generate_answers(
-            self._inputs,
-            self._inputs.base_model if base else self.model,
+            self.inputs,
+            self.inputs.base_model if base else self.model,
             prompt,
             max_tokens=max_tokens,
             temperature=temperature,
@@ -96,7 +97,7 @@ class SavedModel:
     def adapters(self) -> Adapters[SavedModel]:
         """This adapter and others on the same base, by name: `model.adapters.load(FOLDER)`."""
         name = "merged" if self.folder is None else self.folder.name
-        return adapters_on(name, self, self._inputs, self._others)
+        return adapters_on(name, self, self.inputs, self._others)
 
     def save(self, path: str | Path, *, format: str = MLX_LM) -> Path:
         """Write the adapter to a folder, in the format `mlx-lm`, `peft` or `peft-rslora`. Returns the folder.
@@ -109,14 +110,14 @@ class SavedModel:
         from mlx_nb.model.loading import loaded_as
 
         check_format(format)
-        config, loaded, folder = self.config, self._inputs.loaded, folder_of(str(path), working_folder())
+        config, loaded, folder = self.config, self.inputs.loaded, folder_of(str(path), working_folder())
         description = adapter_description(
             config,
             self._keys,
             base=base_identity(loaded.weights, config.load_in_bits),
             loading_info={
                 "model": loaded_as(config, loaded),
-                "prompt_format": self._inputs.prompt_rendering.prompt_format or "",
+                "prompt_format": self.inputs.prompt_rendering.prompt_format or "",
             },
             update=self.update,
         )
