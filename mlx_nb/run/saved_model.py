@@ -152,7 +152,7 @@ class SavedModel:
         from mlx_nb.run.model_exports import inputs_of_saved
 
         name = "merged" if self.folder is None else self.folder.name
-        return inputs_of_saved(self.config, self._inputs.loaded, name)
+        return inputs_of_saved(self.config, self.inputs.loaded, name)
 
     def __repr__(self) -> str:
         if self.folder is None:
