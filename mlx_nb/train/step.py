@@ -169,7 +169,15 @@ class Stepper:
         return found._replace(gradients=self._form.split(found.gradients))
 
     def _joined_gradients(self, micro_batches: Sequence[TokenBatch], seed: int) -> Gradients:
-        """Like `gradients`, in the form that the optimizer takes.
+        """Like `gradients`, in the form that the optimizer takes."""
+        summed = self.summed_gradients(micro_batches, seed)
+        # With mask_truncated_completions an update may have no units; its gradient is then 0 and not 0 / 0.
+        divisor = summed.units or 1.0
+        mean = tree_map(lambda array: array / divisor, summed.gradients)
+        return summed._replace(gradients=mean, loss=summed.loss / divisor)
+
+    def summed_gradients(self, micro_batches: Sequence[TokenBatch], seed: int) -> Gradients:
+        """Gradients of the SUM of the loss, which is not divided either, in the form that the optimizer takes.
 
         The model's parameters and mode and the user's random stream are restored, also after an error.
         """
@@ -195,10 +203,7 @@ class Stepper:
                     add_metrics(metrics, measured(sums))
         finally:
             self.model.update(parameters)
-        # With mask_truncated_completions an update may have no units; its gradient is then 0 and not 0 / 0.
-        divisor = units or 1.0
-        mean = tree_map(lambda array: array / divisor, summed)
-        return Gradients(mean, total / divisor, units, mean_metrics(metrics), row_losses)
+        return Gradients(summed, total, units, mean_metrics(metrics), row_losses)
 
     def update(
         self,
@@ -214,15 +219,20 @@ class Stepper:
 
         That error is raised with `rows` and the largest gradients. After any error nothing has changed.
         """
+        gradients, loss, units, metrics, row_losses = self._joined_gradients(micro_batches, seed)
+        norm_array = gradient_norm(gradients)
+        norm = scalar(norm_array)
+        if (refusal := judge(loss, norm)) is not None:
+            raise _refused(*refusal, rows, largest_gradients(self._form.split(gradients)))
+        self.apply(gradients, norm_array, learning_rate=learning_rate, grad_clip=grad_clip)
+        return Update(loss, units, norm, metrics, row_losses)
+
+    def apply(self, gradients: Any, norm: mx.array, *, learning_rate: float, grad_clip: float | None) -> None:
+        """Apply gradients of this norm, in the form that the optimizer takes. After any error nothing has changed."""
         optimizer_before = _shallow(self.optimizer.state)
         try:
-            gradients, loss, units, metrics, row_losses = self._joined_gradients(micro_batches, seed)
-            norm_array = gradient_norm(gradients)
-            norm = scalar(norm_array)
-            if (refusal := judge(loss, norm)) is not None:
-                raise _refused(*refusal, rows, largest_gradients(self._form.split(gradients)))
             if grad_clip is not None:
-                gradients = clip(gradients, norm_array, grad_clip)
+                gradients = clip(gradients, norm, grad_clip)
             self.optimizer.learning_rate = learning_rate
             before = self._form.join(self.model.trainable_parameters())
             parameters = self._form.split(self.optimizer.apply_gradients(gradients, before))
@@ -235,7 +245,6 @@ class Stepper:
             self.optimizer.state = optimizer_before
             raise
         self.model.update(parameters)
-        return Update(loss, units, norm, metrics, row_losses)
 
     def evaluate(self, batch: TokenBatch) -> Evaluation:
         """Evaluate one batch, without dropout and gradients."""
