@@ -129,7 +129,7 @@ def _check(session: Session, arguments: argparse.Namespace) -> Any:
 
 
 def _plan(session: Session, arguments: argparse.Namespace) -> Any:
-    return Text(str(session.get(arguments.name).plan(arguments.memory)))
+    return Text(str(session.get(arguments.name).plan(arguments.memory, time=arguments.time)))
 
 
 ROW_COMMANDS: dict[str, Command] = {
@@ -187,6 +187,7 @@ ROW_COMMANDS: dict[str, Command] = {
         "plan the memory of an update, and what fits",
         _plan,
         argument("--memory", metavar="SIZE", help="memory to fit into, such as 16GB; default: memory_limit"),
+        argument("--time", action="store_true", help="measure 3 updates, which are undone, and estimate the rest"),
         of_now=True,
     ),
 }

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_nb.config.memory_limit import AUTO, OFF
 from mlx_nb.data.sources.splits import is_local
-from mlx_nb.errors import ModelError
-from mlx_nb.events import Progress
+from mlx_nb.errors import CommandError, ModelError
+from mlx_nb.events import Event, Progress
 from mlx_nb.process.pieces import on_thread, relayed
 from mlx_nb.run.inputs import RunInputs
 
 if TYPE_CHECKING:
     from mlx_nb.train.memory_plan import MemoryPlan
+    from mlx_nb.train.time_probe import Pace
+    from mlx_nb.train.trainer import Trainer
 
 _WORTH_A_NOTE = 10**9  # bytes; below, or below a quarter of the limit, a plan takes longer than it is worth
 
@@ -66,6 +68,28 @@ def plans_in_pieces(inputs: RunInputs) -> Generator[Progress | MemoryPlan, None,
 
 def _on_thread(words: str, function: Callable[[], object]) -> Iterator[Progress]:
     yield from relayed(on_thread(function), lambda _: Progress(0, words, 0, 0))
+
+
+def pace_of(trainer: Trainer, notify: Callable[[Event], None]) -> Pace:
+    """The measured pace of a run's next updates, which are undone. SIGINT is raised once everything is restored."""
+    from mlx_nb.train.interrupts import Interrupts
+    from mlx_nb.train.shared_work import Aborted
+    from mlx_nb.train.time_probe import PROBED_UPDATES, measured_pace
+
+    if trainer.rollouts is not None:
+        raise CommandError(
+            "the time of updates is measured on rows, and the method samples completions. `%finetune step` shows it."
+        )
+
+    def done(number: int) -> None:
+        notify(Progress(trainer.state.step, "updates to time", number, PROBED_UPDATES))
+
+    with Interrupts(lambda pause: None) as interrupts:
+        try:
+            return measured_pace(trainer, lambda: interrupts.count > 0, done)
+        except Aborted:
+            pass
+    raise KeyboardInterrupt
 
 
 def _budget(inputs: RunInputs, memory: str | None = None) -> int | None:

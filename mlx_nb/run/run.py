@@ -287,15 +287,22 @@ class Run:
         if base and self.config.fine_tune_type == "full" and self.step_count:
             raise CommandError("full fine-tuning changes the base model itself, so it is no longer available.")
 
-    def plan(self, memory: str | None = None) -> MemoryPlan:
+    def plan(self, memory: str | None = None, *, time: bool = False) -> MemoryPlan:
         """The memory of an update by part, what fits into it, and which settings need less. Loads no weights.
 
         `memory`, such as `16GB`, replaces `memory_limit`; `auto` is what is available. The largest batch is that
         of the rows if they are tokenized already, otherwise the largest that the settings allow. After updates it has
-        their mean time.
+        their mean time. `time` loads the model, measures the next 3 updates and estimates the time of the rest of the
+        run; they are undone bit for bit, also after an interrupt (KeyboardInterrupt) or an error. Raises CommandError
+        then for a running run, and for a method that samples completions.
         """
-        from mlx_nb.run.planning import plan_of
+        from mlx_nb.run.planning import pace_of, plan_of
 
+        if time:
+            self._calls.refuse_inside("measure the time of updates")
+            self._refuse_running("measure the time of updates")
+            pace = pace_of(self.trainer, self._calls.notify)
+            return dataclasses.replace(plan_of(self.inputs, memory, pace.seconds), updates_left=pace.updates_left)
         done = [event.seconds for event in self.history.events if isinstance(event, StepCompleted)]
         return plan_of(self.inputs, memory, seconds=sum(done) / len(done) if done else None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cached_property
 from typing import Any
 
@@ -58,6 +59,7 @@ class MemoryPlan:
     longest, most_rows   the longest `max_seq_length` and the largest `batch_size` that fit into the budget; 0 = none,
                          None = no limit was found
     seconds              per update, if some were measured
+    updates_left         until the end of the run, if its time was measured
     suggestions          what needs less, most first
     """
 
@@ -70,6 +72,7 @@ class MemoryPlan:
     longest: int | None = None
     most_rows: int | None = None
     seconds: float | None = None
+    updates_left: int | None = None
     suggestions: tuple[Suggestion, ...] = field(default=())
 
     @property
@@ -133,7 +136,10 @@ class MemoryPlan:
             lines.append(f"may use {gigabytes(self.budget)}: {'it fits' if self.fits else 'IT DOES NOT FIT'}")
             lines += [f"  {label}: {number}" for label, number in self.limits]
         if self.seconds is not None:
-            lines.append(f"an update takes {self.seconds:.3g} s")
+            lines.append(f"an update takes {self.seconds:.3g} s ({1 / self.seconds:.3g} updates a second)")
+        if self.seconds is not None and self.updates_left is not None:
+            total = timedelta(seconds=round(self.updates_left * self.seconds))
+            lines.append(f"  {self.updates_left:,} updates are left: {total} without validations and samples")
         if self.suggestions:
             lines.append("to use less:")
             lines += [f"  {one.line:48} saves {one.saving}" for one in self.suggestions]

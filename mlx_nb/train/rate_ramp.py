@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from mlx_nb.data.examples.batches import TokenBatch
@@ -39,15 +39,8 @@ def rate_ramp(trainer: Trainer, rates: Sequence[float], stop: Callable[[], bool]
     nothing else of the trainer is changed.
     """
     stepper, config = trainer.stepper, trainer.config
-    before, poll = stepper.arrays(), stepper.poll
-
-    def abort_on_stop() -> None:
-        if stop():
-            raise Aborted
-
-    try:
-        stepper.poll = abort_on_stop
-        with closing(_batches(trainer, len(rates), abort_on_stop)) as coming:
+    with updates_undone(trainer, stop) as poll:
+        with closing(_batches(trainer, len(rates), poll)) as coming:
             starts = [(batches, loss) for batches, loss in coming]
         change = lowest = 0.0
         for k, (rate, (batches, loss_at_start)) in enumerate(zip(rates, starts)):
@@ -65,6 +58,24 @@ def rate_ramp(trainer: Trainer, rates: Sequence[float], stop: Callable[[], bool]
             if not change <= max(abs(loss_at_start) / 2, -2 * lowest):
                 return True
         return False
+
+
+@contextmanager
+def updates_undone(trainer: Trainer, stop: Callable[[], bool]) -> Iterator[Callable[[], None]]:
+    """A context after which parameters and optimizer are those from before, bit for bit.
+
+    Yields a function that raises Aborted if `stop()` says so; it is called before each forward pass.
+    """
+    stepper = trainer.stepper
+    before, poll = stepper.arrays(), stepper.poll
+
+    def abort_on_stop() -> None:
+        if stop():
+            raise Aborted
+
+    try:
+        stepper.poll = abort_on_stop
+        yield abort_on_stop
     finally:
         stepper.poll = poll
         stepper.restore(before["parameters"], before["optimizer"])

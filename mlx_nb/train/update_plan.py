@@ -24,6 +24,12 @@ class UpdatePlan:
         self._accumulated = config.grad_accumulation_steps
         self._examples = examples
 
+    @property
+    def tokens_per_update(self) -> float:
+        """The mean number of tokens of the updates of an epoch."""
+        tokens: int = sum(example.length for example in self._examples)
+        return tokens / self.updates_until(1.0, 0)
+
     def examples(self, first: int) -> list[list[Any]]:
         """The examples of each micro-batch of the update that begins at `first`."""
         chosen = self.batches.update(first, self._accumulated)
