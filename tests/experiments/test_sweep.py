@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +16,7 @@ from mlx_nb.errors import CheckpointError, CommandError, ConfigError
 from mlx_nb.events import StepCompleted
 from mlx_nb.experiments.sweep_space import axes_of, points_of, settings_at
 from mlx_nb.model.trees import held_arrays
+from places import SUPPORT
 from tiny import tiny_rows
 
 
@@ -185,6 +189,35 @@ def test_an_interrupt_saves_every_run_and_it_continues_here_or_from_the_folders(
     assert [run.history["loss"] for run in found.runs] == [run.history["loss"] for run in whole.runs]
     assert [run.adapter_bytes() for run in found.runs] == [run.adapter_bytes() for run in whole.runs]
     assert [trial.best() for trial in found.trials] == [trial.best() for trial in whole.trials]
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = {path!r}
+from mlx_nb import sweep
+from mlx_nb.events import StepCompleted
+from test_sweep import settings_of
+
+found = sweep(settings_of({folder!r}, save_every=1), name="rates")
+
+def listen(event):
+    if isinstance(event, StepCompleted) and sum(run.step_count for run in found.runs) == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+found.run(listen)
+"""
+
+
+@pytest.mark.long
+def test_a_killed_sweep_resumed_in_another_process_ends_bit_for_bit_the_same(tiny_folder):
+    code = KILLED.format(path=[str(Path(__file__).parent), str(SUPPORT)], folder=str(tiny_folder))
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    whole = sweep(settings_of(tiny_folder, save_every=1), name="whole").run()
+    found = sweep(settings_of(tiny_folder, save_every=1), name="rates", resume=True)
+    assert 0 < sum(run.step_count for run in found.runs) <= 6
+    found.run()
+    assert [run.history["loss"] for run in found.runs] == [run.history["loss"] for run in whole.runs]
+    assert [run.adapter_bytes() for run in found.runs] == [run.adapter_bytes() for run in whole.runs]
 
 
 @pytest.mark.long
