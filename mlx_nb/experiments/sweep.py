@@ -141,7 +141,8 @@ class Sweep:
         planned, runs = self.planned_updates, counted(len(self.trials), "run")
         words = f"{self.name}: {runs} on one base model" + ("" if planned is None else f", {planned:,} updates")
         if self.rungs:
-            words += f"; the worse half ends at update {' and '.join(map(str, self.rungs))}"
+            *most, last = map(str, self.rungs)
+            words += f"; the worse half ends at update {', '.join(most)}{' and ' if most else ''}{last}"
         held = [run.trainer.stepper.arrays() for run in self.runs if run.prepared]
         if held:
             own = max(sum(array.nbytes for group in one.values() for array in group.values()) for one in held)

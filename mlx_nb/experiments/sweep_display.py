@@ -141,9 +141,9 @@ def small_multiples(shown: Shown) -> ShownFigure:
             label = f"{short_name(lines)} {_value_words(trial.values[lines])}"
             known = {text.get_label() for text in above.get_lines()}
             history = trial.run.history
-            above.plot(
-                history["step"], smoothed(history["loss"]), color=color, label=f"_{label}" if label in known else label
-            )
+            shape = {"color": color, "marker": "o", "markersize": 3 if len(history) == 1 else 0}
+            named = f"_{label}" if label in known else label
+            above.plot(history["step"], smoothed(history["loss"]), label=named, **shape)
             valid = [
                 (row["step"], row[by]) for row in history.evaluations("valid") if math.isfinite(row.get(by, math.nan))
             ]
@@ -188,7 +188,8 @@ def heat_map(shown: Shown) -> ShownFigure:
     for row, line in enumerate(numbers):
         for column, number in enumerate(line):
             axes.text(column, row, "-" if math.isnan(number) else f"{number:.4f}", ha="center", va="center", fontsize=8)
-    figure.finish()  # before the names of the values, because it sets whole numbers as ticks
+    figure.finish()  # before the names of the values, because it sets whole numbers as ticks, and a grid
+    axes.grid(visible=False)
     axes.set_xticks(range(len(columns)), [_value_words(value) for value in columns])
     axes.set_yticks(range(len(rows)), [_value_words(value) for value in rows])
     axes.set_xlabel(short_name(names[1]))
