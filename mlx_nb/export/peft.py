@@ -53,9 +53,7 @@ def write_peft(
     `use_rslora` the factor is written as lora_alpha / sqrt(R). `record` is stored in the metadata of the weights.
     Returns the path of the weights. Raises CommandError, in one line, for what PEFT cannot hold.
     """
-    if config.fine_tune_type == "full":
-        raise CommandError("a full fine-tune is a model, and PEFT holds adapters. Give the model itself instead.")
-    modules = _modules(model)
+    modules = check_for_peft(model, config)
     description = _description(modules, model, config, base_name, use_rslora)
     weights = {
         f"base_model.model.{module.path}.{end}": array for module in modules for end, array in module.tensors.items()
@@ -66,6 +64,13 @@ def write_peft(
     write(folder / CONFIG_FILE, lambda file: file.write(text))
     write(folder / PEFT_FILE, lambda file: mx.save_safetensors(file, weights, metadata=metadata))
     return folder / PEFT_FILE
+
+
+def check_for_peft(model: nn.Module, config: RunConfig) -> list[_Module]:
+    """The adapted modules as PEFT holds them. Raises CommandError, in one line, for what it cannot hold."""
+    if config.fine_tune_type == "full":
+        raise CommandError("a full fine-tune is a model, and PEFT holds adapters. Give the model itself instead.")
+    return _modules(model)
 
 
 def _modules(model: nn.Module) -> list[_Module]:

@@ -62,6 +62,9 @@ def export_adapter(
     Raises FolderError if the folder belongs to another run or has files that mlx_nb did not write, CheckpointError if
     it cannot be written.
     """
+    trainer = run.trainer
+    trainer.stepper.trainable()
+    _refuse_unheld(trainer.model, trainer.config, name)
     folder = RunFolder(path, run.name, run.home.run_id, kind=kind, at_rest=at_rest, let_go=run.release)
     try:
         folder.take_for_adapter()
@@ -86,12 +89,21 @@ def export_files(path: Path, model: nn.Module, config: RunConfig, description: M
     Raises FolderError if the folder belongs to a run or has files that mlx_nb did not write, CheckpointError if it
     cannot be written.
     """
+    _refuse_unheld(model, config, name)
     folder = RunFolder(path, path.name, kind=EXPORT)
     folder.take_for_adapter()
     try:
         _write(folder, model, config, description, name)
     finally:
         folder.release()
+
+
+def _refuse_unheld(model: nn.Module, config: RunConfig, name: str) -> None:
+    """Raise CommandError for an adapter that the format cannot hold, before anything is written."""
+    from mlx_nb.export.peft import check_for_peft
+
+    if name != MLX_LM:
+        check_for_peft(model, config)
 
 
 def _write(folder: RunFolder, model: nn.Module, config: RunConfig, description: Mapping[str, Any], name: str) -> None:

@@ -303,8 +303,29 @@ def test_where_an_adapter_cannot_be_written_for_peft_one_line_says_why(tiny_fold
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "adapter_model.safetensors").write_bytes(b"mine")
     with pytest.raises(MlxNbError, match="was not written by mlx_nb"):
-        run.save(tmp_path / "mine", format="peft")
+        tiny_run(tiny_folder, tmp_path / "b").save(tmp_path / "mine", format="peft")
     assert (tmp_path / "mine" / "adapter_model.safetensors").read_bytes() == b"mine"
+
+
+@pytest.mark.long
+def test_adapters_of_experts_are_refused_before_anything_is_written_and_those_of_attention_are_held(
+    tiny_folder, tmp_path
+):
+    from families import save_family
+
+    model = save_family("qwen3_moe", tmp_path / "model", tiny_folder)
+    run = tiny_run(model, tmp_path / "a", iters=1, steps_per_eval=-1)
+    run.step()
+    with pytest.raises(CommandError, match=r"switch_mlp\.down_proj.* cannot be written for PEFT"):
+        run.save(tmp_path / "peft", format="peft")
+    assert not (tmp_path / "peft").exists()
+    keys = {"lora_parameters": {"rank": 2, "scale": 2.0, "keys": ["q_proj", "v_proj"]}}
+    run = tiny_run(model, tmp_path / "b", iters=1, steps_per_eval=-1, **keys)
+    run.step()
+    run.save(tmp_path / "peft", format="peft")
+    held = mlx_nb.load(tmp_path / "peft", model=str(model))
+    tokens = mx.array([[3, 9, 4, 20]])
+    assert mx.array_equal(held.model(tokens), run.model(tokens))
 
 
 # PEFT itself
