@@ -480,6 +480,25 @@ _EXAMPLE_ARGUMENTS = {
     "exponential_decay": "[1e-4, 0.99]",
     "step_decay": "[1e-4, 0.5, 100]",
 }
+TRACKERS = ("wandb", "trackio", "tensorboard", "mlflow", "swanlab")
+
+
+def tracker_names(report_to: tuple[str, ...] | None) -> list[str]:
+    """The names in `report_to`, which may also be one text with commas, as in mlx-lm."""
+    return [name for text in report_to or () for part in text.split(",") if (name := part.strip().lower())]
+
+
+def _check_reports(config: CheckedConfig) -> Iterator[SettingError]:
+    for name in tracker_names(config.report_to):
+        if name not in TRACKERS:
+            hint = did_you_mean(name, TRACKERS)
+            yield SettingError(("report_to",), f"`report_to` cannot be {name!r}.{hint} Known: {', '.join(TRACKERS)}.")
+    if config.project_name is not None and not tracker_names(config.report_to):
+        yield SettingError(
+            ("project_name",), "`project_name` has no effect without `report_to`. Set that, or remove it."
+        )
+
+
 EFFECT_CHECKS: tuple[Callable[[CheckedConfig], Iterator[SettingError]], ...] = (
     _check_method,
     _check_rows,
@@ -508,4 +527,5 @@ EFFECT_CHECKS: tuple[Callable[[CheckedConfig], Iterator[SettingError]], ...] = (
     _check_long_context,
     _check_memory_limit,
     _check_zeros,
+    _check_reports,
 )

@@ -25,6 +25,7 @@ _GROUP_TITLES = {
     "validation": "Validation and test",
     "samples": "Samples",
     "saving": "Saving",
+    "reports": "Reports to other programs",
 }
 _NESTED: dict[str, type] = {"lora_parameters": LoraParameters, "lr_schedule": LrSchedule}
 

@@ -171,6 +171,9 @@ INSTEAD: dict[str, tuple[str, str]] = {
     "reward_functions_file": ("rewards", "Define the functions in the notebook, and name them in `rewards`."),
     "resume_from_checkpoint": ("", "Here it is the option `--resume` of the cell, or `%finetune resume NAME`."),
     "name": ("", "Here it is the option `--name` of the cell or of `mlx-nb train`."),
+    "wandb": ("report_to", "Here it is `report_to: wandb`, with the project in `project_name`."),
+    "wandb_project": ("report_to", "Here it is `report_to: wandb`, with the project in `project_name`."),
+    "wandb_run_name": ("", "Here it is the option `--name` of the cell or of `mlx-nb train`."),
     "run_name": ("", "Here it is the option `--name` of the cell or of `mlx-nb train`."),
     "config": ("", "Write the lines of that file here, or use `mlx-nb train FILE`."),
 }
@@ -241,11 +244,6 @@ UNNECESSARY = {
 # What mlx_nb does not support.
 UNSUPPORTED = {
     "clear_cache_threshold": "limit on the memory cache",
-    "report_to": "reports to other services",
-    "project_name": "reports to other services",
-    "wandb": "reports to other services",
-    "wandb_project": "reports to other services",
-    "wandb_run_name": "reports to other services",
     "upload_repo": "upload to the hub",
     "push_to_hub": "upload to the hub",
     "hub_model_id": "upload to the hub",
@@ -292,7 +290,7 @@ AFTERWARDS = {
 # Of the words in the other tables: those that change nothing that is trained, and what to know about them.
 HARMLESS = {
     "clear_cache_threshold": "memory is cleared as needed",
-    **dict.fromkeys(("report_to", "project_name", "wandb", "wandb_project", "wandb_run_name"), "nothing is sent"),
+    "wandb_run_name": "the name is an option: `--name`",
     **dict.fromkeys(("upload_repo", "push_to_hub", "hub_model_id"), "nothing is sent"),
     "trust_remote_code": "code from model folders is never run",
     "use_vllm": "mlx_nb samples itself",

@@ -546,3 +546,12 @@ class DeclaredSettings(Settings):
     adapter_path: str | None = setting(
         None, "Folder for the adapter. null = adapters/<name of the run>.", group="saving"
     )
+    report_to: tuple[str, ...] | None = setting(
+        None,
+        "Send losses and metrics to wandb, trackio, tensorboard, mlflow or swanlab, one or several, whose package is "
+        "installed. null = none.",
+        group="reports",
+    )
+    project_name: str | None = setting(
+        None, "Project or experiment under which the run is reported there. null = mlx_nb.", group="reports"
+    )

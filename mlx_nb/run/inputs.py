@@ -189,6 +189,7 @@ class RunInputs:
 
     def check(self) -> None:
         """Raise for invalid settings, as far as that can be known without loading a model."""
+        self.check_trackers()
         refuse_ineffective(self.config, self.splits)
         if self.config.loss_on != SETTINGS["loss_on"].default:
             refuse_loss_on(self.split("train"), self.config.loss_on)
@@ -202,6 +203,13 @@ class RunInputs:
         if self.config.reference_model is not None:
             refuse_unknown_model(model_named(self.config, "reference_model"))
         refuse_unknown_data(self.config.data, self.namespace, self.config.working_folder)
+        self.check_trackers()
+
+    def check_trackers(self) -> None:
+        """Raise ConfigError if a package for `report_to` is not installed."""
+        from mlx_nb.export.trackers import refuse_missing_packages
+
+        refuse_missing_packages(self.config)
 
     def check_local_data(self) -> None:
         """Raise ConfigError or DataError for invalid local rows, reading them for at most a second.

@@ -87,6 +87,7 @@ from mlx_nb.train.interrupts import interrupts_wait
 if TYPE_CHECKING:
     from mlx_nb.export.fuse_report import FuseReport
     from mlx_nb.export.gguf import GgufExport
+    from mlx_nb.export.trackers import TrainingCallback
     from mlx_nb.model.loading import LoadedModel
     from mlx_nb.rollouts.generation import Prompt
     from mlx_nb.run.adapters import Adapters
@@ -155,6 +156,20 @@ class Run:
         self._panel: weakref.ref[Panel] | None = None
         self._browsers: list[RowBrowser] = []  # they live as long as the run, displayed or not
         exits.register(self)
+        if self.config.report_to is not None:
+            self._report()
+
+    def _report(self) -> None:
+        """Report the numbers of the run to the trackers in `report_to`."""
+        from mlx_nb.config.checks import tracker_names
+        from mlx_nb.export.trackers import PROJECT, Reports, Tracked
+
+        def tracked() -> Tracked:
+            config = self.config
+            project, folder = config.project_name or PROJECT, config.working_folder or working_folder()
+            return Tracked(project, self.name, self.home.run_id, config.changed(), folder)
+
+        self._calls.listen(Reports(tracker_names(self.config.report_to), tracked, lambda: self.history))
 
     @classmethod
     def from_yaml(
@@ -1008,18 +1023,28 @@ class Run:
 
         return {name: np.array(array).tobytes() for name, array in adapter_weights(self.trainer.model).items()}
 
-    def listen(self, listener: Callable[[Event], None]) -> None:
+    def listen(self, listener: Callable[[Event], None] | TrainingCallback) -> None:
         """Call `listener` with every event. Its first error is printed to stderr and does not affect training.
+
+        An object with the methods of mlx-lm's TrainingCallback, `on_train_loss_report` and `on_val_loss_report`, is
+        called with the numbers of each update and validation under mlx-lm's names.
 
         A listener may read (history, status, plot, rows), `set` live settings, `save`, and `request` an action for the
         next boundary. Calls that train or run the model immediately raise CommandError, because an update may be in
         progress.
         """
-        self._calls.listen(listener)
+        self._calls.listen(self._as_listener(listener))
 
-    def unlisten(self, listener: Callable[[Event], None]) -> None:
+    def unlisten(self, listener: Callable[[Event], None] | TrainingCallback) -> None:
         """Remove a listener."""
-        self._calls.unlisten(listener)
+        self._calls.unlisten(self._as_listener(listener))
+
+    def _as_listener(self, listener: Callable[[Event], None] | TrainingCallback) -> Callable[[Event], None]:
+        if callable(listener):
+            return listener
+        from mlx_nb.export.trackers import Callback
+
+        return Callback(listener, lambda: self.history)
 
     def _record(self, event: Event) -> None:
         """Append an event to the history and send it to the listeners."""

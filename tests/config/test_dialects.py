@@ -128,6 +128,7 @@ MEANT = {
             "seed": 42,
             "max_seq_length": 1024,
             "learning_rate": 2e-5,
+            "report_to": "wandb",
         },
     ),
     "axolotl": (
@@ -197,6 +198,9 @@ LINES = {
     "train_mode: sft\nefficient_long_context: true": "taken      line 2    efficient_long_context: true",
     "train_mode: sft\nlm_studio_name: bees": "ignored    line 2    lm_studio_name: bees. After training, `%finetune "
     "gguf --lm-studio NAME` writes the model there",
+    "train_mode: sft\nwandb: bees": "converted  line 2    wandb: bees -> report_to: wandb, project_name: bees",
+    "train: true\nreport_to: wandb,swanlab": 'taken      line 2    report_to: "wandb,swanlab"',
+    "train: true\nproject_name: bees": "ignored    line 2    project_name: bees. nothing is reported",
     "train_mode: xpo": "not here   line 1    train_mode: xpo. mlx_nb has no method xpo",
     "model_dir: m\nsegment_size: 4": "taken      line 2    segment_size: 4",
     "model_dir: m\nrank_scaling: by_bits": "not here   line 2    rank_scaling: by_bits. mlx_nb has no separate rank "

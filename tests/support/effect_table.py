@@ -181,4 +181,6 @@ TABLE = {
 # where that is measured: tests/model/test_layer_checkpoints.py, tests/model/test_token_chunks.py,
 # tests/train/test_packed_runs.py, tests/run/test_memory_limit.py.
 OF_MEMORY = ("grad_checkpoint", "segment_size", "efficient_long_context", "seq_step_size", "packing", "memory_limit")
-ELSEWHERE = ("subset", *OF_MEMORY)
+# tests/export/test_trackers.py
+OF_REPORTS = ("report_to", "project_name")
+ELSEWHERE = ("subset", *OF_MEMORY, *OF_REPORTS)

@@ -363,7 +363,6 @@ output_dir: out
             "`lora_parameters: {rank: 32}`.",
             "line 15, column 1: unknown setting `lora_alpha`. Here it is `lora_parameters: {scale: 0.5}` "
             "(alpha / rank).",
-            "line 16, column 1: unknown setting `report_to`. mlx_nb has no reports to other services yet. Remove it.",
             "line 17, column 1: unknown setting `output_dir`. Here it is `adapter_path`: write `adapter_path: out`.",
         ],
     ),

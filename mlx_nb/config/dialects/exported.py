@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_nb.config.checks import tracker_names
 from mlx_nb.config.dialects.records import Line, Meaning, as_yaml, report
 from mlx_nb.config.optimizers import OPTIMIZERS
 from mlx_nb.config.run_config import RunConfig
@@ -47,6 +48,7 @@ _LOST = {
     "scale_rewards": "advantages are divided by the deviation in the group there",
     "updates_per_rollout": "each set of completions gives one update there",
     "mask_truncated_completions": "cut completions are trained there",
+    "report_to": "nothing is reported to it there",
     "reference_adapter": "the reference is a model there",
 }
 
@@ -131,6 +133,9 @@ def export_settings(config: RunConfig, dialect: str, *, iters: int | None = None
         "mask_prompt": config.loss_on != "all",
         "adapter_path": config.adapter_path or "adapters",
     }
+    trackers = [name for name in tracker_names(config.report_to) if is_lm and name in ("wandb", "swanlab")]
+    if trackers:
+        settings |= {"report_to": ",".join(trackers), "project_name": config.project_name or "mlx_nb"}
     if config.resume_adapter_file is not None:
         settings["resume_adapter_file"] = _adapter_file(config.resume_adapter_file)
     features = _FEATURES if is_lm else (*_FEATURES, *_PAIR_FEATURES)

@@ -71,7 +71,7 @@ DIALECTS = {
         ),
         Dialect(
             "mlx-bun",
-            ("model_dir", "data_dir", "segment_size", "save_checkpoints", "dpo_warmup_iters", "dpo_lr_schedule"),
+            ("model_dir", "data_dir", "save_checkpoints", "dpo_warmup_iters", "dpo_lr_schedule"),
             {
                 "lora_parameters": {"rank": 8, "scale": 1.0},
                 "iters": 100,
@@ -98,8 +98,8 @@ DIALECTS = {
             "mlx-lm-lora",
             (
                 *("train_type", "train_mode", "gradient_accumulation_steps+iters", "load_in_4bits", "load_in_6bits"),
-                *("load_in_8bits", "load_in_mxfp4", "efficient_long_context", "dpo_cpo_loss_type", "qat_enable"),
-                *("lm_studio_name", "seq_step_size", "grpo_loss_type", "sft_loss_type"),
+                *("load_in_8bits", "load_in_mxfp4", "dpo_cpo_loss_type", "qat_enable"),
+                *("lm_studio_name", "grpo_loss_type", "sft_loss_type"),
             ),
             {
                 **_ADAM,

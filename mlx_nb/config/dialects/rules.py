@@ -299,6 +299,25 @@ def _resume(given: Given) -> Meaning:
     return as_here(given, {"resume_adapter_file": given.value}, "only the weights, as there")
 
 
+def _report_to(given: Given) -> Meaning:
+    names = given.value if isinstance(given.value, list) else [given.value]
+    if not given.is_on or names in (["none"], ["all"]):
+        return Meaning("ignored", {}, "nothing is reported")
+    return as_here(given, {"report_to": given.value})
+
+
+def _wandb(given: Given) -> Meaning:
+    if not given.is_on:
+        return Meaning("ignored", {}, "nothing is reported")
+    return Meaning("converted", {"report_to": "wandb", "project_name": str(given.value)})
+
+
+def _project(given: Given) -> Meaning:
+    if given.first("report_to") is None:
+        return Meaning("ignored", {}, "nothing is reported")
+    return renamed(given, "project_name")
+
+
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("lora_alpha", "alpha"), _alpha),
     "use_rslora": _rslora,
@@ -334,6 +353,9 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("reward_functions", "reward_funcs"), _rewards),
     "reward_weights": _reward_weights,
     **dict.fromkeys(("template", "chat_template"), _template),
+    "report_to": _report_to,
+    "project_name": _project,
+    **dict.fromkeys(("wandb", "wandb_project"), _wandb),
     "layers_to_transform": _layers,
     **dict.fromkeys(("max_grad_norm", "gradient_clipping", "clip_grad_norm"), _max_norm),
     **dict.fromkeys(("lora_target", "lora_target_modules"), _modules),
