@@ -344,14 +344,17 @@ def _why(refused: Collection[str]) -> str:
 def _changed_settings(config: RunConfig, checkpoint: Checkpoint) -> list[str]:
     """The settings in which `config` differs from the initial settings of the checkpoint's run.
 
-    Settings about saving are ignored: they change no number.
+    Settings about saving and reports are ignored: they change no number.
     """
     began_with = _began_with(checkpoint)
     if any(event.name in LENGTHS for event in _live_changes(checkpoint)):  # `iters` and `epochs` replace each other
         began_with = {name: value for name, value in began_with.items() if name not in LENGTHS}
     now = json.loads(json.dumps(config.described(), default=str))
-    counted = [name for name in began_with if name in now and SETTINGS[name].metadata["group"] != "saving"]
+    counted = [name for name in began_with if name in now and SETTINGS[name].metadata["group"] not in _WITHOUT_NUMBERS]
     return [name for name in counted if began_with[name] != now[name]]
+
+
+_WITHOUT_NUMBERS = ("saving", "reports")
 
 
 def _live_changes(checkpoint: Checkpoint) -> list[SettingChanged]:

@@ -72,7 +72,7 @@ def test_a_resumed_run_continues_its_report_and_its_count_of_tokens(tmp_path, ti
     run = rows_run(tmp_path, tiny_folder, iters=4, report_to="wandb")
     run.run(until=2)
     run.release()
-    again = Run.resume(run.folder)
+    again = Run.resume(run.folder, config=run.config.replace(project_name="other"))
     again.run()
     first, second = [given for what, given in wandb.CALLS if what == "init"]
     assert first["id"] == second["id"]
