@@ -20,15 +20,30 @@ MlxNbError
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+BreakLine = Callable[[str], list[str]]
+_break_line: BreakLine | None = None
+
+
+def break_error_lines_with(break_line: BreakLine | None) -> None:
+    """Break each line of an error that is displayed with this function; None leaves them as they are."""
+    global _break_line
+    _break_line = break_line
+
+
+def error_lines(text: str) -> list[str]:
+    """The lines of an error as IPython displays them."""
+    lines = text.splitlines()
+    return lines if _break_line is None else [part for line in lines for part in _break_line(line)]
 
 
 class MlxNbError(Exception):
     """Base of all errors raised on purpose. In IPython it shows as one line for each problem, without a traceback."""
 
     def _render_traceback_(self) -> list[str]:
-        return f"{type(self).__name__}: {self}".splitlines()
+        return error_lines(f"{type(self).__name__}: {self}")
 
 
 class ConfigError(MlxNbError):

@@ -10,9 +10,9 @@ from functools import partial
 from typing import Any, NoReturn
 
 from mlx_nb.errors import CommandError
-from mlx_nb.notebook.help_text import WIDTH
 from mlx_nb.notebook.queued_cells import NOW
 from mlx_nb.notebook.session import Session
+from mlx_nb.notebook.text_output import WIDTH
 from mlx_nb.run.inputs import SPLITS
 from mlx_nb.run.run import Run
 from mlx_nb.view.event_text import remarks

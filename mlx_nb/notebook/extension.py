@@ -6,8 +6,10 @@ from typing import Any
 
 from IPython.core.interactiveshell import InteractiveShell
 
+from mlx_nb.errors import break_error_lines_with
 from mlx_nb.notebook.magics import FinetuneMagics
 from mlx_nb.notebook.tab_completion import matcher
+from mlx_nb.notebook.text_output import broken_line
 
 _MAGICS = "_mlx_nb_magics"
 
@@ -21,6 +23,7 @@ def load(shell: InteractiveShell) -> None:
     cell: Any = magics.finetune_cell
     magics.matcher = matcher(magics.session, cell.parser)
     shell.Completer.custom_matchers.append(magics.matcher)
+    break_error_lines_with(broken_line)
     setattr(shell, _MAGICS, magics)
 
 
@@ -29,6 +32,7 @@ def unload(shell: InteractiveShell) -> None:
     magics = getattr(shell, _MAGICS, None)
     if magics is None:
         return
+    break_error_lines_with(None)
     magics.interrupts.close()
     magics.bare_run.close()
     magics.question_marks.close()

@@ -11,8 +11,8 @@ from mlx_nb.config.methods import METHODS
 from mlx_nb.config.run_config import LIVE_SETTINGS, SETTINGS
 from mlx_nb.errors import CommandError, did_you_mean
 from mlx_nb.notebook.queued_cells import NOW
+from mlx_nb.notebook.text_output import WIDTH
 
-WIDTH = 66  # characters that fit in a notebook 700 px wide
 _GROUPS = {
     "Train": ("new", "import", "step", "run", "pause", "stop", "rewind", "skip", "resume"),
     "Watch": ("panel", "status", "plot", "report", "config", "compare"),

@@ -10,6 +10,7 @@ from typing import Any
 
 from IPython.core.interactiveshell import InteractiveShell
 
+from mlx_nb.errors import error_lines
 from mlx_nb.notebook import bare_run
 from mlx_nb.notebook.lost_interrupts import NotingHandler
 
@@ -47,7 +48,7 @@ class InterruptsInOneLine:
         before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
         try:
             if _passes_through_us(trace):
-                value._render_traceback_ = lambda: [LINE]
+                value._render_traceback_ = lambda: error_lines(LINE)
             elif isinstance(value, self._before[0]):
                 return self._before[1](kind, value, trace, tb_offset)
             shell.showtraceback((kind, value, trace), tb_offset=tb_offset)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from IPython.core.error import InputRejected
 
-from mlx_nb.errors import CommandError
+from mlx_nb.errors import CommandError, error_lines
 from mlx_nb.events import Event, Progress, RunFailed, RunPaused, RunState
 from mlx_nb.notebook.front_end import request_header
 from mlx_nb.notebook.progress_line import progress_summary
@@ -36,7 +36,7 @@ class CellNotRun(InputRejected):
     """The cell waited for a run that did not finish. Shown as one line in the notebook."""
 
     def _render_traceback_(self) -> list[str]:
-        return str(self).splitlines()
+        return error_lines(str(self))
 
 
 @dataclass

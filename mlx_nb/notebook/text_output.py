@@ -5,11 +5,13 @@ from __future__ import annotations
 import html
 import sys
 import time
+from textwrap import wrap
 from typing import Any
 
 from mlx_nb.view.theme import WRAP
 
 SECONDS_BETWEEN_CHANGES = 0.4
+WIDTH = 66  # characters that fit in a notebook 700 px wide
 _CARET = "▍"
 # A notebook breaks plain text anywhere, even within words.
 _STYLE = f"margin:0;font-family:var(--jp-code-font-family,monospace);{WRAP};word-break:normal"
@@ -30,6 +32,13 @@ def bundle_of(text: str, *, quiet: bool = False) -> dict[str, str]:
     style = "opacity:0.8;white-space:pre-wrap" if quiet else _STYLE
     tag = "div" if quiet else "pre"
     return {"text/html": f'<{tag} style="{style}">{html.escape(text)}</{tag}>', "text/plain": text}
+
+
+def broken_line(line: str) -> list[str]:
+    """A line of an error, in pieces that fit a notebook 700 px wide, which would break it within words."""
+    if len(line) <= WIDTH or not has_rich_display():
+        return [line]
+    return wrap(line, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def say(text: str) -> None:

@@ -11,11 +11,14 @@ import pytest
 from IPython.utils.capture import capture_output
 
 import mlx_nb
+from mlx_nb import unload_ipython_extension
 from mlx_nb.config.run_config import SETTINGS
 from mlx_nb.errors import CommandError, DataError
+from mlx_nb.notebook import text_output
 from mlx_nb.notebook.commands import COMMANDS
 from mlx_nb.notebook.lasting_output import Outcome
 from mlx_nb.notebook.magics import FinetuneMagics
+from mlx_nb.notebook.queued_cells import CellNotRun
 from mlx_nb.notebook.templating import fill
 from mlx_nb.view.curves.shown_figure import ShownFigure
 from tiny import tiny_rows
@@ -181,6 +184,22 @@ def test_a_bad_command_is_one_line_that_fails_the_cell(trained, command):
     shown = error._render_traceback_()
     assert len(shown) == 1
     assert "\n" not in shown[0]
+
+
+def test_a_notebook_shows_error_lines_that_break_between_words(trained, monkeypatch):
+    error = error_of(trained, "%finetune set learning_rte=1e-4 itres=3 --now-or-never")
+    (whole,) = error._render_traceback_()
+    monkeypatch.setattr(text_output, "has_rich_display", lambda: True)
+    shown = error._render_traceback_()
+    assert len(shown) > 1
+    assert all(len(line) <= text_output.WIDTH for line in shown)
+    assert " ".join(line.strip() for line in shown) == whole
+    assert CommandError("short")._render_traceback_() == ["CommandError: short"]
+    waited = CellNotRun(" ".join(["word"] * 30))._render_traceback_()
+    assert all(len(line) <= text_output.WIDTH for line in waited)
+    assert CommandError("x" * 200)._render_traceback_() == ["CommandError:", f"  {'x' * 200}"]
+    unload_ipython_extension(trained)
+    assert error._render_traceback_() == [whole]
 
 
 def test_a_command_without_a_run_says_what_to_do(shell):

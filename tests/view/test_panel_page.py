@@ -68,6 +68,7 @@ def sent(page):
 @pytest.mark.parametrize("theme", [*THEMES, PLAIN])
 def test_every_page_fits_and_has_one_left_edge(theme, width, opened):
     page = opened(theme, width, **RUNNING)
+    assert in_one_line(page, "[role=tab]")
     lefts = set()
     for name in opened.panel.tabs:
         page.get_by_role("tab", name=name).click()
@@ -81,8 +82,21 @@ def test_every_page_fits_and_has_one_left_edge(theme, width, opened):
     for part in (".mlx-nb-title", ".mlx-nb-toolbar", ".mlx-nb-progress", ".mlx-nb-tabs"):
         lefts.add(round(page.locator(part).bounding_box()["x"]))
     assert len(lefts) == 1
-    tops = {round(one.bounding_box()["y"]) for one in page.locator(".mlx-nb-toolbar button:visible").all()}
-    assert len(tops) == 1  # nothing wraps alone
+    assert in_one_line(page, ".mlx-nb-toolbar button:visible")
+
+
+def in_one_line(page, what):
+    """Whether nothing wraps alone."""
+    return len({round(one.bounding_box()["y"]) for one in page.locator(what).all()}) == 1
+
+
+# A method that samples has a page more.
+@pytest.mark.parametrize("width", [540, 596, 640, 700])
+def test_eight_tabs_are_in_one_line(width, opened):
+    tabs = opened.panel.tabs
+    page = opened("light", width, tabs=[*tabs[:2], "Completions", *tabs[2:]])
+    assert page.get_by_role("tab").count() == 8
+    assert in_one_line(page, "[role=tab]")
 
 
 def test_no_tab_moves_when_another_is_chosen(opened):
