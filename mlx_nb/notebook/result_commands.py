@@ -180,7 +180,12 @@ RESULT_COMMANDS: dict[str, Command] = {
         "translate the settings of another program into a cell",
         _import,
         argument("source", help='file (YAML or JSON), or a command in quotes: "mlx_lm.lora --model ..."'),
-        argument("--dialect", choices=sorted(DIALECTS), help="the program (default: recognized by its words)"),
+        argument(
+            "--dialect",
+            choices=sorted(DIALECTS),
+            metavar="PROGRAM",
+            help=f"{', '.join(sorted(DIALECTS))} (default: recognized by its words)",
+        ),
         steers=True,
     ),
     "report": command(
