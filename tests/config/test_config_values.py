@@ -87,6 +87,7 @@ def test_what_cannot_be_kept_is_refused_when_it_is_configured(given, words):
     assert all(len(line) < 300 for line in lines)
 
 
+@pytest.mark.long
 def test_a_run_with_values_of_numpy_and_paths_writes_its_checkpoints(tmp_path, tiny_folder):
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, tiny_rows(8))))
     run = Run(

@@ -340,6 +340,7 @@ words = st.lists(
 )
 
 
+@pytest.mark.long
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(words, words), min_size=1, max_size=30))
 def test_duplicates_are_what_comparing_all_pairs_says(texts):

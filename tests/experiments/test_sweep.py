@@ -103,6 +103,7 @@ def test_runs_are_those_that_they_would_be_alone_bit_for_bit_on_one_base(tmp_pat
     assert all(run.inputs.examples is found.runs[0].inputs.examples for run in found.runs)
 
 
+@pytest.mark.long
 def test_they_train_in_turns_and_the_best_by_validation_comes_first(tiny_folder):
     order = []
     found = sweep(settings_of(tiny_folder), name="rates")
@@ -130,6 +131,7 @@ def test_a_run_of_another_rendering_reads_its_own_rows(tiny_folder):
     assert one is not other
 
 
+@pytest.mark.long
 def test_halving_ends_the_worse_half_at_each_rung_and_says_its_budget_before(tiny_folder):
     settings = settings_of(tiny_folder, iters=8, learning_rate=[1e-5, 1e-4, 1e-3, 1e-2])
     del settings["lora_parameters.rank"]

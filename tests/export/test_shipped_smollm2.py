@@ -8,7 +8,7 @@ import pytest
 from mlx_nb import Run, RunConfig
 from mlx_nb.export import gguf as gguf_module
 from mlx_nb.export.llama_cpp import run_llama_cpp
-from mlx_nb.run.model_exports import _inputs
+from mlx_nb.run.model_exports import inputs_of_run
 
 pytestmark = [pytest.mark.real_model, pytest.mark.xdist_group("shipped_smollm2")]
 MOST = 16  # tokens of an answer
@@ -40,7 +40,7 @@ def answers(pirate):
 def test_llama_cpp_gives_the_same_greedy_answers(kind, pirate, answers, tmp_path, real_llama_cpp):
     if kind == "adapter":
         base = tmp_path / "base.gguf"
-        gguf_module._write_base(_inputs(pirate), base)
+        gguf_module._write_base(inputs_of_run(pirate), base)
         written = pirate.gguf(tmp_path / "out", adapter=True, base=base)
         job = {"model": str(base), "adapter": str(written.path)}
     else:

@@ -42,6 +42,7 @@ def kept_seeds(here):
     return {path.name: seeds_in(path) for path in (here / "adapters").iterdir() if (path / "checkpoints").is_dir()}
 
 
+@pytest.mark.long
 def test_a_rerun_says_how_large_the_kept_folder_is_and_the_command_it_names_removes_it(here, tiny_folder, capsys):
     (note,) = [note for note in run_seeds(tiny_folder, 1, 2) if "is now in" in note]
     kept = here / "adapters/run.previous-1"

@@ -286,6 +286,7 @@ print(usual, kept, new_pages(), before, there, held())
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
 def test_on_a_cpu_freed_arrays_are_kept_for_the_next_ones_and_given_back_in_the_end():
     done = subprocess.run([sys.executable, "-c", KEPT], check=True, timeout=120, capture_output=True, text=True)

@@ -53,6 +53,7 @@ def test_compare_shows_two_runs_row_by_row_and_the_base(trained):
     assert "equal" in repr(answer(trained, "%finetune compare slow fast --blind --metrics polite --max-tokens 8"))
 
 
+@pytest.mark.long
 def test_compare_of_three_runs_or_of_one_that_has_not_begun_is_a_table(trained, tiny_folder):
     body = f"model: {tiny_folder}\ndata: my_rows"
     trained.run_cell(f"%%finetune --name third --paused\n{body}").raise_error()

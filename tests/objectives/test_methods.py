@@ -191,6 +191,7 @@ def test_reference_log_probabilities_are_measured_once_and_kept_beside_the_run(t
     assert again.adapter_bytes() == first.adapter_bytes()
 
 
+@pytest.mark.long
 def test_numbers_of_another_reference_or_a_torn_file_are_not_read(tmp_path, tiny_folder):
     folder = tmp_path / "adapter"
     run_of("dpo", folder, tiny_folder).run()

@@ -208,6 +208,7 @@ def test_a_run_that_is_resumed_keeps_its_best_by_metric(tmp_path, tiny_folder, k
     assert [one.metrics for one in evaluations(again)][-3:] == [one.metrics for one in evaluations(whole)][-3:]
 
 
+@pytest.mark.long
 def test_a_fork_by_another_metric_finds_its_best_again(tmp_path, tiny_folder):
     run = run_of(tmp_path, tiny_folder, {"length": length}, iters=8, metrics=["length"], metric_tokens=3)
     run.run(until=4)
@@ -246,6 +247,7 @@ def test_answers_are_kept_by_the_state_of_the_model(tmp_path, tiny_folder, monke
     assert len(generated) == 3
 
 
+@pytest.mark.long
 def test_an_interrupted_evaluation_changes_nothing_and_continues(tmp_path, tiny_folder, monkeypatch, cache):
     monkeypatch.setattr(answer_metrics, "ROWS_AT_ONCE", 2)
     run = run_of(tmp_path, tiny_folder)

@@ -47,6 +47,7 @@ def rest_of(run):
     return [(event.loss, event.rows) for event in run.events() if isinstance(event, StepCompleted)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.matrix(every=2)
 def test_the_run_is_as_it_was_and_continues_with_the_same_bits(tmp_path, tiny_folder, kind):
@@ -93,6 +94,7 @@ def test_an_interrupt_at_any_moment_restores_everything(tmp_path, tiny_folder, m
     assert everything(run) == before
 
 
+@pytest.mark.long
 def test_an_error_inside_the_ramp_restores_everything(tmp_path, tiny_folder, monkeypatch):
     run = run_of(tmp_path, tiny_folder)
     run.step()

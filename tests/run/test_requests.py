@@ -240,6 +240,7 @@ def test_a_stopped_run_can_continue(tiny_folder, tmp_path, how):
             assert again.step_count == 8
 
 
+@pytest.mark.long
 def test_a_run_that_stopped_early_continues_with_its_patience_reset(tiny_folder, tmp_path):
     settings = {"iters": 40, "val_set_size": 4, "steps_per_eval": 1, "early_stopping_patience": 2, "learning_rate": 1.0}
     run = make_run(tiny_folder, tmp_path, **settings, loss_spike=None)

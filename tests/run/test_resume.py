@@ -230,6 +230,7 @@ def test_arrays_that_steps_share_count_once_and_those_of_the_run_itself_do_not(t
     assert kept.held_bytes == 0
 
 
+@pytest.mark.long
 def test_steps_in_memory_stay_within_their_setting(tmp_path, tiny_folder):
     data = {"lora_parameters": {"rank": 64, "scale": 1.0, "dropout": 0.0}, "steps_per_eval": -1, "save_every": -1}
     run = rows_run(tmp_path, tiny_folder, iters=12, snapshot_memory=1, **data)

@@ -40,6 +40,7 @@ def test_a_saved_adapter_answers_as_its_run_does(saved, tmp_path, monkeypatch):
     assert model.generate("say red", max_tokens=12) != model.generate("say red", max_tokens=12, base=True)
 
 
+@pytest.mark.long
 def test_an_adapter_names_a_model_that_mlx_lm_loads(saved, tmp_path, monkeypatch):
     from mlx_lm import load
 
@@ -50,6 +51,7 @@ def test_an_adapter_names_a_model_that_mlx_lm_loads(saved, tmp_path, monkeypatch
     load(described["model"], adapter_path=str(folder))
 
 
+@pytest.mark.long
 def test_saving_says_what_to_type_and_that_works(saved, monkeypatch):
     run, folder = saved
     lines = how_to_use(run.config, run.loaded, folder)

@@ -315,6 +315,7 @@ def test_a_prompt_that_is_answered_again_at_the_same_update_has_one_answer_there
 # What is being done
 
 
+@pytest.mark.long
 def test_a_panel_is_updated_while_a_cell_blocks_the_kernel_and_says_that_clicks_wait(
     tmp_path, tiny_folder, monkeypatch
 ):

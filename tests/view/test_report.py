@@ -29,6 +29,7 @@ def page_of_a_run():
     return report_html(history, title=f"run {HOSTILE}", settings=settings, worst_rows=[(7, 2.5, f"row {HOSTILE}")])
 
 
+@pytest.mark.long
 def test_the_page_says_everything_and_runs_nothing():
     page = page_of_a_run()
     assert "<script" not in page
