@@ -434,7 +434,7 @@ class DeclaredSettings(Settings):
     segment_size: int = setting(
         0,
         "Keep only what goes into every N-th layer, and compute N layers again together for the gradient. With "
-        "grad_checkpoint each of them is then computed again by itself, for the least memory. 0 = off.",
+        "grad_checkpoint each of them is then computed again by itself. 0 = off.",
         group="training",
         at_least=0,
     )
