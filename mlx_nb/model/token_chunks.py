@@ -89,7 +89,7 @@ def _doubt(model: nn.Module, _trained: tuple[Any, ...]) -> str | None:
     except Exception as error:  # model code may raise anything
         return f"a gradient with it fails ({one_line(error).rstrip('.')})"
     if not calls:
-        return "no part of its layers besides attention can be computed in chunks"
+        return "no part of its layers besides token mixers can be computed in chunks"
     return None if same else "the gradient with it is not that of the model"
 
 

@@ -21,10 +21,13 @@ from tiny import random_examples, tiny_model, tiny_rows
 
 # Its MLPs mix each token with the one before it.
 REFUSED = "rwkv7"
+# Their layers are a token mixer each.
+WITHOUT_PARTS = ("falcon_mamba", "mamba", "mamba2", "nemotron_h")
+OTHERS = [family for family in TRAINED if family not in (REFUSED, "iquestloopcoder", *WITHOUT_PARTS)]
 CHUNKS = [Recomputed(tokens=3), Recomputed(1, tokens=5), Recomputed(2, each_layer=True, tokens=4)]
 
 
-@pytest.mark.parametrize("family", [family for family in TRAINED if family not in (REFUSED, "iquestloopcoder")])
+@pytest.mark.parametrize("family", OTHERS)
 @pytest.mark.matrix(every=30)
 def test_every_family_has_its_own_loss_and_gradient(family):
     model = attached(small_model(family), fine_tune_type="full")
@@ -77,6 +80,14 @@ def test_a_family_whose_mlps_mix_tokens_is_refused_by_name():
         TargetScorer(attached(small_model(REFUSED)), CHUNKS[0])
     assert str(caught.value).startswith(f"efficient_long_context cannot be used with {REFUSED}: ")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", WITHOUT_PARTS)
+def test_a_family_of_mixers_alone_is_refused_by_name(family):
+    with pytest.raises(ModelError) as caught:
+        TargetScorer(attached(small_model(family)), CHUNKS[0])
+    refused = f"efficient_long_context cannot be used with {family.removeprefix('falcon_')}: "
+    assert str(caught.value).startswith(f"{refused}no part of its layers besides token mixers can be computed")
 
 
 def test_nothing_of_it_stays_in_the_model():
