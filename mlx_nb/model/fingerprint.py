@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 1 << 16
+_NOTES = ("_name_or_path", "transformers_version")
 
 
 Weights = tuple[tuple[str, str], ...]
@@ -16,6 +18,12 @@ Weights = tuple[tuple[str, str], ...]
 def weights_fingerprint(folder: Path) -> Weights:
     """(file name, digest) of each weights file in a model folder. Adapter files are not included."""
     return tuple((file.name, sampled_digest(file)) for file in sorted(folder.glob("model*.safetensors")))
+
+
+def configuration_digest(config: Mapping[str, Any]) -> str:
+    """A digest of a model's configuration, as read from config.json, without notes about where the model comes from."""
+    told = {name: value for name, value in config.items() if name not in _NOTES}
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def base_identity(fingerprint: Weights, load_in_bits: int | None) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from mlx_nb.errors import ModelError, OutOfMemory
 from mlx_nb.events import Progress
 from mlx_nb.files.cache_folder import repair_note
 from mlx_nb.model.backend import is_cpu
-from mlx_nb.model.fingerprint import Weights, weights_fingerprint
+from mlx_nb.model.fingerprint import Weights, configuration_digest, weights_fingerprint
 from mlx_nb.model.finite import not_finite
 from mlx_nb.model.memory import memory_errors, shortage
 from mlx_nb.model.mlx_lm_import import LIBRARIES, files_for_a_model, import_mlx_lm, import_tokenizers
@@ -40,7 +40,8 @@ _BITS = (2, 3, 4, 5, 6, 8)
 class LoadedModel:
     """A model ready to train. `quantized_bits` is that of the source, even if it was dequantized in memory.
 
-    `weights` is the `weights_fingerprint` of its files at the time of loading.
+    `weights` and `configuration` are the `weights_fingerprint` and `configuration_digest` of its files at the time of
+    loading.
     """
 
     model: nn.Module
@@ -50,6 +51,7 @@ class LoadedModel:
     quantized_bits: int | None
     loading_notes: tuple[str, ...] = ()
     weights: Weights = ()
+    configuration: str = ""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -84,6 +86,7 @@ def load_in_pieces(
         yield from _evaluated(network, "weights, as they are in the file")
         if bad := not_finite(dict(named_arrays(network.parameters()))):
             raise ModelError(f"the weights in {folder} are damaged: {bad}. Download or convert the model again.")
+        configuration = configuration_digest(config)
         bits = (config.get("quantization") or {}).get("bits")
         notes = [note] if (note := repair_note(folder)) else []
         if load_in_bits is not None:
@@ -106,7 +109,8 @@ def load_in_pieces(
                 f"On this CPU the {base} is held and computed in float32; saved adapters are the same either way."
             )
         yield from _evaluated(network, "weights")
-    return LoadedModel(network, tokenizer, folder, model, bits, tuple(notes), weights_fingerprint(folder))
+    weights = weights_fingerprint(folder)
+    return LoadedModel(network, tokenizer, folder, model, bits, tuple(notes), weights, configuration)
 
 
 def fetched_folder(model: str) -> Generator[Progress, None, Path]:

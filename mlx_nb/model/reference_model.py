@@ -19,7 +19,7 @@ from mlx_nb.errors import ConfigError, ModelError
 from mlx_nb.files.written_files import CONFIG_FILE
 from mlx_nb.model import adapters
 from mlx_nb.model.adapter_files import REFERENCE, START, AdapterFile, adapter_weights_file, open_adapter, shape_of
-from mlx_nb.model.fingerprint import weights_fingerprint
+from mlx_nb.model.fingerprint import configuration_digest, weights_fingerprint
 from mlx_nb.model.limits import limits_of
 from mlx_nb.model.loading import LoadedModel
 from mlx_nb.model.logprobs import TargetScorer
@@ -53,15 +53,16 @@ def reference_scorer(config: RunConfig, loaded: LoadedModel, start: nn.Module | 
 
 
 def reference_fingerprint(config: RunConfig, loaded: LoadedModel) -> str:
-    """A digest of the reference: its weights, adapter, quantization and the version of mlx."""
-    other = config.reference_model
-    weights = (
-        loaded.weights if other is None else weights_fingerprint(model_folder(model_named(config, "reference_model")))
-    )
+    """A digest of the reference: its weights, configuration, adapter, quantization and the version of mlx."""
+    weights, configuration = loaded.weights, loaded.configuration
+    if config.reference_model is not None:
+        folder = model_folder(model_named(config, "reference_model"))
+        weights = weights_fingerprint(folder)
+        configuration = configuration_digest(json.loads((folder / "config.json").read_bytes()))
     chosen = BARE if config.reference_adapter == BARE else config.located("reference_adapter")
     if chosen is None and config.reference_model is None:
         chosen = config.located("resume_adapter_file")
-    facts: list[Any] = [weights, config.load_in_bits, version("mlx"), _adapter_digest(chosen)]
+    facts: list[Any] = [weights, configuration, config.load_in_bits, version("mlx"), _adapter_digest(chosen)]
     if chosen is not None and config.reference_adapter is None:  # it is attached with this run's adapter shape
         facts += [config.fine_tune_type, config.num_layers, dataclasses.asdict(config.lora_parameters)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -400,7 +400,8 @@ class RunInputs:
         from mlx_nb.model import backend
         from mlx_nb.model.lanes import lane_count
 
-        found = fingerprints(self._sources(), self.tokenizer, self.loaded.weights)
+        model = [("config.json", self.loaded.configuration), *self.loaded.weights]
+        found = fingerprints(self._sources(), self.tokenizer, model)
         found["device"] = f"CPU, lanes: {lane_count()}" if backend.is_cpu() else backend.device_name()
         found |= self._own_code()
         return found if self.reference is None else {**found, "reference": self.reference.fingerprint}

@@ -370,7 +370,7 @@ def live_change_lines(checkpoint: Checkpoint) -> list[str]:
     return [event.to_json() for event in history_of(checkpoint).events if isinstance(event, SettingChanged)]
 
 
-def fingerprints(sources: Iterable[Any], tokenizer: Tokenizer, weights: Iterable[Iterable[str]]) -> dict[str, Any]:
+def fingerprints(sources: Iterable[Any], tokenizer: Tokenizer, model: Iterable[Iterable[str]]) -> dict[str, Any]:
     """Fingerprints of everything besides the settings that determines a run's numbers, by name."""
     from importlib.metadata import version
 
@@ -379,7 +379,7 @@ def fingerprints(sources: Iterable[Any], tokenizer: Tokenizer, weights: Iterable
         "data": [source.fingerprint() for source in sources],
         "template": _digest(str(tokenizer.chat_template)),
         "tokenizer": _digest(tokenizer.backend_tokenizer.to_str()),
-        "model": [list(file) for file in weights],
+        "model": [list(file) for file in model],
         "mlx version": version("mlx"),
         "row order": ORDER,
     }

@@ -17,7 +17,7 @@ from mlx_nb.notebook.session import Session
 from mlx_nb.train.checkpoint_store import CheckpointStore
 from places import NOTEBOOKS
 from runs import SETTINGS, arrays_of, happened, rows_run, trainer_for
-from tiny import random_examples, tiny_rows
+from tiny import random_examples, tiny_pairs, tiny_rows
 from trainers import make_trainer
 
 
@@ -107,6 +107,44 @@ def test_what_changed_since_is_named_and_allowed_only_when_asked(tmp_path, tiny_
     allowed.run()
     with pytest.raises(CheckpointError, match="nowhere"):
         Run.resume(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("file", "entry", "changes"),
+    [
+        ("config.json", {"rope_theta": 5e4}, True),
+        ("config.json", {"rms_norm_eps": 1e-3}, True),
+        ("generation_config.json", {"eos_token_id": 3}, True),
+        ("config.json", {"_name_or_path": "elsewhere", "transformers_version": "9"}, False),
+        ("generation_config.json", {"temperature": 0.5}, False),
+    ],
+)
+def test_a_model_is_another_one_if_its_configuration_changed(file, entry, changes, tmp_path, tiny_folder):
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    run = rows_run(tmp_path, model)
+    run.run(until=2)
+    run.release()
+    path = model / file
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**before, **entry}))
+    if not changes:
+        assert Run.resume(tmp_path / "a").run().step == 6
+        return
+    with pytest.raises(CheckpointError, match="changed since the checkpoint of step 2: model"):
+        Run.resume(tmp_path / "a")
+    assert Run.resume(tmp_path / "a", allow_changed=["model"]).run().step == 6
+
+
+def test_a_reference_is_another_one_if_its_configuration_changed(tmp_path, tiny_folder):
+    other = shutil.copytree(tiny_folder, tmp_path / "other")
+    settings = {"method": "dpo", "reference_model": str(other), "data": tiny_pairs()}
+    run = rows_run(tmp_path, tiny_folder, **settings)
+    run.run(until=2)
+    run.release()
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rope_theta": 5e4}))
+    with pytest.raises(CheckpointError, match="changed since the checkpoint of step 2: reference"):
+        Run.resume(tmp_path / "a", data=tiny_pairs())
 
 
 @pytest.mark.long
