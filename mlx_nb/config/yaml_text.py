@@ -227,12 +227,20 @@ def read_list(text: str) -> list[Any]:
 
 
 def read_words(words: Sequence[str], command: str, example: str) -> dict[str, Any]:
-    """The settings in `key=value` words of a command line. Raises CommandError with one line for each wrong word."""
+    """The settings in `key=value` words of a command line. Raises CommandError with one line for each wrong word.
+
+    A key and its value as two words are one wrong word.
+    """
     values: dict[str, Any] = {}
     problems = []
-    for word in words:
+    left = list(words)
+    while left:
+        word = left.pop(0)
         key, equals, text = word.partition("=")
-        if not equals or not key or not text:
+        if word.replace(".", "").isidentifier() and left and "=" not in left[0]:
+            value = left.pop(0)
+            problems.append(f"{command}: {f'{word} {value}'!r} is not key=value. Write `{word}={value}`.")
+        elif not equals or not key or not text:
             problems.append(f"{command}: {word!r} is not key=value. For example: {command} {example}")
         elif key in values:
             problems.append(f"{command}: `{on_one_line(key)}` is given twice. Keep one of them.")

@@ -28,6 +28,8 @@ from mlx_nb.files.written_files import (
 )
 from mlx_nb.process.ipython import in_ipython
 
+END_IT_FIRST = "End that run first, with `%finetune stop` in its notebook or `run.release()` in Python."
+
 
 class KeptRun(NamedTuple):
     """A run on disk. `bytes` is the size of its own files, `update` that of its newest checkpoint."""
@@ -231,7 +233,7 @@ def delete_own(folder: Path) -> dict[str, int]:
     """
     lock = FolderLock(folder, folder.name)
     if (holder := lock.take()) is not None:
-        raise FolderTaken(f"{folder} is held by {holder}, so nothing was removed. End that run first.")
+        raise FolderTaken(f"{folder} is held by {holder}, so nothing was removed. {END_IT_FIRST}")
     try:
         own = own_files(folder)
         for name in own:

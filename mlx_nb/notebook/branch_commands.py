@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from mlx_nb.config.yaml_text import advice_as_words, read_words
-from mlx_nb.errors import CommandError
+from mlx_nb.errors import CommandError, did_you_mean
 from mlx_nb.files.places import run_folder, working_folder
 from mlx_nb.notebook.command import (
     OUTPUT,
@@ -63,8 +63,14 @@ def _resume(session: Session, arguments: argparse.Namespace) -> Text:
     from mlx_nb.notebook.driver import has_live_front_end, show_panel
 
     output = output_name(arguments.output)
+    folder = run_folder(arguments.run or arguments.name or _only_candidate(), working_folder())
+    if not folder.exists():
+        near = did_you_mean(folder.name, resumable(folder.parent))
+        raise CommandError(
+            f"%finetune resume: there is no {folder}.{near} `%finetune runs --disk` lists what there is."
+        )
     run = Run.resume(
-        run_folder(arguments.run or arguments.name or _only_candidate(), working_folder()),
+        folder,
         step=arguments.step,
         namespace=session.namespace,
         allow_changed=arguments.allow_changed or (),

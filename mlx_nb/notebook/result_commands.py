@@ -23,7 +23,7 @@ from mlx_nb.notebook.command import (
     output_name,
 )
 from mlx_nb.notebook.front_end import insert_cell
-from mlx_nb.notebook.session import Session
+from mlx_nb.notebook.session import Session, how_to_get_one
 from mlx_nb.notebook.text_output import Text
 from mlx_nb.run.adapter_exports import FORMATS, MLX_LM
 from mlx_nb.run.inputs import SPLITS
@@ -44,7 +44,7 @@ def _runs(session: Session, arguments: argparse.Namespace) -> Text:
 
         return Text(kept_text(run.folder for run in session.runs.values()))
     if not session.runs:
-        return Text("no runs yet. A %%finetune cell creates one.")
+        return Text(f"no runs yet. {how_to_get_one()}")
     table = [("", "run", "state", "update", "loss", "validation", "method", "model")]
     for run in session.runs.values():
         last, valid = run.history.last_step, run.history.evaluations("valid")

@@ -9,6 +9,7 @@ from pathlib import Path
 from mlx_nb.errors import CommandError, FolderTaken, and_more, counted, did_you_mean
 from mlx_nb.files.folder_lock import holder_of, is_locked
 from mlx_nb.files.kept_runs import (
+    END_IT_FIRST,
     KeptRun,
     delete_command,
     delete_own,
@@ -74,7 +75,7 @@ def delete_kept(folder: Path, *, yes: bool) -> str:
         near = did_you_mean(_short(folder), [_short(one.folder) for one in _kept()])
         raise CommandError(f"there is no run in {folder}.{near} `runs --disk` lists the runs on disk.")
     if is_locked(folder):
-        raise FolderTaken(f"{folder} is in use by {holder_of(folder)}, so nothing was deleted. End that run first.")
+        raise FolderTaken(f"{folder} is in use by {holder_of(folder)}, so nothing was deleted. {END_IT_FIRST}")
     own = own_files(folder)
     others = others_in(folder, own)
     what = f"{counted(len(own), 'file')} ({megabytes(sum(own.values()))}) of the run {run.name!r} in {folder}"

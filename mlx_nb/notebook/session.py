@@ -6,7 +6,10 @@ import sys
 from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Any
 
-from mlx_nb.errors import CommandError, MlxNbError, did_you_mean
+from mlx_nb.errors import CommandError, MlxNbError, and_more, did_you_mean
+from mlx_nb.events import RunState
+from mlx_nb.files.kept_runs import resume_command
+from mlx_nb.files.places import working_folder
 from mlx_nb.notebook.preferences import Finetune
 from mlx_nb.view.panel.static_view import lasting_html
 
@@ -18,6 +21,22 @@ if TYPE_CHECKING:
     from mlx_nb.notebook.queued_cells import QueuedCells
     from mlx_nb.run.run import Run
     from mlx_nb.view.panel.panel import Panel
+
+
+_MOST_NAMED = 3  # saved runs in a message
+
+
+def how_to_get_one() -> str:
+    """How to get a run in a kernel that has none: a new one, or one that is saved in `adapters/`."""
+    from mlx_nb.run.resume import resumable
+
+    saved = [f"{name} (update {step})" for name, step in resumable(working_folder() / "adapters").items()]
+    if not saved:
+        return "A %%finetune cell creates one."
+    return (
+        "A %%finetune cell creates one, and `%finetune resume NAME` continues one that is saved: "
+        f"{and_more(saved, _MOST_NAMED)}."
+    )
 
 
 class Session:
@@ -139,12 +158,15 @@ class Session:
                 place.update({"text/html": lasting_html(words), "text/plain": words}, raw=True)
 
     def close(self) -> None:
-        """Stop and save all runs and close the panels, when the extension is unloaded."""
+        """Stop and save all runs and close the panels, when the extension is unloaded. Says how to continue them."""
         if self.queued is not None:
             self.queued.close()
         for run in self.runs.values():
             run.background.stop()
         self.save_all()
+        for name, run in self.runs.items():
+            if run.state == RunState.PAUSED and not run.unsaved_updates and (continues := resume_command(run.folder)):
+                print(f"{name} is saved, paused after update {run.step_count}. {continues} goes on with it.")
         for name in list(self._shown):
             self._close_shown(name)
         if self.form is not None:
@@ -162,7 +184,7 @@ class Session:
         """The run called `name`, or the current one. Raises CommandError if there is none."""
         if name is None:
             if self._current is None:
-                raise CommandError("there is no run yet. A %%finetune cell creates one.")
+                raise CommandError(f"there is no run yet. {how_to_get_one()}")
             return self.runs[self._current]
         if name not in self.runs:
             known = ", ".join(self.runs) or "none yet"

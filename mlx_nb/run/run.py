@@ -171,6 +171,12 @@ class Run:
 
         self._calls.listen(Reports(tracker_names(self.config.report_to), tracked, lambda: self.history))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute. Raises AttributeError for the name of a setting, which `run.iters = 9` would not change."""
+        if name in SETTINGS and not hasattr(type(self), name):
+            raise AttributeError(f"`{name}` is a setting, not an attribute: write `run.set({name}={shown(value)})`.")
+        super().__setattr__(name, value)
+
     @classmethod
     def from_yaml(
         cls,

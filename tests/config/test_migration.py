@@ -20,7 +20,8 @@ from mlx_nb.config.neighbor_words import (
     VALUES,
 )
 from mlx_nb.config.run_config import _GROUPS, SETTINGS, RunConfig
-from mlx_nb.errors import ConfigError
+from mlx_nb.config.yaml_text import read_words
+from mlx_nb.errors import CommandError, ConfigError
 
 
 @pytest.mark.parametrize("case", TEXTS)
@@ -386,6 +387,22 @@ def test_settings_on_a_command_line_are_answered_all_at_once(tmp_path, capsys):
         "mlx-nb: mlx-nb check: the value [a cannot be read at line 1, column 10: expected ',' or ']', but got "
         "'<stream end>'. The line reads: value: [a",
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["learning_rate", "5e-5"], "'learning_rate 5e-5' is not key=value. Write `learning_rate=5e-5`."),
+        (["lora_parameters.rank", "4"], "'lora_parameters.rank 4' is not key=value. Write `lora_parameters.rank=4`."),
+        (["iters"], "'iters' is not key=value. For example: set iters=2"),
+        (["5e-5"], "'5e-5' is not key=value. For example: set iters=2"),
+        (["iters", "seed=1"], "'iters' is not key=value. For example: set iters=2"),
+    ],
+)
+def test_a_key_and_its_value_as_two_words_are_one_mistake(words, told):
+    with pytest.raises(CommandError) as caught:
+        read_words(words, "set", "iters=2")
+    assert str(caught.value) == f"set: {told}"
 
 
 # What says "off", "no limit" or "as it comes" elsewhere

@@ -276,6 +276,8 @@ BAD_FILES = [
     ("a.jsonl", b"\n \n", "a.jsonl has no rows."),
     ("a.jsonl", b"\xef\xbb\xbf", "a.jsonl has no rows."),
     ("a.jsonl", b'{"a": 1}\n{"a": \n', "a.jsonl line 2: not valid JSON (Expecting value at column 6)."),
+    ("a.jsonl", b'{"a": "b\n', "a.jsonl line 1: not valid JSON (Unterminated string starting at column 7)."),
+    ("a.json", b'[{"a": "b\n"}]', "a.json: not valid JSON (Invalid control character at line 1 column 10)."),
     ("a.jsonl", b"\n\nhello\n", "a.jsonl line 3: not valid JSON (Expecting value at column 1)."),
     ("a.jsonl", b'{"a": 1}\n[1]\n', "a.jsonl line 2: a row must be a JSON object {...}, not an array."),
     ("a.jsonl", b'"text"\n', "a.jsonl line 1: a row must be a JSON object {...}, not 'text'."),

@@ -39,6 +39,21 @@ def test_a_slip_fails_the_cell_in_one_line_and_leaves_the_runs_as_they_were(shel
     assert "no runs yet" in str(shell.run_cell("%finetune runs").result)
 
 
+def test_a_kernel_without_runs_names_those_that_can_be_resumed(shell, tiny_folder):
+    new = "no runs yet. A %%finetune cell creates one"
+    assert str(shell.run_cell("%finetune runs").result) == f"{new}."
+    shell.user_ns["rows"] = tiny_rows()
+    shell.run_cell(f"%%finetune --name bees --paused -o bees\nmodel: {tiny_folder}\ndata: rows\nval_set_size: 0")
+    shell.user_ns["bees"].step(2)
+    shell.run_cell("%reload_ext mlx_nb")
+    saved = ", and `%finetune resume NAME` continues one that is saved: bees (update 2)."
+    assert str(shell.run_cell("%finetune runs").result) == f"{new}{saved}"
+    assert error_of(shell, "%finetune status").endswith(f"there is no run yet. A %%finetune cell creates one{saved}")
+    words = error_of(shell, "%finetune resume bee")
+    assert "Did you mean 'bees'?" in words
+    assert "`%finetune runs --disk` lists" in words
+
+
 @pytest.mark.parametrize(("command", "meant"), [("stpe", "step"), ("stp 3", "step"), ("rewnid 2", "rewind")])
 def test_a_mistyped_command_is_not_taken_for_one_that_ends_the_run(shell, command, meant):
     assert f"Did you mean {meant!r}?" in error_of(shell, f"%finetune {command}")

@@ -122,13 +122,16 @@ def test_a_run_without_references_is_saved(tmp_path, tiny_folder):
 
 
 @pytest.mark.parametrize("word", ["unload_ext", "reload_ext"])
-def test_unloading_stops_and_saves_what_moves(shell, tiny_folder, word):
+def test_unloading_stops_and_saves_what_moves_and_says_how_it_goes_on(shell, tiny_folder, word, capsys):
     shell.user_ns["rows"] = tiny_rows(24)
     cell = f"model: {tiny_folder}\ndata: rows\niters: 50\nval_set_size: 0\nautosave_minutes: null\n"
     shell.run_cell_magic("finetune", "--paused -o run", cell)
     shell.user_ns["run"].step(4)
     shell.run_line_magic(word, "mlx_nb")
     assert saves("adapters/run") == [(4, "exit")]
+    folder = Path("adapters/run").resolve()
+    told = f"run is saved, paused after update 4. `%finetune resume {folder}` goes on with it."
+    assert told in capsys.readouterr().out.splitlines()
     assert shell.user_ns["run"].step().step == 5
     if word == "unload_ext":
         shell.run_line_magic("load_ext", "mlx_nb")

@@ -287,3 +287,12 @@ def test_a_report_is_one_page_with_everything(tiny_folder, tmp_path):
     assert "finished after update 3" in page
     assert "data:image/png" in page
     assert "Rows with the highest loss" in page
+
+
+def test_a_setting_that_is_assigned_is_refused_with_the_call_that_changes_it(tiny_folder, tmp_path):
+    run = make_run(tiny_folder, tmp_path)
+    with pytest.raises(AttributeError, match=r"not an attribute: write `run\.set\(learning_rate=5e-05\)`"):
+        run.learning_rate = 5e-5
+    assert not hasattr(run, "learning_rate")
+    run.note = "mine"  # any other name is the person's
+    assert run.note == "mine"

@@ -589,6 +589,21 @@ def test_the_log_gives_no_event_a_time_that_is_not_its_own(tmp_path, tiny_folder
     assert re.match(r"\d\d:\d\d:\d\d  \S", new)
 
 
+def test_an_event_and_its_remarks_are_one_entry_of_the_log_and_nothing_is_said_twice(tmp_path, tiny_folder):
+    rows = [*tiny_rows(), {"messages": [{"role": "user", "content": 7}, {"role": "assistant", "content": "x"}]}]
+    run = rows_run(tmp_path, tiny_folder, data=rows, iters=8)
+    panel = run.panel()
+    run.step()
+    run.set(learning_rate=5e-5)
+    run.step()
+    entries = panel.event_log["lines"]
+    assert all(re.match(r"\d\d:\d\d:\d\d  \S", entry) for entry in entries)  # the page lists entries newest first
+    (left_out,) = [entry for entry in entries if "Left out of train" in entry]
+    assert left_out.count("\n          ") == left_out.count("\n") >= 1
+    assert sum(entry.count("It is the peak of the schedule") for entry in entries) == 1
+    assert panel.event_log["count"] == len(entries)
+
+
 # Pages without a kernel
 
 

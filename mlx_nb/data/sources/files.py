@@ -222,7 +222,12 @@ class _JsonLines:
 def _json_problem(row: int, line: bytes, error: json.JSONDecodeError) -> str:
     if row == 0 and line in (b"[", b"{"):
         return "the file holds JSON over several lines; .jsonl needs one object per line. Rename it to .json."
-    return f"not valid JSON ({error.msg} at column {error.colno}). Fix or delete the line."
+    return f"not valid JSON ({_fault(error, f'column {error.colno}')}). Fix or delete the line."
+
+
+def _fault(error: json.JSONDecodeError, where: str) -> str:
+    """What is wrong, and where. Some of Python's own messages end with "at" already."""
+    return f"{error.msg.removesuffix(' at')} at {where}"
 
 
 def _open_jsonl(path: Path, file: IO[bytes]) -> RowSource:
@@ -240,8 +245,8 @@ def _open_json(path: Path, file: IO[bytes]) -> RowSource | dict[str, RowSource]:
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"[")):
             return _open_jsonl(path, file)
-        where = f"line {error.lineno} column {error.colno}"
-        raise DataError(f"{path.name}: not valid JSON ({error.msg} at {where}). Fix the file.") from None
+        fault = _fault(error, f"line {error.lineno} column {error.colno}")
+        raise DataError(f"{path.name}: not valid JSON ({fault}). Fix the file.") from None
     except (RecursionError, ValueError) as error:
         fault = "nested too deeply to be rows" if isinstance(error, RecursionError) else f"not readable ({error})"
         raise DataError(f"{path.name}: {fault}.") from None

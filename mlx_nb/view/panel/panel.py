@@ -321,18 +321,22 @@ class Panel(anywidget.AnyWidget):
         self.send({"kind": "series", "from": version, "version": version + 1, **content})
 
     def _log(self, event: Event, when: str | None = None) -> None:
-        """Add an event to the log, except frequent ones; `when` is the time of day, None = now."""
+        """Add an event and its remarks to the log as one entry; `when` is the time of day, None = now.
+
+        Frequent events are left out.
+        """
         if isinstance(event, StepCompleted | Progress | StateChanged):
             return
         at = time.strftime("%H:%M:%S") if when is None else when
-        new = [f"{at:8}  {one_line(describe(event))}"]
-        new += [f"          {one_line(remark)}" for remark in remarks(event)]
+        said = one_line(describe(event))
+        more = [one for remark in remarks(event) if (one := one_line(remark)) not in said]
+        new = "\n          ".join([f"{at:8}  {said}", *more])
         before, lines = self.event_log["count"], self.event_log["lines"]
-        lines += new
+        lines.append(new)
         del lines[:-LINES_OF_LOG]
-        self.event_log["count"] = before + len(new)
+        self.event_log["count"] = before + 1
         if hasattr(self, "_built_at"):
-            self.send({"kind": "event_log", "from": before, "lines": new[-LINES_OF_LOG:]})
+            self.send({"kind": "event_log", "from": before, "lines": [new]})
 
     def _show_talk(self, turns: list[dict[str, Any]]) -> None:
         self.talk = turns
