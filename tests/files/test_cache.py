@@ -38,6 +38,8 @@ def make(work):
                 file.write(content[start : start + 1 + len(content) // 20])
                 file.flush()
                 time.sleep(0.002)
+        if "held" in sys.argv:
+            sys.stdin.readline()
     return target
 
 print("ready", flush=True)
@@ -58,9 +60,9 @@ def source(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("source"))
 
 
-def maker(folder, source):
+def maker(folder, source, *held):
     return subprocess.Popen(
-        [sys.executable, "-c", SLOW_MAKER, str(folder), str(source)],
+        [sys.executable, "-c", SLOW_MAKER, str(folder), str(source), *held],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -116,7 +118,7 @@ def test_of_processes_that_want_a_model_at_once_one_makes_it_and_all_have_it(tmp
 
 def test_when_the_one_who_makes_it_is_killed_the_one_who_waits_makes_it(tmp_path, source):
     folder = tmp_path / "models" / "tiny"
-    first, second = maker(folder, source), maker(folder, source)
+    first, second = maker(folder, source, "held"), maker(folder, source)
     start(first)
     assert first.stdout.readline().startswith("made by")
     start(second)
