@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from mlx_nb.config.run_config import RunConfig
-from mlx_nb.errors import CommandError, FolderError
+from mlx_nb.errors import CommandError, FolderTaken
 from mlx_nb.files.places import folder_of, refuse_among_files, same_folder, working_folder
 from mlx_nb.files.run_folder import RunFolder
 from mlx_nb.run.inputs import RunInputs
@@ -57,15 +57,15 @@ def fuse(inputs: FuseInputs, own: Path | None, path: str | Path | None, precisio
     """Fuse an adapter with its base, and write the model to `path`, if given, which is not `own`, its own folder."""
     from mlx_nb.export.fuse import fuse as fuse_model
 
-    return fuse_model(inputs, None if path is None else _place(own, path), precision)
+    return fuse_model(inputs, None if path is None else _place(inputs.name, own, path), precision)
 
 
-def _place(own: Path | None, path: str | Path) -> Path:
+def _place(name: str, own: Path | None, path: str | Path) -> Path:
     place = folder_of(str(path), working_folder())
     if own is not None:
         refuse_among_files(place, own)
         if same_folder(place, own):
-            raise FolderError(f"{place} has the adapter that is exported. Give another folder.")
+            raise FolderTaken(f"{place} is the folder of the run {name!r}, whose adapter is exported. Give another folder.")
     return place
 
 
@@ -92,7 +92,7 @@ def gguf(
     if path is not None and str(path).endswith(".gguf"):
         raise CommandError(f"{path} would be a folder: name the folder, such as {str(path).removesuffix('.gguf')}.")
     target: str | Path = path if path is not None else lm_studio_folder(str(lm_studio_name))
-    place = _place(own, target)
+    place = _place(inputs.name, own, target)
     if not adapter:
         return write_gguf(inputs, place, type.lower())
     return write_adapter(inputs, place, None if base is None else _base_file(base))

@@ -9,7 +9,7 @@ import pytest
 import mlx_nb
 from exported_families import family_run
 from mlx_nb.cli import main
-from mlx_nb.errors import CommandError, FolderError
+from mlx_nb.errors import CommandError, FolderTaken
 from mlx_nb.model.gguf.convert import write_model
 from mlx_nb.model.loading import load_model
 from mlx_nb.notebook.commands import run_line
@@ -51,7 +51,7 @@ def test_mlx_lm_loads_the_fused_model_of_a_saved_adapter(format, settings, tmp_p
     assert np.abs(trained - logits_of(fused)).max() < (0.05 if "load_in_bits" in settings else 1e-4)
     assert (report.measured, report.candidates[0].predicted) == (None, None)  # it has no rows
     assert (logits_of(model.model) == before).all()
-    with pytest.raises(FolderError):
+    with pytest.raises(FolderTaken, match="is the folder of the run 'saved'"):
         model.fuse(tmp_path / "run" / "saved")
 
 

@@ -174,7 +174,9 @@ def test_memory_is_that_of_one_layer_and_of_what_goes_into_the_others():
 def test_segments_of_layers_need_less_memory_if_each_layer_is_computed_again_too():
     batch = pad(random_examples(1, shortest=300, longest=300))
     model, of_inputs = attached(deep_model(16)), 300 * 32 * 4
-    one_by_one, in_segments = (peak(model, batch, what) for what in (ONE_LAYER, Recomputed(4, each_layer=True)))
+    ways = (ONE_LAYER, Recomputed(4, each_layer=True))
+    # The least of several, because mlx frees an array a moment earlier or later.
+    one_by_one, in_segments = (min(peak(model, batch, what) for _ in range(7)) for what in ways)
     assert one_by_one - in_segments > 6 * of_inputs  # of 16 inputs, 4 + 4 are kept
 
 
