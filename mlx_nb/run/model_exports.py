@@ -65,7 +65,9 @@ def _place(name: str, own: Path | None, path: str | Path) -> Path:
     if own is not None:
         refuse_among_files(place, own)
         if same_folder(place, own):
-            raise FolderTaken(f"{place} is the folder of the run {name!r}, whose adapter is exported. Give another folder.")
+            raise FolderTaken(
+                f"{place} is the folder of the run {name!r}, whose adapter is exported. Give another folder."
+            )
     return place
 
 

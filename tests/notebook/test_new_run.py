@@ -257,12 +257,14 @@ def test_the_page_gives_what_was_typed_and_shows_what_the_kernel_says(
     assert re.search(r"^weights\t0\.\d+ GB$", plan.inner_text(), re.MULTILINE)
     assert "largest batch_size that fits" in plan.inner_text()
     screenshot(page, f"new_run_plan_{theme}_{width}")
-    plan.get_by_role("button", name="use grad_checkpoint: true").click()
+    plan.get_by_role("button", name="use batch_size: 1, grad_accumulation_steps: 4").click()
     answer()
-    assert form.cell.splitlines()[-1] == "grad_checkpoint: true"
-    assert page.get_by_label("grad_checkpoint", exact=True).input_value() == "true"
-    page.get_by_label("grad_checkpoint", exact=True).select_option("")
+    assert {"batch_size: 1", "grad_accumulation_steps: 4"} <= set(form.cell.splitlines())
+    assert page.get_by_label("grad_accumulation_steps", exact=True).input_value() == "4"
+    page.get_by_label("grad_accumulation_steps", exact=True).fill("")
+    page.get_by_label("grad_accumulation_steps", exact=True).blur()
     answer()
+    assert "grad_accumulation_steps" not in form.cell
     page.get_by_role("button", name="Show the rows").click()
     answer()
     page.get_by_role("button", name="Next row").click()
