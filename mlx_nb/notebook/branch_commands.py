@@ -67,7 +67,8 @@ def _resume(session: Session, arguments: argparse.Namespace) -> Text:
     if not folder.exists():
         near = did_you_mean(folder.name, resumable(folder.parent))
         raise CommandError(
-            f"%finetune resume: there is no {folder}.{near} `%finetune runs --disk` lists what there is."
+            f"%finetune resume: no checkpoint, because there is no {folder}.{near} "
+            "`%finetune runs --disk` lists what there is."
         )
     run = Run.resume(
         folder,
