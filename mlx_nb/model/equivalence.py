@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_nb.model.passes import is_half, random_tokens
+from mlx_nb.model.passes import is_half, one_line, random_tokens
 from mlx_nb.model.trees import trained_arrays_of
 
 # Tolerances of the loss in nats and of gradients relative to the largest; rounding errors are a tenth of them.
@@ -31,6 +31,29 @@ def gives_the_same(model: nn.Module, way: Callable[[], AbstractContextManager[ob
         return nn.losses.cross_entropy(logits, tokens_BT[:, 1:]).mean()
 
     return agree(model, lambda: loss(nullcontext), lambda: loss(way))
+
+
+def doubt_about(
+    model: nn.Module, way: Callable[[Callable[[], None]], AbstractContextManager[object]], tokens: int, unused: str
+) -> str | None:
+    """Why a way to compute a model is not that of the model, in words; None if it is. Raises nothing.
+
+    `way` takes a function that it calls whenever it computes something otherwise; without any call, `unused` is the
+    reason.
+    """
+    calls = 0
+
+    def count() -> None:
+        nonlocal calls
+        calls += 1
+
+    try:
+        same = gives_the_same(model, lambda: way(count), tokens)
+    except Exception as error:  # model code may raise anything
+        return f"a gradient with it fails ({one_line(error).rstrip('.')})"
+    if not calls:
+        return unused
+    return None if same else "the gradient with it is not that of the model"
 
 
 def agree(model: nn.Module, own: Callable[[], mx.array], other: Callable[[], mx.array], rounding: float = 1) -> bool:

@@ -8,17 +8,17 @@ ready, and the one before it only when the gradient of this segment's parameters
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_nb.errors import ModelError
-from mlx_nb.model.equivalence import gives_the_same
+from mlx_nb.model.equivalence import doubt_about
 from mlx_nb.model.module_proxy import ModuleProxy
 from mlx_nb.model.once_per_model import once_per_model, trained_shapes
-from mlx_nb.model.passes import family_of, one_line
+from mlx_nb.model.passes import family_of
 from mlx_nb.model.randomness import drawing_from, random_key
 from mlx_nb.model.recomputing import (
     Inside,
@@ -72,22 +72,10 @@ def refuse_unverified_checkpoints(model: nn.Module, recomputed: Recomputed = _ON
 
 @once_per_model(good=lambda doubt: doubt is None, from_json=lambda _null: None)
 def _doubt(model: nn.Module, _trained: tuple[Any, ...], segment: int, each_layer: bool) -> str | None:
-    calls = 0
-
-    def count() -> None:
-        nonlocal calls
-        calls += 1
-
-    def way() -> Any:
+    def way(count: Callable[[], None]) -> AbstractContextManager[object]:
         return checkpointed_layers(model, lambda _layer: nullcontext(), Recomputed(segment, each_layer), count)
 
-    try:
-        same = gives_the_same(model, way, _PROBED_TOKENS)
-    except Exception as error:  # model code may raise anything
-        return f"a gradient with it fails ({one_line(error).rstrip('.')})"
-    if not calls:
-        return "its layers are not called one after the other"
-    return None if same else "the gradient with it is not that of the model"
+    return doubt_about(model, way, _PROBED_TOKENS, "its layers are not called one after the other")
 
 
 def lists_of_layers(model: nn.Module) -> list[tuple[nn.Module, str]]:

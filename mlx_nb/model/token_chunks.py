@@ -8,7 +8,7 @@ is built, proxies shadow those parts; no class, parameter or name is changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import mlx.core as mx
@@ -16,12 +16,12 @@ import mlx.nn as nn
 
 from mlx_nb.errors import ModelError
 from mlx_nb.model.custom_functions import custom_function
-from mlx_nb.model.equivalence import gives_the_same
+from mlx_nb.model.equivalence import doubt_about
 from mlx_nb.model.layer_checkpoints import lists_of_layers
 from mlx_nb.model.module_proxy import ModuleProxy
 from mlx_nb.model.once_per_model import once_per_model, trained_shapes
 from mlx_nb.model.packing import MIXERS
-from mlx_nb.model.passes import family_of, one_line
+from mlx_nb.model.passes import family_of
 from mlx_nb.model.randomness import drawing_from, random_key
 from mlx_nb.model.recomputing import Inside, in_place, listed, named_and_arrays
 from mlx_nb.model.trees import named_arrays
@@ -75,22 +75,11 @@ def refuse_unverified_chunks(model: nn.Module) -> None:
 
 @once_per_model(good=lambda doubt: doubt is None, from_json=lambda _null: None)
 def _doubt(model: nn.Module, _trained: tuple[Any, ...]) -> str | None:
-    calls = 0
-
-    def count() -> None:
-        nonlocal calls
-        calls += 1
-
-    def way() -> Any:
+    def way(count: Callable[[], None]) -> AbstractContextManager[object]:
         return token_chunks(layers_of(model), _PROBED_CHUNK, lambda _part: nullcontext(), count)
 
-    try:
-        same = gives_the_same(model, way, _PROBED_TOKENS)
-    except Exception as error:  # model code may raise anything
-        return f"a gradient with it fails ({one_line(error).rstrip('.')})"
-    if not calls:
-        return "no part of its layers besides token mixers can be computed in chunks"
-    return None if same else "the gradient with it is not that of the model"
+    unused = "no part of its layers besides token mixers can be computed in chunks"
+    return doubt_about(model, way, _PROBED_TOKENS, unused)
 
 
 def _has_matrices(part: Any) -> bool:

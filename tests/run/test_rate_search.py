@@ -12,39 +12,11 @@ import time
 import numpy as np
 import pytest
 
-from mlx_nb import Run, RunConfig
 from mlx_nb.errors import CommandError
-from mlx_nb.events import Progress, StepCompleted
-from mlx_nb.model.trees import named_arrays
+from mlx_nb.events import Progress
 from mlx_nb.view.curves.rate_range import RateRange
-from tiny import tiny_pairs, tiny_prompts, tiny_rows
-
-
-def run_of(folder, tiny_folder, **settings):
-    values = {
-        "model": str(tiny_folder),
-        "data": tiny_rows(24),
-        "iters": 6,
-        "batch_size": 4,
-        "val_set_size": 4,
-        "lora_parameters": {"rank": 4, "dropout": 0.2},
-        "save_every": -1,
-        "adapter_path": str(folder / "a"),
-    }
-    return Run(RunConfig.from_dict({**values, **settings}))
-
-
-def everything(run):
-    """All that the next update depends on, as bytes and plain values."""
-    trainer = run.trainer
-    state = {"parameters": trainer.model.trainable_parameters(), "optimizer": trainer.stepper.optimizer.state}
-    arrays = {name: np.array(array).tobytes() for name, array in named_arrays(state)}
-    plain = (vars(trainer.state).copy(), trainer.schedule.as_lists(), run.config, len(run.history.events))
-    return arrays, plain, trainer.model.training, trainer.stepper.poll
-
-
-def rest_of(run):
-    return [(event.loss, event.rows) for event in run.events() if isinstance(event, StepCompleted)]
+from tiny import tiny_pairs, tiny_prompts
+from traceless_runs import everything, rest_of, run_of
 
 
 @pytest.mark.long

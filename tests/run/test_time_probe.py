@@ -2,46 +2,16 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
-from mlx_nb import Run, RunConfig
 from mlx_nb.errors import CommandError
-from mlx_nb.events import StepCompleted
-from mlx_nb.model.trees import named_arrays
 from mlx_nb.run.planning import pace_of
 from mlx_nb.train import time_probe
 from mlx_nb.train.memory_plan import MemoryPlan
 from mlx_nb.train.shared_work import Aborted
 from mlx_nb.train.update_memory import BatchShape
-from tiny import tiny_prompts, tiny_rows
-
-
-def run_of(folder, tiny_folder, **settings):
-    values = {
-        "model": str(tiny_folder),
-        "data": tiny_rows(24),
-        "iters": 7,
-        "batch_size": 4,
-        "val_set_size": 4,
-        "lora_parameters": {"rank": 4, "dropout": 0.2},
-        "save_every": -1,
-        "adapter_path": str(folder / "a"),
-    }
-    return Run(RunConfig.from_dict({**values, **settings}))
-
-
-def everything(run):
-    """All that the next update depends on, as bytes and plain values."""
-    trainer = run.trainer
-    state = {"parameters": trainer.model.trainable_parameters(), "optimizer": trainer.stepper.optimizer.state}
-    arrays = {name: np.array(array).tobytes() for name, array in named_arrays(state)}
-    plain = (vars(trainer.state).copy(), trainer.schedule.as_lists(), run.config, len(run.history.events))
-    return arrays, plain, trainer.model.training, trainer.stepper.poll
-
-
-def rest_of(run):
-    return [(event.loss, event.rows) for event in run.events() if isinstance(event, StepCompleted)]
+from tiny import tiny_prompts
+from traceless_runs import everything, rest_of, run_of
 
 
 def test_the_run_is_as_it_was_and_goes_on_with_the_same_bits(tmp_path, tiny_folder):
