@@ -258,17 +258,22 @@ def _named_template(tokenizer: Tokenizer, name: str) -> str:
     return named.source
 
 
+def template_text(chat_template: str) -> str:
+    """The Jinja text that `chat_template` is or is the path of, or the name of a known one. Raises ModelError."""
+    if chat_template in NAMED_TEMPLATES or "{" in chat_template:
+        return chat_template
+    try:
+        return Path(chat_template).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"chat_template: {shown_name(chat_template)} cannot be read as a file ({one_line(error)}). Give Jinja "
+            "text, or the path of a file with it."
+        ) from None
+
+
 def _set_chat_template(tokenizer: Tokenizer, chat_template: str) -> None:
-    if chat_template in NAMED_TEMPLATES:
-        chat_template = _named_template(tokenizer, chat_template)
-    if "{" not in chat_template:
-        try:
-            chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ModelError(
-                f"chat_template: {shown_name(chat_template)} cannot be read as a file ({one_line(error)}). Give Jinja "
-                "text, or the path of a file with it."
-            ) from None
+    named = chat_template in NAMED_TEMPLATES
+    chat_template = _named_template(tokenizer, chat_template) if named else template_text(chat_template)
     getattr(tokenizer, "_tokenizer", tokenizer).chat_template = chat_template
     tokenizer.has_chat_template = True
     # mlx-lm's own rendering code for this model would take precedence.

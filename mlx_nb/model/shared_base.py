@@ -11,7 +11,7 @@ from weakref import WeakSet
 from mlx_nb.config.run_config import RunConfig
 from mlx_nb.events import Progress
 from mlx_nb.model.adapters import detach_adapter
-from mlx_nb.model.loading import LoadedModel, fetched_folder, load_in_pieces
+from mlx_nb.model.loading import LoadedModel, fetched_folder, load_in_pieces, template_text
 from mlx_nb.model.model_source import model_named
 from mlx_nb.model.once_per_model import register_files, register_same_files
 from mlx_nb.model.trees import held_arrays
@@ -33,7 +33,8 @@ def load_base_in_pieces(config: RunConfig) -> Generator[Progress, None, LoadedMo
     model, template = model_named(config), config.located("chat_template")
     folder = yield from fetched_folder(model)
     files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.iterdir())
-    key = (str(folder.resolve()), tuple(files), config.load_in_bits, template)
+    written = None if template is None else template_text(template)  # its file may have changed since another run
+    key = (str(folder.resolve()), tuple(files), config.load_in_bits, written)
     holders = _live.setdefault(key, WeakSet())
     holder = next(iter(holders), None)
     loaded = None if holder is None else _shared_copy_if_possible(holder)

@@ -400,9 +400,8 @@ class RunInputs:
         from mlx_nb.model import backend
         from mlx_nb.model.lanes import lane_count
 
-        sources, tokenizer = self._sources(), self.tokenizer  # first: its template is read again once a model is loaded
         model = [("config.json", self.loaded.configuration), *self.loaded.weights]
-        found = fingerprints(sources, tokenizer, model)
+        found = fingerprints(self._sources(), self.tokenizer, model)
         found["device"] = f"CPU, lanes: {lane_count()}" if backend.is_cpu() else backend.device_name()
         found |= self._own_code()
         return found if self.reference is None else {**found, "reference": self.reference.fingerprint}

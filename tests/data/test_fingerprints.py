@@ -121,6 +121,24 @@ def test_a_template_file_that_changes_after_it_was_read_is_refused_by_a_resume(t
     assert Run.resume(tmp_path / "a", data=tiny_rows()).step_count == 1
 
 
+def test_a_new_run_has_the_template_that_its_file_has_now_although_an_earlier_run_shares_the_base(
+    tmp_path, tiny_folder
+):
+    template = tmp_path / "template.jinja"
+    rows = {}
+    runs = []  # the earlier run stays in memory
+    for name, text in (("a", CHAT_TEMPLATE), ("b", CHAT_TEMPLATE.replace("<|end|>", "<|end|> "))):
+        template.write_text(text)
+        runs.append(
+            new_run(tmp_path, tiny_folder, tiny_rows(), chat_template=str(template), adapter_path=str(tmp_path / name))
+        )
+        runs[-1].step()
+        assert runs[-1].tokenizer.chat_template == text
+        rows[name] = runs[-1].inputs.examples.train[0].tokens.tolist()
+    assert rows["a"] != rows["b"]
+    assert runs[0].tokenizer.chat_template == CHAT_TEMPLATE
+
+
 def test_a_reference_that_changes_before_it_is_read_is_refused(tmp_path, tiny_folder):
     earlier = new_run(tmp_path, tiny_folder, tiny_rows(), adapter_path=str(tmp_path / "earlier"))
     earlier.run()
