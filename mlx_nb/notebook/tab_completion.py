@@ -16,7 +16,7 @@ from mlx_nb.config.run_config import LIVE_SETTINGS, SETTINGS
 from mlx_nb.notebook.choices import Choice, adapters, inner_keys, keys, paths, values
 from mlx_nb.notebook.commands import COMMANDS
 from mlx_nb.notebook.yaml_cursor import place_of, settings_in
-from mlx_nb.run.resume_checks import MADE_FROM
+from mlx_nb.run.fingerprints import MADE_FROM
 
 if TYPE_CHECKING:
     from mlx_nb.notebook.session import Session

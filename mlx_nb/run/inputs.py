@@ -27,10 +27,10 @@ from mlx_nb.data.sources.splits import Splits, is_local, open_splits, refuse_unk
 from mlx_nb.errors import CommandError, DataError, MlxNbError, ModelError, and_more, did_you_mean
 from mlx_nb.events import Progress
 from mlx_nb.events.history import EVALUATION_COLUMNS
+from mlx_nb.export.trackers import refuse_missing_packages
 from mlx_nb.process.interruptible import Interruptible
 from mlx_nb.process.pieces import finished
-from mlx_nb.process.user_code import code_digest, is_user_defined
-from mlx_nb.run.resume_checks import fingerprints
+from mlx_nb.run.fingerprints import fingerprints, own_code
 
 if TYPE_CHECKING:
     from mlx_nb.model.loading import LoadedModel
@@ -189,7 +189,7 @@ class RunInputs:
 
     def check(self) -> None:
         """Raise for invalid settings, as far as that can be known without loading a model."""
-        self.check_trackers()
+        refuse_missing_packages(self.config)
         refuse_ineffective(self.config, self.splits)
         if self.config.loss_on != SETTINGS["loss_on"].default:
             refuse_loss_on(self.split("train"), self.config.loss_on)
@@ -203,12 +203,6 @@ class RunInputs:
         if self.config.reference_model is not None:
             refuse_unknown_model(model_named(self.config, "reference_model"))
         refuse_unknown_data(self.config.data, self.namespace, self.config.working_folder)
-        self.check_trackers()
-
-    def check_trackers(self) -> None:
-        """Raise ConfigError if a package for `report_to` is not installed."""
-        from mlx_nb.export.trackers import refuse_missing_packages
-
         refuse_missing_packages(self.config)
 
     def check_local_data(self) -> None:
@@ -397,23 +391,7 @@ class RunInputs:
     @cached_property
     def fingerprints(self) -> dict[str, Any]:
         """Fingerprints of everything besides the settings that determines the numbers of a run, by name."""
-        from mlx_nb.model import backend
-        from mlx_nb.model.lanes import lane_count
-
         model = [("config.json", self.loaded.configuration), *self.loaded.weights]
-        found = fingerprints(self._sources(), self.tokenizer, model)
-        found["device"] = f"CPU, lanes: {lane_count()}" if backend.is_cpu() else backend.device_name()
-        found |= self._own_code()
-        return found if self.reference is None else {**found, "reference": self.reference.fingerprint}
-
-    def _own_code(self) -> dict[str, Any]:
-        """Digests of user-defined losses and rewards. The settings have only their names."""
-        method = method_named(self.config.method)
-        loss = method.loss(self.config.loss).function()
-        found: dict[str, Any] = {"loss function": code_digest(loss)} if is_user_defined(loss) else {}
-        own = {reward.name: code_digest(reward.function) for reward in self.rewards if is_user_defined(reward.function)}
-        found |= {"reward functions": own} if own else {}
-        # Of the other metrics no number of the training depends on.
-        deciding = [one for one in (self.metrics.metrics if self.metrics else ()) if one.name == self.config.best_by]
-        own = {metric.name: code_digest(metric.function) for metric in deciding if is_user_defined(metric.function)}
-        return {**found, "metric functions": own} if own else found
+        own = own_code(self.config, self.rewards, self.metrics)
+        reference = {} if self.reference is None else {"reference": self.reference.fingerprint}
+        return fingerprints(self._sources(), self.tokenizer, model) | own | reference

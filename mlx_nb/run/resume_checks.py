@@ -3,46 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import shlex
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_nb.config.optimizers import has_no_decay
 from mlx_nb.config.run_config import FUNCTIONS, LENGTHS, PATHS, SETTINGS, RunConfig, located
-from mlx_nb.data.examples.batches import ORDER, Place
-from mlx_nb.data.masks.tokenizer import Tokenizer
+from mlx_nb.data.examples.batches import Place
 from mlx_nb.errors import CheckpointError, ConfigError, did_you_mean, listed_problems, shown
 from mlx_nb.events import Event, Request, RunStarted, SettingChanged, event_from_json, request_from_json
 from mlx_nb.events.history import History
 from mlx_nb.files.history_file import HISTORY_FILE, read_history
 from mlx_nb.files.places import check_name
 from mlx_nb.files.typed_json import read_as
+from mlx_nb.run.fingerprints import MADE_FROM
 
 if TYPE_CHECKING:
     from mlx_nb.train.checkpoint import Checkpoint
     from mlx_nb.train.record import RunRecord
 
 _GROUPS = tuple(name for name in SETTINGS if dataclasses.is_dataclass(getattr(RunConfig(), name)))
-
-# The inputs of a run besides its settings, by the names of their fingerprints.
-MADE_FROM = (
-    "data",
-    "template",
-    "tokenizer",
-    "model",
-    "mlx version",
-    "row order",
-    "device",
-    "reference",
-    "loss function",
-    "reward functions",
-    "metric functions",
-)
 
 _READABLE = ("device", "mlx version")  # fingerprints in plain words instead of digests
 
@@ -368,22 +352,3 @@ def live_change_lines(checkpoint: Checkpoint) -> list[str]:
     if (lines := checkpoint.state.get("live_changes")) is not None:
         return list(lines)
     return [event.to_json() for event in history_of(checkpoint).events if isinstance(event, SettingChanged)]
-
-
-def fingerprints(sources: Iterable[Any], tokenizer: Tokenizer, model: Iterable[Iterable[str]]) -> dict[str, Any]:
-    """Fingerprints of everything besides the settings that determines a run's numbers, by name."""
-    from importlib.metadata import version
-
-    tokenizer = getattr(tokenizer, "_tokenizer", tokenizer)
-    return {
-        "data": [source.fingerprint() for source in sources],
-        "template": _digest(str(tokenizer.chat_template)),
-        "tokenizer": _digest(tokenizer.backend_tokenizer.to_str()),
-        "model": [list(file) for file in model],
-        "mlx version": version("mlx"),
-        "row order": ORDER,
-    }
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
