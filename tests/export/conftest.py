@@ -19,13 +19,17 @@ def no_llama_cpp(monkeypatch):
 
 @pytest.fixture(scope="session")
 def llama_cpp_files():
-    """The folder with llama.cpp's libraries, fetched once into the user's cache; skips the test if that fails."""
+    """The folder with llama.cpp's libraries, fetched once into the user's cache.
+
+    If that fails, the test fails with the slow tests, for which it must be there, and is skipped otherwise.
+    """
     from exported_families import installed_llama_cpp
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_nb-tests" / "llama_cpp"
     libraries = installed_llama_cpp(cache)
     if libraries is None:
-        pytest.skip("llama.cpp cannot be fetched here")
+        reason = "llama.cpp cannot be fetched here: npm is missing, or its registry cannot be reached"
+        pytest.fail(reason) if os.environ.get("MLX_NB_SLOW") else pytest.skip(reason)
     return libraries
 
 
