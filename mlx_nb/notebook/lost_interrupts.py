@@ -52,8 +52,8 @@ def interrupts_noted() -> Iterator[None]:
     try:
         yield
     finally:
-        _current.end()
-        _current = outer
+        ended, _current = _current, outer  # first, because another interrupt may break off the rest
+        ended.end()
 
 
 def raise_lost_interrupt() -> None:

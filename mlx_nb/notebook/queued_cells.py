@@ -62,12 +62,10 @@ class QueuedCells:
         self._started: list[_Started] = []
         self._lag: float | None = None  # shortest time from sending to executing a request, plus the clock difference
         self.note_request()
-        # Before the reply is sent, and so before a front end can send a cell that is not queued.
-        self._events.register("post_execute", self._note_end)
 
     def close(self) -> None:
         """Stop making cells wait."""
-        self._events.unregister("post_execute", self._note_end)
+        self._forget_end()
         self._started.clear()
         if self in self._transformers:
             self._transformers.remove(self)
@@ -80,10 +78,18 @@ class QueuedCells:
         self._started.append(_Started(run, request[0]))
         if self not in self._transformers:
             self._transformers.append(self)
+        # It is called before the reply is sent, so before a front end can send a cell that is not queued. The run has
+        # registered its handling of interrupts before, so none strikes here.
+        self._events.register("post_execute", self._note_end)
 
     def _note_end(self) -> None:
         for one in self._started:
             one.ended = one.ended or time.time()
+        self._forget_end()
+
+    def _forget_end(self) -> None:
+        if self._note_end in self._events.callbacks["post_execute"]:
+            self._events.unregister("post_execute", self._note_end)
 
     def note_request(self) -> None:
         """Record how long the request of the current cell took to arrive."""

@@ -7,8 +7,15 @@ import signal
 
 import pytest
 
-from mlx_nb.notebook.lost_interrupts import interrupts_noted, raise_lost_interrupt
+from mlx_nb.notebook import lost_interrupts
+from mlx_nb.notebook.lost_interrupts import NotingHandler, interrupts_noted, raise_lost_interrupt
 from mlx_nb.train.interrupts import Interrupts
+
+
+@pytest.fixture(autouse=True)
+def no_context_is_open(monkeypatch):
+    """As in a new process: a test that raises at every line may leave a context open."""
+    monkeypatch.setattr(lost_interrupts, "_current", None)
 
 
 class Garbage:
@@ -48,3 +55,19 @@ def test_the_handler_of_before_is_given_back_whichever_context_ends_last():
         with pytest.raises(KeyboardInterrupt):
             raise_lost_interrupt()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_interrupt_while_a_context_ends_leaves_none_open(monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+
+    def broken_off(handler):
+        raise KeyboardInterrupt
+
+    try:
+        with pytest.raises(KeyboardInterrupt), interrupts_noted():
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            monkeypatch.setattr(NotingHandler, "end", broken_off)
+        raise_lost_interrupt()  # nothing was lost outside of a context
+    finally:
+        signal.signal(signal.SIGINT, before)
