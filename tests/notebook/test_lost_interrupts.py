@@ -63,11 +63,13 @@ def test_a_second_interrupt_while_a_context_ends_leaves_none_open(monkeypatch):
     def broken_off(handler):
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(NotingHandler, "end", broken_off)
+    context = interrupts_noted()
+    context.__enter__()
     try:
-        with pytest.raises(KeyboardInterrupt), interrupts_noted():
-            with pytest.raises(KeyboardInterrupt):
-                signal.raise_signal(signal.SIGINT)
-            monkeypatch.setattr(NotingHandler, "end", broken_off)
+        lost_interrupts._current.came = True
+        with pytest.raises(KeyboardInterrupt):
+            context.__exit__(None, None, None)
         raise_lost_interrupt()  # nothing was lost outside of a context
     finally:
         signal.signal(signal.SIGINT, before)
